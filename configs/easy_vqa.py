@@ -1,0 +1,58 @@
+"""Small LLaVA-SP from scratch on easy-VQA: llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
+
+Options after the colon, separated by commas: row=none|pooling|cropping, stage=pretrain|finetune,
+init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>, seed=0,
+scale=1 (multiplies the steps of both stages).
+
+No pretrained weights are used: stage 1 also trains the small tower and decoder (in the paper they
+are CLIP and Vicuna, and frozen). Stage 2 is the paper's: LoRA on the decoder's seven linear layers,
+and the projector at a learning rate of its own.
+"""
+
+from ml_collections import ConfigDict
+
+from llava_sp_jax.config import parse_arg
+
+PATCHES, SPATIAL = 64, 6  # tokens of one image
+TURNS = 8  # questions of an image in one row
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  arg = parse_arg(
+    arg, row="pooling", stage="pretrain", init="", data="data/easy_vqa", seed=0, scale=1.0
+  )
+  image_tokens = PATCHES + (0 if arg.row == "none" else SPATIAL)
+  stages = {
+    "pretrain": {
+      "data": {"path": f"{arg.data}/captions.json", "template": "plain",
+               "row_length": image_tokens + 10},
+      "optimizer": {"stage": "pretrain_all", "learning_rate": 2e-3, "warmup_ratio": 0.05},
+      "train": {"steps": int(1200 * arg.scale), "batch_size": 32},
+      "lora": {"rank": 0},
+    },
+    "finetune": {
+      "data": {"path": f"{arg.data}/train.json", "template": "v1", "turns": "branch",
+               "turns_per_row": TURNS, "row_length": image_tokens + 32 + 15 * TURNS},
+      "optimizer": {"stage": "finetune", "learning_rate": 2e-3, "projector_learning_rate": 1e-3},
+      "train": {"steps": int(800 * arg.scale), "batch_size": 32},
+      "lora": {"rank": 32, "alpha": 64.0, "dropout": 0.0},
+    },
+  }  # fmt: skip
+  stage = stages[arg.stage]
+  return ConfigDict({
+    "name": f"easy_vqa-{arg.row}-{arg.stage}",
+    "model": {
+      "tower": {"variant": "clip", "image_size": 64, "patch_size": 8, "width": 96, "layers": 3,
+                "heads": 2, "mlp_width": 384, "select_layer": -1},
+      "language_model": {"vocab_size": 768, "width": 96, "layers": 2, "heads": 2, "kv_heads": 2,
+                         "head_dim": 48, "mlp_width": 256, "initializer_range": 0.1},
+      "projector": {"row": arg.row, "token_width": 64},
+      "lora": stage["lora"],
+      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 8, "remat": False,
+    },
+    "data": {"image_folder": f"{arg.data}/images", "tokenizer": f"{arg.data}/tokenizer",
+             "augment": "mirror_shift", **stage["data"]},
+    "optimizer": {"b2": 0.98, **stage["optimizer"]},
+    "train": {"seed": arg.seed, "log_every": 50, "save_every": 400, **stage["train"]},
+    "init": {"checkpoint": arg.init},
+  })  # fmt: skip

@@ -1,0 +1,185 @@
+"""Checkpoints of a run: what learns, optimizer, data position, config, and whose base it fits.
+
+A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,data,about}` (Orbax, written
+asynchronously, visible only when whole), and what the loop logs. The frozen base is not copied; its
+fingerprint is kept, so that another base is refused instead of silently used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llava_sp_jax import config as config_lib
+
+CONFIG_FILE = "config.json"
+
+
+class CheckpointError(RuntimeError):
+  """A run folder that cannot be used; the message says what was found and what to do."""
+
+
+def fingerprint(tree: dict[str, Any]) -> str:
+  """A short hash of a flat `{path: array}` tree: names, shapes, dtypes and every bit of the values.
+
+  The sum is over integers, so it does not depend on how arrays are sharded.
+  """
+  digest = hashlib.sha256()
+  for path in sorted(tree):
+    leaf = tree[path]
+    digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_checksum(leaf))}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  weight = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(x.shape):  # a weight for each place, so that order matters
+    steps = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    weight = weight * jnp.uint32(size) + steps
+  return jnp.sum(bits * (weight * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+class Checkpoints:
+  """The checkpoints of one run folder."""
+
+  def __init__(self, folder: str | Path, keep: int = 2):
+    self.folder = Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+
+  @property
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def preempted(self, step: int) -> bool:
+    """Whether the cluster announced that this job will be stopped (several processes only)."""
+    return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
+
+  def save(
+    self, step: int, params: Any, opt_state: Any, iterator: grain.DatasetIterator, about: Any
+  ) -> None:
+    """Starts writing; earlier steps stay until this one is whole."""
+    if step == self.latest:
+      return
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        optimizer=ocp.args.StandardSave(opt_state),
+        data=grain.checkpoint.CheckpointSave(iterator),
+        about=ocp.args.JsonSave(about),
+      ),
+    )
+
+  def restore(
+    self, params: Any, opt_state: Any, iterator: grain.DatasetIterator
+  ) -> tuple[int, Any, Any, Any]:
+    """step, params, opt_state, about of the latest step; `iterator` is moved to its place.
+
+    The arguments are arrays or ShapeDtypeStructs with the shardings to restore to.
+    """
+    step = self.latest
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
+        optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
+        data=grain.checkpoint.CheckpointRestore(iterator),
+        about=ocp.args.JsonRestore(),
+      ),
+    )
+    return step, restored["params"], restored["optimizer"], restored["about"]
+
+  def close(self) -> None:
+    """Waits until all is written."""
+    self._manager.close()
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def read_config(folder: str | Path) -> config_lib.Config:
+  """The config of a run. Raises: CheckpointError when `folder` is not a run folder."""
+  path = Path(folder) / CONFIG_FILE
+  if not path.is_file():
+    raise CheckpointError(
+      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run"
+    )
+  return config_lib.from_json(path.read_text())
+
+
+def write_config(folder: Path, config: config_lib.Config) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = folder / (CONFIG_FILE + ".part")
+  temporary.write_text(config_lib.to_json(config))
+  temporary.replace(folder / CONFIG_FILE)
+
+
+# Values that may change when a run goes on: they alter neither its numbers nor what is in its files.
+MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
+              "config.data.threads", "config.mesh.")  # fmt: skip
+
+
+def check_config(folder: Path, config: config_lib.Config) -> None:
+  """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
+  if not (folder / CONFIG_FILE).is_file():
+    return
+  lines = config_lib.differences(config, read_config(folder))
+  lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
+  if lines:
+    raise CheckpointError(
+      f"{folder} was started with another config ('here' is yours, 'there' is the run's):\n  "
+      + "\n  ".join(lines)
+      + "\nGive the run's values to continue it, or another --workdir."
+    )
+
+
+def read_params(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+  """Parameters that a run trained, flat `{path: array}`; what it says of itself; its step.
+
+  Raises: CheckpointError when there is no checkpoint.
+  """
+  config = read_config(folder)
+  place = Path(folder).absolute() / "checkpoints"
+  manager = ocp.CheckpointManager(place) if place.is_dir() else None
+  step = manager.latest_step() if manager else None
+  if manager is None or step is None:
+    raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(
+      params=ocp.args.PyTreeRestore(
+        restore_args=None,
+      ),
+      about=ocp.args.JsonRestore(),
+    ),
+  )
+  manager.close()
+  params = {k: np.asarray(v) for k, v in restored["params"].items()}
+  return params, restored["about"], step
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+  """Forgets logged steps that a resumed run is about to do again."""
+  if not path.is_file():
+    return
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        lines.append(line)
+    except (json.JSONDecodeError, KeyError):
+      continue  # a line cut off by the kill
+  path.write_text("".join(f"{line}\n" for line in lines))

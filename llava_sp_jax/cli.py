@@ -1,0 +1,63 @@
+"""`llava-sp <command>`: the one console command. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from llava_sp_jax import __version__
+
+# command: (module under llava_sp_jax with `main(argv)`, what it does)
+COMMANDS = {
+  "train": ("tools.train", "train a stage, or continue a run"),
+  "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
+  "generate": ("tools.generate", "answer a question about an image"),
+  "report": ("tools.report", "report.md and pictures from the runs of both stages and their scores"),
+  "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
+}
+
+
+def usage() -> str:
+  rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+  return f"""llava-sp {__version__}: LLaVA-SP (visual spatial tokens) in JAX
+
+usage: llava-sp <command> [options]      llava-sp <command> --help
+
+commands:
+{rows}
+
+example:
+  llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
+  llava-sp generate --checkpoint runs/finetune --image x.png --question "what shape is present?"
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+  arguments = sys.argv[1:] if argv is None else argv
+  if not arguments or arguments[0] in ("-h", "--help", "help"):
+    print(usage())
+    return 0
+  name, rest = arguments[0], arguments[1:]
+  if name == "--version":
+    print(__version__)
+    return 0
+  if name not in COMMANDS:
+    print(f"llava-sp: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+  try:
+    importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
+  except (ValueError, OSError, RuntimeError) as error:
+    if not _is_ours(error):
+      raise
+    print(f"llava-sp {name}: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+  """Errors that we raise to be read; anything else keeps its traceback."""
+  return isinstance(error, FileNotFoundError) or type(error).__module__.startswith("llava_sp_jax")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

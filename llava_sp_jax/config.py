@@ -1,0 +1,236 @@
+"""Configuration: a ConfigDict from `configs/` becomes frozen, validated dataclasses.
+
+A config file builds nested dictionaries; `from_dict` turns them into the classes below. A key no
+class knows is an error that lists the known ones, so a typo never trains the wrong thing. The same
+JSON is written beside every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be used; the message names the key and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tower:
+  """Vision transformer. `variant` names a row of `models.vit.VARIANTS`; sizes in pixels and units."""
+
+  variant: str = "clip"
+  image_size: int = 336
+  patch_size: int = 14
+  width: int = 1024
+  layers: int = 24
+  heads: int = 16
+  mlp_width: int = 4096
+  select_layer: int = -2  # index into the hidden states, as in LLaVA; -2 leaves the last block out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+  """LLaMA-family decoder sizes, named as in the field."""
+
+  vocab_size: int = 32000
+  width: int = 4096
+  layers: int = 32
+  heads: int = 32
+  kv_heads: int = 32
+  head_dim: int = 128
+  mlp_width: int = 11008
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  initializer_range: float = 0.02  # standard deviation of random weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projector:
+  """`row` names a row of `models.projector.ROWS`; `token_width` is the paper's 512."""
+
+  row: str = "cropping"
+  token_width: int = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+  """Adapters on the decoder's seven linear layers; rank 0 means none."""
+
+  rank: int = 0
+  alpha: float = 256.0
+  dropout: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  tower: Tower = dataclasses.field(default_factory=Tower)
+  language_model: LanguageModel = dataclasses.field(default_factory=LanguageModel)
+  projector: Projector = dataclasses.field(default_factory=Projector)
+  lora: Lora = dataclasses.field(default_factory=Lora)
+  dtype: str = "bfloat16"  # of activations
+  frozen_dtype: str = "bfloat16"  # of parameters that do not learn
+  scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
+  remat: bool = True  # recompute each block in the backward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """`source` names a row of `data.sources.SOURCES`; `row_length` counts text and image tokens."""
+
+  source: str = "llava_json"
+  path: str = ""
+  image_folder: str = ""
+  tokenizer: str = ""
+  template: str = "v1"
+  turns: str = "chain"  # chain: one dialogue; branch: every turn alone with the image
+  turns_per_row: int = 0  # 0: all; otherwise a random subset on each visit
+  row_length: int = 2048
+  images_per_row: int = 1
+  augment: str = "none"
+  image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+  image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+  threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+  """AdamW with a cosine schedule; `stage` names a row of `train.optimizer.STAGES`."""
+
+  stage: str = "finetune"
+  learning_rate: float = 2e-4
+  projector_learning_rate: float = 2e-5
+  warmup_ratio: float = 0.03
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+  steps: int = 1000
+  batch_size: int = 128  # rows over all devices
+  seed: int = 0
+  log_every: int = 10
+  save_every: int = 500
+  keep: int = 2
+  loss_chunk: int = 512  # positions per slice of the loss, so that [B, T, V] never exists
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+  """Devices along each axis; -1 takes what is left."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Init:
+  """Where parameters come from before training; empty means random."""
+
+  language_model: str = ""
+  vision_tower: str = ""
+  checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  name: str = "llava-sp"
+  model: Model = dataclasses.field(default_factory=Model)
+  data: Data = dataclasses.field(default_factory=Data)
+  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+  train: Train = dataclasses.field(default_factory=Train)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  init: Init = dataclasses.field(default_factory=Init)
+
+
+def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
+  """Builds `cls` from nested mappings.
+
+  Raises:
+    ConfigError: for unknown keys and wrong types, all of them at once, with the known keys.
+  """
+  problems: list[str] = []
+  result = _build(values, cls, path, problems)
+  if problems:
+    raise ConfigError("invalid config:\n  " + "\n  ".join(problems))
+  return result
+
+
+def _build(values: Any, cls: type, path: str, problems: list[str]) -> Any:
+  hints = typing.get_type_hints(cls)
+  known = [f.name for f in dataclasses.fields(cls)]
+  kwargs = {}
+  for key, value in dict(values).items():
+    if key not in known:
+      problems.append(f"{path}.{key}: unknown key; known here: {', '.join(known)}")
+      continue
+    kwargs[key] = _convert(value, hints[key], f"{path}.{key}", problems)
+  return cls(**kwargs)
+
+
+def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+  if dataclasses.is_dataclass(hint):
+    if not hasattr(value, "items"):
+      problems.append(f"{path}: expected a group of keys, found {value!r}")
+      return None
+    return _build(value, typing.cast(type, hint), path, problems)
+  if isinstance(hint, types.GenericAlias):  # tuple[float, ...]
+    return tuple(value)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    problems.append(f"{path}: expected {hint.__name__}, found {value!r}")
+  return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """The inverse of `from_dict`: plain nested dictionaries."""
+  return dataclasses.asdict(config)
+
+
+def to_json(config: Any) -> str:
+  return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+  return from_dict(json.loads(text))
+
+
+def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
+  """Lines that name each value in which two configs differ."""
+  lines = []
+  for field in dataclasses.fields(ours):
+    a, b = getattr(ours, field.name), getattr(theirs, field.name)
+    where = f"{path}.{field.name}"
+    if dataclasses.is_dataclass(a):
+      lines += differences(a, b, where)
+    elif a != b:
+      lines.append(f"{where}: {a!r} here, {b!r} there")
+  return lines
+
+
+def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
+  """Options of a config file: `row=pooling,seed=3` -> a namespace with the types of `defaults`.
+
+  Raises: ConfigError for an unknown option or a value of the wrong type.
+  """
+  values = dict(defaults)
+  for item in filter(None, arg.split(",")):
+    key, _, text = item.partition("=")
+    if key not in defaults:
+      raise ConfigError(f"unknown option {key!r} after ':'; known: {', '.join(defaults)}")
+    try:
+      values[key] = type(defaults[key])(text)
+    except ValueError:
+      kind = type(defaults[key]).__name__
+      raise ConfigError(f"option {key}: expected {kind}, found {text!r}") from None
+  return types.SimpleNamespace(**values)

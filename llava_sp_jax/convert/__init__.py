@@ -1,0 +1,1 @@
+"""Names and arrays between torch checkpoints and our parameter tree."""

@@ -1,0 +1,89 @@
+"""From names and numbers to modules: the only place that reads a `config.Model`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.models.llama import Decoder
+from llava_sp_jax.models.llava import LlavaSP
+from llava_sp_jax.models.lora import Lora
+from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
+from llava_sp_jax.models.vit import VARIANTS, VisionTransformer
+
+
+def model(config: config_lib.Model) -> LlavaSP:
+  """Builds the module tree.
+
+  Raises:
+    ConfigError: for a row, variant or size that does not exist or does not fit.
+  """
+  tower, text, projector = config.tower, config.language_model, config.projector
+  _known("model.tower.variant", tower.variant, VARIANTS)
+  _known("model.projector.row", projector.row, ROWS)
+  _divides("model.tower.heads", tower.heads, "width", tower.width)
+  _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
+  dtype = jnp.dtype(config.dtype)
+  lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout)
+  return LlavaSP(
+    vision_tower=VisionTransformer(
+      variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
+      width=tower.width, layers=tower.layers, heads=tower.heads, mlp_width=tower.mlp_width,
+      select_layer=tower.select_layer, scan_unroll=config.scan_unroll, dtype=dtype,
+    ),
+    projector=Projector(projector.row, projector.token_width, text.width, dtype),
+    language_model=Decoder(
+      vocab_size=text.vocab_size, width=text.width, layers=text.layers, heads=text.heads,
+      kv_heads=text.kv_heads, head_dim=text.head_dim, mlp_width=text.mlp_width,
+      rope_theta=text.rope_theta, norm_eps=text.norm_eps, tie_embeddings=text.tie_embeddings,
+      initializer_range=text.initializer_range, scan_unroll=config.scan_unroll, remat=config.remat, dtype=dtype, dense=lora.dense(),
+    ),
+  )  # fmt: skip
+
+
+def _known(key: str, value: str, table: dict[str, Any]) -> None:
+  if value not in table:
+    raise config_lib.ConfigError(f"{key}: unknown {value!r}; known: {', '.join(sorted(table))}")
+
+
+def _divides(key: str, part: int, name: str, whole: int) -> None:
+  if part < 1 or whole % part:
+    raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
+
+
+def image_token_count(config: config_lib.Model) -> int:
+  """Tokens of the language model that one image becomes: spatial tokens and patches."""
+  grid = config.tower.image_size // config.tower.patch_size
+  return spatial_token_count(config.projector.row, grid) + grid * grid
+
+
+def example_inputs(config: config_lib.Model, rows: int = 1, length: int = 8) -> tuple[Any, ...]:
+  """Arguments of `LlavaSP.__call__` as shapes, for abstract initialisation."""
+  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  side = config.tower.image_size
+  return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
+
+
+def initialise(config: config_lib.Model, rng: jax.Array) -> dict[str, Any]:
+  """Random parameters, a nested dictionary of float32 arrays. Call it inside jit."""
+  module = model(config)
+  inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
+  return module.init(rng, *inputs, method=_touch)["params"]
+
+
+def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
+  return module.logits(module(*inputs))
+
+
+def abstract(config: config_lib.Model) -> dict[str, Any]:
+  """The parameter tree as shapes and dtypes."""
+  return jax.eval_shape(lambda: initialise(config, jax.random.key(0)))
+
+
+def parameter_counts(config: config_lib.Model) -> dict[str, int]:
+  """Parameters of each part: vision_tower, projector, language_model."""
+  tree = abstract(config)
+  return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

@@ -1,0 +1,127 @@
+"""LLaMA-family decoder: grouped-query attention, gated MLP, one scan over the layers.
+
+Shape letters:  B rows . T tokens . D width . N heads . K key-value heads . H head width . V vocabulary
+Source: Hugging Face `modeling_llama.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax.models.cache import KVCache, write
+from llava_sp_jax.models.layers import RMSNorm, attend, causal_mask, rotary
+
+BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations between blocks
+
+
+class Block(nn.Module):
+  """One layer; `cache` holds this layer's keys and values, or None when there is no cache."""
+
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_width: int
+  rope_theta: float
+  norm_eps: float
+  initializer_range: float
+  dtype: jnp.dtype
+  dense: Any
+
+  @nn.compact
+  def __call__(self, x, cache, positions, mask, start):
+    dense = functools.partial(
+      self.dense, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.initializer_range)
+    )
+    y = RMSNorm(self.norm_eps, name="attn_norm")(x)
+
+    def heads(name: str, count: int) -> jax.Array:
+      return dense(count * self.head_dim, name=name)(y).reshape(*y.shape[:2], count, self.head_dim)
+
+    q = rotary(heads("q_proj", self.heads), positions, self.rope_theta)
+    k = rotary(heads("k_proj", self.kv_heads), positions, self.rope_theta)
+    v = heads("v_proj", self.kv_heads)
+    if cache is not None:
+      cache = k, v = write(cache[0], k, start), write(cache[1], v, start)
+    out = attend(q, k, v, mask)
+    x = x + dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
+    y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
+    y = nn.silu(dense(self.mlp_width, name="gate_proj")(y)) * dense(self.mlp_width, name="up_proj")(y)
+    x = x + dense(x.shape[-1], name="down_proj")(y)
+    return nn.with_logical_constraint(x, BLOCK_AXES), cache
+
+
+class Decoder(nn.Module):
+  """Embeddings in, hidden states out; `embed` and `logits` are its two ends."""
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_width: int
+  rope_theta: float
+  norm_eps: float
+  tie_embeddings: bool
+  initializer_range: float = 0.02
+  scan_unroll: int = 1
+  remat: bool = False
+  dtype: jnp.dtype = jnp.float32
+  dense: Any = nn.Dense
+
+  def setup(self) -> None:
+    normal = nn.initializers.normal(self.initializer_range)
+    self.token_embed = nn.Embed(
+      self.vocab_size, self.width, dtype=self.dtype, embedding_init=normal
+    )
+    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    self.blocks = nn.scan(
+      block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=self.layers,
+      unroll=min(self.scan_unroll, self.layers),
+    )(
+      self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.rope_theta, self.norm_eps,
+      self.initializer_range, self.dtype, self.dense, name="layers",
+    )  # fmt: skip
+    self.final_norm = RMSNorm(self.norm_eps)
+    if not self.tie_embeddings:
+      self.lm_head = nn.Dense(
+        self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal
+      )
+
+  def embed(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+    return self.token_embed(tokens)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V] float32
+    head = self.token_embed.attend if self.tie_embeddings else self.lm_head
+    return head(hidden).astype(jnp.float32)
+
+  def __call__(
+    self, embeds: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
+  ) -> tuple[jax.Array, KVCache | None]:
+    """[B, T, D], [B, T], [B, T] -> [B, T, D] and the cache with T more entries in each row.
+
+    Entries with segment 0 are padding: nothing attends to them. With a cache, a row's padding must
+    follow its tokens; its length then counts the tokens only.
+    """
+    index = jnp.broadcast_to(jnp.arange(embeds.shape[1]), segments.shape)
+    layer_cache, start = None, None
+    key_segments, key_index = segments, index
+    if cache is not None:
+      start = cache.length
+      index = index + start[:, None]
+      key_segments = write(cache.segments, segments, start)
+      key_index = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
+      layer_cache = (cache.keys, cache.values)
+    mask = causal_mask(index, segments, key_index, key_segments)
+    x = nn.with_logical_constraint(embeds, BLOCK_AXES)
+    x, layer_cache = self.blocks(x, layer_cache, positions, mask, start)
+    if cache is not None and layer_cache is not None:
+      length = cache.length + jnp.sum(segments > 0, axis=1)
+      cache = KVCache(layer_cache[0], layer_cache[1], key_segments, length)
+    return self.final_norm(x), cache

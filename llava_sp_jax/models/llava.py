@@ -1,0 +1,56 @@
+"""LlavaSP: a vision tower, a projector and a decoder; image tokens are placed by an index array.
+
+Shape letters:  B rows . M images per row . N tokens per image . T positions . D model width
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax.models.cache import KVCache
+from llava_sp_jax.models.llama import Decoder
+from llava_sp_jax.models.projector import Projector
+from llava_sp_jax.models.vit import VisionTransformer
+
+
+def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
+  """Puts image tokens where `slots` points, text where it is -1. [B,T,D], [B,MN,D], [B,T] -> [B,T,D]."""
+  picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
+  return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
+
+
+class LlavaSP(nn.Module):
+  """The whole model. Training calls it; inference calls `encode_image`, `extend` and `logits`."""
+
+  vision_tower: VisionTransformer
+  projector: Projector
+  language_model: Decoder
+
+  def __call__(
+    self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, images: jax.Array,
+    slots: jax.Array,
+  ) -> jax.Array:  # fmt: skip
+    """[B,T] x3, [B,M,H,W,3], [B,T] -> hidden states [B, T, D] for `logits`."""
+    hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
+    return hidden
+
+  def encode_image(self, images: jax.Array) -> jax.Array:
+    """Tokens of a row's images, one after the other. [B, M, H, W, 3] -> [B, M*N, D]."""
+    flat = images.reshape(-1, *images.shape[2:])
+    tokens = self.projector(self.vision_tower(flat))
+    return tokens.reshape(len(images), -1, tokens.shape[-1])
+
+  def extend(
+    self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, image: jax.Array | None,
+    slots: jax.Array | None, cache: KVCache | None,
+  ) -> tuple[jax.Array, KVCache | None]:  # fmt: skip
+    """Runs the decoder over new positions, which see the cache. `image` [B, M*N, D] or None."""
+    embeds = self.language_model.embed(tokens)
+    if image is not None and slots is not None and image.shape[1]:
+      embeds = merge(embeds, image, slots)
+    return self.language_model(embeds, positions, segments, cache)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V] float32
+    return self.language_model.logits(hidden)

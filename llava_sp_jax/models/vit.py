@@ -1,0 +1,116 @@
+"""One vision transformer for CLIP and SigLIP; they differ in a row of VARIANTS.
+
+Shape letters:  B images . P patches (+1 class token) . C width . G grid side
+Source: the towers of Hugging Face `modeling_clip.py` and `modeling_siglip.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax.models.layers import attend
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """OpenAI's approximation of GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  class_token: bool
+  pre_norm: bool
+  patch_bias: bool
+  activation: Callable[[jax.Array], jax.Array]
+  eps: float
+
+
+VARIANTS = {
+  "clip": Variant(True, True, False, quick_gelu, 1e-5),
+  "siglip": Variant(False, False, True, functools.partial(nn.gelu, approximate=True), 1e-6),
+}
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block. [B, P, C] -> [B, P, C]; the second value is scan's empty output."""
+
+  heads: int
+  mlp_width: int
+  activation: Callable[[jax.Array], jax.Array]
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    width = x.shape[-1]
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    norm = functools.partial(nn.LayerNorm, epsilon=self.eps, dtype=self.dtype)
+    y = norm(name="attn_norm")(x)
+    split = (*y.shape[:2], self.heads, width // self.heads)
+    q, k, v = (dense(width, name=f"{n}_proj")(y).reshape(split) for n in "qkv")
+    x = x + dense(width, name="o_proj")(attend(q, k, v, None).reshape(y.shape))
+    y = norm(name="mlp_norm")(x)
+    y = dense(width, name="fc2")(self.activation(dense(self.mlp_width, name="fc1")(y)))
+    return nn.with_logical_constraint(x + y, ("batch", None, None)), None
+
+
+class VisionTransformer(nn.Module):
+  """Patch features of the selected layer, without class token and post-norm.
+
+  `select_layer` indexes the hidden states (0 is the embedding): -2 leaves out the last block.
+  """
+
+  variant: str
+  image_size: int
+  patch_size: int
+  width: int
+  layers: int
+  heads: int
+  mlp_width: int
+  select_layer: int = -2
+  scan_unroll: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @property
+  def grid(self) -> int:
+    return self.image_size // self.patch_size
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, G, G, C]
+    row = VARIANTS[self.variant]
+    norm = functools.partial(nn.LayerNorm, epsilon=row.eps, dtype=self.dtype)
+    x = nn.Dense(self.width, use_bias=row.patch_bias, dtype=self.dtype, name="patch_embed")(
+      patchify(images, self.patch_size, self.grid)
+    )
+    normal = nn.initializers.normal(0.02)
+    if row.class_token:
+      token = self.param("class_embed", normal, (self.width,)).astype(x.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)), x], axis=1)
+    x = x + self.param("position_embed", normal, x.shape[1:]).astype(x.dtype)
+    if row.pre_norm:
+      x = norm(name="pre_norm")(x)
+    count = self.layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
+    if count:
+      blocks = nn.scan(
+        Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
+        unroll=min(self.scan_unroll, count),
+      )  # fmt: skip
+      x, _ = blocks(
+        self.heads, self.mlp_width, row.activation, row.eps, self.dtype, name="layers"
+      )(x)
+    if row.class_token:
+      x = x[:, 1:]
+    return x.reshape(len(x), self.grid, self.grid, self.width)
+
+
+def patchify(images: jax.Array, patch: int, grid: int) -> jax.Array:
+  """Cuts images into flat patches (row, column, channel). [B, H, W, 3] -> [B, G*G, patch*patch*3]."""
+  side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
+  x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

@@ -1,0 +1,1 @@
+"""The commands of `llava-sp`, one a file; each has `main(argv)`."""

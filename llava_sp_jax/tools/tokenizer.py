@@ -1,0 +1,21 @@
+"""llava-sp tokenizer: rebuilds a Hugging Face tokenizer folder from a GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+    prog="llava-sp tokenizer",
+    description="Writes tokenizer.json and tokenizer_config.json from the metadata of a GGUF.",
+    epilog="example: llava-sp tokenizer SmolLM2-135M-Instruct.Q4_1.gguf data/smollm2",
+  )
+  parser.add_argument("gguf", type=Path)
+  parser.add_argument("out", type=Path)
+  options = parser.parse_args(argv)
+  from llava_sp_jax.convert import gguf
+
+  gguf.write_tokenizer(options.gguf, options.out)
+  print(f"written: {options.out}/tokenizer.json")

@@ -1,0 +1,1 @@
+"""Optimiser table, train state, step and loop."""

@@ -1,0 +1,47 @@
+"""Train state: what learns and what does not, as two flat `{path: array}` trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.train import optimizer
+
+Flat = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """`trainable` holds float32 masters; `frozen` has neither gradients nor moments."""
+
+  step: jax.Array
+  trainable: Flat
+  frozen: Flat
+  opt_state: Any
+
+
+def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
+  """Nested parameters -> (trainable, frozen), flat; casts each part to its storage dtype."""
+  trainable, frozen = {}, {}
+  for path, leaf in flatten_dict(params, sep="/").items():
+    if optimizer.group_of(path, config.optimizer.stage) == optimizer.FROZEN:
+      frozen[path] = leaf.astype(config.model.frozen_dtype)
+    else:
+      trainable[path] = leaf.astype(jnp.float32)
+  return trainable, frozen
+
+
+def join(trainable: Flat, frozen: Flat) -> dict[str, Any]:
+  """The inverse of `split`: the nested tree that `module.apply` takes."""
+  return unflatten_dict({**trainable, **frozen}, sep="/")
+
+
+def start(trainable: Flat, frozen: Flat, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))

@@ -1,0 +1,124 @@
+"""Writes the easy-VQA data set (PyPI `easy-vqa`) in LLaVA's own format, with a small tokenizer.
+
+Usage: python scripts/prepare_easy_vqa.py --out data/easy_vqa
+
+Makes in --out: images/{train,test}/*.png, captions.json (stage 1), train.json (stage 2), test.json
+(one question a line of the held-out split), tokenizer/ (byte-level BPE learned from these texts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import shutil
+from pathlib import Path
+
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def caption(pairs: list[tuple[str, str]]) -> str:
+  """What the answers tell of an image: 'a red circle; blue no, red yes'. Uses nothing else."""
+  known = {answer for _, answer in pairs} - {"yes", "no"}
+  facts = {}
+  for question, answer in pairs:
+    words = question.replace("?", "").split()
+    named = [w for w in words if w in COLOURS + SHAPES]
+    if answer in ("yes", "no") and len(named) == 1:
+      negated = "not" in words or "no" in words
+      facts[named[0]] = (answer == "yes") != negated
+    elif named:  # 'what color is the circle?' says that it is a circle
+      known.add(named[0])
+  known |= {word for word, true in facts.items() if true}
+  colour = [w for w in COLOURS if w in known]
+  shape = [w for w in SHAPES if w in known]
+  text = " ".join(["a", *colour, *(shape or ["shape"])])
+  tail = ", ".join(f"{word} {'yes' if true else 'no'}" for word, true in facts.items())
+  return f"{text}; {tail}" if tail else text
+
+
+def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+  turns = []
+  for i, (question, answer) in enumerate(pairs):
+    turns.append({"from": "human", "value": "<image>\n" * (i == 0) + question})
+    turns.append({"from": "gpt", "value": answer})
+  return turns
+
+
+def by_image(questions: tuple) -> dict[int, list[tuple[str, str]]]:
+  grouped = collections.defaultdict(list)
+  for question, answer, image in zip(*questions, strict=True):
+    grouped[image].append((question, answer))
+  return dict(sorted(grouped.items()))
+
+
+def write_tokenizer(texts: list[str], out: Path) -> None:
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+  from transformers import PreTrainedTokenizerFast
+
+  tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  special = ["<unk>", "<s>", "</s>"]
+  trainer = trainers.BpeTrainer(
+    vocab_size=768, special_tokens=special, show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+  )  # fmt: skip
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+  )
+  fast.save_pretrained(str(out))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", default="data/easy_vqa")
+  out = Path(parser.parse_args().out)
+  if (out / "tokenizer" / "tokenizer.json").is_file():
+    print(f"{out}: already prepared")
+    return
+  import easy_vqa
+
+  from llava_sp_jax.data.conversation import TEMPLATES
+
+  splits = {
+    "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
+    "test": (easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+  }
+  for split, (_, paths) in splits.items():
+    folder = out / "images" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths.values():
+      shutil.copy(path, folder)
+  train = by_image(splits["train"][0])
+  captions = [
+    {"id": f"caption-{i}", "image": f"train/{i}.png",
+     "conversations": [{"from": "human", "value": "<image>"},
+                       {"from": "gpt", "value": caption(pairs)}]}
+    for i, pairs in train.items()
+  ]  # fmt: skip
+  dialogues = [
+    {"id": f"train-{i}", "image": f"train/{i}.png", "conversations": conversation(pairs)}
+    for i, pairs in train.items()
+  ]
+  test = [
+    {"id": f"test-{n}", "image": f"test/{i}.png", "question": q, "answer": a}
+    for n, (q, a, i) in enumerate(zip(*splits["test"][0], strict=True))
+  ]
+  for name, rows in (("captions", captions), ("train", dialogues), ("test", test)):
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+  v1 = TEMPLATES["v1"]
+  texts = [s["conversations"][1]["value"] for s in captions]
+  texts += [f"{v1.system}{v1.before}{v1.after}"] * 1000
+  texts += [f"\n{q}{v1.after} {a}" for pairs in train.values() for q, a in pairs]
+  write_tokenizer(texts, out / "tokenizer")
+  print(f"{out}: {len(captions)} captions, {len(dialogues)} dialogues, {len(test)} test questions")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes the environment and passes the tests: format, lint, types, tests. Arguments go to pytest.
+#
+#   bash scripts/test.sh              the default suite
+#   bash scripts/test.sh -m slow      the slow ones
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment test,report,gguf
+unset XLA_FLAGS
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
