@@ -90,6 +90,8 @@ class Checkpoints:
     The arguments are arrays or ShapeDtypeStructs with the shardings to restore to.
     """
     step = self.latest
+    if step is None:
+      raise CheckpointError(f"{self.folder}: no checkpoint to restore")
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -127,7 +129,7 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
   temporary.replace(folder / CONFIG_FILE)
 
 
-# Values that may change when a run goes on: they alter neither its numbers nor what is in its files.
+# Values that may change when a run goes on: they alter neither its numbers nor its files.
 MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
               "config.data.threads", "config.mesh.")  # fmt: skip
 

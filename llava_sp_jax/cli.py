@@ -12,7 +12,10 @@ COMMANDS = {
   "train": ("tools.train", "train a stage, or continue a run"),
   "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
   "generate": ("tools.generate", "answer a question about an image"),
-  "report": ("tools.report", "report.md and pictures from the runs of both stages and their scores"),
+  "report": (
+    "tools.report",
+    "report.md and pictures from the runs of both stages and their scores",
+  ),
   "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
 }
 

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tower:
-  """Vision transformer. `variant` names a row of `models.vit.VARIANTS`; sizes in pixels and units."""
+  """Vision transformer. `variant` names a row of `models.vit.VARIANTS`; image sizes in pixels."""
 
   variant: str = "clip"
   image_size: int = 336

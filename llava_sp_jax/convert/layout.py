@@ -1,4 +1,4 @@
-"""Pairs of functions that turn a torch array into ours and back, both numpy views where possible."""
+"""Pairs of functions that turn a torch array into ours and back, numpy views where possible."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def run_params(folder: str | Path) -> Run:
   config = checkpoint.read_config(folder)
   trained, about, step = checkpoint.read_params(folder)
   expected = _abstract(config.model)
-  base = _read_init(config, expected, but=set(trained))
+  base: dict[str, Any] = _read_init(config, expected, but=set(trained))
   missing = {p: s for p, s in expected.items() if p not in trained and p not in base}
   base.update(_random(config, missing))
   frozen = {p: np.asarray(a).astype(config.model.frozen_dtype) for p, a in base.items()}
@@ -138,7 +138,7 @@ def initial_params(
       f"init.checkpoint {config.init.checkpoint}",
       [f"missing {p} {s.shape}" for p, s in missing.items() if not re.match(ADAPTERS, p)],
     )
-  places = shardings(expected) if shardings else {p: None for p in expected}
+  places = shardings(expected) if shardings else dict.fromkeys(expected)
   random = _random(config, missing)
   return unflatten_dict(
     {p: jax.device_put(found.get(p, random.get(p)), places[p]) for p in expected}, sep="/"
@@ -221,7 +221,6 @@ def upstream(
   extra = torch_io.read_named(lora, ("non_lora_trainables",))
   extra = {name.removeprefix("base_model.model."): array for name, array in extra.items()}
   kernels = [a for n, a in extra.items() if re.fullmatch(r"model\.conv_\d+(\.1)?\.weight", n)]
-  heads = llm["num_attention_heads"]
   model = config_lib.Model(
     dtype=dtype, frozen_dtype=dtype, remat=False,
     tower=config_lib.Tower(

@@ -140,7 +140,9 @@ def match(name: str, rows: tuple[Row, ...]) -> Match | None:
     if groups:
       words = groups.groupdict()
       layer = words.pop("layer", None)
-      found.append(Match(row.path.format(**words), row.layout, None if layer is None else int(layer)))
+      found.append(
+        Match(row.path.format(**words), row.layout, None if layer is None else int(layer))
+      )
   if len(found) > 1:
     raise ValueError(f"{name} matches {len(found)} rows: {[m.path for m in found]}")
   return found[0] if found else None

@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_named(folder: Path, stems: tuple[str, ...]) -> dict[str, np.ndarray]:
-  """Tensors of the first of `stems` in a folder, whole (`stem.bin`) or sharded (`stem.bin.index.json`).
+  """Tensors of the first of `stems` in a folder: `stem.bin`, or shards by `stem.bin.index.json`.
 
   Raises: FormatError that lists what was looked for.
   """

@@ -108,7 +108,7 @@ def accuracy_bars(scores: dict[str, Any], path: Path) -> None:
 
 
 def answer_sheet(predictions: list[dict[str, Any]], path: Path) -> None:
-  """Test images with question, answer and truth: spread over the split, some mistakes among them."""
+  """Test images with question, answer and truth: from the whole split, some mistakes among them."""
   from PIL import Image
 
   chosen = sheet_rows(predictions, SHEET[0] * SHEET[1])

@@ -39,4 +39,6 @@ def accuracy_by_kind(records: list[dict[str, Any]]) -> dict[str, dict[str, float
   for record in records:
     groups["all"].append(record["right"])
     groups.setdefault(record["kind"], []).append(record["right"])
-  return {k: {"accuracy": sum(v) / len(v) if v else 0.0, "items": len(v)} for k, v in groups.items()}
+  return {
+    k: {"accuracy": sum(v) / len(v) if v else 0.0, "items": len(v)} for k, v in groups.items()
+  }

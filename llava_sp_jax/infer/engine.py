@@ -108,4 +108,3 @@ class Engine:
     for row_ids, count in list(zip(ids, counts, strict=True))[: len(rows)]:
       kept = tuple(int(i) for i in row_ids[:count])
       yield Answer(self._pretrained.tokenizer.decode(kept).strip(), kept)
-

@@ -5,6 +5,7 @@ Shape letters:  B rows . T prompt length . M images per row . N tokens per image
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,22 +26,22 @@ def generate(
   `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. Returns the new
   ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
   """
-  variables = {"params": params}
+  apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   rows, length = batch["tokens"].shape
   text = module.language_model
   cache = cache_lib.allocate(
     text.layers, rows, length + max_new_tokens, text.kv_heads, text.head_dim, text.dtype
   )
-  image = module.apply(variables, batch["images"], method="encode_image")
-  hidden, cache = module.apply(
-    variables, batch["tokens"], batch["positions"], batch["segments"], image, batch["slots"],
-    cache, method="extend",
+  image = apply(batch["images"], method="encode_image")
+  hidden, cache = apply(
+    batch["tokens"], batch["positions"], batch["segments"], image, batch["slots"], cache,
+    method="extend",
   )  # fmt: skip
   last = jnp.take_along_axis(hidden, (cache.length - 1)[:, None, None], axis=1)
   segment = jnp.full((rows, 1), BRANCHES, jnp.int32)
 
   def next_token(hidden: jax.Array, number: jax.Array) -> jax.Array:
-    logits = module.apply(variables, hidden[:, -1], method="logits")
+    logits = apply(hidden[:, -1], method="logits")
     return pick(logits, jax.random.fold_in(rng, number), temperature)
 
   def is_stop(token: jax.Array) -> jax.Array:
@@ -54,8 +55,8 @@ def generate(
     number, token, done, count, ids, cache = carry
     ids = jax.lax.dynamic_update_index_in_dim(ids, token, number, axis=1)
     count = count + ~done
-    hidden, cache = module.apply(
-      variables, token[:, None], cache.length[:, None], segment, None, None, cache, method="extend"
+    hidden, cache = apply(
+      token[:, None], cache.length[:, None], segment, None, None, cache, method="extend"
     )
     token = next_token(hidden, number + 1)
     return number + 1, token, done | is_stop(token), count, ids, cache

@@ -39,7 +39,8 @@ def model(config: config_lib.Model) -> LlavaSP:
       vocab_size=text.vocab_size, width=text.width, layers=text.layers, heads=text.heads,
       kv_heads=text.kv_heads, head_dim=text.head_dim, mlp_width=text.mlp_width,
       rope_theta=text.rope_theta, norm_eps=text.norm_eps, tie_embeddings=text.tie_embeddings,
-      initializer_range=text.initializer_range, scan_unroll=config.scan_unroll, remat=config.remat, dtype=dtype, dense=lora.dense(),
+      initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
+      remat=config.remat, dtype=dtype, dense=lora.dense(),
     ),
   )  # fmt: skip
 

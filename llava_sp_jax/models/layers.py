@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding, half-split as in Hugging Face. [B, T, N, H], [B, T] -> [B, T, N, H]."""
+  """Rotary embedding, half-split as in Hugging Face. [B, T, N, H], [B, T] -> [B, T, N, H]."""
   half = x.shape[-1] // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, H/2]
@@ -51,7 +51,7 @@ def causal_mask(
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Softmax attention with grouped heads. [B, T, N, H], [B, S, K, H] x2, [B, T, S] -> [B, T, N, H]."""
+  """Attention with grouped heads. [B, T, N, H], [B, S, K, H] x2, [B, T, S] -> [B, T, N, H]."""
   return jax.nn.dot_product_attention(
     q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
   )

@@ -1,6 +1,7 @@
 """LLaMA-family decoder: grouped-query attention, gated MLP, one scan over the layers.
 
-Shape letters:  B rows . T tokens . D width . N heads . K key-value heads . H head width . V vocabulary
+Shape letters:  B rows . T tokens . D width . N heads . K key-value heads . H head width
+                V vocabulary
 Source: Hugging Face `modeling_llama.py`.
 """
 
@@ -35,7 +36,10 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, cache, positions, mask, start):
     dense = functools.partial(
-      self.dense, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.initializer_range)
+      self.dense,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.normal(self.initializer_range),
     )
     y = RMSNorm(self.norm_eps, name="attn_norm")(x)
 
@@ -50,7 +54,9 @@ class Block(nn.Module):
     out = attend(q, k, v, mask)
     x = x + dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
-    y = nn.silu(dense(self.mlp_width, name="gate_proj")(y)) * dense(self.mlp_width, name="up_proj")(y)
+    y = nn.silu(dense(self.mlp_width, name="gate_proj")(y)) * dense(self.mlp_width, name="up_proj")(
+      y
+    )
     x = x + dense(x.shape[-1], name="down_proj")(y)
     return nn.with_logical_constraint(x, BLOCK_AXES), cache
 
@@ -90,9 +96,7 @@ class Decoder(nn.Module):
     )  # fmt: skip
     self.final_norm = RMSNorm(self.norm_eps)
     if not self.tie_embeddings:
-      self.lm_head = nn.Dense(
-        self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal
-      )
+      self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)
 
   def embed(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
     return self.token_embed(tokens)

@@ -16,7 +16,7 @@ from llava_sp_jax.models.vit import VisionTransformer
 
 
 def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
-  """Puts image tokens where `slots` points, text where it is -1. [B,T,D], [B,MN,D], [B,T] -> [B,T,D]."""
+  """Image tokens where `slots` points, text where it is -1. [B,T,D], [B,MN,D], [B,T] -> [B,T,D]."""
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 

@@ -37,7 +37,7 @@ def pool(grid: jax.Array, size: int) -> jax.Array:
 
 
 def pooling_matrix(side: int, size: int) -> np.ndarray:
-  """Rows average the bins floor(i*side/size) .. ceil((i+1)*side/size), which overlap. [size, side]."""
+  """Rows average bins floor(i*side/size) .. ceil((i+1)*side/size), which overlap. [size, side]."""
   matrix = np.zeros((size, side), np.float32)
   for i in range(size):
     low, high = i * side // size, -(-(i + 1) * side // size)
@@ -81,7 +81,7 @@ def spatial_token_count(row: str, grid: int) -> int:
 
 
 class DetailInteraction(nn.Module):
-  """Spatial tokens attend to a strided convolution of the grid. [B, S, K], [B, G, G, C] -> [B, S, K].
+  """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
 
   Single head, stride 2; the kernel is given for the 24x24 grid and scales with the grid.
   """

@@ -101,16 +101,16 @@ class VisionTransformer(nn.Module):
         Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
         unroll=min(self.scan_unroll, count),
       )  # fmt: skip
-      x, _ = blocks(
-        self.heads, self.mlp_width, row.activation, row.eps, self.dtype, name="layers"
-      )(x)
+      x, _ = blocks(self.heads, self.mlp_width, row.activation, row.eps, self.dtype, name="layers")(
+        x
+      )
     if row.class_token:
       x = x[:, 1:]
     return x.reshape(len(x), self.grid, self.grid, self.width)
 
 
 def patchify(images: jax.Array, patch: int, grid: int) -> jax.Array:
-  """Cuts images into flat patches (row, column, channel). [B, H, W, 3] -> [B, G*G, patch*patch*3]."""
+  """Images to flat patches (row, column, channel). [B, H, W, 3] -> [B, G*G, patch*patch*3]."""
   side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
   x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

@@ -109,9 +109,7 @@ def _run(
       log.step(number, metrics, quarantine.count)
       asked = stop.asked or checkpoints.preempted(number)
       if asked or number % config.train.save_every == 0 or number == config.train.steps:
-        checkpoints.save(
-          number, train_state.trainable, train_state.opt_state, iterator, about
-        )
+        checkpoints.save(number, train_state.trainable, train_state.opt_state, iterator, about)
       if asked:
         print(f"asked to stop: saved step {number}; the same command goes on from there")
         break

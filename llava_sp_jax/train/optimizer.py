@@ -42,7 +42,7 @@ def group_of(path: str, stage: str) -> str:
 
 
 def schedule(rate: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-  """Linear warm-up over ceil(ratio * steps), then half a cosine to 0; step 0 of a warm-up has rate 0."""
+  """Linear warm-up over ceil(ratio * steps) from 0, then half a cosine to 0."""
   warmup = math.ceil(warmup_ratio * steps)
 
   def value(count: Any) -> Any:

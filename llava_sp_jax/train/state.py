@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
@@ -16,8 +16,7 @@ from llava_sp_jax.train import optimizer
 Flat = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """`trainable` holds float32 masters; `frozen` has neither gradients nor moments."""
 
   step: jax.Array

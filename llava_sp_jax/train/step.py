@@ -5,6 +5,7 @@ Shape letters:  B rows . T row length . D width . V vocabulary
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,14 +26,14 @@ def loss_and_counts(
   The head runs over slices of `chunk` positions, each recomputed in the backward pass, so that
   logits for the whole row never exist. Log-sum-exp is float32.
   """
-  variables = {"params": params}
-  hidden = module.apply(
-    variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
-    batch["slots"], rngs=rngs,
+  apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
+  hidden = apply(
+    batch["tokens"], batch["positions"], batch["segments"], batch["images"], batch["slots"],
+    rngs=rngs,
   )  # fmt: skip
 
   def slice_sums(h: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    logits = module.apply(variables, h, method="logits")
+    logits = apply(h, method="logits")
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
     right = (jnp.argmax(logits, axis=-1) == targets) * weights
     return jnp.stack([loss.sum(), right.sum()])

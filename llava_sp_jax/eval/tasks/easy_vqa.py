@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI `easy-vqa`): one coloured shape, generated answers, exact match over the test split."""
+"""easy-VQA (PyPI `easy-vqa`): one coloured shape; exact match of generated answers, test split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class EasyVqa:
     rows = json.loads(self._file.read_text())
     images = self._folder / "images"
     return [
-      Item(r["id"], r["question"], images / r["image"], r["answer"], KINDS.get(r["answer"], "colour"))
+      Item(
+        r["id"], r["question"], images / r["image"], r["answer"], KINDS.get(r["answer"], "colour")
+      )
       for r in rows
     ]
 

@@ -1,0 +1,1 @@
+"""Samples to static numpy batches, on the host; no jax in here."""

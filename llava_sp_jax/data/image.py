@@ -1,0 +1,73 @@
+"""Images: decoding and preprocessing, equal to the last bit to the original's (PIL, not torch).
+
+Source: `expand2square` in `llava/mm_utils.py`; Hugging Face `CLIPImageProcessor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava_sp_jax.data.conversation import SampleError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """Pads to a square with the mean colour, resizes (bicubic), normalises. Sizes in pixels."""
+
+  size: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def __call__(self, image: Image.Image) -> np.ndarray:
+    """-> [size, size, 3] float32."""
+    image = pad_to_square(image.convert("RGB"), tuple(int(m * 255) for m in self.mean))
+    if image.size != (self.size, self.size):
+      image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+    scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
+    return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+  """Centres the image on a square of its longer side."""
+  width, height = image.size
+  if width == height:
+    return image
+  side = max(width, height)
+  square = Image.new("RGB", (side, side), colour)
+  square.paste(image, ((side - width) // 2, (side - height) // 2))
+  return square
+
+
+def read(path: Path) -> Image.Image:
+  """Decodes a file.
+
+  Raises:
+    SampleError: names the file and says whether it is missing or not an image.
+  """
+  try:
+    with Image.open(path) as image:
+      return image.convert("RGB")
+  except FileNotFoundError:
+    raise SampleError(f"image {path}: no such file") from None
+  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise SampleError(f"image {path}: cannot be decoded ({error})") from None
+
+
+def _no_change(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  return image
+
+
+def _mirror_shift(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  reach = image.shape[0] // 8
+  rows, columns = rng.integers(0, 2 * reach + 1, 2)
+  padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+  image = padded[rows : rows + image.shape[0], columns : columns + image.shape[1]]
+  return image[:, ::-1] if rng.integers(2) else image
+
+
+# A mirror is right only where no question speaks of left and right; LLaVA's recipe has "none".
+AUGMENTS = {"none": _no_change, "mirror_shift": _mirror_shift}

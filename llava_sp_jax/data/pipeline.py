@@ -1,0 +1,128 @@
+"""The data pipeline: shuffled, seekable, resumable batches of static shape (grain).
+
+Shape letters:  B rows . T row length . M images per row
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import conversation, example, image, sources
+from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+class Quarantine:
+  """Counts samples that could not be used and writes each to a file, once."""
+
+  def __init__(self, path: Path | None = None):
+    self._path, self._lock, self._seen = path, threading.Lock(), set[int]()
+
+  @property
+  def count(self) -> int:
+    return len(self._seen)
+
+  def add(self, index: int, sample: Any, error: SampleError) -> None:
+    with self._lock:
+      if index in self._seen:
+        return
+      self._seen.add(index)
+      name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
+      line = {"index": index, "id": name, "error": str(error)}
+      if self._path:
+        with self._path.open("a") as file:
+          file.write(json.dumps(line) + "\n")
+
+
+class RowMaker:
+  """Turns sample `index` into a row with its images; a bad sample is quarantined, and None."""
+
+  def __init__(
+    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, image_size: int,
+    image_tokens: int, quarantine: Quarantine,
+  ):  # fmt: skip
+    self._source, self._tokenizer, self._data = source, tokenizer, data
+    self._template = lookup("data.template", data.template, conversation.TEMPLATES)
+    self._turns = lookup("data.turns", data.turns, conversation.TURNS)
+    self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
+    self._image_size, self._image_tokens = image_size, image_tokens
+    self._quarantine = quarantine
+
+  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+    sample = self._source[index]
+    try:
+      return self._make(sample, rng)
+    except SampleError as error:
+      self._quarantine.add(index, sample, error)
+      return None
+
+  def _make(self, sample: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if not isinstance(sample, dict):
+      raise SampleError(f"expected a dictionary, found {sample!r:.60}")
+    turns = conversation.turns_of(sample)
+    limit = self._data.turns_per_row
+    if limit and len(turns) > limit:
+      turns = draw_turns(turns, limit, rng)
+    images = self._source.images(sample)
+    if len(images) > self._data.images_per_row:
+      raise SampleError(
+        f"{len(images)} images, but data.images_per_row is {self._data.images_per_row}"
+      )
+    runs = example.tokenize(self._turns(turns, self._template), self._tokenizer)
+    row = example.layout(runs, self._image_tokens, self._data.row_length, len(images)).arrays()
+    side = self._image_size
+    row["images"] = np.zeros((self._data.images_per_row, side, side, 3), np.float32)
+    for i, pixels in enumerate(images):
+      row["images"][i] = self._augment(pixels, rng)
+    return row
+
+
+def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
+  """A random subset of the turns, in their order; the image stays in the first of them."""
+  image_count = turns[0][0].count(conversation.IMAGE)
+  plain = [(q.replace(conversation.IMAGE, "").strip(), a) for q, a in turns]
+  chosen = [plain[i] for i in sorted(rng.choice(len(turns), limit, replace=False))]
+  first = (conversation.IMAGE + "\n") * image_count + chosen[0][0]
+  return [(first, chosen[0][1]), *chosen[1:]]
+
+
+def lookup(key: str, name: str, table: dict[str, Any]) -> Any:
+  """The row `name` of a table. Raises: ConfigError that lists the known rows."""
+  if name not in table:
+    raise config_lib.ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
+  return table[name]
+
+
+def make(
+  data: config_lib.Data, tokenizer: Tokenizer, image_size: int, image_tokens: int, batch_size: int,
+  seed: int, quarantine: Quarantine | None = None, shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:  # fmt: skip
+  """An endless iterator of batches whose `get_state`/`set_state` resume it exactly.
+
+  `batch_size` counts all rows; shard (i, n) yields the i-th of n equal parts of each batch.
+  """
+  preprocess = image.Preprocess(image_size, data.image_mean, data.image_std)
+  make_source = lookup("data.source", data.source, sources.SOURCES)
+  source = make_source(data.path, data.image_folder, preprocess)
+  row_maker = RowMaker(
+    source, tokenizer, data, image_size, image_tokens, quarantine or Quarantine()
+  )
+  host, hosts = shard
+  rows = (
+    grain.MapDataset.range(len(source))
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(row_maker)[host::hosts]
+    .to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=64))
+  )
+  return iter(rows.batch(batch_size // hosts, drop_remainder=True))
