@@ -7,4 +7,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report,gguf
-exec .venv/bin/python scripts/easy_vqa.py "$@"
+exec .venv/bin/python scripts/run_easy_vqa.py "$@"

@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from easy_vqa import ROWS, command, job
+from run_easy_vqa import ROWS, command, job
 
 
 def page(records: list[dict], scale: float) -> str:

@@ -1,6 +1,6 @@
 """The main job on easy-VQA: prepares the data, trains both stages, evaluates, writes a report.
 
-Usage: python scripts/easy_vqa.py [--row pooling] [--seed 0] [--scale 1] [--runs runs/easy_vqa]
+Usage: python scripts/run_easy_vqa.py [--row pooling] [--seed 0] [--scale 1] [--runs runs/easy_vqa]
 
 Each stage is a `llava-sp` command that it prints first; a killed job goes on where it was.
 """
