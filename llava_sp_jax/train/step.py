@@ -67,6 +67,6 @@ def train_step(
     opt_state=opt_state,
   )
   accuracy = counts["right"] / jnp.maximum(counts["count"], 1)
-  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "token_accuracy": accuracy,
+  metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "token_accuracy": accuracy,
              "tokens": counts["count"]}  # fmt: skip
   return new, metrics

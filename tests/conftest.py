@@ -1,0 +1,135 @@
+"""Eight simulated devices, a compilation cache, and a tiny model with a tiny data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+
+# These are read when jax is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
+if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from llava_sp_jax import config as config_lib  # noqa: E402
+from llava_sp_jax.data.conversation import TEMPLATES  # noqa: E402
+
+IMAGE_SIZE, PATCH_SIZE = 24, 4  # a 6x6 grid, the smallest that six scales fit into
+VOCAB_SIZE = 384
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+ConfigMaker = Callable[..., config_lib.Config]
+
+
+def write_tokenizer(texts: list[str], out: Path) -> None:
+  """A byte-level BPE with `<s>` in front, as `scripts/prepare_easy_vqa.py` makes it."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+  from transformers import PreTrainedTokenizerFast
+
+  tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=VOCAB_SIZE, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+  )  # fmt: skip
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+  )
+  fast.save_pretrained(str(out))
+
+
+def dialogue(index: int) -> list[dict[str, str]]:
+  """Two to four turns about picture `index`."""
+  turns = []
+  for turn in range(2 + index % 3):
+    colour = COLOURS[(index + turn) % len(COLOURS)]
+    question = f"is it {colour}?" if turn else f"<image>\nwhat colour is it, {colour}?"
+    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": f"{colour}, yes"}]
+  return turns
+
+
+def write_data(folder: Path, count: int = 12) -> None:
+  """Random pictures, captions.json, train.json and test.json about them, and a tokenizer."""
+  (folder / "images").mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  captions, dialogues, questions = [], [], []
+  for i in range(count):
+    pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    colour = COLOURS[i % len(COLOURS)]
+    caption = [{"from": "human", "value": "<image>"},
+               {"from": "gpt", "value": f"a {colour} picture"}]  # fmt: skip
+    captions.append({"id": f"caption-{i}", "image": f"{i}.png", "conversations": caption})
+    dialogues.append({"id": f"train-{i}", "image": f"{i}.png", "conversations": dialogue(i)})
+    answer = ("yes", "circle", colour)[i % 3]
+    questions.append(
+      {"id": f"test-{i}", "image": f"{i}.png", "question": "what is it?", "answer": answer}
+    )
+  for name, rows in (("captions", captions), ("train", dialogues), ("test", questions)):
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+  v1 = TEMPLATES["v1"]
+  texts = [m["value"] for d in dialogues for m in d["conversations"]]
+  write_tokenizer([*texts, *[f"{v1.system}{v1.before}{v1.after}"] * 20], folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder with images/, captions.json, train.json, test.json and tokenizer/."""
+  folder = tmp_path_factory.mktemp("tiny") / "data"
+  write_data(folder)
+  return folder
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+  """Nested `values` with `changes` put over them."""
+  result = dict(values)
+  for key, value in changes.items():
+    nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+    result[key] = merged(result[key], value) if nested else value
+  return result
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: Path) -> ConfigMaker:
+  """`make(stage, row, **changes)`: a valid config of a model that trains in a second."""
+
+  def make(stage: str = "finetune", row: str = "pooling", **changes: Any) -> config_lib.Config:
+    captions = stage.startswith("pretrain")
+    values = {
+      "name": f"tiny-{row}-{stage}",
+      "model": {
+        "tower": {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": 32, "layers": 2,
+                  "heads": 2, "mlp_width": 64, "select_layer": -2},
+        "language_model": {"vocab_size": VOCAB_SIZE, "width": 32, "layers": 2, "heads": 4,
+                           "kv_heads": 2, "head_dim": 8, "mlp_width": 64},
+        "projector": {"row": row, "token_width": 16},
+        "lora": {"rank": 0 if captions else 8, "alpha": 16.0, "dropout": 0.05},
+        "dtype": "float32", "frozen_dtype": "float32", "remat": False,
+      },
+      "data": {"path": str(tiny_data / f"{'captions' if captions else 'train'}.json"),
+               "image_folder": str(tiny_data / "images"),
+               "tokenizer": str(tiny_data / "tokenizer"),
+               "template": "plain" if captions else "v1",
+               "row_length": 64 if captions else 208, "threads": 2},
+      "optimizer": {"stage": stage, "learning_rate": 1e-2, "projector_learning_rate": 1e-2},
+      "train": {"steps": 4, "batch_size": 8, "log_every": 1, "save_every": 100},
+    }  # fmt: skip
+    return config_lib.from_dict(merged(values, changes))
+
+  return make

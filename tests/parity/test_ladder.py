@@ -1,0 +1,29 @@
+"""Every rung of the parity ladder stays within its tolerance."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity import ladder
+
+CLIMBS = [(name, rung) for rung, (cases, _) in ladder.RUNGS.items() for name in cases]
+
+
+@pytest.mark.parametrize(("name", "rung"), CLIMBS)
+def test_rung_is_within_its_tolerance(name: str, rung: str) -> None:
+  results = list(ladder.RUNGS[rung][1](ladder.case(name)))
+  assert results, "a climb without rungs proves nothing"
+  beyond = [f"{r.rung}: {r.max_abs_diff:.2e} > {r.tolerance:.0e}" for r in results
+            if not r.max_abs_diff <= r.tolerance]  # fmt: skip
+  assert not beyond
+
+
+def test_every_tolerance_has_a_rung_and_the_other_way_round() -> None:
+  """The climbs name their rungs when they run; the exceptions must name existing ones."""
+  for name, rung in ladder.EXCEPTIONS:
+    assert name in ladder.CASES
+    assert rung in ladder.TOLERANCES
+
+
+def test_difference_sees_a_single_wrong_number() -> None:
+  assert ladder.difference([1.0, 2.0], [1.0, 4.0]) == 0.5
