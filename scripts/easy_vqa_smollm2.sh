@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A real language model: SmolLM2-135M from its GGUF -> stage 1 -> stage 2 -> evaluation -> report.
+#
+#   bash scripts/easy_vqa_smollm2.sh                 ends with runs/smollm2/pooling-0/report/report.md
+#   bash scripts/easy_vqa_smollm2.sh --scale 4       four times the steps of both stages
+#   bash scripts/easy_vqa_smollm2.sh --row cropping  another projector: none, pooling, cropping
+#
+# Other options: --seed 0, --limit 1000 (test questions to answer; 0 is all 9,673), --runs FOLDER,
+# --data FOLDER. A killed job goes on where it was when the same command is given again. Stage 1
+# trains a small vision tower from scratch, because the recipe has no pretrained one; see
+# configs/easy_vqa_smollm2.py.
+set -euo pipefail
+row=pooling seed=0 scale=1 limit=1000 runs=runs/smollm2 data=data/easy_vqa
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --row | --seed | --scale | --limit | --runs | --data)
+      [ $# -gt 1 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
+      printf -v "${1#--}" %s "$2"; shift 2 ;;
+    *) echo "unknown option $1; see --help" >&2; exit 2 ;;
+  esac
+done
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment report,gguf
+
+python=.venv/bin/python
+config=configs/easy_vqa_smollm2.py
+tokenizer=$data/tokenizer_smollm2
+base=$runs/$row-$seed
+options="row=$row,seed=$seed,scale=$scale,data=$data,tokenizer=$tokenizer"
+
+# Runs `llava-sp ...` and shows the command.
+llava_sp() { printf '\n$ llava-sp %s\n' "$*"; "$python" -m llava_sp_jax.cli "$@"; }
+
+"$python" scripts/prepare_easy_vqa.py --out "$data"
+if [ ! -f "$tokenizer/tokenizer_config.json" ]; then
+  gguf=$("$python" -c "import runpy; print(runpy.run_path('$config')['gguf_path']())")
+  llava_sp tokenizer "$gguf" "$tokenizer"
+fi
+llava_sp train --config="$config:stage=pretrain,$options" --workdir="$base/pretrain"
+llava_sp train --config="$config:stage=finetune,init=$base/pretrain,$options" \
+  --workdir="$base/finetune"
+llava_sp eval --checkpoint="$base/finetune" --data="$data" --out="$base/eval" --limit="$limit"
+llava_sp report --runs "$base/pretrain" "$base/finetune" --scores="$base/eval" \
+  --out="$base/report"

