@@ -11,7 +11,7 @@ and the projector at a learning rate of its own.
 
 from ml_collections import ConfigDict
 
-from llava_sp_jax.config import parse_arg
+from llava_sp_jax.config import lookup, parse_arg
 
 PATCHES, SPATIAL = 64, 6  # tokens of one image
 TURNS = 8  # questions of an image in one row
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "lora": {"rank": 32, "alpha": 64.0, "dropout": 0.0},
     },
   }  # fmt: skip
-  stage = stages[arg.stage]
+  stage = lookup("stage", arg.stage, stages)
   return ConfigDict({
     "name": f"easy_vqa-{arg.row}-{arg.stage}",
     "model": {

@@ -11,7 +11,10 @@ import dataclasses
 import json
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
 
 
 class ConfigError(ValueError):
@@ -218,6 +221,51 @@ def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
   return lines
 
 
+def lookup(key: str, name: str, table: Mapping[str, Row]) -> Row:
+  """The row `name` of a table. Raises: ConfigError that names `key` and lists the known rows."""
+  if name not in table:
+    raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
+  return table[name]
+
+
+def override(config: Any, texts: Mapping[str, str]) -> Any:
+  """`config` with values replaced by what a user typed: {"config.train.steps": "200"}.
+
+  Raises: ConfigError for unknown keys and texts of the wrong type, all of them at once.
+  """
+  values, problems = to_dict(config), []
+  for key, text in texts.items():
+    place, where = values, "config"
+    *groups, name = key.split(".")[1:]
+    for group in groups:
+      if not isinstance(place.get(group), dict):
+        name = group
+        break
+      place, where = place[group], f"{where}.{group}"
+    if name not in place:
+      problems.append(f"{where}.{name}: unknown key; known here: {', '.join(place)}")
+    elif isinstance(place[name], dict):
+      problems.append(f"{where}.{name}: a group; name one of its keys: {', '.join(place[name])}")
+    else:
+      try:
+        place[name] = _parse(text, place[name])
+      except (ValueError, KeyError):
+        kind = type(place[name]).__name__
+        problems.append(f"{where}.{name}: expected {kind}, found {text!r}")
+  if problems:
+    raise ConfigError("; ".join(problems))
+  return from_dict(values, type(config))
+
+
+def _parse(text: str, like: Any) -> Any:
+  """`text` as a value of the type of `like`. Raises: ValueError, KeyError."""
+  if isinstance(like, bool):
+    return {"true": True, "false": False}[text.lower()]
+  if isinstance(like, tuple):
+    return tuple(float(part) for part in text.strip("()[] ").split(","))
+  return type(like)(text)
+
+
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
   """Options of a config file: `row=pooling,seed=3` -> a namespace with the types of `defaults`.
 
@@ -229,8 +277,8 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     if key not in defaults:
       raise ConfigError(f"unknown option {key!r} after ':'; known: {', '.join(defaults)}")
     try:
-      values[key] = type(defaults[key])(text)
-    except ValueError:
+      values[key] = _parse(text, defaults[key])
+    except (ValueError, KeyError):
       kind = type(defaults[key]).__name__
       raise ConfigError(f"option {key}: expected {kind}, found {text!r}") from None
   return types.SimpleNamespace(**values)

@@ -14,11 +14,13 @@ import grain
 import numpy as np
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import lookup
 from llava_sp_jax.data import conversation, example, image, sources
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
 
 
 class Quarantine:
@@ -55,14 +57,21 @@ class RowMaker:
     self._turns = lookup("data.turns", data.turns, conversation.TURNS)
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
     self._image_size, self._image_tokens = image_size, image_tokens
-    self._quarantine = quarantine
+    self._quarantine, self._any_good = quarantine, False
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
     sample = self._source[index]
     try:
-      return self._make(sample, rng)
+      row = self._make(sample, rng)
+      self._any_good = True
+      return row
     except SampleError as error:
       self._quarantine.add(index, sample, error)
+      tried = self._quarantine.count
+      if not self._any_good and tried >= min(len(self._source), HOPELESS):
+        raise config_lib.ConfigError(
+          f"data: none of the first {tried} samples can be used; the last: {error}"
+        ) from None
       return None
 
   def _make(self, sample: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -93,13 +102,6 @@ def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
   chosen = [plain[i] for i in sorted(rng.choice(len(turns), limit, replace=False))]
   first = (conversation.IMAGE + "\n") * image_count + chosen[0][0]
   return [(first, chosen[0][1]), *chosen[1:]]
-
-
-def lookup(key: str, name: str, table: dict[str, Any]) -> Any:
-  """The row `name` of a table. Raises: ConfigError that lists the known rows."""
-  if name not in table:
-    raise config_lib.ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
-  return table[name]
 
 
 def make(

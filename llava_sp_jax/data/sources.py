@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import image as image_lib
 from llava_sp_jax.data.conversation import SampleError
 
@@ -27,15 +28,17 @@ class LlavaJson:
   """
 
   def __init__(self, path: str, image_folder: str, preprocess: image_lib.Preprocess):
-    """Raises: FileNotFoundError, or ValueError when the file is not such a list."""
+    """Raises: FileNotFoundError, or ConfigError when the file is not such a list."""
     if not Path(path).is_file():
       raise FileNotFoundError(f"data.path: no file {path!r}; expected a LLaVA JSON list")
     try:
       samples = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
-      raise ValueError(f"{path}: not JSON ({error}); expected a list of conversations") from None
+      raise config_lib.ConfigError(
+        f"data.path: {path} is not JSON ({error}); expected a LLaVA list of conversations"
+      ) from None
     if not isinstance(samples, list) or not samples:
-      raise ValueError(f"{path}: expected a JSON list of conversations, not empty")
+      raise config_lib.ConfigError(f"data.path: {path} is not a list with at least one sample")
     if image_folder and not Path(image_folder).is_dir():
       raise FileNotFoundError(f"data.image_folder: no folder {image_folder!r}")
     self._samples, self._folder, self._preprocess = samples, Path(image_folder), preprocess

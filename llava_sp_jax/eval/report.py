@@ -32,6 +32,12 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   Raises: FileNotFoundError when a run or the scores are not there.
   """
   folder, source = Path(out), Path(scores_folder)
+  needed = [source / "scores.json", source / "predictions.jsonl"]
+  needed += [Path(run) / "metrics.jsonl" for run in runs]
+  if missing := [str(path) for path in needed if not path.is_file()]:
+    raise FileNotFoundError(
+      f"no {', '.join(missing)}; --runs are folders of llava-sp train, --scores of llava-sp eval"
+    )
   folder.mkdir(parents=True, exist_ok=True)
   scores = json.loads((source / "scores.json").read_text())
   predictions = read_lines(source / "predictions.jsonl")

@@ -22,8 +22,8 @@ def model(config: config_lib.Model) -> LlavaSP:
     ConfigError: for a row, variant or size that does not exist or does not fit.
   """
   tower, text, projector = config.tower, config.language_model, config.projector
-  _known("model.tower.variant", tower.variant, VARIANTS)
-  _known("model.projector.row", projector.row, ROWS)
+  config_lib.lookup("model.tower.variant", tower.variant, VARIANTS)
+  config_lib.lookup("model.projector.row", projector.row, ROWS)
   _divides("model.tower.heads", tower.heads, "width", tower.width)
   _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
   dtype = jnp.dtype(config.dtype)
@@ -43,11 +43,6 @@ def model(config: config_lib.Model) -> LlavaSP:
       remat=config.remat, dtype=dtype, dense=lora.dense(),
     ),
   )  # fmt: skip
-
-
-def _known(key: str, value: str, table: dict[str, Any]) -> None:
-  if value not in table:
-    raise config_lib.ConfigError(f"{key}: unknown {value!r}; known: {', '.join(sorted(table))}")
 
 
 def _divides(key: str, part: int, name: str, whole: int) -> None:

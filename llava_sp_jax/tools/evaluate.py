@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
-  from llava_sp_jax.data.pipeline import lookup
+  from llava_sp_jax.config import lookup
   from llava_sp_jax.eval import report, run
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine

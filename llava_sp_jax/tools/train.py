@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 
-USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--config.GROUP.KEY=VALUE ...]
+USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--config.GROUP.KEY=VALUE]
 
 Trains until train.steps. The same command continues a run that was stopped or killed.
 
@@ -35,35 +37,49 @@ def keys(values: Any, prefix: str = "config") -> list[str]:
 
 def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:
   """--config with its overrides, and --workdir. Raises: ConfigError, FileNotFoundError."""
-  from absl import flags
-  from ml_collections import ConfigDict, config_flags
-
-  holder = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=holder)
-  flags.DEFINE_string("workdir", "", "run folder", flag_values=holder)
-  try:
-    left = holder(["train", *complete(argv)])[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError) as error:
-    raise config_lib.ConfigError(str(error)) from None
-  if left:
-    raise config_lib.ConfigError(f"unexpected arguments: {' '.join(left)}")
-  if holder.config is None or not holder.workdir:
-    raise config_lib.ConfigError("give --config FILE and --workdir DIR; see llava-sp train --help")
-  assert isinstance(holder.config, ConfigDict)
-  return config_lib.from_dict(holder.config.to_dict()), holder.workdir
+  given = flags(argv)
+  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+  problems = [f"no --{name}" for name in ("config", "workdir") if not given.get(name)]
+  problems += [f"unknown --{n}" for n in given if n not in ("config", "workdir", *overrides)]
+  if problems:
+    raise config_lib.ConfigError(
+      f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --workdir DIR "
+      "[--config.GROUP.KEY=VALUE ...]; see llava-sp train --help"
+    )
+  return config_lib.override(load_recipe(given["config"]), overrides), given["workdir"]
 
 
-def complete(argv: list[str]) -> list[str]:
-  """The arguments as they are; a config file that does not exist is named before absl tries it."""
-  from pathlib import Path
+def flags(argv: list[str]) -> dict[str, str]:
+  """`--name=text` and `--name text` as {name: text}; the last of a name wins."""
+  given, rest = {}, list(argv)
+  while rest:
+    flag = rest.pop(0)
+    name, equals, text = flag.removeprefix("--").partition("=")
+    if not flag.startswith("--") or not name:
+      raise config_lib.ConfigError(f"unexpected {flag!r}; see llava-sp train --help")
+    if not equals:
+      if not rest or rest[0].startswith("--"):
+        raise config_lib.ConfigError(f"--{name}: expected a value after it")
+      text = rest.pop(0)
+    given[name] = text
+  return given
 
-  for i, argument in enumerate(argv):
-    if argument.startswith("--config=") or argument == "--config":
-      value = argument.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-      path = Path(value.partition(":")[0])
-      if not path.is_file():
-        raise FileNotFoundError(f"--config: no file {str(path)!r}")
-  return argv
+
+def load_recipe(value: str) -> config_lib.Config:
+  """The config of `FILE[:OPTIONS]`; keys that the file leaves out keep their defaults."""
+  file, _, options = value.partition(":")
+  if not Path(file).is_file():
+    raise FileNotFoundError(
+      f"--config: no file {file!r}; expected a recipe such as configs/easy_vqa.py"
+    )
+  spec = importlib.util.spec_from_file_location("recipe", file)
+  if spec is None or spec.loader is None:
+    raise config_lib.ConfigError(f"--config: {file!r} is not a Python file (.py)")
+  recipe = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(recipe)
+  if not hasattr(recipe, "get_config"):
+    raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
+  return config_lib.from_dict(recipe.get_config(*filter(None, [options])).to_dict())
 
 
 def main(argv: list[str]) -> None:

@@ -77,18 +77,19 @@ def train(config: config_lib.Config, workdir: str | Path) -> Result:
     config.train.batch_size, config.train.seed, quarantine,
     (jax.process_index(), jax.process_count()),
   )  # fmt: skip
-  if jax.process_index() == 0:
-    checkpoint.write_config(folder, config)
-    tokenizer.save(folder / "tokenizer")
   with jax.set_mesh(device_mesh):
-    return _run(config, folder, device_mesh, module, iterator, quarantine)
+    prepared = initial_state(config, device_mesh)
+    if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
+      checkpoint.write_config(folder, config)
+      tokenizer.save(folder / "tokenizer")
+    return _run(config, folder, device_mesh, module, iterator, quarantine, prepared)
 
 
 def _run(
   config: config_lib.Config, folder: Path, device_mesh: Any, module: Any, iterator: Any,
-  quarantine: pipeline.Quarantine,
+  quarantine: pipeline.Quarantine, prepared: tuple[Any, Any, Any],
 ) -> Result:  # fmt: skip
-  train_state, shardings, tx = initial_state(config, device_mesh)
+  train_state, shardings, tx = prepared
   print(_summary(config, train_state, device_mesh), flush=True)
   base = checkpoint.fingerprint(train_state.frozen)
   checkpoints = checkpoint.Checkpoints(folder, config.train.keep)

@@ -31,11 +31,7 @@ RATES = {"base": "learning_rate", "projector": "projector_learning_rate"}
 
 def group_of(path: str, stage: str) -> str:
   """The group of a parameter. Raises: ConfigError for an unknown stage, KeyError for no match."""
-  if stage not in STAGES:
-    raise config_lib.ConfigError(
-      f"optimizer.stage: unknown {stage!r}; known: {', '.join(sorted(STAGES))}"
-    )
-  for pattern, group in STAGES[stage]:
+  for pattern, group in config_lib.lookup("optimizer.stage", stage, STAGES):
     if re.match(pattern, path):
       return group
   raise KeyError(f"no row of STAGES[{stage!r}] matches parameter {path!r}")
