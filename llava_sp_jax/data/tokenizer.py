@@ -30,9 +30,7 @@ class Tokenizer:
     return len(self._inner)
 
   def _adds_bos(self) -> bool:
-    flag = getattr(self._inner, "add_bos_token", None)
-    if flag is not None:
-      return bool(flag)
+    """By what it does: flags of `transformers` do not know of a post-processor that adds it."""
     ids = self._inner("a").input_ids
     return bool(ids) and ids[0] == self._inner.bos_token_id
 
