@@ -20,6 +20,7 @@ setup(
     "transformers>=5.23",  # tokenizers; works without torch
     "tensorflow-datasets>=4.9.10",  # data through array_record, without tensorflow
     "safetensors>=0.8",
+    "sentencepiece>=0.2",  # tokenizer.model folders, as Vicuna has
     "tokenizers>=0.23",
     "pillow>=13.0",  # preprocessing is bit-equal to the original's with its resampling
     "numpy>=2.0",
