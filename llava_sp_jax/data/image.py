@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -42,19 +43,19 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
   return square
 
 
-def read(path: Path) -> Image.Image:
-  """Decodes a file.
+def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
+  """Decodes a file, which messages call `name` (its path if empty).
 
   Raises:
     SampleError: names the file and says whether it is missing or not an image.
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(file) as image:
       return image.convert("RGB")
   except FileNotFoundError:
-    raise SampleError(f"image {path}: no such file") from None
+    raise SampleError(f"image {name or file}: no such file") from None
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise SampleError(f"image {path}: cannot be decoded ({error})") from None
+    raise SampleError(f"image {name or file}: cannot be decoded ({error})") from None
 
 
 def _no_change(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,4 +60,63 @@ class LlavaJson:
     return [self._preprocess(image_lib.read(self._folder / name)) for name in names]
 
 
-SOURCES = {"llava_json": LlavaJson}
+class Tfds:
+  """The same samples from TensorFlow Datasets, read without tensorflow (array_record files).
+
+  Features: `id` (text), `conversations` (text with LLaVA's JSON list, or a sequence of
+  `{from, value}`), and `image` (an Image, or a file's bytes; empty for a sample about text).
+  """
+
+  def __init__(self, path: str, image_folder: str, preprocess: image_lib.Preprocess):
+    """`path` is a builder's folder or the name of a prepared data set; its split "train" is read.
+
+    Raises: ConfigError when there is no such data set or its files are not array_record.
+    """
+    import tensorflow_datasets as tfds  # slow to import
+
+    try:
+      builder = tfds.builder_from_directory(path) if Path(path).is_dir() else tfds.builder(path)
+      # Images are decoded in `images`, so that a broken one costs its sample and not the run.
+      skip = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+      self._records = builder.as_data_source("train", decoders=skip)
+    except (NotImplementedError, ImportError, ValueError, LookupError, OSError) as error:
+      raise config_lib.ConfigError(
+        f"data.path: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
+        "name of TensorFlow Datasets with split 'train', prepared with file_format='array_record'"
+      ) from None
+    self._preprocess = preprocess
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record = self._records[index]
+    sample = {"id": _text(record.get("id", "")), "conversations": _turns(record["conversations"])}
+    return {**sample, "image": record["image"]} if record.get("image") else sample
+
+  def images(self, sample: dict[str, Any]) -> list[np.ndarray]:
+    """[H, W, 3] float32 each. Raises: SampleError when one cannot be read."""
+    files = [sample["image"]] if "image" in sample else []
+    name = f"of sample {sample['id']!r}"
+    return [self._preprocess(image_lib.read(io.BytesIO(data), name)) for data in files]
+
+
+def _text(value: Any) -> Any:
+  return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _turns(value: Any) -> Any:
+  """A list of {from, value}; what is not one is left for the template to refuse."""
+  if isinstance(value, dict):  # a sequence of dictionaries arrives as a dictionary of sequences
+    columns = ([_text(x) for x in value[key]] for key in ("from", "value"))
+    return [{"from": who, "value": what} for who, what in zip(*columns, strict=True)]
+  try:
+    return json.loads(_text(value))
+  except (TypeError, json.JSONDecodeError):
+    return value
+
+
+SOURCES: dict[str, Callable[[str, str, image_lib.Preprocess], Source]] = {
+  "llava_json": LlavaJson,
+  "tfds": Tfds,
+}
