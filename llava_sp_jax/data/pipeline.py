@@ -5,6 +5,7 @@ Shape letters:  B rows . T row length . M images per row
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -24,10 +25,11 @@ HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, n
 
 
 class Quarantine:
-  """Counts samples that could not be used and writes each to a file, once."""
+  """Counts samples that could not be used and writes each to a file, once in the life of a run."""
 
   def __init__(self, path: Path | None = None):
-    self._path, self._lock, self._seen = path, threading.Lock(), set[int]()
+    self._path, self._lock = path, threading.Lock()
+    self._seen = _indices(path) if path and path.is_file() else set[int]()
 
   @property
   def count(self) -> int:
@@ -45,6 +47,15 @@ class Quarantine:
           file.write(json.dumps(line) + "\n")
 
 
+def _indices(path: Path) -> set[int]:
+  """Samples that an earlier call has written; a line cut off by a kill does not count."""
+  found = set()
+  for line in path.read_text().splitlines():
+    with contextlib.suppress(json.JSONDecodeError):
+      found.add(int(json.loads(line)["index"]))
+  return found
+
+
 class RowMaker:
   """Turns sample `index` into a row with its images; a bad sample is quarantined, and None."""
 
@@ -57,7 +68,7 @@ class RowMaker:
     self._turns = lookup("data.turns", data.turns, conversation.TURNS)
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
     self._image_size, self._image_tokens = image_size, image_tokens
-    self._quarantine, self._any_good = quarantine, False
+    self._quarantine, self._any_good, self._bad = quarantine, False, set[int]()
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
     sample = self._source[index]
@@ -67,11 +78,12 @@ class RowMaker:
       return row
     except SampleError as error:
       self._quarantine.add(index, sample, error)
-      tried = self._quarantine.count
-      if not self._any_good and tried >= min(len(self._source), HOPELESS):
-        raise config_lib.ConfigError(
-          f"data: none of the first {tried} samples can be used; the last: {error}"
-        ) from None
+      if not self._any_good:
+        self._bad.add(index)
+        if len(self._bad) >= min(len(self._source), HOPELESS):
+          raise config_lib.ConfigError(
+            f"data: none of the first {len(self._bad)} samples can be used; the last: {error}"
+          ) from None
       return None
 
   def _make(self, sample: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
