@@ -4,13 +4,16 @@
 #   bash scripts/easy_vqa_smollm2.sh                 ends with runs/smollm2/pooling-0/report/report.md
 #   bash scripts/easy_vqa_smollm2.sh --scale 4       four times the steps of both stages
 #   bash scripts/easy_vqa_smollm2.sh --row cropping  another projector: none, pooling, cropping
+#   bash scripts/easy_vqa_smollm2.sh --tower-steps 0 no tower of its own: stage 1 trains it
+#
+# No pretrained vision tower is at hand. So the tower is first trained beside the small decoder of
+# configs/easy_vqa.py, on the captions (--tower-steps 1000), and then frozen as in the paper: stage
+# 1 trains the projector alone. With --tower-steps 0, stage 1 trains a random tower as well.
 #
 # Other options: --seed 0, --limit 1000 (test questions to answer; 0 is all 9,673), --runs FOLDER,
-# --data FOLDER. A killed job goes on where it was when the same command is given again. Stage 1
-# trains a small vision tower from scratch, because the recipe has no pretrained one; see
-# configs/easy_vqa_smollm2.py.
+# --data FOLDER. A killed job goes on where it was when the same command is given again.
 set -euo pipefail
-row=pooling seed=0 scale=1 limit=1000 runs=runs/smollm2 data=data/easy_vqa
+row=pooling seed=0 scale=1 limit=1000 runs=runs/smollm2 data=data/easy_vqa tower_steps=1000
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -18,6 +21,9 @@ while [ $# -gt 0 ]; do
     --row | --seed | --scale | --limit | --runs | --data)
       [ $# -gt 1 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
       printf -v "${1#--}" %s "$2"; shift 2 ;;
+    --tower-steps)
+      [ $# -gt 1 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
+      tower_steps=$2; shift 2 ;;
     *) echo "unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
@@ -38,7 +44,16 @@ if [ ! -f "$tokenizer/tokenizer_config.json" ]; then
   gguf=$("$python" -c "import runpy; print(runpy.run_path('$config')['gguf_path']())")
   llava_sp tokenizer "$gguf" "$tokenizer"
 fi
-llava_sp train --config="$config:stage=pretrain,$options" --workdir="$base/pretrain"
+tower=
+if [ "$tower_steps" -gt 0 ]; then
+  tower=$base/tower
+  llava_sp train --config="configs/easy_vqa.py:stage=pretrain,row=none,seed=$seed,data=$data" \
+    --workdir="$tower" --config.train.steps="$tower_steps" --config.data.row_length=46 \
+    --config.model.tower.image_size=48 --config.model.tower.patch_size=8 \
+    --config.model.tower.width=96 --config.model.tower.layers=3 --config.model.tower.heads=2 \
+    --config.model.tower.mlp_width=384
+fi
+llava_sp train --config="$config:stage=pretrain,tower=$tower,$options" --workdir="$base/pretrain"
 llava_sp train --config="$config:stage=finetune,init=$base/pretrain,$options" \
   --workdir="$base/finetune"
 llava_sp eval --checkpoint="$base/finetune" --data="$data" --out="$base/eval" --limit="$limit"

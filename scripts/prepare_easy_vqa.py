@@ -19,23 +19,18 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def caption(pairs: list[tuple[str, str]]) -> str:
-  """What the answers tell of an image: 'a red circle; blue no, red yes'. Uses nothing else."""
+  """What the answers tell of an image, and nothing else: 'a red circle', or 'a red shape'."""
   known = {answer for _, answer in pairs} - {"yes", "no"}
-  facts = {}
   for question, answer in pairs:
     words = question.replace("?", "").split()
     named = [w for w in words if w in COLOURS + SHAPES]
-    if answer in ("yes", "no") and len(named) == 1:
-      negated = "not" in words or "no" in words
-      facts[named[0]] = (answer == "yes") != negated
-    elif named:  # 'what color is the circle?' says that it is a circle
-      known.add(named[0])
-  known |= {word for word, true in facts.items() if true}
+    if answer not in ("yes", "no"):  # 'what color is the circle?' says that it is a circle
+      known.update(named)
+    elif (answer == "yes") != ("not" in words or "no" in words):
+      known.update(named)
   colour = [w for w in COLOURS if w in known]
   shape = [w for w in SHAPES if w in known]
-  text = " ".join(["a", *colour, *(shape or ["shape"])])
-  tail = ", ".join(f"{word} {'yes' if true else 'no'}" for word, true in facts.items())
-  return f"{text}; {tail}" if tail else text
+  return " ".join(["a", *colour, *(shape or ["shape"])])
 
 
 def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -62,7 +57,7 @@ def write_tokenizer(texts: list[str], out: Path) -> None:
   tokenizer.decoder = decoders.ByteLevel()
   special = ["<unk>", "<s>", "</s>"]
   trainer = trainers.BpeTrainer(
-    vocab_size=768, special_tokens=special, show_progress=False,
+    vocab_size=512, special_tokens=special, show_progress=False,
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
   )  # fmt: skip
   tokenizer.train_from_iterator(texts, trainer)

@@ -19,7 +19,10 @@ FROZEN = "frozen"
 STAGES: dict[str, tuple[tuple[str, str], ...]] = {
   "pretrain": ((r"projector/", "projector"), (r"(vision_tower|language_model)/", FROZEN)),
   "pretrain_tower": ((r"(projector|vision_tower)/", "projector"), (r"language_model/", FROZEN)),
-  "pretrain_all": ((r"(projector|vision_tower|language_model)/", "base"),),
+  "pretrain_all": (
+    (r"(projector|vision_tower)/", "projector"),
+    (r"language_model/", "base"),
+  ),
   "finetune": (
     (r"language_model/.*/lora_[ab]$", "base"),
     (r"projector/", "projector"),
