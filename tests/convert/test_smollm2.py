@@ -260,6 +260,23 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
   assert learns == {"vision_tower", "projector"}
 
 
+def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path: Path) -> None:
+  """`init.vision_tower` takes the tower of a run; then stage 1 trains the projector only."""
+  from llava_sp_jax.train import loop
+
+  ours = recipe(f"stage=pretrain,tower={tmp_path / 'run'}")
+  assert ours.init.vision_tower == str(tmp_path / "run")
+  groups = {p: optimizer.group_of(p, ours.optimizer.stage) for p in load._abstract(ours.model)}
+  assert {p.split("/")[0] for p, g in groups.items() if g != optimizer.FROZEN} == {"projector"}
+  loop.train(tiny_config("pretrain_all", train={"steps": 2}), tmp_path / "run")
+  other = tiny_config("pretrain", init={"vision_tower": str(tmp_path / "run")})
+  taken = load.initial_params(other)["vision_tower"]
+  trained = unflatten_dict(load.run_params(tmp_path / "run").params, sep="/")["vision_tower"]
+  jax.tree.map(np.testing.assert_array_equal, taken, trained)
+  fresh = load.initial_params(tiny_config("pretrain"))["vision_tower"]
+  assert not np.array_equal(fresh["patch_embed"]["kernel"], taken["patch_embed"]["kernel"])
+
+
 def llava_sp(*arguments: str) -> str:
   """A command as a user gives it, on one device."""
   done = subprocess.run(
