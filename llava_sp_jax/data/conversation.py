@@ -63,7 +63,8 @@ def turns_of(sample: Any) -> list[tuple[str, str | None]]:
   pairs: list[tuple[str, str | None]] = []
   for i, message in enumerate(messages):
     wanted = ("human", "gpt")[i % 2]
-    if message.get("from") != wanted or not isinstance(message.get("value"), str):
+    known = message if isinstance(message, dict) else {}
+    if known.get("from") != wanted or not isinstance(known.get("value"), str):
       raise SampleError(f"turn {i}: expected a text from {wanted!r}, found {message!r:.80}")
     if i % 2:
       pairs[-1] = (pairs[-1][0], message["value"])

@@ -55,7 +55,7 @@ class LlavaJson:
     """[H, W, 3] float32 each. Raises: SampleError when one cannot be read."""
     names = sample.get("image", [])
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
       raise SampleError(f"`image` must be a file name or a list of them, found {names!r:.60}")
     return [self._preprocess(image_lib.read(self._folder / name)) for name in names]
 

@@ -1,0 +1,120 @@
+"""Text and labels of each template, turn by turn, written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data.conversation import TEMPLATES, SampleError
+from llava_sp_jax.data.tokenizer import Tokenizer
+from tests.conftest import ConfigMaker
+
+TURNS = [("<image>\nwhat is it?", "red"), ("is it blue?", "no"), ("sure?", "yes")]
+SYSTEM = (
+  "A chat between a curious user and an artificial intelligence assistant. "
+  "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_config: ConfigMaker) -> Tokenizer:
+  return Tokenizer(tiny_config().data.tokenizer)
+
+
+def text_of(pieces: list[conversation.Piece]) -> str:
+  return "".join(p.text for p in pieces)
+
+
+def learned(pieces: list[conversation.Piece]) -> list[str]:
+  return [p.text for p in pieces if p.learn]
+
+
+def test_chain_of_v1() -> None:
+  pieces = conversation.chain(TURNS, TEMPLATES["v1"])
+  assert text_of(pieces) == (
+    f"{SYSTEM}USER: <image>\nwhat is it? ASSISTANT: red</s>"
+    "USER: is it blue? ASSISTANT: no</s>USER: sure? ASSISTANT: yes</s>"
+  )
+  assert learned(pieces) == [" red</s>", " no</s>", " yes</s>"]
+  assert {p.branch for p in pieces} == {0}
+
+
+def test_branches_of_v1_share_only_system_and_image() -> None:
+  pieces = conversation.branch(TURNS, TEMPLATES["v1"])
+  trunk = text_of([p for p in pieces if p.branch == 0])
+  assert trunk == f"{SYSTEM}USER: <image>"
+  tails = [text_of([p for p in pieces if p.branch == i]) for i in (1, 2, 3)]
+  assert tails == [
+    "\nwhat is it? ASSISTANT: red</s>", "\nis it blue? ASSISTANT: no</s>",
+    "\nsure? ASSISTANT: yes</s>",
+  ]  # fmt: skip
+  for (question, reply), tail in zip(TURNS, tails, strict=True):
+    alone = f"<image>\n{question.replace('<image>', '').strip()}"
+    assert trunk + tail == text_of(conversation.chain([(alone, reply)], TEMPLATES["v1"]))
+
+
+def test_plain_keeps_only_image_and_caption() -> None:
+  pieces = conversation.chain([("describe <image> briefly", "a red circle")], TEMPLATES["plain"])
+  assert text_of(pieces) == "<image>a red circle\n"
+  assert learned(pieces) == ["a red circle\n"]
+
+
+def test_an_image_in_the_middle_goes_to_the_front() -> None:
+  assert conversation.image_first("look <image> here") == "<image>\nlook  here"
+  assert conversation.image_first("a<image>b<image>") == "<image>\n<image>\nab"
+  assert conversation.image_first("no picture ") == "no picture "
+
+
+def test_a_prompt_ends_where_the_answer_begins() -> None:
+  pieces = conversation.prompt("<image>\nwhat?", TEMPLATES["v1"])
+  assert text_of(pieces).endswith("USER: <image>\nwhat? ASSISTANT:")
+  assert not learned(pieces)
+
+
+@pytest.mark.parametrize(
+  ("first", "second"), [("no image", "x"), ("<image> <image>", "x"), ("<image>", "<image> again")]
+)
+def test_branches_need_one_image_in_the_first_turn(first: str, second: str) -> None:
+  with pytest.raises(SampleError, match="exactly one <image>, in the first turn"):
+    conversation.branch([(first, "a"), (second, "b")], TEMPLATES["v1"])
+
+
+@pytest.mark.parametrize(
+  ("messages", "message"),
+  [
+    (None, "`conversations` must be a list"),
+    ([], "`conversations` must be a list"),
+    ([{"from": "gpt", "value": "x"}], "turn 0: expected a text from 'human'"),
+    ([{"from": "human", "value": "x"}] * 2, "turn 1: expected a text from 'gpt'"),
+    ([{"from": "human", "value": 3}], "turn 0: expected a text from 'human'"),
+    (["x"], "turn 0: expected a text from 'human'"),
+  ],
+)
+def test_turns_that_do_not_alternate(messages: object, message: str) -> None:
+  with pytest.raises(SampleError, match=message):
+    conversation.turns_of({"conversations": messages})
+
+
+def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:
+  """What carries weight, decoded, is exactly the replies with their end marks."""
+  runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
+  row = example.layout(runs, 5, 256, 1)
+  groups: list[list[int]] = []
+  for i in range(256):
+    if not row.weights[i]:
+      continue
+    if not i or not row.weights[i - 1]:
+      groups.append([])
+    groups[-1].append(int(row.targets[i]))
+  stop = tokenizer.encode("</s>")[0]
+  assert [g[-1] for g in groups] == [stop] * 3
+  assert [tokenizer.decode(g) for g in groups] == [" red", " no", " yes"]
+
+
+def test_targets_are_the_next_tokens(tokenizer: Tokenizer) -> None:
+  runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
+  row = example.layout(runs, 5, 256, 1)
+  end = row.length
+  assert row.targets[: end - 1].tolist() == row.tokens[1:end].tolist()
+  assert row.tokens[0] == tokenizer.bos_id
+  assert not row.weights[end - 1 :].any()

@@ -1,0 +1,157 @@
+"""Batches: quarantine of bad samples, exact resumption, shards of hosts, draws of turns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import pipeline, sources
+from llava_sp_jax.data.image import Preprocess
+from llava_sp_jax.data.tokenizer import Tokenizer
+from tests.conftest import ConfigMaker
+
+IMAGE_SIZE, IMAGE_TOKENS = 24, 36
+PREPROCESS = Preprocess(IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_config: ConfigMaker) -> Tokenizer:
+  return Tokenizer(tiny_config().data.tokenizer)
+
+
+def make(data: config_lib.Data, tokenizer: Tokenizer, **options: Any) -> Any:
+  values = {"batch_size": 4, "seed": 0} | options
+  return pipeline.make(data, tokenizer, IMAGE_SIZE, IMAGE_TOKENS, **values)
+
+
+def take(iterator: Any, count: int) -> list[dict[str, np.ndarray]]:
+  return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
+  assert len(ours) == len(theirs)
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_a_batch_has_static_shapes(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
+  data = tiny_config().data
+  for batch in take(make(data, tokenizer), 5):
+    assert batch.pop("images").shape == (4, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert {v.shape for v in batch.values()} == {(4, data.row_length)}
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments", "slots"}
+
+
+def test_state_resumes_exactly(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
+  data = tiny_config(data={"turns_per_row": 2, "augment": "mirror_shift"}).data
+  iterator = make(data, tokenizer)
+  take(iterator, 4)
+  state = iterator.get_state()
+  wanted = take(iterator, 5)
+  other = make(data, tokenizer)
+  other.set_state(state)
+  assert_equal(take(other, 5), wanted)
+
+
+def test_the_seed_decides_the_order(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
+  data = tiny_config().data
+  assert_equal(take(make(data, tokenizer), 3), take(make(data, tokenizer), 3))
+  a, b = (take(make(data, tokenizer, seed=s), 3) for s in (0, 1))
+  assert any(not np.array_equal(x["tokens"], y["tokens"]) for x, y in zip(a, b, strict=True))
+
+
+def test_hosts_share_the_samples(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
+  """Over one epoch, two hosts see every sample once, together."""
+  data = tiny_config().data
+  hosts = [take(make(data, tokenizer, shard=(i, 2)), 3) for i in range(2)]
+  assert all(batch["tokens"].shape[0] == 2 for batches in hosts for batch in batches)
+  seen = {row.tobytes() for batches in hosts for batch in batches for row in batch["images"]}
+  assert len(seen) == 12
+
+
+@pytest.fixture
+def damaged(tiny_data: Path, tmp_path: Path) -> Path:
+  """The data set with seven bad samples among twelve good ones."""
+  folder = tmp_path / "data"
+  shutil.copytree(tiny_data, folder)
+  samples = json.loads((folder / "train.json").read_text())
+  (folder / "images" / "broken.png").write_bytes(b"not a picture")
+  talk = samples[0]["conversations"]
+  samples += [
+    {"id": "broken", "image": "broken.png", "conversations": talk},
+    {"id": "missing", "image": "gone.png", "conversations": talk},
+    "not an item",
+    {"id": "two", "image": ["0.png", "1.png"], "conversations": talk},
+    {"id": "number", "image": [3], "conversations": talk},
+    {"id": "texts", "image": "0.png", "conversations": ["hello", "you"]},
+    {"id": "without", "image": "0.png",
+     "conversations": [{"from": "human", "value": "no picture"}, {"from": "gpt", "value": "x"}]},
+  ]  # fmt: skip
+  (folder / "train.json").write_text(json.dumps(samples))
+  return folder
+
+
+def test_bad_samples_are_counted_once_and_written_down(
+  damaged: Path, tiny_config: ConfigMaker, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+  data = tiny_config(
+    data={"path": str(damaged / "train.json"), "image_folder": str(damaged / "images")}
+  ).data
+  quarantine = pipeline.Quarantine(tmp_path / "quarantine.jsonl")
+  batches = take(make(data, tokenizer, quarantine=quarantine), 12)  # several epochs
+  assert quarantine.count == 7
+  lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+  errors = {line["id"]: line["error"] for line in lines}
+  assert len(lines) == 7
+  assert "cannot be decoded" in errors["broken"]
+  assert "no such file" in errors["missing"]
+  assert "expected a dictionary" in errors["not a dictionary"]
+  assert errors["two"] == "2 images, but data.images_per_row is 1"
+  assert "must be a file name or a list of them" in errors["number"]
+  assert "turn 0: expected a text from 'human'" in errors["texts"]
+  assert errors["without"] == "the text has 0 <image> but the sample has 1 images"
+  assert {line["index"] for line in lines} == set(range(12, 19))
+  assert all(batch["weights"].sum(axis=1).all() for batch in batches)
+
+
+def test_a_subset_of_turns_keeps_order_and_image() -> None:
+  turns = [(f"{'<image>' if not i else ''}\nq{i}".strip(), f"a{i}") for i in range(6)]
+  rng = np.random.default_rng(0)
+  seen = set()
+  for _ in range(40):
+    drawn = pipeline.draw_turns(turns, 3, rng)
+    assert len(drawn) == 3
+    assert drawn[0][0].startswith("<image>\n")
+    assert sum(q.count("<image>") for q, _ in drawn) == 1
+    assert [a for _, a in drawn] == sorted(a for _, a in drawn)
+    assert all(q.replace("<image>\n", "") == f"q{a[1:]}" for q, a in drawn)
+    seen |= {a for _, a in drawn}
+  assert seen == {f"a{i}" for i in range(6)}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "3"])
+def test_a_file_that_is_no_list_is_an_error(tmp_path: Path, content: str) -> None:
+  path = tmp_path / "x.json"
+  path.write_text(content)
+  with pytest.raises(config_lib.ConfigError, match=r"^data.path: .*x.json is not "):
+    sources.LlavaJson(str(path), "", PREPROCESS)
+
+
+def test_missing_files_and_folders_are_named(tiny_data: Path, tmp_path: Path) -> None:
+  with pytest.raises(FileNotFoundError, match=r"data.path: no file"):
+    sources.LlavaJson(str(tmp_path / "x.json"), "", PREPROCESS)
+  with pytest.raises(FileNotFoundError, match=r"data.image_folder: no folder"):
+    sources.LlavaJson(str(tiny_data / "train.json"), str(tmp_path / "no"), PREPROCESS)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+  with pytest.raises(FileNotFoundError, match=r"no tokenizer here; expected one of tokenizer.json"):
+    Tokenizer(tmp_path)

@@ -1,0 +1,305 @@
+"""Tables are total: every row builds, every parameter has one place, one group and one torch name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import sharding
+from llava_sp_jax.convert import layout, tables
+from llava_sp_jax.data import conversation, image, sources
+from llava_sp_jax.models import build
+from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.vit import VARIANTS
+from llava_sp_jax.train import optimizer
+from tests.conftest import REPOSITORY
+
+GRIDS = (6, 24, 27)
+WIDTH, TOKEN_WIDTH, OUT_WIDTH = 8, 4, 16
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+
+
+def model(
+  row: str, rank: int = 0, grid: int = 24, variant: str = "clip", tied: bool = False
+) -> config_lib.Model:
+  """A model of few numbers with every kind of parameter that the row and variant have."""
+  return config_lib.Model(
+    tower=config_lib.Tower(
+      variant=variant, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
+      mlp_width=12,
+    ),
+    language_model=config_lib.LanguageModel(
+      vocab_size=32, width=OUT_WIDTH, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
+      tie_embeddings=tied,
+    ),
+    projector=config_lib.Projector(row=row, token_width=TOKEN_WIDTH),
+    lora=config_lib.Lora(rank=rank),
+  )  # fmt: skip
+
+
+def leaves(config: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
+  return flatten_dict(build.abstract(config), sep="/")
+
+
+@pytest.fixture(scope="module")
+def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
+  """Every path of every row and variant, adapters on and off, head tied or not."""
+  found: dict[str, jax.ShapeDtypeStruct] = {}
+  for row in ROWS:
+    found |= leaves(model(row)) | leaves(model(row, rank=4))
+  for variant in VARIANTS:
+    found |= leaves(model("none", variant=variant, tied=True))
+  return found
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("row", ROWS)
+def test_every_projector_row_builds(row: str, grid: int) -> None:
+  config = model(row, grid=grid)
+  module = build.model(config)
+  images = jax.ShapeDtypeStruct((2, 1, 2 * grid, 2 * grid, 3), np.float32)
+  tokens = jax.eval_shape(
+    lambda p, x: module.apply({"params": p}, x, method="encode_image"),
+    build.abstract(config),
+    images,
+  )
+  spatial = 0 if row == "none" else 6
+  assert tokens.shape == (2, spatial + grid * grid, OUT_WIDTH)
+  assert build.image_token_count(config) == spatial + grid * grid
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r != "none"])
+def test_a_grid_too_small_is_an_error(row: str) -> None:
+  with pytest.raises(ValueError, match="a 5x5 grid is too small for 6 scales"):
+    build.abstract(model(row, grid=5))
+
+
+def test_every_parameter_has_one_row_of_axes(every_leaf: dict) -> None:
+  """One row and no other, but for the last resort that all biases and scales share."""
+  problems = []
+  for path, leaf in every_leaf.items():
+    rows = [(p, a) for p, a in sharding.PARAM_AXES if re.search(p, path)]
+    special = [r for r in rows if not r[0].startswith("(bias|scale")]
+    if len(special) > 1 or not rows:
+      problems.append(f"{path}: {[p for p, _ in rows]}")
+      continue
+    axes = sharding.param_axes(path)
+    if len(axes) != leaf.ndim:
+      problems.append(f"{path}: shape {leaf.shape}, axes {axes}")
+    unknown = {a for a in axes if a is not None and a not in sharding.RULES}
+    assert not unknown, path
+  assert not problems
+
+
+def test_every_row_of_axes_is_used(every_leaf: dict) -> None:
+  unused = [p for p, _ in sharding.PARAM_AXES if not any(re.search(p, path) for path in every_leaf)]
+  assert not unused
+
+
+def test_every_parameter_gets_a_place(every_leaf: dict) -> None:
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  places = sharding.shardings(every_leaf, mesh)
+  for path, leaf in every_leaf.items():
+    assert places[path].shard_shape(leaf.shape)
+
+
+def test_a_parameter_without_a_row_is_an_error() -> None:
+  with pytest.raises(
+    KeyError, match="no row of PARAM_AXES matches parameter 'projector/new/thing'"
+  ):
+    sharding.param_axes("projector/new/thing")
+
+
+@pytest.mark.parametrize("stage", optimizer.STAGES)
+def test_every_parameter_has_one_group_in_each_stage(every_leaf: dict, stage: str) -> None:
+  """More than one row may match only where an adapter is taken out of its frozen decoder."""
+  groups = {*optimizer.RATES, optimizer.FROZEN}
+  for path in every_leaf:
+    assert optimizer.group_of(path, stage) in groups
+    rows = [p for p, _ in optimizer.STAGES[stage] if re.match(p, path)]
+    assert len(rows) == 1 or ("lora_" in path and stage == "finetune"), path
+  learning = {p for p in every_leaf if optimizer.group_of(p, stage) != optimizer.FROZEN}
+  assert {p for p in every_leaf if p.startswith("projector/")} <= learning
+
+
+@pytest.mark.parametrize(
+  ("stage", "wanted"),
+  [
+    ("pretrain", r"projector/"),
+    ("pretrain_tower", r"(projector|vision_tower)/"),
+    ("pretrain_all", r"(projector|vision_tower|language_model)/"),
+    ("finetune", r"projector/|language_model/layers/\w+_proj/lora_[ab]$"),
+  ],
+)
+def test_what_learns_in_a_stage(every_leaf: dict, stage: str, wanted: str) -> None:
+  learning = {p for p in every_leaf if optimizer.group_of(p, stage) != optimizer.FROZEN}
+  assert learning == {p for p in every_leaf if re.match(wanted, p)}
+
+
+def test_a_parameter_without_a_group_is_an_error() -> None:
+  with pytest.raises(KeyError, match=r"no row of STAGES\['finetune'\] matches parameter 'new/x'"):
+    optimizer.group_of("new/x", "finetune")
+
+
+def torch_names(rows: tuple[tables.Row, ...], layers: int) -> dict[str, tables.Match]:
+  """All torch names that a table can give, written out, with what they match."""
+  names: list[str] = []
+  for row in rows:
+    found = [row.torch]
+    for slot in re.findall(r"\{\w+:[^}]*\}", row.torch):
+      words = slot[1:-1].split(":")[1].split("|")
+      found = [name.replace(slot, word) for name in found for word in words]
+    if "{layer}" in row.torch:
+      found = [name.replace("{layer}", str(i)) for name in found for i in range(layers)]
+    names += found
+  assert len(names) == len(set(names))
+  result = {}
+  for name in names:
+    match = tables.match(name, rows)
+    assert match, name
+    result[name] = match
+  return result
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_parameter_has_one_torch_name_that_round_trips(row: str) -> None:
+  config = model(row, rank=4)
+  shapes = leaves(config)
+  rows = tables.LLAMA + tables.LORA + tables.CLIP + tables.projector(row, WIDTH)
+  names = torch_names(rows, layers=2)
+  by_place: dict[tuple[str, int | None], list[str]] = {}
+  for name, match in names.items():
+    by_place.setdefault((match.path, match.layer), []).append(name)
+  places = {
+    (path, layer) for path in shapes for layer in (range(2) if "/layers/" in path else (None,))
+  }
+  assert set(by_place) == places
+  assert all(len(found) == 1 for found in by_place.values())
+  rng = np.random.default_rng(0)
+  for match in names.values():
+    shape = shapes[match.path].shape
+    array = rng.normal(size=shape if match.layer is None else shape[1:]).astype(np.float32)
+    there = match.layout.to_torch(array)
+    np.testing.assert_array_equal(match.layout.to_jax(there), array, err_msg=match.path)
+
+
+def test_layouts_do_what_torch_does() -> None:
+  """A linear, a strided and a view-covering convolution against their sums written out."""
+  rng = np.random.default_rng(1)
+  x, weight = rng.normal(size=3), rng.normal(size=(5, 3))
+  np.testing.assert_allclose(x @ layout.linear.to_jax(weight), weight @ x)
+  view, kernel = rng.normal(size=(2, 2, 3)), rng.normal(size=(5, 3, 2, 2))
+  torch_sum = np.einsum("hwc,ochw->o", view, kernel)
+  flat = layout.whole_view(3).to_jax(kernel)
+  np.testing.assert_allclose(view.reshape(-1) @ flat, torch_sum)
+  np.testing.assert_allclose(np.einsum("hwc,hwco->o", view, layout.conv.to_jax(kernel)), torch_sum)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "model.embed_tokens.bias",
+    "model.layers.x.input_layernorm.weight",
+    "model.layers.0.mlp.w.weight",
+  ],
+)
+def test_names_without_a_row_match_nothing(name: str) -> None:
+  assert tables.match(name, tables.LLAMA) is None
+  assert not tables.ignored(name)
+
+
+def test_only_buffers_and_unused_halves_are_ignored() -> None:
+  assert tables.ignored("model.layers.0.self_attn.rotary_emb.inv_freq")
+  assert tables.ignored("vision_model.embeddings.position_ids")
+  assert tables.ignored("text_model.final_layer_norm.weight")
+  for name in torch_names(tables.LLAMA + tables.CLIP + tables.LORA, 1):
+    assert not tables.ignored(name)
+
+
+UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
+  "model.projector.row": (lambda: build.model(model("nope")), ROWS),
+  "model.tower.variant": (lambda: build.model(model("none", variant="nope")), VARIANTS),
+  "optimizer.stage": (lambda: optimizer.group_of("projector/x", "nope"), optimizer.STAGES),
+  **{
+    key: (lambda key=key, table=table: config_lib.lookup(key, "nope", table), table)
+    for key, table in (
+      ("data.template", conversation.TEMPLATES), ("data.turns", conversation.TURNS),
+      ("data.augment", image.AUGMENTS), ("data.source", sources.SOURCES),
+    )
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_unknown_names_list_the_known_ones(key: str) -> None:
+  call, table = UNKNOWN[key]
+  with pytest.raises(config_lib.ConfigError) as error:
+    call()
+  assert str(error.value) == f"{key}: unknown 'nope'; known: {', '.join(sorted(table))}"
+
+
+def load_config(path: Path) -> ModuleType:
+  spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+  assert spec
+  assert spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def documented_options(path: Path) -> list[str]:
+  """Each option of a config's docstring: `row=a|b` gives each value, `seed=0` gives itself."""
+  text = (load_config(path).__doc__ or "").partition("Options after the colon")[2]
+  result = []
+  for key, values in re.findall(r"(\w+)=(<[^>]*>|[\w.|/-]+)", text):
+    if not values.startswith("<"):
+      result += [f"{key}={value}" for value in values.rstrip(".").split("|")]
+  return result
+
+
+CASES = [(path, option) for path in CONFIGS for option in ["", *documented_options(path)]]
+
+
+@pytest.mark.parametrize(("path", "option"), CASES, ids=[f"{p.stem}:{o}" for p, o in CASES])
+def test_every_config_validates_and_builds(path: Path, option: str) -> None:
+  config = config_lib.from_dict(load_config(path).get_config(option).to_dict())
+  shapes = leaves(config.model)
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+  assert config.data.template in conversation.TEMPLATES
+  assert config.data.turns in conversation.TURNS
+  assert config.data.row_length > build.image_token_count(config.model)
+  learning = [p for p in shapes if optimizer.group_of(p, config.optimizer.stage) != "frozen"]
+  assert learning
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_every_config_opens_with_its_command_and_refuses_unknown_options(path: Path) -> None:
+  module = load_config(path)
+  assert f"--config configs/{path.name}" in (module.__doc__ or "").partition("\n\n")[0]
+  with pytest.raises(config_lib.ConfigError, match=r"unknown option 'colour' after ':'; known: "):
+    module.get_config("colour=red")
+
+
+def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
+  values = {"modle": {}, "train": {"steps": "many", "stepz": 1}, "data": 3,
+            "model": {"remat": 1, "tower": {"width": True}}}  # fmt: skip
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.from_dict(values)
+  lines = str(error.value).splitlines()[1:]
+  assert [line.strip().partition(":")[0] for line in lines] == [
+    "config.modle", "config.train.steps", "config.train.stepz", "config.data",
+    "config.model.remat", "config.model.tower.width",
+  ]  # fmt: skip
+  assert ", ".join(f.name for f in dataclasses.fields(config_lib.Train)) in str(error.value)
