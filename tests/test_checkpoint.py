@@ -1,0 +1,100 @@
+"""Fingerprints see every bit and every place; logs forget what will be done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llava_sp_jax import checkpoint
+from llava_sp_jax.train import loop
+from tests.conftest import ConfigMaker
+
+RNG = np.random.default_rng(0)
+TREE = {
+  "a/x": RNG.normal(size=(8, 3)).astype(np.float32),
+  "b": RNG.normal(size=5).astype("float32"),
+}
+
+
+def fingerprint(tree: dict) -> str:
+  return checkpoint.fingerprint({k: jnp.asarray(v) for k, v in tree.items()})
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_any_single_bit_changes_it(bit: int) -> None:
+  flipped = TREE["a/x"].copy()
+  flipped.view(np.uint32)[bit % 8, bit % 3] ^= np.uint32(1 << bit)
+  assert fingerprint({**TREE, "a/x": flipped}) != fingerprint(TREE)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_permutations_change_it(axis: int) -> None:
+  rolled = np.roll(TREE["a/x"], 1, axis)
+  assert fingerprint({**TREE, "a/x": rolled}) != fingerprint(TREE)
+
+
+def test_swapping_any_two_values_changes_it() -> None:
+  seen = {fingerprint(TREE)}
+  for i in range(5):
+    for j in range(i):
+      swapped = TREE["b"].copy()
+      swapped[[i, j]] = swapped[[j, i]]
+      seen.add(fingerprint({**TREE, "b": swapped}))
+  assert len(seen) == 11
+
+
+def test_names_shapes_and_dtypes_change_it() -> None:
+  x = TREE["a/x"]
+  others = [
+    {"a/y": x, "b": TREE["b"]}, {**TREE, "a/x": x.reshape(3, 8)}, {**TREE, "c": x},
+    {"a/x": x}, {**TREE, "a/x": x.view(np.int32)}, {**TREE, "a/x": x.astype(jnp.bfloat16)},
+  ]  # fmt: skip
+  assert len({fingerprint(TREE), *map(fingerprint, others)}) == len(others) + 1
+
+
+def test_order_of_the_names_and_the_mesh_do_not_change_it() -> None:
+  assert fingerprint(dict(reversed(TREE.items()))) == fingerprint(TREE)
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+  spread = jax.device_put(TREE["a/x"], NamedSharding(mesh, PartitionSpec("x")))
+  assert checkpoint.fingerprint({**TREE, "a/x": spread, "b": jnp.asarray(TREE["b"])}) == (
+    fingerprint(TREE)
+  )
+
+
+def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+  checkpoint.drop_lines_after(path, 2)
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+  checkpoint.drop_lines_after(tmp_path / "gone.jsonl", 2)
+  assert not (tmp_path / "gone.jsonl").exists()
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+  with pytest.raises(checkpoint.CheckpointError, match=r"not a run folder \(no config.json\)"):
+    checkpoint.read_config(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_is_named(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+  checkpoint.write_config(tmp_path, tiny_config())
+  with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint yet .*; train it first"):
+    checkpoint.read_params(tmp_path)
+
+
+def test_a_config_survives_the_folder(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+  checkpoint.write_config(tmp_path, tiny_config())
+  assert checkpoint.read_config(tmp_path) == tiny_config()
+  assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(
+  tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+  config = tiny_config(model={"language_model": {"vocab_size": 64}})
+  with pytest.raises(ValueError, match=r"data.tokenizer: \d+ tokens, but .*vocab_size is 64"):
+    loop.train(config, tmp_path / "run")

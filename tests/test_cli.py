@@ -1,0 +1,152 @@
+"""The console command: help without waiting, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_sp_jax import cli
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.tools import train as train_tool
+from tests.conftest import REPOSITORY, ConfigMaker
+
+HELP_SECONDS = 0.5  # of CPU time
+
+
+def llava_sp(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "llava_sp_jax.cli", *arguments], capture_output=True, text=True,
+    cwd=REPOSITORY, check=False, env={**os.environ, "XLA_FLAGS": ""},
+  )  # fmt: skip
+
+
+def children_seconds() -> float:
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_is_quick_and_has_an_example(command: str) -> None:
+  before = children_seconds()
+  done = llava_sp(*filter(None, [command, "--help"]))
+  seconds = children_seconds() - before
+  assert done.returncode == 0
+  assert done.stderr == ""
+  assert f"llava-sp {command}".strip() in done.stdout.partition("example:")[2]
+  assert seconds < HELP_SECONDS
+
+
+def test_help_lists_every_command() -> None:
+  assert all(f"\n  {name} " in cli.usage() for name in cli.COMMANDS)
+
+
+def test_train_s_help_lists_every_key(capsys: pytest.CaptureFixture) -> None:
+  assert cli.main(["train", "--help"]) == 0
+  printed = capsys.readouterr().out
+  assert "--config.optimizer.learning_rate=0.0002" in printed
+  assert len(train_tool.keys(config_lib.Config())) > 40
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture) -> None:
+  assert cli.main(["trian"]) == 2
+  assert capsys.readouterr().err == (
+    f"llava-sp: no command 'trian'; known: {', '.join(cli.COMMANDS)}\n"
+  )
+
+
+@pytest.fixture
+def config_file(tiny_config: ConfigMaker, tmp_path: Path) -> str:
+  path = tmp_path / "tiny.py"
+  path.write_text(
+    '"""Tiny."""\n\nfrom ml_collections import ConfigDict\n\n\ndef get_config(arg=""):\n'
+    f"  return ConfigDict({config_lib.to_dict(tiny_config())!r})\n"
+  )
+  return str(path)
+
+
+def only_line(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+  """The single line of an error, on stderr; nothing on stdout; exit code 1."""
+  assert cli.main([str(a) for a in arguments]) == 1
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  (line,) = printed.err.splitlines()
+  assert line.startswith(f"llava-sp {arguments[0]}: ")
+  return line
+
+
+def test_an_unknown_key_lists_the_known_ones(
+  capsys: pytest.CaptureFixture, config_file: str, tmp_path: Path
+) -> None:
+  line = only_line(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+                   "--config.train.stepz=3")  # fmt: skip
+  assert "config.train.stepz: unknown key; known here: steps, batch_size" in line
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_value_of_the_wrong_type(
+  capsys: pytest.CaptureFixture, config_file: str, tmp_path: Path
+) -> None:
+  line = only_line(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+                   "--config.train.steps=many")  # fmt: skip
+  assert "config.train.steps: expected int, found 'many'" in line
+
+
+def test_overrides_reach_the_config(config_file: str) -> None:
+  config, workdir = train_tool.read_config(
+    [f"--config={config_file}", "--workdir", "x", "--config.model.tower.width=64",
+     "--config.train.steps", "7"]
+  )  # fmt: skip
+  assert (config.model.tower.width, config.train.steps, workdir) == (64, 7, "x")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["train", "--config=gone.py", "--workdir=x"], "--config: no file 'gone.py'"),
+    (["train"], "no --config, no --workdir"),
+    (["eval", "--checkpoint=gone", "--data=gone"], "gone/test.json: no such file"),
+    (["generate", "--checkpoint=gone", "--image=gone.png", "--question=x"],
+     "image gone.png: no such file"),
+    (["generate", "--checkpoint=gone", "--question=x"], "gone: not a run folder"),
+    (["report", "--runs", "gone", "--scores=gone", "--out=out"], "gone/scores.json"),
+    (["tokenizer", "gone.gguf", "out"], "gone.gguf: no such file"),
+  ],
+)  # fmt: skip
+def test_missing_files_are_named(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+  arguments: list[str], message: str,
+) -> None:  # fmt: skip
+  monkeypatch.chdir(tmp_path)
+  assert message in only_line(capsys, *arguments)
+
+
+def test_a_broken_image_is_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+  path = tmp_path / "broken.png"
+  path.write_bytes(b"no picture")
+  line = only_line(capsys, "generate", "--checkpoint=x", f"--image={path}", "--question=what?")
+  assert f"image {path}: cannot be decoded" in line
+
+
+def test_an_unknown_task_lists_the_known_ones(capsys: pytest.CaptureFixture) -> None:
+  line = only_line(capsys, "eval", "--checkpoint=x", "--data=x", "--task=vqa")
+  assert "--task: unknown 'vqa'; known: easy_vqa" in line
+
+
+def test_the_process_exits_with_one_and_a_line() -> None:
+  done = llava_sp("train", "--config=gone.py", "--workdir=x")
+  assert done.returncode == 1
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+  def broken(argv: list[str]) -> None:
+    raise ValueError("a bug")
+
+  monkeypatch.setattr(train_tool, "main", broken)
+  with pytest.raises(ValueError, match="a bug"):
+    cli.main(["train"])
