@@ -136,8 +136,8 @@ MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train
 
 def check_config(folder: Path, config: config_lib.Config) -> None:
   """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
-  if not (folder / CONFIG_FILE).is_file():
-    return
+  if not (folder / CONFIG_FILE).is_file() or not _steps(folder):
+    return  # nothing was trained yet, so there is nothing to contradict
   lines = config_lib.differences(config, read_config(folder))
   lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
   if lines:
@@ -146,6 +146,12 @@ def check_config(folder: Path, config: config_lib.Config) -> None:
       + "\n  ".join(lines)
       + "\nGive the run's values to continue it, or another --workdir."
     )
+
+
+def _steps(folder: Path) -> list[int]:
+  """Steps of the whole checkpoints in a run folder."""
+  place = folder.absolute() / "checkpoints"
+  return sorted(ocp.utils.checkpoint_steps(place)) if place.is_dir() else []
 
 
 def read_params(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:

@@ -24,9 +24,9 @@ def caption(pairs: list[tuple[str, str]]) -> str:
   for question, answer in pairs:
     words = question.replace("?", "").split()
     named = [w for w in words if w in COLOURS + SHAPES]
-    if answer not in ("yes", "no"):  # 'what color is the circle?' says that it is a circle
-      known.update(named)
-    elif (answer == "yes") != ("not" in words or "no" in words):
+    if answer not in ("yes", "no") or (answer == "yes") != (
+      "not" in words or "no" in words
+    ):  # 'what color is the circle?' says that it is a circle
       known.update(named)
   colour = [w for w in COLOURS if w in known]
   shape = [w for w in SHAPES if w in known]

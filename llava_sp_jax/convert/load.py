@@ -177,6 +177,10 @@ def _random(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.
 def _read_init(config: config_lib.Config, expected: dict[str, Any], but: set[str]) -> Flat:
   """What `config.init` names, each part checked for completeness; paths in `but` are left out."""
   init, found = config.init, Flat()
+  if init.checkpoint and (init.language_model or init.vision_tower):
+    raise config_lib.ConfigError(
+      "config.init: a checkpoint brings its own base; leave out language_model and vision_tower"
+    )
   if init.checkpoint:
     run = finished_run(init.checkpoint, "init.checkpoint")
     wanted = {p: s for p, s in expected.items() if p in run.params}

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load, tables
@@ -122,7 +121,9 @@ class Case:
   def parts(self) -> dict[str, list[dict[str, Any]]]:
     return {"single": [self.inputs["single"]], "batch": self.inputs["batch"]["rows"]}
 
-  def torch_arrays(self, flat: dict[str, Any], names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+  def torch_arrays(
+    self, flat: dict[str, Any], names: list[str]
+  ) -> Iterator[tuple[str, np.ndarray]]:
     """Our arrays under the original's names and in its layout."""
     rows = tables.LORA + tables.projector(CASES[self.name], self.model.tower.width)
     for name in names:
@@ -176,9 +177,9 @@ def greedy(case: Case) -> Iterator[Rung]:
   z = case.expected
   samples = [s for part in case.parts().values() for s in part]
   batch = case.batch([{**s, "labels": [-100] * len(s["labels"])} for s in samples])
-  ids, counts = jax.jit(
-    functools.partial(generate, case.module, stop_ids=(2,), max_new_tokens=12)
-  )(case.loaded.params, batch, jax.random.key(0))
+  ids, counts = jax.jit(functools.partial(generate, case.module, stop_ids=(2,), max_new_tokens=12))(
+    case.loaded.params, batch, jax.random.key(0)
+  )
   wanted = [z["single/gen"], *(z[f"batch/gen{i}"] for i in range(len(samples) - 1))]
   same = all(
     np.array_equal(row[:count], target)
@@ -233,7 +234,9 @@ def probe(x: np.ndarray, count: int) -> np.ndarray:
   return flat[np.random.default_rng(flat.size).integers(0, flat.size, count)]
 
 
-def trajectory(case: Case, file: str, prefix: str, lr: float, projector_lr: float) -> Iterator[Rung]:
+def trajectory(
+  case: Case, file: str, prefix: str, lr: float, projector_lr: float
+) -> Iterator[Rung]:
   """Ten optimizer steps through the package's own jitted step."""
   z = np.load(GOLDEN / case.name / file)
   config = training_config(case, lr, projector_lr)
