@@ -11,26 +11,37 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import random
 import shutil
 from pathlib import Path
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+FACTS = 5  # questions told in a caption
 SHAPES = ("circle", "rectangle", "triangle")
 
 
 def caption(pairs: list[tuple[str, str]]) -> str:
-  """What the answers tell of an image, and nothing else: 'a red circle', or 'a red shape'."""
+  """What the answers tell of an image, and nothing else: 'a red circle. not blue yes. color red'.
+
+  First what is known of its one shape, then up to FACTS of the questions in short, with answers.
+  """
   known = {answer for _, answer in pairs} - {"yes", "no"}
+  facts = []
   for question, answer in pairs:
     words = question.replace("?", "").split()
     named = [w for w in words if w in COLOURS + SHAPES]
-    if answer not in ("yes", "no") or (answer == "yes") != (
-      "not" in words or "no" in words
-    ):  # 'what color is the circle?' says that it is a circle
+    negated = "not" in words or "no" in words
+    if answer not in ("yes", "no"):  # 'what color is the circle?' says that it is a circle
       known.update(named)
+      facts.append(f"{'shape' if answer in SHAPES else 'color'} {answer}")
+    else:
+      facts.append(f"{'not ' * negated}{named[0]} {answer}")
+      if (answer == "yes") != negated:
+        known.update(named)
   colour = [w for w in COLOURS if w in known]
   shape = [w for w in SHAPES if w in known]
-  return " ".join(["a", *colour, *(shape or ["shape"])])
+  told = " ".join(["a", *colour, *(shape or ["shape"])])
+  return ". ".join([told, *random.Random(told + str(pairs)).sample(facts, min(FACTS, len(facts)))])
 
 
 def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
