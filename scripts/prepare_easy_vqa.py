@@ -59,28 +59,6 @@ def by_image(questions: tuple) -> dict[int, list[tuple[str, str]]]:
   return dict(sorted(grouped.items()))
 
 
-def write_tokenizer(texts: list[str], out: Path) -> None:
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-  from transformers import PreTrainedTokenizerFast
-
-  tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  special = ["<unk>", "<s>", "</s>"]
-  trainer = trainers.BpeTrainer(
-    vocab_size=512, special_tokens=special, show_progress=False,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-  )  # fmt: skip
-  tokenizer.train_from_iterator(texts, trainer)
-  tokenizer.post_processor = processors.TemplateProcessing(
-    single="<s> $A", special_tokens=[("<s>", 1)]
-  )
-  fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-  )
-  fast.save_pretrained(str(out))
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", default="data/easy_vqa")
@@ -91,6 +69,7 @@ def main() -> None:
   import easy_vqa
 
   from llava_sp_jax.data.conversation import TEMPLATES
+  from llava_sp_jax.data.tokenizer import train_bpe
 
   splits = {
     "train": (easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
@@ -122,7 +101,7 @@ def main() -> None:
   texts = [s["conversations"][1]["value"] for s in captions]
   texts += [f"{v1.system}{v1.before}{v1.after}"] * 1000
   texts += [f"\n{q}{v1.after} {a}" for pairs in train.values() for q, a in pairs]
-  write_tokenizer(texts, out / "tokenizer")
+  train_bpe(texts, out / "tokenizer", vocab_size=512)
   print(f"{out}: {len(captions)} captions, {len(dialogues)} dialogues, {len(test)} test questions")
 
 

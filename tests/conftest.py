@@ -24,34 +24,13 @@ from PIL import Image  # noqa: E402
 
 from llava_sp_jax import config as config_lib  # noqa: E402
 from llava_sp_jax.data.conversation import TEMPLATES  # noqa: E402
+from llava_sp_jax.data.tokenizer import train_bpe  # noqa: E402
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4  # a 6x6 grid, the smallest that six scales fit into
 VOCAB_SIZE = 384
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 ConfigMaker = Callable[..., config_lib.Config]
-
-
-def write_tokenizer(texts: list[str], out: Path) -> None:
-  """A byte-level BPE with `<s>` in front, as `scripts/prepare_easy_vqa.py` makes it."""
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-  from transformers import PreTrainedTokenizerFast
-
-  tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  trainer = trainers.BpeTrainer(
-    vocab_size=VOCAB_SIZE, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-  )  # fmt: skip
-  tokenizer.train_from_iterator(texts, trainer)
-  tokenizer.post_processor = processors.TemplateProcessing(
-    single="<s> $A", special_tokens=[("<s>", 1)]
-  )
-  fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-  )
-  fast.save_pretrained(str(out))
 
 
 def dialogue(index: int) -> list[dict[str, str]]:
@@ -85,7 +64,9 @@ def write_data(folder: Path, count: int = 12) -> None:
     (folder / f"{name}.json").write_text(json.dumps(rows))
   v1 = TEMPLATES["v1"]
   texts = [m["value"] for d in dialogues for m in d["conversations"]]
-  write_tokenizer([*texts, *[f"{v1.system}{v1.before}{v1.after}"] * 20], folder / "tokenizer")
+  train_bpe(
+    [*texts, *[f"{v1.system}{v1.before}{v1.after}"] * 20], folder / "tokenizer", VOCAB_SIZE
+  )
 
 
 @pytest.fixture(scope="session")

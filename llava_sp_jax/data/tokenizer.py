@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,29 @@ class Tokenizer:
   def save(self, path: str | Path) -> None:
     """Writes the files that `Tokenizer(path)` needs."""
     self._inner.save_pretrained(str(path))
+
+
+def train_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
+  """Learns a byte-level BPE from `texts` and writes it as a folder that `Tokenizer` reads.
+
+  For models from scratch: `<s>` goes in front of a text, `</s>` ends an answer.
+  """
+  from tokenizers import Tokenizer as Bpe
+  from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+  from transformers import PreTrainedTokenizerFast
+
+  bpe = Bpe(models.BPE(unk_token="<unk>"))
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=["<unk>", "<s>", "</s>"],
+    show_progress=False,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+  )
+  bpe.train_from_iterator(texts, trainer)
+  bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+  )
+  fast.save_pretrained(str(out))
