@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
   stages = {
     "pretrain": {
       "data": {"path": f"{arg.data}/captions.json", "template": "plain",
-               "row_length": image_tokens + 26},
+               "row_length": image_tokens + 30},
       # The tower learns from scratch through a decoder that does too: a slower decoder helps it.
       "optimizer": {"stage": "pretrain_all", "learning_rate": 5e-4,
                     "projector_learning_rate": 2e-3, "warmup_ratio": 0.05},
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
       "data": {"path": f"{arg.data}/train.json", "template": "v1", "turns": "branch",
                "turns_per_row": TURNS, "row_length": image_tokens + 32 + 15 * TURNS},
       "optimizer": {"stage": "finetune", "learning_rate": 2e-3, "projector_learning_rate": 1e-3},
-      "train": {"steps": int(500 * arg.scale), "batch_size": 32},
+      "train": {"steps": int(750 * arg.scale), "batch_size": 32},
       "lora": {"rank": 32, "alpha": 64.0, "dropout": 0.0},
     },
   }  # fmt: skip

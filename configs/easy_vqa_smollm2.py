@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from llava_sp_jax.config import ConfigError, lookup, parse_arg
 
 PATCHES, SPATIAL = 36, 6  # tokens of one image
-CAPTION = 4  # tokens of a caption that are kept: "a blue rectangle;"
+CAPTION = 16  # tokens of a caption that are kept: the first few statements
 TURNS = 8  # questions of an image in one row
 TRUNK, TURN = 24, 18  # tokens of system text and roles; of a question with its answer (21 at most)
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

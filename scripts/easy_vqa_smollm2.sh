@@ -48,7 +48,7 @@ tower=
 if [ "$tower_steps" -gt 0 ]; then
   tower=$base/tower
   llava_sp train --config="configs/easy_vqa.py:stage=pretrain,row=none,seed=$seed,data=$data" \
-    --workdir="$tower" --config.train.steps="$tower_steps" --config.data.row_length=62 \
+    --workdir="$tower" --config.train.steps="$tower_steps" --config.data.row_length=66 \
     --config.model.tower.image_size=48 --config.model.tower.patch_size=8 \
     --config.model.tower.width=96 --config.model.tower.layers=3 --config.model.tower.heads=2 \
     --config.model.tower.mlp_width=384

@@ -16,14 +16,15 @@ import shutil
 from pathlib import Path
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-FACTS = 5  # questions told in a caption
+FACTS = 6  # questions told in a caption
 SHAPES = ("circle", "rectangle", "triangle")
 
 
 def caption(pairs: list[tuple[str, str]]) -> str:
-  """What the answers tell of an image, and nothing else: 'a red circle. not blue yes. color red'.
+  """What the answers tell of an image, and nothing else: 'not blue yes. a red circle. color red'.
 
-  First what is known of its one shape, then up to FACTS of the questions in short, with answers.
+  What is known of its one shape, and up to FACTS of the questions in short, with their answers; in
+  random order, so that a question is learned from the image and not from words before it.
   """
   known = {answer for _, answer in pairs} - {"yes", "no"}
   facts = []
@@ -41,7 +42,10 @@ def caption(pairs: list[tuple[str, str]]) -> str:
   colour = [w for w in COLOURS if w in known]
   shape = [w for w in SHAPES if w in known]
   told = " ".join(["a", *colour, *(shape or ["shape"])])
-  return ". ".join([told, *random.Random(told + str(pairs)).sample(facts, min(FACTS, len(facts)))])
+  draw = random.Random(str(pairs))
+  told_and_asked = [told, *draw.sample(facts, min(FACTS, len(facts)))]
+  draw.shuffle(told_and_asked)
+  return ". ".join(told_and_asked)
 
 
 def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
