@@ -64,9 +64,7 @@ def write_data(folder: Path, count: int = 12) -> None:
     (folder / f"{name}.json").write_text(json.dumps(rows))
   v1 = TEMPLATES["v1"]
   texts = [m["value"] for d in dialogues for m in d["conversations"]]
-  train_bpe(
-    [*texts, *[f"{v1.system}{v1.before}{v1.after}"] * 20], folder / "tokenizer", VOCAB_SIZE
-  )
+  train_bpe([*texts, *[f"{v1.system}{v1.before}{v1.after}"] * 20], folder / "tokenizer", VOCAB_SIZE)
 
 
 @pytest.fixture(scope="session")
