@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,14 @@ def answer_sheet(predictions: list[dict[str, Any]], path: Path) -> None:
   from PIL import Image
 
   chosen = sheet_rows(predictions, SHEET[0] * SHEET[1])
-  figure, axes = _figure(2.1 * SHEET[1], 2.6 * SHEET[0], *SHEET)
+  figure, axes = _figure(2.1 * SHEET[1], 2.8 * SHEET[0], *SHEET)
   for axis in axes.flat:
     axis.axis("off")
   for axis, row in zip(axes.flat, chosen, strict=False):
     with Image.open(row["image"]) as picture:
       axis.imshow(picture.convert("RGB"))
     answer = row["text"] if row["right"] else f"{row['text']}  (truth: {row['truth']})"
-    axis.set_title(row["question"], fontsize=7, color=INK)
+    axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)
     axis.text(0.5, -0.06, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9,
               weight="bold", color=RIGHT if row["right"] else WRONG)  # fmt: skip
   _save(figure, path)
@@ -135,7 +136,11 @@ def sheet_rows(predictions: list[dict[str, Any]], count: int) -> list[dict[str, 
   """Rows for the sheet: at most a quarter are mistakes, each from another image."""
   rows: list[dict[str, Any]] = []
   for wanted, limit in ((False, count // 4), (True, count)):
-    pool = list({r["image"]: r for r in predictions if r["right"] is wanted}.values())
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for r in predictions:
+      if r["right"] is wanted:
+        by_image.setdefault(r["image"], []).append(r)
+    pool = [rs[i % len(rs)] for i, rs in enumerate(by_image.values())]  # first, second, .. question
     room = min(limit, count - len(rows))
     rows += pool[:: max(1, len(pool) // max(1, room))][:room]
   return sorted(rows, key=lambda r: r["id"])
