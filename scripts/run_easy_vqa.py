@@ -46,12 +46,18 @@ def job(row: str, seed: int, scale: float, runs: Path, data: str, config: str = 
            f"--out={base}/report")  # fmt: skip
   seconds = time.monotonic() - started
   record = {
-    "row": row, "seed": seed, "seconds": round(seconds), "scale": scale,
+    "row": row, "seed": seed, "seconds": first_seconds(base, seconds), "scale": scale,
     "accuracy": json.loads((base / "eval/scores.json").read_text())["by_kind"]["all"]["accuracy"],
     "machine": machine(),
   }  # fmt: skip
   (base / "report/record.json").write_text(json.dumps(record) + "\n")
   return base / "report"
+
+
+def first_seconds(base: Path, seconds: float) -> int:
+  """The time of the job when it was done; doing a finished job again does not replace it."""
+  record = base / "report/record.json"
+  return json.loads(record.read_text())["seconds"] if record.is_file() else round(seconds)
 
 
 def machine() -> str:
