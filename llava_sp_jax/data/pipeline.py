@@ -20,7 +20,6 @@ from llava_sp_jax.data import conversation, example, image, sources
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
 HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
 
 

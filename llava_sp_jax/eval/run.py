@@ -30,7 +30,13 @@ def run(
   folder.mkdir(parents=True, exist_ok=True)
   items = task.items()[: limit or None]
   failed: list[dict[str, str]] = []
-  good = [item for item in items if _readable(item, failed)]
+  problems = {path: _problem(path) for path in {item.image for item in items}}
+  good = []
+  for item in items:
+    if problems[item.image]:
+      failed.append({"id": item.id, "error": problems[item.image]})
+    else:
+      good.append(item)
   asked, to_ask = itertools.tee(good)
   answers = engine.answer(Request(item.question, item.image) for item in to_ask)
   records: list[dict[str, Any]] = []
@@ -54,14 +60,14 @@ def run(
   return scores
 
 
-def _readable(item: task_lib.Item, failed: list[dict[str, str]]) -> bool:
+def _problem(path: Path | None) -> str:
+  """Why an image cannot be read, or nothing; each image is asked once, not once a question."""
   try:
-    if item.image is not None:
-      image.read(item.image)
-    return True
+    if path is not None:
+      image.read(path)
+    return ""
   except SampleError as error:
-    failed.append({"id": item.id, "error": str(error)})
-    return False
+    return str(error)
 
 
 def _progress(records: list[dict[str, Any]], total: int, started: float) -> None:

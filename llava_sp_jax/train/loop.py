@@ -100,7 +100,7 @@ def _run(
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage}
-  log = Log(folder / METRICS_FILE, config, first)
+  log = Log(folder / METRICS_FILE, config)
   stop = StopRequest()
   number = first
   with stop:
@@ -138,9 +138,10 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
   learns = sum(x.size for x in train_state.trainable.values())
   frozen = sum(x.size for x in train_state.frozen.values())
   axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
+  parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
   return (
     f"{config.name}: stage {config.optimizer.stage}, row {config.model.projector.row}, "
-    f"{learns:,} parameters learn, {frozen:,} are frozen; mesh {axes}"
+    f"{learns:,} parameters learn, {frozen:,} are frozen ({parts}); mesh {axes}"
   )
 
 
@@ -169,8 +170,8 @@ class StopRequest:
 class Log:
   """Metrics to a JSON-lines file and to the terminal, with rate, ETA and the share of waiting."""
 
-  def __init__(self, path: Path, config: config_lib.Config, first: int):
-    self._path, self._config, self._first = path, config, first
+  def __init__(self, path: Path, config: config_lib.Config):
+    self._path, self._config = path, config
     self._started = time.monotonic()
     self._window: tuple[int, float] | None = None
     self._waited = 0.0

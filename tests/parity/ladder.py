@@ -54,7 +54,7 @@ TOLERANCES = {
   "trajectory_delta": 1e-3,
   "hot_trajectory_loss": 1e-5,
   "hot_trajectory_gradient_norm": 1e-5,
-  "hot_trajectory_delta": 1e-3,
+  "hot_trajectory_delta": 2e-4,
   "greedy_tokens": 0.0,
 }
 
