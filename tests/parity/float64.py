@@ -65,10 +65,14 @@ def differences(case: ladder.Case) -> Iterator[tuple[str, float, float]]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("cases", nargs="*", default=list(ladder.TRAINED))
-  print("| case | torch float32 to float64 | ours float32 to float64 | tensors |\n|---|---|---|---|")
+  print(
+    "| case | torch float32 to float64 | ours float32 to float64 | tensors |\n|---|---|---|---|"
+  )
   for name in parser.parse_args().cases:
     rows = list(differences(ladder.case(name)))
-    print(f"| {name} | {max(r[1] for r in rows):.1e} | {max(r[2] for r in rows):.1e} | {len(rows)} |")
+    print(
+      f"| {name} | {max(r[1] for r in rows):.1e} | {max(r[2] for r in rows):.1e} | {len(rows)} |"
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ TOLERANCES = {
 
 # Where the reference is less exact than the rule. In `cropping`, gradients that pass through the
 # detail interaction are small differences of large terms: against a float64 run of the same
-# formulas the torch figures are off by up to 7.5e-5 of a tensor's largest value, ours by 2.7e-5.
+# formulas the torch figures are off by up to 7.5e-5 of a tensor's largest value, ours by 2.7e-5
+# (`python -m tests.parity.float64`).
 EXCEPTIONS = {("cropping", "gradients"): 1e-4}
 
 
