@@ -17,6 +17,8 @@ from llava_sp_jax.infer.engine import Engine, Request
 
 TASKS: dict[str, Callable[[str], task_lib.Task]] = {"easy_vqa": EasyVqa}
 
+SECONDS_PER_LINE = 5.0  # of progress
+
 
 def run(
   task: task_lib.Task, engine: Engine, out: str | Path, limit: int = 0, about: Any = None
@@ -40,7 +42,7 @@ def run(
   asked, to_ask = itertools.tee(good)
   answers = engine.answer(Request(item.question, item.image) for item in to_ask)
   records: list[dict[str, Any]] = []
-  started = time.monotonic()
+  started = said = time.monotonic()
   with (folder / "predictions.jsonl").open("w") as file:
     for item, answer in zip(asked, answers, strict=True):
       record = {
@@ -49,7 +51,9 @@ def run(
       }  # fmt: skip
       records.append(record)
       file.write(json.dumps(record) + "\n")
-      if len(records) % 1000 == 0 or len(records) == len(good):
+      now = time.monotonic()
+      if now - said >= SECONDS_PER_LINE or len(records) == len(good):
+        said = now
         _progress(records, len(good), started)
   scores = {
     "task": task.name, "protocol": task.protocol, "data_hash": task.data_hash(),
