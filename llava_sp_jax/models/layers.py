@@ -8,6 +8,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Segment ids say who may see whom. 0 is padding. A sample owns the ids n*BRANCHES .. +BRANCHES-1:
 # the first is its trunk, which all its branches see; branches do not see each other.
@@ -30,8 +31,11 @@ class RMSNorm(nn.Module):
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
   """Rotary embedding, half-split as in Hugging Face. [B, T, N, H], [B, T] -> [B, T, N, H]."""
   half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, H/2]
+  # A power correctly rounded to float32 gives torch's bits; at position 600 one bit more or less is
+  # 4e-5 of an angle.
+  exponent = np.arange(half, dtype=np.float32) / np.float32(half)
+  frequency = np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
+  angle = positions[..., None].astype(np.float32) * frequency  # [B, T, H/2]
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -60,9 +60,9 @@ TOLERANCES = {
 
 # Where the reference is less exact than the rule. In `cropping`, gradients that pass through the
 # detail interaction are small differences of large terms: against a float64 run of the same
-# formulas the torch figures are off by up to 7.5e-5 of a tensor's largest value, ours by 2.7e-5
+# formulas torch's stored figures are off by 2.1e-5 of a tensor's largest value, ours by 6.1e-6
 # (`python -m tests.parity.float64`).
-EXCEPTIONS = {("cropping", "gradients"): 1e-4}
+EXCEPTIONS = {("cropping", "gradients"): 3e-5}
 
 
 @dataclasses.dataclass(frozen=True)
