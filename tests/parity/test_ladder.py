@@ -6,7 +6,14 @@ import pytest
 
 from tests.parity import ladder
 
-CLIMBS = [(name, rung) for rung, (cases, _) in ladder.RUNGS.items() for name in cases]
+# Cases whose tensors and tokens show all that is their own; what follows is the same code for all.
+SHORT = ("conv224", "dfi_only", "pooling_multiscale_dfi", "siglip27", "tfm336_pool")
+LONG = ("logits_and_losses", "greedy")
+CLIMBS = [
+  pytest.param(name, rung, marks=[pytest.mark.slow] * (name in SHORT and rung in LONG))
+  for rung, (cases, _) in ladder.RUNGS.items()
+  for name in cases
+]
 
 
 @pytest.mark.parametrize(("name", "rung"), CLIMBS)
