@@ -30,8 +30,15 @@ setup(
     "cuda": ["jax[cuda12]"],
     "gguf": ["gguf>=0.19"],  # read GGUF language models
     "report": ["matplotlib>=3.11"],  # pictures
-    # torch is an oracle of the tests only; exactly this version has a CPU build everywhere
-    "test": ["pytest>=9", "ruff==0.17.6", "mypy==2.4.1", "hypothesis>=6.155", "torch==2.13.0"],
+    # torch and peft are oracles of the tests only; exactly this torch has a CPU build everywhere
+    "test": [
+      "pytest>=9",
+      "ruff==0.17.6",
+      "mypy==2.4.1",
+      "hypothesis>=6.155",
+      "torch==2.13.0",
+      "peft>=0.21",
+    ],
   },
   entry_points={"console_scripts": ["llava-sp=llava_sp_jax.cli:main"]},
 )

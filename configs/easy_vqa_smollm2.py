@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "heads": 2, "mlp_width": 384, "select_layer": -1},
       "language_model": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9,
                          "kv_heads": 3, "head_dim": 64, "mlp_width": 1536, "rope_theta": 1e5,
-                         "norm_eps": 1e-5, "tie_embeddings": True},
+                         "norm_eps": 1e-5, "tie_embeddings": True, "max_positions": 8192},
       "projector": {"row": arg.row, "token_width": 64},
       "lora": stage["lora"],
       "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": False,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from llava_sp_jax import config as config_lib
@@ -27,7 +27,7 @@ class CheckpointError(RuntimeError):
   """A run folder that cannot be used; the message says what was found and what to do."""
 
 
-def fingerprint(tree: dict[str, Any]) -> str:
+def fingerprint(tree: Mapping[str, Any]) -> str:
   """A short hash of a flat `{path: array}` tree: names, shapes, dtypes and every bit of the values.
 
   The sum is over integers, so it does not depend on how arrays are sharded.
@@ -136,7 +136,7 @@ MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train
 
 def check_config(folder: Path, config: config_lib.Config) -> None:
   """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
-  if not (folder / CONFIG_FILE).is_file() or not _steps(folder):
+  if not (folder / CONFIG_FILE).is_file() or not steps(folder):
     return  # nothing was trained yet, so there is nothing to contradict
   lines = config_lib.differences(config, read_config(folder))
   lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
@@ -148,35 +148,25 @@ def check_config(folder: Path, config: config_lib.Config) -> None:
     )
 
 
-def _steps(folder: Path) -> list[int]:
+def steps(folder: Path) -> list[int]:
   """Steps of the whole checkpoints in a run folder."""
   place = folder.absolute() / "checkpoints"
   return sorted(ocp.utils.checkpoint_steps(place)) if place.is_dir() else []
 
 
-def read_params(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
-  """Parameters that a run trained, flat `{path: array}`; what it says of itself; its step.
+def saved(folder: str | Path) -> tuple[Path, dict[str, Any], int]:
+  """Where the latest parameters are saved; what the run says of itself; its step.
 
-  Raises: CheckpointError when there is no checkpoint.
+  Raises: CheckpointError when there is no whole checkpoint.
   """
   config = read_config(folder)
-  place = Path(folder).absolute() / "checkpoints"
-  manager = ocp.CheckpointManager(place) if place.is_dir() else None
-  step = manager.latest_step() if manager else None
-  if manager is None or step is None:
+  found = steps(Path(folder))
+  if not found:
     raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
-  # As numpy, whatever devices it was trained on; those need not be here.
-  saved = ocp.PyTreeCheckpointHandler().metadata(place / str(step) / "params")
-  as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in saved}
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      params=ocp.args.PyTreeRestore(restore_args=as_numpy),
-      about=ocp.args.JsonRestore(),
-    ),
-  )
-  manager.close()
-  return dict(restored["params"]), restored["about"], step
+  place = Path(folder).absolute() / "checkpoints" / str(found[-1])
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    about = checkpointer.restore(place / "about")
+  return place / "params", about, found[-1]
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -16,6 +16,10 @@ COMMANDS = {
     "tools.report",
     "report.md and pictures from the runs of both stages and their scores",
   ),
+  "convert": ("tools.convert", "read a torch checkpoint of any known format into a folder of ours"),
+  "export": ("tools.export", "write a checkpoint for the original code, PEFT or transformers"),
+  "merge": ("tools.merge", "fold the adapters into the decoder"),
+  "inspect": ("tools.inspect", "what a checkpoint is: row, sizes, dtypes, parameters"),
   "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
 }
 

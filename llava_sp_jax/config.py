@@ -7,6 +7,7 @@ JSON is written beside every checkpoint.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import types
@@ -36,6 +37,23 @@ class Tower:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """How rotary positions reach beyond the trained length; `kind` names a row of `layers.ROPES`.
+
+  Words and defaults are those of Hugging Face's `rope_parameters`; a kind reads what it needs.
+  """
+
+  kind: str = "default"
+  factor: float = 1.0
+  original_length: int = 0  # positions in training; dynamic, llama3 and yarn need it
+  low_frequency: float = 1.0  # llama3: turns within that length below which all is stretched
+  high_frequency: float = 4.0  # and above which nothing is
+  beta_fast: float = 32.0  # yarn's two bounds, likewise
+  beta_slow: float = 1.0
+  attention_factor: float = 0.0  # yarn; 0: its own, 0.1 ln(factor) + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModel:
   """LLaMA-family decoder sizes, named as in the field."""
 
@@ -47,6 +65,11 @@ class LanguageModel:
   head_dim: int = 128
   mlp_width: int = 11008
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+  attention_bias: bool = False  # on queries, keys and values, as in Qwen2
+  sliding_window: int = 0  # positions that a query sees, its own included; 0: all (Mistral)
+  window_from_layer: int = 0  # layers before this one see all (Qwen2's max_window_layers)
+  max_positions: int = 4096  # the checkpoint's own limit; only handed on
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
   initializer_range: float = 0.02  # standard deviation of random weights
@@ -54,10 +77,14 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projector:
-  """`row` names a row of `models.projector.ROWS`; `token_width` is the paper's 512."""
+  """`row` names a row of `models.projector.ROWS`; `token_width` is the paper's 512.
+
+  `scales` are the sizes of the views in patches, small to large; empty: the row's own for the grid.
+  """
 
   row: str = "cropping"
   token_width: int = 512
+  scales: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +102,7 @@ class Model:
   language_model: LanguageModel = dataclasses.field(default_factory=LanguageModel)
   projector: Projector = dataclasses.field(default_factory=Projector)
   lora: Lora = dataclasses.field(default_factory=Lora)
+  image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations
   frozen_dtype: str = "bfloat16"  # of parameters that do not learn
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
@@ -83,7 +111,11 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-  """`source` names a row of `data.sources.SOURCES`; `row_length` counts text and image tokens."""
+  """`source` names a row of `data.sources.SOURCES`; `row_length` counts text and image tokens.
+
+  `image_aspect` names a row of `data.anyres.ASPECTS`, `image_fit` one of `data.image.FITS`,
+  `patch_merge` one of `data.anyres.MERGES`; `template` and `turns` one of `data.conversation`.
+  """
 
   source: str = "llava_json"
   path: str = ""
@@ -93,8 +125,14 @@ class Data:
   turns: str = "chain"  # chain: one dialogue; branch: every turn alone with the image
   turns_per_row: int = 0  # 0: all; otherwise a random subset on each visit
   row_length: int = 2048
-  images_per_row: int = 1
+  images_per_row: int = 1  # counts tiles: an anyres image has 1 + the tiles of its canvas
   augment: str = "none"
+  image_aspect: str = "pad"  # the original's image_aspect_ratio: pad, square, anyres
+  image_fit: str = "crop"  # how a picture becomes square: crop (CLIP), stretch (SigLIP)
+  grid_pinpoints: tuple[tuple[int, int], ...] = (  # anyres: canvases (width, height) in pixels
+    (336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008),
+  )  # fmt: skip
+  patch_merge: str = "flat"  # order of an image's tokens: flat, spatial, spatial_unpad
   image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
   threads: int = 4
@@ -187,7 +225,11 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
       return None
     return _build(value, typing.cast(type, hint), path, problems)
   if isinstance(hint, types.GenericAlias):  # tuple[float, ...]
-    return tuple(value)
+    if not isinstance(value, list | tuple):
+      problems.append(f"{path}: expected a list, found {value!r}")
+      return None
+    element = typing.get_args(hint)[0]
+    return tuple(_convert(v, element, f"{path}[{i}]", problems) for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -262,7 +304,11 @@ def _parse(text: str, like: Any) -> Any:
   if isinstance(like, bool):
     return {"true": True, "false": False}[text.lower()]
   if isinstance(like, tuple):
-    return tuple(float(part) for part in text.strip("()[] ").split(","))
+    try:
+      values = ast.literal_eval(text.strip() or "()")
+    except SyntaxError:
+      raise ValueError(text) from None
+    return tuple(values) if isinstance(values, list | tuple) else (values,)
   return type(like)(text)
 
 

@@ -29,13 +29,15 @@ PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"(o|down)_proj/lora_b$", (None, "embed")),
   (r"(q|k|v)_proj/bias$", ("heads",)),
   (r"fc1/bias$", ("mlp",)),
-  (r"(bias|scale|class_embed)$", (None,)),
+  (r"(bias|scale|class_embed|image_newline|register_\d+/token)$", (None,)),
   (r"patch_embed/kernel$", (None, "embed")),
   (r"position_embed$", (None, "embed")),
   # The spatial kernels hold most of what learns: their long contraction axis takes every device.
   (r"projector/(crop|pool)_\d+/kernel$", ("contraction", None)),
   (r"projector/detail_\d+/conv/kernel$", (None, None, "contraction", None)),
   (r"projector/(out|detail_\d+/(query|key|value))/kernel$", (None, "embed")),
+  (r"projector/(crop|pool)_\d+/.*_attn/in_proj$", ("embed", "heads")),
+  (r"projector/(crop|pool)_\d+/query$", (None, None, "embed")),
 )
 
 RULES: dict[str, str | tuple[str, ...] | None] = {

@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint_is_named(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   checkpoint.write_config(tmp_path, tiny_config())
   with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint yet .*; train it first"):
-    checkpoint.read_params(tmp_path)
+    checkpoint.saved(tmp_path)
 
 
 def test_a_config_survives_the_folder(tiny_config: ConfigMaker, tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ LAYERS = (
   (
     "ground",
     r"config|models\.(__init__|layers|vit|projector|lora|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|gguf)|sharding|mesh|checkpoint"
+    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|checkpoint"
     r"|infer\.(__init__|sampling)|eval\.(__init__|task|tasks\..*)|train\.__init__|tools\.__init__",
   ),
   ("assembled", r"models\.(llama|llava|build)|data\.pipeline"),
-  ("loading", r"convert\.load"),
+  ("loading", r"convert\.(settings|leaves|formats|stream|save|load)"),
   ("running", r"train\..*|infer\..*"),
   ("evaluating", r"eval\..*"),
   ("tools", r"tools\..*"),
@@ -41,7 +41,10 @@ EXCLUDING = (
   (r"infer\.", r"train\."),
   (r"data\.", r"(models|train|infer|eval|convert)\.|sharding|mesh|checkpoint"),
   (r"models\.(?!build)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
-  (r"convert\.(?!load)", r"config|models\.|data\.|sharding|mesh|checkpoint|train\."),
+  (
+    r"convert\.(layout|tables|torch_|gguf)",
+    r"config|models\.|data\.|sharding|mesh|checkpoint|train\.",
+  ),
   (r"(sharding|mesh|checkpoint)", r"models\.|data\.|convert\."),
   (r"eval\.task", r"infer\.|train\.|models\."),
 )
@@ -50,7 +53,7 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
-  (r"convert\.(?!load)", ("jax", "flax", "optax", "orbax")),
+  (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
   (r"(config|cli)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )

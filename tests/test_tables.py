@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Callable
@@ -21,18 +22,24 @@ from llava_sp_jax import sharding
 from llava_sp_jax.convert import layout, tables
 from llava_sp_jax.data import conversation, image, sources
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.layers import ROPES
+from llava_sp_jax.models.projector import ROWS, spatial_token_count
 from llava_sp_jax.models.vit import VARIANTS
 from llava_sp_jax.train import optimizer
 from tests.conftest import REPOSITORY
 
-GRIDS = (6, 24, 27)
+GRIDS = (6, 16, 24, 27, 32)
 WIDTH, TOKEN_WIDTH, OUT_WIDTH = 8, 4, 16
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
 def model(
-  row: str, rank: int = 0, grid: int = 24, variant: str = "clip", tied: bool = False
+  row: str,
+  rank: int = 0,
+  grid: int = 24,
+  variant: str = "clip",
+  tied: bool = False,
+  bias: bool = False,
 ) -> config_lib.Model:
   """A model of few numbers with every kind of parameter that the row and variant have."""
   return config_lib.Model(
@@ -42,10 +49,10 @@ def model(
     ),
     language_model=config_lib.LanguageModel(
       vocab_size=32, width=OUT_WIDTH, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
-      tie_embeddings=tied,
+      tie_embeddings=tied, attention_bias=bias,
     ),
     projector=config_lib.Projector(row=row, token_width=TOKEN_WIDTH),
-    lora=config_lib.Lora(rank=rank),
+    lora=config_lib.Lora(rank=rank), image_newline=True,
   )  # fmt: skip
 
 
@@ -53,37 +60,53 @@ def leaves(config: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
   return flatten_dict(build.abstract(config), sep="/")
 
 
+@functools.cache
+def projector_leaves(row: str, grid: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The leaves of a projector alone, which is quicker than the whole model."""
+  module = build.model(model(row, grid=grid)).projector
+  features = jax.ShapeDtypeStruct((1, grid, grid, WIDTH), np.float32)
+  tree = jax.eval_shape(module.init, jax.random.key(0), features)["params"]
+  return {f"projector/{path}": leaf for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
 @pytest.fixture(scope="module")
 def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
-  """Every path of every row and variant, adapters on and off, head tied or not."""
+  """Every path of every row and variant, adapters and biases on and off, head tied or not."""
   found: dict[str, jax.ShapeDtypeStruct] = {}
   for row in ROWS:
-    found |= leaves(model(row)) | leaves(model(row, rank=4))
+    found |= projector_leaves(row, 24)
   for variant in VARIANTS:
-    found |= leaves(model("none", variant=variant, tied=True))
-  return found
+    found |= leaves(model("none", rank=4, variant=variant, bias=True))
+  return found | leaves(model("none", tied=True))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_projector_row_builds(row: str, grid: int) -> None:
   config = model(row, grid=grid)
+  if ROWS[row].views and grid < ROWS[row].parts:
+    with pytest.raises(config_lib.ConfigError, match=f"a {grid}x{grid} grid is too small for "):
+      build.image_token_count(config)
+    return
   module = build.model(config)
-  images = jax.ShapeDtypeStruct((2, 1, 2 * grid, 2 * grid, 3), np.float32)
-  tokens = jax.eval_shape(
-    lambda p, x: module.apply({"params": p}, x, method="encode_image"),
-    build.abstract(config),
-    images,
+  images = jax.ShapeDtypeStruct((2, 3, 2 * grid, 2 * grid, 3), np.float32)
+  tokens, _ = jax.eval_shape(
+    lambda x: module.init_with_output(jax.random.key(0), x, method="encode_image"), images
   )
-  spatial = 0 if row == "none" else 6
-  assert tokens.shape == (2, spatial + grid * grid, OUT_WIDTH)
-  assert build.image_token_count(config) == spatial + grid * grid
+  count = build.image_token_count(config)
+  assert tokens.shape == (2, 3 * count + 1, OUT_WIDTH)  # three images and the newline
+  assert count - grid * grid == spatial_token_count(row, grid)
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r != "none"])
-def test_a_grid_too_small_is_an_error(row: str) -> None:
-  with pytest.raises(ValueError, match="a 5x5 grid is too small for 6 scales"):
-    build.abstract(model(row, grid=5))
+def test_scales_that_do_not_fit_are_an_error() -> None:
+  config = dataclasses.replace(
+    model("cropping"), projector=config_lib.Projector(row="cropping", scales=(4, 25))
+  )
+  with pytest.raises(
+    config_lib.ConfigError,
+    match=r"model.projector.row cropping: scales \(4, 25\): expected growing sizes from 1 to",
+  ):
+    build.model(config)
 
 
 def test_every_parameter_has_one_row_of_axes(every_leaf: dict) -> None:
@@ -91,7 +114,7 @@ def test_every_parameter_has_one_row_of_axes(every_leaf: dict) -> None:
   problems = []
   for path, leaf in every_leaf.items():
     rows = [(p, a) for p, a in sharding.PARAM_AXES if re.search(p, path)]
-    special = [r for r in rows if not r[0].startswith("(bias|scale")]
+    special = [r for r in rows if not r[0].startswith("(bias|scale")]  # the last resort
     if len(special) > 1 or not rows:
       problems.append(f"{path}: {[p for p, _ in rows]}")
       continue
@@ -173,26 +196,42 @@ def torch_names(rows: tuple[tables.Row, ...], layers: int) -> dict[str, tables.M
   return result
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_parameter_has_one_torch_name_that_round_trips(row: str) -> None:
-  config = model(row, rank=4)
-  shapes = leaves(config)
-  rows = tables.LLAMA + tables.LORA + tables.CLIP + tables.projector(row, WIDTH)
-  names = torch_names(rows, layers=2)
-  by_place: dict[tuple[str, int | None], list[str]] = {}
-  for name, match in names.items():
-    by_place.setdefault((match.path, match.layer), []).append(name)
+def check_names(shapes: dict[str, Any], rows: tuple[tables.Row, ...]) -> None:
+  """Each leaf, layer by layer, has one torch name and no other, and its layout is undone."""
   places = {
-    (path, layer) for path in shapes for layer in (range(2) if "/layers/" in path else (None,))
+    (path, layer)
+    for path, leaf in shapes.items()
+    for layer in (range(leaf.shape[0]) if "/layers/" in path else (None,))
   }
-  assert set(by_place) == places
-  assert all(len(found) == 1 for found in by_place.values())
+  depths = [leaf.shape[0] for path, leaf in shapes.items() if "/layers/" in path]
+  by_place: dict[tuple[str, int | None], list[str]] = {}
   rng = np.random.default_rng(0)
-  for match in names.values():
+  for name, match in torch_names(rows, layers=max(depths, default=1)).items():
+    if match.layer is not None and match.layer >= shapes[match.path].shape[0]:
+      continue
+    by_place.setdefault((match.path, match.layer), []).append(name)
     shape = shapes[match.path].shape
     array = rng.normal(size=shape if match.layer is None else shape[1:]).astype(np.float32)
     there = match.layout.to_torch(array)
     np.testing.assert_array_equal(match.layout.to_jax(there), array, err_msg=match.path)
+  assert set(by_place) == places
+  assert all(len(found) == 1 for found in by_place.values())
+
+
+@pytest.mark.parametrize("grid", [16, 24, 27, 32])
+@pytest.mark.parametrize("row", ROWS)
+def test_every_projector_leaf_has_one_torch_name_that_round_trips(row: str, grid: int) -> None:
+  scales = build.view_sizes(model(row, grid=grid))
+  check_names(projector_leaves(row, grid), tables.projector(row, WIDTH, scales))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_other_leaf_has_one_torch_name_that_round_trips(variant: str, bias: bool) -> None:
+  shapes = leaves(model("none", rank=4, variant=variant, bias=bias))
+  llama = tuple(r for r in tables.LLAMA if bias or not r.path.endswith("_proj/bias"))
+  rows = llama + tables.LORA + tables.TOWERS[variant] + tables.projector("none", WIDTH, ())
+  check_names(shapes, rows)
 
 
 def test_layouts_do_what_torch_does() -> None:
@@ -224,13 +263,33 @@ def test_only_buffers_and_unused_halves_are_ignored() -> None:
   assert tables.ignored("model.layers.0.self_attn.rotary_emb.inv_freq")
   assert tables.ignored("vision_model.embeddings.position_ids")
   assert tables.ignored("text_model.final_layer_norm.weight")
-  for name in torch_names(tables.LLAMA + tables.CLIP + tables.LORA, 1):
+  assert tables.ignored("vision_model.head.probe")
+  assert tables.ignored("model.value_projector_mid.1.weight")
+  for name in torch_names(tables.LLAMA + tables.LORA, 1):
     assert not tables.ignored(name)
+  for variant in VARIANTS:
+    assert not any(tables.ignored(name) for name in torch_names(tables.TOWERS[variant], 1))
+  for row in ROWS:
+    names = torch_names(tables.projector(row, WIDTH, ROWS[row].scales(24)), 1)
+    assert not any(tables.ignored(name) for name in names)
+
+
+def test_every_projector_row_and_variant_has_its_names() -> None:
+  assert set(tables.PROJECTORS) == set(ROWS)
+  assert set(tables.TOWERS) == set(VARIANTS)
 
 
 UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
   "model.projector.row": (lambda: build.model(model("nope")), ROWS),
   "model.tower.variant": (lambda: build.model(model("none", variant="nope")), VARIANTS),
+  "model.language_model.rope_scaling.kind": (
+    lambda: build.model(
+      config_lib.from_dict(
+        {"language_model": {"rope_scaling": {"kind": "nope"}}}, config_lib.Model, "model"
+      )
+    ),
+    ROPES,
+  ),
   "optimizer.stage": (lambda: optimizer.group_of("projector/x", "nope"), optimizer.STAGES),
   **{
     key: (lambda key=key, table=table: config_lib.lookup(key, "nope", table), table)
@@ -294,12 +353,27 @@ def test_every_config_opens_with_its_command_and_refuses_unknown_options(path: P
 
 def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
   values = {"modle": {}, "train": {"steps": "many", "stepz": 1}, "data": 3,
-            "model": {"remat": 1, "tower": {"width": True}}}  # fmt: skip
+            "model": {"remat": 1, "tower": {"width": True}, "projector": {"scales": [4, 8.5]}},
+            }  # fmt: skip
   with pytest.raises(config_lib.ConfigError) as error:
     config_lib.from_dict(values)
   lines = str(error.value).splitlines()[1:]
   assert [line.strip().partition(":")[0] for line in lines] == [
     "config.modle", "config.train.steps", "config.train.stepz", "config.data",
-    "config.model.remat", "config.model.tower.width",
+    "config.model.remat", "config.model.tower.width", "config.model.projector.scales[1]",
   ]  # fmt: skip
   assert ", ".join(f.name for f in dataclasses.fields(config_lib.Train)) in str(error.value)
+
+
+def test_numbers_typed_by_a_user_keep_their_kind() -> None:
+  """Scales are whole numbers, image means are not; an empty list is one."""
+  config = config_lib.override(config_lib.Config(), {
+    "config.model.projector.scales": "4,8, 12", "config.data.image_mean": "(1, 0.5, 0)",
+  })  # fmt: skip
+  assert config.model.projector.scales == (4, 8, 12)
+  assert all(type(size) is int for size in config.model.projector.scales)
+  assert config.data.image_mean == (1.0, 0.5, 0.0)
+  back = config_lib.override(config, {"config.model.projector.scales": "()"})
+  assert back.model.projector.scales == ()
+  with pytest.raises(config_lib.ConfigError, match=r"scales\[1\]: expected int, found 0.5"):
+    config_lib.override(config, {"config.model.projector.scales": "4,0.5"})

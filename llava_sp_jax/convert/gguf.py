@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
 
 NAMES = (
   (r"token_embd\.weight", "model.embed_tokens.weight"),
@@ -40,19 +40,24 @@ def _open(path: Path) -> Any:
   return reader
 
 
-def tensors(path: Path) -> dict[str, np.ndarray]:
-  """All weights as float32, torch orientation. Raises: FormatError."""
+def open_gguf(path: Path) -> Tensors:
+  """Weights in torch's orientation, dequantised to float32 when they are read. Raises: FormatError."""
   import gguf
 
   reader = _open(path)
   sizes = _config(reader)
   heads = {"q": sizes["num_attention_heads"], "k": sizes["num_key_value_heads"]}
-  result = {}
+  result: Tensors = {}
   for tensor in reader.tensors:
     name = _name(tensor.name, path)
-    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     projection = re.search(r"\.([qk])_proj\.", name)
-    result[name] = _unpermute(array, heads[projection.group(1)]) if projection else array
+
+    def read(tensor: Any = tensor, projection: Any = projection) -> np.ndarray:
+      array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+      return _unpermute(array, heads[projection.group(1)]) if projection else array
+
+    shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts the fastest axis first
+    result[name] = Tensor(name, str(path), shape, np.dtype(np.float32), read)
   return result
 
 
@@ -79,12 +84,14 @@ def _config(reader: Any) -> dict[str, Any]:
     return reader.fields[f"llama.{key}"].contents()
 
   return {
+    "model_type": "llama",
     "vocab_size": value("vocab_size"),
     "hidden_size": value("embedding_length"),
     "num_hidden_layers": value("block_count"),
     "num_attention_heads": value("attention.head_count"),
     "num_key_value_heads": value("attention.head_count_kv"),
     "intermediate_size": value("feed_forward_length"),
+    "max_position_embeddings": value("context_length"),
     "rope_theta": float(value("rope.freq_base")),
     "rms_norm_eps": round(float(value("attention.layer_norm_rms_epsilon")), 9),
     "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},

@@ -19,7 +19,7 @@ class Layout:
 
 
 same = Layout(lambda x: x, lambda x: x)
-linear = Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+linear = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
 conv = Layout(  # [out, in, h, w] <-> [h, w, in, out]
   lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )

@@ -2,13 +2,15 @@
 
 A row is (torch name, our path, layout). `{layer}` is stacked into (or taken from) the leading axis;
 any other `{name:a|b}` is one of the listed words and carried over. Names that may be dropped stand
-in IGNORED. Sources: Hugging Face LLaMA and CLIP, PEFT, `llava/model/llava_arch.py`.
+in IGNORED. Sources: Hugging Face LLaMA, Qwen2, CLIP and SigLIP, PEFT, `llava/model/llava_arch.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+from collections.abc import Callable, Iterator, Sequence
 
 from llava_sp_jax.convert.layout import Layout, conv, linear, same, whole_view
 
@@ -24,6 +26,8 @@ LLAMA = (
   Row("model.embed_tokens.weight", "language_model/token_embed/embedding", same),
   Row("model.layers.{layer}.self_attn.{p:q|k|v|o}_proj.weight",
       "language_model/layers/{p}_proj/kernel", linear),
+  Row("model.layers.{layer}.self_attn.{p:q|k|v}_proj.bias",
+      "language_model/layers/{p}_proj/bias", same),  # Qwen2
   Row("model.layers.{layer}.mlp.{p:gate|up|down}_proj.weight",
       "language_model/layers/{p}_proj/kernel", linear),
   Row("model.layers.{layer}.input_layernorm.weight",
@@ -43,14 +47,10 @@ LORA = tuple(
 )  # fmt: skip
 
 _VISION = "vision_model.encoder.layers.{layer}."
-CLIP = (
-  Row("vision_model.embeddings.class_embedding", "vision_tower/class_embed", same),
+_BLOCKS = (
   Row("vision_model.embeddings.patch_embedding.weight", "vision_tower/patch_embed/kernel",
       whole_view(3)),
   Row("vision_model.embeddings.position_embedding.weight", "vision_tower/position_embed", same),
-  # the misspelling is Hugging Face's
-  Row("vision_model.pre_layrnorm.weight", "vision_tower/pre_norm/scale", same),
-  Row("vision_model.pre_layrnorm.bias", "vision_tower/pre_norm/bias", same),
   Row(_VISION + "self_attn.{p:q|k|v}_proj.weight", "vision_tower/layers/{p}_proj/kernel", linear),
   Row(_VISION + "self_attn.{p:q|k|v}_proj.bias", "vision_tower/layers/{p}_proj/bias", same),
   Row(_VISION + "self_attn.out_proj.weight", "vision_tower/layers/o_proj/kernel", linear),
@@ -62,66 +62,164 @@ CLIP = (
   Row(_VISION + "layer_norm2.weight", "vision_tower/layers/mlp_norm/scale", same),
   Row(_VISION + "layer_norm2.bias", "vision_tower/layers/mlp_norm/bias", same),
 )  # fmt: skip
+CLIP = (
+  *_BLOCKS,
+  Row("vision_model.embeddings.class_embedding", "vision_tower/class_embed", same),
+  # the misspelling is Hugging Face's
+  Row("vision_model.pre_layrnorm.weight", "vision_tower/pre_norm/scale", same),
+  Row("vision_model.pre_layrnorm.bias", "vision_tower/pre_norm/bias", same),
+)
+SIGLIP = (
+  *_BLOCKS,
+  Row("vision_model.embeddings.patch_embedding.bias", "vision_tower/patch_embed/bias", same),
+)
+TOWERS = {"clip": CLIP, "siglip": SIGLIP}  # by the name of a row of `models.vit.VARIANTS`
 
 _MLP = (
   Row("model.mm_projector.0.weight", "projector/fc1/kernel", linear),
   Row("model.mm_projector.0.bias", "projector/fc1/bias", same),
   Row("model.mm_projector.2.weight", "projector/fc2/kernel", linear),
   Row("model.mm_projector.2.bias", "projector/fc2/bias", same),
+  Row("model.image_newline", "projector/image_newline", same),
 )
-_OUT = (Row("model.conv_linear.1.weight", "projector/out/kernel", linear),)
-_OUT_BIAS = (Row("model.conv_linear.1.bias", "projector/out/bias", same),)
-_SIXTHS = (4, 8, 12, 16, 20, 24)
+
+# The parts of a projector row: (channels, scales) -> names. `{i}` of a path counts the scales.
+Part = Callable[[int, Sequence[int]], tuple[Row, ...]]
 
 
-def _crops(channels: int) -> tuple[Row, ...]:
+def _views(torch: str, view: str, last: str = "") -> Part:
+  """One kernel for each scale; `last` is the name of the largest, if it has another."""
+
+  def part(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+    names = [torch] * (len(scales) - 1) + [last or torch]
+    return tuple(
+      Row(name.format(size=size, number=i + 1), f"projector/{view}_{i}/kernel",
+          whole_view(channels))
+      for i, (name, size) in enumerate(zip(names, scales, strict=True))
+    )  # fmt: skip
+
+  return part
+
+
+def _out(torch: str, *parameters: str) -> Part:
+  every = {
+    "weight": Row(f"model.{torch}.1.weight", "projector/out/kernel", linear),
+    "bias": Row(f"model.{torch}.1.bias", "projector/out/bias", same),
+  }
+  return lambda channels, scales: tuple(every[p] for p in parameters)
+
+
+def _detail(
+  kernel: int, conv_name: str, suffix: str = "", parts: Sequence[str] = ("query", "key", "value")
+) -> Part:
+  """A strided convolution and the norm and linear layer of each of `parts`."""
+  path = f"projector/detail_{kernel}"
+  rows = [Row(f"model.{conv_name}.weight", f"{path}/conv/kernel", conv)]
+  for part in parts:
+    name = f"model.{part}_projector{suffix}"
+    rows += [
+      Row(f"{name}.0.weight", f"{path}/{part}_norm/scale", same),
+      Row(f"{name}.0.bias", f"{path}/{part}_norm/bias", same),
+      Row(f"{name}.1.weight", f"{path}/{part}/kernel", linear),
+      Row(f"{name}.1.bias", f"{path}/{part}/bias", same),
+    ]
+  return lambda channels, scales: tuple(rows)
+
+
+def _transformer(view: str) -> Part:
+  """torch's nn.Transformer without biases, one for each scale, with its query token."""
+
+  def part(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    for i, size in enumerate(scales):
+      path = f"projector/{view}_{i}"
+      rows.append(Row(f"model.query_{size}", f"{path}/query", same))
+      for side, norms in _NORMS.items():
+        torch, ours = f"model.tfm_{size}.{side}", f"{path}/{side}"
+        layer = torch + ".layers.{layer}."
+        rows.append(Row(f"{torch}.norm.weight", f"{ours}/norm/scale", same))
+        rows += [
+          Row(f"{layer}norm{n + 1}.weight", f"{ours}/layers/{norm}_norm/scale", same)
+          for n, norm in enumerate(norms)
+        ]
+        rows += [
+          Row(f"{layer}linear{n}.weight", f"{ours}/layers/fc{n}/kernel", linear) for n in (1, 2)
+        ]
+        for norm in norms[:-1]:
+          attention = layer + _ATTENTIONS[norm]
+          rows += [
+            Row(f"{attention}.in_proj_weight", f"{ours}/layers/{norm}_attn/in_proj", linear),
+            Row(f"{attention}.out_proj.weight", f"{ours}/layers/{norm}_attn/o_proj/kernel", linear),
+          ]
+    return tuple(rows)  # fmt: skip
+
+  return part
+
+
+_NORMS = {"encoder": ("self", "mlp"), "decoder": ("self", "cross", "mlp")}  # in torch's order
+_ATTENTIONS = {"self": "self_attn", "cross": "multihead_attn"}
+
+
+def _registers(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
   return tuple(
-    Row(f"model.conv_{size}.weight", f"projector/crop_{i}/kernel", whole_view(channels))
-    for i, size in enumerate(_SIXTHS)
+    Row(f"model.register_{size}", f"projector/register_{i}/token", same)
+    for i, size in enumerate(scales)
   )
 
 
-def _pools(channels: int) -> tuple[Row, ...]:
-  """Each but the whole grid follows its pooling in a torch Sequential, hence `.1`."""
-  return tuple(
-    Row(f"model.conv_{size}{'' if size == 24 else '.1'}.weight", f"projector/pool_{i}/kernel",
-        whole_view(channels))
-    for i, size in enumerate(_SIXTHS)
-  )  # fmt: skip
-
-
-_DETAIL = (
-  Row("model.conv_CM.weight", "projector/detail_16/conv/kernel", conv),
-  *(
-    row
-    for part in ("query", "key", "value")
-    for row in (
-      Row(f"model.{part}_projector.0.weight", f"projector/detail_16/{part}_norm/scale", same),
-      Row(f"model.{part}_projector.0.bias", f"projector/detail_16/{part}_norm/bias", same),
-      Row(f"model.{part}_projector.1.weight", f"projector/detail_16/{part}/kernel", linear),
-      Row(f"model.{part}_projector.1.bias", f"projector/detail_16/{part}/bias", same),
-    )
-  ),
+_CROPS = _views("model.conv_{size}.weight", "crop")
+# All but the whole grid follow their pooling in a torch Sequential, hence `.1`.
+_POOLS = _views("model.conv_{size}.1.weight", "pool", last="model.conv_{size}.weight")
+_OUT = _out("conv_linear", "weight")
+_OUT_BIAS = _out("conv_linear", "weight", "bias")
+_TFM_OUT = _out("tfm_linear", "weight")
+_DETAIL = (_detail(16, "conv_CM"),)
+# The original builds a value projection for `mid`, never uses it, and stores it: see IGNORED. It
+# has no leaf here, so it cannot be written; the original then keeps its random one, without effect.
+_DETAILS = (
+  _detail(12, "conv_small", "_small"),
+  _detail(9, "conv_mid", "_mid", parts=("query", "key")),
+  _detail(5, "conv_huge", "_huge"),
 )
 
+# Rows of `models.projector.ROWS` and their parts. The original has no `both` and no `register`;
+# their own names are `pool_<size>` beside its crops' `conv_<size>`, and `register_<size>`.
+PROJECTORS: dict[str, tuple[Part, ...]] = {
+  "none": (),
+  "pooling": (_POOLS, _OUT),
+  "cropping": (_CROPS, _OUT_BIAS, *_DETAIL),
+  "cropping_sfe": (_CROPS, _OUT),
+  "pooling_dfi": (_POOLS, _OUT, *_DETAIL),
+  "cropping_multiscale_dfi": (_CROPS, _OUT, *_DETAILS),
+  "pooling_multiscale_dfi": (_POOLS, _OUT_BIAS, *_DETAILS),
+  "tokens_1": (_CROPS, _OUT),
+  "tokens_3": (_CROPS, _OUT),
+  "tokens_12": (_CROPS, _OUT),
+  "crop_224": (_views("model.conv_{number}.weight", "crop"), _OUT),
+  "cropping_transformer": (_transformer("crop"), _TFM_OUT),
+  "pooling_transformer": (_transformer("pool"), _TFM_OUT),
+  "detail_only": (_detail(12, "conv_CM", parts=()), _OUT),
+  "both": (_CROPS, _views("model.pool_{size}.weight", "pool"), _OUT),
+  "register": (_registers, _OUT),
+}
 
-def projector(row: str, channels: int) -> tuple[Row, ...]:
-  """The names of a projector row; `channels` is the tower's width. Raises: KeyError."""
-  rows = {
-    "none": _MLP,
-    "pooling": _MLP + _pools(channels) + _OUT,
-    "cropping": _MLP + _crops(channels) + _OUT + _OUT_BIAS + _DETAIL,
-    "cropping_sfe": _MLP + _crops(channels) + _OUT,
-    "pooling_dfi": _MLP + _pools(channels) + _OUT + _DETAIL,
-  }
-  return rows[row]
+
+def projector(row: str, channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+  """The names of a projector row. Raises: KeyError.
+
+  `channels` is the tower's width, `scales` are the sizes of the views (`build.view_sizes`), which
+  the original has in its names. `image_newline` is among them, used or not.
+  """
+  return _MLP + tuple(r for part in PROJECTORS[row] for r in part(channels, scales))
 
 
 IGNORED = (
   r"(.*\.)?embeddings\.position_ids$",  # a buffer, 0..n-1
   r".*rotary_emb\.inv_freq$",  # a buffer
-  r"(text_model\.|text_projection\.|visual_projection\.|logit_scale$)",  # CLIP's other half
-  r"vision_model\.post_layernorm\.",  # LLaVA reads the features before it
+  # the other half of CLIP and SigLIP
+  r"(text_model\.|text_projection\.|visual_projection\.|logit_scale$|logit_bias$)",
+  r"vision_model\.(post_layernorm|head)\.",  # LLaVA reads the features before them
+  r"model\.value_projector_mid\.",  # the original's `mid` uses the value projection of `small`
 )
 
 
@@ -165,3 +263,33 @@ def _pattern(template: str) -> str:
     else:
       out.append(re.escape(part))
   return "".join(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Where a leaf goes: a torch name, with `{layer}` in it when the leaf is a stack of layers."""
+
+  name: str
+  layout: Layout
+
+
+def by_path(rows: tuple[Row, ...]) -> dict[str, Target]:
+  """The same rows read backwards: our path -> torch name. Raises: ValueError for a path twice."""
+  targets: dict[str, Target] = {}
+  for row in rows:
+    for words in _choices(row.torch):
+      torch, path = row.torch, row.path
+      for slot, word in words.items():
+        torch = torch.replace(slot, word)
+        path = path.replace("{" + slot[1:].split(":")[0] + "}", word)
+      if path in targets:
+        raise ValueError(f"{path} has two names: {targets[path].name}, {torch}")
+      targets[path] = Target(torch, row.layout)
+  return targets
+
+
+def _choices(template: str) -> Iterator[dict[str, str]]:
+  """Every way to fill the `{name:a|b}` of a template."""
+  slots = re.findall(r"\{[^}:]*:[^}]*\}", template)
+  for words in itertools.product(*(s[1:-1].split(":")[1].split("|") for s in slots)):
+    yield dict(zip(slots, words, strict=True))

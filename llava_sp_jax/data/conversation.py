@@ -1,7 +1,9 @@
 """Conversation templates: turns become pieces of text that know whether they are learned.
 
 A piece is text of one role; answers and their end marks are learned, everything else is context.
-Labels are born here, turn by turn, and never searched for in the finished prompt.
+Labels are born here, turn by turn, and never searched for in the finished prompt. So a sample that
+the original drops with "tokenization mismatch" (a separator inside an answer, most dialogues of the
+mpt and chatml templates) is learned, and its v0 labels, which slip by some tokens, are not ours.
 Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the original code.
 """
 
@@ -26,22 +28,119 @@ class Template:
   after: str
   answer: str
   end: str
+  first: str | None = None  # in place of `before`, at the first question
+  unanswered: str | None = None  # in place of `after`, where training has no reply
+  image: str = IMAGE  # how training writes an image
   image_only: bool = False  # the question is reduced to its image
+  empty_reply: bool = False  # an empty reply is written and learned, not left out
+  training: Template | None = None  # what training writes, where the original prompts otherwise
 
 
+# The original's separator styles, as functions of what its templates vary.
+
+
+def single(system: str, example: str = "", image: str = IMAGE) -> Template:
+  """`###` ends every turn. The original trains another text than it prompts with."""
+  trained = Template(f"{system}\n\n### ", "Human: ", "\n### Assistant:", " ", "\n### ",
+                     unanswered="\n### ", image=image, empty_reply=True)  # fmt: skip
+  return Template(f"{system}###{example}", "Human: ", "###Assistant:", " ", "###", image=image,
+                  training=trained)  # fmt: skip
+
+
+def two(system: str, image: str = IMAGE) -> Template:
+  """A blank ends a question, `</s>` an answer."""
+  return Template(f"{system} ", "USER: ", " ASSISTANT:", " ", "</s>", unanswered=" ", image=image)
+
+
+def chatml(system: str, gap: str = "") -> Template:
+  """`<|im_end|>` and `gap` end every turn."""
+  end = f"<|im_end|>{gap}"
+  return Template(f"<|im_start|>system\n{system}{end}", "<|im_start|>user\n",
+                  f"{end}<|im_start|>assistant\n", "", end, unanswered=end)  # fmt: skip
+
+
+def llama_2(system: str, start: str) -> Template:
+  """`[INST]` around a question; the system text stands inside the first."""
+  first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
+  return Template("", f"{start}[INST] ", " [/INST]", " ", " </s>", first=first)
+
+
+def plain() -> Template:
+  """Images and their caption. The original prompts with a question that it never trained on."""
+  return Template("", "", "", "", "\n", image_only=True, empty_reply=True)
+
+
+_CHAT = (
+  "A chat between a curious {0} and an artificial intelligence assistant. "
+  "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
+_TAGGED = (
+  "A chat between a curious user and an artificial intelligence assistant. "
+  "The assistant is able to understand the visual content that the user provides, and assist the "
+  "user with a variety of tasks using natural language."
+  "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_TAG = f"<Image>{IMAGE}</Image>"
+_EXAMPLE = (
+  "Human: What are the key differences between renewable and non-renewable energy sources?###"
+  "Assistant: Renewable energy sources are those that can be replenished naturally in a relatively "
+  "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+  "Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, "
+  "such as coal, oil, and natural gas. "
+  "Here are some key differences between renewable and non-renewable energy sources:\n"
+  "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+  "energy sources are finite and will eventually run out.\n"
+  "2. Environmental impact: Renewable energy sources have a much lower environmental impact than "
+  "non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+  "and other negative effects.\n"
+  "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
+  "have lower operational costs than non-renewable sources.\n"
+  "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
+  "locations than non-renewable sources.\n"
+  "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+  "different situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+  "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+  "non-renewable sources are not, and their depletion can lead to economic and social "
+  "instability.\n###"
+)
+_LLAMA_2 = (
+  "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+  "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, "
+  "toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased "
+  "and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, "
+  "explain why instead of answering something not correct. If you don't know the answer to a "
+  "question, please don't share false information."
+)
+_LLAVA_LLAMA_2 = (
+  "You are a helpful language and vision assistant. You are able to understand the visual content "
+  "that the user provides, and assist the user with a variety of tasks using natural language."
+)
+_MPT = (
+  "A conversation between a user and an LLM-based AI assistant. "
+  "The assistant gives helpful and honest answers."
+)
+_SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+# The original trains `v0` with the text of `v1`; here every row trains and prompts as it says.
 TEMPLATES = {
-  "plain": Template("", "", "", "", "\n", image_only=True),
-  "v1": Template(
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
-    "USER: ", " ASSISTANT:", " ", "</s>",
-  ),
-  "smollm2": Template(
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n",
-    "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>\n",
-  ),
-}  # fmt: skip
+  "default": single(_CHAT.format("human"), _EXAMPLE),
+  "v0": single(_CHAT.format("human"), _EXAMPLE),
+  "llava_v0": single(_CHAT.format("human")),
+  "v0_mmtag": single(_TAGGED, image=_TAG),
+  "v1": two(_CHAT.format("user")),
+  "vicuna_v1": two(_CHAT.format("user")),
+  "llava_v1": two(_CHAT.format("human")),
+  "v1_mmtag": two(_TAGGED, image=_TAG),
+  "llama_2": llama_2(_LLAMA_2, "<s>"),
+  "llava_llama_2": llama_2(_LLAVA_LLAMA_2, "<s>"),
+  "mistral_instruct": llama_2("", ""),
+  "mpt": chatml(_MPT),
+  "chatml_direct": chatml("Answer the questions."),
+  "mistral_direct": chatml("Answer the questions."),
+  "smollm2": chatml(_SMOLLM2, gap="\n"),
+  "plain": plain(),
+  "v0_plain": plain(),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +150,13 @@ class Piece:
   branch: int  # 0 is the trunk, which every branch sees
 
 
-def turns_of(sample: Any) -> list[tuple[str, str | None]]:
+Turns = list[tuple[str, str | None]]
+
+
+def turns_of(sample: Any) -> Turns:
   """The (question, reply) pairs of LLaVA's `conversations` list; an open last turn has reply None.
+
+  A greeting in front of the first question is left out, as in the original.
 
   Raises:
     SampleError: when the turns do not alternate human, gpt.
@@ -60,12 +164,15 @@ def turns_of(sample: Any) -> list[tuple[str, str | None]]:
   messages = sample.get("conversations")
   if not isinstance(messages, list) or not messages:
     raise SampleError("`conversations` must be a list of {from, value} with at least one turn")
-  pairs: list[tuple[str, str | None]] = []
-  for i, message in enumerate(messages):
+  greets = len(messages) > 1 and isinstance(messages[0], dict) and messages[0].get("from") == "gpt"
+  pairs: Turns = []
+  for i, message in enumerate(messages[greets:]):
     wanted = ("human", "gpt")[i % 2]
     known = message if isinstance(message, dict) else {}
     if known.get("from") != wanted or not isinstance(known.get("value"), str):
-      raise SampleError(f"turn {i}: expected a text from {wanted!r}, found {message!r:.80}")
+      raise SampleError(
+        f"turn {i + greets}: expected a text from {wanted!r}, found {message!r:.80}"
+      )
     if i % 2:
       pairs[-1] = (pairs[-1][0], message["value"])
     else:
@@ -73,46 +180,74 @@ def turns_of(sample: Any) -> list[tuple[str, str | None]]:
   return pairs
 
 
-def image_first(question: str) -> str:
-  """Images of a turn go to its front, each on a line of its own, as LLaVA's data expects."""
+def image_first(question: str, image: str = IMAGE) -> str:
+  """Images of a turn go to its front, each on a line of its own, written as `image`.
+
+  The original keeps only one of them, so its text no longer fits a sample of several images.
+  """
   count = question.count(IMAGE)
-  return (IMAGE + "\n") * count + question.replace(IMAGE, "").strip() if count else question
+  if not count:
+    return question
+  return ((image + "\n") * count + question.replace(IMAGE, "").strip()).strip()
 
 
-def chain(turns: list[tuple[str, str | None]], template: Template) -> list[Piece]:
-  """One dialogue: every turn sees the turns before it."""
+def write(turns: Turns, template: Template, open_end: str | None = None) -> list[Piece]:
+  """The pieces of a dialogue, questions as they are; `open_end` (default `after`) follows the last.
+
+  An empty reply is no reply, except where the template writes it.
+  """
   pieces = [Piece(template.system, False, 0)]
-  for question, reply in turns:
-    asked = IMAGE * question.count(IMAGE) if template.image_only else image_first(question)
-    pieces.append(Piece(template.before + asked + template.after, False, 0))
+  for i, (question, reply) in enumerate(turns):
+    after = template.after if reply is not None or open_end is None else open_end
+    pieces.append(Piece(_before(template, i) + question + after, False, 0))
     pieces += _reply(reply, template, 0)
   return pieces
 
 
-def branch(turns: list[tuple[str, str | None]], template: Template) -> list[Piece]:
+def chain(turns: Turns, template: Template) -> list[Piece]:
+  """One dialogue to learn from: every turn sees the turns before it."""
+  text = template.training or template
+  asked = [(_asked(question, text), reply) for question, reply in turns]
+  return write(asked, text, text.unanswered)
+
+
+def branch(turns: Turns, template: Template) -> list[Piece]:
   """Every turn alone with the image, as if it were a sample of its own, at the price of one image.
 
   Raises:
     SampleError: when the image does not stand in the first turn only.
   """
+  text = template.training or template
   first, *others = (question for question, _ in turns)
   if first.count(IMAGE) != 1 or any(IMAGE in q for q in others):
     raise SampleError("branched turns need exactly one <image>, in the first turn")
-  pieces = [Piece(template.system + template.before + IMAGE, False, 0)]
+  pieces: list[Piece] = []
   for i, (question, reply) in enumerate(turns):
-    asked = image_first(IMAGE + question.replace(IMAGE, "")).removeprefix(IMAGE)
-    pieces.append(Piece(asked + template.after, False, i + 1))
-    pieces += _reply(reply, template, i + 1)
+    asked = _before(text, 0) + _asked(IMAGE + question.replace(IMAGE, ""), text) + text.after
+    head, _, tail = asked.partition(IMAGE)
+    pieces += [] if i else [Piece(text.system + head + IMAGE, False, 0)]
+    pieces.append(Piece(tail, False, i + 1))
+    pieces += _reply(reply, text, i + 1)
   return pieces
-
-
-def _reply(reply: str | None, template: Template, segment: int) -> list[Piece]:
-  return [] if reply is None else [Piece(template.answer + reply + template.end, True, segment)]
-
-
-TURNS = {"chain": chain, "branch": branch}
 
 
 def prompt(question: str, template: Template) -> list[Piece]:
   """The pieces of one open question, ready for an answer."""
-  return chain([(question, None)], template)
+  return write([(_asked(question, template), None)], template)
+
+
+def _before(template: Template, turn: int) -> str:
+  return template.before if turn or template.first is None else template.first
+
+
+def _asked(question: str, template: Template) -> str:
+  count = question.count(IMAGE)
+  return template.image * count if template.image_only else image_first(question, template.image)
+
+
+def _reply(reply: str | None, template: Template, segment: int) -> list[Piece]:
+  written = reply is not None and (reply or template.empty_reply)
+  return [Piece(f"{template.answer}{reply}{template.end}", True, segment)] if written else []
+
+
+TURNS = {"chain": chain, "branch": branch}

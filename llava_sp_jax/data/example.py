@@ -1,11 +1,13 @@
 """One row of a batch: token ids, targets, and where every image token goes.
 
-Shape letters:  T row length . M images per row . N tokens per image
+Shape letters:  T row length . M tiles per row . N tokens per tile . L tokens of one image
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 
 BRANCHES = 1 << 12  # as `models.layers.BRANCHES`; a test holds the two together
 IMAGE_ID = -200  # stands for a whole image in a list of ids, as in LLaVA's data
+NEWLINE = -2  # in a plan: the learned token that ends a row of patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,20 @@ class Run:
   ids: tuple[int, ...]
   learn: tuple[bool, ...]
   branch: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """The tokens of one image, in the order in which the decoder reads them."""
+
+  slots: np.ndarray  # [L] int32; token n of the image's tile t is t * N + n, or NEWLINE
+  tiles: int
+  tile_tokens: int  # N, the same for every tile of a model
+
+
+def one_tile(tokens: int) -> Plan:
+  """An image that is one tile, its tokens in their own order."""
+  return Plan(np.arange(tokens, dtype=np.int32), 1, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,55 +61,72 @@ class Row:
 
 
 def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> list[Run]:
-  """Ids of each piece; `<image>` becomes IMAGE_ID; text around it is tokenised on its own."""
+  """Ids of a dialogue; `<image>` becomes IMAGE_ID; the text between images is tokenised as one.
+
+  As in the original, each such stretch of text is a text of its own to the tokenizer, and only the
+  first has a begin-of-sequence token.
+  """
   runs = []
   if tokenizer.bos_id is not None:
     runs.append(Run((tokenizer.bos_id,), (False,)))
-  for piece in pieces:
-    ids: list[int] = []
-    for i, text in enumerate(piece.text.split(IMAGE)):
-      ids += [IMAGE_ID] if i else []
-      ids += tokenizer.encode(text) if text else ()
-    runs.append(Run(tuple(ids), (piece.learn,) * len(ids), piece.branch))
+  for branch, group in itertools.groupby(pieces, key=lambda piece: piece.branch):
+    stretch: list[tuple[str, bool]] = []
+    for piece in group:
+      first, *others = piece.text.split(IMAGE)
+      stretch.append((first, piece.learn))
+      for text in others:
+        runs += [*_encode(stretch, branch, tokenizer), Run((IMAGE_ID,), (False,), branch)]
+        stretch = [(text, piece.learn)]
+    runs += _encode(stretch, branch, tokenizer)
   return runs
 
 
-def layout(
-  runs: list[Run], image_tokens: int, row_length: int, images: int, segment: int = 1
-) -> Row:
-  """Lays runs out in a row: an image becomes `image_tokens` slots, what is too long is cut off.
+def _encode(stretch: list[tuple[str, bool]], branch: int, tokenizer: Tokenizer) -> list[Run]:
+  parts = tokenizer.encode_parts([text for text, _ in stretch])
+  return [
+    Run(ids, (learn,) * len(ids), branch)
+    for ids, (_, learn) in zip(parts, stretch, strict=True)
+    if ids
+  ]
 
-  A branch continues the positions of the trunk, so it reads as if it alone followed it.
+
+def layout(
+  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0, segment: int = 1
+) -> Row:
+  """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
+
+  The tiles of a row's images follow each other. `row_tiles` is M, for how many the row has room (0:
+  as many as there are): the model's end-of-row token is slot M * N. A branch continues the
+  positions of the trunk, so it reads as if it alone followed it.
 
   Raises:
-    SampleError: when the ids name another number of images than the sample has, or an image would
-      be cut.
+    SampleError: when the ids name another number of images than the sample has, the images have
+      more tiles than the row, or an image would be cut.
   """
+  places = iter(_places(plans, row_tiles))
+  named = sum(run.ids.count(IMAGE_ID) for run in runs)
+  if named != len(plans):
+    raise SampleError(f"the text has {named} <image> but the sample has {len(plans)} images")
   ids: list[int] = []
   learn: list[bool] = []
   slots: list[int] = []
   positions: list[int] = []
   segments: list[int] = []
-  seen, ends = 0, {0: 0}
+  ends = {0: 0}
   for run in runs:
     at = ends.setdefault(run.branch, ends[0])
     for token, learned in zip(run.ids, run.learn, strict=True):
-      count = image_tokens if token == IMAGE_ID else 1
-      if token == IMAGE_ID:
-        slots += range(seen * image_tokens, (seen + 1) * image_tokens)
-        seen += 1
-        if len(ids) + count > row_length:
-          raise SampleError(f"an image of {count} tokens does not fit into rows of {row_length}")
-      else:
-        slots.append(-1)
+      taken = next(places) if token == IMAGE_ID else [-1]
+      count = len(taken)
+      if token == IMAGE_ID and len(ids) + count > row_length:
+        raise SampleError(f"an image of {count} tokens does not fit into rows of {row_length}")
+      slots += taken
       ids += [max(token, 0)] * count
       learn += [learned and token != IMAGE_ID] * count
       positions += range(at, at + count)
       segments += [segment * BRANCHES + run.branch] * count
       at += count
     ends[run.branch] = at
-  if seen != images:
-    raise SampleError(f"the text has {seen} <image> but the sample has {images} images")
   total = len(ids)
   row: dict[str, list[Any]] = {
     "tokens": ids, "positions": positions, "segments": segments, "slots": slots,
@@ -107,6 +141,21 @@ def layout(
   if total > row_length:
     arrays["weights"][-1] = 0.0  # its target was cut off
   return Row(length=min(total, row_length), **arrays)
+
+
+def _places(plans: Sequence[Plan], row_tiles: int) -> list[list[int]]:
+  """The slots of each image within its row."""
+  tiles = sum(plan.tiles for plan in plans)
+  if row_tiles and tiles > row_tiles:
+    cut = f" of {tiles} tiles" if tiles > len(plans) else ""
+    raise SampleError(f"{len(plans)} images{cut}, but data.images_per_row is {row_tiles}")
+  result, first = [], 0
+  for plan in plans:
+    newline = (row_tiles or tiles) * plan.tile_tokens
+    moved = plan.slots + first * plan.tile_tokens
+    result.append(np.where(plan.slots == NEWLINE, newline, moved).tolist())
+    first += plan.tiles
+  return result
 
 
 def from_labels(ids: list[int], labels: list[int], ignore: int = -100) -> list[Run]:

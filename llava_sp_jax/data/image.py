@@ -1,6 +1,8 @@
 """Images: decoding and preprocessing, equal to the last bit to the original's (PIL, not torch).
 
-Source: `expand2square` in `llava/mm_utils.py`; Hugging Face `CLIPImageProcessor`.
+The original guesses from an array's shape where the channels are: it fails on a picture one pixel
+high and misreads one of three. Here such pictures are computed like all others.
+Source: `expand2square` in `llava/mm_utils.py`; Hugging Face's CLIP and SigLIP image processors.
 """
 
 from __future__ import annotations
@@ -14,22 +16,52 @@ from PIL import Image
 
 from llava_sp_jax.data.conversation import SampleError
 
+LONGEST = 200  # times its width or height: more is a line, which "crop" would enlarge past memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Pads to a square with the mean colour, resizes (bicubic), normalises. Sizes in pixels."""
+  """What a vision tower expects of a picture. `fit` names a row of FITS; `size` in pixels."""
 
   size: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  fit: str = "crop"
+
+  @property
+  def pad_colour(self) -> tuple[int, ...]:
+    return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """-> [size, size, 3] float32."""
-    image = pad_to_square(image.convert("RGB"), tuple(int(m * 255) for m in self.mean))
+    """Pads to a square with the mean colour, resizes (bicubic), normalises. -> [size, size, 3]."""
+    return self.square(pad_to_square(image.convert("RGB"), self.pad_colour))
+
+  def square(self, image: Image.Image) -> np.ndarray:
+    """An RGB picture of any shape, made square as `fit` says. -> [size, size, 3] float32."""
     if image.size != (self.size, self.size):
-      image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+      image = FITS[self.fit](image, self.size)
     scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
     return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+  """The shorter side becomes `size`, the middle of the longer one is kept (CLIP)."""
+  short, long = sorted(image.size)
+  if long > LONGEST * short:
+    raise SampleError(f"an image of {image.width}x{image.height} pixels is too long to be cropped")
+  enlarged = int(size * long / short)
+  width, height = (size, enlarged) if image.width <= image.height else (enlarged, size)
+  left, top = (width - size) // 2, (height - size) // 2
+  image = image.resize((width, height), Image.Resampling.BICUBIC)
+  return image.crop((left, top, left + size, top + size))
+
+
+def stretch(image: Image.Image, size: int) -> Image.Image:
+  """Both sides become `size` (SigLIP)."""
+  return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+FITS = {"crop": crop, "stretch": stretch}
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

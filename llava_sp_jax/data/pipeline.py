@@ -1,6 +1,6 @@
 """The data pipeline: shuffled, seekable, resumable batches of static shape (grain).
 
-Shape letters:  B rows . T row length . M images per row
+Shape letters:  B rows . T row length . M tiles per row
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import conversation, example, image, sources
+from llava_sp_jax.data import anyres, conversation, example, image, sources
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
@@ -59,15 +59,15 @@ class RowMaker:
   """Turns sample `index` into a row with its images; a bad sample is quarantined, and None."""
 
   def __init__(
-    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, image_size: int,
-    image_tokens: int, quarantine: Quarantine,
+    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, side: int,
+    quarantine: Quarantine,
   ):  # fmt: skip
     self._source, self._tokenizer, self._data = source, tokenizer, data
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
     self._turns = lookup("data.turns", data.turns, conversation.TURNS)
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
-    self._image_size, self._image_tokens = image_size, image_tokens
-    self._quarantine, self._any_good, self._bad = quarantine, False, set[int]()
+    self._side, self._quarantine = side, quarantine
+    self._any_good, self._bad = False, set[int]()
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
     sample = self._source[index]
@@ -92,16 +92,12 @@ class RowMaker:
     limit = self._data.turns_per_row
     if limit and len(turns) > limit:
       turns = draw_turns(turns, limit, rng)
-    images = self._source.images(sample)
-    if len(images) > self._data.images_per_row:
-      raise SampleError(
-        f"{len(images)} images, but data.images_per_row is {self._data.images_per_row}"
-      )
+    pictures = self._source.images(sample)
+    plans, room = [picture.plan for picture in pictures], self._data.images_per_row
     runs = example.tokenize(self._turns(turns, self._template), self._tokenizer)
-    row = example.layout(runs, self._image_tokens, self._data.row_length, len(images)).arrays()
-    side = self._image_size
-    row["images"] = np.zeros((self._data.images_per_row, side, side, 3), np.float32)
-    for i, pixels in enumerate(images):
+    row = example.layout(runs, plans, self._data.row_length, room).arrays()
+    row["images"] = np.zeros((room, self._side, self._side, 3), np.float32)
+    for i, pixels in enumerate(tile for picture in pictures for tile in picture.tiles):
       row["images"][i] = self._augment(pixels, rng)
     return row
 
@@ -116,19 +112,16 @@ def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
 
 
 def make(
-  data: config_lib.Data, tokenizer: Tokenizer, image_size: int, image_tokens: int, batch_size: int,
-  seed: int, quarantine: Quarantine | None = None, shard: tuple[int, int] = (0, 1),
+  data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
+  quarantine: Quarantine | None = None, shard: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:  # fmt: skip
   """An endless iterator of batches whose `get_state`/`set_state` resume it exactly.
 
   `batch_size` counts all rows; shard (i, n) yields the i-th of n equal parts of each batch.
   """
-  preprocess = image.Preprocess(image_size, data.image_mean, data.image_std)
   make_source = lookup("data.source", data.source, sources.SOURCES)
-  source = make_source(data.path, data.image_folder, preprocess)
-  row_maker = RowMaker(
-    source, tokenizer, data, image_size, image_tokens, quarantine or Quarantine()
-  )
+  source = make_source(data.path, data.image_folder, anyres.Reader(data, tile))
+  row_maker = RowMaker(source, tokenizer, data, tile.size, quarantine or Quarantine())
   host, hosts = shard
   rows = (
     grain.MapDataset.range(len(source))

@@ -8,19 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import image as image_lib
 from llava_sp_jax.data.conversation import SampleError
 
+Reader = Callable[[Image.Image], Any]  # a picture into what the model takes
+
 
 class Source(Protocol):
-  """Samples `{"id", "conversations"}` by index, and the decoded images of a sample."""
+  """Samples `{"id", "conversations"}` by index, and the images of a sample, read by a `Reader`."""
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> dict[str, Any]: ...
-  def images(self, sample: dict[str, Any]) -> list[np.ndarray]: ...
+  def images(self, sample: dict[str, Any]) -> list[Any]: ...
 
 
 class LlavaJson:
@@ -29,7 +31,7 @@ class LlavaJson:
   Serves `blip_laion_cc_sbu_558k.json` and `llava_v1_5_mix665k.json` as they are published.
   """
 
-  def __init__(self, path: str, image_folder: str, preprocess: image_lib.Preprocess):
+  def __init__(self, path: str, image_folder: str, read: Reader):
     """Raises: FileNotFoundError, or ConfigError when the file is not such a list."""
     if not Path(path).is_file():
       raise FileNotFoundError(f"data.path: no file {path!r}; expected a LLaVA JSON list")
@@ -43,7 +45,7 @@ class LlavaJson:
       raise config_lib.ConfigError(f"data.path: {path} is not a list with at least one sample")
     if image_folder and not Path(image_folder).is_dir():
       raise FileNotFoundError(f"data.image_folder: no folder {image_folder!r}")
-    self._samples, self._folder, self._preprocess = samples, Path(image_folder), preprocess
+    self._samples, self._folder, self._read = samples, Path(image_folder), read
 
   def __len__(self) -> int:
     return len(self._samples)
@@ -51,13 +53,13 @@ class LlavaJson:
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self._samples[index]
 
-  def images(self, sample: dict[str, Any]) -> list[np.ndarray]:
-    """[H, W, 3] float32 each. Raises: SampleError when one cannot be read."""
+  def images(self, sample: dict[str, Any]) -> list[Any]:
+    """What the reader makes of each. Raises: SampleError when one cannot be read."""
     names = sample.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
       raise SampleError(f"`image` must be a file name or a list of them, found {names!r:.60}")
-    return [self._preprocess(image_lib.read(self._folder / name)) for name in names]
+    return [self._read(image_lib.read(self._folder / name)) for name in names]
 
 
 class Tfds:
@@ -67,7 +69,7 @@ class Tfds:
   `{from, value}`), and `image` (an Image, or a file's bytes; empty for a sample about text).
   """
 
-  def __init__(self, path: str, image_folder: str, preprocess: image_lib.Preprocess):
+  def __init__(self, path: str, image_folder: str, read: Reader):
     """`path` is a builder's folder or the name of a prepared data set; its split "train" is read.
 
     Raises: ConfigError when there is no such data set or its files are not array_record.
@@ -84,7 +86,7 @@ class Tfds:
         f"data.path: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
         "name of TensorFlow Datasets with split 'train', prepared with file_format='array_record'"
       ) from None
-    self._preprocess = preprocess
+    self._read = read
 
   def __len__(self) -> int:
     return len(self._records)
@@ -94,11 +96,11 @@ class Tfds:
     sample = {"id": _text(record.get("id", "")), "conversations": _turns(record["conversations"])}
     return {**sample, "image": record["image"]} if record.get("image") else sample
 
-  def images(self, sample: dict[str, Any]) -> list[np.ndarray]:
-    """[H, W, 3] float32 each. Raises: SampleError when one cannot be read."""
+  def images(self, sample: dict[str, Any]) -> list[Any]:
+    """What the reader makes of each. Raises: SampleError when one cannot be read."""
     files = [sample["image"]] if "image" in sample else []
     name = f"of sample {sample['id']!r}"
-    return [self._preprocess(image_lib.read(io.BytesIO(data), name)) for data in files]
+    return [self._read(image_lib.read(io.BytesIO(data), name)) for data in files]
 
 
 def _text(value: Any) -> Any:
@@ -116,7 +118,7 @@ def _turns(value: Any) -> Any:
     return value
 
 
-SOURCES: dict[str, Callable[[str, str, image_lib.Preprocess], Source]] = {
+SOURCES: dict[str, Callable[[str, str, Reader], Source]] = {
   "llava_json": LlavaJson,
   "tfds": Tfds,
 }

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from llava_sp_jax.data import conversation, example, image
+from llava_sp_jax.data import anyres, conversation, example, image
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
 
 BUCKET = 32  # prompt lengths are rounded up to a multiple of this
+PICTURES = 2048  # tiles of pictures that are kept, for the next question about them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,10 @@ class Engine:
     self._pretrained, self._batch_size = pretrained, batch_size
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
-    self._image_tokens = build.image_token_count(config.model)
-    self._preprocess = image.Preprocess(
-      config.model.tower.image_size, config.data.image_mean, config.data.image_std
-    )
-    self._read = functools.lru_cache(maxsize=2048)(self._pixels_of_file)
+    self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
+    self._read = functools.lru_cache(PICTURES // self._reader.max_tiles)(self._picture_of_file)
     self._rng = jax.random.key(seed)
-    stop = pretrained.tokenizer.encode(self._template.end)[:1]
+    stop = pretrained.tokenizer.stop_ids(self._template.end)
     module = build.model(config.model)
     self._generate = jax.jit(
       functools.partial(
@@ -71,25 +69,27 @@ class Engine:
     if waiting:
       yield from self._run(waiting)
 
-  def _pixels_of_file(self, path: str) -> np.ndarray:
-    return self._preprocess(image.read(Path(path)))
+  def _picture_of_file(self, path: str) -> anyres.Picture:
+    return self._reader(image.read(Path(path)))
 
   def _row(self, request: Request) -> dict[str, np.ndarray]:
-    side = self._preprocess.size
-    pixels = np.zeros((side, side, 3), np.float32)
+    side, room = self._reader.tile.size, self._reader.max_tiles
+    pictures = []
     if isinstance(request.image, Image.Image):
-      pixels = self._preprocess(request.image)
+      pictures = [self._reader(request.image)]
     elif request.image is not None:
-      pixels = self._read(str(request.image))
+      pictures = [self._read(str(request.image))]
+    pixels, plans = np.zeros((room, side, side, 3), np.float32), [p.plan for p in pictures]
+    for picture in pictures:
+      pixels[: picture.plan.tiles] = picture.tiles
     asked = request.question
     if request.image is not None and conversation.IMAGE not in asked:
       asked = f"{conversation.IMAGE}\n{asked}"
     pieces = conversation.prompt(asked, self._template)
     runs = example.tokenize(pieces, self._pretrained.tokenizer)
-    images = int(request.image is not None)
-    length = sum(len(run.ids) for run in runs) + images * (self._image_tokens - 1)
-    row = example.layout(runs, self._image_tokens, -(-length // BUCKET) * BUCKET, images).arrays()
-    return {**row, "images": pixels[None]}
+    length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
+    row = example.layout(runs, plans, -(-length // BUCKET) * BUCKET, room).arrays()
+    return {**row, "images": pixels}
 
   def _run(self, rows: list[dict[str, np.ndarray]]) -> Iterator[Answer]:
     length = max(len(row["tokens"]) for row in rows)

@@ -25,10 +25,10 @@ class Pretrained:
 
 def from_run(folder: str | Path) -> Pretrained:
   """Loads the latest checkpoint of a training run. Raises: CheckpointError."""
-  run = load.run_params(folder)
+  run = load.open_own(folder)
   config = run.config
   dtype = jnp.dtype(config.model.dtype)
-  params = {path: jnp.asarray(array, dtype) for path, array in run.params.items()}
+  params = {path: jnp.asarray(leaf.read(), dtype) for path, leaf in run.leaves.items()}
   tokenizer = Tokenizer(Path(folder) / "tokenizer")
   nested = unflatten_dict(params, sep="/")
   return Pretrained(config, nested, tokenizer, run.step, run.fingerprint)

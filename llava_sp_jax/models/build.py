@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.models.layers import ROPES, Rope
 from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.llava import LlavaSP
 from llava_sp_jax.models.lora import Lora
@@ -24,6 +26,7 @@ def model(config: config_lib.Model) -> LlavaSP:
   tower, text, projector = config.tower, config.language_model, config.projector
   config_lib.lookup("model.tower.variant", tower.variant, VARIANTS)
   config_lib.lookup("model.projector.row", projector.row, ROWS)
+  config_lib.lookup("model.language_model.rope_scaling.kind", text.rope_scaling.kind, ROPES)
   _divides("model.tower.heads", tower.heads, "width", tower.width)
   _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
   dtype = jnp.dtype(config.dtype)
@@ -34,11 +37,16 @@ def model(config: config_lib.Model) -> LlavaSP:
       width=tower.width, layers=tower.layers, heads=tower.heads, mlp_width=tower.mlp_width,
       select_layer=tower.select_layer, scan_unroll=config.scan_unroll, dtype=dtype,
     ),
-    projector=Projector(projector.row, projector.token_width, text.width, dtype),
+    projector=Projector(
+      projector.row, projector.token_width, text.width, dtype, view_sizes(config),
+      config.image_newline,
+    ),
     language_model=Decoder(
       vocab_size=text.vocab_size, width=text.width, layers=text.layers, heads=text.heads,
       kv_heads=text.kv_heads, head_dim=text.head_dim, mlp_width=text.mlp_width,
-      rope_theta=text.rope_theta, norm_eps=text.norm_eps, tie_embeddings=text.tie_embeddings,
+      rope=Rope(text.rope_theta, **dataclasses.asdict(text.rope_scaling)), norm_eps=text.norm_eps,
+      tie_embeddings=text.tie_embeddings, attention_bias=text.attention_bias,
+      sliding_window=text.sliding_window, window_from_layer=text.window_from_layer,
       initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
       remat=config.remat, dtype=dtype, dense=lora.dense(),
     ),
@@ -50,10 +58,37 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
     raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
 
 
+def patch_grid(config: config_lib.Model) -> int:
+  """Patches along one side of the image; a remainder of the image is dropped."""
+  return config.tower.image_size // config.tower.patch_size
+
+
+def tower_layers(config: config_lib.Model) -> int:
+  """Blocks of the tower that are computed: those up to the selected hidden state."""
+  select = config.tower.select_layer
+  return config.tower.layers + 1 + select if select < 0 else select
+
+
+def view_sizes(config: config_lib.Model) -> tuple[int, ...]:
+  """Sizes of the projector's views in patches, small to large. Raises: ConfigError."""
+  row, grid = config.projector.row, patch_grid(config)
+  try:
+    return ROWS[row].scales(grid, config.projector.scales)
+  except ValueError as error:
+    raise config_lib.ConfigError(f"model.projector.row {row}: {error}") from None
+
+
 def image_token_count(config: config_lib.Model) -> int:
   """Tokens of the language model that one image becomes: spatial tokens and patches."""
-  grid = config.tower.image_size // config.tower.patch_size
-  return spatial_token_count(config.projector.row, grid) + grid * grid
+  grid, sizes = patch_grid(config), view_sizes(config)
+  return spatial_token_count(config.projector.row, grid, sizes) + grid * grid
+
+
+def tile_shape(config: config_lib.Model) -> tuple[int, int, int, bool]:
+  """The arguments of `data.anyres.Tile`: what the model makes of one square of pixels."""
+  grid = patch_grid(config)
+  spatial = image_token_count(config) - grid * grid
+  return config.tower.image_size, grid, spatial, config.image_newline
 
 
 def example_inputs(config: config_lib.Model, rows: int = 1, length: int = 8) -> tuple[Any, ...]:

@@ -12,11 +12,15 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-  """`segments` is 0 where nothing was written; `length` is the next slot to write in each row."""
+  """`segments` is 0 where nothing was written; `length` is the next slot to write in each row.
+
+  `positions` are those within the sample, as the sliding window counts them.
+  """
 
   keys: jax.Array  # [L, B, S, K, H]
   values: jax.Array  # [L, B, S, K, H]
   segments: jax.Array  # [B, S] int32
+  positions: jax.Array  # [B, S] int32
   length: jax.Array  # [B] int32
 
 
@@ -25,7 +29,8 @@ def allocate(layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, d
   shape = (layers, rows, slots, kv_heads, head_dim)
   return KVCache(
     jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
-    jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows,), jnp.int32),
+    jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), jnp.int32),
+    jnp.zeros((rows,), jnp.int32),
   )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Shape letters:  B rows . T tokens . D width . N heads . K key-value heads . H head width
                 V vocabulary
-Source: Hugging Face `modeling_llama.py`.
+Families differ in numbers and switches: LLaMA, Mistral (sliding window), Qwen2 (biases).
+Source: Hugging Face `modeling_llama.py`, `modeling_mistral.py`, `modeling_qwen2.py`.
 """
 
 from __future__ import annotations
@@ -15,26 +16,29 @@ import jax
 import jax.numpy as jnp
 
 from llava_sp_jax.models.cache import KVCache, write
-from llava_sp_jax.models.layers import RMSNorm, attend, causal_mask, rotary
+from llava_sp_jax.models.layers import RMSNorm, Rope, attend, causal_mask, rotary, window_mask
 
 BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations between blocks
 
 
 class Block(nn.Module):
-  """One layer; `cache` holds this layer's keys and values, or None when there is no cache."""
+  """One layer; `cache` holds this layer's keys and values, or None when there is no cache.
+
+  `windowed` says whether the layer sees only what `near` allows; both are None without a window.
+  """
 
   heads: int
   kv_heads: int
   head_dim: int
   mlp_width: int
-  rope_theta: float
+  attention_bias: bool
   norm_eps: float
   initializer_range: float
   dtype: jnp.dtype
   dense: Any
 
   @nn.compact
-  def __call__(self, x, cache, positions, mask, start):
+  def __call__(self, x, cache, windowed, angles, mask, near, start):
     dense = functools.partial(
       self.dense,
       use_bias=False,
@@ -44,13 +48,16 @@ class Block(nn.Module):
     y = RMSNorm(self.norm_eps, name="attn_norm")(x)
 
     def heads(name: str, count: int) -> jax.Array:
-      return dense(count * self.head_dim, name=name)(y).reshape(*y.shape[:2], count, self.head_dim)
+      layer = dense(count * self.head_dim, use_bias=self.attention_bias, name=name)
+      return layer(y).reshape(*y.shape[:2], count, self.head_dim)
 
-    q = rotary(heads("q_proj", self.heads), positions, self.rope_theta)
-    k = rotary(heads("k_proj", self.kv_heads), positions, self.rope_theta)
+    q = rotary(heads("q_proj", self.heads), *angles)
+    k = rotary(heads("k_proj", self.kv_heads), *angles)
     v = heads("v_proj", self.kv_heads)
     if cache is not None:
       cache = k, v = write(cache[0], k, start), write(cache[1], v, start)
+    if near is not None:
+      mask = mask & (near | ~windowed)
     out = attend(q, k, v, mask)
     x = x + dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
@@ -71,9 +78,12 @@ class Decoder(nn.Module):
   kv_heads: int
   head_dim: int
   mlp_width: int
-  rope_theta: float
+  rope: Rope
   norm_eps: float
   tie_embeddings: bool
+  attention_bias: bool = False
+  sliding_window: int = 0
+  window_from_layer: int = 0
   initializer_range: float = 0.02
   scan_unroll: int = 1
   remat: bool = False
@@ -88,10 +98,10 @@ class Decoder(nn.Module):
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     self.blocks = nn.scan(
       block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=self.layers,
+      in_axes=(0, 0, *[nn.broadcast] * 4), length=self.layers,
       unroll=min(self.scan_unroll, self.layers),
     )(
-      self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.rope_theta, self.norm_eps,
+      self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.attention_bias, self.norm_eps,
       self.initializer_range, self.dtype, self.dense, name="layers",
     )  # fmt: skip
     self.final_norm = RMSNorm(self.norm_eps)
@@ -115,17 +125,23 @@ class Decoder(nn.Module):
     """
     index = jnp.broadcast_to(jnp.arange(embeds.shape[1]), segments.shape)
     layer_cache, start = None, None
-    key_segments, key_index = segments, index
+    key_segments, key_index, key_positions = segments, index, positions
     if cache is not None:
       start = cache.length
       index = index + start[:, None]
       key_segments = write(cache.segments, segments, start)
+      key_positions = write(cache.positions, positions, start)
       key_index = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
       layer_cache = (cache.keys, cache.values)
     mask = causal_mask(index, segments, key_index, key_segments)
+    windowed, near = None, None
+    if self.sliding_window:
+      windowed = jnp.arange(self.layers) >= self.window_from_layer
+      near = window_mask(positions, key_positions, self.sliding_window)
+    angles = self.rope.angles(self.head_dim, positions, segments)
     x = nn.with_logical_constraint(embeds, BLOCK_AXES)
-    x, layer_cache = self.blocks(x, layer_cache, positions, mask, start)
+    x, layer_cache = self.blocks(x, layer_cache, windowed, angles, mask, near, start)
     if cache is not None and layer_cache is not None:
       length = cache.length + jnp.sum(segments > 0, axis=1)
-      cache = KVCache(layer_cache[0], layer_cache[1], key_segments, length)
+      cache = KVCache(layer_cache[0], layer_cache[1], key_segments, key_positions, length)
     return self.final_norm(x), cache

@@ -1,6 +1,7 @@
 """LlavaSP: a vision tower, a projector and a decoder; image tokens are placed by an index array.
 
 Shape letters:  B rows . M images per row . N tokens per image . T positions . D model width
+                H,W pixels
 """
 
 from __future__ import annotations
@@ -37,16 +38,24 @@ class LlavaSP(nn.Module):
     return hidden
 
   def encode_image(self, images: jax.Array) -> jax.Array:
-    """Tokens of a row's images, one after the other. [B, M, H, W, 3] -> [B, M*N, D]."""
+    """Tokens of a row's images, one after the other. [B, M, H, W, 3] -> [B, M*N, D].
+
+    With `projector.newline` there is one more, M*N: the token that ends a row of tile patches.
+    """
     flat = images.reshape(-1, *images.shape[2:])
     tokens = self.projector(self.vision_tower(flat))
-    return tokens.reshape(len(images), -1, tokens.shape[-1])
+    tokens = tokens.reshape(len(images), -1, tokens.shape[-1])
+    if not self.projector.newline:
+      return tokens
+    newline = self.projector.image_newline.astype(tokens.dtype)
+    newline = jnp.broadcast_to(newline, (len(tokens), 1, tokens.shape[-1]))
+    return jnp.concatenate([tokens, newline], axis=1)
 
   def extend(
     self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, image: jax.Array | None,
     slots: jax.Array | None, cache: KVCache | None,
   ) -> tuple[jax.Array, KVCache | None]:  # fmt: skip
-    """Runs the decoder over new positions, which see the cache. `image` [B, M*N, D] or None."""
+    """Runs the decoder over new positions, which see the cache. `image` from `encode_image`."""
     embeds = self.language_model.embed(tokens)
     if image is not None and slots is not None and image.shape[1]:
       embeds = merge(embeds, image, slots)

@@ -1,10 +1,13 @@
 """Vision-to-language projector: a patch MLP, optionally preceded by visual spatial tokens.
 
-A spatial token is one view of the feature grid (a central crop or an adaptive average pool) seen by
-a kernel that covers the whole view (the paper's Spatial Feature Extractor). With detail kernels,
-tokens also attend to a strided convolution of the grid (its Detail Feature Integrator).
+A spatial token is one view of the feature grid (a central crop or an adaptive average pool) that an
+extractor turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the
+whole view. With detail kernels, tokens also attend to a strided convolution of the grid (its Detail
+Feature Integrator). Every variant is a row of ROWS.
 
-Shape letters:  B images . G grid side . C vision width . K token width . S tokens . D model width
+Shape letters:  B images . G grid side . s view side . C vision width . K token width . S tokens
+                P positions of a strided convolution . T,M sequences . N heads . H head width
+                D model width
 Source: paper section 3; `llava/model/llava_arch.py` of the original code.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -20,6 +24,10 @@ import numpy as np
 
 # torch's default for Linear and Conv2d: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+NORM_EPS = 1e-5
+DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 field
+DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # of the transformer extractor: layers on each side
 
 
 def crop(grid: jax.Array, size: int) -> jax.Array:
@@ -45,97 +53,323 @@ def pooling_matrix(side: int, size: int) -> np.ndarray:
   return matrix
 
 
-VIEWS = {"crop": crop, "pool": pool}
+def nothing(grid: jax.Array, size: int) -> jax.Array:
+  """No part of the grid: the view of a token that does not depend on the image. -> [B, 0, 0, C]."""
+  return grid[:, :0, :0]
+
+
+VIEWS = {"crop": crop, "pool": pool, "register": nothing}
+
+
+class Attention(nn.Module):
+  """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
+
+  One array holds the kernels of queries, keys and values, as in torch.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    if width % HEADS:
+      raise ValueError(f"the tower's width {width} must be a multiple of {HEADS}, the heads here")
+    kernel = self.param("in_proj", nn.initializers.xavier_uniform(), (width, 3 * width))
+    query, key, value = jnp.split(kernel.astype(self.dtype), 3, axis=1)
+
+    def heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      return (x.astype(self.dtype) @ kernel).reshape(*x.shape[:2], HEADS, width // HEADS)
+
+    q, k, v = heads(x, query), heads(memory, key), heads(memory, value)
+    scores = jnp.einsum("btnh,bmnh->bntm", q, k).astype(jnp.float32) / np.sqrt(width // HEADS)
+    weights = jax.nn.softmax(scores).astype(self.dtype)
+    weights = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(weights)
+    out = jnp.einsum("bntm,bmnh->btnh", weights, v).reshape(x.shape)
+    return _bare(width, self.dtype, "o_proj")(out)
+
+
+def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+  """A linear layer without bias, initialised as torch's Transformer does it."""
+  kernel_init = nn.initializers.xavier_uniform()
+  return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+class TransformerLayer(nn.Module):
+  """Pre-norm layer; with a memory it also reads that. The second value is scan's empty output."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, None]:
+    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
+    dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
+    y = norm(name="self_norm")(x)
+    x = x + dropout(Attention(self.dtype, name="self_attn")(y, y))
+    if memory is not None:
+      y = norm(name="cross_norm")(x)
+      x = x + dropout(Attention(self.dtype, name="cross_attn")(y, memory))
+    y = norm(name="mlp_norm")(x)
+    y = dropout(nn.relu(_bare(x.shape[-1], self.dtype, "fc1")(y)))
+    return x + dropout(_bare(x.shape[-1], self.dtype, "fc2")(y)), None
+
+
+class TransformerStack(nn.Module):
+  """Layers and a final norm: torch's encoder, or with a memory its decoder. [B,T,D] -> [B,T,D]."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
+    layers = nn.scan(
+      TransformerLayer, variable_axes={"params": 0}, in_axes=nn.broadcast, length=DEPTH,
+      split_rngs={"params": True, "dropout": True},
+    )  # fmt: skip
+    x, _ = layers(self.dtype, name="layers")(x, memory)
+    return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
+
+
+class Transformer(nn.Module):
+  """A learned query reads a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
+
+  There is no positional encoding. Dropout acts only when an rng named "dropout" is passed.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, view: jax.Array) -> jax.Array:
+    images, width = len(view), view.shape[-1]
+    query = self.param("query", nn.initializers.zeros_init(), (1, 1, width))
+    memory = TransformerStack(self.dtype, name="encoder")(view.reshape(images, -1, width), None)
+    target = jnp.broadcast_to(query.astype(self.dtype), (images, 1, width))
+    return TransformerStack(self.dtype, name="decoder")(target, memory)[:, 0]
+
+
+class Register(nn.Module):
+  """A learned token, whatever the view. [B, ...] -> [B, K]."""
+
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, view: jax.Array) -> jax.Array:
+    # As wide as a kernel's answer to features of unit variance.
+    token = self.param("token", nn.initializers.normal(1 / np.sqrt(3)), (self.width,))
+    return jnp.broadcast_to(token.astype(self.dtype), (len(view), self.width))
+
+
+# An extractor turns a view into one token: (view, token width, dtype, name) -> [B, token].
+
+
+def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+  """A kernel that covers its view is one contraction over rows, columns and channels."""
+  dense = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=torch_uniform, name=name)
+  return dense(view.reshape(len(view), -1))
+
+
+def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+  return Transformer(dtype, name=name)(view)  # its token is as wide as the tower
+
+
+def _transformer_channels_first(
+  view: jax.Array, width: int, dtype: jnp.dtype, name: str
+) -> jax.Array:
+  """As the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s vectors of C.
+
+  What the transformer takes for one position is then a run of values of one or few channels.
+  """
+  return _transformer(view.transpose(0, 3, 1, 2).reshape(view.shape), width, dtype, name)
+
+
+def _register(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+  return Register(width, dtype, name=name)(view)
+
+
+EXTRACTORS: dict[str, Callable[[jax.Array, int, jnp.dtype, str], jax.Array]] = {
+  "conv": _conv,
+  "transformer": _transformer,
+  "transformer_channels_first": _transformer_channels_first,
+  "register": _register,
+}
+
+# How the details of several kernels stand beside the token: one after the other, or added up.
+MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
+  "concat": lambda details: details,
+  "sum": lambda details: [functools.reduce(jnp.add, details)],
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One variant of the projector; an empty `view` is LLaVA-1.5's plain MLP."""
+  """One variant of the projector; without views and detail kernels it is LLaVA-1.5's plain MLP."""
 
-  view: str = ""
+  views: tuple[str, ...] = ()  # rows of VIEWS; one token for each view and scale
   parts: int = 6  # scales are 1/parts, 2/parts .. of the grid side
+  extractor: str = "conv"  # a row of EXTRACTORS
   detail_kernels: tuple[int, ...] = ()
+  detail_values: tuple[int, ...] = ()  # whose value projection each kernel uses; empty: its own
+  detail_merge: str = "concat"  # a row of MERGES
+  detail_as_tokens: bool = False  # positions of the convolution are the tokens; nothing attends
   out_bias: bool = False
 
-  def scales(self, grid: int) -> tuple[int, ...]:
-    """View sizes for a grid side, small to large; one token each."""
-    if not self.view:
+  def scales(self, grid: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
+    """View sizes for a grid side, small to large: the wanted ones, or equal parts of the grid.
+
+    Raises: ValueError for sizes that the grid or the row does not have.
+    """
+    if not self.views:
+      if wanted:
+        raise ValueError(f"scales {tuple(wanted)}, but the row has no views; leave them out")
       return ()
-    if grid < self.parts:
+    if not wanted and grid < self.parts:
       raise ValueError(f"a {grid}x{grid} grid is too small for {self.parts} scales")
-    return tuple(grid * (i + 1) // self.parts for i in range(self.parts))
+    sizes = tuple(wanted) or tuple(grid * (i + 1) // self.parts for i in range(self.parts))
+    if sorted({0, *sizes}) != [0, *sizes] or sizes[-1] > grid:
+      raise ValueError(f"scales {sizes}: expected growing sizes from 1 to the grid's {grid}")
+    return sizes
+
+  def detail_field(self, grid: int, wanted: Sequence[int] = ()) -> int:
+    """Side of what the detail kernels see: the largest view, or the grid when there are none."""
+    sizes = self.scales(grid, wanted)
+    return sizes[-1] if sizes else grid
 
 
 ROWS = {
   "none": Row(),
-  "pooling": Row(view="pool"),
-  "cropping": Row(view="crop", detail_kernels=(16,), out_bias=True),
-  "cropping_sfe": Row(view="crop"),
-  "pooling_dfi": Row(view="pool", detail_kernels=(16,)),
-}
+  "pooling": Row(views=("pool",)),
+  "cropping": Row(views=("crop",), detail_kernels=(16,), out_bias=True),
+  "cropping_sfe": Row(views=("crop",)),
+  "pooling_dfi": Row(views=("pool",), detail_kernels=(16,)),
+  # The original's middle kernel uses the value projection of the first one.
+  "cropping_multiscale_dfi": Row(
+    views=("crop",), detail_kernels=(12, 9, 5), detail_values=(12, 12, 5)
+  ),
+  "pooling_multiscale_dfi": Row(
+    views=("pool",), detail_kernels=(12, 9, 5), detail_values=(12, 12, 5), detail_merge="sum",
+    out_bias=True,
+  ),
+  "tokens_1": Row(views=("crop",), parts=1),
+  "tokens_3": Row(views=("crop",), parts=3),
+  "tokens_12": Row(views=("crop",), parts=12),
+  "crop_224": Row(views=("crop",), parts=8),
+  "cropping_transformer": Row(views=("crop",), extractor="transformer"),
+  "pooling_transformer": Row(views=("pool",), extractor="transformer_channels_first"),
+  "detail_only": Row(detail_kernels=(12,), detail_as_tokens=True),
+  "both": Row(views=("crop", "pool")),
+  "register": Row(views=("register",), extractor="register"),
+}  # fmt: skip
 
 
-def spatial_token_count(row: str, grid: int) -> int:
-  """How many spatial tokens stand before the patch tokens of one image."""
-  return len(ROWS[row].scales(grid))
+def detail_size(kernel: int, field: int) -> int:
+  """Side of a detail kernel for a field of another side than 24."""
+  return max(1, kernel * field // DETAIL_FIELD)
+
+
+def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
+  """How many spatial tokens stand before the patch tokens of one image.
+
+  Raises: ValueError for scales that the grid or the row does not have.
+  """
+  spec, sizes = ROWS[row], ROWS[row].scales(grid, scales)
+  field = spec.detail_field(grid, scales)
+  positions = [(field - detail_size(k, field)) // DETAIL_STRIDE + 1 for k in spec.detail_kernels]
+  as_tokens = sum(p * p for p in positions) if spec.detail_as_tokens else 0
+  return len(spec.views) * len(sizes) + as_tokens
 
 
 class DetailInteraction(nn.Module):
   """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
 
-  Single head, stride 2; the kernel is given for the 24x24 grid and scales with the grid.
+  Single head. `values` may be another interaction's, see `Row.detail_values`.
   """
 
   kernel_size: int
+  width: int
   dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, tokens: jax.Array, grid: jax.Array) -> jax.Array:
-    width = tokens.shape[-1]
-    size = max(1, self.kernel_size * grid.shape[1] // 24)
-    detail = nn.Conv(
-      width, (size, size), strides=2, padding="VALID", use_bias=False, dtype=self.dtype,
-      kernel_init=torch_uniform, name="conv",
-    )(grid).reshape(len(grid), -1, width)  # fmt: skip
+  def setup(self) -> None:
+    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
+    dense = functools.partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=torch_uniform)
+    self.conv = nn.Conv(
+      self.width, (self.kernel_size, self.kernel_size), strides=DETAIL_STRIDE, padding="VALID",
+      use_bias=False, dtype=self.dtype, kernel_init=torch_uniform,
+    )  # fmt: skip
+    self.query_norm, self.query = norm(), dense()
+    self.key_norm, self.key = norm(), dense()
+    self.value_norm, self.value = norm(), dense()
 
-    def project(name: str, x: jax.Array) -> jax.Array:
-      x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")(x)
-      return nn.Dense(width, dtype=self.dtype, kernel_init=torch_uniform, name=name)(x)
+  def convolve(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, P, K]
+    return self.conv(grid).reshape(len(grid), -1, self.width)
 
-    q, k, v = project("query", tokens), project("key", detail), project("value", detail)
-    scores = jnp.einsum("bsk,bpk->bsp", q, k).astype(jnp.float32) / np.sqrt(width)
+  def values(self, detail: jax.Array) -> jax.Array:  # [B, P, K] -> [B, P, K]
+    return self.value(self.value_norm(detail))
+
+  def __call__(
+    self, tokens: jax.Array, grid: jax.Array,
+    values: Callable[[jax.Array], jax.Array] | None = None,
+  ) -> jax.Array:  # fmt: skip
+    detail = self.convolve(grid)
+    q, k = self.query(self.query_norm(tokens)), self.key(self.key_norm(detail))
+    v = (values or self.values)(detail)
+    scores = jnp.einsum("bsk,bpk->bsp", q, k).astype(jnp.float32) / np.sqrt(self.width)
     return jnp.einsum("bsp,bpk->bsk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Projector(nn.Module):
-  """Image tokens of the language model: spatial tokens first, then one per patch."""
+  """Image tokens of the language model: spatial tokens first, then one per patch.
+
+  `scales` replaces the row's own view sizes. With `newline` it also holds `image_newline` [D], the
+  token that ends a row of tile patches.
+  """
 
   row: str
   token_width: int
   out_width: int
   dtype: jnp.dtype = jnp.float32
+  scales: tuple[int, ...] = ()
+  newline: bool = False
+
+  def setup(self) -> None:
+    if self.newline:
+      normal = nn.initializers.normal(1 / np.sqrt(self.out_width))
+      self.image_newline = self.param("image_newline", normal, (self.out_width,))
 
   @nn.compact
   def __call__(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, S + G*G, D]
-    row = ROWS[self.row]
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
     patches = grid.reshape(len(grid), -1, grid.shape[-1])
     patches = dense(self.out_width, name="fc1")(patches)
     patches = dense(self.out_width, name="fc2")(nn.gelu(patches, approximate=False))
-    if not row.view:
+    if not spatial_token_count(self.row, grid.shape[1], self.scales):
       return patches
-    # A kernel that covers its view is one contraction over rows, columns and channels.
+    tokens = nn.gelu(self._spatial(grid), approximate=False)
+    tokens = dense(self.out_width, use_bias=ROWS[self.row].out_bias, name="out")(tokens)
+    return jnp.concatenate([tokens, patches], axis=1)
+
+  def _spatial(self, grid: jax.Array) -> jax.Array:
+    """Spatial tokens with their details, before the output layer. [B, G, G, C] -> [B, S, ...]."""
+    row, side = ROWS[self.row], grid.shape[1]
+    scales, field = row.scales(side, self.scales), row.detail_field(side, self.scales)
+    details = {
+      k: DetailInteraction(detail_size(k, field), self.token_width, self.dtype, name=f"detail_{k}")
+      for k in row.detail_kernels
+    }
+    if row.detail_as_tokens:
+      return jnp.concatenate([detail.convolve(grid) for detail in details.values()], axis=1)
+    extract = EXTRACTORS[row.extractor]
     tokens = jnp.stack(
       [
-        dense(self.token_width, use_bias=False, name=f"{row.view}_{i}")(
-          VIEWS[row.view](grid, size).reshape(len(grid), -1)
-        )
-        for i, size in enumerate(row.scales(grid.shape[1]))
+        extract(VIEWS[view](grid, size), self.token_width, self.dtype, f"{view}_{i}")
+        for view in row.views
+        for i, size in enumerate(scales)
       ],
       axis=1,
     )
-    details = [DetailInteraction(k, self.dtype, name=f"detail_{k}")(tokens, grid)
-               for k in row.detail_kernels]  # fmt: skip
-    tokens = nn.gelu(jnp.concatenate([tokens, *details], axis=-1), approximate=False)
-    tokens = dense(self.out_width, use_bias=row.out_bias, name="out")(tokens)
-    return jnp.concatenate([tokens, patches], axis=1)
+    if not details:
+      return tokens
+    # The details see the largest view: the whole grid, unless the config's scales stop before it.
+    seen = VIEWS[row.views[0]](grid, field)
+    owners = row.detail_values or row.detail_kernels
+    found = [details[k](tokens, seen, details[owner].values)
+             for k, owner in zip(row.detail_kernels, owners, strict=True)]  # fmt: skip
+    return jnp.concatenate([tokens, *MERGES[row.detail_merge](found)], axis=-1)

@@ -17,7 +17,7 @@ import jax
 from llava_sp_jax import checkpoint, mesh, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.data import pipeline
+from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import optimizer, state, step
@@ -73,7 +73,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> Result:
     )
   quarantine = pipeline.Quarantine(folder / "quarantine.jsonl")
   iterator = pipeline.make(
-    config.data, tokenizer, config.model.tower.image_size, build.image_token_count(config.model),
+    config.data, tokenizer, anyres.Tile(*build.tile_shape(config.model)),
     config.train.batch_size, config.train.seed, quarantine,
     (jax.process_index(), jax.process_count()),
   )  # fmt: skip

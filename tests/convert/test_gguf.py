@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.convert import gguf as ours
-from llava_sp_jax.convert import load
+from llava_sp_jax.convert import settings
 from llava_sp_jax.convert.torch_io import FormatError
 
 gguf: Any = pytest.importorskip("gguf")
@@ -48,6 +48,7 @@ def write(path: Path, architecture: str = "llama", extra: str = "") -> dict[str,
   writer.add_head_count(HEADS)
   writer.add_head_count_kv(KV_HEADS)
   writer.add_feed_forward_length(MLP)
+  writer.add_context_length(64)
   writer.add_rope_freq_base(5000.0)
   writer.add_layer_norm_rms_eps(1e-5)
   result = {}
@@ -67,7 +68,9 @@ def write(path: Path, architecture: str = "llama", extra: str = "") -> dict[str,
 
 def test_tensors_come_back_in_hugging_face_s_order(tmp_path: Path) -> None:
   wanted = write(tmp_path / "x.gguf")
-  found = ours.tensors(tmp_path / "x.gguf")
+  found = {name: t.array() for name, t in ours.open_gguf(tmp_path / "x.gguf").items()}
+  for name, tensor in ours.open_gguf(tmp_path / "x.gguf").items():
+    assert tensor.shape == found[name].shape
   assert found.keys() == wanted.keys()
   for name, array in wanted.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
@@ -77,7 +80,7 @@ def test_tensors_come_back_in_hugging_face_s_order(tmp_path: Path) -> None:
 
 def test_sizes(tmp_path: Path) -> None:
   write(tmp_path / "x.gguf")
-  model = load.llama_config(ours.config(tmp_path / "x.gguf"))
+  model = settings.language_model(ours.config(tmp_path / "x.gguf"), "x.gguf")
   assert (model.vocab_size, model.width, model.layers) == (VOCAB, WIDTH, 1)
   assert (model.heads, model.kv_heads, model.head_dim) == (HEADS, KV_HEADS, 4)
   assert (model.mlp_width, model.rope_theta, model.norm_eps) == (MLP, 5000.0, 1e-5)
@@ -86,10 +89,10 @@ def test_sizes(tmp_path: Path) -> None:
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
   with pytest.raises(FormatError, match=r"gone.gguf: no such file; expected a .gguf"):
-    ours.tensors(tmp_path / "gone.gguf")
+    ours.open_gguf(tmp_path / "gone.gguf")
   (tmp_path / "text.gguf").write_text("this is no model, but long enough for a header of numbers")
   with pytest.raises(FormatError, match=r"text.gguf: cannot be read as GGUF"):
-    ours.tensors(tmp_path / "text.gguf")
+    ours.open_gguf(tmp_path / "text.gguf")
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -101,4 +104,4 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
   write(tmp_path / "x.gguf", extra="blk.0.attn_q.bias")
   with pytest.raises(FormatError, match=r"unexpected tensor blk.0.attn_q.bias"):
-    ours.tensors(tmp_path / "x.gguf")
+    ours.open_gguf(tmp_path / "x.gguf")

@@ -23,7 +23,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import gguf, load
+from llava_sp_jax.convert import formats, gguf, load, settings
 from llava_sp_jax.data import conversation, example
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Answer, Engine, Request
@@ -64,7 +64,7 @@ def path() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tensors(path: Path) -> dict[str, np.ndarray]:
-  return gguf.tensors(path)
+  return {name: tensor.array() for name, tensor in gguf.open_gguf(path).items()}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def config(path: Path) -> config_lib.Config:
       tower=config_lib.Tower(
         image_size=4, patch_size=4, width=4, layers=1, heads=1, mlp_width=4, select_layer=-1
       ),
-      language_model=load.llama_config(gguf.config(path)),
+      language_model=settings.language_model(gguf.config(path), "gguf"),
       projector=config_lib.Projector(row="none"),
       dtype="float32",
       frozen_dtype="float32",
@@ -93,12 +93,10 @@ def config(path: Path) -> config_lib.Config:
 
 
 @pytest.fixture(scope="module")
-def params(config: config_lib.Config, tensors: dict[str, np.ndarray]) -> dict:
-  found = load.translate(tensors, load.tables.LLAMA, "gguf")
+def params(config: config_lib.Config, path: Path) -> dict:
+  found = {p: leaf.read() for p, leaf in formats.open_checkpoint(path).leaves.items()}
   expected = load._abstract(config.model)
-  text = {p: s for p, s in expected.items() if p.startswith("language_model/")}
-  load.check(found, text, "gguf")
-  rest = load._random(config, {p: s for p, s in expected.items() if p not in text})
+  rest = load._random(config, {p: s for p, s in expected.items() if p not in found})
   return jax.device_put(unflatten_dict({**found, **rest}, sep="/"))
 
 
@@ -107,8 +105,9 @@ def oracle(path: Path, tensors: dict[str, np.ndarray]):
   torch = pytest.importorskip("torch")
   from transformers import LlamaConfig, LlamaForCausalLM
 
+  sizes = {k: v for k, v in gguf.config(path).items() if k != "model_type"}
   with torch.device("meta"):  # no random weights first
-    model = LlamaForCausalLM(LlamaConfig(**gguf.config(path), attention_bias=False))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=False))
   weights = {name: torch.from_numpy(array) for name, array in tensors.items()}
   weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
   model.load_state_dict(weights, assign=True, strict=True)
@@ -249,7 +248,7 @@ def recipe(options: str) -> config_lib.Config:
 def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
   ours = [recipe(f"row={row},stage=pretrain"), recipe(f"row={row},stage=finetune,init=somewhere")]
   for stage in ours:
-    assert stage.model.language_model == load.llama_config(gguf.config(path))
+    assert stage.model.language_model == settings.language_model(gguf.config(path), "gguf")
     build.model(stage.model)
     assert build.image_token_count(stage.model) == (36 if row == "none" else 42)
   assert ours[0].init.language_model == str(path)
@@ -271,7 +270,7 @@ def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path
   loop.train(tiny_config("pretrain_all", train={"steps": 2}), tmp_path / "run")
   other = tiny_config("pretrain", init={"vision_tower": str(tmp_path / "run")})
   taken = load.initial_params(other)["vision_tower"]
-  trained = unflatten_dict(load.run_params(tmp_path / "run").params, sep="/")["vision_tower"]
+  trained = unflatten_dict(load.open_own(tmp_path / "run").params(), sep="/")["vision_tower"]
   jax.tree.map(np.testing.assert_array_equal, taken, trained)
   fresh = load.initial_params(tiny_config("pretrain"))["vision_tower"]
   assert not np.array_equal(fresh["patch_embed"]["kernel"], taken["patch_embed"]["kernel"])

@@ -53,6 +53,59 @@ def test_branches_of_v1_share_only_system_and_image() -> None:
     assert trunk + tail == text_of(conversation.chain([(alone, reply)], TEMPLATES["v1"]))
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_branches_of_every_template_read_as_samples_of_their_own(name: str) -> None:
+  pieces = conversation.branch(TURNS, TEMPLATES[name])
+  trunk = text_of([p for p in pieces if p.branch == 0])
+  assert trunk.endswith("<image>")
+  for i, (question, reply) in enumerate(TURNS):
+    alone = "<image>" + question.replace("<image>", "")
+    chained = conversation.chain([(alone, reply)], TEMPLATES[name])
+    assert trunk + text_of([p for p in pieces if p.branch == i + 1]) == text_of(chained)
+    assert learned([p for p in pieces if p.branch == i + 1]) == learned(chained)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_is_what_a_reply_follows(name: str) -> None:
+  """Prompt and training differ only where a template says so."""
+  template = TEMPLATES[name]
+  asked = text_of(conversation.prompt("<image>\nwhat?", template))
+  written = text_of(conversation.chain([("<image>\nwhat?", "red")], template))
+  if template.training:
+    assert "\n### Human: " in written
+    assert "###Human: " in asked
+  else:
+    assert written == f"{asked}{template.answer}red{template.end}"
+
+
+def test_a_question_without_reply_teaches_nothing() -> None:
+  asked = [*TURNS, ("and now?", None)]
+  pieces = conversation.chain(asked, TEMPLATES["v1"])
+  assert text_of(pieces).endswith("ASSISTANT: yes</s>USER: and now? ")
+  assert len(learned(pieces)) == 3
+  assert text_of(conversation.chain([("x", None)], TEMPLATES["mpt"])).endswith("user\nx<|im_end|>")
+
+
+def test_an_empty_reply_teaches_nothing_but_where_the_original_writes_it() -> None:
+  assert not learned(conversation.chain([("<image>\nx", "")], TEMPLATES["v1"]))
+  assert learned(conversation.chain([("<image>\nx", "")], TEMPLATES["plain"])) == ["\n"]
+  assert learned(conversation.chain([("x", "")], TEMPLATES["llava_v0"])) == [" \n### "]
+
+
+def test_a_greeting_is_left_out() -> None:
+  turns = [("gpt", "welcome"), ("human", "hi"), ("gpt", "hello")]
+  messages = [{"from": who, "value": text} for who, text in turns]
+  assert conversation.turns_of({"conversations": messages}) == [("hi", "hello")]
+  with pytest.raises(SampleError, match="turn 1: expected a text from 'human'"):
+    conversation.turns_of({"conversations": [messages[0], messages[0]]})
+
+
+def test_tags_around_an_image() -> None:
+  for name in ("v0_mmtag", "v1_mmtag"):
+    pieces = conversation.prompt("what <image> <image>", TEMPLATES[name])
+    assert "<Image><image></Image>\n<Image><image></Image>\nwhat" in text_of(pieces)
+
+
 def test_plain_keeps_only_image_and_caption() -> None:
   pieces = conversation.chain([("describe <image> briefly", "a red circle")], TEMPLATES["plain"])
   assert text_of(pieces) == "<image>a red circle\n"
@@ -63,6 +116,7 @@ def test_an_image_in_the_middle_goes_to_the_front() -> None:
   assert conversation.image_first("look <image> here") == "<image>\nlook  here"
   assert conversation.image_first("a<image>b<image>") == "<image>\n<image>\nab"
   assert conversation.image_first("no picture ") == "no picture "
+  assert conversation.image_first(" <image>\n") == "<image>"
 
 
 def test_a_prompt_ends_where_the_answer_begins() -> None:
@@ -98,7 +152,7 @@ def test_turns_that_do_not_alternate(messages: object, message: str) -> None:
 def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:
   """What carries weight, decoded, is exactly the replies with their end marks."""
   runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
-  row = example.layout(runs, 5, 256, 1)
+  row = example.layout(runs, [example.one_tile(5)], 256)
   groups: list[list[int]] = []
   for i in range(256):
     if not row.weights[i]:
@@ -113,7 +167,7 @@ def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:
 
 def test_targets_are_the_next_tokens(tokenizer: Tokenizer) -> None:
   runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
-  row = example.layout(runs, 5, 256, 1)
+  row = example.layout(runs, [example.one_tile(5)], 256)
   end = row.length
   assert row.targets[: end - 1].tolist() == row.tokens[1:end].tolist()
   assert row.tokens[0] == tokenizer.bos_id

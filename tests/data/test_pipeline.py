@@ -12,11 +12,13 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import pipeline, sources
+from llava_sp_jax.data.anyres import Tile
 from llava_sp_jax.data.image import Preprocess
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import ConfigMaker
 
-IMAGE_SIZE, IMAGE_TOKENS = 24, 36
+IMAGE_SIZE = 24
+TILE = Tile(IMAGE_SIZE, 6)
 PREPROCESS = Preprocess(IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -27,7 +29,7 @@ def tokenizer(tiny_config: ConfigMaker) -> Tokenizer:
 
 def make(data: config_lib.Data, tokenizer: Tokenizer, **options: Any) -> Any:
   values = {"batch_size": 4, "seed": 0} | options
-  return pipeline.make(data, tokenizer, IMAGE_SIZE, IMAGE_TOKENS, **values)
+  return pipeline.make(data, tokenizer, TILE, **values)
 
 
 def take(iterator: Any, count: int) -> list[dict[str, np.ndarray]]:

@@ -77,7 +77,7 @@ def test_a_broken_image_is_an_error_of_its_sample(tmp_path: Path) -> None:
   path = write_samples(tmp_path, with_text_only=False)
   source = sources.LlavaJson(str(path), str(tmp_path), PREPROCESS)
   tfds = object.__new__(sources.Tfds)
-  tfds._preprocess = PREPROCESS
+  tfds._read = PREPROCESS
   with pytest.raises(conversation.SampleError, match="sample 's0': cannot be decoded"):
     tfds.images({**source[0], "image": b"not a picture"})
 

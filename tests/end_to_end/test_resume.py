@@ -17,7 +17,7 @@ import pytest
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import load
+from llava_sp_jax.convert import load, stream
 from llava_sp_jax.train import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
 
@@ -117,8 +117,8 @@ def unbroken(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def same_trained_parameters(ours: Path, theirs: Path) -> None:
-  a, _, step = checkpoint.read_params(ours)
-  b, _, other = checkpoint.read_params(theirs)
+  (one, _, step), (two, _, other) = (checkpoint.saved(folder) for folder in (ours, theirs))
+  a, b = ({p: x.read() for p, x in stream.Item(item).leaves().items()} for item in (one, two))
   assert step == other == STEPS
   assert a.keys() == b.keys()
   for path in a:
@@ -228,8 +228,8 @@ def test_fingerprint_refuses_another_base_when_training_goes_on(other_base: Path
 
 def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroken: Path) -> None:
   with pytest.raises(checkpoint.CheckpointError, match="its frozen base has fingerprint"):
-    load.run_params(other_base)
-  assert load.run_params(unbroken).step == STEPS
+    load.open_own(other_base)
+  assert load.open_own(unbroken).step == STEPS
 
 
 @pytest.mark.parametrize("row", ["none", "pooling"])
@@ -243,15 +243,15 @@ def test_second_stage_starts_from_the_first(
     "finetune", row, train={"steps": 3}, init={"checkpoint": str(tmp_path / "one")}
   )
   loop.train(second, tmp_path / "two")
-  before, after = load.run_params(tmp_path / "one").params, load.run_params(tmp_path / "two").params
+  before, after = (load.open_own(tmp_path / name).params() for name in ("one", "two"))
   adapters = {p for p in after if "lora_" in p}
   assert adapters == set(after) - set(before)
   assert len(adapters) == 14  # A and B of seven linear layers
   changed = {p for p in before if not np.array_equal(before[p], after[p])}
   assert changed == {p for p in before if p.startswith("projector/")}
   assert all(np.any(after[p]) for p in adapters if p.endswith("lora_b"))
-  trained, about, _ = checkpoint.read_params(tmp_path / "two")
-  assert set(trained) == adapters | changed
+  item, about, _ = checkpoint.saved(tmp_path / "two")
+  assert set(stream.Item(item).leaves()) == adapters | changed
   assert about["stage"] == "finetune"
 
 

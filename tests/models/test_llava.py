@@ -41,7 +41,7 @@ class Model:
 
   def row(self, pieces: list, length: int) -> dict[str, np.ndarray]:
     runs = example.tokenize(pieces, self.tokenizer)
-    arrays = example.layout(runs, self.image_tokens, length, 1).arrays()
+    arrays = example.layout(runs, [example.one_tile(self.image_tokens)], length).arrays()
     return {**{k: v[None] for k, v in arrays.items()}, "images": self.pixels}
 
   def logits(self, row: dict[str, np.ndarray]) -> np.ndarray:
@@ -138,6 +138,25 @@ def test_merge_places_tokens_where_slots_point() -> None:
   text, image = jnp.zeros((2, 4, 1)), jnp.arange(1.0, 7.0).reshape(2, 3, 1)
   slots = jnp.asarray([[-1, 2, 0, -1], [1, -1, -1, 1]])
   assert merge(text, image, slots)[..., 0].tolist() == [[0, 3, 1, 0], [5, 0, 0, 5]]
+
+
+def test_newline_is_the_last_image_token(tiny_config: ConfigMaker) -> None:
+  """One more row after the tokens of all images, the same whatever they show."""
+  plain = Model(tiny_config("finetune", "pooling"))
+  ended = Model(tiny_config("finetune", "pooling", model={"image_newline": True}))
+  params = {**plain.params, "projector": {**plain.params["projector"]}}
+  newline = np.arange(32, dtype=np.float32)
+  params["projector"]["image_newline"] = newline
+  images = np.concatenate([plain.pixels, -plain.pixels], axis=1)
+
+  def encode(model: Model, params: Any) -> np.ndarray:
+    return np.asarray(model.module.apply({"params": params}, images, method="encode_image"))
+
+  tokens, more = encode(plain, plain.params), encode(ended, params)
+  assert build.image_token_count(ended.config) == plain.image_tokens
+  assert more.shape[1] == 2 * plain.image_tokens + 1
+  np.testing.assert_array_equal(more[:, :-1], tokens)
+  np.testing.assert_array_equal(more[0, -1], newline)
 
 
 def test_mask_written_out() -> None:

@@ -29,7 +29,7 @@ def gradients(case: ladder.Case, dtype: str) -> dict[str, np.ndarray]:
   model = dataclasses.replace(case.model, dtype=dtype, frozen_dtype=dtype)
   module = build.model(model)
   config = ladder.training_config(case, 0.0, 0.0)
-  trainable, frozen = state.split(case.loaded.params, config)
+  trainable, frozen = state.split(case.params, config)
   cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
   trainable, frozen = cast(trainable), cast(frozen)
   batch = case.batch(case.inputs["batch"]["rows"])

@@ -5,6 +5,8 @@ tensor it belongs to, so tolerances are relative to what float32 can hold. Run a
 writes the table of results:
 
   python -m tests.parity.ladder --out docs/results/parity
+
+The repository holds some of the cases; `--golden FOLDER` (or LLAVA_SP_GOLDEN) climbs another set.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,17 +24,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import load, tables
-from llava_sp_jax.data import example, image
+from llava_sp_jax.convert import formats, tables
+from llava_sp_jax.data import anyres, example, image
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
 from llava_sp_jax.train import loop, optimizer, state, step
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = {"cropping": "cropping", "pooling": "pooling", "baseline": "none"}  # case: projector row
-TRAINED = ("cropping", "pooling")
+GOLDEN = Path(os.environ.get("LLAVA_SP_GOLDEN", Path(__file__).parents[1] / "golden"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """Where a case's checkpoint and numbers are; `row` only where the checkpoint cannot tell it."""
+
+  checkpoint: str
+  expected: str
+  row: str = ""
+  prefix: str = "single/"  # of the names of single's numbers
+
+
+def _adapters(name: str, row: str = "") -> Spec:
+  return Spec(f"{name}/llava-lora", f"{name}/expected.npz", row)
+
+
+SPECS = {
+  **{name: _adapters(name) for name in (
+    "cropping", "pooling", "baseline", "cropping_no_dfi", "pooling_dfi", "tokens3", "tokens12",
+    "conv224", "multiscale_dfi", "pooling_multiscale_dfi", "single24", "dfi_only", "anyres",
+    "siglip", "siglip27",
+  )},
+  # The transformer's two rows have the same tensors.
+  "tfm336": _adapters("tfm336", "cropping_transformer"),
+  "tfm336_pool": _adapters("tfm336_pool", "pooling_transformer"),
+  "cropping_stage1": Spec("cropping/stage1", "cropping/stage1/expected.npz", prefix=""),
+  "pooling_merged": Spec("pooling/merged-llava", "pooling/expected.npz"),
+}  # fmt: skip
+CASES = {name: spec for name, spec in SPECS.items()
+         if (GOLDEN / spec.expected).is_file() and (GOLDEN / spec.checkpoint).is_dir()}  # fmt: skip
+TRAINED = tuple(n for n in CASES if (GOLDEN / n / "grads.npz").is_file())
 
 # Relative to the largest magnitude of a tensor. float32 holds 6e-8; sums over 1e3..1e4 terms in
 # another order differ by some 1e-6. The reference itself differs by 1e-5 of a logit between merged
@@ -40,9 +73,12 @@ TRAINED = ("cropping", "pooling")
 # of the smallest gradients, largest in the first steps.
 TOLERANCES = {
   "pixel_values": 0.0,
+  "pixel_probe": 0.0,
   "patch_features": 1e-5,
   "spatial_tokens": 1e-5,
   "image_features": 1e-5,
+  "anyres_features": 1e-5,
+  "anyres_merges": 1e-5,
   "logits_single": 2e-5,
   "logits_batch": 2e-5,
   "loss_single": 1e-5,
@@ -83,50 +119,65 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 class Case:
-  """One golden case, loaded as a user would load it."""
+  """One golden case, loaded as a user would load it, in float32."""
 
   def __init__(self, name: str):
-    self.name = name
-    self.expected = np.load(GOLDEN / name / "expected.npz")
+    self.name, self.spec = name, CASES[name]
+    self.expected = np.load(GOLDEN / self.spec.expected)
     self.inputs = json.loads((GOLDEN / "inputs.json").read_text())
-    self.loaded = load.upstream(
-      GOLDEN / name / "llava-lora", GOLDEN / "base-llm", GOLDEN / "clip-vit-tiny", CASES[name]
+    options = formats.Options(row=self.spec.row)
+    self.source = formats.open_checkpoint(GOLDEN / self.spec.checkpoint, options)
+    self.model = dataclasses.replace(
+      self.source.config.model, dtype="float32", frozen_dtype="float32", remat=False
     )
-    self.model = self.loaded.model
+    flat = {p: leaf.read().astype(np.float32) for p, leaf in self.source.leaves.items()}
+    self.params = unflatten_dict(flat, sep="/")
     self.module = build.model(self.model)
-    self.variables = {"params": self.loaded.params}
-    self.image_tokens = build.image_token_count(self.model)
-    self._preprocess = image.Preprocess(
-      self.model.tower.image_size, self.loaded.image_mean, self.loaded.image_std
-    )
+    self.variables = {"params": self.params}
+    self.reader = self.reader_of(self.source.config.data)
+    self.spatial = self.reader.tile.spatial
+
+  def reader_of(self, data: config_lib.Data) -> anyres.Reader:
+    return anyres.Reader(data, anyres.Tile(*build.tile_shape(self.model)))
 
   @functools.cache  # noqa: B019 - a case lives as long as its test
-  def pixels(self, name: str) -> np.ndarray:
-    return self._preprocess(image.read(GOLDEN / "images" / f"{name}.png"))
+  def picture(self, name: str) -> anyres.Picture:
+    return self.reader(image.read(GOLDEN / "images" / f"{name}.png"))
 
   def batch(self, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Right-padded rows of the given samples, as the original's collator makes them."""
-    lengths = [len(s["input_ids"]) + len(s["images"]) * (self.image_tokens - 1) for s in samples]
+    pictures = [[self.picture(name) for name in s["images"]] for s in samples]
+    plans = [[p.plan for p in row] for row in pictures]
+    room = max(1, *(sum(p.tiles for p in row) for row in plans), 0)
+    lengths = [len(s["input_ids"]) + sum(len(p.slots) - 1 for p in row)
+               for s, row in zip(samples, plans, strict=True)]  # fmt: skip
     rows = []
-    for sample in samples:
+    for i, sample in enumerate(samples):
       runs = example.from_labels(sample["input_ids"], sample["labels"])
-      row = example.layout(runs, self.image_tokens, max(lengths), len(sample["images"])).arrays()
+      row = example.layout(runs, plans[i], max(lengths), room).arrays()
       side = self.model.tower.image_size
-      row["images"] = np.zeros((max(1, *(len(s["images"]) for s in samples), 0), side, side, 3),
-                               np.float32)  # fmt: skip
-      for i, name in enumerate(sample["images"]):
-        row["images"][i] = self.pixels(name)
+      row["images"] = np.zeros((room, side, side, 3), np.float32)
+      tiles = [tile for picture in pictures[i] for tile in picture.tiles]
+      row["images"][: len(tiles)] = tiles or 0
       rows.append(row)
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
   def parts(self) -> dict[str, list[dict[str, Any]]]:
-    return {"single": [self.inputs["single"]], "batch": self.inputs["batch"]["rows"]}
+    parts = {"single": [self.inputs["single"]], "batch": self.inputs["batch"]["rows"]}
+    if self.name == "anyres":  # other images under the same texts
+      named = self.inputs["anyres"]
+      parts = {
+        "single": [{**parts["single"][0], "images": named["single"]}],
+        "batch": [{**s, "images": n} for s, n in zip(parts["batch"], named["batch"], strict=True)],
+      }
+    return parts
 
   def torch_arrays(
     self, flat: dict[str, Any], names: list[str]
   ) -> Iterator[tuple[str, np.ndarray]]:
     """Our arrays under the original's names and in its layout."""
-    rows = tables.LORA + tables.projector(CASES[self.name], self.model.tower.width)
+    scales = build.view_sizes(self.model)
+    rows = tables.LORA + tables.projector(self.model.projector.row, self.model.tower.width, scales)
     for name in names:
       plain = name.replace(".default.", ".")
       if ".lora_" not in plain:
@@ -138,39 +189,84 @@ class Case:
 
 
 def features(case: Case) -> Iterator[Rung]:
-  z = case.expected
-  names = [n for part in case.parts().values() for s in part for n in s["images"]]
-  single = case.inputs["single"]["images"][0]
+  z, side = case.expected, case.model.tower.image_size
+  parts = [s["images"] for part in case.parts().values() for s in part]
+  pictures = [case.picture(name).tiles for names in parts for name in names]
+  pictures.append(np.zeros((1, side, side, 3), np.float32))  # the text-only row's dummy image
+  first = pictures[0]
+  torch_order = [tiles.transpose(0, 3, 1, 2) for tiles in pictures]
   if "pixel_values" in z:
-    yield Rung(case.name, "pixel_values",
-               difference(case.pixels(single).transpose(2, 0, 1)[None], z["pixel_values"]))  # fmt: skip
+    yield Rung(case.name, "pixel_values", difference(torch_order[0], z["pixel_values"]))
+  probes = [probe(tiles, 64) for tiles in torch_order]
+  yield Rung(case.name, "pixel_probe", difference(probes, z["pixel_probe"]))
   bound = case.module.bind(case.variables)
-  grid = bound.vision_tower(case.pixels(single)[None])
+  grid = bound.vision_tower(first[:1])
   if "patch_features" in z:
     patches = grid.reshape(-1, grid.shape[-1])
     yield Rung(case.name, "patch_features", difference(patches, z["patch_features"]))
-  yield Rung(case.name, "image_features", difference(bound.projector(grid)[0], z["image_features"]))
-  spatial = z["sp_tokens"].shape[1] if "sp_tokens" in z else 0
-  if spatial:
-    black = np.zeros_like(case.pixels(single))  # the text-only row's dummy image
-    images = np.stack([*(case.pixels(n) for n in names), black])
-    tokens = bound.encode_image(images[:, None])[:, :spatial]
+  one = encode(case, first[:1])[0]
+  yield Rung(case.name, "image_features", difference(one, z["image_features"]))
+  if case.spatial:
+    tokens = encode(case, np.concatenate(pictures))[:, : case.spatial]
     yield Rung(case.name, "spatial_tokens", difference(tokens, z["sp_tokens"]))
+
+
+def encode(case: Case, tiles: np.ndarray) -> jax.Array:
+  """Tokens of each tile. [T, H, W, 3] -> [T, N, D]."""
+  tokens = case.module.apply(case.variables, tiles[:, None], method="encode_image")
+  return tokens[:, : case.reader.tile.tokens]  # without the end-of-row token
+
+
+def inserted(case: Case, picture: anyres.Picture) -> np.ndarray:
+  """The tokens of one image as the decoder reads them. -> [L, D]."""
+  tokens = case.module.apply(case.variables, picture.tiles[None], method="encode_image")[0]
+  newline = picture.plan.tiles * picture.plan.tile_tokens
+  slots = picture.plan.slots
+  return np.asarray(tokens)[np.where(slots == example.NEWLINE, newline, slots)]
+
+
+def anyres_features(case: Case) -> Iterator[Rung]:
+  z = case.expected
+  found = inserted(case, case.picture(case.parts()["single"][0]["images"][0]))
+  assert found.shape == tuple(z["anyres_features_shape"])
+  worst = max(
+    difference(found[:40], z["anyres_features_head"]),
+    difference(found[-60:], z["anyres_features_tail"]),
+    difference(probe(found, 512), z["anyres_features_probe"]),
+  )
+  yield Rung(case.name, "anyres_features", worst)
+  differences = []
+  for merge in anyres.MERGES:
+    data = dataclasses.replace(case.source.config.data, patch_merge=merge)
+    reader = case.reader_of(data)
+    for name in ("wide", "tall", "big"):
+      picture = reader(image.read(GOLDEN / "images" / f"{name}.png"))
+      found = inserted(case, picture)
+      assert found.shape == tuple(z[f"merge_{merge}_{name}_shape"]), (merge, name)
+      differences.append(difference(probe(found, 256), z[f"merge_{merge}_{name}_probe"]))
+  yield Rung(case.name, "anyres_merges", max(differences))
 
 
 def logits_and_losses(case: Case) -> Iterator[Rung]:
   z = case.expected
   for part, samples in case.parts().items():
+    prefix = case.spec.prefix if part == "single" else f"{part}/"
+    if f"{prefix}logits" not in z:
+      continue
     batch = case.batch(samples)
     hidden = case.module.apply(
       case.variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
       batch["slots"],
     )  # fmt: skip
-    at = hidden[z[f"{part}/text_rows"], z[f"{part}/text_positions"]]
+    places = z[f"{prefix}text_positions"]
+    at = hidden[z.get(f"{prefix}text_rows", np.zeros_like(places)), places]
     logits = case.module.apply(case.variables, at, method="logits")
-    yield Rung(case.name, f"logits_{part}", difference(logits, z[f"{part}/logits"]))
-    loss, _ = step.loss_and_counts(case.module, case.loaded.params, batch, chunk=500)
-    yield Rung(case.name, f"loss_{part}", difference(loss, z[f"{part}/loss"]))
+    yield Rung(case.name, f"logits_{part}", difference(logits, z[f"{prefix}logits"]))
+    loss, _ = step.loss_and_counts(case.module, case.params, batch, chunk=500)
+    yield Rung(case.name, f"loss_{part}", difference(loss, z[f"{prefix}loss"]))
+
+
+EOS = 2  # the goldens keep it, our answers leave it out
 
 
 def greedy(case: Case) -> Iterator[Rung]:
@@ -178,12 +274,12 @@ def greedy(case: Case) -> Iterator[Rung]:
   z = case.expected
   samples = [s for part in case.parts().values() for s in part]
   batch = case.batch([{**s, "labels": [-100] * len(s["labels"])} for s in samples])
-  ids, counts = jax.jit(functools.partial(generate, case.module, stop_ids=(2,), max_new_tokens=12))(
-    case.loaded.params, batch, jax.random.key(0)
-  )
+  ids, counts = jax.jit(
+    functools.partial(generate, case.module, stop_ids=(EOS,), max_new_tokens=12)
+  )(case.params, batch, jax.random.key(0))
   wanted = [z["single/gen"], *(z[f"batch/gen{i}"] for i in range(len(samples) - 1))]
   same = all(
-    np.array_equal(row[:count], target)
+    np.array_equal(row[:count], target[target != EOS])
     for row, count, target in zip(np.asarray(ids), counts, wanted, strict=True)
   )
   yield Rung(case.name, "greedy_tokens", 0.0 if same else 1.0)
@@ -201,7 +297,7 @@ def training_config(case: Case, lr: float, projector_lr: float) -> config_lib.Co
 
 def gradients(case: Case) -> Iterator[Rung]:
   z = np.load(GOLDEN / case.name / "grads.npz")
-  trainable, frozen = state.split(case.loaded.params, training_config(case, 0.0, 0.0))
+  trainable, frozen = state.split(case.params, training_config(case, 0.0, 0.0))
   batch = case.batch(case.inputs["batch"]["rows"])
 
   def loss_fn(trainable: Any) -> jax.Array:
@@ -241,7 +337,7 @@ def trajectory(
   """Ten optimizer steps through the package's own jitted step."""
   z = np.load(GOLDEN / case.name / file)
   config = training_config(case, lr, projector_lr)
-  trainable, frozen = state.split(case.loaded.params, config)
+  trainable, frozen = state.split(case.params, config)
   start = {path: np.asarray(a) for path, a in trainable.items()}
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
   run = loop.compile_step(case.module, tx, config, None)
@@ -262,10 +358,16 @@ def trajectory(
   yield Rung(case.name, f"{prefix}_delta", worst)
 
 
+def having(key: str) -> tuple[str, ...]:
+  """Cases whose file of numbers has `key`."""
+  return tuple(n for n, spec in CASES.items() if key in np.load(GOLDEN / spec.expected))
+
+
 RUNGS: dict[str, tuple[tuple[str, ...], Callable[[Case], Iterator[Rung]]]] = {
-  "features": (tuple(CASES), features),
+  "features": (having("image_features"), features),
+  "anyres_features": (having("anyres_features_shape"), anyres_features),
   "logits_and_losses": (tuple(CASES), logits_and_losses),
-  "greedy": (tuple(CASES), greedy),
+  "greedy": (having("single/gen"), greedy),
   "gradients": (TRAINED, gradients),
   "trajectory": (TRAINED, functools.partial(
     trajectory, file="train.npz", prefix="trajectory", lr=2e-4, projector_lr=2e-5)),

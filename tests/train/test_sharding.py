@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax import sharding
-from llava_sp_jax.data import pipeline
+from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import loop
@@ -38,8 +38,8 @@ def mesh_of(sizes: tuple[int, ...]) -> Mesh:
 
 def batches(config: config_lib.Config) -> Iterator[dict[str, np.ndarray]]:
   return pipeline.make(
-    config.data, Tokenizer(config.data.tokenizer), config.model.tower.image_size,
-    build.image_token_count(config.model), config.train.batch_size, config.train.seed,
+    config.data, Tokenizer(config.data.tokenizer), anyres.Tile(*build.tile_shape(config.model)),
+    config.train.batch_size, config.train.seed,
   )  # fmt: skip
 
 

@@ -1,0 +1,219 @@
+"""Leaves of our parameter tree that are still in files: the tensors behind each, read part by part.
+
+Everything that can be wrong with names and shapes is found here, before a value is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from llava_sp_jax.convert import tables
+from llava_sp_jax.convert.layout import Layout
+from llava_sp_jax.convert.torch_io import FormatError, Tensor
+
+Index = tuple[slice, ...]
+Leaves = dict[str, "Leaf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One array of the tree, wherever its values are; `read` gives them, or a slice of them."""
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  @property
+  def origin(self) -> str:
+    return self.path
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory(Leaf):
+  """A leaf whose values are at hand."""
+
+  values: np.ndarray
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    return self.values if index is None else self.values[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(Leaf):
+  """A leaf rounded to another dtype when it is read."""
+
+  inner: Leaf
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    return self.inner.read(index).astype(self.dtype)
+
+
+def in_memory(arrays: Mapping[str, np.ndarray]) -> Leaves:
+  return {p: InMemory(p, a.shape, a.dtype, a) for p, a in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class InTensors(Leaf):
+  """A leaf made of one torch tensor, or of one for each layer."""
+
+  tensors: tuple[Tensor, ...]
+  layout: Layout
+  stacked: bool  # the first axis counts the layers
+
+  @property
+  def origin(self) -> str:
+    more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+    return self.tensors[0].name + more
+
+  def first_layers(self, count: int) -> InTensors:
+    shape = (count, *self.shape[1:])
+    return dataclasses.replace(self, shape=shape, tensors=self.tensors[:count])
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    """Only the tensors of the wanted layers are touched.
+
+    Raises: FormatError when a value is not finite.
+    """
+    index = index or (slice(None),) * len(self.shape)
+    if not self.stacked:
+      return self._one(self.tensors[0], index)
+    tensors = self.tensors[index[0]]
+    out = np.empty((len(tensors), *_sliced(self.shape[1:], index[1:])), self.dtype)
+    for i, tensor in enumerate(tensors):
+      out[i] = self._one(tensor, index[1:])
+    return out
+
+  def _one(self, tensor: Tensor, index: Index) -> np.ndarray:
+    values = np.ascontiguousarray(self.layout.to_jax(tensor.array())[index])
+    if not np.isfinite(values).all():
+      bad = int(np.size(values) - np.isfinite(values).sum())
+      raise FormatError(
+        f"{tensor.origin}: {tensor.name}: {bad} of {values.size} values are NaN or infinite; "
+        "the file is damaged or its training diverged"
+      )
+    return values
+
+
+def _sliced(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+  return tuple(len(range(*s.indices(n))) for n, s in zip(shape, index, strict=True))
+
+
+def gather(tensors: Iterable[Tensor], rows: tuple[tables.Row, ...], problems: list[str]) -> Leaves:
+  """Finds the row of each tensor and stacks the layers.
+
+  Adds to `problems` every tensor without a row, every gap among the layers, and layers that differ.
+  """
+  found: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}
+  for tensor in tensors:
+    if tables.ignored(tensor.name):
+      continue
+    match = tables.match(tensor.name, rows)
+    if match is None:
+      problems.append(f"unexpected tensor {tensor.name} {tensor.shape} in {tensor.origin}")
+    else:
+      found.setdefault(match.path, {})[match.layer] = (tensor, match.layout)
+  leaves: Leaves = {}
+  for path, parts in found.items():
+    leaf = _leaf(path, parts, problems)
+    if leaf:
+      leaves[path] = leaf
+  return leaves
+
+
+def _leaf(
+  path: str, parts: Mapping[int | None, tuple[Tensor, Layout]], problems: list[str]
+) -> InTensors | None:
+  (first, layout), *_ = parts.values()
+  try:
+    shape = shape_after(layout.to_jax, first.shape)
+  except (TypeError, ValueError) as error:
+    problems.append(f"{first.name}: shape {first.shape} does not fit its layout ({error})")
+    return None
+  if None in parts:
+    return InTensors(path, shape, first.dtype, (first,), layout, stacked=False)
+  numbers = sorted(n for n in parts if n is not None)
+  gaps = sorted(set(range(numbers[-1] + 1)) - set(numbers))
+  if gaps:
+    problems.append(f"{path}: layers {gaps} are missing")
+    return None
+  tensors = tuple(parts[n][0] for n in numbers)
+  odd = [t for t in tensors if (t.shape, t.dtype) != (first.shape, first.dtype)]
+  for tensor in odd:
+    problems.append(
+      f"{tensor.name}: {tensor.dtype} {tensor.shape}, but {first.name} is {first.dtype} "
+      f"{first.shape}"
+    )
+  if odd:
+    return None
+  return InTensors(path, (len(tensors), *shape), first.dtype, tensors, layout, stacked=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def shape_after(change: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that one side of a layout makes of another, without an array."""
+  abstract = jax.ShapeDtypeStruct(shape, np.uint8)  # the dtype does not matter
+  return tuple(jax.eval_shape(lambda x: change(x), abstract).shape)
+
+
+def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> None:
+  """Adds to `problems` all that is missing, unexpected or of another shape than `expected`."""
+  for path in sorted(set(expected) - set(leaves)):
+    problems.append(f"missing {path} {expected[path].shape}")
+  for path in sorted(set(leaves) - set(expected)):
+    problems.append(f"unexpected {path} {leaves[path].shape} ({leaves[path].origin})")
+  for path in sorted(set(leaves) & set(expected)):
+    if leaves[path].shape != expected[path].shape:
+      problems.append(
+        f"{path}: expected shape {expected[path].shape}, found {leaves[path].shape} "
+        f"({leaves[path].origin})"
+      )
+
+
+def refuse(origin: str, problems: list[str]) -> None:
+  """Raises: FormatError with all problems, if there are any."""
+  if problems:
+    listed = "\n  ".join(problems)
+    raise FormatError(f"{origin} does not fit the model, nothing was converted:\n  {listed}")
+
+
+def to_tensors(leaves: Leaves, rows: tuple[tables.Row, ...]) -> list[Tensor]:
+  """The same values under torch's names and in its layout, layer by layer, not yet read.
+
+  Raises: KeyError for a leaf without a row.
+  """
+  targets = tables.by_path(rows)
+  unnamed = sorted(set(leaves) - set(targets))
+  if unnamed:
+    raise KeyError(f"no torch name for {', '.join(unnamed)}")
+  result = []
+  for path, target in targets.items():
+    if path not in leaves:
+      continue
+    leaf, layered = leaves[path], "{layer}" in target.name
+    inner = leaf.shape[1:] if layered else leaf.shape
+    shape = shape_after(target.layout.to_torch, inner)
+    for layer in range(leaf.shape[0]) if layered else (None,):
+      name = target.name.replace("{layer}", str(layer))
+
+      def array(leaf: Leaf = leaf, layer: int | None = layer, target: Any = target) -> np.ndarray:
+        if layer is None:
+          return target.layout.to_torch(leaf.read())
+        rest = (slice(None),) * (len(leaf.shape) - 1)
+        return target.layout.to_torch(leaf.read((slice(layer, layer + 1), *rest))[0])
+
+      result.append(Tensor(name, path, shape, leaf.dtype, array))
+  return result

@@ -1,0 +1,279 @@
+"""Formats out: a table of layouts that the original code, PEFT and transformers open.
+
+Values are written tensor by tensor; what is held in memory is one file's shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import settings, tables, torch_write
+from llava_sp_jax.convert.formats import NOTE, Source, cast, copy_tokenizer, is_adapter
+from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, to_tensors
+from llava_sp_jax.convert.torch_io import FormatError, Tensor
+from llava_sp_jax.models import build
+
+# ---- folding adapters -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(Leaf):
+  """`kernel + scale * A B`, computed in float32 and rounded once to the kernel's dtype."""
+
+  kernel: Leaf
+  lora_a: Leaf
+  lora_b: Leaf
+  scale: float
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    index = index or (slice(None),) * len(self.shape)
+    layers, rows, columns = index
+    whole = slice(None)
+    kernel = np.array(self.kernel.read(index))  # a copy: what was read may be the leaf's own
+    a = self.lora_a.read((layers, rows, whole)).astype(np.float32)
+    b = self.lora_b.read((layers, whole, columns)).astype(np.float32)
+    for i in range(len(kernel)):  # layer by layer: the product is as large as the kernel
+      kernel[i] = (kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])).astype(self.dtype)
+    return kernel
+
+
+def fold(model: Source) -> Source:
+  """The same model with its adapters in the kernels, and none left."""
+  lora = model.config.model.lora
+  if not lora.rank:
+    return model
+  leaves: Leaves = {}
+  for path, leaf in model.leaves.items():
+    stem = path.rsplit("/", 1)[0]
+    if is_adapter(path):
+      continue
+    a, b = (model.leaves.get(f"{stem}/lora_{letter}") for letter in "ab")
+    if path.endswith("/kernel") and a and b:
+      leaf = Folded(path, leaf.shape, leaf.dtype, leaf, a, b, lora.alpha / lora.rank)
+    leaves[path] = leaf
+  plain = dataclasses.replace(model.config.model, lora=config_lib.Lora(rank=0))
+  return dataclasses.replace(
+    model, leaves=leaves, config=dataclasses.replace(model.config, model=plain)
+  )
+
+
+# ---- the layouts ------------------------------------------------------------------------------------
+
+
+def _language_model(model: Source, out: Path) -> None:
+  """A plain Hugging Face folder of the decoder."""
+  text = model.config.model.language_model
+  tensors = to_tensors(model.part("language_model"), tables.LLAMA)
+  torch_write.save_safetensors(tensors, out)
+  values = settings.language_model_json(text, _dtype(tensors))
+  _json(out / "config.json", values)
+  if model.tokenizer:
+    copy_tokenizer(model.tokenizer, out)
+
+
+def _vision_tower(model: Source, out: Path) -> None:
+  """The vision part alone, with the layers that are used; the select layer counts from its end."""
+  tower = model.config.model.tower
+  torch_write.save_safetensors(_tower_tensors(model), out)
+  _json(out / "config.json", settings.tower_json(tower, build.tower_layers(model.config.model)))
+  _json(out / "preprocessor_config.json",
+        settings.processor_json(model.config.data, tower.image_size))  # fmt: skip
+
+
+def _llava(model: Source, out: Path) -> None:
+  """The original's merged layout; the tower stays where the config says, or goes beside it."""
+  config, tower = _with_tower(model, out)
+  tensors = to_tensors(model.part("language_model"), tables.LLAMA)
+  tensors += to_tensors(model.part("projector"), _projector_rows(model))
+  torch_write.save_safetensors(tensors, out)
+  _json(out / "config.json", settings.llava_json(config, tower))
+  _note(model, out)
+  if model.tokenizer:
+    copy_tokenizer(model.tokenizer, out)
+
+
+def _llava_lora(model: Source, out: Path) -> None:
+  """Adapter, everything else that learned, and configs, as the original's `train.py` leaves them."""
+  lora = model.config.model.lora
+  config, tower = _with_tower(model, out)
+  base = model.base
+  if not base:  # it learned too, or its origin is unknown
+    base = _final(out / "base")
+    (out / "base").mkdir()
+    _language_model(model, out / "base")
+  adapters = model.part("language_model", adapters=True)
+  torch_write.save_safetensors(to_tensors(adapters, tables.LORA), out, "adapter_model")
+  projector = to_tensors(model.part("projector"), _projector_rows(model))
+  renamed = [t.renamed(f"base_model.model.{t.name}") for t in projector]
+  torch_write.save_bin(renamed, out / "non_lora_trainables.bin")
+  names = sorted({path.split("/")[-2] for path in adapters})
+  _json(out / "adapter_config.json", {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+    "r": lora.rank, "lora_alpha": _plain(lora.alpha), "lora_dropout": lora.dropout,
+    "target_modules": names, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "modules_to_save": None,
+  })  # fmt: skip
+  _json(out / "config.json", {**settings.llava_json(config, tower), "_name_or_path": base})
+  _note(model, out)
+  if model.tokenizer:
+    copy_tokenizer(model.tokenizer, out)
+
+
+def _llava_hf(model: Source, out: Path) -> None:
+  """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
+  config = model.config
+  tensors = [t.renamed(f"language_model.{t.name}")
+             for t in to_tensors(model.part("language_model"), tables.LLAMA)]  # fmt: skip
+  tensors += [t.renamed(f"vision_tower.{t.name}") for t in _tower_tensors(model)]
+  for tensor in to_tensors(model.part("projector"), _projector_rows(model)):
+    layer = {"0": "linear_1", "2": "linear_2"}[tensor.name.split(".")[2]]
+    kind = tensor.name.rsplit(".", 1)[1]
+    tensors.append(tensor.renamed(f"multi_modal_projector.{layer}.{kind}"))
+  torch_write.save_safetensors(tensors, out)
+  text = settings.language_model_json(config.model.language_model, config.model.frozen_dtype)
+  vision = settings.tower_json(config.model.tower, build.tower_layers(config.model))
+  count = build.image_token_count(config.model)
+  _json(out / "config.json", {
+    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": text, "vision_config": vision, "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1, "vision_feature_select_strategy": "default" if
+    config.model.tower.variant == "clip" else "full", "image_seq_length": count,
+    "image_token_index": config.model.language_model.vocab_size - 1, "torch_dtype":
+    config.model.frozen_dtype, "tie_word_embeddings": config.model.language_model.tie_embeddings,
+  })  # fmt: skip
+  _json(out / "preprocessor_config.json",
+        settings.processor_json(config.data, config.model.tower.image_size))  # fmt: skip
+  if model.tokenizer:
+    copy_tokenizer(model.tokenizer, out)
+
+
+def _tower_tensors(model: Source) -> list[Tensor]:
+  """The tower under its own names, with a last norm: its class has one, LLaVA never reads it."""
+  tower = model.config.model.tower
+  tensors = to_tensors(model.part("vision_tower"), tables.TOWERS[tower.variant])
+  dtype = tensors[0].dtype
+  for kind, values in (
+    ("weight", np.ones(tower.width, dtype)),
+    ("bias", np.zeros(tower.width, dtype)),
+  ):
+    name = f"vision_model.post_layernorm.{kind}"
+    tensors.append(Tensor(name, "unused", values.shape, dtype, values.copy))
+  return tensors
+
+
+def _with_tower(model: Source, out: Path) -> tuple[config_lib.Config, str]:
+  """The config and the tower's name; without a name the tower is written into the export."""
+  if model.tower:
+    return model.config, model.tower
+  tower = model.config.model.tower
+  folder = out / f"{tower.variant}-vit"  # the original knows CLIP by "clip" in the path
+  folder.mkdir()
+  _vision_tower(model, folder)
+  selected = dataclasses.replace(tower, select_layer=-1)
+  config = dataclasses.replace(
+    model.config, model=dataclasses.replace(model.config.model, tower=selected)
+  )
+  return config, _final(folder)
+
+
+PART = ".part"  # what a folder's name ends in until it is whole
+
+
+def _final(path: Path) -> str:
+  """Where a part of an unfinished export will be."""
+  return str(path.parent.with_name(path.parent.name.removesuffix(PART)).resolve() / path.name)
+
+
+def _projector_rows(model: Source) -> tuple[tables.Row, ...]:
+  sizes = build.view_sizes(model.config.model)
+  row, width = model.config.model.projector.row, model.config.model.tower.width
+  return tables.projector(row, width, sizes)
+
+
+def _note(model: Source, out: Path) -> None:
+  """What the original's files do not say: the projector's row, and which base was trained on."""
+  projector = model.config.model.projector
+  _json(out / NOTE, {"row": projector.row, "scales": list(projector.scales),
+                     "template": model.config.data.template,
+                     "base_fingerprint": model.fingerprint,
+                     "base_dtype": model.config.model.frozen_dtype})  # fmt: skip
+
+
+def _dtype(tensors: list[Tensor]) -> str:
+  return str(max(tensors, key=lambda t: t.nbytes).dtype)
+
+
+def _plain(value: float) -> int | float:
+  return int(value) if value == int(value) else value
+
+
+def _json(path: Path, values: dict[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """One format out. `folds`: adapters go into the kernels first."""
+
+  what: str
+  write: Callable[[Source, Path], None]
+  parts: tuple[str, ...]
+  folds: bool = True
+
+
+EXPORTS: dict[str, Export] = {
+  "llava_lora": Export(
+    "adapter + non_lora_trainables.bin of the original code (the adapter opens in PEFT)",
+    _llava_lora, ("vision_tower", "projector", "language_model"), folds=False,
+  ),
+  "llava": Export("merged folder of the original code", _llava,
+                  ("vision_tower", "projector", "language_model")),
+  "llava_hf": Export("transformers' LlavaForConditionalGeneration (row none)", _llava_hf,
+                     ("vision_tower", "projector", "language_model")),
+  "language_model": Export("the decoder alone, for transformers", _language_model,
+                           ("language_model",)),
+  "vision_tower": Export("the vision tower alone, for transformers", _vision_tower,
+                         ("vision_tower",)),
+}  # fmt: skip
+
+
+def export(model: Source, name: str, out: str | Path, dtype: str = "") -> None:
+  """Writes `model` as the format `name`; the folder appears when it is whole.
+
+  `dtype` rounds every leaf (float32, bfloat16, float16); empty keeps what is stored.
+
+  Raises: FormatError when the model has no such form or `out` exists.
+  """
+  row, out = config_lib.lookup("--format", name, EXPORTS), Path(out)
+  _refuse(model, name, row)
+  if out.exists():
+    raise FormatError(f"{out}: exists; name a new folder")
+  if dtype:
+    model = cast(model, dtype)
+  temporary = out.with_name(out.name + PART)
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  row.write(fold(model) if row.folds else model, temporary)
+  temporary.rename(out)
+
+
+def _refuse(model: Source, name: str, row: Export) -> None:
+  have = {path.split("/")[0] for path in model.leaves}
+  lacking = [part for part in row.parts if part not in have]
+  if lacking:
+    raise FormatError(f"--format {name} needs {', '.join(lacking)}, which this checkpoint lacks")
+  if not row.folds and not model.config.model.lora.rank:
+    raise FormatError(f"--format {name}: this checkpoint has no adapters; export 'llava' instead")
+  if name == "llava_hf" and model.config.model.projector.row != "none":
+    raise FormatError(
+      f"--format llava_hf: transformers has no spatial tokens (row {model.config.model.projector.row}"
+      "); export 'llava' for the original code, or 'language_model' for the decoder alone"
+    )

@@ -1,0 +1,189 @@
+"""From a picture to tiles and the plan of their tokens: the one way, in training and in inference.
+
+A large picture (`anyres`) is shown whole as tile 0 and cut into tiles of the tower's size. The
+decoder then reads LLaVA-SP's order: the spatial tokens of all tiles, the patches of tile 0, the
+patches of the others, all of it decided here, as indices.
+
+Shape letters:  R,C rows and columns of tiles . g patches along a side of a tile
+Source: `llava/mm_utils.py`, `prepare_inputs_labels_for_multimodal` in `llava/model/llava_arch.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import ConfigError, lookup
+from llava_sp_jax.data import image as image_lib
+from llava_sp_jax.data.example import NEWLINE, Plan
+
+Size = tuple[int, int]  # width, height
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """What the model makes of one square of pixels; `newline` when it has an end-of-row token."""
+
+  size: int  # pixels along a side
+  grid: int  # patches along a side
+  spatial: int = 0  # spatial tokens, which stand before the patches
+  newline: bool = False
+
+  @property
+  def tokens(self) -> int:
+    return self.spatial + self.grid * self.grid
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+  """An image ready for the model: its tiles [tiles, size, size, 3] float32, and their tokens."""
+
+  tiles: np.ndarray
+  plan: Plan
+
+
+class Reader:
+  """Turns pictures into `Picture`s as `data` says."""
+
+  def __init__(self, data: config_lib.Data, tile: Tile):
+    """Raises: ConfigError for settings that do not exist or do not fit the tile."""
+    self._views = lookup("data.image_aspect", data.image_aspect, ASPECTS)
+    lookup("data.image_fit", data.image_fit, image_lib.FITS)
+    lookup("data.patch_merge", data.patch_merge, MERGES)
+    if data.patch_merge == "spatial_unpad" and not tile.newline:
+      raise ConfigError("data.patch_merge: 'spatial_unpad' needs model.image_newline=true")
+    odd = [p for p in data.grid_pinpoints
+           if len(p) != 2 or min(p) < tile.size or any(side % tile.size for side in p)]  # fmt: skip
+    if data.image_aspect == "anyres" and (odd or not data.grid_pinpoints):
+      raise ConfigError(
+        f"data.grid_pinpoints: {odd or 'none'} given; anyres needs (width, height) pairs that are "
+        f"multiples of model.tower.image_size, {tile.size}"
+      )
+    if data.image_aspect == "anyres" and data.augment != "none":
+      raise ConfigError(f"data.augment: {data.augment!r} would move the tiles of one image apart")
+    self.preprocess = image_lib.Preprocess(
+      tile.size, data.image_mean, data.image_std, data.image_fit
+    )
+    self.tile, self.pinpoints, self._merge = tile, data.grid_pinpoints, data.patch_merge
+    areas = [w * h // tile.size**2 for w, h in self.pinpoints]
+    self.max_tiles = 1 + max(areas) if data.image_aspect == "anyres" else 1
+
+  def __call__(self, image: Image.Image) -> Picture:
+    """Raises: SampleError for a picture that the settings cannot show."""
+    image = image.convert("RGB")
+    views, resolution = self._views(self, image)
+    tiles = np.stack([self.preprocess.square(view) for view in views])
+    return Picture(tiles, plan(self.tile, image.size, resolution, self._merge))
+
+
+Views = tuple[list[Image.Image], Size | None]  # pictures of the tiles; the canvas of all but one
+
+
+def _padded(reader: Reader, image: Image.Image) -> Views:
+  return [image_lib.pad_to_square(image, reader.preprocess.pad_colour)], None
+
+
+def _as_it_is(reader: Reader, image: Image.Image) -> Views:
+  return [image], None
+
+
+def _tiled(reader: Reader, image: Image.Image) -> Views:
+  size = reader.tile.size
+  resolution = best_resolution(image.size, reader.pinpoints)
+  whole = image.resize((size, size), Image.Resampling.BICUBIC)
+  return [whole, *cut(on_canvas(image, resolution), size)], resolution
+
+
+# The original's `image_aspect_ratio`. Its "square" is what the tower's own processor does: CLIP
+# cuts a square out of the middle, SigLIP stretches.
+ASPECTS = {"pad": _padded, "square": _as_it_is, "anyres": _tiled}
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+  """The canvas that shows most of the picture's pixels, among equals the one that wastes least."""
+
+  def shown(canvas: Size) -> tuple[int, int]:
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    pixels = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+    return pixels, pixels - canvas[0] * canvas[1]
+
+  return max(pinpoints, key=shown)
+
+
+def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
+  """The whole picture as large as it fits, in the middle of black."""
+  (width, height), (across, down) = resolution, image.size
+  if width / across < height / down:
+    size = (width, min(math.ceil(down * (width / across)), height))
+  else:
+    size = (min(math.ceil(across * (height / down)), width), height)
+  canvas = Image.new("RGB", resolution, (0, 0, 0))
+  resized = image.resize(size, Image.Resampling.BICUBIC)
+  canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+  return canvas
+
+
+def cut(image: Image.Image, size: int) -> list[Image.Image]:
+  """Squares of `size` pixels, row by row."""
+  return [
+    image.crop((left, top, left + size, top + size))
+    for top in range(0, image.height, size)
+    for left in range(0, image.width, size)
+  ]
+
+
+def unpad(grid: np.ndarray, size: Size) -> np.ndarray:
+  """The part of a canvas [H, W] that a picture of `size` covers.
+
+  Like the original's, it rounds the border down, so up to a row or column of border stays; of a
+  picture that is a line nothing stays, and only tile 0 shows it.
+  """
+  rows, columns = grid.shape
+  if size[0] / size[1] > columns / rows:
+    border = (rows - int(size[1] * (columns / size[0]))) // 2
+    return grid[border : rows - border]
+  border = (columns - int(size[0] * (rows / size[1]))) // 2
+  return grid[:, border : columns - border]
+
+
+def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> Plan:
+  """The order of an image's tokens; `resolution` is the canvas of its tiles, None for a single one.
+
+  `size` is the picture's before it was cut, `merge` names a row of MERGES (the original's
+  `mm_patch_merge_type`).
+  """
+  across, down = (side // tile.size for side in resolution or (0, 0))
+  tiles = 1 + across * down
+  slots = np.arange(tiles * tile.tokens, dtype=np.int32).reshape(tiles, tile.tokens)
+  spatial, base = slots[:, : tile.spatial], slots[0, tile.spatial :]
+  patches = slots[1:, tile.spatial :].reshape(down, across, tile.grid, tile.grid)
+  order = MERGES[merge](spatial, base, patches, size)
+  return Plan(np.concatenate([part.reshape(-1) for part in order]), tiles, tile.tokens)
+
+
+def _flat(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+  """Tile by tile: each one's spatial tokens, then its patches, as they are numbered."""
+  return [np.arange(spatial.size + base.size + patches.size, dtype=np.int32)]
+
+
+def _spatial(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+  """All spatial tokens, the patches of tile 0, then those of the canvas, border included."""
+  return [spatial, base, patches.transpose(0, 2, 1, 3)]  # [R, g, C, g]
+
+
+def _spatial_unpad(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+  """As `_spatial` without the border, and NEWLINE after every row; after tile 0 if it is alone."""
+  if not patches.size:
+    return [spatial, base, np.asarray([NEWLINE], np.int32)]
+  down, across, side, _ = patches.shape
+  canvas = patches.transpose(0, 2, 1, 3).reshape(down * side, across * side)
+  rows = np.pad(unpad(canvas, size), ((0, 0), (0, 1)), constant_values=NEWLINE)
+  return [spatial, base, rows]
+
+
+MERGES = {"flat": _flat, "spatial": _spatial, "spatial_unpad": _spatial_unpad}

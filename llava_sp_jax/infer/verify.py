@@ -1,0 +1,64 @@
+"""Compares two forms of one model by their logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from llava_sp_jax.convert.formats import Source
+from llava_sp_jax.models import build
+
+TOKENS = 64  # of the prompt, behind the tokens of one image
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """The largest difference of two models' logits on one prompt, and how often the choice agrees."""
+
+  largest: float  # divided by the largest logit
+  same_choice: float  # share of positions with the same most likely token
+  dtype: str
+
+  def __str__(self) -> str:
+    return (
+      f"logits of {self.dtype} differ by at most {self.largest:.1e} of the largest; "
+      f"the most likely token is the same at {100 * self.same_choice:.1f}% of the positions"
+    )
+
+
+def compare(before: Source, after: Source) -> Comparison:
+  """Runs both on the same random image and tokens, in float32 arithmetic."""
+  one, two = (np.asarray(_logits(source), np.float64) for source in (before, after))
+  largest = float(np.abs(one - two).max() / np.abs(one).max())
+  same = float(np.mean(one.argmax(-1) == two.argmax(-1)))
+  stored = after.config.model.frozen_dtype
+  return Comparison(largest, same, stored)
+
+
+def _logits(source: Source) -> jax.Array:
+  model = dataclasses.replace(source.config.model, dtype="float32", remat=False)
+  params = {p: jnp.asarray(leaf.read(), jnp.float32) for p, leaf in source.leaves.items()}
+  module = build.model(model)
+  rng = np.random.default_rng(0)
+  images = build.image_token_count(model)
+  length = images + TOKENS
+  tokens = rng.integers(0, model.language_model.vocab_size, (1, length), dtype=np.int32)
+  slots = np.where(np.arange(length) < images, np.arange(length), -1)[None].astype(np.int32)
+  side = model.tower.image_size
+  pixels = rng.standard_normal((1, 1, side, side, 3), np.float32)
+  positions = np.arange(length, dtype=np.int32)[None]
+
+  @jax.jit
+  def run(params: Any) -> Any:
+    variables = {"params": unflatten_dict(params, sep="/")}
+    hidden: Any = module.apply(
+      variables, tokens, positions, np.ones_like(tokens) << 12, pixels, slots
+    )
+    return module.apply(variables, hidden[:, images:], method="logits")
+
+  return run(params)

@@ -1,0 +1,41 @@
+"""llava-sp export: a checkpoint of ours (or any we read) -> a layout of others."""
+
+from __future__ import annotations
+
+import argparse
+
+from llava_sp_jax.tools.convert import source_options
+
+EXAMPLES = """example:
+  llava-sp export runs/finetune out --format llava_lora --base vicuna-7b-v1.5
+  llava-sp export checkpoints/llava-sp out --format llava --dtype bfloat16
+  llava-sp export runs/finetune llm --format language_model     opens in transformers
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  result = argparse.ArgumentParser(
+    prog="llava-sp export",
+    description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
+    "llava_lora (adapter and non_lora_trainables.bin of the original code), llava (its merged "
+    "folder), llava_hf (transformers' LLaVA), language_model or vision_tower alone.",
+    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  result.add_argument("checkpoint", metavar="CKPT")
+  result.add_argument("out", metavar="OUT", help="new folder")
+  result.add_argument("--format", required=True, metavar="NAME",
+                      help="llava_lora, llava, llava_hf, language_model or vision_tower")  # fmt: skip
+  source_options(result)
+  result.add_argument("--dtype", default="", choices=("", "float32", "bfloat16", "float16"),
+                      help="round every array (default: as stored)")  # fmt: skip
+  return result
+
+
+def main(argv: list[str]) -> None:
+  options = parser().parse_args(argv)
+  from llava_sp_jax.convert import formats, load, save
+
+  given = formats.Options(options.base, options.tower, options.row, options.template)
+  source = load.open_any(options.checkpoint, given)
+  save.export(source, options.format, options.out, options.dtype)
+  print(f"{options.out}: {save.EXPORTS[options.format].what}")

@@ -1,0 +1,58 @@
+"""llava-sp inspect: what a checkpoint is, without reading its values."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+
+from llava_sp_jax.tools.convert import source_options
+
+
+def parser() -> argparse.ArgumentParser:
+  result = argparse.ArgumentParser(
+    prog="llava-sp inspect",
+    description="Prints format, projector row, families, sizes, dtypes, fingerprint and parameter "
+    "counts of a run, a converted checkpoint, or anything that convert reads.",
+    epilog="example: llava-sp inspect runs/finetune",
+  )
+  result.add_argument("checkpoint", metavar="CKPT")
+  source_options(result)
+  result.add_argument("--fingerprint", action="store_true",
+                      help="read all values and compute the fingerprint of the base")  # fmt: skip
+  return result
+
+
+def main(argv: list[str]) -> None:
+  options = parser().parse_args(argv)
+  from llava_sp_jax.convert import formats, load, settings
+
+  given = formats.Options(options.base, options.tower, options.row, options.template)
+  source = load.open_any(options.checkpoint, given)
+  model, data = source.config.model, source.config.data
+  print(f"{options.checkpoint}: {source.format}, {source.config.name}")
+  if "language_model" in source.parts:
+    text = model.language_model
+    print(f"language model  {settings.family(text)}: width {text.width}, {text.layers} layers, "
+          f"{text.heads} heads ({text.kv_heads} kv), vocabulary {text.vocab_size}, rope "
+          f"{text.rope_scaling.kind} at {text.rope_theta:g}")  # fmt: skip
+    print(f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"
+          if model.lora.rank else "adapters        none")  # fmt: skip
+  if "vision_tower" in source.parts:
+    tower = model.tower
+    print(f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
+          f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}")  # fmt: skip
+  if "projector" in source.parts:
+    row = model.projector
+    print(f"projector       row {row.row}, scales {row.scales or 'of the row'}, token width "
+          f"{row.token_width}")  # fmt: skip
+    print(f"images          {data.image_aspect}, {data.image_fit}; template {data.template}")
+  fingerprint = load.base_fingerprint(source) if options.fingerprint else source.fingerprint
+  print(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")
+  print(f"\n{'part':<16}{'parameters':>16}{'GB':>10}  dtypes")
+  for part in formats.PARTS:
+    leaves = [leaf for path, leaf in source.leaves.items() if path.startswith(part + "/")]
+    if leaves:
+      count = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in leaves)
+      size = sum(leaf.nbytes for leaf in leaves) / 1e9
+      kinds = collections.Counter(str(leaf.dtype) for leaf in leaves)
+      print(f"{part:<16}{count:>16,}{size:>10.3f}  {', '.join(sorted(kinds))}")

@@ -1,0 +1,36 @@
+"""llava-sp merge: folds the adapters into the decoder's kernels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava_sp_jax.tools.convert import source_options
+
+
+def parser() -> argparse.ArgumentParser:
+  result = argparse.ArgumentParser(
+    prog="llava-sp merge",
+    description="Writes a folder of ours whose decoder has the adapters in its kernels: the same "
+    "answers without their matrices. --verify compares the logits of both on one prompt.",
+    epilog="example: llava-sp merge runs/finetune merged --verify",
+  )
+  result.add_argument("checkpoint", metavar="CKPT")
+  result.add_argument("out", metavar="OUT", type=Path, help="new folder")
+  source_options(result)
+  result.add_argument("--verify", action="store_true", help="compare logits before and after")
+  return result
+
+
+def main(argv: list[str]) -> None:
+  options = parser().parse_args(argv)
+  from llava_sp_jax.convert import formats, load, save
+  from llava_sp_jax.infer import verify
+
+  given = formats.Options(options.base, options.tower, options.row, options.template)
+  source = load.open_any(options.checkpoint, given)
+  merged = save.fold(source)
+  load.write(merged, options.out)
+  print(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
+  if options.verify:
+    print(verify.compare(source, load.open_any(options.out, formats.Options())))

@@ -1,0 +1,157 @@
+"""In -> out -> in is bit-equal for every row and format, and torch's own readers agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import formats, leaves, load, save
+from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.models import build
+from llava_sp_jax.models.projector import ROWS
+
+TOWER = config_lib.Tower(image_size=96, patch_size=4, width=8, layers=2, heads=2, mlp_width=16)
+TEXT = config_lib.LanguageModel(
+  vocab_size=32, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=12
+)
+GRID_16 = dataclasses.replace(TOWER, image_size=64)
+
+
+def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> formats.Source:
+  """A whole random model in memory."""
+  tower = GRID_16 if row == "crop_224" else TOWER
+  values = config_lib.Model(
+    tower=tower, language_model=TEXT, projector=config_lib.Projector(row=row, token_width=8),
+    lora=config_lib.Lora(rank=rank, alpha=4.0), dtype=dtype, frozen_dtype=dtype,
+  )  # fmt: skip
+  values = dataclasses.replace(values, **model)
+  rng = np.random.default_rng(0)
+  wanted = np.dtype(jax.numpy.dtype(dtype))
+  arrays = {
+    path: rng.normal(size=leaf.shape).astype(wanted)
+    for path, leaf in flatten_dict(build.abstract(values), sep="/").items()
+  }
+  config = config_lib.Config(name="random", model=values, train=config_lib.Train(steps=0))
+  return formats.Source("memory", config, leaves.in_memory(arrays), formats.PARTS, None)
+
+
+def assert_same(one: formats.Source, two: formats.Source) -> None:
+  assert set(one.leaves) == set(two.leaves)
+  for path, leaf in one.leaves.items():
+    ours, theirs = leaf.read(), two.leaves[path].read()
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), path
+    assert ours.tobytes() == theirs.tobytes(), path
+
+
+CASES = [*((row, "float32") for row in ROWS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
+         ("none", "float16"), ("pooling_transformer", "bfloat16")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "dtype"), CASES)
+def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> None:
+  ours = source(row, dtype)
+  save.export(ours, "llava_lora", tmp_path / "lora")
+  back = formats.open_checkpoint(tmp_path / "lora")
+  assert back.config.model.projector.row == row
+  assert back.config.model.lora == dataclasses.replace(ours.config.model.lora)
+  assert back.config.model.language_model == TEXT
+  assert_same(ours, back)
+  load.write(back, tmp_path / "ours")
+  assert_same(ours, load.open_any(tmp_path / "ours", formats.Options()))
+
+
+@pytest.mark.parametrize(("row", "dtype"), CASES)
+def test_merged_folder(row: str, dtype: str, tmp_path: Path) -> None:
+  ours = source(row, dtype, rank=0)
+  save.export(ours, "llava", tmp_path / "merged")
+  back = formats.open_checkpoint(tmp_path / "merged")
+  assert back.config.model.projector.row == row
+  assert_same(ours, back)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llava_hf", "language_model", "vision_tower"])
+def test_layouts_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
+  ours = source("none", dtype, rank=0)
+  save.export(ours, name, tmp_path / "out")
+  back = formats.open_checkpoint(tmp_path / "out", formats.Options(select_layer=-1))
+  kept = {p: leaf for p, leaf in ours.leaves.items() if p.split("/")[0] in back.parts}
+  assert_same(dataclasses.replace(ours, leaves=kept), back)
+
+
+def test_folding_adds_the_scaled_product() -> None:
+  ours = source("none")
+  folded = save.fold(ours)
+  assert not [p for p in folded.leaves if formats.is_adapter(p)]
+  assert folded.config.model.lora.rank == 0
+  stem = "language_model/layers/gate_proj/"
+  kernel, a, b = (ours.leaves[stem + n].read() for n in ("kernel", "lora_a", "lora_b"))
+  wanted = kernel + 2.0 * np.einsum("lir,lro->lio", a, b)
+  found = folded.leaves[stem + "kernel"]
+  for _ in range(2):  # reading changes nothing
+    np.testing.assert_allclose(found.read(), wanted, rtol=1e-6, atol=1e-6)
+  index = (slice(1, 2), slice(2, 5), slice(0, 3))
+  np.testing.assert_array_equal(found.read(index), found.read()[index])
+
+
+def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
+  save.export(source("pooling_transformer", rank=0), "llava", tmp_path / "x")
+  assert formats.open_checkpoint(tmp_path / "x").config.model.projector.row == "pooling_transformer"
+  (tmp_path / "x" / formats.NOTE).unlink()
+  with pytest.raises(
+    FormatError, match=r"rows cropping_transformer and pooling_transformer.*--row"
+  ):
+    formats.open_checkpoint(tmp_path / "x")
+  told = formats.open_checkpoint(tmp_path / "x", formats.Options(row="cropping_transformer"))
+  assert told.config.model.projector.row == "cropping_transformer"
+
+
+def test_another_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
+  ours = source("pooling")
+  ours = dataclasses.replace(ours, fingerprint=load.base_fingerprint(ours))
+  save.export(ours, "llava_lora", tmp_path / "lora")
+  load.verify_base(formats.open_checkpoint(tmp_path / "lora"))
+  other = source("pooling", rank=0)
+  other.leaves["language_model/final_norm/scale"].read()[0] += 1
+  save.export(other, "language_model", tmp_path / "other")
+  given = formats.open_checkpoint(tmp_path / "lora", formats.Options(base=str(tmp_path / "other")))
+  with pytest.raises(
+    FormatError, match=r"was trained on a base with fingerprint \w+, but base and"
+  ):
+    load.verify_base(given)
+
+
+def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
+  plain = source("pooling", rank=0)
+  for name, message in (("llava_lora", "has no adapters"), ("llava_hf", "no spatial tokens")):
+    with pytest.raises(FormatError, match=message):
+      save.export(plain, name, tmp_path / "x")
+  with pytest.raises(config_lib.ConfigError, match="--format: unknown 'onnx'; known: language_mod"):
+    save.export(plain, "onnx", tmp_path / "x")
+  only = dataclasses.replace(plain, leaves=plain.part("language_model"))
+  with pytest.raises(
+    FormatError, match="needs vision_tower, projector, which this checkpoint lack"
+  ):
+    save.export(only, "llava", tmp_path / "x")
+  qwen = dataclasses.replace(TEXT, attention_bias=True)
+  with pytest.raises(FormatError, match="no LLaVA on qwen2"):
+    save.export(source("pooling", rank=0, language_model=qwen), "llava", tmp_path / "x")
+  assert not (tmp_path / "x").exists()
+  save.export(plain, "language_model", tmp_path / "y")
+  with pytest.raises(FormatError, match="y: exists; name a new folder"):
+    save.export(plain, "language_model", tmp_path / "y")
+
+
+def test_dtype_rounds_every_leaf(tmp_path: Path) -> None:
+  save.export(source("pooling"), "llava", tmp_path / "x", "bfloat16")
+  back = formats.open_checkpoint(tmp_path / "x")
+  assert {str(leaf.dtype) for p, leaf in back.leaves.items() if "vision" not in p} == {"bfloat16"}
+  assert json.loads((tmp_path / "x/config.json").read_text())["torch_dtype"] == "bfloat16"
