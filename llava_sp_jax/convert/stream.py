@@ -53,7 +53,7 @@ class Progress:
   def add(self, count: int) -> None:
     self.done += count
     now = time.monotonic()
-    if now - self._said >= self._every:
+    if now - self._said >= self._every and jax.process_index() == 0:
       self._said = now
       rate = self.done / (now - self._started)
       left = round((self.total - self.done) / rate)

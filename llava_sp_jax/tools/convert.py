@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
+  import jax
+
   from llava_sp_jax import mesh
   from llava_sp_jax.convert import formats, load
 
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> None:
   )
   load.verify_base(source)
   load.write(source, options.out, options.dtype)
+  if jax.process_index():
+    return
   size = sum(leaf.nbytes for leaf in source.leaves.values())
   print(f"{options.out}: {formats.FORMATS[source.format].what}, row "
         f"{source.config.model.projector.row}, {size / 1e9:.2f} GB")  # fmt: skip

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax.convert import formats, load, save
+  from llava_sp_jax.convert.torch_io import FormatError
   from llava_sp_jax.infer import verify
 
   given = formats.Options(options.base, options.tower, options.row, options.template)
@@ -33,4 +34,7 @@ def main(argv: list[str]) -> None:
   load.write(merged, options.out)
   print(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:
-    print(verify.compare(source, load.open_any(options.out, formats.Options())))
+    found = verify.compare(source, load.open_any(options.out, formats.Options()))
+    if not found.within_bounds:
+      raise FormatError(f"{options.out}: does not compute what it was merged from: {found}")
+    print(found)

@@ -1,0 +1,111 @@
+"""convert, inspect, export and merge from the command line, on what others wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llava_sp_jax import cli
+from llava_sp_jax.convert import formats, load, save
+from tests.convert import test_gguf
+from tests.convert.test_round_trip import TEXT, assert_same, source
+from tests.convert.test_formats import GOLDEN
+
+LORA = [str(GOLDEN / "cropping/llava-lora"), "--base", str(GOLDEN / "base-llm"),
+        "--tower", str(GOLDEN / "clip-vit-tiny")]  # fmt: skip
+
+
+def llava_sp(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+  """What a command that succeeds prints."""
+  status = cli.main([str(a) for a in arguments])
+  printed = capsys.readouterr()
+  assert status == 0, printed.err
+  return printed.out
+
+
+def test_a_published_adapter_in_and_out(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  ours, merged = tmp_path / "ours", tmp_path / "merged"
+  wanted = formats.open_checkpoint(
+    LORA[0], formats.Options(base=LORA[2], tower=LORA[4])
+  )
+  assert "row cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
+  assert_same(wanted, load.open_any(ours, formats.Options()))
+
+  said = llava_sp(capsys, "inspect", ours, "--fingerprint")
+  assert "projector       row cropping, scales (4, 8, 12, 16, 20, 24)" in said
+  assert "adapters        rank 4, alpha 8" in said
+  assert f"fingerprint {load.base_fingerprint(wanted)}" in said
+  counts = {line.split()[0]: line.split()[1] for line in said.splitlines()[-3:]}
+  for part in formats.PARTS:
+    numbers = sum(np.prod(leaf.shape) for leaf in wanted.part(part).values())
+    assert counts[part] == f"{int(numbers):,}"
+
+  said = llava_sp(capsys, "merge", ours, merged, "--verify")
+  assert "adapters of rank 4 folded" in said
+  assert "the same at 100.0% of the positions" in said
+
+  llava_sp(capsys, "export", ours, tmp_path / "lora", "--format", "llava_lora")
+  assert_same(wanted, formats.open_checkpoint(tmp_path / "lora"))
+  llava_sp(capsys, "export", merged, tmp_path / "llava", "--format", "llava")
+  assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
+
+
+def test_a_merge_that_changes_the_answers_is_an_error(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(save.Folded, "read", lambda self, index=None: self.kernel.read(index))
+  save.export(source("pooling"), "llava_lora", tmp_path / "lora")
+  assert cli.main(["merge", str(tmp_path / "lora"), str(tmp_path / "out"), "--verify"]) == 1
+  assert "out: does not compute what it was merged from: logits of" in capsys.readouterr().err
+
+
+def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  test_gguf.write(tmp_path / "x.gguf")
+  llava_sp(capsys, "convert", tmp_path / "x.gguf", tmp_path / "ours")
+  assert_same(
+    formats.open_checkpoint(tmp_path / "x.gguf"),
+    load.open_any(tmp_path / "ours", formats.Options()),
+  )
+
+
+def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """Written by PEFT itself on our export of a language model."""
+  torch = pytest.importorskip("torch")
+  peft = pytest.importorskip("peft")
+  from transformers import AutoModelForCausalLM
+
+  from tests.convert.test_exports_in_torch import TOKENS, close, run, scaled
+
+  save.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
+  model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+  recipe = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj",
+    "o_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)  # fmt: skip
+  adapted = peft.get_peft_model(model, recipe).eval()
+  adapted.save_pretrained(tmp_path / "adapter")
+  llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")
+  opened = load.open_any(tmp_path / "ours", formats.Options())
+  assert opened.config.model.lora.rank == 2
+  text = {p: leaf for p, leaf in source("none").leaves.items() if "language_model" not in p}
+  whole = formats.Source("x", opened.config, {**opened.leaves, **text}, formats.PARTS, None)
+  close(run(whole, TOKENS), adapted(torch.tensor(TOKENS)).logits[0])
+
+
+def test_llava_hf_under_its_newer_names(tmp_path: Path) -> None:
+  """transformers >= 4.52 has `model.` before the parts and the head outside."""
+  ours = source("none", rank=0)
+  save.export(ours, "llava_hf", tmp_path / "x")
+  path = tmp_path / "x/model.safetensors"
+  renamed = {}
+  for name, array in safetensors.numpy.load_file(path).items():
+    new = name.replace("language_model.lm_head", "lm_head")
+    new = new.replace("language_model.model.", "language_model.")
+    renamed[new if new.startswith("lm_head") else f"model.{new}"] = array
+  assert "model.language_model.embed_tokens.weight" in renamed
+  safetensors.numpy.save_file(renamed, path)
+  assert TEXT.vocab_size == renamed["lm_head.weight"].shape[0]
+  assert_same(ours, formats.open_checkpoint(tmp_path / "x", formats.Options(select_layer=-1)))
