@@ -33,6 +33,7 @@ setup(
     # torch and peft are oracles of the tests only; exactly this torch has a CPU build everywhere
     "test": [
       "pytest>=9",
+      "pytest-xdist>=3.8",  # the suite on two cores in two thirds of the time
       "ruff==0.17.6",
       "mypy==2.4.1",
       "hypothesis>=6.155",

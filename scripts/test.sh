@@ -10,4 +10,5 @@ unset XLA_FLAGS
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+# A file of tests stays in one process: what its tests share is made once.
+.venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

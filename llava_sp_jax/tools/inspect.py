@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax.convert import formats, load, settings
+  from llava_sp_jax.models import build
 
   given = formats.Options(options.base, options.tower, options.row, options.template)
   source = load.open_any(options.checkpoint, given)
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> None:
           f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}")  # fmt: skip
   if "projector" in source.parts:
     row = model.projector
-    print(f"projector       row {row.row}, scales {row.scales or 'of the row'}, token width "
-          f"{row.token_width}")  # fmt: skip
+    print(f"projector       row {row.row}, views {build.view_sizes(model)}, token width "
+          f"{row.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
     print(f"images          {data.image_aspect}, {data.image_fit}; template {data.template}")
   fingerprint = load.base_fingerprint(source) if options.fingerprint else source.fingerprint
   print(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")

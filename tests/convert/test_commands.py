@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import safetensors.numpy
 
 from llava_sp_jax import cli
 from llava_sp_jax.convert import formats, load, save
-from tests.convert import test_gguf
-from tests.convert.test_round_trip import TEXT, assert_same, source
 from tests.convert.test_formats import GOLDEN
+from tests.convert.test_gguf import write as write_gguf
+from tests.convert.test_round_trip import TEXT, assert_same, source
 
 LORA = [str(GOLDEN / "cropping/llava-lora"), "--base", str(GOLDEN / "base-llm"),
         "--tower", str(GOLDEN / "clip-vit-tiny")]  # fmt: skip
@@ -26,23 +27,23 @@ def llava_sp(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
   return printed.out
 
 
-def test_a_published_adapter_in_and_out(
-  tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   ours, merged = tmp_path / "ours", tmp_path / "merged"
-  wanted = formats.open_checkpoint(
-    LORA[0], formats.Options(base=LORA[2], tower=LORA[4])
-  )
+  wanted = formats.open_checkpoint(LORA[0], formats.Options(base=LORA[2], tower=LORA[4]))
   assert "row cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
   assert_same(wanted, load.open_any(ours, formats.Options()))
 
   said = llava_sp(capsys, "inspect", ours, "--fingerprint")
-  assert "projector       row cropping, scales (4, 8, 12, 16, 20, 24)" in said
+  assert (
+    "projector       row cropping, views (4, 8, 12, 16, 20, 24), token width 8, 582 tokens" in said
+  )
   assert "adapters        rank 4, alpha 8" in said
   assert f"fingerprint {load.base_fingerprint(wanted)}" in said
   counts = {line.split()[0]: line.split()[1] for line in said.splitlines()[-3:]}
   for part in formats.PARTS:
-    numbers = sum(np.prod(leaf.shape) for leaf in wanted.part(part).values())
+    numbers = sum(
+      np.prod(leaf.shape) for leaf in wanted.leaves.values() if leaf.path.startswith(part)
+    )
     assert counts[part] == f"{int(numbers):,}"
 
   said = llava_sp(capsys, "merge", ours, merged, "--verify")
@@ -64,8 +65,8 @@ def test_a_merge_that_changes_the_answers_is_an_error(
   assert "out: does not compute what it was merged from: logits of" in capsys.readouterr().err
 
 
-def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  test_gguf.write(tmp_path / "x.gguf")
+def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  write_gguf(tmp_path / "x.gguf")
   llava_sp(capsys, "convert", tmp_path / "x.gguf", tmp_path / "ours")
   assert_same(
     formats.open_checkpoint(tmp_path / "x.gguf"),
@@ -73,6 +74,7 @@ def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   )
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own call
 def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   """Written by PEFT itself on our export of a language model."""
   torch = pytest.importorskip("torch")
@@ -90,8 +92,8 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
   llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")
   opened = load.open_any(tmp_path / "ours", formats.Options())
   assert opened.config.model.lora.rank == 2
-  text = {p: leaf for p, leaf in source("none").leaves.items() if "language_model" not in p}
-  whole = formats.Source("x", opened.config, {**opened.leaves, **text}, formats.PARTS, None)
+  whole = source("none", lora=opened.config.model.lora)
+  whole = dataclasses.replace(whole, leaves={**whole.leaves, **opened.leaves})
   close(run(whole, TOKENS), adapted(torch.tensor(TOKENS)).logits[0])
 
 
