@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from llava_sp_jax.convert.leaves import Index, InTensors, Leaf, Leaves
 
-STAGED_BYTES = 1 << 27  # written parts that wait for one commit (each costs an fsync)
+STAGED_BYTES = 1 << 25  # written parts that wait for one commit (each costs an fsync)
 CHUNK_BYTES = 1 << 23  # of the file's grid: what a device that restores a slice must read at least
 
 
@@ -115,6 +115,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
   async def _write(self, values: Sequence[_Tracked], infos: Sequence[Any]) -> None:
     process, processes, turn = jax.process_index(), jax.process_count(), 0
     staged, waiting = ts.Transaction(), 0
+    pending: Any = None  # the commit before, which goes on while the next parts are read
     for tracked, info in zip(values, infos, strict=True):
       leaf = tracked.leaf
       await info.await_path_creation()
@@ -136,10 +137,15 @@ class _Handler(ocp.type_handlers.TypeHandler):
         tracked.progress.add(values_.nbytes * processes)
         waiting += values_.nbytes
         if waiting >= STAGED_BYTES:
-          await staged.commit_async()
+          if pending:
+            await pending
+          pending = staged.commit_async()
           staged, waiting = ts.Transaction(), 0
+        del values_
       if process == 0:
         await ts.open(spec, create=True, open=True, context=info.ts_context, transaction=staged)
+    if pending:
+      await pending
     await staged.commit_async()
 
   async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:

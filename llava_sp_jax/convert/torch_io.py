@@ -198,6 +198,7 @@ def open_bin(path: Path) -> Tensors:
 
 # ---- safetensors ----------------------------------------------------------------------------------
 
+PIECE_BYTES = 1 << 25
 SAFETENSORS_DTYPES = {
   "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
   "BF16": BFLOAT16, "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -222,11 +223,31 @@ def open_safetensors(path: Path) -> Tensors:
       raise FormatError(f"{path}: {name} has dtype {kind}; known: {known}")
 
     def read(name: str = name) -> np.ndarray:
-      return handle.get_tensor(name)
+      return _read_safetensors(path, name)
 
     shape = tuple(part.get_shape())
     tensors[name] = Tensor(name, str(path), shape, SAFETENSORS_DTYPES[kind], read)
   return tensors
+
+
+def _read_safetensors(path: Path, name: str) -> np.ndarray:
+  """One tensor, in pieces: the library holds several copies of what it is asked for at once.
+
+  The file is opened anew, since pages of an open one stay in memory until the last tensor is read.
+  """
+  import safetensors
+
+  with safetensors.safe_open(path, framework="numpy") as file:
+    part = file.get_slice(name)
+    shape, dtype = part.get_shape(), SAFETENSORS_DTYPES[part.get_dtype()]
+    size = math.prod(shape) * dtype.itemsize
+    if size <= PIECE_BYTES or not shape[0]:
+      return file.get_tensor(name)
+    values = np.empty(shape, dtype)
+    step = max(1, PIECE_BYTES * shape[0] // size)
+    for i in range(0, shape[0], step):
+      values[i : i + step] = part[i : min(i + step, shape[0])]
+  return values
 
 
 # ---- files and folders ----------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.convert import leaves, tables
+from llava_sp_jax.convert import layout, leaves, tables
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
 
 NORM = "model.layers.{}.input_layernorm.weight"
@@ -107,3 +108,20 @@ def test_back_to_torch_is_the_way_there_reversed() -> None:
 def test_a_leaf_without_a_torch_name_is_named(tmp_path: Path) -> None:
   with pytest.raises(KeyError, match="no torch name for language_model/other"):
     leaves.to_tensors(leaves.in_memory({"language_model/other": np.zeros(2)}), tables.LLAMA)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+  ("shape", "axes"),
+  [((700, 900), (1, 0)), ((300, 5, 7, 260), (2, 3, 1, 0)), ((257, 1024, 3), (2, 1, 0)),
+   ((64, 9000), (0, 1)), ((0, 3), (1, 0)), ((), ())],
+)  # fmt: skip
+def test_copies_in_squares_are_copies(
+  shape: tuple[int, ...], axes: tuple[int, ...], dtype: str
+) -> None:
+  x = np.random.default_rng(0).normal(size=shape).astype(np.dtype(jnp.dtype(dtype)))
+  view = x.transpose(axes)
+  found = layout.contiguous(view)
+  assert found.flags.c_contiguous
+  assert not np.shares_memory(found, x)
+  assert found.tobytes() == view.tobytes()

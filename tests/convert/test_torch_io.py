@@ -177,6 +177,18 @@ def test_safetensors_and_what_is_wrong_with_them(tmp_path: Path) -> None:
     torch_io.open_file(path)
 
 
+@pytest.mark.parametrize("piece", [1, 40, 130, 1 << 20])
+def test_a_large_tensor_is_read_in_pieces(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+  wanted = np.arange(33, dtype=np.float32).reshape(11, 3)
+  safetensors.numpy.save_file({"x": wanted, "none": wanted[:0]}, tmp_path / "x.safetensors")
+  monkeypatch.setattr(torch_io, "PIECE_BYTES", piece)
+  found = torch_io.open_file(tmp_path / "x.safetensors")
+  np.testing.assert_array_equal(found["x"].array(), wanted)
+  assert found["none"].array().shape == (0, 3)
+
+
 def test_other_files_are_named(tmp_path: Path) -> None:
   with pytest.raises(FormatError, match=r"gone.bin: no such file"):
     torch_io.open_file(tmp_path / "gone.bin")
