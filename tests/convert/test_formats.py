@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,18 +185,26 @@ def test_a_row_that_does_not_exist_or_does_not_fit(folder: Path) -> None:
     open_checkpoint(folder / "cropping/llava-lora", Options(row="pooling"))
 
 
-def test_adapters_of_the_original_s_transformer_are_refused(folder: Path) -> None:
-  """It saves adapted projections of the transformer under names that its own loader drops."""
+@pytest.mark.parametrize(
+  "names",
+  [
+    # It saves adapted projections of its transformer under names that its own loader drops.
+    [f"tfm_4.encoder.layers.0.linear2.{part}" for part in ("base_layer", "lora_A", "lora_B")],
+    # Its statistics are not among what it saves.
+    ["conv_block.0"],
+  ],
+)
+def test_variants_that_the_original_cannot_restore_are_refused(
+  folder: Path, names: list[str]
+) -> None:
+  def add(tensors: dict[str, np.ndarray]) -> None:
+    for name in names:
+      tensors[f"base_model.model.model.{name}.weight"] = np.zeros((4, 4), np.float32)
 
-  def adapt(tensors: dict[str, np.ndarray]) -> None:
-    for part in ("base_layer", "lora_A", "lora_B"):
-      tensors[f"base_model.model.model.tfm_4.encoder.layers.0.linear2.{part}.weight"] = np.zeros(
-        (4, 4), np.float32
-      )
-
-  rewrite(folder / "cropping/llava-lora/adapter_model.safetensors", adapt)
-  with pytest.raises(FormatError, match=r"unexpected tensor .*tfm_4.encoder.layers.0.linear2"):
+  rewrite(folder / "cropping/llava-lora/adapter_model.safetensors", add)
+  with pytest.raises(FormatError) as error:
     open_checkpoint(folder / "cropping/llava-lora")
+  assert re.search(rf"unexpected tensor .*{re.escape(names[0])}", str(error.value))
 
 
 @pytest.mark.parametrize(
