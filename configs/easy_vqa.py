@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
                          "head_dim": 24, "mlp_width": 256, "initializer_range": 0.1},
       "projector": {"row": arg.row, "token_width": 64},
       "lora": stage["lora"],
-      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 8, "remat": False,
+      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 8, "remat": "none",
     },
     "data": {"image_folder": f"{arg.data}/images", "tokenizer": f"{arg.data}/tokenizer",
              "augment": "mirror_shift", **stage["data"]},

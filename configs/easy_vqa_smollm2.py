@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
                          "norm_eps": 1e-5, "tie_embeddings": True, "max_positions": 8192},
       "projector": {"row": arg.row, "token_width": 64},
       "lora": stage["lora"],
-      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": False,
+      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": "none",
     },
     "data": {"image_folder": f"{arg.data}/images", "tokenizer": arg.tokenizer,
              "augment": "mirror_shift", **stage["data"]},

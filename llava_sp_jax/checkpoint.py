@@ -1,8 +1,9 @@
 """Checkpoints of a run: what learns, optimizer, data position, config, and whose base it fits.
 
-A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,data,about}` (Orbax, written
+A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,about}` (Orbax, written
 asynchronously, visible only when whole), and what the loop logs. The frozen base is not copied; its
-fingerprint is kept, so that another base is refused instead of silently used.
+fingerprint is kept, so that another base is refused instead of silently used. The place in the data
+is the number of batches, so any number of processes goes on from it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -66,10 +66,8 @@ class Checkpoints:
     """Whether the cluster announced that this job will be stopped (several processes only)."""
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 
-  def save(
-    self, step: int, params: Any, opt_state: Any, iterator: grain.DatasetIterator, about: Any
-  ) -> None:
-    """Starts writing; earlier steps stay until this one is whole."""
+  def save(self, step: int, params: Any, opt_state: Any, about: Any) -> None:
+    """Starts writing; earlier steps stay until this one is whole. Call it in every process."""
     if step == self.latest:
       return
     self._manager.save(
@@ -77,15 +75,12 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(params),
         optimizer=ocp.args.StandardSave(opt_state),
-        data=grain.checkpoint.CheckpointSave(iterator),
         about=ocp.args.JsonSave(about),
       ),
     )
 
-  def restore(
-    self, params: Any, opt_state: Any, iterator: grain.DatasetIterator
-  ) -> tuple[int, Any, Any, Any]:
-    """step, params, opt_state, about of the latest step; `iterator` is moved to its place.
+  def restore(self, params: Any, opt_state: Any) -> tuple[int, Any, Any, Any]:
+    """step, params, opt_state, about of the latest step.
 
     The arguments are arrays or ShapeDtypeStructs with the shardings to restore to.
     """
@@ -97,7 +92,6 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
         optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
-        data=grain.checkpoint.CheckpointRestore(iterator),
         about=ocp.args.JsonRestore(),
       ),
     )
@@ -131,7 +125,10 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
 
 # Values that may change when a run goes on: they alter neither its numbers nor its files.
 MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
-              "config.data.threads", "config.mesh.")  # fmt: skip
+              "config.data.threads", "config.data.processes", "config.mesh.", "config.train.sinks",
+              "config.train.peak_tflops", "config.train.preflight", "config.train.validate_",
+              "config.data.validation_path", "config.train.max_nonfinite",
+              "config.train.peer_seconds", "config.train.stall_seconds")  # fmt: skip
 
 
 def check_config(folder: Path, config: config_lib.Config) -> None:
@@ -180,4 +177,6 @@ def drop_lines_after(path: Path, step: int) -> None:
         lines.append(line)
     except (json.JSONDecodeError, KeyError):
       continue  # a line cut off by the kill
-  path.write_text("".join(f"{line}\n" for line in lines))
+  temporary = path.with_name(path.name + ".part")
+  temporary.write_text("".join(f"{line}\n" for line in lines))
+  temporary.replace(path)

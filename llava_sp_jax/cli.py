@@ -11,6 +11,7 @@ from llava_sp_jax import __version__
 COMMANDS = {
   "train": ("tools.train", "train a stage, or continue a run"),
   "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
+  "plan": ("tools.plan", "memory and step time on chips that are not here"),
   "generate": ("tools.generate", "answer a question about an image"),
   "report": (
     "tools.report",
@@ -20,6 +21,7 @@ COMMANDS = {
   "export": ("tools.export", "write a checkpoint for the original code, PEFT or transformers"),
   "merge": ("tools.merge", "fold the adapters into the decoder"),
   "inspect": ("tools.inspect", "what a checkpoint is: row, sizes, dtypes, parameters"),
+  "check": ("tools.check", "look through a data set for what training would leave out"),
   "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
 }
 
@@ -52,13 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"llava-sp: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
   try:
-    importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
+    code: int | None = importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
   except (ValueError, OSError, RuntimeError) as error:
     if not _is_ours(error):
       raise
     print(f"llava-sp {name}: {error}", file=sys.stderr)
     return 1
-  return 0
+  return code or 0
 
 
 def _is_ours(error: BaseException) -> bool:

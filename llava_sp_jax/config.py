@@ -105,8 +105,10 @@ class Model:
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations
   frozen_dtype: str = "bfloat16"  # of parameters that do not learn
+  quantize: str = "none"  # the decoder's frozen kernels: a row of `models.quantize.FORMATS`
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
-  remat: bool = True  # recompute each block in the backward pass
+  remat: str = "projections"  # what a layer keeps for its backward pass: models.remat.POLICIES
+  attention: str = "auto"  # by platform, or a row of models.attention.IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,10 @@ class Data:
   turns: str = "chain"  # chain: one dialogue; branch: every turn alone with the image
   turns_per_row: int = 0  # 0: all; otherwise a random subset on each visit
   row_length: int = 2048
+  packing: str = "none"  # a row of data.packing.PACKINGS: none, first_fit, buckets
+  bucket_lengths: tuple[int, ...] = ()  # buckets: their row lengths; none: quarters of row_length
+  too_long: str = "cut"  # of samples.TOO_LONG: cut (as the original), quarantine
+  processes: int = 0  # that measure samples before they are packed; 0: one for each core
   images_per_row: int = 1  # counts tiles: an anyres image has 1 + the tiles of its canvas
   augment: str = "none"
   image_aspect: str = "pad"  # the original's image_aspect_ratio: pad, square, anyres
@@ -136,6 +142,8 @@ class Data:
   image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
   image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
   threads: int = 4
+  validation_path: str = ""  # samples of the same source that are held out
+  validation_fraction: float = 0.0  # without such a path: this share of the samples is held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +159,7 @@ class Optimizer:
   b2: float = 0.999
   eps: float = 1e-8
   clip_norm: float = 1.0
+  moment_dtype: str = "float32"  # of AdamW's first moment; bfloat16 saves 2 bytes per parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,16 +170,27 @@ class Train:
   log_every: int = 10
   save_every: int = 500
   keep: int = 2
+  accumulate: int = 1  # micro-batches of a step; their gradients are added up
   loss_chunk: int = 512  # positions per slice of the loss, so that [B, T, V] never exists
+  sinks: tuple[str, ...] = ("terminal",)  # rows of train.sinks.SINKS; metrics.jsonl is always there
+  peak_tflops: float = 0.0  # bf16 peak of one chip for the MFU; 0: as devices.PEAKS knows it
+  preflight: bool = True  # refuse, before anything is kept, a run that cannot learn
+  validate_every: int = 0  # steps; 0: never
+  validate_batches: int = 8  # at most; each held-out sample counts once
+  max_nonfinite: int = 8  # so many steps in a row without a finite loss and gradient end training
+  peer_seconds: int = 100  # a process not heard of for so long is dead, and the others stop
+  stall_seconds: int = 1800  # a process without a step for so long stops; 0: never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-  """Devices along each axis; -1 takes what is left."""
+  """Devices along each axis; -1 takes what is left. `base` names a row of `sharding.PRESETS`."""
 
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+  base: str = "shard"  # the frozen base over `fsdp`; "replicate": a copy on each, without gathers
+  slices: int = 0  # groups joined by the slow network, along data; 0: as the devices say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +267,11 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  return from_dict(json.loads(text))
+  values = json.loads(text)
+  model = values.get("model", {})
+  if isinstance(model.get("remat"), bool):  # saved before policies had names
+    model["remat"] = "full" if model["remat"] else "none"
+  return from_dict(values)
 
 
 def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:

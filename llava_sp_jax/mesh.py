@@ -1,13 +1,14 @@
-"""Device meshes, multi-host start-up, and putting host batches on devices."""
+"""Device meshes, also over several slices, and putting host batches on devices."""
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
@@ -16,37 +17,131 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def start_processes() -> None:
-  """Joins the other hosts where the environment says that there are any (Cloud TPU pods, SLURM)."""
-  many = int(os.environ.get("SLURM_NTASKS", "1")) > 1
-  many |= len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-  if many and not jax.distributed.is_initialized():
-    jax.distributed.initialize()
-
-
-def create(config: config_lib.Mesh, batch_size: int | None = None) -> Mesh:
-  """A mesh over all devices with axes data, fsdp, tensor (Auto axes).
+def create(
+  config: config_lib.Mesh, batch_size: int | None = None, accumulate: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:  # fmt: skip
+  """A mesh with axes data, fsdp, tensor (Auto axes) over all devices, or `devices` if given.
 
   Raises:
-    ConfigError: when the sizes do not divide the devices, or `batch_size` the batch axes.
+    ConfigError: when the sizes do not divide the devices, or `batch_size` its micro-batches and the
+      batch axes; nothing is compiled before.
   """
+  devices = jax.devices() if devices is None else devices
+  sizes = axis_sizes(config, len(devices))
+  if batch_size is not None:
+    check_batch(sizes, batch_size, accumulate)
+  slices = slice_count(config, devices)
+  if slices == 1:
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+  return Mesh(hybrid(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: config_lib.Mesh, count: int) -> list[int]:
+  """Devices along each of AXES when there are `count`. Raises: ConfigError."""
   sizes = [getattr(config, name) for name in AXES]
-  count = jax.device_count()
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) == 1 and known and count % known == 0:
     sizes[sizes.index(-1)] = count // known
   if math.prod(sizes) != count or min(sizes) < 1:
     asked = ", ".join(f"{n}={getattr(config, n)}" for n in AXES)
-    raise config_lib.ConfigError(f"mesh: {asked} does not make {count} devices")
-  rows = sizes[0] * sizes[1]
-  if batch_size is not None and batch_size % rows:
     raise config_lib.ConfigError(
-      f"train.batch_size: {batch_size} rows cannot be divided over data*fsdp = {rows} devices"
+      f"mesh: {asked} does not make {count} devices ({jax.process_count()} processes)"
     )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return sizes
+
+
+def check_batch(sizes: Sequence[int], batch_size: int, accumulate: int = 1) -> None:
+  """Raises: ConfigError when rows do not go over the batch axes in `accumulate` micro-batches."""
+  parts = sizes[0] * sizes[1]
+  least = parts * accumulate
+  if batch_size < 1 or least < 1 or batch_size % least:
+    micro = "" if accumulate == 1 else f" in train.accumulate = {accumulate} micro-batches"
+    can = f"; give a multiple of {least}" if least > 0 else ""
+    raise config_lib.ConfigError(
+      f"train.batch_size: {batch_size} rows cannot be divided over data*fsdp = {sizes[0]}*{sizes[1]}"
+      f" = {parts} devices of {jax.process_count()} processes{micro}{can}"
+    )
+
+
+def slice_count(config: config_lib.Mesh, devices: Sequence[Any]) -> int:
+  """How many groups of devices are joined by the slow network.
+
+  TPUs say in which slice they stand; elsewhere `mesh.slices` groups processes. Raises: ConfigError.
+  """
+  found = len({getattr(device, "slice_index", 0) for device in devices})
+  asked = config.slices or found
+  if found > 1 and asked != found:
+    raise config_lib.ConfigError(
+      f"mesh.slices: {asked}, but the {len(devices)} devices stand in {found} slices; "
+      f"give {found}, or 0 for what is found"
+    )
+  return asked
+
+
+def hybrid(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+  """Devices [data, fsdp, tensor] where only `data` crosses slices: the first axis is slice-major.
+
+  So fsdp and tensor talk within a slice, and gradients alone cross the data-center network.
+
+  Raises: ConfigError when `data` is no multiple of the slices, or processes make no such groups.
+  """
+  data, *inner = sizes
+  if data % slices:
+    raise config_lib.ConfigError(
+      f"mesh.data: {data} cannot be divided over {slices} slices; slices are joined along data, so "
+      f"give a multiple of {slices}"
+    )
+  shape = (data // slices, *inner)
+  if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    return mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+  count = len({device.process_index for device in devices})
+  if count % slices or len(devices) % slices:
+    raise config_lib.ConfigError(
+      f"mesh.slices: {count} processes with {len(devices)} devices cannot be grouped into {slices} "
+      "slices; start a multiple of that many processes"
+    )
+  ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+  groups = np.array_split(np.array(ordered, dtype=object), slices)
+  return np.concatenate([mesh_utils.create_device_mesh(shape, list(group)) for group in groups])
+
+
+def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """Which rows of each batch a process makes, ascending int [b]; which of them it owns, bool [b].
+
+  They are those that its devices hold: on a TPU's torus they need not be neighbours, and processes
+  that the tensor axis joins make the same ones, of which the first process is the owner.
+  """
+  process = jax.process_index() if process is None else process
+  parts = mesh.devices.reshape(_parts(mesh), -1)
+  each = np.arange(batch_size).reshape(len(parts), -1)
+  makers = [{device.process_index for device in devices} for devices in parts]
+  mine = [i for i, who in enumerate(makers) if process in who]
+  owned = [min(makers[i]) == process for i in mine]
+  return each[mine].reshape(-1), np.repeat(owned, each.shape[1])
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """This process's rows of a batch -> global arrays sharded over their rows."""
+  """This process's rows of a batch, those that `rows` names -> arrays sharded over all rows."""
   sharding = NamedSharding(mesh, BATCH)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)
+  local = len(next(iter(batch.values())))
+  held = len(rows(mesh, _parts(mesh))[0])
+  total = local // held * _parts(mesh)
+  mine = rows(mesh, total)[0]
+
+  def place(array: np.ndarray) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+      first = int(np.searchsorted(mine, index[0].start or 0))
+      return array[first : first + total // _parts(mesh)]
+
+    return jax.make_array_from_callback((total, *array.shape[1:]), sharding, part)
+
+  return {name: place(array) for name, array in batch.items()}
+
+
+def _parts(mesh: Mesh) -> int:
+  """Into how many parts a batch is divided."""
+  return math.prod(mesh.shape[name] for name in BATCH[0])

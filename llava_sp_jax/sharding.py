@@ -7,25 +7,27 @@ stacked leaves of a scan. `RULES` maps logical axes to mesh axes; activations us
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from llava_sp_jax import config as config_lib
 
 Axes = tuple[str | None, ...]
 
 PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"token_embed/embedding$", ("vocab", "embed")),
   (r"lm_head/kernel$", ("embed", "vocab")),
-  (r"(q|k|v)_proj/kernel$", ("embed", "heads")),
-  (r"o_proj/kernel$", ("heads", "embed")),
-  (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
-  (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
+  # kernel_q, kernel_scale...: the leaves of a quantised kernel run along the same two axes.
+  (r"(q|k|v)_proj/kernel(_\w+)?$", ("embed", "heads")),
+  (r"o_proj/kernel(_\w+)?$", ("heads", "embed")),
+  (r"(gate_proj|up_proj|fc1)/kernel(_\w+)?$", ("embed", "mlp")),
+  (r"(down_proj|fc2)/kernel(_\w+)?$", ("mlp", "embed")),
   (r"(q|k|v|gate|up)_proj/lora_a$", ("embed", None)),
-  (r"o_proj/lora_a$", ("heads", None)),
-  (r"down_proj/lora_a$", ("mlp", None)),
-  (r"(q|k|v)_proj/lora_b$", (None, "heads")),
-  (r"(gate|up)_proj/lora_b$", (None, "mlp")),
+  (r"(o|down)_proj/lora_a$", ("adapter", None)),
+  (r"(q|k|v|gate|up)_proj/lora_b$", (None, "adapter")),
   (r"(o|down)_proj/lora_b$", (None, "embed")),
   (r"(q|k|v)_proj/bias$", ("heads",)),
   (r"fc1/bias$", ("mlp",)),
@@ -49,7 +51,21 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "mlp": "tensor",
   "contraction": ("data", "fsdp", "tensor"),
+  "adapter": ("tensor", "fsdp"),  # the side of an adapter that is divided as heads or MLP are
 }
+
+
+# Rules for what every device of `fsdp` holds whole.
+WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
+
+# Where the frozen base lives (config.Mesh.base): rules by path, first match wins. Copies need no
+# gathers, where memory allows; the tower's many small ones are slow on many devices.
+PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
+  "shard": ((r"", RULES),),
+  "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
+  "replicate": ((r"", WHOLE),),
+}
+FROZEN = "frozen"  # the field of a train state that holds the base
 
 
 def param_axes(path: str) -> Axes:
@@ -65,12 +81,17 @@ def activation_rules() -> tuple[tuple[str, Any], ...]:
   return tuple(RULES.items())
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
   """A NamedSharding for each leaf of a tree whose dictionaries repeat parameter paths.
 
   Works for parameters (nested or flat) and for optimizer moments; leaves that belong to no
-  parameter are replicated. A dimension that its mesh axes do not divide is left whole.
+  parameter are replicated. A dimension that its mesh axes do not divide is left whole. `base`, a row
+  of PRESETS, is for what stands below a field `frozen`. Raises: ConfigError for an unknown row.
   """
+  preset = config_lib.lookup("mesh.base", base, PRESETS)
+
+  def base_rules(path: str) -> Mapping[str, Any]:
+    return next(rules for pattern, rules in preset if re.search(pattern, path))
 
   def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
     path = "/".join(str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey))
@@ -79,15 +100,36 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     axes = param_axes(path)
     if len(axes) != leaf.ndim:
       raise ValueError(f"{path}: {leaf.ndim} dimensions, but PARAM_AXES gives {axes}")
-    return NamedSharding(mesh, _spec(axes, leaf.shape, mesh))
+    frozen = any(getattr(k, "name", None) == FROZEN for k in keys)
+    return NamedSharding(mesh, _spec(axes, leaf.shape, mesh, base_rules(path) if frozen else RULES))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def constrain(tree: Any) -> Any:
+  """Inside jit: holds a `{path: array}` tree, such as gradients, where its parameters live."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def gather(tree: Any) -> Any:
+  """Inside jit: a `{path: array}` tree on every device of `fsdp`, still divided over `tensor`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  places = {
+    path: NamedSharding(mesh, _spec(param_axes(path), x.shape, mesh, WHOLE))
+    for path, x in tree.items()
+  }
+  return jax.lax.with_sharding_constraint(tree, places)
+
+
+def _spec(
+  axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Mapping[str, Any]
+) -> PartitionSpec:
   parts: list[tuple[str, ...] | None] = []
   for axis, size in zip(axes, shape, strict=True):
-    rule = RULES[axis] if axis else None
+    rule = rules[axis] if axis else None
     names = (rule,) if isinstance(rule, str) else rule or ()
     kept: list[str] = []
     for name in names:

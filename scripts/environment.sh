@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: goes to the repository, makes .venv once for what EXTRAS asks.
 #
 #   EXTRAS=report,test source scripts/environment.sh

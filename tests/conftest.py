@@ -86,6 +86,10 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_data: Path) -> ConfigMaker:
+  return config_maker(tiny_data)
+
+
+def config_maker(tiny_data: Path) -> ConfigMaker:
   """`make(stage, row, **changes)`: a valid config of a model that trains in a second."""
 
   def make(stage: str = "finetune", row: str = "pooling", **changes: Any) -> config_lib.Config:
@@ -99,7 +103,7 @@ def tiny_config(tiny_data: Path) -> ConfigMaker:
                            "kv_heads": 2, "head_dim": 8, "mlp_width": 64},
         "projector": {"row": row, "token_width": 16},
         "lora": {"rank": 0 if captions else 8, "alpha": 16.0, "dropout": 0.05},
-        "dtype": "float32", "frozen_dtype": "float32", "remat": False,
+        "dtype": "float32", "frozen_dtype": "float32", "remat": "none",
       },
       "data": {"path": str(tiny_data / f"{'captions' if captions else 'train'}.json"),
                "image_folder": str(tiny_data / "images"),

@@ -13,6 +13,7 @@ import pytest
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import train as train_tool
+from llava_sp_jax.train import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 
 HELP_SECONDS = 0.5  # of CPU time
@@ -141,6 +142,15 @@ def test_the_process_exits_with_one_and_a_line() -> None:
   done = llava_sp("train", "--config=gone.py", "--workdir=x")
   assert done.returncode == 1
   assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("step", "code"), [(4, 0), (3, 75)])
+def test_train_s_code_says_whether_the_run_is_complete(
+  config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, code: int
+) -> None:
+  """Launchers go on after 75; the end-to-end test of SIGTERM sees it from a real run."""
+  monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Result(step, 1.0, 0))
+  assert cli.main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == code
 
 
 def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

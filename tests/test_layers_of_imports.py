@@ -23,13 +23,14 @@ LAYERS = (
   ("version", r"__init__"),
   (
     "ground",
-    r"config|models\.(__init__|layers|vit|projector|lora|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|checkpoint"
-    r"|infer\.(__init__|sampling)|eval\.(__init__|task|tasks\..*)|train\.__init__|tools\.__init__",
+    r"config|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
+    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
+    r"|infer\.(__init__|sampling)|eval\.(__init__|task|tasks\..*)|train\.__init__|tools\.__init__|recipes",
   ),
-  ("assembled", r"models\.(llama|llava|build)|data\.pipeline"),
-  ("loading", r"convert\.(settings|leaves|formats|stream|save|load)"),
+  ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
+  ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
   ("running", r"train\..*|infer\..*"),
+  ("planning", r"plan\..*"),
   ("evaluating", r"eval\..*"),
   ("tools", r"tools\..*"),
   ("cli", r"cli"),
@@ -40,12 +41,12 @@ EXCLUDING = (
   (r"train\.", r"infer\."),
   (r"infer\.", r"train\."),
   (r"data\.", r"(models|train|infer|eval|convert)\.|sharding|mesh|checkpoint"),
-  (r"models\.(?!build)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
+  (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
   (
     r"convert\.(layout|tables|torch_|gguf)",
-    r"config|models\.|data\.|sharding|mesh|checkpoint|train\.",
+    r"config|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
-  (r"(sharding|mesh|checkpoint)", r"models\.|data\.|convert\."),
+  (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (r"eval\.task", r"infer\.|train\.|models\."),
 )
 
@@ -54,7 +55,7 @@ WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
   (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
-  (r"(config|cli)", ("jax", "flax", "numpy", "grain", "orbax")),
+  (r"(config|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )
 
@@ -146,7 +147,19 @@ def python(code: str) -> str:
   return done.stdout
 
 
-@pytest.mark.parametrize("module", ["", ".config", ".cli", ".tools.train", ".tools.evaluate"])
+@pytest.mark.parametrize(
+  "module",
+  [
+    "",
+    ".config",
+    ".cli",
+    ".tools.train",
+    ".tools.evaluate",
+    ".tools.plan",
+    ".plan.report",
+    ".plan.search",
+  ],
+)
 def test_light_modules_import_no_jax(module: str) -> None:
   heavy = "('jax', 'flax', 'numpy', 'transformers', 'grain')"
   loaded = python(f"import sys, {PACKAGE}{module}\nprint([m for m in {heavy} if m in sys.modules])")

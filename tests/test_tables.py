@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,13 @@ from jax.sharding import AxisType
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import sharding
 from llava_sp_jax.convert import layout, tables
-from llava_sp_jax.data import conversation, image, sources
+from llava_sp_jax.data import conversation, image, packing, samples, sources
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import ROPES
 from llava_sp_jax.models.projector import ROWS, spatial_token_count
+from llava_sp_jax.models.quantize import FORMATS
 from llava_sp_jax.models.vit import VARIANTS
-from llava_sp_jax.train import optimizer
+from llava_sp_jax.train import measure, optimizer
 from tests.conftest import REPOSITORY
 
 GRIDS = (6, 16, 24, 27, 32)
@@ -40,19 +42,23 @@ def model(
   variant: str = "clip",
   tied: bool = False,
   bias: bool = False,
+  quantize: str = "none",
 ) -> config_lib.Model:
   """A model of few numbers with every kind of parameter that the row and variant have."""
+  sizes = {"width": OUT_WIDTH, "head_dim": 4, "mlp_width": 24}
+  if quantize != "none":
+    sizes = {"width": 64, "head_dim": 16, "mlp_width": 128}  # whole blocks
   return config_lib.Model(
     tower=config_lib.Tower(
       variant=variant, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
       mlp_width=12,
     ),
     language_model=config_lib.LanguageModel(
-      vocab_size=32, width=OUT_WIDTH, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
-      tie_embeddings=tied, attention_bias=bias,
+      vocab_size=32, layers=2, heads=4, kv_heads=2, tie_embeddings=tied, attention_bias=bias,
+      **sizes,
     ),
     projector=config_lib.Projector(row=row, token_width=TOKEN_WIDTH),
-    lora=config_lib.Lora(rank=rank), image_newline=True,
+    lora=config_lib.Lora(rank=rank), image_newline=True, quantize=quantize,
   )  # fmt: skip
 
 
@@ -77,6 +83,8 @@ def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
     found |= projector_leaves(row, 24)
   for variant in VARIANTS:
     found |= leaves(model("none", rank=4, variant=variant, bias=True))
+  for name in FORMATS:
+    found |= leaves(model("none", quantize=name))
   return found | leaves(model("none", tied=True))
 
 
@@ -164,11 +172,20 @@ def test_every_parameter_has_one_group_in_each_stage(every_leaf: dict, stage: st
     ("pretrain_tower", r"(projector|vision_tower)/"),
     ("pretrain_all", r"(projector|vision_tower|language_model)/"),
     ("finetune", r"projector/|language_model/layers/\w+_proj/lora_[ab]$"),
+    ("finetune_full", r"(projector|language_model)/"),
   ],
 )
 def test_what_learns_in_a_stage(every_leaf: dict, stage: str, wanted: str) -> None:
   learning = {p for p in every_leaf if optimizer.group_of(p, stage) != optimizer.FROZEN}
   assert learning == {p for p in every_leaf if re.match(wanted, p)}
+
+
+def test_every_parameter_has_one_part_and_every_part_is_used(every_leaf: dict) -> None:
+  assert {measure.part_of(path) for path in every_leaf} == {part for part, _ in measure.PARTS}
+  assert measure.part_of("projector/pool_3/kernel") == "spatial"
+  assert measure.part_of("projector/fc1/kernel") == "projector"
+  with pytest.raises(KeyError, match="no row of PARTS"):
+    measure.part_of("new/kernel")
 
 
 def test_a_parameter_without_a_group_is_an_error() -> None:
@@ -290,12 +307,18 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
     ),
     ROPES,
   ),
+  "model.quantize": (lambda: build.model(model("none", quantize="nope")), FORMATS),
+  "optimizer.moment_dtype": (
+    lambda: optimizer.build(config_lib.Optimizer(moment_dtype="nope"), 1, []),
+    optimizer.MOMENT_DTYPES,
+  ),
   "optimizer.stage": (lambda: optimizer.group_of("projector/x", "nope"), optimizer.STAGES),
   **{
     key: (lambda key=key, table=table: config_lib.lookup(key, "nope", table), table)
     for key, table in (
       ("data.template", conversation.TEMPLATES), ("data.turns", conversation.TURNS),
       ("data.augment", image.AUGMENTS), ("data.source", sources.SOURCES),
+      ("data.packing", packing.PACKINGS), ("data.too_long", samples.TOO_LONG),
     )
   },
 }  # fmt: skip
@@ -363,6 +386,13 @@ def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
     "config.model.remat", "config.model.tower.width", "config.model.projector.scales[1]",
   ]  # fmt: skip
   assert ", ".join(f.name for f in dataclasses.fields(config_lib.Train)) in str(error.value)
+
+
+@pytest.mark.parametrize(("saved", "policy"), [(True, "full"), (False, "none")])
+def test_runs_saved_before_policies_had_names_open(saved: bool, policy: str) -> None:
+  values = config_lib.to_dict(config_lib.Config())
+  values["model"]["remat"] = saved
+  assert config_lib.from_json(json.dumps(values)).model.remat == policy
 
 
 def test_numbers_typed_by_a_user_keep_their_kind() -> None:

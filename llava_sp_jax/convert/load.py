@@ -18,10 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, stream
+from llava_sp_jax.convert import formats, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.models import build
+from llava_sp_jax.models.quantize import is_quantised
 
 ADAPTERS = r"language_model/.*/lora_[ab]$"
 
@@ -36,6 +37,7 @@ class Checkpoint:
   step: int
   fingerprint: str  # of the frozen base
   about: dict[str, Any]
+  originals: Leaves  # the same before the kernels of its base were quantised
 
   @property
   def tokenizer(self) -> Path | None:
@@ -61,7 +63,8 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   config = checkpoint.read_config(folder)
   place, about, step = checkpoint.saved(folder)
   trained = stream.Item(place).leaves()
-  expected = _abstract(config.model)
+  form = build.quantisation(config.model)
+  expected = _abstract(build.unquantised(config.model))
   parts = about.get("parts", list(formats.PARTS))
   expected = {p: s for p, s in expected.items() if p.split("/")[0] in parts}
   base = {p: leaf for p, leaf in _open_init(config, expected).items() if p not in trained}
@@ -70,6 +73,9 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   problems: list[str] = []
   fit({**base, **trained}, expected, problems)
   refuse(str(folder), problems)
+  originals: Leaves = {**base, **trained}
+  if form:
+    base = quantised.quantise(base, _abstract(config.model), form)
   if verify:
     found = checkpoint.fingerprint(_AsFrozen(base, config.model.frozen_dtype))
     if found != about["fingerprint"]:
@@ -79,7 +85,9 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
       )
   frozen = {p: _cast(leaf, config.model.frozen_dtype) for p, leaf in base.items()}
   leaves: Leaves = {**frozen, **trained}
-  return Checkpoint(Path(folder), config, leaves, step, about["fingerprint"], about)
+  return Checkpoint(
+    Path(folder), config, leaves, step, about["fingerprint"], about, originals if form else leaves
+  )
 
 
 class _AsFrozen(Mapping[str, Any]):
@@ -89,7 +97,7 @@ class _AsFrozen(Mapping[str, Any]):
     self._leaves, self._dtype = leaves, dtype
 
   def __getitem__(self, path: str) -> jax.Array:
-    return jax.numpy.asarray(self._leaves[path].read(), self._dtype)
+    return jax.numpy.asarray(_cast(self._leaves[path], self._dtype).read())
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._leaves)
@@ -100,20 +108,33 @@ class _AsFrozen(Mapping[str, Any]):
 
 def _cast(leaf: Leaf, dtype: str) -> Leaf:
   wanted = np.dtype(jax.numpy.dtype(dtype))
-  return leaf if leaf.dtype == wanted else Cast(leaf.path, leaf.shape, wanted, leaf)
+  as_it_is = leaf.dtype == wanted or is_quantised(leaf.path)
+  return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
 
 
 def open_any(path: str | Path, options: formats.Options) -> formats.Source:
-  """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError."""
+  """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError.
+
+  A base that was quantised for training comes as the floats that its codes stand for: they are what
+  adapters were trained on, and what a merged model must hold to answer alike. Adapters alone go
+  with the original base when `options.base` names it.
+  """
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
   own = open_own(path)
   parts = tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in own.leaves))
-  return formats.Source(
-    "llava_sp_jax", own.config, own.leaves, parts, own.tokenizer,
+  form = build.quantisation(own.config.model)
+  model = build.unquantised(own.config.model)
+  source = formats.Source(
+    "llava_sp_jax", dataclasses.replace(own.config, model=model),
+    quantised.dequantise(own.leaves, form, model.frozen_dtype), parts, own.tokenizer,
     base=options.base or own.about.get("base", ""), tower=options.tower or own.about.get("tower", ""),
     fingerprint=own.fingerprint,
   )  # fmt: skip
+  if not form:
+    return source
+  named = dataclasses.replace(source, leaves=own.originals) if source.base else source
+  return dataclasses.replace(source, fingerprint=base_fingerprint(named))
 
 
 def base_fingerprint(source: formats.Source) -> str:
@@ -181,18 +202,24 @@ def initial_params(
   """Parameters before training, nested, as `config.init` says; what it does not name is random.
 
   With `init.checkpoint`, only adapters may be new: anything else that the checkpoint lacks is an
-  error. `shardings` maps an abstract tree to where each leaf goes.
+  error. `shardings` maps an abstract tree to where each leaf goes. With `model.quantize`, kernels
+  are quantised on the way from their files.
   """
-  expected = _abstract(config.model)
-  found = _open_init(config, expected)
-  missing = {p: s for p, s in expected.items() if p not in found}
+  form = build.quantisation(config.model)
+  floats = _abstract(build.unquantised(config.model))
+  found = _open_init(config, floats)
+  missing = {p: s for p, s in floats.items() if p not in found}
   if config.init.checkpoint:
     refuse(
       f"init.checkpoint {config.init.checkpoint}",
       [f"missing {p} {s.shape}" for p, s in missing.items() if not re.match(ADAPTERS, p)],
     )
-  places = shardings(expected) if shardings else dict.fromkeys(expected)
   random = _random(config, missing)
+  expected = _abstract(config.model) if form else floats
+  if form:
+    found |= in_memory({p: np.asarray(a) for p, a in random.items()})
+    found = quantised.quantise(found, expected, form)
+  places = shardings(expected) if shardings else dict.fromkeys(expected)
   placed = {
     p: _place(found[p], places[p]) if p in found else jax.device_put(random[p], places[p])
     for p in expected
@@ -217,12 +244,12 @@ def _abstract(model: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _random(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-  """Random leaves; the compiler leaves out what is not wanted."""
+  """Random leaves, not quantised; the compiler leaves out what is not wanted."""
   if not wanted:
     return {}
 
   def leaves(rng: jax.Array) -> dict[str, jax.Array]:
-    flat = flatten_dict(build.initialise(config.model, rng), sep="/")
+    flat = flatten_dict(build.initialise(build.unquantised(config.model), rng), sep="/")
     return {path: flat[path] for path in wanted}
 
   return jax.jit(leaves)(jax.random.key(config.train.seed))
@@ -238,7 +265,7 @@ def _open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
   found: Leaves = {}
   problems: list[str] = []
   if init.checkpoint:
-    leaves = finished(init.checkpoint, "init.checkpoint").leaves
+    leaves = finished(init.checkpoint, "init.checkpoint").originals
     fit(leaves, {p: s for p, s in expected.items() if p in leaves}, problems)
     refuse(f"init.checkpoint {init.checkpoint}", problems)
     return leaves
@@ -258,7 +285,7 @@ def _open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
 def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
   """One part of a checkpoint of ours or of a torch folder."""
   if is_ours(path):
-    leaves = finished(path, f"init.{part}").leaves
+    leaves = finished(path, f"init.{part}").originals
   else:
     options = formats.Options(select_layer=config.model.tower.select_layer)
     source = formats.open_checkpoint(path, options)

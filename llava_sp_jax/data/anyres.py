@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -52,7 +52,7 @@ class Reader:
 
   def __init__(self, data: config_lib.Data, tile: Tile):
     """Raises: ConfigError for settings that do not exist or do not fit the tile."""
-    self._views = lookup("data.image_aspect", data.image_aspect, ASPECTS)
+    self._aspect = lookup("data.image_aspect", data.image_aspect, ASPECTS)
     lookup("data.image_fit", data.image_fit, image_lib.FITS)
     lookup("data.patch_merge", data.patch_merge, MERGES)
     if data.patch_merge == "spatial_unpad" and not tile.newline:
@@ -76,32 +76,47 @@ class Reader:
   def __call__(self, image: Image.Image) -> Picture:
     """Raises: SampleError for a picture that the settings cannot show."""
     image = image.convert("RGB")
-    views, resolution = self._views(self, image)
-    tiles = np.stack([self.preprocess.square(view) for view in views])
-    return Picture(tiles, plan(self.tile, image.size, resolution, self._merge))
+    views = self._aspect.views(self, image)
+    return Picture(np.stack([self.preprocess.square(v) for v in views]), self.plan(image.size))
+
+  def plan(self, size: Size) -> Plan:
+    """The tokens of a picture of that size, which need not be decoded for it."""
+    return plan(self.tile, size, self._aspect.canvas(self, size), self._merge)
 
 
-Views = tuple[list[Image.Image], Size | None]  # pictures of the tiles; the canvas of all but one
+@dataclasses.dataclass(frozen=True)
+class Aspect:
+  """How a picture is shown: the pictures of its tiles, and the canvas of all of them but tile 0."""
+
+  views: Callable[[Reader, Image.Image], list[Image.Image]]
+  canvas: Callable[[Reader, Size], Size | None] = lambda reader, size: None
 
 
-def _padded(reader: Reader, image: Image.Image) -> Views:
-  return [image_lib.pad_to_square(image, reader.preprocess.pad_colour)], None
+def _padded(reader: Reader, image: Image.Image) -> list[Image.Image]:
+  return [image_lib.pad_to_square(image, reader.preprocess.pad_colour)]
 
 
-def _as_it_is(reader: Reader, image: Image.Image) -> Views:
-  return [image], None
+def _as_it_is(reader: Reader, image: Image.Image) -> list[Image.Image]:
+  return [image]
 
 
-def _tiled(reader: Reader, image: Image.Image) -> Views:
+def _tiled(reader: Reader, image: Image.Image) -> list[Image.Image]:
   size = reader.tile.size
-  resolution = best_resolution(image.size, reader.pinpoints)
   whole = image.resize((size, size), Image.Resampling.BICUBIC)
-  return [whole, *cut(on_canvas(image, resolution), size)], resolution
+  return [whole, *cut(on_canvas(image, _canvas(reader, image.size)), size)]
+
+
+def _canvas(reader: Reader, size: Size) -> Size:
+  return best_resolution(size, reader.pinpoints)
 
 
 # The original's `image_aspect_ratio`. Its "square" is what the tower's own processor does: CLIP
 # cuts a square out of the middle, SigLIP stretches.
-ASPECTS = {"pad": _padded, "square": _as_it_is, "anyres": _tiled}
+ASPECTS = {
+  "pad": Aspect(_padded),
+  "square": Aspect(_as_it_is),
+  "anyres": Aspect(_tiled, _canvas),
+}
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:

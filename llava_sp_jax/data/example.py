@@ -53,7 +53,7 @@ class Row:
   positions: np.ndarray
   segments: np.ndarray
   slots: np.ndarray
-  length: int  # of the row before padding, truncation included
+  length: int  # of the row before padding, after what is too long was cut off
 
   def arrays(self) -> dict[str, np.ndarray]:
     names = ("tokens", "targets", "weights", "positions", "segments", "slots")
@@ -90,23 +90,45 @@ def _encode(stretch: list[tuple[str, bool]], branch: int, tokenizer: Tokenizer) 
   ]
 
 
-def layout(
-  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0, segment: int = 1
-) -> Row:
-  """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
-
-  The tiles of a row's images follow each other. `row_tiles` is M, for how many the row has room (0:
-  as many as there are): the model's end-of-row token is slot M * N. A branch continues the
-  positions of the trunk, so it reads as if it alone followed it.
+def total_length(
+  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0
+) -> int:
+  """Tokens of a sample before anything is cut off, without laying it out.
 
   Raises:
     SampleError: when the ids name another number of images than the sample has, the images have
       more tiles than the row, or an image would be cut.
   """
-  places = iter(_places(plans, row_tiles))
+  tiles = sum(plan.tiles for plan in plans)
+  if row_tiles and tiles > row_tiles:
+    cut = f" of {tiles} tiles" if tiles > len(plans) else ""
+    raise SampleError(f"{len(plans)} images{cut}, but data.images_per_row is {row_tiles}")
   named = sum(run.ids.count(IMAGE_ID) for run in runs)
   if named != len(plans):
     raise SampleError(f"the text has {named} <image> but the sample has {len(plans)} images")
+  total, counts = 0, iter(len(plan.slots) for plan in plans)
+  for run in runs:
+    for token in run.ids:
+      count = next(counts) if token == IMAGE_ID else 1
+      total += count
+      if token == IMAGE_ID and total > row_length:
+        raise SampleError(f"an image of {count} tokens does not fit into rows of {row_length}")
+  return total
+
+
+def layout(
+  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0, segment: int = 1,
+  first_tile: int = 0,
+) -> Row:  # fmt: skip
+  """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
+
+  The tiles of a row's images follow each other, the first of this sample is `first_tile`.
+  `row_tiles` is M, for how many the row has room (0: as many as there are): the model's end-of-row
+  token is slot M * N. A branch continues the positions of the trunk, so it reads as if it alone
+  followed it. Raises: SampleError like `total_length`.
+  """
+  total = total_length(runs, plans, row_length, row_tiles)
+  places = iter(_places(plans, row_tiles, first_tile))
   ids: list[int] = []
   learn: list[bool] = []
   slots: list[int] = []
@@ -118,8 +140,6 @@ def layout(
     for token, learned in zip(run.ids, run.learn, strict=True):
       taken = next(places) if token == IMAGE_ID else [-1]
       count = len(taken)
-      if token == IMAGE_ID and len(ids) + count > row_length:
-        raise SampleError(f"an image of {count} tokens does not fit into rows of {row_length}")
       slots += taken
       ids += [max(token, 0)] * count
       learn += [learned and token != IMAGE_ID] * count
@@ -127,7 +147,6 @@ def layout(
       segments += [segment * BRANCHES + run.branch] * count
       at += count
     ends[run.branch] = at
-  total = len(ids)
   row: dict[str, list[Any]] = {
     "tokens": ids, "positions": positions, "segments": segments, "slots": slots,
     "targets": [*ids[1:], 0], "weights": [*learn[1:], False],
@@ -143,19 +162,32 @@ def layout(
   return Row(length=min(total, row_length), **arrays)
 
 
-def _places(plans: Sequence[Plan], row_tiles: int) -> list[list[int]]:
+def _places(plans: Sequence[Plan], row_tiles: int, first: int) -> list[list[int]]:
   """The slots of each image within its row."""
-  tiles = sum(plan.tiles for plan in plans)
-  if row_tiles and tiles > row_tiles:
-    cut = f" of {tiles} tiles" if tiles > len(plans) else ""
-    raise SampleError(f"{len(plans)} images{cut}, but data.images_per_row is {row_tiles}")
-  result, first = [], 0
+  result, room = [], row_tiles or first + sum(plan.tiles for plan in plans)
   for plan in plans:
-    newline = (row_tiles or tiles) * plan.tile_tokens
+    newline = room * plan.tile_tokens
     moved = plan.slots + first * plan.tile_tokens
     result.append(np.where(plan.slots == NEWLINE, newline, moved).tolist())
     first += plan.tiles
   return result
+
+
+def join(rows: Sequence[Row], row_length: int) -> Row:
+  """Rows one after the other, without their padding, in one of `row_length`.
+
+  Their segments and slots must be apart already. Raises: ValueError when they are too long.
+  """
+  used = sum(row.length for row in rows)
+  if used > row_length:
+    raise ValueError(f"rows of {used} tokens do not fit into one of {row_length}")
+  empty = {"weights": np.float32(0), "slots": np.int32(-1)}
+  arrays = {}
+  for field in dataclasses.fields(Row)[:-1]:
+    fill = np.full(row_length - used, empty.get(field.name, np.int32(0)))
+    parts = [getattr(row, field.name)[: row.length] for row in rows]
+    arrays[field.name] = np.concatenate([*parts, fill])
+  return Row(length=used, **arrays)
 
 
 def from_labels(ids: list[int], labels: list[int], ignore: int = -100) -> list[Run]:

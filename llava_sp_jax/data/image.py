@@ -7,7 +7,9 @@ Source: `expand2square` in `llava/mm_utils.py`; Hugging Face's CLIP and SigLIP i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,9 +83,21 @@ def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
   Raises:
     SampleError: names the file and says whether it is missing or not an image.
   """
+  with _opened(file, name) as image:
+    return image.convert("RGB")
+
+
+def read_size(file: Path | BinaryIO, name: str = "") -> tuple[int, int]:
+  """Width and height in pixels, from the head of a file. Raises: SampleError like `read`."""
+  with _opened(file, name) as image:
+    return image.size
+
+
+@contextlib.contextmanager
+def _opened(file: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
   try:
     with Image.open(file) as image:
-      return image.convert("RGB")
+      yield image
   except FileNotFoundError:
     raise SampleError(f"image {name or file}: no such file") from None
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,134 +1,216 @@
-"""The data pipeline: shuffled, seekable, resumable batches of static shape (grain).
+"""The data pipeline: shuffled, packed, seekable batches of static shape, read ahead by threads.
 
 Shape letters:  B rows . T row length . M tiles per row
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import threading
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.config import lookup
-from llava_sp_jax.data import anyres, conversation, example, image, sources
+from llava_sp_jax.config import ConfigError, lookup
+from llava_sp_jax.data import anyres, example, held_out, image, packing, samples, sources
 from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.lengths import Lengths, Say
+from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
+ENDLESS = 1 << 60  # rows
+SAMPLES = "samples"  # in a batch: for each row, a list of Held; for the host, no array
 
 
-class Quarantine:
-  """Counts samples that could not be used and writes each to a file, once in the life of a run."""
+class Held(NamedTuple):
+  """A sample in a row; `trained` is False where it could not be read, so its place is empty."""
 
-  def __init__(self, path: Path | None = None):
-    self._path, self._lock = path, threading.Lock()
-    self._seen = _indices(path) if path and path.is_file() else set[int]()
-
-  @property
-  def count(self) -> int:
-    return len(self._seen)
-
-  def add(self, index: int, sample: Any, error: SampleError) -> None:
-    with self._lock:
-      if index in self._seen:
-        return
-      self._seen.add(index)
-      name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
-      line = {"index": index, "id": name, "error": str(error)}
-      if self._path:
-        with self._path.open("a") as file:
-          file.write(json.dumps(line) + "\n")
-
-
-def _indices(path: Path) -> set[int]:
-  """Samples that an earlier call has written; a line cut off by a kill does not count."""
-  found = set()
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
-      found.add(int(json.loads(line)["index"]))
-  return found
+  epoch: int
+  sample: int  # its index in the source
+  trained: bool
 
 
 class RowMaker:
-  """Turns sample `index` into a row with its images; a bad sample is quarantined, and None."""
+  """Reads the samples of a row; the place of a bad one stays empty, and it is quarantined."""
 
   def __init__(
-    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, side: int,
-    quarantine: Quarantine,
+    self, source: sources.Source, writer: samples.Writer, data: config_lib.Data, side: int,
+    seed: int, quarantine: Quarantine,
   ):  # fmt: skip
-    self._source, self._tokenizer, self._data = source, tokenizer, data
-    self._template = lookup("data.template", data.template, conversation.TEMPLATES)
-    self._turns = lookup("data.turns", data.turns, conversation.TURNS)
+    self._source, self._writer, self._data, self._side = source, writer, data, side
+    self._seed, self._quarantine = seed, quarantine
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
-    self._side, self._quarantine = side, quarantine
     self._any_good, self._bad = False, set[int]()
 
-  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+  def __call__(self, epoch: int, row: packing.Row) -> dict[str, Any]:
+    """Arrays as described at `make`, without B."""
+    room = self._data.images_per_row
+    images = np.zeros((room, self._side, self._side, 3), np.float32)
+    parts: list[example.Row] = []
+    held: list[Held] = []
+    first = 0
+    for segment, index in enumerate(row.samples, 1):
+      left = row.length - sum(part.length for part in parts)
+      made = self._sample(epoch, index, segment, first, left)
+      held.append(Held(epoch, index, made is not None))
+      if made is not None:
+        part, tiles = made
+        parts.append(part)
+        for pixels in tiles:
+          images[first] = pixels
+          first += 1
+    return {**example.join(parts, row.length).arrays(), "images": images, SAMPLES: held}
+
+  def _sample(
+    self, epoch: int, index: int, segment: int, first: int, left: int
+  ) -> tuple[example.Row, list[np.ndarray]] | None:
     sample = self._source[index]
+    rng = samples.rng_of(self._seed, epoch, index)
     try:
-      row = self._make(sample, rng)
+      runs = self._writer.runs(sample, rng)
+      pictures = self._source.images(sample)
+      plans = [picture.plan for picture in pictures]
+      size = self._writer.size(runs, plans)
+      if size.length > left or first + size.tiles > self._data.images_per_row:
+        raise SampleError(
+          f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
+          "images have changed since, remove lengths-*.npz from the run's folder and start anew"
+        )
+      limit, room = self._data.row_length, self._data.images_per_row
+      part = example.layout(runs, plans, limit, room, segment, first)
       self._any_good = True
-      return row
     except SampleError as error:
       self._quarantine.add(index, sample, error)
-      if not self._any_good:
-        self._bad.add(index)
-        if len(self._bad) >= min(len(self._source), HOPELESS):
-          raise config_lib.ConfigError(
-            f"data: none of the first {len(self._bad)} samples can be used; the last: {error}"
-          ) from None
+      self._give_up_if_hopeless(index, error)
       return None
+    return part, [self._augment(tile, rng) for picture in pictures for tile in picture.tiles]
 
-  def _make(self, sample: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    if not isinstance(sample, dict):
-      raise SampleError(f"expected a dictionary, found {sample!r:.60}")
-    turns = conversation.turns_of(sample)
-    limit = self._data.turns_per_row
-    if limit and len(turns) > limit:
-      turns = draw_turns(turns, limit, rng)
-    pictures = self._source.images(sample)
-    plans, room = [picture.plan for picture in pictures], self._data.images_per_row
-    runs = example.tokenize(self._turns(turns, self._template), self._tokenizer)
-    row = example.layout(runs, plans, self._data.row_length, room).arrays()
-    row["images"] = np.zeros((room, self._side, self._side, 3), np.float32)
-    for i, pixels in enumerate(tile for picture in pictures for tile in picture.tiles):
-      row["images"][i] = self._augment(pixels, rng)
-    return row
+  def _give_up_if_hopeless(self, index: int, error: SampleError) -> None:
+    if not self._any_good:
+      self._bad.add(index)
+      if len(self._bad) >= min(len(self._source), HOPELESS):
+        raise ConfigError(
+          f"data: none of the first {len(self._bad)} samples can be used; the last: {error}"
+        ) from None
 
 
-def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
-  """A random subset of the turns, in their order; the image stays in the first of them."""
-  image_count = turns[0][0].count(conversation.IMAGE)
-  plain = [(q.replace(conversation.IMAGE, "").strip(), a) for q, a in turns]
-  chosen = [plain[i] for i in sorted(rng.choice(len(turns), limit, replace=False))]
-  first = (conversation.IMAGE + "\n") * image_count + chosen[0][0]
-  return [(first, chosen[0][1]), *chosen[1:]]
+class Batches(grain.DatasetIterator):
+  """An endless iterator of batches that can stand before any step.
+
+  Batch s holds rows s*B .. (s+1)*B-1 of the stream; each process makes some of them. So what is
+  trained at a step depends neither on the number of processes nor on what was read before, and a
+  step's number is all the state there is.
+  """
+
+  def __init__(
+    self, stream: packing.Stream, row_maker: RowMaker, batch_size: int, rows: Sequence[int],
+    threads: int, usable: Sequence[int],
+  ):  # fmt: skip
+    """`usable` samples are in each epoch."""
+    super().__init__()
+    self.stream, self.usable = stream, usable
+    self._row_maker, self._size, self._rows = row_maker, batch_size, rows
+    self._threads = threads
+    self.seek(0)
+
+  @property
+  def position(self) -> int:
+    """Steps whose batches were handed out."""
+    return self._position
+
+  def seek(self, step: int) -> None:
+    """The next batch is that of step `step` + 1, as if `step` batches had been read."""
+    self._position = step
+    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=64)
+    mine = grain.MapDataset.range(step * len(self._rows), ENDLESS).map(self._row)
+    self._iterator = iter(mine.to_iter_dataset(options))
+
+  def _row(self, number: int) -> dict[str, Any]:
+    """Row `number` of those that this process makes."""
+    step, row = divmod(number, len(self._rows))
+    return self._row_maker(*self.stream[step * self._size + int(self._rows[row])])
+
+  def __next__(self) -> dict[str, Any]:
+    rows = list(itertools.islice(self._iterator, len(self._rows)))
+    self._position += 1
+    held = [row.pop(SAMPLES) for row in rows]
+    return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}
+
+  def get_state(self) -> dict[str, Any]:
+    return {"step": self._position}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self.seek(int(state["step"]))
+
+
+def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
+  """SAMPLES of a batch as the ledger takes them: int32 [B, n].
+
+  A sample that is trained is its index, one that could not be read `-2 - index`, and -1 is none.
+  """
+  result = np.full((len(held), max(map(len, held), default=0)), -1, np.int32)
+  for row, samples_ in zip(result, held, strict=True):
+    row[: len(samples_)] = [h.sample if h.trained else -2 - h.sample for h in samples_]
+  return result
+
+
+def open_source(
+  data: config_lib.Data, tile: anyres.Tile, part: str
+) -> tuple[sources.Source, Sequence[int]]:
+  """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
+  data = held_out.of_part(data, part)
+  make_source = lookup("data.source", data.source, sources.SOURCES)
+  source = make_source(data.path, data.image_folder, anyres.Reader(data, tile))
+  return source, held_out.samples(data, part, len(source))
 
 
 def make(
   data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
-  quarantine: Quarantine | None = None, shard: tuple[int, int] = (0, 1),
-) -> grain.DatasetIterator:  # fmt: skip
-  """An endless iterator of batches whose `get_state`/`set_state` resume it exactly.
+  quarantine: Quarantine | None = None, rows: Sequence[int] | None = None,
+  part: str = held_out.TRAIN, folder: Path | None = None, say: Say | None = None,
+) -> Batches:  # fmt: skip
+  """Batches of `batch_size` rows over all processes, of which `rows` are made here (None: all).
 
-  `batch_size` counts all rows; shard (i, n) yields the i-th of n equal parts of each batch.
+  A batch has tokens, targets, weights, positions, segments, slots [B, T], images [B, M, H, W, 3]
+  float32, and for the host SAMPLES. T is `data.row_length`, or one of the buckets' lengths. Where
+  samples are packed they are measured first: `folder` keeps their sizes, `say` is told of progress.
+  `part` names a part of `held_out`: what trains, or what is held out.
+
+  Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
-  make_source = lookup("data.source", data.source, sources.SOURCES)
-  source = make_source(data.path, data.image_folder, anyres.Reader(data, tile))
-  row_maker = RowMaker(source, tokenizer, data, tile.size, quarantine or Quarantine())
-  host, hosts = shard
-  rows = (
-    grain.MapDataset.range(len(source))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(row_maker)[host::hosts]
-    .to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=64))
-  )
-  return iter(rows.batch(batch_size // hosts, drop_remainder=True))
+  packed = lookup("data.packing", data.packing, packing.PACKINGS)
+  source, members = open_source(data, tile, part)
+  data = held_out.of_part(data, part)
+  writer = samples.Writer(tokenizer, data)
+  shape = packing.Shape(data.row_length, data.images_per_row, batch_size, data.bucket_lengths)
+  quarantine = quarantine or Quarantine()
+  rows = range(batch_size) if rows is None else rows
+  row_maker = RowMaker(source, writer, data, tile.size, seed, quarantine)
+  mine = np.asarray(members, np.int32)
+  if packed.measured:
+    main = 0 in rows  # every process finds the same bad samples; one writes them down
+    lengths = Lengths(source, tokenizer, data, tile, seed, quarantine if main else Quarantine(),
+                      folder, say if main else None)  # fmt: skip
+
+    def sizes(epoch: int) -> packing.Sizes:
+      found = lengths.sizes(epoch)
+      return dataclasses.replace(found, usable=np.intersect1d(found.usable, mine))
+
+  else:
+    main, unknown = False, np.zeros(0, np.int32)
+
+    def sizes(epoch: int) -> packing.Sizes:
+      return packing.Sizes(unknown, unknown, mine)
+
+  stream = packing.Stream(packed, shape, seed, sizes)
+  first = stream.epoch(0)
+  if say and main:
+    used = packing.fill(first, sizes(0))
+    say(f"packing {data.packing}: {len(first):,} rows in the first epoch, {used:.1%} full")
+  usable = sizes(0).usable.tolist()
+  return Batches(stream, row_maker, batch_size, rows, data.threads, usable)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -15,14 +17,23 @@ from llava_sp_jax.data import image as image_lib
 from llava_sp_jax.data.conversation import SampleError
 
 Reader = Callable[[Image.Image], Any]  # a picture into what the model takes
+# Widths and heights of a sample's images, from the heads of their files; it goes to other processes
+# without the samples. Raises: SampleError.
+Sizes = Callable[[dict[str, Any]], list[tuple[int, int]]]
 
 
 class Source(Protocol):
-  """Samples `{"id", "conversations"}` by index, and the images of a sample, read by a `Reader`."""
+  """Samples `{"id", "conversations"}` by index, and the images of a sample, read by a `Reader`.
+
+  `fingerprint` changes when the samples do; the images are not looked at for it.
+  """
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> dict[str, Any]: ...
   def images(self, sample: dict[str, Any]) -> list[Any]: ...
+  @property
+  def sizes(self) -> Sizes: ...
+  def fingerprint(self) -> str: ...
 
 
 class LlavaJson:
@@ -36,7 +47,7 @@ class LlavaJson:
     if not Path(path).is_file():
       raise FileNotFoundError(f"data.path: no file {path!r}; expected a LLaVA JSON list")
     try:
-      samples = json.loads(Path(path).read_text())
+      samples = _parsed(path, Path(path).stat().st_mtime_ns)
     except json.JSONDecodeError as error:
       raise config_lib.ConfigError(
         f"data.path: {path} is not JSON ({error}); expected a LLaVA list of conversations"
@@ -46,6 +57,7 @@ class LlavaJson:
     if image_folder and not Path(image_folder).is_dir():
       raise FileNotFoundError(f"data.image_folder: no folder {image_folder!r}")
     self._samples, self._folder, self._read = samples, Path(image_folder), read
+    self._path = Path(path)
 
   def __len__(self) -> int:
     return len(self._samples)
@@ -55,11 +67,33 @@ class LlavaJson:
 
   def images(self, sample: dict[str, Any]) -> list[Any]:
     """What the reader makes of each. Raises: SampleError when one cannot be read."""
-    names = sample.get("image", [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-      raise SampleError(f"`image` must be a file name or a list of them, found {names!r:.60}")
-    return [self._read(image_lib.read(self._folder / name)) for name in names]
+    return [self._read(image_lib.read(path)) for path in _paths(self._folder, sample)]
+
+  @property
+  def sizes(self) -> Sizes:
+    return functools.partial(_sizes_of_files, self._folder)
+
+  def fingerprint(self) -> str:
+    with self._path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _paths(folder: Path, sample: dict[str, Any]) -> list[Path]:
+  names = sample.get("image", [])
+  names = [names] if isinstance(names, str) else names
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise SampleError(f"`image` must be a file name or a list of them, found {names!r:.60}")
+  return [folder / name for name in names]
+
+
+def _sizes_of_files(folder: Path, sample: dict[str, Any]) -> list[tuple[int, int]]:
+  return [image_lib.read_size(path) for path in _paths(folder, sample)]
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(path: str, changed: int) -> Any:
+  """What the file holds; kept, since training and validation may read the same large one."""
+  return json.loads(Path(path).read_text())
 
 
 class Tfds:
@@ -86,6 +120,8 @@ class Tfds:
         f"data.path: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
         "name of TensorFlow Datasets with split 'train', prepared with file_format='array_record'"
       ) from None
+    # Its version, and the shards with their lengths; a data set that is prepared anew has another.
+    self._about = f"{builder.info.full_name} {builder.info.splits['train'].to_proto()}"
     self._read = read
 
   def __len__(self) -> int:
@@ -98,9 +134,23 @@ class Tfds:
 
   def images(self, sample: dict[str, Any]) -> list[Any]:
     """What the reader makes of each. Raises: SampleError when one cannot be read."""
-    files = [sample["image"]] if "image" in sample else []
-    name = f"of sample {sample['id']!r}"
-    return [self._read(image_lib.read(io.BytesIO(data), name)) for data in files]
+    return [self._read(image_lib.read(file, name)) for file, name in _files(sample)]
+
+  @property
+  def sizes(self) -> Sizes:
+    return _sizes_of_bytes
+
+  def fingerprint(self) -> str:
+    return hashlib.sha256(self._about.encode()).hexdigest()
+
+
+def _files(sample: dict[str, Any]) -> list[tuple[io.BytesIO, str]]:
+  name = f"of sample {sample['id']!r}"
+  return [(io.BytesIO(sample["image"]), name)] if "image" in sample else []
+
+
+def _sizes_of_bytes(sample: dict[str, Any]) -> list[tuple[int, int]]:
+  return [image_lib.read_size(file, name) for file, name in _files(sample)]
 
 
 def _text(value: Any) -> Any:

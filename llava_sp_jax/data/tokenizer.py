@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -58,6 +59,14 @@ class Tokenizer:
 
   def __len__(self) -> int:
     return len(self._backend)
+
+  def fingerprint(self) -> str:
+    """A hash of the files it was loaded from."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", MODEL_FILE, *SIDE_FILES):
+      if (self.path / name).is_file():
+        digest.update(name.encode() + hashlib.sha256((self.path / name).read_bytes()).digest())
+    return digest.hexdigest()
 
   def encode(self, text: str) -> tuple[int, ...]:
     """Ids of `text` alone, without a begin-of-sequence token."""

@@ -73,7 +73,7 @@ def _run_line(name: str, lines: list[dict[str, Any]]) -> str:
   last = lines[-1]
   return (
     f"- `{name}`: {last['step']} steps, last loss {last['loss']:.4f}, "
-    f"{last['steps_per_second']:.2f} steps/s, {last['quarantined']} samples quarantined"
+    f"{last.get('steps_per_second', 0.0):.2f} steps/s, {last['quarantined']} samples quarantined"
   )
 
 

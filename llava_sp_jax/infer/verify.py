@@ -47,7 +47,7 @@ def compare(before: Source, after: Source) -> Comparison:
 
 
 def _logits(source: Source) -> jax.Array:
-  model = dataclasses.replace(source.config.model, dtype="float32", remat=False)
+  model = dataclasses.replace(source.config.model, dtype="float32", remat="none")
   params = {p: jnp.asarray(leaf.read(), jnp.float32) for p, leaf in source.leaves.items()}
   module = build.model(model)
   rng = np.random.default_rng(0)

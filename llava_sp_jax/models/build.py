@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.models.attention import IMPLEMENTATIONS, Attention
 from llava_sp_jax.models.layers import ROPES, Rope
 from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.llava import LlavaSP
 from llava_sp_jax.models.lora import Lora
 from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
+from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantisedDense
+from llava_sp_jax.models.remat import POLICIES
 from llava_sp_jax.models.vit import VARIANTS, VisionTransformer
 
 
@@ -27,10 +32,14 @@ def model(config: config_lib.Model) -> LlavaSP:
   config_lib.lookup("model.tower.variant", tower.variant, VARIANTS)
   config_lib.lookup("model.projector.row", projector.row, ROWS)
   config_lib.lookup("model.language_model.rope_scaling.kind", text.rope_scaling.kind, ROPES)
+  config_lib.lookup("model.remat", config.remat, POLICIES)
+  config_lib.lookup("model.attention", config.attention, {"auto": None, **IMPLEMENTATIONS})
   _divides("model.tower.heads", tower.heads, "width", tower.width)
   _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
   dtype = jnp.dtype(config.dtype)
-  lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout)
+  form = quantisation(config)
+  base = functools.partial(QuantisedDense, form=form) if form else nn.Dense
+  lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
   return LlavaSP(
     vision_tower=VisionTransformer(
       variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
@@ -48,14 +57,45 @@ def model(config: config_lib.Model) -> LlavaSP:
       tie_embeddings=text.tie_embeddings, attention_bias=text.attention_bias,
       sliding_window=text.sliding_window, window_from_layer=text.window_from_layer,
       initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
-      remat=config.remat, dtype=dtype, dense=lora.dense(),
+      remat=config.remat, dtype=dtype, dense=lora.dense(), attention=Attention(config.attention),
     ),
   )  # fmt: skip
+
+
+def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
+  """The module told where it will run, and whether its data has samples with branches.
+
+  `platform` is that of the mesh's devices, which may be absent ("tpu", "gpu", "cpu").
+  """
+  decoder = module.language_model
+  attention = dataclasses.replace(decoder.attention, platform=platform, branches=branches)
+  return module.clone(language_model=decoder.clone(attention=attention))
 
 
 def _divides(key: str, part: int, name: str, whole: int) -> None:
   if part < 1 or whole % part:
     raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
+
+
+def quantisation(config: config_lib.Model) -> Format | None:
+  """How the decoder's kernels are held; None: as floats. Raises: ConfigError."""
+  form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
+  if form and form.block:
+    text = config.language_model
+    inputs = {"width": text.width, "heads * head_dim": text.heads * text.head_dim,
+              "mlp_width": text.mlp_width}  # fmt: skip
+    odd = [f"{name} {size}" for name, size in inputs.items() if size % form.block]
+    if odd:
+      raise config_lib.ConfigError(
+        f"model.quantize {config.quantize}: blocks of {form.block} do not divide "
+        f"model.language_model's {', '.join(odd)}; use int8, which has none, or other sizes"
+      )
+  return form
+
+
+def unquantised(config: config_lib.Model) -> config_lib.Model:
+  """The same model with all its kernels as floats."""
+  return dataclasses.replace(config, quantize=NONE)
 
 
 def patch_grid(config: config_lib.Model) -> int:
@@ -115,6 +155,6 @@ def abstract(config: config_lib.Model) -> dict[str, Any]:
 
 
 def parameter_counts(config: config_lib.Model) -> dict[str, int]:
-  """Parameters of each part: vision_tower, projector, language_model."""
-  tree = abstract(config)
+  """Parameters of each part: vision_tower, projector, language_model, quantised or not."""
+  tree = abstract(unquantised(config))
   return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

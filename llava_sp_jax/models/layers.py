@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 # Segment ids say who may see whom. 0 is padding. A sample owns the ids n*BRANCHES .. +BRANCHES-1:
 # the first is its trunk, which all its branches see; branches do not see each other.
@@ -165,6 +166,26 @@ def window_mask(query_positions: jax.Array, key_positions: jax.Array, window: in
   nothing about other samples; combine it with `causal_mask`. Args: positions [B, T] and [B, S].
   """
   return query_positions[:, :, None] - key_positions[:, None, :] < window
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Holds `x` where the rules in force put its logical axes, one for each dimension.
+
+  Mesh axes that do not divide a dimension are left out, as they are for parameters; without a mesh
+  or rules nothing happens.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  parts = []
+  for names, size in zip(nn.logical_to_mesh_axes(axes) or (), x.shape, strict=False):
+    kept = []
+    for name in (names,) if isinstance(names, str) else names or ():
+      if size % mesh.shape[name] == 0:
+        kept.append(name)
+        size //= mesh.shape[name]
+    parts.append(tuple(kept) or None)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_sp_jax.models.layers import constrain
+
 # torch's default for Linear and Conv2d: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -162,9 +164,17 @@ class Register(nn.Module):
 
 
 def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
-  """A kernel that covers its view is one contraction over rows, columns and channels."""
+  """A kernel that covers its view is one contraction over rows, columns and channels.
+
+  The kernel is divided along that axis over all devices and stays: views move to it, and parts of
+  the sums move back.
+  """
   dense = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=torch_uniform, name=name)
-  return dense(view.reshape(len(view), -1))
+  flat = constrain(
+    view.reshape(len(view), -1), "batch", None
+  )  # the view is made where its rows are
+  flat = constrain(flat, None, "contraction")
+  return constrain(dense(flat), "batch", None)
 
 
 def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
@@ -299,7 +309,8 @@ class DetailInteraction(nn.Module):
     self.value_norm, self.value = norm(), dense()
 
   def convolve(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, P, K]
-    return self.conv(grid).reshape(len(grid), -1, self.width)
+    grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
+    return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
 
   def values(self, detail: jax.Array) -> jax.Array:  # [B, P, K] -> [B, P, K]
     return self.value(self.value_norm(detail))
@@ -337,6 +348,7 @@ class Projector(nn.Module):
   @nn.compact
   def __call__(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, S + G*G, D]
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
+    grid = constrain(grid, "batch", None, None, None)  # only the views below move
     patches = grid.reshape(len(grid), -1, grid.shape[-1])
     patches = dense(self.out_width, name="fc1")(patches)
     patches = dense(self.out_width, name="fc2")(nn.gelu(patches, approximate=False))

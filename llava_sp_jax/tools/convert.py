@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   import jax
 
-  from llava_sp_jax import mesh
+  from llava_sp_jax import processes
   from llava_sp_jax.convert import formats, load
 
-  mesh.start_processes()
+  processes.start()
   source = load.open_any(
     options.source,
     formats.Options(options.base, options.tower, options.row, options.template),

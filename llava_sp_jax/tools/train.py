@@ -9,13 +9,20 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
-USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--config.GROUP.KEY=VALUE]
+PROCESS_FLAGS = ("coordinator", "processes", "process")
+FLAGS = ("config", "workdir", "profile")
+USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--profile A:B]
+                      [--config.GROUP.KEY=VALUE]
 
-Trains until train.steps. The same command continues a run that was stopped or killed.
+Trains until train.steps. The same command continues a run that was stopped or killed. When it was
+asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and ends with code 75.
 
   --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain
   --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
+  --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)
+  --coordinator HOST:PORT --processes N --process I
+                           several processes; found out on TPU pods, under SLURM, in GKE and MPI
 
 example:
   llava-sp train --config configs/easy_vqa.py:stage=pretrain,row=cropping --workdir runs/pretrain \\
@@ -23,6 +30,7 @@ example:
 
 keys and defaults:
 """
+STOPPED_EARLY = 75  # sysexits.h: temporary failure, try again; launchers then go on
 
 
 def keys(values: Any, prefix: str = "config") -> list[str]:
@@ -37,14 +45,14 @@ def keys(values: Any, prefix: str = "config") -> list[str]:
 
 def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:
   """--config with its overrides, and --workdir. Raises: ConfigError, FileNotFoundError."""
-  given = flags(argv)
+  given = {name: text for name, text in flags(argv).items() if name not in PROCESS_FLAGS}
   overrides = {name: text for name, text in given.items() if name.startswith("config.")}
   problems = [f"no --{name}" for name in ("config", "workdir") if not given.get(name)]
-  problems += [f"unknown --{n}" for n in given if n not in ("config", "workdir", *overrides)]
+  problems += [f"unknown --{n}" for n in given if n not in (*FLAGS, *overrides)]
   if problems:
     raise config_lib.ConfigError(
       f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --workdir DIR "
-      "[--config.GROUP.KEY=VALUE ...]; see llava-sp train --help"
+      "[--profile A:B] [--config.GROUP.KEY=VALUE ...]; see llava-sp train --help"
     )
   return config_lib.override(load_recipe(given["config"]), overrides), given["workdir"]
 
@@ -82,13 +90,21 @@ def load_recipe(value: str) -> config_lib.Config:
   return config_lib.from_dict(recipe.get_config(*filter(None, [options])).to_dict())
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+  """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command goes on."""
   if {"--help", "-h"} & set(argv):
     print(USAGE + "\n".join(keys(config_lib.Config())))
-    return
+    return 0
   config, workdir = read_config(argv)
+  process = {name: text for name, text in flags(argv).items() if name in PROCESS_FLAGS}
+  import jax
+
+  from llava_sp_jax import processes
   from llava_sp_jax.train import loop
 
-  result = loop.train(config, workdir)
-  print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
-        f"{result.quarantined} samples quarantined")  # fmt: skip
+  processes.start(process, config.train.peer_seconds)
+  result = loop.train(config, workdir, flags(argv).get("profile", ""))
+  if jax.process_index() == 0:
+    print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
+          f"{result.quarantined} samples quarantined")  # fmt: skip
+  return 0 if result.step >= config.train.steps else STOPPED_EARLY

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from llava_sp_jax import checkpoint, mesh, sharding
+from llava_sp_jax import checkpoint, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
-from llava_sp_jax.train import optimizer, state, step
+from llava_sp_jax.train import (
+  guard,
+  ledger,
+  optimizer,
+  preflight,
+  sinks,
+  state,
+  step,
+  trace,
+)
+from llava_sp_jax.train.metrics import Log
+from llava_sp_jax.train.validation import Validator
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = sinks.METRICS_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,99 +45,158 @@ class Result:
 def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
   """The jitted step `(state, batch, rng) -> (state, metrics)`; the state's buffers are donated."""
 
+  places = jax.tree.leaves(shardings)
+  platform = places[0].mesh.devices.flat[0].platform if places else jax.default_backend()
+  module = build.compiled_for(module, platform, branches=config.data.turns == "branch")
+
   def run(*arguments: Any) -> Any:
     with nn.logical_axis_rules(sharding.activation_rules()):
-      return step.train_step(module, tx, config.train.loss_chunk, *arguments)
+      return step.train_step(module, tx, config.train, *arguments)
 
   return jax.jit(run, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def initial_state(config: config_lib.Config, device_mesh: Any) -> tuple[Any, Any, Any]:
   """(state, its shardings, optimizer) at step 0, placed on the mesh."""
+  state.check(config)
   params = load.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
   trainable, frozen = state.split(params, config)
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
   start = functools.partial(state.start, tx=tx)
-  shardings = sharding.shardings(jax.eval_shape(start, trainable, frozen), device_mesh)
+  shapes = jax.eval_shape(start, trainable, frozen)
+  shardings = sharding.shardings(shapes, device_mesh, config.mesh.base)
   return jax.jit(start, out_shardings=shardings)(trainable, frozen), shardings, tx
 
 
-def train(config: config_lib.Config, workdir: str | Path) -> Result:
+def train(config: config_lib.Config, workdir: str | Path, profile: str = "") -> Result:
   """Trains until `config.train.steps`, continuing what `workdir` holds.
+
+  `profile` "A:B" writes a trace of these steps to `workdir`/profile.
 
   Raises:
     ConfigError, CheckpointError: before anything is computed.
   """
-  mesh.start_processes()
-  folder = Path(workdir)
+  processes.start(peer_seconds=config.train.peer_seconds)
+  with processes.Watch(config.train.stall_seconds) as watch:
+    return _train(config, Path(workdir), profile, watch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the steps of one call work with."""
+
+  config: config_lib.Config
+  folder: Path
+  mesh: Any
+  iterator: pipeline.Batches
+  quarantine: pipeline.Quarantine
+  validator: Validator
+  profiler: trace.Profiler
+  book: ledger.Ledger
+  watch: processes.Watch
+
+
+def _train(config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch) -> Result:
   checkpoint.check_config(folder, config)
-  device_mesh = mesh.create(config.mesh, config.train.batch_size)
+  sinks.check(config)
+  begun = max(checkpoint.steps(folder), default=0)
+  profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
+  device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   tokenizer = Tokenizer(config.data.tokenizer)
-  if len(tokenizer) > config.model.language_model.vocab_size:
-    raise config_lib.ConfigError(
-      f"data.tokenizer: {len(tokenizer)} tokens, but model.language_model.vocab_size is "
-      f"{config.model.language_model.vocab_size}"
-    )
-  quarantine = pipeline.Quarantine(folder / "quarantine.jsonl")
+  preflight.check_config(config, tokenizer)
+  rows, owned = mesh.rows(device_mesh, config.train.batch_size)
+  quarantine = pipeline.Quarantine(folder / "quarantine.jsonl", jax.process_index())
   iterator = pipeline.make(
     config.data, tokenizer, anyres.Tile(*build.tile_shape(config.model)),
-    config.train.batch_size, config.train.seed, quarantine,
-    (jax.process_index(), jax.process_count()),
+    config.train.batch_size, config.train.seed, quarantine, rows.tolist(), folder=folder, say=print,
   )  # fmt: skip
+  if not begun:
+    preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
+  validator = Validator(config, module, tokenizer, device_mesh)
+  processes.meet("data is opened")
   with jax.set_mesh(device_mesh):
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
       checkpoint.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
-    return _run(config, folder, device_mesh, module, iterator, quarantine, prepared)
+    book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
+    run = _Run(config, folder, device_mesh, iterator, quarantine, validator, profiler, book, watch)
+    return _steps(run, module, prepared)
 
 
-def _run(
-  config: config_lib.Config, folder: Path, device_mesh: Any, module: Any, iterator: Any,
-  quarantine: pipeline.Quarantine, prepared: tuple[Any, Any, Any],
-) -> Result:  # fmt: skip
+def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
+  config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
   train_state, shardings, tx = prepared
-  print(_summary(config, train_state, device_mesh), flush=True)
+  if jax.process_index() == 0:
+    print(_summary(config, train_state, run.mesh), flush=True)
+  processes.meet("parameters are placed")
   base = checkpoint.fingerprint(train_state.frozen)
   checkpoints = checkpoint.Checkpoints(folder, config.train.keep)
   if checkpoints.latest is not None:
-    train_state = _resume(checkpoints, train_state, iterator, base, folder)
+    train_state = _resume(checkpoints, train_state, base, folder)
   first = int(train_state.step)
-  checkpoint.drop_lines_after(folder / METRICS_FILE, first)
+  if jax.process_index() == 0:
+    checkpoint.drop_lines_after(folder / METRICS_FILE, first)
+    ledger.drop_after(folder, first)
+  processes.meet("logs are cut off")
+  run.iterator.seek(first)
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage}
-  log = Log(folder / METRICS_FILE, config)
-  stop = StopRequest()
-  number = first
-  with stop:
+  learns = list(train_state.trainable)
+  log = Log(folder, config, learns)
+  skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
+  stop = StopRequest(several=jax.process_count() > 1)
+  number, metrics = first, None
+  with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
-      batch = mesh.put_batch(log.waiting(iterator), device_mesh)
-      train_state, metrics = run_step(train_state, batch, rng)
-      log.step(number, metrics, quarantine.count)
-      asked = stop.asked or checkpoints.preempted(number)
-      if asked or number % config.train.save_every == 0 or number == config.train.steps:
-        checkpoints.save(number, train_state.trainable, train_state.opt_state, iterator, about)
+      batch = log.waiting(run.iterator)
+      book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
+      placed = mesh.put_batch(batch, run.mesh)
+      if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
+        run_step.lower(train_state, placed, rng).compile()
+        processes.meet("the step is compiled")
+      with run.profiler.step(number, metrics):
+        train_state, metrics = run_step(train_state, placed, rng)
+      run.profiler.after(number, metrics)
+      if number == 1:
+        preflight.check_gradients(config, metrics, learns)
+      skips.step(number, metrics)
+      if number % config.train.log_every == 0:
+        skips.settle()
+      held_out = None
+      if run.validator.due(number):
+        with log.pause(metrics):
+          held_out = run.validator(train_state)
+      log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
+      asked = checkpoints.preempted(number) or stop.asked
+      save = asked or number % config.train.save_every == 0 or number == config.train.steps
+      run.watch.beat(number)
+      if save:
+        skips.settle()
+        book.secure()
+        checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
       if asked:
-        print(f"asked to stop: saved step {number}; the same command goes on from there")
+        if jax.process_index() == 0:
+          print(f"asked to stop: saved step {number}; the same command goes on from there")
         break
   checkpoints.close()
+  if jax.process_index() == 0:
+    samples = [i for i in run.iterator.usable if i not in quarantine]
+    print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
   return Result(number, log.seconds, quarantine.count)
 
 
-def _resume(
-  checkpoints: checkpoint.Checkpoints, fresh: Any, iterator: Any, base: str, folder: Path
-) -> Any:
-  number, trainable, opt_state, about = checkpoints.restore(
-    fresh.trainable, fresh.opt_state, iterator
-  )
+def _resume(checkpoints: checkpoint.Checkpoints, fresh: Any, base: str, folder: Path) -> Any:
+  number, trainable, opt_state, about = checkpoints.restore(fresh.trainable, fresh.opt_state)
   if about["fingerprint"] != base:
     raise checkpoint.CheckpointError(
       f"{folder}: its frozen base has fingerprint {about['fingerprint']}, the one named by this "
       f"config has {base}; give the base it was trained with (config.init)"
     )
-  print(f"continuing {folder} from step {number}", flush=True)
+  if jax.process_index() == 0:
+    print(f"continuing {folder} from step {number}", flush=True)
   place = jax.device_put(fresh.step + number, fresh.step.sharding)
   return fresh.replace(step=place, trainable=trainable, opt_state=opt_state)
 
@@ -146,70 +213,29 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
 
 
 class StopRequest:
-  """Notices SIGTERM (and ctrl-C) and lets the step finish."""
+  """Notices SIGTERM (and ctrl-C) and lets the step finish.
 
-  def __init__(self) -> None:
-    self.asked = False
+  `several` processes must stop after the same step, though only one may have been told. JAX agrees
+  on that step when SIGTERM reaches its own handler (`Checkpoints.preempted`), so it is left there.
+  """
+
+  def __init__(self, several: bool = False) -> None:
+    self.asked, self._several = False, several
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> StopRequest:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
       self._before[number] = signal.signal(number, self._notice)
     return self
 
   def _notice(self, number: int, frame: Any) -> None:
     if self.asked:
       raise KeyboardInterrupt
-    self.asked = True
+    if self._several:
+      signal.raise_signal(signal.SIGTERM)
+    else:
+      self.asked = True
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
-
-
-class Log:
-  """Metrics to a JSON-lines file and to the terminal, with rate, ETA and the share of waiting."""
-
-  def __init__(self, path: Path, config: config_lib.Config):
-    self._path, self._config = path, config
-    self._started = time.monotonic()
-    self._window: tuple[int, float] | None = None
-    self._waited = 0.0
-
-  @property
-  def seconds(self) -> float:
-    return time.monotonic() - self._started
-
-  def waiting(self, iterator: Any) -> Any:
-    """The next batch; its time is counted as waiting for input."""
-    before = time.monotonic()
-    batch = next(iterator)
-    self._waited += time.monotonic() - before
-    return batch
-
-  def step(self, number: int, metrics: dict[str, Any], quarantined: int) -> None:
-    train = self._config.train
-    if self._window is None:  # the first step compiles: it does not count for the rate
-      jax.block_until_ready(metrics)
-      self._window, self._waited = (number, time.monotonic()), 0.0
-    if number % train.log_every and number != train.steps:
-      return
-    values = {k: float(v) for k, v in metrics.items()}
-    since, start = self._window
-    elapsed = max(time.monotonic() - start, 1e-9)
-    rate = (number - since) / elapsed
-    record = {"step": number, **values, "steps_per_second": rate,
-              "input_wait": self._waited / elapsed, "quarantined": quarantined}  # fmt: skip
-    if jax.process_index():
-      return
-    with self._path.open("a") as file:
-      file.write(json.dumps(record) + "\n")
-    left = (train.steps - number) / rate if rate else math.nan
-    eta = "" if math.isnan(left) else f"  eta {int(left) // 60}:{int(left) % 60:02d}"
-    bad = f"  quarantined {quarantined}" if quarantined else ""
-    print(
-      f"step {number:>6}/{train.steps}  loss {values['loss']:.4f}  "
-      f"tokens right {values['token_accuracy']:.3f}  grad {values['grad_norm']:.2f}  "
-      f"{rate:.2f} steps/s{eta}{bad}",
-      flush=True,
-    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llava_sp_jax import config as config_lib
@@ -28,8 +30,21 @@ STAGES: dict[str, tuple[tuple[str, str], ...]] = {
     (r"projector/", "projector"),
     (r"(vision_tower|language_model)/", FROZEN),
   ),
+  # LLaVA's full fine-tuning (`finetune.sh`): projector and the whole decoder, one rate in both.
+  "finetune_full": (
+    (r"projector/", "projector"),
+    (r"language_model/", "base"),
+    (r"vision_tower/", FROZEN),
+  ),
 }
+Rates = Callable[[int], dict[str, float]]
 RATES = {"base": "learning_rate", "projector": "projector_learning_rate"}
+
+# (regex over the path, whether weight decay acts); the first match wins. Biases and norms are left
+# alone, as in the original's trainer (`get_parameter_names` without norm layers, "bias" not in name).
+DECAY: tuple[tuple[str, bool], ...] = ((r".*(bias|scale)$", False), (r".*", True))
+
+MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def group_of(path: str, stage: str) -> str:
@@ -40,27 +55,47 @@ def group_of(path: str, stage: str) -> str:
   raise KeyError(f"no row of STAGES[{stage!r}] matches parameter {path!r}")
 
 
-def schedule(rate: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-  """Linear warm-up over ceil(ratio * steps) from 0, then half a cosine to 0."""
+def decays(path: str) -> bool:
+  """Whether weight decay acts on a parameter."""
+  return next(value for pattern, value in DECAY if re.match(pattern, path))
+
+
+def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> optax.Schedule:
+  """Linear warm-up over ceil(ratio * steps) from 0, then half a cosine to 0.
+
+  `xp` is the array module: numpy on the host, where one process may ask alone.
+  """
   warmup = math.ceil(warmup_ratio * steps)
 
   def value(count: Any) -> Any:
     rise = count / max(1, warmup)
-    fall = 0.5 * (1 + jnp.cos(jnp.pi * (count - warmup) / max(1, steps - warmup)))
-    return rate * jnp.where(count < warmup, rise, jnp.maximum(0.0, fall))
+    fall = 0.5 * (1 + xp.cos(xp.pi * (count - warmup) / max(1, steps - warmup)))
+    return rate * xp.where(count < warmup, rise, xp.maximum(0.0, fall))
 
   return value
+
+
+def rates(config: config_lib.Optimizer, steps: int, paths: Iterable[str]) -> Rates:
+  """Number of an update (from 0) -> {group: learning rate} for the groups of `paths`, on the host."""
+  ratio = config.warmup_ratio
+  schedules = {
+    group: schedule(getattr(config, RATES[group]), steps, ratio, np)
+    for group in sorted({group_of(path, config.stage) for path in paths})
+  }
+  return lambda count: {group: float(rate(count)) for group, rate in schedules.items()}
 
 
 def build(
   config: config_lib.Optimizer, steps: int, paths: list[str]
 ) -> optax.GradientTransformation:
   """AdamW for a flat `{path: array}` tree of the parameters that learn."""
+  moments = config_lib.lookup("optimizer.moment_dtype", config.moment_dtype, MOMENT_DTYPES)
 
   def adamw(rate: float) -> optax.GradientTransformation:
     return optax.adamw(
       schedule(rate, steps, config.warmup_ratio), b1=config.b1, b2=config.b2, eps=config.eps,
-      weight_decay=config.weight_decay,
+      weight_decay=config.weight_decay, mask=lambda tree: {p: decays(p) for p in tree},
+      mu_dtype=moments,
     )  # fmt: skip
 
   groups = {path: group_of(path, config.stage) for path in paths}

@@ -86,7 +86,7 @@ def config(path: Path) -> config_lib.Config:
       projector=config_lib.Projector(row="none"),
       dtype="float32",
       frozen_dtype="float32",
-      remat=False,
+      remat="none",
     ),
     data=config_lib.Data(template="smollm2"),
   )
@@ -259,6 +259,7 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
   assert learns == {"vision_tower", "projector"}
 
 
+@pytest.mark.slow
 def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path: Path) -> None:
   """`init.vision_tower` takes the tower of a run; then stage 1 trains the projector only."""
   from llava_sp_jax.train import loop

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import pipeline, sources
+from llava_sp_jax.data import pipeline, samples, sources
 from llava_sp_jax.data.anyres import Tile
 from llava_sp_jax.data.image import Preprocess
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -32,8 +32,10 @@ def make(data: config_lib.Data, tokenizer: Tokenizer, **options: Any) -> Any:
   return pipeline.make(data, tokenizer, TILE, **values)
 
 
-def take(iterator: Any, count: int) -> list[dict[str, np.ndarray]]:
-  return [next(iterator) for _ in range(count)]
+def take(iterator: Any, count: int) -> list[dict[str, Any]]:
+  """Batches whose samples are marked in an array, as the ledger takes them."""
+  batches = [next(iterator) for _ in range(count)]
+  return [{**b, pipeline.SAMPLES: pipeline.marks(b[pipeline.SAMPLES])} for b in batches]
 
 
 def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
@@ -47,20 +49,22 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
 def test_a_batch_has_static_shapes(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
   data = tiny_config().data
   for batch in take(make(data, tokenizer), 5):
+    assert batch.pop(pipeline.SAMPLES).shape == (4, 1)
     assert batch.pop("images").shape == (4, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
     assert {v.shape for v in batch.values()} == {(4, data.row_length)}
     assert set(batch) == {"tokens", "targets", "weights", "positions", "segments", "slots"}
 
 
-def test_state_resumes_exactly(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
+def test_seeking_resumes_exactly(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
   data = tiny_config(data={"turns_per_row": 2, "augment": "mirror_shift"}).data
   iterator = make(data, tokenizer)
   take(iterator, 4)
-  state = iterator.get_state()
   wanted = take(iterator, 5)
   other = make(data, tokenizer)
-  other.set_state(state)
+  other.seek(4)
   assert_equal(take(other, 5), wanted)
+  iterator.seek(4)  # also backwards
+  assert_equal(take(iterator, 5), wanted)
 
 
 def test_the_seed_decides_the_order(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
@@ -70,13 +74,35 @@ def test_the_seed_decides_the_order(tiny_config: ConfigMaker, tokenizer: Tokeniz
   assert any(not np.array_equal(x["tokens"], y["tokens"]) for x, y in zip(a, b, strict=True))
 
 
-def test_hosts_share_the_samples(tiny_config: ConfigMaker, tokenizer: Tokenizer) -> None:
-  """Over one epoch, two hosts see every sample once, together."""
-  data = tiny_config().data
-  hosts = [take(make(data, tokenizer, shard=(i, 2)), 3) for i in range(2)]
-  assert all(batch["tokens"].shape[0] == 2 for batches in hosts for batch in batches)
-  seen = {row.tobytes() for batches in hosts for batch in batches for row in batch["images"]}
-  assert len(seen) == 12
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 3], [1, 2]], [[2], [0], [3], [1]]])
+def test_any_hosts_make_the_rows_of_one(
+  damaged: Path, tiny_config: ConfigMaker, tokenizer: Tokenizer, shares: list[list[int]]
+) -> None:
+  """Whoever makes which rows: together they are those of one host, also where samples are bad."""
+  data = tiny_config(
+    data={"path": str(damaged / "train.json"), "image_folder": str(damaged / "images"),
+          "turns_per_row": 2, "augment": "mirror_shift"}
+  ).data  # fmt: skip
+  wanted = take(make(data, tokenizer), 7)
+  hosts = [make(data, tokenizer, rows=rows) for rows in shares]
+  for host in hosts[1:]:
+    host.seek(2)
+  for number in range(7):
+    for rows, host in zip(shares, hosts, strict=True):
+      if number >= 2 or host is hosts[0]:
+        assert_equal(take(host, 1), [{k: v[rows] for k, v in wanted[number].items()}])
+
+
+def test_an_epoch_reads_every_sample_once(damaged: Path, tiny_config: ConfigMaker,
+                                          tokenizer: Tokenizer) -> None:  # fmt: skip
+  data = tiny_config(
+    data={"path": str(damaged / "train.json"), "image_folder": str(damaged / "images")}
+  ).data
+  iterator = make(data, tokenizer)
+  ids = np.concatenate([batch[pipeline.SAMPLES][:, 0] for batch in take(iterator, 19)])
+  read = np.where(ids < 0, -2 - ids, ids).reshape(4, len(iterator.usable))
+  assert (np.sort(read, axis=1) == np.arange(19)).all()
+  assert set(-2 - ids[ids < 0]) == set(range(12, 19))
 
 
 @pytest.fixture
@@ -121,7 +147,10 @@ def test_bad_samples_are_counted_once_and_written_down(
   assert "turn 0: expected a text from 'human'" in errors["texts"]
   assert errors["without"] == "the text has 0 <image> but the sample has 1 images"
   assert {line["index"] for line in lines} == set(range(12, 19))
-  assert all(batch["weights"].sum(axis=1).all() for batch in batches)
+  for batch in batches:  # the row of a bad sample stays empty
+    trained = (batch[pipeline.SAMPLES][:, 0] >= 0).tolist()
+    assert (batch["weights"].sum(axis=1) > 0).tolist() == trained
+    assert (batch["segments"].sum(axis=1) > 0).tolist() == trained
 
 
 def test_a_subset_of_turns_keeps_order_and_image() -> None:
@@ -129,7 +158,7 @@ def test_a_subset_of_turns_keeps_order_and_image() -> None:
   rng = np.random.default_rng(0)
   seen = set()
   for _ in range(40):
-    drawn = pipeline.draw_turns(turns, 3, rng)
+    drawn = samples.draw_turns(turns, 3, rng)
     assert len(drawn) == 3
     assert drawn[0][0].startswith("<image>\n")
     assert sum(q.count("<image>") for q, _ in drawn) == 1

@@ -18,10 +18,8 @@ from tests.conftest import ConfigMaker
 SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
-@pytest.mark.parametrize(
-  "row",
-  [pytest.param(r, marks=[pytest.mark.slow] * (r not in ("tokens_12", "register"))) for r in ROWS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
 def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_path: Path) -> None:
   config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})
   loop.train(config, tmp_path / "run")

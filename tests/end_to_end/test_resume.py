@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -20,18 +19,11 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load, stream
 from llava_sp_jax.train import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
+from tests.end_to_end.cluster import metrics, saved, write_config
+from tests.end_to_end.kill_trials import numbers
 
 STEPS, SAVE_EVERY = 14, 3
 PATIENCE = 180  # seconds until a process that should be doing something is given up
-
-
-def write_config(config: config_lib.Config, path: Path) -> Path:
-  """A config file as users write them."""
-  path.write_text(
-    '"""A tiny run."""\n\nfrom ml_collections import ConfigDict\n\n\ndef get_config(arg=""):\n'
-    f"  return ConfigDict({config_lib.to_dict(config)!r})\n"
-  )
-  return path
 
 
 def command(config_file: Path, workdir: Path) -> list[str]:
@@ -60,23 +52,6 @@ def finish(config_file: Path, workdir: Path) -> str:
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return done.stdout
-
-
-def metrics(workdir: Path) -> list[dict[str, Any]]:
-  """Whole lines of the log."""
-  path = workdir / loop.METRICS_FILE
-  text = path.read_text() if path.is_file() else ""
-  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def numbers(workdir: Path) -> list[tuple]:
-  """What has to be equal to the last bit, step by step."""
-  keys = ("step", "loss", "grad_norm", "token_accuracy", "tokens")
-  return [tuple(line[key] for key in keys) for line in metrics(workdir)]
-
-
-def saved(workdir: Path) -> list[int]:
-  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def wait_for(process: subprocess.Popen, condition: Any, pause: float = 0.02) -> bool:
@@ -125,6 +100,7 @@ def same_trained_parameters(ours: Path, theirs: Path) -> None:
     np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_killed_between_saves(unbroken: Path, config_file: Path, tmp_path: Path) -> None:
   workdir = tmp_path / "run"
   process = start(config_file, workdir)
@@ -169,7 +145,7 @@ def test_asked_to_stop(unbroken: Path, config_file: Path, tmp_path: Path) -> Non
   assert wait_for(process, lambda: len(metrics(workdir)) >= 2)
   process.send_signal(signal.SIGTERM)
   printed, errors = process.communicate(timeout=PATIENCE)
-  assert process.returncode == 0, errors
+  assert process.returncode == 75, errors  # not complete: launchers go on
   last = metrics(workdir)[-1]["step"]
   assert last < STEPS
   assert f"asked to stop: saved step {last}; the same command goes on from there" in printed
@@ -232,7 +208,7 @@ def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroke
   assert load.open_own(unbroken).step == STEPS
 
 
-@pytest.mark.parametrize("row", ["none", "pooling"])
+@pytest.mark.parametrize("row", [pytest.param("none", marks=pytest.mark.slow), "pooling"])
 def test_second_stage_starts_from_the_first(
   tiny_config: ConfigMaker, tmp_path: Path, row: str
 ) -> None:

@@ -17,6 +17,7 @@ from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import BRANCHES, causal_mask
 from llava_sp_jax.models.llava import merge
+from llava_sp_jax.models.remat import POLICIES
 from tests.conftest import ConfigMaker
 
 TURNS = [("<image>\nwhat is it?", "red"), ("is it blue?", "no"), ("sure?", "yes, it is")]
@@ -171,9 +172,13 @@ def test_mask_written_out() -> None:
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["remat", "scan_unroll"])
-def test_how_layers_are_run_changes_nothing(tiny_config: ConfigMaker, field: str) -> None:
-  changes: dict[str, Any] = {field: {"remat": True, "scan_unroll": 2}[field]}
+@pytest.mark.parametrize(
+  ("field", "value"), [("scan_unroll", 2), *[("remat", p) for p in POLICIES]]
+)
+def test_how_layers_are_run_changes_nothing(
+  tiny_config: ConfigMaker, field: str, value: Any
+) -> None:
+  changes = {field: value}
   plain, other = Model(tiny_config("finetune")), Model(tiny_config("finetune", model=changes))
   row = plain.row(conversation.chain(TURNS, V1), 192)
   np.testing.assert_allclose(plain.logits(row), other.logits(row), atol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.models.lora import Lora, LoraDense
+from llava_sp_jax.models.lora import Lora, LoraDense, keep, together
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
@@ -55,3 +55,48 @@ def test_dropout_acts_on_the_adapter_and_only_with_a_key(params: dict) -> None:
 def test_rank_zero_is_the_plain_class() -> None:
   assert Lora(0, 1.0).dense() is nn.Dense
   assert hash(Lora(2, 4.0)) == hash(Lora(2, 4.0))
+
+
+def test_layers_read_their_input_through_one_matmul() -> None:
+  """`together` gives what each layer gives alone, and its program has one product with A."""
+
+  class Pair(nn.Module):
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+      layers = [
+        LoraDense(n, rank=2, alpha=4.0, use_bias=False, name=f"l{n}") for n in (3, 5, 5 + 2)
+      ]
+      return together(layers, x) if self.fused else [layer(x) for layer in layers]
+
+  params = Pair(False).init(jax.random.key(0), X)
+  assert jax.tree.structure(Pair(True).init(jax.random.key(0), X)) == jax.tree.structure(params)
+  noise = np.random.default_rng(2)
+  params = jax.tree.map(lambda p: jnp.asarray(noise.normal(size=p.shape), jnp.float32), params)
+  products = {}
+  for fused in (True, False):
+    products[fused] = str(jax.make_jaxpr(Pair(fused).apply)(params, X)).count("dot_general")
+  assert products == {True: 3 + 1 + 3, False: 3 + 3 + 3}
+  for ours, alone in zip(Pair(True).apply(params, X), Pair(False).apply(params, X), strict=True):
+    np.testing.assert_allclose(ours, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_dropout_keeps_what_it_should(rate: float) -> None:
+  """Shares, independence of neighbours in every direction, and other keys give other decisions."""
+  shape = (4, 100, 500)
+  kept = np.asarray(keep(jax.random.key(0), shape, rate))
+  deviation = np.sqrt(rate * (1 - rate) / kept.size)
+  assert abs(kept.mean() - (1 - rate)) < 4 * deviation
+  centred = kept - kept.mean()
+  others = [np.roll(centred, 1, axis) for axis in range(3)]
+  others += [np.roll(centred, (1, 1), (1, 2)), keep(jax.random.key(1), shape, rate) - kept.mean()]
+  for other in others:
+    correlation = (centred * np.asarray(other)).mean() / centred.var()
+    assert abs(correlation) < 4 / np.sqrt(kept.size)
+  for axis in range(3):  # no row, column or feature is dropped more than chance does
+    rest = tuple(a for a in range(3) if a != axis)
+    count = kept.size / shape[axis]
+    assert np.abs(kept.mean(axis=rest) - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / count)
+  np.testing.assert_array_equal(kept, keep(jax.random.key(0), shape, rate))

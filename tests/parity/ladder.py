@@ -128,7 +128,7 @@ class Case:
     options = formats.Options(row=self.spec.row)
     self.source = formats.open_checkpoint(GOLDEN / self.spec.checkpoint, options)
     self.model = dataclasses.replace(
-      self.source.config.model, dtype="float32", frozen_dtype="float32", remat=False
+      self.source.config.model, dtype="float32", frozen_dtype="float32", remat="none"
     )
     flat = {p: leaf.read().astype(np.float32) for p, leaf in self.source.leaves.items()}
     self.params = unflatten_dict(flat, sep="/")

@@ -37,10 +37,11 @@ def mesh_of(sizes: tuple[int, ...]) -> Mesh:
 
 
 def batches(config: config_lib.Config) -> Iterator[dict[str, np.ndarray]]:
-  return pipeline.make(
+  made = pipeline.make(
     config.data, Tokenizer(config.data.tokenizer), anyres.Tile(*build.tile_shape(config.model)),
     config.train.batch_size, config.train.seed,
   )  # fmt: skip
+  return ({k: v for k, v in batch.items() if k != pipeline.SAMPLES} for batch in made)
 
 
 def run(config: config_lib.Config, mesh: Mesh) -> tuple[list[float], Any]:
@@ -94,7 +95,11 @@ def test_parameters_live_where_the_table_says(runs: dict) -> None:
   for state in (fsdp, three):
     assert parts(state.trainable[SPATIAL]) == [("data", "fsdp", "tensor"), ()]
     assert shard_share(state.trainable[SPATIAL]) == 1 / 8
-  assert parts(three.trainable["language_model/layers/q_proj/lora_b"]) == [(), (), ("tensor",)]
+  assert parts(three.trainable["language_model/layers/q_proj/lora_b"]) == [
+    (),
+    (),
+    ("tensor", "fsdp"),
+  ]
 
 
 @pytest.mark.parametrize("name", ["fsdp", "three"])

@@ -1,0 +1,24 @@
+"""The paper's stage 2: llava-sp train --config configs/finetune_lora.py:size=7b --workdir runs/finetune
+
+Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), row=<a row of
+models.projector.ROWS> (as in stage 1), init=<stage 1's run folder> (default: runs/pretrain; empty:
+a random projector), data=<folder with llava_v1_5_mix665k.json and the image folders that it names:
+coco, gqa, ocr_vqa, textvqa, vg>, checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and
+clip-vit-large-patch14-336/> (read when init is empty; the tokenizer is read from there always).
+
+Instructions train LoRA adapters on the decoder's seven linear layers; patch MLP and spatial tokens
+learn at a rate of their own.
+"""
+
+from ml_collections import ConfigDict
+
+from llava_sp_jax import recipes
+from llava_sp_jax.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  return ConfigDict(recipes.llava(
+    parse_arg(arg, **recipes.STAGE_2), "finetune-lora", recipes.INSTRUCTIONS,
+    {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
+    {"lora": recipes.LORA},
+  ))  # fmt: skip

@@ -1,0 +1,25 @@
+"""Stage 2 on a quantised base: llava-sp train --config configs/finetune_qlora.py:size=7b --workdir runs/qlora
+
+Options after the colon, separated by commas: kernels=nf4|int8 (of the decoder's frozen kernels),
+size=7b|13b (Vicuna v1.5), row=<a row of models.projector.ROWS> (as in stage 1), init=<stage 1's run
+folder> (default: runs/pretrain; empty: a random projector), data=<folder with
+llava_v1_5_mix665k.json and the image folders that it names: coco, gqa, ocr_vqa, textvqa, vg>,
+checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and clip-vit-large-patch14-336/>
+(read when init is empty; the tokenizer is read from there always).
+
+Rates and adapters are those of finetune_lora.py; the paper has no such run.
+"""
+
+from ml_collections import ConfigDict
+
+from llava_sp_jax import recipes
+from llava_sp_jax.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  arg = parse_arg(arg, kernels="nf4", **recipes.STAGE_2)
+  return ConfigDict(recipes.llava(
+    arg, f"finetune-qlora-{arg.kernels}", recipes.INSTRUCTIONS,
+    {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
+    {"lora": recipes.LORA, "quantize": arg.kernels},
+  ))  # fmt: skip

@@ -1,0 +1,118 @@
+"""Kernels that are quantised while they are read from their files, and back, a layer at a time.
+
+A process reads of a kernel what its devices hold of the codes, widened to whole blocks; the float
+values of one layer are in memory at a time, beside the codes of one stacked kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llava_sp_jax.convert.leaves import Index, Leaf, Leaves
+from llava_sp_jax.models.quantize import Format, is_quantised
+
+
+class Pieces:
+  """Quantised pieces of the kernel that was read last: its other leaves are wanted next."""
+
+  def __init__(self) -> None:
+    self._path = ""
+    self._found: dict[str, dict[str, np.ndarray]] = {}
+
+  def read(self, kernel: Leaf, form: Format, index: Index) -> dict[str, np.ndarray]:
+    """Leaves of `kernel[index]`, stacked over its layers."""
+    if kernel.path != self._path:
+      self._path, self._found = kernel.path, {}
+    if str(index) not in self._found:
+      layers, rows, columns = index
+      parts = [
+        form.quantise(kernel.read((slice(i, i + 1), rows, columns))[0])
+        for i in range(layers.start, layers.stop)
+      ]
+      self._found[str(index)] = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
+    return self._found[str(index)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised(Leaf):
+  """One leaf of a quantised kernel; [L, N, O] of the kernel's [L, I, O]."""
+
+  kernel: Leaf
+  form: Format
+  pieces: Pieces
+
+  @property
+  def origin(self) -> str:
+    return self.kernel.origin
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    index = index or (slice(None),) * 3
+    layers, rows, columns = (
+      slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
+    )
+    inputs = self.kernel.shape[1]
+    each = inputs // self.shape[1]  # the kernel's rows behind one of ours
+    grain = inputs if self.form.whole else self.form.block
+    low = rows.start * each // grain * grain
+    high = -(-rows.stop * each // grain) * grain
+    piece = self.pieces.read(self.kernel, self.form, (layers, slice(low, high), columns))
+    first = low // each
+    return piece[self.path.rsplit("/", 1)[1]][:, rows.start - first : rows.stop - first]
+
+
+def quantise(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -> Leaves:
+  """Leaves of the unquantised model -> those that `expected`, the abstract tree, has of them.
+
+  Both may lack parts of the model; with no `form` nothing changes.
+  """
+  if form is None:
+    return leaves
+  pieces, result, kernels = Pieces(), dict(leaves), set()
+  for path, shape in expected.items():
+    kernel = path.rsplit("/", 1)[0] + "/kernel"
+    if is_quantised(path) and kernel in leaves:
+      kernels.add(kernel)
+      result[path] = Quantised(
+        path, shape.shape, np.dtype(shape.dtype), leaves[kernel], form, pieces
+      )
+  return {path: leaf for path, leaf in result.items() if path not in kernels}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantised(Leaf):
+  """The float kernel [L, I, O] that quantised leaves stand for, rounded to `dtype`."""
+
+  leaves: Leaves  # by their last names
+  form: Format
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    layers, rows, columns = index or (slice(None),) * 3
+    whole = slice(None)
+    found = []
+    for i in range(*layers.indices(self.shape[0])):
+      layer = {n: x.read((slice(i, i + 1), whole, whole))[0] for n, x in self.leaves.items()}
+      found.append(self.form.dequantise(layer, self.dtype)[rows, columns])
+    return np.stack(found)
+
+
+def dequantise(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
+  """The inverse of `quantise`: float kernels of `dtype`, the ones that the quantised model uses."""
+  if form is None:
+    return leaves
+  stems: dict[str, Leaves] = {}
+  for path, leaf in leaves.items():
+    if is_quantised(path):
+      stem, name = path.rsplit("/", 1)
+      stems.setdefault(stem, {})[name] = leaf
+  kernels: Leaves = {}
+  for stem, parts in stems.items():
+    layers, rows, columns = parts["kernel_q"].shape
+    shape = (layers, rows * form.packed, columns)
+    wanted = np.dtype(jnp.dtype(dtype))
+    kernels[f"{stem}/kernel"] = Dequantised(f"{stem}/kernel", shape, wanted, parts, form)
+  return {**{p: leaf for p, leaf in leaves.items() if not is_quantised(p)}, **kernels}

@@ -1,0 +1,62 @@
+"""Which samples train and which are held out for validation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import ConfigError
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+def of_part(data: config_lib.Data, part: str) -> config_lib.Data:
+  """`data` as one part reads it: validation without augmentation, from a path of its own if given.
+
+  Raises: ConfigError when what is held out is not given, given twice or no share.
+  """
+  if not 0 <= data.validation_fraction < 1:
+    raise ConfigError(
+      f"data.validation_fraction: expected a share from 0 to below 1, found "
+      f"{data.validation_fraction}"
+    )
+  if data.validation_path and data.validation_fraction:
+    raise ConfigError("data.validation_path, data.validation_fraction: give one of the two")
+  if part == TRAIN:
+    return data
+  if not data.validation_path and not data.validation_fraction:
+    raise ConfigError(
+      "train.validate_every: nothing is held out; give data.validation_path or "
+      "data.validation_fraction"
+    )
+  return dataclasses.replace(data, path=data.validation_path or data.path, augment="none")
+
+
+def samples(data: config_lib.Data, part: str, count: int) -> Sequence[int]:
+  """The indices, of `count` samples, that belong to a part.
+
+  A sample is held out by a hash of its index: the same ones in every run, on any number of hosts,
+  and with a larger fraction these and more. Raises: ConfigError when a part would be empty.
+  """
+  if not data.validation_fraction:
+    return range(count)
+  held = _hash(np.arange(count, dtype=np.uint64)) < data.validation_fraction
+  chosen = np.flatnonzero(held if part == VALIDATION else ~held).tolist()
+  if not chosen:
+    raise ConfigError(
+      f"data.validation_fraction: {data.validation_fraction} of {count} samples leaves none for "
+      f"{part}; give another fraction, or data.validation_path"
+    )
+  return chosen
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+  """Numbers spread evenly over [0, 1): the finaliser of SplitMix64 (Steele et al. 2014)."""
+  x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  x = x ^ (x >> np.uint64(31))
+  return (x >> np.uint64(11)).astype(np.float64) / 2.0**53

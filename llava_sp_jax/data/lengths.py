@@ -1,0 +1,197 @@
+"""The sizes of all samples: one pass over text and image heads, before any row is planned.
+
+The pass runs in several processes and is kept in a file whose name is a hash of all that it depends
+on, so a run that goes on, or another run on the same data, does not repeat it.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import anyres, samples, sources
+from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.packing import Sizes
+from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.tokenizer import Tokenizer
+
+VERSION = 1  # of the file, and of the code that measures
+CHUNK = 256  # samples that go to a process at a time
+ALONE = 4096  # so few are measured here: processes take seconds to start
+SAY_EVERY = 10.0  # seconds
+# Settings that do not change a size. All others count, so that a new one is never forgotten.
+NOT_MEASURED = ("threads", "processes", "packing", "bucket_lengths", "augment", "image_mean",
+                "image_std", "path", "tokenizer")  # fmt: skip
+
+Say = Callable[[str], None]
+Found = tuple[int, int, int, str]  # length, total, tiles, or (0, 0, 0, why it cannot be used)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+  """Arrays over all samples, int32; 0 for those in `errors`, which says why."""
+
+  lengths: np.ndarray
+  totals: np.ndarray  # before anything was cut
+  tiles: np.ndarray
+  errors: dict[int, str]
+
+  @property
+  def cut(self) -> int:
+    return int(np.sum(self.totals > self.lengths))
+
+  def sizes(self) -> Sizes:
+    usable = np.flatnonzero(self.lengths).astype(np.int32)
+    return Sizes(self.lengths, self.tiles, usable)
+
+
+class Lengths:
+  """`sizes(epoch)`: measured, read from the file of an earlier pass, or the same as before."""
+
+  def __init__(
+    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, tile: anyres.Tile,
+    seed: int, quarantine: Quarantine, folder: Path | None = None, say: Say | None = None,
+  ):  # fmt: skip
+    """`folder` is where passes are kept (None: nowhere); `say` is told how far one is."""
+    self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
+    self._seed, self._quarantine, self._folder = seed, quarantine, folder
+    self._say = say or (lambda line: None)
+
+  def measured(self, epoch: int) -> Measured:
+    """Raises: ConfigError when no sample can be used."""
+    # Only where turns are drawn does an epoch have sizes of its own.
+    result = self._pass(epoch if self._data.turns_per_row else 0)
+    for index, error in result.errors.items():
+      self._quarantine.add(index, self._source[index], SampleError(error))
+    return result
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
+  def _pass(self, epoch: int) -> Measured:
+    path = self._folder / f"lengths-{self.key(epoch)}.npz" if self._folder else None
+    if path and path.is_file():
+      return _load(path)
+    result = self._measure(epoch)
+    if path:
+      _save(result, path)
+    return result
+
+  def sizes(self, epoch: int) -> Sizes:
+    """What `packing.Stream` asks for. Raises: ConfigError when no sample can be used."""
+    return self.measured(epoch).sizes()
+
+  def key(self, epoch: int) -> str:
+    """A hash of all that sizes depend on, but for the images themselves."""
+    data = dataclasses.asdict(self._data)
+    about = {
+      "version": VERSION, "source": self._source.fingerprint(), "tile": self._tile.__dict__,
+      "tokenizer": self._tokenizer.fingerprint(),
+      "data": {k: v for k, v in data.items() if k not in NOT_MEASURED},
+      "draws": [self._seed, epoch] if self._data.turns_per_row else None,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+  def _measure(self, epoch: int) -> Measured:
+    count, started, told = len(self._source), time.monotonic(), time.monotonic()
+    found: list[Found] = []
+    last = ""
+    for part in self._parts(epoch):
+      found += part
+      last = next((error for *_, error in reversed(part) if error), last)
+      now = time.monotonic()
+      if now - told > SAY_EVERY:
+        told, rate = now, len(found) / (now - started)
+        self._say(
+          f"measuring samples: {len(found):,} of {count:,}, {rate:,.0f} a second, "
+          f"eta {(count - len(found)) / rate:,.0f} s"
+        )
+    lengths, totals, tiles = np.array([f[:3] for f in found], np.int32).T
+    errors = {i: f[3] for i, f in enumerate(found) if f[3]}
+    if len(errors) == count:
+      raise config_lib.ConfigError(
+        f"data: none of the {count} samples can be used; the last: {last}"
+      )
+    result = Measured(lengths, totals, tiles, errors)
+    self._say(
+      f"measured {count:,} samples in {time.monotonic() - started:,.1f} s: {len(errors):,} cannot "
+      f"be used, {result.cut:,} are cut at {self._data.row_length} tokens"
+    )
+    return result
+
+  def _parts(self, epoch: int) -> Iterator[list[Found]]:
+    """What was found, CHUNK samples at a time, in order."""
+    measurer = (self._data, self._tile, self._source.sizes, self._seed)
+    count = len(self._source)
+    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+    processes = self._data.processes or os.cpu_count() or 1
+    if processes == 1 or count <= ALONE:
+      measure = _measurer(*measurer, self._tokenizer)
+      for chunk in chunks:
+        yield _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+      return
+    context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _start, measurer) as pool:
+      waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+      for chunk in chunks:
+        parts = [self._source[i] for i in chunk]
+        waiting.append(pool.submit(_work, parts, epoch, chunk.start))
+        if len(waiting) > 4 * processes:  # not all samples at once in the queue
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+
+
+def _measurer(
+  data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Tokenizer
+) -> samples.Measurer:
+  return samples.Measurer(samples.Writer(tokenizer, data), anyres.Reader(data, tile), sizes, seed)
+
+
+def _chunk(measure: samples.Measurer, chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
+  found: list[Found] = []
+  for index, sample in enumerate(chunk, first):
+    try:
+      size = measure(sample, epoch, index)
+      found.append((size.length, size.total, size.tiles, ""))
+    except SampleError as error:
+      found.append((0, 0, 0, str(error)))
+  return found
+
+
+_process: list[samples.Measurer] = []  # of a process that `_start` has prepared
+
+
+def _start(data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int) -> None:
+  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(data.tokenizer)))
+
+
+def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
+  return _chunk(_process[0], chunk, epoch, first)
+
+
+def _save(measured: Measured, path: Path) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(f".{os.getpid()}.part")
+  errors = json.dumps(sorted(measured.errors.items()))
+  with part.open("wb") as file:
+    np.savez(file, lengths=measured.lengths, totals=measured.totals, tiles=measured.tiles,
+             errors=np.array(errors))  # fmt: skip
+  part.replace(path)
+
+
+def _load(path: Path) -> Measured:
+  with np.load(path) as file:
+    errors = {int(i): error for i, error in json.loads(str(file["errors"]))}
+    return Measured(file["lengths"], file["totals"], file["tiles"], errors)

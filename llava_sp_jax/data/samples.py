@@ -1,0 +1,94 @@
+"""One sample: its text as runs of ids, its size before its pictures are read, its place in a row.
+
+What is drawn at random for a sample depends on the seed, the epoch and the sample alone, so it is
+the same wherever the sample stands and whoever reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import lookup
+from llava_sp_jax.data import anyres, conversation, example
+from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """What a sample takes: `length` tokens of a row, `total` before it was cut, and its tiles."""
+
+  length: int
+  total: int
+  tiles: int
+
+
+def rng_of(seed: int, epoch: int, index: int) -> np.random.Generator:
+  """The generator of one visit of a sample."""
+  return np.random.default_rng([seed, epoch, index])
+
+
+class Writer:
+  """Turns samples into runs of ids, and says what they take of a row."""
+
+  def __init__(self, tokenizer: Tokenizer, data: config_lib.Data):
+    """Raises: ConfigError for settings that do not exist."""
+    self._tokenizer, self._data = tokenizer, data
+    self._template = lookup("data.template", data.template, conversation.TEMPLATES)
+    self._turns = lookup("data.turns", data.turns, conversation.TURNS)
+    self._shorten = lookup("data.too_long", data.too_long, TOO_LONG)
+
+  def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
+    """Raises: SampleError for what is not a dialogue."""
+    if not isinstance(sample, dict):
+      raise SampleError(f"expected a dictionary, found {sample!r:.60}")
+    turns = conversation.turns_of(sample)
+    limit = self._data.turns_per_row
+    if limit and len(turns) > limit:
+      turns = draw_turns(turns, limit, rng)
+    return example.tokenize(self._turns(turns, self._template), self._tokenizer)
+
+  def size(self, runs: list[example.Run], plans: Sequence[example.Plan]) -> Size:
+    """Raises: SampleError when it fits into no row, or may not be cut."""
+    limit = self._data.row_length
+    total = example.total_length(runs, plans, limit, self._data.images_per_row)
+    length = self._shorten(total, limit) if total > limit else total
+    return Size(length, total, sum(plan.tiles for plan in plans))
+
+
+def _cut(total: int, limit: int) -> int:
+  return limit
+
+
+def _refused(total: int, limit: int) -> int:
+  raise SampleError(f"{total} tokens, but data.row_length is {limit} and data.too_long quarantine")
+
+
+TOO_LONG = {"cut": _cut, "quarantine": _refused}
+
+
+def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
+  """A random subset of the turns, in their order; the image stays in the first of them."""
+  image_count = turns[0][0].count(conversation.IMAGE)
+  plain = [(q.replace(conversation.IMAGE, "").strip(), a) for q, a in turns]
+  chosen = [plain[i] for i in sorted(rng.choice(len(turns), limit, replace=False))]
+  first = (conversation.IMAGE + "\n") * image_count + chosen[0][0]
+  return [(first, chosen[0][1]), *chosen[1:]]
+
+
+class Measurer:
+  """The size of a sample from its text and the heads of its image files; a process can build it."""
+
+  def __init__(self, writer: Writer, reader: anyres.Reader, sizes: Any, seed: int):
+    """`sizes` is that of a `sources.Source`."""
+    self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed
+
+  def __call__(self, sample: Any, epoch: int, index: int) -> Size:
+    """Raises: SampleError for a sample that cannot be used."""
+    runs = self._writer.runs(sample, rng_of(self._seed, epoch, index))
+    return self._writer.size(runs, [self._reader.plan(size) for size in self._sizes(sample)])

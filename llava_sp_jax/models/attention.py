@@ -1,0 +1,196 @@
+"""Attention of the decoder: a table of implementations, and the rule that chooses one.
+
+Each says what it cannot compute exactly. "auto" takes the first of its platform that has no
+objection; one that is asked for by name and objects is an error. Nothing falls back in silence.
+
+Shape letters:  B rows . T queries . S keys . N heads . K key-value heads . H head width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
+
+from llava_sp_jax.models import layers
+
+SAVED = "attention"  # name of the output (and of splash's log-sum-exp) for remat policies
+BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
+LANES = 128  # the kernel's smallest tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """What is known of the attention before it is traced; a field of the decoder.
+
+  `platform` is that of the devices it is compiled for ("" = where jax runs): they may be absent.
+  `branches` says whether samples may have branches (`layers.BRANCHES`). Without them, a sample is
+  one contiguous run of its row with positions that count up by one.
+  """
+
+  name: str = "auto"  # "auto", or a row of IMPLEMENTATIONS
+  platform: str = ""
+  branches: bool = True
+  window: int = 0  # of every layer; 0: none
+  mixed_layers: bool = False  # only some layers have a window
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call, as far as it is static."""
+
+  spec: Attention
+  length: int
+  head_dim: int
+  dtype: jnp.dtype
+  cached: bool
+  split: tuple[int, int, int]  # rows, heads and key-value heads on one device; 0: do not divide
+
+  @property
+  def platform(self) -> str:
+    return self.spec.platform or jax.default_backend()
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+  """`run(case, q, k, v, mask, segments)`; `objections` lists what it cannot do with a case."""
+
+  run: Callable[..., jax.Array]
+  objections: Callable[[Case], list[str]]
+
+
+def attend(
+  spec: Attention, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
+  segments: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+  """Masked attention by the implementation that `choose` names.
+
+  Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, the reference; segments [B, T] when
+  keys and queries are the same positions, None when the keys come from a cache.
+  Returns: [B, T, N, H]. Rows of padding (segment 0) hold finite values of no meaning.
+  Raises: ValueError for an implementation that was asked for by name and objects.
+  """
+  case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, _split(q, k))
+  return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
+
+
+def choose(case: Case) -> str:
+  """The row of IMPLEMENTATIONS that computes `case`. Raises: ValueError, see `attend`."""
+  name = case.spec.name
+  if name == "auto":
+    order = PLATFORMS.get(case.platform, ("xla",))
+    return next(row for row in order if not IMPLEMENTATIONS[row].objections(case))
+  if reasons := IMPLEMENTATIONS[name].objections(case):
+    raise ValueError(
+      f"model.attention {name!r} cannot compute this: {'; '.join(reasons)}; use 'auto' or 'xla'"
+    )
+  return name
+
+
+def _split(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
+  mesh = jax.sharding.get_abstract_mesh().shape
+  rows, heads = (_ways(axis, mesh) for axis in ("batch", "heads"))
+  sizes = ((q.shape[0], rows), (q.shape[2], heads), (k.shape[2], heads))
+  a, b, c = (0 if size % ways else size // ways for size, ways in sizes)
+  return a, b, c
+
+
+def _ways(axis: str, mesh: dict[str, int]) -> int:
+  """Over how many devices a logical axis is divided."""
+  (names,) = nn.logical_to_mesh_axes((axis,)) or (None,)
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.get(name, 1) for name in names)
+
+
+def _xla(case: Case, q, k, v, mask, segments) -> jax.Array:
+  return layers.attend(q, k, v, mask)
+
+
+def _cudnn(case: Case, q, k, v, mask, segments) -> jax.Array:
+  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+
+
+def _cudnn_objections(case: Case) -> list[str]:
+  checks = {
+    f"platform {case.platform} has no cuDNN": case.platform not in ("gpu", "cuda"),
+    "the keys come from a cache": case.cached,
+    f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16":
+      jnp.dtype(case.dtype).itemsize != 2,
+    f"head width {case.head_dim} is not a multiple of 8 up to 128":
+      case.head_dim % 8 != 0 or case.head_dim > 128,
+  }  # fmt: skip
+  return [reason for reason, found in checks.items() if found]
+
+
+def _splash_objections(case: Case) -> list[str]:
+  checks = {
+    f"platform {case.platform} has no Pallas kernels for TPUs":
+      case.platform not in ("tpu", "cpu"),  # on a CPU they are interpreted: slow, for tests
+    "the keys come from a cache": case.cached,
+    "samples may have branches, which also see their trunk": case.spec.branches,
+    "only some layers have a sliding window": case.spec.mixed_layers,
+    f"row length {case.length} is not a multiple of {LANES}": case.length % LANES != 0,
+    "rows or heads do not divide over their mesh axes": 0 in case.split,
+  }  # fmt: skip
+  return [reason for reason, found in checks.items() if found]
+
+
+def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
+  """The Pallas kernel of jax, each device on its rows and heads; interpreted where there is no TPU.
+
+  Its mask is causal (or the window, in indices: within a contiguous sample they differ as positions
+  do) and within segments; `mask` is not read.
+  """
+  length = case.length
+  block = math.gcd(length, BLOCK)
+  # One kernel for all three gradients: 5 products instead of 7; it adds up dq over tiles of keys.
+  keys = math.gcd(length, 2 * block)
+  sizes = splash.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=keys,
+    block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+  )  # fmt: skip
+
+  def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    shape = (length, length)
+    one = (
+      splash_mask.LocalMask(shape, (case.spec.window - 1, 0), 0)
+      if case.spec.window
+      else splash_mask.CausalMask(shape)
+    )
+    kernel = splash.make_splash_mha_single_device(
+      splash_mask.MultiHeadMask([one] * q.shape[1]), block_sizes=sizes,
+      residual_checkpoint_name=SAVED, interpret=case.platform == "cpu",
+    )  # fmt: skip
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+
+  q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+  if not jax.sharding.get_abstract_mesh().empty:
+    heads = nn.logical_to_mesh_axes(("batch", "heads", None, None)) or PartitionSpec()
+    rows = nn.logical_to_mesh_axes(("batch", None)) or PartitionSpec()
+    local = jax.shard_map(
+      local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )
+  return local(q, k, v, segments).transpose(0, 2, 1, 3)
+
+
+IMPLEMENTATIONS = {
+  "xla": Implementation(_xla, lambda case: []),
+  "splash": Implementation(_splash, _splash_objections),
+  "cudnn": Implementation(_cudnn, _cudnn_objections),
+}
+
+# What "auto" tries on the devices of a platform, in this order.
+PLATFORMS = {
+  "cpu": ("xla",),
+  "tpu": ("splash", "xla"),
+  "gpu": ("cudnn", "xla"),
+  "cuda": ("cudnn", "xla"),
+}

@@ -1,0 +1,147 @@
+"""FLOPs of a training step, by formula: what the model needs, whatever the compiler makes of it.
+
+A kernel of N parameters costs 2N per token forward, 2N for the gradient of its input and 2N for its
+own: 4N when it is frozen (nothing below it would learn without it), 6N when it learns, 2N in a
+frozen tower, below which nothing learns. Rematerialised work and padding do not count, as in the
+usual definition of MFU (Chowdhery et al. 2022, appendix B); norms, rotary and softmax are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.models import build
+from llava_sp_jax.models.projector import DETAIL_STRIDE, ROWS, detail_size
+
+FORWARD, BACKWARD_INPUT, BACKWARD_KERNEL = 2, 2, 2  # per parameter and token
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+  """FLOPs of a training step for each thing that a batch has so and so many of."""
+
+  position: float  # of the decoder that holds a token, of text or of an image
+  pair: float  # (query, key) that attention may see
+  image: float  # one tile: tower and projector
+
+  def step(self, positions: float, pairs: float, images: float) -> float:
+    """FLOPs of a batch."""
+    return self.position * positions + self.pair * pairs + self.image * images
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """Counts of one image that decide how often a kernel of the projector is used."""
+
+  patches: int
+  spatial: int
+  views: tuple[int, ...]
+  field: int
+
+  def detail(self, kernel: int) -> int:  # positions of a strided convolution
+    return ((self.field - detail_size(kernel, self.field)) // DETAIL_STRIDE + 1) ** 2
+
+
+# (regex, uses of the kernel per image, whether it reads the tower's features directly); the first
+# match wins. Such a kernel passes no gradient on to a frozen tower.
+_Uses = Callable[[_Sizes, re.Match], float]
+_VIEW = r"projector/(?:crop|pool)_(\d+)/"
+PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
+  (r"projector/fc1/kernel", lambda s, m: s.patches, True),
+  (r"projector/fc2/kernel", lambda s, m: s.patches, False),
+  (r"projector/out/kernel", lambda s, m: s.spatial, False),
+  (_VIEW + r"kernel", lambda s, m: 1, True),
+  (r"projector/detail_(\d+)/conv/kernel", lambda s, m: s.detail(int(m[1])), True),
+  (r"projector/detail_(\d+)/query/kernel", lambda s, m: s.spatial, False),
+  (r"projector/detail_(\d+)/(key|value)/kernel", lambda s, m: s.detail(int(m[1])), False),
+  (_VIEW + r"encoder/.*(kernel|in_proj)", lambda s, m: s.views[int(m[1])] ** 2, False),
+  # queries are one position, keys and values (two thirds of the kernel) those of the view
+  (
+    _VIEW + r"decoder/.*cross_attn/in_proj",
+    lambda s, m: (1 + 2 * s.views[int(m[1])] ** 2) / 3,
+    False,
+  ),
+  (_VIEW + r"decoder/.*(kernel|in_proj)", lambda s, m: 1, False),
+)
+# What no matmul reads: looked up, added, or normalised with.
+NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
+
+
+def costs(config: config_lib.Model, learns: Callable[[str], bool]) -> Costs:
+  """FLOPs of a step of `config` when the parameters at paths that `learns` accepts are trained.
+
+  Raises: KeyError for a parameter whose use is not known.
+  """
+  config = dataclasses.replace(config, quantize="none")  # codes are multiplied as floats
+  shapes = {
+    path: leaf.shape for path, leaf in flatten_dict(build.abstract(config), sep="/").items()
+  }
+  return Costs(
+    position=sum(_decoder(path, shape, learns(path)) for path, shape in shapes.items())
+    + _tied_head(config, learns),
+    # scores and weighted values, 2 FLOPs each per channel; both operands of both need gradients
+    pair=12.0 * config.language_model.layers * config.language_model.heads
+    * config.language_model.head_dim,
+    image=_image(config, shapes, learns),
+  )  # fmt: skip
+
+
+def _decoder(path: str, shape: tuple[int, ...], learns: bool) -> float:
+  if not path.startswith("language_model/") or re.match(NO_MATMUL, path) or "embed" in path:
+    return 0.0
+  if not re.search(r"/(kernel|lora_[ab])$", path):
+    raise KeyError(f"FLOPs of parameter {path!r} are not known")
+  return _size(shape) * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * learns)
+
+
+def _tied_head(config: config_lib.Model, learns: Callable[[str], bool]) -> float:
+  text = config.language_model
+  if not text.tie_embeddings:
+    return 0.0
+  learned = learns("language_model/token_embed/embedding")
+  return text.vocab_size * text.width * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * learned)
+
+
+def _image(
+  config: config_lib.Model, shapes: dict[str, tuple[int, ...]], learns: Callable[[str], bool]
+) -> float:
+  patches = build.patch_grid(config) ** 2
+  row, sizes = ROWS[config.projector.row], build.view_sizes(config)
+  field = row.detail_field(build.patch_grid(config), config.projector.scales)
+  counts = _Sizes(patches, build.image_token_count(config) - patches, sizes, field)
+  tower_learns = any(learns(path) for path in shapes if path.startswith("vision_tower/"))
+  positions = patches + ("vision_tower/class_embed" in shapes)
+  total = 0.0
+  for path, shape in shapes.items():
+    if path.startswith("language_model/") or re.match(NO_MATMUL, path):
+      continue
+    if path.startswith("vision_tower/"):
+      first = "patch_embed" in path
+      uses: float = patches if first else positions
+      passes_on = tower_learns and not first
+    else:
+      uses, reads_tower = _uses(path, counts)
+      passes_on = tower_learns or not reads_tower
+    each = FORWARD + BACKWARD_INPUT * passes_on + BACKWARD_KERNEL * learns(path)
+    total += _size(shape) * uses * each
+  attention = 4.0 * build.tower_layers(config) * config.tower.width * positions**2
+  return total + attention * (3 if tower_learns else 1)
+
+
+def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
+  for pattern, uses, reads_tower in PROJECTOR:
+    if match := re.fullmatch(pattern, path):
+      return uses(sizes, match), reads_tower
+  raise KeyError(f"FLOPs of parameter {path!r} are not known")
+
+
+def _size(shape: tuple[int, ...]) -> int:
+  total = 1
+  for side in shape:
+    total *= side
+  return total

@@ -1,0 +1,216 @@
+"""Weight-only quantisation of frozen kernels: int8 and NF4 (QLoRA), a table of formats by name.
+
+A quantised kernel is a few leaves at the kernel's own path: `kernel` becomes `kernel_q`, the codes,
+and `kernel_scale...`. All have two axes that run along the kernel's own, so that one row of the
+sharding table places them all. Gradients reach activations only.
+
+Ours and not `qwix`: its providers act through interceptors, whose context is no part of jit's cache
+key, and quantising weights under `nn.scan` failed (0.1.8). Its arithmetic alone (`qwix.quantize`)
+has no second quantisation of the scales, needs jax arrays where loading has slices of files in
+numpy, and is less code to write than to adapt.
+
+Shape letters:  I inputs of the kernel (contracted) . O outputs . N blocks along I . S values per block
+Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3 and appendix E.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any  # numpy while loading, jax in the model
+Leaves = dict[str, Array]
+
+# Quantiles of the standard normal, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
+NF4_LEVELS = (
+  -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+  -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+  0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+  0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _namespace(x: Array) -> Any:
+  """numpy for numpy's arrays, so that loading does not touch a device."""
+  return np if isinstance(x, np.ndarray) else jnp
+
+
+def _symmetric(x: Array, axis: int) -> tuple[Array, Array]:
+  """float32 -> int8 codes from -127 to 127, and their scale, which keeps `axis` with one entry."""
+  xp = _namespace(x)
+  top = xp.max(xp.abs(x), axis=axis, keepdims=True)
+  # A product, because XLA makes one of a division by a constant, and numpy does not.
+  scale = xp.where(top > 0, top * np.float32(1 / 127), np.float32(1))
+  return xp.rint(x / scale).astype(np.int8), scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """Symmetric: code * scale, scale = largest / 127 of an output's inputs, or of `block` of them."""
+
+  block: int = 0  # 0: one scale for each output
+  packed: int = 1  # values in one row of `kernel_q`
+  whole: bool = dataclasses.field(init=False)  # a piece needs all inputs of its outputs
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "whole", not self.block)
+
+  def quantise(self, kernel: Array) -> Leaves:
+    """[I, O] floating -> kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
+    rows = self.block or kernel.shape[0]
+    codes, scale = _symmetric(kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1]), 1)
+    return {"kernel_q": codes.reshape(kernel.shape), "kernel_scale": scale[:, 0]}
+
+  def dequantise(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
+    """The kernel [I, O]: products in float32, rounded once to `dtype`."""
+    codes, scale = leaves["kernel_q"], leaves["kernel_scale"]
+    blocks = codes.reshape(len(scale), -1, codes.shape[1]).astype(np.float32)
+    return (blocks * scale[:, None]).reshape(codes.shape).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4:
+  """Blocks of inputs of one output, divided by their largest magnitude, as the nearest level.
+
+  Two codes share a byte: values s and s + S/2 of a block, so that unpacking joins two halves and
+  shuffles nothing. With `double`, the scales of an output are int8 themselves, around the
+  middle of their range.
+  (The paper's second blocks have 256 scales of any outputs; those of one output keep every piece of
+  a kernel independent of the others.)
+  """
+
+  block: int = 64
+  double: bool = False
+  packed: int = 2
+
+  @property
+  def whole(self) -> bool:
+    return self.double
+
+  def quantise(self, kernel: Array) -> Leaves:
+    """[I, O] floating -> kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
+
+    With `double`: kernel_scale int8 [N, O], kernel_scale_scale and kernel_scale_middle float32 [1, O].
+    """
+    xp, columns = _namespace(kernel), kernel.shape[1]
+    blocks = kernel.astype(np.float32).reshape(-1, self.block, columns)
+    scale = xp.max(xp.abs(blocks), axis=1)
+    leaves = {"kernel_scale": scale}
+    if self.double:
+      low, high = (end(scale, axis=0, keepdims=True) for end in (xp.min, xp.max))
+      middle = (low + high) * np.float32(0.5)
+      codes, step = _symmetric(scale - middle, 0)
+      leaves = {"kernel_scale": codes, "kernel_scale_scale": step, "kernel_scale_middle": middle}
+      scale = self._scale(leaves)
+    divisor = xp.where(scale > 0, scale, np.float32(1))
+    codes = _nearest(blocks / divisor[:, None])
+    half = self.block // 2
+    bytes_ = codes[:, :half] | (codes[:, half:] << 4)
+    return {"kernel_q": bytes_.reshape(-1, columns), **leaves}
+
+  def dequantise(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
+    """The kernel [I, O]: products in float32, rounded once to `dtype`."""
+    xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
+    scale, columns = self._scale(leaves), packed.shape[1]
+    halves = packed.reshape(-1, self.block // 2, columns)
+    codes = xp.concatenate([halves & 15, halves >> 4], axis=1)
+    values = _levels(codes) * scale[:, None]
+    return values.reshape(-1, columns).astype(dtype)
+
+  def _scale(self, leaves: Mapping[str, Array]) -> Array:
+    scale = leaves["kernel_scale"]
+    if not self.double:
+      return scale
+    wide = scale.astype(np.float32) * leaves["kernel_scale_scale"]
+    return wide + leaves["kernel_scale_middle"]
+
+
+def _nearest(x: Array) -> Array:
+  """Codes of the nearest levels as uint8; half way between two, the lower."""
+  levels = np.asarray(NF4_LEVELS, np.float32)
+  middles = (levels[1:] + levels[:-1]) / 2
+  codes = _namespace(x).zeros(x.shape, np.uint8)
+  for middle in middles:  # 15 passes are faster than a binary search for each value
+    codes += x > middle
+  return codes
+
+
+def _levels(codes: Array) -> Array:
+  """float32 levels of uint8 codes; a tree of selects, because TPUs gather slowly."""
+  if isinstance(codes, np.ndarray):
+    return np.asarray(NF4_LEVELS, np.float32)[codes]
+  values: list[Any] = [np.float32(level) for level in NF4_LEVELS]
+  for bit in range(4):
+    odd = (codes >> bit) & 1 == 1
+    values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+  return values[0]
+
+
+Format = Int8 | NF4
+
+NONE = "none"
+FORMATS: dict[str, Format | None] = {
+  NONE: None,
+  "int8": Int8(),
+  "int8_block": Int8(block=64),
+  "nf4": NF4(),
+  "nf4_double": NF4(double=True),
+}
+
+_LEAF = re.compile(r".*/kernel_(q|scale\w*)$")
+
+
+def is_quantised(path: str) -> bool:
+  """Whether the leaf at `path` is part of a quantised kernel, and keeps its dtype."""
+  return _LEAF.match(path) is not None
+
+
+def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+  """The leaves of a kernel [I, O] or, stacked over layers, [L, I, O]."""
+  quantise = form.quantise if len(shape) == 2 else jax.vmap(form.quantise)
+  return jax.eval_shape(quantise, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class QuantisedDense(nn.Module):
+  """`nn.Dense` with a quantised kernel of `form`. [..., I] -> [..., features].
+
+  The kernel is dequantised where it is used, and once more for the gradient of the activations, so
+  that no float copy of it lives from the forward to the backward pass.
+  """
+
+  features: int
+  form: Format
+  use_bias: bool = True
+  dtype: jnp.dtype | None = None
+  kernel_init: Any = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    # All leaves are of one random kernel, so they share a key.
+    key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
+
+    def leaf(name: str) -> jax.Array:
+      def init(_: jax.Array) -> jax.Array:
+        return self.form.quantise(self.kernel_init(key, shape, jnp.float32))[name]
+
+      return self.param(name, init)
+
+    leaves = {name: leaf(name) for name in leaf_shapes(self.form, shape)}
+    dtype = self.dtype or x.dtype
+
+    def multiply(x: jax.Array, leaves: Leaves) -> jax.Array:
+      return x @ self.form.dequantise(jax.lax.stop_gradient(leaves), dtype)
+
+    y = jax.checkpoint(multiply, prevent_cse=False)(x.astype(dtype), leaves)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+      y = y + bias.astype(dtype)
+    return y

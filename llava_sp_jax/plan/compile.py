@@ -1,0 +1,145 @@
+"""Compiles a config for absent chips in a child process and reads what the compiler wrote.
+
+In fast mode the child is stopped once buffers are assigned: the schedule is final by then, and the
+rest, code generation, takes ten times as long. Only one compile runs at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.plan import hlo, memory
+from llava_sp_jax.plan.topologies import Topology
+
+SCHEDULE = "*jit_run*.after_optimizations_after_buffer_assignment.txt"
+BUFFERS = "*jit_run*.after_optimizations-buffer-assignment.txt"
+TOO_LARGE = "*jit_run*.oom_intermediate_module.txt"  # in place of the schedule
+CODE = "*jit_run*.after_codegen.txt"
+PATIENCE = 3600  # seconds
+
+# platform: (module that must be there, what to install)
+NEEDS = {
+  "tpu": ("libtpu", 'pip install "jax[tpu]==0.10.2"'),
+  "cuda": ("jax_cuda12_plugin", 'pip install "jax[cuda12]==0.10.2"'),
+}
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # only keeps libtpu from asking for it
+  "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache writes no schedule
+}
+
+
+class PlanError(ValueError):
+  """A config that cannot be compiled for a topology, with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What is known of a compiled step; `module` is None where no schedule is written."""
+
+  memory: memory.Memory
+  seconds: float  # the compile took
+  about: dict[str, Any]  # coordinates, mesh, useful_flops, parameters
+  module: hlo.Module | None = None
+  full: bool = False  # whether code was generated: the schedule has cycle counts
+
+
+def check_installed(topology: Topology) -> None:
+  """Raises: PlanError that says what to install."""
+  module, command = NEEDS[topology.chip.platform]
+  if importlib.util.find_spec(module) is None:
+    raise PlanError(
+      f"--topology {topology.name}: its compiler is not installed (no module {module}); {command}"
+    )
+
+
+def compile_config(
+  config: config_lib.Config, topology: Topology, what: str, keep: Path | None = None,
+  fast: bool = True,
+) -> Compiled:  # fmt: skip
+  """Compiles the real step. `keep` is a folder for the compiler's files.
+
+  Raises: PlanError when it cannot be compiled for another reason than its memory.
+  """
+  check_installed(topology)
+  with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as temporary:
+    folder = keep or Path(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*jit_run*.txt"):
+      old.unlink()
+    for name in ("about.json", "done.json"):
+      (folder / name).unlink(missing_ok=True)
+    request = {
+      "config": config_lib.to_dict(config), "what": what, "platform": topology.chip.platform,
+      "topology": topology.compiler_name, "arguments": topology.compiler_arguments,
+    }  # fmt: skip
+    (folder / "request.json").write_text(json.dumps(request))
+    started = time.monotonic()
+    errors = _run(folder, fast)
+    return _read(folder, errors, time.monotonic() - started, topology)
+
+
+def _run(folder: Path, fast: bool) -> str:
+  """Runs the child until it ends, or (fast) has written the schedule; returns what it printed."""
+  flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+  environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags}
+  log = folder / "log.txt"
+  with log.open("w") as output:
+    child = subprocess.Popen(
+      [sys.executable, "-m", "llava_sp_jax.plan.lower", str(folder / "request.json")],
+      env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+      deadline = time.monotonic() + PATIENCE
+      while child.poll() is None:
+        if fast and _written(folder, SCHEDULE) and _written(folder, BUFFERS):
+          break
+        if time.monotonic() > deadline:
+          raise PlanError(f"the compiler has not finished after {PATIENCE} s")
+        time.sleep(0.5)
+    finally:
+      if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+  return log.read_text(errors="replace")
+
+
+def _written(folder: Path, pattern: str) -> bool:
+  """Whether a file is there and has not grown for a moment."""
+  files = list(folder.glob(pattern))
+  return (
+    bool(files) and time.time() - files[0].stat().st_mtime > 1.0 and files[0].stat().st_size > 0
+  )
+
+
+def _read(folder: Path, printed: str, seconds: float, topology: Topology) -> Compiled:
+  about_file, done_file = folder / "about.json", folder / "done.json"
+  about = json.loads(about_file.read_text()) if about_file.is_file() else {}
+  schedules = [file for p in (CODE, SCHEDULE, TOO_LARGE) for file in folder.glob(p)]
+  if schedules and (buffers := list(folder.glob(BUFFERS))):
+    module = hlo.parse(schedules[0].read_text())
+    return Compiled(memory.of_assignment(buffers[0].read_text(), module), seconds, about, module,
+                    schedules[0].match(CODE))  # fmt: skip
+  if about and done_file.is_file():
+    sizes = json.loads(done_file.read_text())
+    return Compiled(memory.of_analysis(sizes), seconds, about)
+  lines = [line for line in printed.splitlines() if line.strip()]
+  reason = next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), "")
+  raise PlanError(
+    f"the step cannot be compiled for {topology.name}: {reason or lines[-1] if lines else 'no output'}"
+  )

@@ -1,0 +1,291 @@
+"""Predicts the time of a scheduled module: a walk along the schedule with three clocks.
+
+Matrix units, vector unit and HBM work at the same time within an operation, so it takes the longest
+of the three. Collectives and copies that have a start and a done run beside what stands between;
+only what is left at the done is waited for. Loops count as often as they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from llava_sp_jax.plan import kernels
+from llava_sp_jax.plan.hlo import Computation, Module, Op
+from llava_sp_jax.plan.topologies import Topology
+from llava_sp_jax.plan.work import FREE, Work, Worker
+
+MATRIX_SHARE = 0.93  # of the peak that a large matmul reaches by the compiler's own estimates
+LATENCY = 1e-6  # seconds, of a collective
+
+# kind: bytes that a device receives, from (bytes of its input, of its output, devices).
+COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
+  "all-gather": lambda i, o, n: o * (n - 1) / n,
+  "reduce-scatter": lambda i, o, n: i * (n - 1) / n,
+  "all-reduce": lambda i, o, n: 2 * i * (n - 1) / n,
+  "all-to-all": lambda i, o, n: i * (n - 1) / n,
+  "ragged-all-to-all": lambda i, o, n: i * (n - 1) / n,
+  "collective-permute": lambda i, o, n: o,
+}
+
+
+@dataclasses.dataclass
+class Entry:
+  """What one operation of the schedule adds to a step, all its executions together."""
+
+  name: str
+  op_name: str
+  kind: str  # matmul, vector, memory, kernel, wait:<collective>, copy
+  seconds: float
+  flops: float = 0.0
+  bytes: float = 0.0
+  count: float = 1.0
+
+
+@dataclasses.dataclass
+class Cost:
+  """Of one device for one step."""
+
+  seconds: float = 0.0
+  flops: float = 0.0
+  hbm_bytes: float = 0.0
+  entries: list[Entry] = dataclasses.field(default_factory=list)
+  collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  # kind: [bytes received, executions, seconds on the wires, seconds waited for]
+  loops: dict[str, Cost] = dataclasses.field(default_factory=dict)  # of unknown length: one turn
+  unknown: list[str] = dataclasses.field(default_factory=list)  # kernels counted by bytes alone
+  wire_seconds: float = 0.0
+
+  def add(self, other: Cost, times: float) -> None:
+    """Adds `times` executions of a part."""
+    self.seconds += other.seconds * times
+    self.flops += other.flops * times
+    self.hbm_bytes += other.hbm_bytes * times
+    self.wire_seconds += other.wire_seconds * times
+    for e in other.entries:
+      self.entries.append(dataclasses.replace(
+        e, seconds=e.seconds * times, flops=e.flops * times, bytes=e.bytes * times,
+        count=e.count * times))  # fmt: skip
+    for kind, values in other.collectives.items():
+      self._collective(kind, [v * times for v in values])
+    self.loops.update(other.loops)
+    self.unknown += [name for name in other.unknown if name not in self.unknown]
+
+  def _collective(self, kind: str, values: list[float]) -> None:
+    old = self.collectives.setdefault(kind, [0.0] * 4)
+    self.collectives[kind] = [a + b for a, b in zip(old, values, strict=True)]
+
+  def collective(self, kind: str, size: float, seconds: float) -> None:
+    """Counts a collective when it starts."""
+    self._collective(kind, [size, 1.0, seconds, 0.0])
+    self.wire_seconds += seconds
+
+  def waited(self, kind: str, seconds: float) -> None:
+    """Counts the seconds that nothing else ran."""
+    self._collective(kind, [0.0, 0.0, 0.0, seconds])
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  kind: str
+  bytes: float  # received by a device
+  seconds: float
+  key: str  # the same at start and done
+
+
+class Predictor:
+  """Walks a module on a topology. `coordinates[partition]` is where its chip stands."""
+
+  def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]]):
+    self._module, self._topology, self._coordinates = module, topology, coordinates
+    self._worker = Worker(module)
+
+  def run(self) -> Cost:
+    return self._walk(self._module.entry)
+
+  def _walk(self, computation: Computation) -> Cost:
+    cost = Cost()
+    now, wires, copies = 0.0, 0.0, 0.0
+    running: dict[str, tuple[str, float]] = {}  # key: (kind, when it is done)
+    for op in computation.ops:
+      if op.opcode in FREE:
+        continue
+      if op.opcode == "while":
+        body = self._walk(self._module.computations[op.called["body"]])
+        turns = self._module.trip_count(op)
+        if turns is None:
+          cost.loops[op.op_name or op.name] = body
+        else:
+          cost.add(body, turns)
+          now += body.seconds * turns
+        continue
+      if op.opcode in ("call", "conditional"):
+        branches = [self._walk(self._module.computations[n]) for n in _branches(op)]
+        longest = max(branches, key=lambda c: c.seconds)
+        cost.add(longest, 1)
+        now += longest.seconds
+        continue
+      collective = self._collective(op, computation)
+      if collective and _is_done(op):
+        kind, end = running.pop(collective.key, (collective.kind, now))
+        now = self._wait(cost, op, kind, now, end)
+      elif collective:
+        wires = max(now, wires) + collective.seconds
+        cost.collective(collective.kind, collective.bytes, collective.seconds)
+        if _is_start(op):
+          running[collective.key] = (collective.kind, wires)
+        else:
+          now = self._wait(cost, op, collective.kind, now, wires)
+      elif op.opcode in ("copy-start", "async-start"):
+        work = self._copied(op, computation)
+        copies = max(now, copies) + work / self._topology.chip.hbm_rate
+        running[op.name] = ("copy", copies)
+        cost.hbm_bytes += work
+      elif op.opcode in ("copy-done", "async-done"):
+        kind, end = running.pop(op.operands[0], ("copy", now))
+        now = self._wait(cost, op, kind, now, end)
+      elif op.opcode not in ("async-update", "custom-call") or kernels.is_kernel(op):
+        now += self._run(cost, op, computation)
+    # What a turn leaves on the wires is waited for in the next one.
+    left = max(cost.wire_seconds - now, 0.0)
+    if left > 0:
+      now = self._wait_end(cost, now, left)
+    cost.seconds = now
+    return cost
+
+  def _run(self, cost: Cost, op: Op, computation: Computation) -> float:
+    work = self._worker.of(op, computation)
+    chip = self._topology.chip
+    seconds, kind = duration(work, chip)
+    cycles = op.attribute(r'"estimated_cycles":"(\d+)"')
+    if cycles and work.flops:  # only there after code generation; of loop fusions it says too much
+      seconds, kind = max(int(cycles) / chip.clock, work.bytes / chip.hbm_rate), "matmul"
+    if kernels.is_kernel(op):
+      flops, share = kernels.flops(op, computation)
+      kind = "kernel"
+      work = dataclasses.replace(work, flops=flops)
+      seconds = max(flops / (share * chip.peak_flops), work.bytes / chip.hbm_rate)
+      if not flops:
+        cost.unknown.append(op.op_name or op.name)
+    if seconds:
+      cost.entries.append(Entry(op.name, op.op_name, kind, seconds, work.flops, work.bytes))
+    cost.flops += work.flops
+    cost.hbm_bytes += work.bytes
+    return seconds
+
+  def _wait(self, cost: Cost, op: Op, kind: str, now: float, end: float) -> float:
+    if end > now:
+      cost.entries.append(Entry(op.name, op.op_name, f"wait:{kind}", end - now))
+      if kind in COLLECTIVES:
+        cost.waited(kind, end - now)
+    return max(now, end)
+
+  def _wait_end(self, cost: Cost, now: float, left: float) -> float:
+    cost.entries.append(Entry("end of turn", "", "wait:wires", left))
+    return now + left
+
+  def _copied(self, op: Op, computation: Computation) -> float:
+    """HBM bytes of a copy or slice: what it moves from or to HBM."""
+    sizes = sorted(a.bytes for a in op.arrays if a.dtype != "u32" or a.dims)
+    return sizes[0] if sizes else 0.0
+
+  def _collective(self, op: Op, computation: Computation) -> Collective | None:
+    inner, where = op, computation
+    base = op.opcode.removesuffix("-start").removesuffix("-done")
+    if op.opcode in ("fusion", "async-start", "async-done") and op.called.get("calls"):
+      where = self._module.computations[op.called["calls"]]
+      found = [o for o in where.ops if o.opcode.removesuffix("-start") in COLLECTIVES]
+      if not found or "continuation_config" in op.attributes:
+        return None  # a matmul that a collective runs through: its start and done are counted
+      inner, base = found[0], found[0].opcode.removesuffix("-start")
+    if base not in COLLECTIVES:
+      return None
+    if op.opcode.endswith("-done") and inner is op:
+      return Collective(base, 0.0, 0.0, op.operands[0])
+    operands = [where.by_name[n] for n in inner.operands if n in where.by_name]
+    size_in = float(sum(o.bytes for o in operands))
+    # The result of a start repeats its operands before its results.
+    size_out = inner.bytes - size_in if inner.opcode.endswith("-start") else float(inner.bytes)
+    scattered = base == "all-reduce" and inner is not op and op.bytes < size_in
+    kind = "reduce-scatter" if scattered and not _is_start(op) else base
+    group = first_group(inner.attributes, len(self._coordinates))
+    received = COLLECTIVES[kind](size_in, size_out, max(len(group), 1))
+    rate = self._topology.ring_rate(self._varying(group))
+    key = inner.attribute(r"channel_id=(\d+)") if inner is not op else op.name
+    return Collective(kind, received, received / rate + LATENCY if len(group) > 1 else 0.0, key)
+
+  def _varying(self, group: list[int]) -> tuple[bool, ...]:
+    places = [self._coordinates[i] for i in group]
+    sides = range(len(self._topology.sides))
+    return tuple(len({place[d] for place in places if d < len(place)}) > 1 for d in sides)
+
+
+def duration(work: Work, chip) -> tuple[float, str]:
+  """(seconds, what it waits for) of an operation that is neither collective nor kernel."""
+  matrix = (work.flops - work.low_flops / 2) / (MATRIX_SHARE * chip.peak_flops)
+  times = {
+    "matmul": matrix,
+    "vector": work.vector / chip.vector_rate,
+    "memory": work.bytes / chip.hbm_rate,
+  }
+  slowest = max(times, key=lambda k: times[k])
+  return times[slowest], slowest
+
+
+def _branches(op: Op) -> list[str]:
+  named = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
+  if named:
+    return re.findall(r"%([\w.\-]+)", named.group(1))
+  both = re.findall(r"(?:true|false)_computation=%([\w.\-]+)", op.attributes)
+  return both or list(op.called.values())
+
+
+def _is_start(op: Op) -> bool:
+  return op.opcode.endswith("-start") or op.name.startswith("async-collective-start")
+
+
+def _is_done(op: Op) -> bool:
+  return op.opcode.endswith("-done") or op.name.startswith("async-collective-done")
+
+
+def first_group(attributes: str, devices: int) -> list[int]:
+  """Partitions of the first group of a collective, in any of the forms that modules write."""
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+  if listed:
+    return [int(i) for i in listed.group(1).split(",") if i]
+  pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+  if pairs:
+    return [int(pairs.group(1)), int(pairs.group(2))]
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+  if iota:
+    shape, dims = (_numbers(iota.group(i)) for i in (1, 2))
+    order = _numbers(iota.group(3)) if iota.group(3) else list(range(len(dims)))
+    return _transposed(dims, order)[: shape[-1]]
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+  if named:
+    axes = re.findall(r"'(\w+)'=(\d+)", named.group(1))
+    names, sizes = [a for a, _ in axes], [int(s) for _, s in axes]
+    used = re.findall(r"'(\w+)'", named.group(2))
+    last = [names.index(a) for a in names if a in used]
+    order = [i for i in range(len(names)) if i not in last] + last
+    count = 1
+    for i in last:
+      count *= sizes[i]
+    return _transposed(sizes, order)[:count]
+  return list(range(devices))
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(v) for v in text.split(",")]
+
+
+def _transposed(dims: list[int], order: list[int]) -> list[int]:
+  """0, 1, .. in `dims`, transposed by `order`, flat."""
+  strides = [1] * len(dims)
+  for i in reversed(range(len(dims) - 1)):
+    strides[i] = strides[i + 1] * dims[i + 1]
+  flat = [0]
+  for axis in order:
+    flat = [base + i * strides[axis] for base in flat for i in range(dims[axis])]
+  return flat

@@ -1,0 +1,156 @@
+"""The child process of a compile: the real step from shapes, for devices that are not here.
+
+`python -m llava_sp_jax.plan.lower REQUEST.json`, started by `plan.compile`, which sets the
+environment that jax reads when it is imported. Writes `about.json` beside the request before it
+compiles, `done.json` after; no array is ever made.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax import sharding
+from llava_sp_jax.data import example
+from llava_sp_jax.infer import generate
+from llava_sp_jax.models import build, flops
+from llava_sp_jax.train import loop, optimizer, state
+
+# Without it, the partitioner turns matmuls into chains of permutes, which the latency-hiding
+# scheduler then cannot fuse with collectives.
+COMPILER_OPTIONS = {
+  "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+  "cuda": {"xla_gpu_enable_triton_gemm": False},  # it wants to measure on a real one
+}
+NEW_TOKENS = 128  # of an answer, in the plan of an evaluation
+
+
+def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
+  """The lowered train step of `config`, from shapes."""
+  module = build.model(config.model)
+  params = build.abstract(config.model)
+  trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), params)
+  tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
+  shapes = jax.eval_shape(functools.partial(state.start, tx=tx), trainable, frozen)
+  places = sharding.shardings(shapes, device_mesh, config.mesh.base)
+  whole = NamedSharding(device_mesh, PartitionSpec())
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  step = loop.compile_step(module, tx, config, places)
+  return step.lower(placed(shapes, places), batch(config, device_mesh), placed(key, whole))
+
+
+def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
+  """The lowered generation of `config`: prefill of whole rows, then a loop of decode steps."""
+  module = build.model(config.model)
+  dtype = jnp.dtype(config.model.dtype)
+  params = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, dtype), build.abstract(config.model)
+  )
+  params = placed(params, sharding.shardings(params, device_mesh))
+  prompt = {k: v for k, v in batch(config, device_mesh).items() if k not in _LEARNING}
+  key = placed(
+    jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(device_mesh, PartitionSpec())
+  )
+
+  def run(params: Any, prompt: Any, rng: Any) -> Any:
+    return generate.generate(module, params, prompt, rng, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
+
+  return jax.jit(run).lower(params, prompt, key)
+
+
+_LEARNING = ("targets", "weights")  # what only training reads of a batch
+# What can be planned: name -> (config, mesh) -> lowered. Each traced function is called `run`.
+LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Any]] = {
+  "train": train_step,
+  "eval": answers,
+}
+
+
+def placed(shapes: Any, places: Any) -> Any:
+  """Shapes with shardings, as `lower` takes them; one sharding may serve a whole tree."""
+  if isinstance(places, NamedSharding):
+    places = jax.tree.map(lambda _: places, shapes)
+  return jax.tree.map(
+    lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+  )
+
+
+def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
+  """A batch as the pipeline makes it, as shapes: every row full, every image there."""
+  rows, side = config.train.batch_size, config.model.tower.image_size
+  arrays = example.layout([], [], config.data.row_length).arrays()
+  shapes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
+  shapes["images"] = ((config.data.images_per_row, side, side, 3), np.dtype(np.float32))
+  place = NamedSharding(device_mesh, mesh_lib.BATCH)
+  return {
+    name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def useful_flops(config: config_lib.Config, what: str) -> float:
+  """FLOPs of a train step that the model needs (`models.flops`); rows are full, attention causal."""
+  if what != "train":
+    return 0.0
+  stage = config.optimizer.stage
+  costs = flops.costs(
+    config.model, lambda path: optimizer.group_of(path, stage) != optimizer.FROZEN
+  )
+  rows, length = config.train.batch_size, config.data.row_length
+  pairs = rows * length * (length + 1) / 2
+  return costs.step(rows * length, pairs, rows * config.data.images_per_row)
+
+
+def main(path: str) -> None:
+  file = Path(path)
+  request = json.loads(file.read_text())
+  config = config_lib.from_dict(request["config"])
+  described = topologies.get_topology_desc(
+    platform=request["platform"], topology_name=request["topology"], **request["arguments"]
+  )
+  device_mesh = mesh_lib.create(
+    config.mesh, config.train.batch_size, config.train.accumulate, list(described.devices)
+  )
+  devices = list(device_mesh.devices.flat)
+  about = {
+    "coordinates": [list(getattr(d, "coords", (d.id,))) for d in devices],
+    "mesh": dict(device_mesh.shape),
+    "useful_flops": useful_flops(config, request["what"]),
+    "parameters": build.parameter_counts(config.model),
+  }
+  file.with_name("about.json").write_text(json.dumps(about))
+  with jax.set_mesh(device_mesh):
+    lowered = LOWERINGS[request["what"]](config, device_mesh)
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[request["platform"]])
+  found = compiled.memory_analysis()
+  memory = {f: getattr(found, f) for f in dir(found) if f.endswith("_in_bytes")}
+  memory["arguments"] = argument_bytes(lowered, compiled)
+  file.with_name("done.json").write_text(json.dumps(memory))
+
+
+def argument_bytes(lowered: Any, compiled: Any) -> dict[str, int]:
+  """Bytes of each argument on one device, by names as `memory.PARTS` matches them."""
+  named, _ = jax.tree_util.tree_flatten_with_path(lowered.args_info[0])
+  places = jax.tree.leaves(compiled.input_shardings[0])
+  return {
+    "arguments" + jax.tree_util.keystr(path): math.prod(place.shard_shape(info.shape))
+    * info.dtype.itemsize
+    for (path, info), place in zip(named, places, strict=True)
+  }
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])

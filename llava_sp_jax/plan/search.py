@@ -1,0 +1,224 @@
+"""Looks for the fastest plan that fits: mesh, base placement, recomputation, micro-batches.
+
+Every candidate is compiled, so their number is a budget. The walk starts at the config as it is.
+While nothing fits, it takes the leanest value of one axis after another; then it climbs, a step or
+a trade of two at a time, and leaves out what needs more memory than something that did not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pprint
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+
+Values = tuple[dict[str, Any], ...]  # each: {key below config: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a compile said. `seconds` of a step; nan when it does not fit."""
+
+  fits: bool
+  seconds: float
+  hbm: int  # bytes on a device; 0 when it could not be compiled for another reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  config: config_lib.Config
+  change: str
+  outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+  """Alternatives from the leanest in memory to the richest."""
+
+  name: str
+  values: Values
+
+
+def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
+  """What may be varied, in the order in which memory is saved."""
+  rows = config.train.batch_size
+  return (
+    Axis("micro-batches", tuple(
+      {"train.accumulate": a} for a in range(rows, 0, -1) if rows % a == 0
+    )),
+    Axis("recomputation", tuple(
+      {"model.remat": name} for name in ("full", "attention", "gates", "projections")
+    )),
+    Axis("base", tuple({"mesh.base": name} for name in ("shard", "replicate"))),
+    Axis("mesh", tuple(_meshes(devices))),
+  )  # fmt: skip
+
+
+def _meshes(devices: int) -> Iterator[dict[str, Any]]:
+  for tensor in (8, 4, 2):
+    if devices % tensor == 0:
+      yield {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor}
+  fsdp = devices
+  while fsdp >= 1:
+    yield {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": 1}
+    if fsdp % 4:
+      break
+    fsdp //= 4
+
+
+def search(
+  config: config_lib.Config, devices: int, budget: int,
+  evaluate: Callable[[config_lib.Config], Outcome],
+) -> list[Tried]:  # fmt: skip
+  """All that was compiled, at most `budget`, in order. `best` picks from it."""
+  walk = _Walk(config, axes(config, devices), budget, evaluate)
+  current = walk.start()
+  for axis in range(len(walk.axes)):
+    if walk.fits(current) or walk.spent:
+      break
+    current = walk.leanest(current, axis)
+  if not walk.fits(current):
+    return walk.tried
+  improved = True
+  while improved and not walk.spent:
+    improved = False
+    for neighbour in walk.neighbours(current):
+      if walk.spent:
+        break
+      if walk.better(neighbour, current):
+        current, improved = neighbour, True
+        break
+  return walk.tried
+
+
+def best(tried: list[Tried]) -> Tried | None:
+  """The fastest that fits, or None."""
+  fitting = [t for t in tried if t.outcome.fits]
+  return min(fitting, key=lambda t: t.outcome.seconds, default=None)
+
+
+Point = tuple[int, ...]  # an index into the values of each axis
+
+
+class _Walk:
+  def __init__(self, config, axes: tuple[Axis, ...], budget: int, evaluate):
+    self.axes, self.tried = axes, list[Tried]()
+    self._config, self._budget, self._evaluate = config, budget, evaluate
+    self._known: dict[Point, Outcome] = {}
+    rows, sizes = config.train.batch_size, _flat(config)
+    devices = max(math.prod(v.values()) for v in axes[3].values)
+    if sizes["mesh.fsdp"] == -1:
+      sizes["mesh.fsdp"] = devices // (sizes["mesh.data"] * sizes["mesh.tensor"])
+    self._rows, self._from = rows, sizes
+
+  @property
+  def spent(self) -> bool:
+    return len(self.tried) >= self._budget
+
+  def start(self) -> Point:
+    """The config's own values; a value that no axis has becomes its leanest."""
+    point = tuple(
+      next((i for i, v in enumerate(axis.values) if v.items() <= self._from.items()), 0)
+      for axis in self.axes
+    )
+    point = point if self._divides(point) else self._fewest(point)
+    self.outcome(point, "as it is")
+    return point
+
+  def fits(self, point: Point) -> bool:
+    return point in self._known and self._known[point].fits
+
+  def leanest(self, point: Point, axis: int) -> Point:
+    """`point` at the leanest value of an axis that the rows allow, compiled."""
+    for index in range(point[axis] + 1):
+      moved = (*point[:axis], index, *point[axis + 1 :])
+      if self._divides(moved):
+        self.outcome(moved, f"least {self.axes[axis].name}")
+        return moved
+    return point
+
+  def neighbours(self, point: Point) -> Iterator[Point]:
+    """One step along an axis, richer ones first; then trades, a step richer here for leaner there.
+
+    What was compiled, what the rows do not divide, and what cannot fit is left out.
+    """
+    count = range(len(self.axes))
+    steps = [((axis, step),) for step in (1, -1) for axis in count]
+    trades = [((up, 1), (down, -1)) for up in count for down in count if up != down]
+    for moves in (*steps, *trades):
+      moved: Point | None = point
+      for axis, step in moves:
+        moved = self._step(moved, axis, step) if moved else None
+      if moved and moved not in self._known and not self._hopeless(moved):
+        yield moved
+
+  def _step(self, point: Point, axis: int, step: int) -> Point | None:
+    """The next value along an axis that the rows divide; None at its end."""
+    index = point[axis] + step
+    while 0 <= index < len(self.axes[axis].values):
+      moved = (*point[:axis], index, *point[axis + 1 :])
+      if self._divides(moved):
+        return moved
+      index += step
+    return None
+
+  def better(self, point: Point, than: Point) -> bool:
+    names = [a.name for a, i, j in zip(self.axes, point, than, strict=True) if i != j]
+    outcome = self.outcome(point, ", ".join(names))
+    return outcome.fits and outcome.seconds < self._known[than].seconds
+
+  def outcome(self, point: Point, change: str) -> Outcome:
+    if point not in self._known:
+      config = self._at(point)
+      self._known[point] = self._evaluate(config)
+      self.tried.append(Tried(config, change, self._known[point]))
+    return self._known[point]
+
+  def _hopeless(self, point: Point) -> bool:
+    """Whether it is at least as rich in everything as something that did not fit."""
+    return any(
+      not outcome.fits and outcome.hbm and all(a >= b for a, b in zip(point, other, strict=True))
+      for other, outcome in self._known.items()
+    )
+
+  def _values(self, point: Point) -> dict[str, Any]:
+    merged = dict(self._from)
+    for axis, index in zip(self.axes, point, strict=True):
+      merged |= axis.values[index]
+    return merged
+
+  def _divides(self, point: Point) -> bool:
+    values = self._values(point)
+    parts = values["mesh.data"] * values["mesh.fsdp"] * values["train.accumulate"]
+    return self._rows % parts == 0
+
+  def _fewest(self, point: Point) -> Point:
+    """`point` with as many micro-batches as its mesh divides, or as it is."""
+    choices = [(i, *point[1:]) for i in range(len(self.axes[0].values))]
+    return next((p for p in choices if self._divides(p)), point)
+
+  def _at(self, point: Point) -> config_lib.Config:
+    texts = {f"config.{key}": str(value) for key, value in self._values(point).items()}
+    return config_lib.override(self._config, texts)
+
+
+def _flat(config: config_lib.Config) -> dict[str, Any]:
+  """The keys that the axes vary, with their values in `config`."""
+  mesh = config.mesh
+  return {
+    "train.accumulate": config.train.accumulate, "model.remat": config.model.remat,
+    "mesh.base": mesh.base, "mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp,
+    "mesh.tensor": mesh.tensor,
+  }  # fmt: skip
+
+
+def recipe(config: config_lib.Config, origin: str) -> str:
+  """A recipe file with every value of `config`, which `llava-sp train --config` takes."""
+  values = pprint.pformat(config_lib.to_dict(config), indent=1, width=98, sort_dicts=False)
+  return (
+    f'"""{origin}"""\n\nfrom ml_collections import ConfigDict\n\n\n'
+    f"def get_config() -> ConfigDict:\n  return ConfigDict({values})  # fmt: skip\n"
+  )

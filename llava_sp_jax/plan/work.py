@@ -1,0 +1,225 @@
+"""What one operation of a scheduled module does: matrix FLOPs, vector operations, HBM bytes.
+
+Fusions are followed inwards: of a stacked array that a fusion slices only the slice is read, of an
+array that it updates in place only the update is written, and what lives in VMEM costs no HBM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+from llava_sp_jax.plan.hlo import Array, Computation, Module, Op
+
+HBM = 0  # memory space
+
+# Elementwise operations and what one costs in vector operations; all others cost nothing.
+ELEMENTWISE = {
+  **dict.fromkeys(
+    ("add", "subtract", "multiply", "maximum", "minimum", "negate", "abs", "and", "or", "xor",
+     "not", "select", "compare", "convert", "shift-left", "shift-right-logical", "clamp",
+     "shift-right-arithmetic", "floor", "ceil", "round-nearest-even", "is-finite", "sign",
+     "reduce", "reduce-window", "dynamic-update-slice", "pad", "concatenate"), 1.0),
+  **dict.fromkeys(("exponential", "log", "tanh", "rsqrt", "sqrt", "logistic"), 3.0),
+  **dict.fromkeys(("divide", "remainder", "exponential-minus-one", "log-plus-one"), 5.0),
+  **dict.fromkeys(("power", "erf", "sine", "cosine", "atan2", "cbrt"), 15.0),
+}  # fmt: skip
+FREE = frozenset({"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota",
+                  "after-all", "partition-id", "replica-id", "opt-barrier"})  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Of one execution on one device."""
+
+  flops: float = 0.0  # of matrix multiplications and convolutions
+  low_flops: float = 0.0  # those of them with 8-bit operands
+  vector: float = 0.0  # elementwise operations
+  read: float = 0.0  # HBM bytes
+  written: float = 0.0
+
+  @property
+  def bytes(self) -> float:
+    return self.read + self.written
+
+
+class Worker:
+  """Counts for the operations of a module; results per computation are kept."""
+
+  def __init__(self, module: Module):
+    self._module = module
+    self._inner = functools.cache(self._inner_uncached)
+    self._read = functools.cache(self._read_uncached)
+
+  def of(self, op: Op, computation: Computation) -> Work:
+    """Work of an operation that stands in the schedule."""
+    if op.opcode in FREE:
+      return Work()
+    flops, low, vector = self._compute(op, computation)
+    operands = [computation.by_name[name] for name in op.operands if name in computation.by_name]
+    if op.opcode != "fusion":
+      return Work(flops, low, vector, _plain_read(op, operands), _plain_written(op, operands))
+    inner = op.called["calls"]
+    passed = _passed_through(op)
+    read = sum(
+      min(self._read(inner, i), _hbm(operand.arrays))
+      for i, operand in enumerate(operands)
+      if i not in passed.values()
+    )
+    root = self._module.computations[inner]
+    return Work(flops, low, vector, read, self._written(root, op, passed))
+
+  def _compute(self, op: Op, computation: Computation) -> tuple[float, float, float]:
+    """(matrix FLOPs, those with 8-bit operands, vector operations)."""
+    if op.opcode == "fusion":
+      return self._inner(op.called["calls"])
+    if op.opcode in ("convolution", "dot"):
+      flops = matmul_flops(op, computation)
+      types = {computation.by_name[o].arrays[0].dtype for o in op.operands[:2]}
+      low = types <= {"s8", "u8", "s4", "u4", "f8e4m3fn", "f8e5m2"}
+      return flops, flops if low else 0.0, 0.0
+    if op.opcode in ("reduce", "reduce-window") and op.operands[0] in computation.by_name:
+      return 0.0, 0.0, float(computation.by_name[op.operands[0]].arrays[0].size)
+    size = op.arrays[0].size if op.arrays else 0
+    if op.opcode == "dynamic-update-slice":
+      size = computation.by_name[op.operands[1]].arrays[0].size
+    # A scalar runs in the scalar unit, beside the rest.
+    return 0.0, 0.0, ELEMENTWISE.get(op.opcode, 0.0) * (size if size > 1 else 0)
+
+  def _inner_uncached(self, name: str) -> tuple[float, float, float]:
+    computation = self._module.computations[name]
+    parts = [self._compute(op, computation) for op in computation.ops]
+    flops, low, vector = (sum(column) for column in zip(*parts, strict=True))
+    return flops, low, vector
+
+  def _read_uncached(self, name: str, index: int) -> float:
+    """HBM bytes that a fusion reads of its parameter, at most."""
+    computation = self._module.computations[name]
+    parameter = computation.parameters.get(index)
+    if parameter is None:
+      return math.inf
+    return sum(self._use(user, parameter, computation)
+               for user in computation.users.get(parameter.name, ()))  # fmt: skip
+
+  def _use(self, user: Op, parameter: Op, computation: Computation) -> float:
+    if user.opcode in _SLICES and user.operands[0] == parameter.name:
+      return user.bytes
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+      return 0.0
+    if user.opcode == "fusion":
+      places = [i for i, name in enumerate(user.operands) if name == parameter.name]
+      return sum(self._read(user.called["calls"], i) for i in places)
+    if user.opcode == "bitcast":
+      users = computation.users.get(user.name, ())
+      return sum(self._use(u, user, computation) for u in users) if users else user.bytes
+    if user.opcode == "tuple":
+      return 0.0  # handed on
+    return parameter.bytes
+
+  def _written(self, inner: Computation, op: Op, passed: dict[int, int]) -> float:
+    root = inner.root
+    parts = [root.name] if root.opcode != "tuple" else list(root.operands)
+    total = 0.0
+    for i, (name, array) in enumerate(zip(parts, op.arrays, strict=False)):
+      if i in passed or array.space != HBM:
+        continue
+      total += self._updated(inner.by_name[name], inner) or array.bytes
+    return total
+
+  def _updated(self, op: Op, computation: Computation) -> float:
+    """Bytes of the update when `op` writes into an array in place; otherwise 0."""
+    while op.opcode == "bitcast":
+      op = computation.by_name[op.operands[0]]
+    if op.opcode == "dynamic-update-slice":
+      return computation.by_name[op.operands[1]].bytes
+    if op.opcode == "fusion":
+      inner = self._module.computations[op.called["calls"]]
+      if inner.root.opcode != "tuple":
+        return self._updated(inner.root, inner)
+    return 0.0
+
+
+def _hbm(arrays: tuple[Array, ...]) -> int:
+  return sum(a.bytes for a in arrays if a.space == HBM)
+
+
+def _plain_read(op: Op, operands: list[Op]) -> float:
+  if op.opcode in _SLICES:
+    return min(_hbm(operands[0].arrays), op.bytes) if operands else 0.0
+  if op.opcode == "dynamic-update-slice":
+    return _hbm(operands[1].arrays)
+  return sum(_hbm(operand.arrays) for operand in operands)
+
+
+def _plain_written(op: Op, operands: list[Op]) -> float:
+  if op.opcode == "dynamic-update-slice":
+    return operands[1].bytes if op.arrays[0].space == HBM else 0.0
+  return _hbm(op.arrays)
+
+
+def _passed_through(op: Op) -> dict[int, int]:
+  """{index of the result: operand} for state that a fusion hands on (asynchronous collectives)."""
+  if "continuation_config" not in op.attributes and "async-collective" not in op.name:
+    return {}
+  text = op.attribute(r"output_to_operand_aliasing=\{(.*?)\}, calls")
+  return {int(o or 0): int(i) for o, i in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", text)}
+
+
+def matmul_flops(op: Op, computation: Computation) -> float:
+  """2 x multiply-adds of a `convolution` or `dot`.
+
+  TPU modules write a batched product as a convolution with a dilated window; only the pairs of
+  places that meet are counted.
+  """
+  left = computation.by_name[op.operands[0]].arrays[0]
+  right = computation.by_name[op.operands[1]].arrays[0]
+  out = op.arrays[0]
+  if op.opcode == "dot":
+    contracted = [
+      int(d) for d in op.attribute(r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if d
+    ]
+    return 2.0 * out.size * math.prod(left.dims[d] for d in contracted)
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+  if labels is None:
+    return 0.0
+  of_left, of_right, of_out = labels.groups()
+  window = _window(op.attributes)
+  total = 2.0 * out.dims[of_out.index("b")] * out.dims[of_out.index("f")]
+  total *= right.dims[of_right.index("i")]
+  for d in (label for label in of_out if label.isdigit()):
+    sizes = (left.dims[of_left.index(d)], right.dims[of_right.index(d)], out.dims[of_out.index(d)])
+    total *= _meetings(*sizes, *(values[int(d)] for values in window.values()) if window else ())
+  return total
+
+
+def _window(attributes: str) -> dict[str, list[int]]:
+  """stride, low padding, and dilations of each spatial dimension."""
+  text = re.search(r"window=\{([^}]*)\}", attributes)
+  if text is None:
+    return {}
+  fields = dict(item.split("=") for item in text.group(1).split())
+  rank = len(fields["size"].split("x"))
+
+  def numbers(key: str, default: str) -> list[int]:
+    return [int(v.split("_")[0]) for v in fields.get(key, "x".join([default] * rank)).split("x")]
+
+  return {"stride": numbers("stride", "1"), "low": numbers("pad", "0"),
+          "left": numbers("lhs_dilate", "1"), "right": numbers("rhs_dilate", "1")}  # fmt: skip
+
+
+@functools.cache
+def _meetings(
+  size: int, kernel: int, out: int, stride: int = 1, low: int = 0, left: int = 1, right: int = 1
+) -> int:
+  """Pairs (output place, kernel place) that read an element of the input and not its padding."""
+  end, count = (size - 1) * left, 0
+  if out * kernel > 1 << 22:  # plain large windows: the padding hardly matters
+    return out * kernel // left
+  for o in range(out):
+    for k in range(kernel):
+      place = o * stride - low + k * right
+      count += 0 <= place <= end and place % left == 0
+  return count

@@ -1,0 +1,148 @@
+"""Several processes as one run: start-up, one agreement to stop, and nobody left waiting for the dead.
+
+Each host of a pod runs the same command. JAX's coordination service (in process 0) joins them, keeps
+a heartbeat of each and passes on a notice of preemption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from llava_sp_jax import config as config_lib
+
+MEET_SECONDS = 3600
+FLAGS = ("coordinator", "processes", "process")
+
+Environment = Mapping[str, str]
+
+
+def _several(environment: Environment, key: str) -> bool:
+  return int(environment.get(key) or 1) > 1
+
+
+# Where JAX finds coordinator, count and index by itself: (what it is, whether we are there).
+ENVIRONMENTS: tuple[tuple[str, Callable[[Environment], bool]], ...] = (
+  ("SLURM (srun)", lambda e: _several(e, "SLURM_NTASKS") and "SLURM_STEP_NODELIST" in e),
+  ("Open MPI (mpirun)", lambda e: _several(e, "OMPI_COMM_WORLD_SIZE")),
+  ("GKE TPU slice", lambda e: "," in e.get("TPU_WORKER_HOSTNAMES", "")),
+  ("several TPU slices", lambda e: _several(e, "MEGASCALE_NUM_SLICES")),
+  ("indexed Kubernetes job", lambda e: {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(e)),
+  # JAX sets the first on import where it finds TPU chips, the second where no metadata server is.
+  (
+    "Cloud TPU VM",
+    lambda e: e.get("TPU_ML_PLATFORM") == "JAX" and "TPU_SKIP_MDS_QUERY" not in e,
+  ),
+)  # fmt: skip
+
+
+def detected(environment: Environment) -> str | None:
+  """The first of ENVIRONMENTS that says that there are several processes."""
+  return next((name for name, here in ENVIRONMENTS if here(environment)), None)
+
+
+def start(flags: Mapping[str, str] | None = None, peer_seconds: int = 100) -> None:
+  """Joins the other processes: by `flags` (names of FLAGS), or as the environment says; once.
+
+  A process that is not heard of for `peer_seconds` is dead, and ends all others with a message.
+
+  Raises: ConfigError for flags that do not describe a process, before anything is waited for.
+  """
+  if jax.distributed.is_initialized():
+    return
+  waits = {"heartbeat_timeout_seconds": peer_seconds, "shutdown_timeout_seconds": peer_seconds}
+  if flags:
+    coordinator, count, index = parse(flags)
+    jax.distributed.initialize(coordinator, count, index, **waits)  # type: ignore[arg-type]
+  elif detected(os.environ):
+    jax.distributed.initialize(**waits)  # type: ignore[arg-type]
+
+
+def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
+  """(HOST:PORT, number of processes, index of this one). Raises: ConfigError with all that is wrong."""
+  problems = [f"no --{name}" for name in FLAGS if name not in flags]
+  host, _, port = flags.get("coordinator", "host:1").rpartition(":")
+  if not host or not port.isdigit():
+    problems.append(f"--coordinator: expected HOST:PORT, found {flags['coordinator']!r}")
+  numbers = {}
+  for name, least in (("processes", 1), ("process", 0)):
+    text = flags.get(name, str(least))
+    if not text.isdigit() or int(text) < least:
+      problems.append(f"--{name}: expected a whole number from {least}, found {text!r}")
+    numbers[name] = int(text) if text.isdigit() else least
+  if not problems and numbers["process"] >= numbers["processes"]:
+    problems.append(
+      f"--process: {numbers['process']} of {numbers['processes']}; they are counted from 0"
+    )
+  if problems:
+    raise config_lib.ConfigError(
+      "; ".join(problems) + "; several processes are started with --coordinator HOST:PORT "
+      "--processes N --process I (the same HOST:PORT everywhere, on the host of process 0)"
+    )
+  return flags["coordinator"], numbers["processes"], numbers["process"]
+
+
+def meet(name: str) -> None:
+  """Waits until every process is here, also when one needs long; nothing for a single one.
+
+  Collectives wait less patiently (gloo: 30 s until all have joined), so slow work that ends at
+  different times, such as compiling, ends with this.
+  """
+  ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=MEET_SECONDS * 1000)
+
+
+class Watch(contextlib.AbstractContextManager):
+  """Ends this process when it fails or stands still, so that the others do not wait for it for ever.
+
+  JAX ends the survivors of a process that *died* (`peer_seconds`). Two cases are left: an error in
+  one process, whose exit would wait for all the others; and a step that never ends although all are
+  alive. Both end with a message and status 1. A single process raises its errors as ever.
+  """
+
+  def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
+    self._stall, self._leave, self._step = stall_seconds, leave, 0
+    self._last: float | None = None
+    self._done = threading.Event()
+
+  def __enter__(self) -> Watch:
+    if self._stall > 0:
+      threading.Thread(target=self._look, name="watch", daemon=True).start()
+    return self
+
+  def beat(self, step: int) -> None:
+    """Step `step` is done. The first one compiles, so the clock starts with it."""
+    self._step, self._last = step, time.monotonic()
+
+  def _look(self) -> None:
+    while not self._done.wait(min(self._stall / 4, 10.0)):
+      idle = 0.0 if self._last is None else time.monotonic() - self._last
+      if idle > self._stall:
+        self._end(f"no step since step {self._step}, {idle:.0f} s ago (train.stall_seconds)")
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    self._done.set()
+    if error is None or jax.process_count() == 1:
+      return
+    if type(error).__module__.startswith("llava_sp_jax"):  # written to be read
+      self._end(f"{type(error).__name__}: {error}")
+      return
+    traceback.print_exception(error)
+    self._end(
+      f"failed after step {self._step} (above). If the error names a connection, another process "
+      "died: see what that one printed. Started again, all go on from the last checkpoint"
+    )
+
+  def _end(self, what: str) -> None:
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    self._leave(1)

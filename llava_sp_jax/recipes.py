@@ -1,0 +1,90 @@
+"""What the recipes of the paper in configs/ share: language models, data sets, and what follows.
+
+A size and a data set are rows; a recipe names its stage, its rates and its adapters, and takes all
+else from here. Sources: configs of Vicuna v1.5; `pretrain.sh`, `finetune_lora.sh` of the original
+code; `finetune.sh` of LLaVA-1.5, which the original leaves as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+
+TOWER = "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.Tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A published language model: its folder below `checkpoints=`, and its sizes."""
+
+  folder: str
+  language_model: config_lib.LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """LLaVA's published data: files below `data=`, samples in it, and rows of a global batch."""
+
+  file: str
+  images: str  # folder of the images below `data=`
+  samples: int
+  batch_size: int
+  template: str
+
+  @property
+  def steps(self) -> int:
+    """Of one epoch with a sample in each row; the last, incomplete batch is left out."""
+    return self.samples // self.batch_size
+
+
+SIZES = {
+  "7b": Size("vicuna-7b-v1.5", config_lib.LanguageModel()),
+  "13b": Size(
+    "vicuna-13b-v1.5",
+    config_lib.LanguageModel(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824),
+  ),
+}
+
+# The original reaches 256 as 8 GPUs x 16 rows x 2 accumulated, and 128 as 8 x 4 x 4.
+CAPTIONS = Dataset("blip_laion_cc_sbu_558k.json", "images", 558_128, 256, "plain")
+INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, "v1")
+
+LORA = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
+
+STAGE_1 = {"size": "7b", "row": "cropping", "init": "", "data": "data/llava_pretrain",
+           "checkpoints": "checkpoints"}  # fmt: skip
+STAGE_2 = {**STAGE_1, "init": "runs/pretrain", "data": "data/llava_finetune"}
+
+
+def llava(
+  options: types.SimpleNamespace, name: str, dataset: Dataset, optimizer: dict[str, Any],
+  model: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+  """The config of a recipe as nested dictionaries.
+
+  Args:
+    options: size, row, init, data and checkpoints, as `parse_arg` makes them of STAGE_1 or STAGE_2.
+    name: of the recipe, a part of the run's name.
+    optimizer: stage and rates; cosine, warm-up .03 and no weight decay are `config.Optimizer`'s.
+    model: adapters and quantisation.
+
+  Raises: ConfigError for an unknown size.
+  """
+  size = config_lib.lookup("option size", options.size, SIZES)
+  language_model = f"{options.checkpoints}/{size.folder}"
+  # A run knows its own base; without one, the projector starts at random.
+  base = {"language_model": language_model, "vision_tower": f"{options.checkpoints}/{TOWER}"}
+  return {
+    "name": f"llava-sp-{options.size}-{options.row}-{name}",
+    "model": {"language_model": dataclasses.asdict(size.language_model),
+              "projector": {"row": options.row}, **(model or {})},
+    "data": {"path": f"{options.data}/{dataset.file}",
+             "image_folder": f"{options.data}/{dataset.images}".rstrip("/"),
+             "tokenizer": language_model, "template": dataset.template, "row_length": 2048},
+    "optimizer": optimizer,
+    "train": {"steps": dataset.steps, "batch_size": dataset.batch_size},
+    "init": {"checkpoint": options.init} if options.init else base,
+  }  # fmt: skip

@@ -1,0 +1,115 @@
+"""llava-sp check: looks through a data set for what training would leave out, before chips are rented."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.tools.train import flags, load_recipe
+
+USAGE = """usage: llava-sp check --config FILE[:OPTIONS] [--images N|all] [--samples N|all]
+                      [--config.GROUP.KEY=VALUE]
+
+Reads the samples that a recipe would train on and lays each out as training does, without a model
+and without an accelerator. Reports images that are missing (by folder) or cannot be decoded, samples
+that training would leave out, samples without a reply to learn from, and text that would be cut off.
+
+  --images N|all   samples whose images are also decoded, drawn at random (default 1000)
+  --samples N|all  samples to check, drawn at random (default all)
+
+Ends with code 1 when samples would be lost. Text that is cut off is told but is not an error.
+
+example:
+  llava-sp check --config configs/finetune_lora.py:data=/mnt/share/llava_finetune --images all
+"""
+FOLDERS = 20  # lines of the table of folders: those with most missing first, then the largest
+EVERY = 5.0  # seconds between two lines of progress
+
+
+def main(argv: list[str]) -> int:
+  """Checks and prints. Returns 1 when something is wrong."""
+  if {"--help", "-h"} & set(argv):
+    print(USAGE, end="")
+    return 0
+  given = flags(argv)
+  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+  unknown = sorted(set(given) - {"config", "images", "samples", *overrides})
+  if unknown or not given.get("config"):
+    problems = [] if given.get("config") else ["no --config"]
+    problems += [f"unknown --{name}" for name in unknown]
+    raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
+  images = number(given, "images", 1000)
+  samples = number(given, "samples", None)
+  config = config_lib.override(load_recipe(given["config"]), overrides)
+  from llava_sp_jax.data import anyres, check
+  from llava_sp_jax.data.tokenizer import Tokenizer
+  from llava_sp_jax.models import build
+
+  build.model(config.model)  # unknown names and sizes that do not fit
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  tokenizer = Tokenizer(config.data.tokenizer)
+  progress = Progress(samples)
+  report = check.check(config.data, tokenizer, tile, images, samples, progress)
+  print(table(report, config.data, time.monotonic() - progress.started))
+  return 0 if report.passed else 1
+
+
+def number(given: dict[str, str], name: str, default: int | None) -> int | None:
+  """A whole number, or None for "all". Raises: ConfigError."""
+  text = given.get(name)
+  if text is None or text == "all":
+    return default if text is None else None
+  if not text.isdecimal():
+    raise config_lib.ConfigError(f"--{name}: expected a number or 'all', found {text!r}")
+  return int(text)
+
+
+class Progress:
+  """Lines on stderr with rate and time left, every few seconds."""
+
+  def __init__(self, samples: int | None):
+    self._samples, self.started = samples, time.monotonic()
+    self._last = self.started
+
+  def __call__(self, report: Any) -> None:
+    now = time.monotonic()
+    if now - self._last < EVERY:
+      return
+    self._last = now
+    total = min(self._samples or report.total, report.total)
+    rate = report.checked / (now - self.started)
+    left = int((total - report.checked) / rate)
+    bad = sum(report.kinds.values())
+    print(f"{report.checked:,} of {total:,} samples, {rate:.0f} a second, "
+          f"eta {left // 60}:{left % 60:02d}, {bad:,} problems", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def table(report: Any, data: config_lib.Data, seconds: float) -> str:
+  """The report as text."""
+  from llava_sp_jax.data import check
+
+  laid = max(1, report.checked)
+  lines = [
+    f"{data.path}: {report.checked:,} of {report.total:,} samples checked, {report.decoded:,} "
+    f"images decoded, {seconds:.0f} s",
+    f"tokens with images: {report.tokens / laid:.0f} a sample, {report.longest:,} the longest; "
+    f"data.row_length is {data.row_length:,}",
+    "", f"{'problem':<18}{'samples':>10}  the first",
+  ]  # fmt: skip
+  for kind in check.KINDS:
+    lines.append(f"{kind:<18}{report.kinds[kind]:>10,}  {report.examples.get(kind, '')}".rstrip())
+  if report.images:
+    ranked = sorted(report.images, key=lambda f: (-report.missing[f], -report.images[f], f))
+    width = max(len("folder"), *(len(folder) for folder in ranked[:FOLDERS])) + 2
+    lines += ["", f"{'folder':<{width}}{'images':>10}{'missing':>10}"]
+    for folder in ranked[:FOLDERS]:
+      lines.append(f"{folder:<{width}}{report.images[folder]:>10,}{report.missing[folder]:>10,}")
+    rest = ranked[FOLDERS:]
+    if rest:
+      images, missing = (sum(c[f] for f in rest) for c in (report.images, report.missing))
+      lines.append(f"{f'{len(rest)} more':<{width}}{images:>10,}{missing:>10,}")
+  lost = [kind for kind, loses in check.KINDS.items() if loses and report.kinds[kind]]
+  lines += ["", f"not well: {', '.join(lost)}" if lost else "well"]
+  return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""llava-sp plan: what a config needs and how fast it is on chips that are not here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.tools import train
+
+OPTIONS = {"config": "", "topology": "", "what": "train", "out": "", "keep": "", "top": "15",
+           "full": "false", "search": "0", "write": ""}  # fmt: skip
+
+USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
+
+Compiles the real train step (or prefill and decode) for TPUs that are absent, from shapes only, and
+predicts memory and step time. Needs libtpu: pip install "jax[tpu]==0.10.2". A config that does not
+fit is refused (exit 1) with its largest buffers.
+
+  --config FILE[:OPTIONS]  a recipe, as for llava-sp train
+  --topology NAME          the slice, as it is rented: {names}
+  --what train|eval        the train step, or prefill and decode of whole batches (default: train)
+  --search N               try mesh, base placement, recomputation and micro-batches in at most N
+                           compiles (one to three minutes each for 7B); the fastest that fits wins
+  --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
+                           (default: NAME-TOPOLOGY.py)
+  --out NAME               put the result into NAME.json and NAME.md, beside those that are there
+  --keep DIR               keep the compiler's files (schedule, buffers) in DIR
+  --top N                  how many of the longest operations are listed (default: 15)
+  --full true              also generate code: exact cycle counts, five to ten times as long
+  --config.GROUP.KEY=VALUE replaces one value; rows are --config.train.batch_size
+
+example:
+  llava-sp plan --config configs/finetune_lora.py:init= --topology v5e-16 \\
+    --config.data.images_per_row=3 --config.train.batch_size=16
+"""
+
+
+def main(argv: list[str]) -> None:
+  from llava_sp_jax.plan import topologies
+
+  if {"--help", "-h"} & set(argv):
+    print(USAGE.format(names=", ".join(topologies.SLICES)))
+    return
+  options, config = read(argv)
+  topology = topologies.topology(options["topology"])
+
+  from llava_sp_jax.plan import compile as compile_lib
+  from llava_sp_jax.plan import report
+
+  keep = Path(options["keep"]) if options["keep"] else None
+
+  def make(config: config_lib.Config) -> report.Plan:
+    fast = options["full"].lower() != "true"
+    compiled = compile_lib.compile_config(config, topology, options["what"], keep, fast)
+    return report.make(config, topology, options["what"], compiled)
+
+  budget = int(options["search"])
+  plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
+  if options["out"]:
+    records = report.append(Path(options["out"] + ".json"), plan.record())
+    Path(options["out"] + ".md").write_text(report.table(records))
+  if not plan.fits:
+    raise report.refusal(plan)
+  print(report.text(plan, int(options["top"])))
+
+
+def _search(
+  config: config_lib.Config, topology: Any, budget: int, make: Callable[[config_lib.Config], Any],
+  options: dict[str, str], argv: list[str],
+) -> Any:  # fmt: skip
+  """The best plan of a search, or the leanest that was tried when none fits."""
+  from llava_sp_jax.plan import compile as compile_lib
+  from llava_sp_jax.plan import search
+
+  plans: dict[config_lib.Config, Any] = {}
+
+  def evaluate(candidate: config_lib.Config) -> search.Outcome:
+    try:
+      plan = plans[candidate] = make(candidate)
+    except compile_lib.PlanError as error:
+      print(f"{len(plans):>3}  {error}", flush=True)
+      return search.Outcome(False, math.nan, 0)
+    said = f"{plan.seconds:.4f} s" if plan.fits else "does not fit"
+    mesh = candidate.mesh
+    print(f"{len(plans):>3}  accumulate {candidate.train.accumulate}, remat {candidate.model.remat}, "
+          f"base {mesh.base}, mesh {mesh.data} x {mesh.fsdp} x {mesh.tensor}: {said}, "
+          f"{plan.used / (1 << 30):.2f} GiB", flush=True)  # fmt: skip
+    return search.Outcome(plan.fits, plan.seconds, plan.used)
+
+  tried = search.search(config, topology.devices, budget, evaluate)
+  best = search.best(tried)
+  if best is None:
+    if not plans:
+      raise compile_lib.PlanError("none of the candidates can be compiled")
+    return min(plans.values(), key=lambda plan: plan.used)
+  file = Path(options["write"] or f"{config.name}-{topology.name}.py")
+  file.write_text(search.recipe(best.config, f"Found by: llava-sp plan {' '.join(argv)}"))
+  print(f"the fastest of {len(tried)} is written to {file}\n")
+  return plans[best.config]
+
+
+def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
+  """Options of the command, and the config with its overrides. Raises: ConfigError."""
+  given = train.flags(argv)
+  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+  problems = [f"no --{name}" for name in ("config", "topology") if not given.get(name)]
+  problems += [f"unknown --{n}" for n in given if n not in OPTIONS and n not in overrides]
+  if problems:
+    raise config_lib.ConfigError(
+      f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --topology NAME "
+      "[--config.GROUP.KEY=VALUE ...]; see llava-sp plan --help"
+    )
+  options = {**OPTIONS, **{n: text for n, text in given.items() if n in OPTIONS}}
+  config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
+  for name in ("top", "search"):
+    if not options[name].isdigit():
+      raise config_lib.ConfigError(f"--{name}: expected a number, found {options[name]!r}")
+  return options, config_lib.override(train.load_recipe(options["config"]), overrides)

@@ -1,0 +1,139 @@
+"""Which samples every step has read: what proves that none was trained twice or lost.
+
+A run folder holds `ledger/<process>.jsonl`. Each process appends for each step the rows that it owns,
+`{"step", "rows", "trained", "quarantined"}`; the first process also `{"step", "skipped"}` for a step
+whose numbers were not finite. Lines after a checkpoint are dropped when the run goes on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import checkpoint
+
+FOLDER = "ledger"
+
+
+class LedgerError(RuntimeError):
+  """A ledger that does not add up; the message names every step or sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+  """Samples of a run, each visit counted; `read` is the sum of the others."""
+
+  steps: int
+  read: int
+  trained: int
+  quarantined: int
+  skipped: int  # in steps that were not finite
+
+  def __str__(self) -> str:
+    return (
+      f"ledger: {self.read} samples read in {self.steps} steps = {self.trained} trained + "
+      f"{self.quarantined} quarantined + {self.skipped} in skipped steps"
+    )
+
+
+class Ledger:
+  """Appends what this process has read."""
+
+  def __init__(self, folder: Path, process: int, rows: Sequence[int], owned: Sequence[bool]):
+    self._folder = folder / FOLDER
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._file = self._folder / f"{process:05d}.jsonl"
+    self._process, self._owned = process, np.asarray(owned)
+    self._rows = [int(row) for row in np.asarray(rows)[self._owned]]
+
+  def step(self, number: int, samples: np.ndarray) -> None:
+    """`samples` of a batch's rows made here: [b] or [b, n] int32 as the pipeline marks them.
+
+    An index is a sample that is trained, `-2 - index` a quarantined one, -1 none.
+    """
+    ids = np.asarray(samples)[self._owned].reshape(-1)
+    if self._rows:
+      trained, quarantined = ids[ids >= 0], -2 - ids[ids < -1]
+      self._write(step=number, rows=self._rows, trained=trained.tolist(),
+                  quarantined=quarantined.tolist())  # fmt: skip
+
+  def skipped(self, number: int) -> None:
+    """Step `number` was not finite: it taught nothing."""
+    if self._process == 0:
+      self._write(step=number, skipped=True)
+    with_step = [line for line in _lines(self._file) if line["step"] == number]
+    print(f"step {number}: loss or gradient is not finite, skipped; process {self._process} had "
+          f"samples {[i for line in with_step for i in line.get('trained', [])]}", flush=True)  # fmt: skip
+
+  def _write(self, **line: Any) -> None:
+    with self._file.open("a") as file:
+      file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+  def secure(self) -> None:
+    """Makes all lines durable: before a checkpoint whose steps they tell."""
+    if self._file.is_file():
+      with self._file.open("a") as file:
+        os.fsync(file.fileno())
+
+
+def drop_after(folder: Path, step: int) -> None:
+  """Forgets the steps that are about to be done again; for one process, while the others wait."""
+  for file in sorted((folder / FOLDER).glob("*.jsonl")):
+    checkpoint.drop_lines_after(file, step)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+  text = file.read_text() if file.is_file() else ""
+  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+  """All lines of all processes, in the order of the steps."""
+  files = sorted((folder / FOLDER).glob("*.jsonl"))
+  return sorted((line for file in files for line in _lines(file)), key=lambda line: line["step"])
+
+
+def skips(folder: Path) -> set[int]:
+  """Steps that were not finite."""
+  return {line["step"] for line in read(folder) if line.get("skipped")}
+
+
+def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()) -> Totals:
+  """Adds the ledger of a run up to `steps`.
+
+  Every step must have each of its rows once. If the ledger begins with the run, all of `samples`
+  must have been read equally often, up to one: no sample twice or lost.
+
+  Raises: LedgerError with all that does not add up.
+  """
+  rows, problems = dict[int, Counter[int]](), list[str]()
+  seen, counts = Counter[int](), Counter[str]()
+  bad = skips(folder)
+  for line in read(folder):
+    if "rows" in line:
+      rows.setdefault(line["step"], Counter()).update(line["rows"])
+      seen.update(line["trained"] + line["quarantined"])
+      counts["skipped" if line["step"] in bad else "trained"] += len(line["trained"])
+      counts["quarantined"] += len(line["quarantined"])
+  first = min(rows, default=steps + 1)
+  wanted = Counter(range(batch_size))
+  for step in range(first, steps + 1):
+    if (found := rows.get(step, Counter())) != wanted:
+      lost, twice = sorted((wanted - found).keys()), sorted((found - wanted).keys())
+      problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
+  problems += [f"step {step}: the run ended at {steps}" for step in sorted(rows) if step > steps]
+  if samples and first == 1:
+    least = min(seen[i] for i in samples)
+    often = {i: seen[i] for i in samples if seen[i] > least + 1}
+    problems += [f"sample {i}: read {n} times, another {least} times" for i, n in often.items()]
+  if problems:
+    raise LedgerError(f"{folder / FOLDER} does not add up:\n  " + "\n  ".join(problems[:50]))
+  return Totals(len(rows), sum(seen.values()), counts["trained"], counts["quarantined"],
+                counts["skipped"])  # fmt: skip

@@ -1,0 +1,193 @@
+"""Where the metrics of a run go. Only the first process writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_sp_jax import config as config_lib
+
+METRICS_FILE = "metrics.jsonl"
+Record = Mapping[str, Any]
+
+
+class Sink(Protocol):
+  """Takes one record `{name: number}` with its `step`, again and again."""
+
+  def write(self, record: Record) -> None: ...
+  def close(self) -> None: ...
+
+
+class JsonLines:
+  """metrics.jsonl: one object per line, whole at once."""
+
+  def __init__(self, folder: Path, config: config_lib.Config):
+    self._path = folder / METRICS_FILE
+
+  def write(self, record: Record) -> None:
+    with self._path.open("a") as file:
+      file.write(json.dumps(dict(record)) + "\n")
+
+  def close(self) -> None:
+    pass
+
+
+def line(record: Record, steps: int) -> str:
+  """A record as one line for people; what it does not hold is left out."""
+  parts = [f"step {record['step']:>6}/{steps}"]
+  for name, text in LINE:
+    value = record.get(name)
+    if value is not None and not (name == "quarantined" and not value):
+      parts.append(text.format(value))
+  rate = record.get("steps_per_second")
+  if rate and math.isfinite(rate):
+    left = int((steps - record["step"]) / rate)
+    parts.append(f"eta {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}")
+  return "  ".join(parts)
+
+
+# (name in a record, how the terminal shows it)
+LINE: tuple[tuple[str, str], ...] = (
+  ("loss", "loss {:.4f}"),
+  ("val_loss", "held out {:.4f}"),
+  ("token_accuracy", "tokens right {:.3f}"),
+  ("grad_norm", "grad {:.2f}"),
+  ("steps_per_second", "{:.2f} steps/s"),
+  ("tokens_per_second_per_chip", "{:.0f} tokens/s/chip"),
+  ("mfu", "MFU {:.1%}"),
+  ("input_wait", "waiting {:.0%}"),
+  ("quarantined", "quarantined {}"),
+)
+
+
+class Terminal:
+  """Lines; on a terminal, a bar with the latest record as a table above them."""
+
+  def __init__(self, folder: Path, config: config_lib.Config):
+    from rich.console import Console
+
+    self._steps, self._live = config.train.steps, None
+    console = Console()
+    if console.is_terminal:
+      from rich.live import Live
+
+      # Refreshed with each record only: no thread beside the step.
+      self._live = Live(console=console, auto_refresh=False, transient=False)
+      self._live.start()
+
+  def write(self, record: Record) -> None:
+    if self._live is None:
+      print(line(record, self._steps), flush=True)
+    else:
+      self._live.update(_table(record, self._steps), refresh=True)
+
+  def close(self) -> None:
+    if self._live is not None:
+      self._live.stop()
+      self._live = None
+
+
+def _table(record: Record, steps: int) -> Any:
+  from rich.columns import Columns
+  from rich.console import Group
+  from rich.progress_bar import ProgressBar
+  from rich.text import Text
+
+  numbers = [
+    Text.assemble((f"{name} ", "dim"), f"{value:.4g}" if isinstance(value, float) else str(value))
+    for name, value in record.items()
+    if name != "step"
+  ]
+  bar = ProgressBar(total=steps, completed=record["step"])
+  return Group(Columns(numbers, equal=True), bar, Text(line(record, steps), no_wrap=True))
+
+
+class TensorBoard:
+  """Scalars under tensorboard/, for `tensorboard --logdir`."""
+
+  def __init__(self, folder: Path, config: config_lib.Config):
+    from tensorboardX import SummaryWriter
+
+    self._writer = SummaryWriter(logdir=str(folder / "tensorboard"))
+
+  def write(self, record: Record) -> None:
+    for name, value in record.items():
+      if name != "step":
+        self._writer.add_scalar(name, value, record["step"])
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Wandb:
+  """A run of Weights & Biases; the id in wandb_id.txt lets a resumed run go on in the same one.
+
+  Project, entity and mode (`offline`) are wandb's own environment variables.
+  """
+
+  def __init__(self, folder: Path, config: config_lib.Config):
+    import wandb
+
+    file = folder / "wandb_id.txt"
+    if not file.is_file():
+      file.write_text(uuid.uuid4().hex[:12])
+    self._run = wandb.init(
+      id=file.read_text().strip(), resume="allow", name=config.name, dir=str(folder),
+      config=config_lib.to_dict(config),
+    )  # fmt: skip
+    # A resumed run repeats steps, which wandb refuses as its own counter but not as an axis.
+    self._run.define_metric("*", step_metric="step")
+
+  def write(self, record: Record) -> None:
+    self._run.log(dict(record))
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A sink and the module that it needs, with the extra of ours that installs it."""
+
+  make: Callable[[Path, config_lib.Config], Sink]
+  module: str = ""
+  extra: str = ""
+
+
+SINKS: dict[str, Row] = {
+  "terminal": Row(Terminal, "rich"),
+  "tensorboard": Row(TensorBoard, "tensorboardX", "tensorboard"),
+  "wandb": Row(Wandb, "wandb", "wandb"),
+}
+
+
+def check(config: config_lib.Config) -> None:
+  """Raises: ConfigError for unknown sinks and those whose package is missing, all at once."""
+  problems = []
+  for name in config.train.sinks:
+    row = config_lib.lookup("train.sinks", name, SINKS)
+    if row.module and not _installed(row.module):
+      problems.append(
+        f"train.sinks: {name!r} needs the package {row.module}, which is not installed; "
+        f"pip install {row.module}" + (f" (or llava-sp-jax[{row.extra}])" if row.extra else "")
+      )
+  if problems:
+    raise config_lib.ConfigError("; ".join(problems))
+
+
+def _installed(module: str) -> bool:
+  """A folder of that name without code, such as the one that wandb leaves, does not count."""
+  spec = importlib.util.find_spec(module)
+  return spec is not None and spec.origin is not None
+
+
+def open_all(folder: Path, config: config_lib.Config) -> list[Sink]:
+  """metrics.jsonl, and the sinks that the config names."""
+  return [JsonLines(folder, config), *(SINKS[n].make(folder, config) for n in config.train.sinks)]

@@ -1,0 +1,39 @@
+"""python scripts/kill_trials.py --out docs/results/kill_trials: kills training, resumes, compares.
+
+Needs the test extra; 20 trials on a tiny model. What was done is kept, so the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import conftest
+from tests.end_to_end import kill_trials
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
+  parser.add_argument("--trials", type=int, default=20)
+  parser.add_argument("--workdir", type=Path, default=Path("runs/kill_trials"))
+  options = parser.parse_args()
+  workdir = options.workdir.absolute()
+  if not (workdir / "data").is_dir():
+    conftest.write_data(workdir / "data", kill_trials.SAMPLES)
+  runner = kill_trials.Trials(workdir, conftest.config_maker(workdir / "data"))
+  records = kill_trials.read(options.out)
+  for number, trial in enumerate(kill_trials.trials(options.trials)):
+    if number < len(records):
+      continue
+    records.append(runner.run(number, trial))
+    kill_trials.write(options.out, records)
+    print(kill_trials.markdown(records).splitlines()[-1], flush=True)
+  return 0 if all(record.passed for record in records) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU pod slice: creates or reuses it, installs, runs on all its workers.
+#
+#   bash scripts/launch_tpu_vm.sh --name NAME --zone ZONE --type v5litepod-16 \
+#     --version v2-alpha-tpuv5-lite --config configs/finetune_lora.py:size=7b \
+#     --workdir /mnt/share/runs/finetune [-- --config.train.save_every=200]
+#
+# --dry-run            prints every command and runs none
+# --setup COMMAND      runs on each worker before training, e.g. to mount the folder with the runs;
+#                      it may run again, so it must not mind
+# --create-flag FLAG   for `gcloud ... create`, may be repeated: --spot, --project=P, --network=N
+#
+# What is committed in this repository is what runs. When the pod is preempted it is made anew and
+# the run continues from its last checkpoint, so --workdir must be a folder that outlives the pod
+# and that all workers see. Keep this terminal open (tmux); training itself does not need it: the
+# same command finds a running training and follows it. What follows -- goes to llava-sp train.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/pod.sh
+source scripts/pod_train.sh
+
+describe() { run gcloud compute tpus tpu-vm describe "$name" "--zone=$zone" "--format=value(state)"; }
+create() {
+  run gcloud compute tpus tpu-vm create "$name" "--zone=$zone" "--accelerator-type=$type" \
+    "--version=$version" "${create_flags[@]}"
+}
+delete() { run gcloud compute tpus tpu-vm delete "$name" "--zone=$zone" --quiet; }
+
+read_options "$@"
+train_until_complete

@@ -1,0 +1,220 @@
+"""Kills training processes at random moments, starts them again, and compares with an unbroken run.
+
+A trial is a recipe, the topologies on which a run is started one after the other, and where SIGKILL
+meets all but the last of them. The same topology must give the same bits; another number of
+processes or another mesh the same samples and losses that differ by float32's rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.train import ledger
+from tests.conftest import ConfigMaker
+from tests.end_to_end import cluster
+from tests.end_to_end.cluster import Cluster, Topology
+
+STEPS, BATCH, SAMPLES = 24, 8, 12
+EXACT = ("step", "loss", "grad_norm", "token_accuracy", "tokens")
+TOLERANCE = 1e-6  # of losses on another topology, relative: 8 units of float32's last place
+PEER_SECONDS = 30  # until the survivors of a killed process stop
+
+# What is trained: (stage, changes of the tiny config). A row per way of training.
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+  "pretrain": ("pretrain", {}),
+  "finetune LoRA": ("finetune", {"data": {"turns_per_row": 2, "augment": "mirror_shift"}}),
+}
+
+ONE, TWO, FOUR = Topology(1, 1), Topology(2, 1, (1, 2, 1)), Topology(4, 1, (2, 2, 1))
+MESH = Topology(1, 4, (1, 2, 2))
+# Where a run is started, killed, and started again.
+WAYS: dict[str, tuple[Topology, ...]] = {
+  "1, 1": (ONE, ONE),
+  "2, 2": (TWO, TWO),
+  "2, 1, 4": (TWO, ONE, FOUR),
+  "another mesh": (MESH, ONE, MESH),
+}
+MOMENTS = ("step", "save")
+KILLED = ("all", "one")  # as when a job is cancelled; one process, whose death ends the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  recipe: str
+  way: str
+  moment: str
+  killed: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What a trial showed; `differs` is the largest relative difference of a loss."""
+
+  trial: int
+  recipe: str
+  way: str
+  moment: str
+  killed: str
+  killed_after: list[int]  # the last step that was logged
+  in_save: list[bool]  # whether the kill left a half-written checkpoint
+  resumed_from: list[int]
+  same_samples: bool
+  same_bits: bool
+  differs: float
+  ledger: str
+  passed: bool
+
+
+def trials(count: int) -> list[Trial]:
+  """The first `count` of all combinations, shuffled; from the front again when there are no more."""
+  every = [
+    Trial(recipe, way, moment, killed)
+    for (way, topologies), moment, recipe, killed in itertools.product(
+      WAYS.items(), MOMENTS, RECIPES, KILLED
+    )
+    if killed == "all" or topologies[0].processes > 1
+  ]
+  random.Random(0).shuffle(every)
+  return [every[i % len(every)] for i in range(count)]
+
+
+def recipe_config(make: ConfigMaker, recipe: str) -> config_lib.Config:
+  stage, changes = RECIPES[recipe]
+  base = {
+    "train": {"steps": STEPS, "batch_size": BATCH, "save_every": 3, "peer_seconds": PEER_SECONDS},
+    "optimizer": {"learning_rate": 1e-3, "projector_learning_rate": 1e-3},
+  }
+  config = make(stage, "cropping", **base)
+  return config_lib.from_dict(merge(config_lib.to_dict(config), changes))
+
+
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+  return values | {k: merge(values[k], v) if isinstance(v, dict) else v for k, v in changes.items()}
+
+
+class Trials:
+  """Runs trials in a folder; unbroken runs are made once for each recipe and topology."""
+
+  def __init__(self, folder: Path, make: ConfigMaker):
+    self._folder, self._make = folder, make
+
+  def unbroken(self, recipe: str, topology: Topology) -> Path:
+    workdir = self._folder / f"{recipe} {topology}".replace(" ", "_")
+    if len(cluster.metrics(workdir)) < STEPS:
+      shutil.rmtree(workdir, ignore_errors=True)
+      Cluster(self._file(recipe), workdir, topology).finish()
+    return workdir
+
+  def _file(self, recipe: str) -> Path:
+    path = self._folder / f"{recipe}.py".replace(" ", "_")
+    return cluster.write_config(recipe_config(self._make, recipe), path)
+
+  def run(self, number: int, trial: Trial) -> Record:
+    """Raises: AssertionError when a process that should go on does not."""
+    topologies = WAYS[trial.way]
+    wanted = self.unbroken(trial.recipe, topologies[0])
+    draw, workdir = random.Random(number), self._folder / f"trial{number}"
+    shutil.rmtree(workdir, ignore_errors=True)
+    after, half, resumed = [], [], []
+    for leg, topology in enumerate(topologies[:-1]):
+      start = Cluster(self._file(trial.recipe), workdir, topology)
+      least = leg * STEPS // len(topologies)
+      self._kill(start, trial, draw, range(least + 4, least + 10))
+      after.append(cluster.last_step(workdir))
+      half.append(bool(half_written(workdir)))
+      resumed.append(max(cluster.saved(workdir), default=0))
+    printed = Cluster(self._file(trial.recipe), workdir, topologies[-1]).finish()
+    assert resumed[-1] == 0 or f"continuing {workdir} from step {resumed[-1]}" in printed
+    return self._compare(number, trial, workdir, wanted, (after, half, resumed))
+
+  def _kill(self, start: Cluster, trial: Trial, draw: random.Random, steps: range) -> None:
+    """SIGKILL at the trial's moment, somewhere in `steps`."""
+    step = draw.choice(steps)
+    reached = start.wait_for(lambda: cluster.last_step(start.workdir) >= step)
+    if reached and trial.moment == "save":
+      reached = start.wait_for(lambda: half_written(start.workdir), pause=0.001)
+    time.sleep(draw.random() * 0.02)
+    if trial.killed == "all" or not reached:
+      start.kill()
+    else:
+      victim = draw.randrange(start.topology.processes)
+      start.processes[victim].kill()
+      codes = start.wait()
+      assert all(codes), f"a process ended well though process {victim} was killed: {codes}"
+
+  def _compare(
+    self, number: int, trial: Trial, workdir: Path, wanted: Path,
+    seen: tuple[list[int], list[bool], list[int]],
+  ) -> Record:  # fmt: skip
+    topologies = WAYS[trial.way]
+    ours, theirs = cluster.losses(workdir), cluster.losses(wanted)
+    pairs = zip(ours, theirs, strict=True)
+    differs = max(abs(a - b) / max(abs(b), 1.0) for a, b in pairs)
+    same_samples = cluster.samples(workdir) == cluster.samples(wanted)
+    same_bits = numbers(workdir) == numbers(wanted)
+    totals = str(ledger.check(workdir, STEPS, BATCH, range(SAMPLES)))
+    good = same_bits if len(set(topologies)) == 1 else differs <= TOLERANCE
+    return Record(number, *dataclasses.astuple(trial), *seen, same_samples, same_bits, differs,
+                  totals, same_samples and good)  # fmt: skip
+
+
+def half_written(workdir: Path) -> list[Path]:
+  return list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+
+def numbers(workdir: Path) -> list[tuple]:
+  """What must be equal to the last bit on the same topology."""
+  return [tuple(line[key] for key in EXACT) for line in cluster.metrics(workdir)]
+
+
+def markdown(records: list[Record]) -> str:
+  """The table of `docs/results/kill_trials.md`."""
+  good = sum(record.passed for record in records)
+  lines = [
+    "# Killed anywhere, resumed exactly",
+    "",
+    f"{good} of {len(records)} trials passed. Each starts a run of {STEPS} steps, meets it with "
+    "SIGKILL, and goes on, on the number of processes that is named next (gloo, one device each; "
+    "\"another mesh\": 4 devices as fsdp 2 x tensor 2, then one, then 4 again). The same topology "
+    "must give the same bits of loss, gradient norm and accuracy at every step; another one the "
+    f"same samples in the same rows, and losses within {TOLERANCE:g} (relative). `one` kills one "
+    "process, whose death must end the others. In every trial the ledger adds up.",
+    "",
+    "Made by `python scripts/kill_trials.py --out docs/results/kill_trials`.",
+    "",
+    "| trial | recipe | processes | killed | in a | after step | half a checkpoint left | resumed "
+    "from | same samples | same bits | losses differ by | |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+  ]  # fmt: skip
+  yes: Callable[[bool], str] = lambda value: "yes" if value else "no"  # noqa: E731
+  many: Callable[[list[Any]], str] = lambda values: ", ".join(map(str, values))  # noqa: E731
+  for r in records:
+    lines.append(
+      f"| {r.trial} | {r.recipe} | {r.way} | {r.killed} | {r.moment} | {many(r.killed_after)} | "
+      f"{many([yes(x) for x in r.in_save])} | {many(r.resumed_from)} | {yes(r.same_samples)} | "
+      f"{yes(r.same_bits)} | {r.differs:.1e} | {'passed' if r.passed else 'FAILED'} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def write(out: Path, records: list[Record]) -> None:
+  """`out`.md and `out`.json."""
+  out.parent.mkdir(parents=True, exist_ok=True)
+  values = [dataclasses.asdict(record) for record in records]
+  out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+  out.with_suffix(".md").write_text(markdown(records))
+
+
+def read(out: Path) -> list[Record]:
+  """The records that an earlier call has written."""
+  path = out.with_suffix(".json")
+  return [Record(**values) for values in json.loads(path.read_text())] if path.is_file() else []

@@ -1,0 +1,127 @@
+"""Several real processes over gloo train as one; they stop together, and none waits for the dead."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.tools.train import STOPPED_EARLY
+from llava_sp_jax.train import ledger, loop
+from tests.conftest import ConfigMaker
+from tests.end_to_end import cluster, kill_trials
+from tests.end_to_end.cluster import Cluster, Topology
+
+STEPS, BATCH, SAMPLES = 24, 8, 12
+TWO = Topology(2, 1, (1, 2, 1))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: ConfigMaker) -> config_lib.Config:
+  return tiny_config(
+    "finetune", "cropping",
+    train={"steps": STEPS, "batch_size": BATCH},
+    optimizer={"learning_rate": 1e-3, "projector_learning_rate": 1e-3},
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config_file(config: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return cluster.write_config(config, tmp_path_factory.mktemp("config") / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def alone(config: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The run folder of one process, this one, with eight devices."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  loop.train(config, workdir)
+  return workdir
+
+
+@pytest.mark.slow
+def test_told_alone_they_stop_together_and_one_process_goes_on(
+  config: config_lib.Config, config_file: Path, alone: Path, tmp_path: Path
+) -> None:
+  """SIGTERM to one of two: both save the same step. Then one process with eight devices ends it."""
+  workdir = tmp_path / "run"
+  two = Cluster(config_file, workdir, TWO)
+  assert two.wait_for(lambda: "parameters learn" in two.printed())
+  two.send(signal.SIGTERM, 1)
+  printed = two.finish(STOPPED_EARLY)
+  step = cluster.last_step(workdir)
+  assert 0 < step < STEPS
+  assert cluster.saved(workdir) == [step]
+  assert f"asked to stop: saved step {step}; the same command goes on" in printed
+  assert "parameters learn" not in two.printed(1), "one process speaks"
+  np.testing.assert_allclose(cluster.losses(workdir), cluster.losses(alone)[:step], atol=1e-5)
+  books = {line["rows"][0]: line["rows"] for line in ledger.read(workdir)}
+  assert books == {0: [0, 1, 2, 3], 4: [4, 5, 6, 7]}, "each reads its half"
+  assert loop.train(config, workdir).step == STEPS
+  np.testing.assert_allclose(cluster.losses(workdir), cluster.losses(alone), atol=1e-5)
+  assert cluster.samples(workdir) == cluster.samples(alone)
+  assert ledger.check(workdir, STEPS, BATCH, range(SAMPLES)) == ledger.Totals(
+    STEPS, STEPS * BATCH, STEPS * BATCH, 0, 0
+  )
+
+
+@pytest.mark.slow
+def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> None:
+  """`tests/test_processes.py` has this without a model, for either of the two."""
+  two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.peer_seconds=20",
+                "--config.train.steps=100000")  # fmt: skip
+  assert two.wait_for(lambda: cluster.last_step(two.workdir) >= 2)
+  two.send(signal.SIGKILL, 1)
+  codes = two.wait()  # an AssertionError when it hangs
+  assert codes[1] == -signal.SIGKILL
+  assert codes[0] not in (0, -signal.SIGKILL)
+  said = two.printed(0)
+  assert "stops: failed after step" in said or "JAX distributed service detected" in said
+
+
+def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
+  config_file: Path, tmp_path: Path
+) -> None:
+  two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.batch_size=7")
+  codes = two.wait()
+  assert codes[0] == 1
+  assert codes[1]
+  assert "train.batch_size: 7 rows cannot be divided over data*fsdp = 1*2 = 2 devices of 2 " in (
+    two.printed()
+  )
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "topology",
+  [Topology(4, 1, (2, 2, 1)), Topology(2, 2, (2, 2, 1)), Topology(2, 1, (1, 1, 2)),
+   Topology(4, 1, (1, 2, 2))],
+  ids=str,
+)  # fmt: skip
+def test_losses_of_one(config_file: Path, alone: Path, tmp_path: Path, topology: Topology) -> None:
+  """Also where the tensor axis crosses processes, which then read the same rows."""
+  Cluster(config_file, tmp_path / "run", topology).finish()
+  np.testing.assert_allclose(cluster.losses(tmp_path / "run"), cluster.losses(alone), atol=1e-5)
+  assert cluster.samples(tmp_path / "run") == cluster.samples(alone)
+
+
+@pytest.mark.slow
+def test_two_slices_train_as_one(config_file: Path, alone: Path, tmp_path: Path) -> None:
+  two = Topology(2, 2, (2, 2, 1))
+  Cluster(config_file, tmp_path / "run", two, "--config.mesh.slices=2").finish()
+  np.testing.assert_allclose(cluster.losses(tmp_path / "run"), cluster.losses(alone), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", kill_trials.RECIPES)
+def test_a_kill_trial(
+  tiny_data: Path, tiny_config: ConfigMaker, tmp_path: Path, recipe: str
+) -> None:
+  """One of the trials of `scripts/kill_trials.py` for each recipe, on changing topologies."""
+  trial = kill_trials.Trial(recipe, "2, 1, 4", "save", "all")
+  record = kill_trials.Trials(tmp_path, tiny_config).run(0, trial)
+  assert record.passed, dataclasses.asdict(record)

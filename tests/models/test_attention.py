@@ -1,0 +1,185 @@
+"""Attention: every implementation against the XLA reference, and the rule that chooses one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax import sharding
+from llava_sp_jax.models import attention, build
+from llava_sp_jax.models.attention import (
+  IMPLEMENTATIONS,
+  PLATFORMS,
+  Attention,
+  Case,
+  attend,
+  choose,
+)
+from llava_sp_jax.models.layers import BRANCHES, causal_mask, window_mask
+from tests.conftest import ConfigMaker
+
+B, T, N, K, H = 4, 256, 4, 2, 16
+SAMPLES = (100, 70, 61)  # tokens of each sample in a row; the rest of the row is padding
+
+
+def row() -> tuple[np.ndarray, np.ndarray]:
+  """Segments and positions of a packed row. [T] x2."""
+  segments, positions = np.zeros(T, np.int32), np.zeros(T, np.int32)
+  start = 0
+  for number, size in enumerate(SAMPLES):
+    segments[start : start + size] = (number + 1) * BRANCHES
+    positions[start : start + size] = np.arange(size)
+    start += size
+  return segments, positions
+
+
+def inputs(window: int) -> tuple[jax.Array, ...]:
+  """q, k, v, mask, segments, and weights that leave padding out."""
+  rng = np.random.default_rng(0)
+  q, k, v, out = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K, N))
+  segments, positions = (jnp.broadcast_to(x, (B, T)) for x in row())
+  index = jnp.broadcast_to(jnp.arange(T), (B, T))
+  mask = causal_mask(index, segments, index, segments)
+  if window:
+    mask &= window_mask(positions, positions, window)
+  return q, k, v, mask, segments, out * (segments > 0)[..., None, None]
+
+
+def results(spec: Attention, window: int = 0) -> tuple[jax.Array, ...]:
+  """Output at tokens and the gradients of q, k, v."""
+  q, k, v, mask, segments, weights = inputs(window)
+
+  def scalar(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out = attend(spec, q, k, v, mask, segments)
+    return (out * weights).sum(), out * (segments > 0)[..., None, None]
+
+  def run(*args: jax.Array) -> Any:
+    with nn.logical_axis_rules(sharding.activation_rules()):
+      return jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True)(*args)
+
+  (_, out), gradients = jax.jit(run)(q, k, v)
+  return out, *gradients
+
+
+@pytest.mark.parametrize(("window", "block"), [(0, 512), (0, 128), (40, 128)])
+def test_splash_equals_the_reference(
+  window: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Packed samples, grouped heads, padding; the kernel is interpreted, in one tile and several."""
+  monkeypatch.setattr(attention, "BLOCK", block)
+  spec = Attention("splash", branches=False, window=window)
+  for ours, reference in zip(results(spec, window), results(Attention("xla"), window), strict=True):
+    np.testing.assert_allclose(ours, reference, atol=2e-5)  # float32, sums of 256 in tiles
+  if window:  # the window must matter, or equality says nothing
+    assert np.abs(results(Attention("xla"), window)[0] - results(Attention("xla"))[0]).max() > 0.1
+
+
+def test_splash_on_a_mesh_equals_the_reference() -> None:
+  """Rows over data and fsdp, heads over tensor; nothing is gathered."""
+  mesh = mesh_lib.create(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+  reference = results(Attention("xla"))
+  with jax.set_mesh(mesh):
+    for ours, theirs in zip(results(Attention("splash", branches=False)), reference, strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=2e-5)
+      spec = [s if isinstance(s, tuple) else (s,) for s in ours.sharding.spec if s]
+      assert spec[0] == ("data", "fsdp"), "rows are divided"
+      assert ("tensor",) in spec[1:], "heads are divided"
+
+
+CASE = Case(
+  Attention("auto", "tpu", branches=False), 2048, 128, jnp.dtype(jnp.bfloat16), False, (1, 32, 32)
+)
+
+
+def with_spec(**changes: Any) -> Case:
+  return dataclasses.replace(CASE, spec=dataclasses.replace(CASE.spec, **changes))
+
+
+CHOICES = {
+  "tpu, packed chains": (CASE, "splash"),
+  "tpu, window of all layers": (with_spec(window=512), "splash"),
+  "tpu, window of some layers": (with_spec(window=512, mixed_layers=True), "xla"),
+  "tpu, branches": (with_spec(branches=True), "xla"),
+  "tpu, cache": (dataclasses.replace(CASE, cached=True), "xla"),
+  "tpu, odd length": (dataclasses.replace(CASE, length=2000), "xla"),
+  "tpu, heads that do not divide": (dataclasses.replace(CASE, split=(1, 8, 0)), "xla"),
+  "gpu": (with_spec(platform="gpu"), "cudnn"),
+  "gpu as topologies call it": (with_spec(platform="cuda"), "cudnn"),
+  "gpu, branches": (with_spec(platform="gpu", branches=True), "cudnn"),
+  "gpu, float32": (
+    dataclasses.replace(with_spec(platform="gpu"), dtype=jnp.dtype(jnp.float32)), "xla",
+  ),
+  "gpu, wide heads": (dataclasses.replace(with_spec(platform="gpu"), head_dim=192), "xla"),
+  "gpu, cache": (dataclasses.replace(with_spec(platform="gpu"), cached=True), "xla"),
+  "cpu": (with_spec(platform="cpu"), "xla"),
+  "where jax runs": (with_spec(platform=""), "xla"),
+  "a platform we do not know": (with_spec(platform="abacus"), "xla"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_chosen(name: str) -> None:
+  case, expected = CHOICES[name]
+  assert choose(case) == expected
+  if expected not in ("xla",):  # asked for by name, it is the same; what is refused is an error
+    assert choose(dataclasses.replace(case, spec=dataclasses.replace(case.spec, name=expected)))
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "reason"),
+  [
+    ("splash", {"branches": True}, "samples may have branches"),
+    ("splash", {"mixed_layers": True}, "only some layers have a sliding window"),
+    ("splash", {"platform": "gpu"}, "platform gpu has no Pallas kernels"),
+    ("cudnn", {}, "platform tpu has no cuDNN"),
+  ],
+)
+def test_an_implementation_asked_for_by_name_refuses_what_it_cannot_do(
+  name: str, changes: dict[str, Any], reason: str
+) -> None:
+  with pytest.raises(ValueError, match=f"model.attention '{name}' cannot .*{reason}.*use 'auto'"):
+    choose(with_spec(name=name, **changes))
+
+
+def test_every_platform_ends_with_one_that_never_objects() -> None:
+  for order in PLATFORMS.values():
+    assert set(order) <= set(IMPLEMENTATIONS)
+    assert order[-1] == "xla"
+  assert not IMPLEMENTATIONS["xla"].objections(with_spec(branches=True, mixed_layers=True))
+
+
+def test_cudnn_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+  """jax lowers cuDNN on GPUs only, so the call is what is seen here."""
+  seen: list[Any] = []
+
+  def watch(q: jax.Array, *_: Any, mask: Any, implementation: str) -> jax.Array:
+    seen.append((implementation, mask.shape))
+    return q
+
+  q, k, v, mask, segments, _ = inputs(0)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", watch)
+  attend(Attention("auto", "gpu"), q.astype("bfloat16"), k, v, mask, segments)
+  assert seen == [("cudnn", (B, 1, T, T))]
+
+
+def test_the_decoder_hands_its_windows_on(tiny_config: ConfigMaker) -> None:
+  """A model with splash, packed rows and a window gives the hidden states of one with XLA."""
+  size = {"sliding_window": 40}
+  outputs = []
+  for name in ("splash", "xla"):
+    config = tiny_config(model={"language_model": size, "attention": name}).model
+    module = build.compiled_for(build.model(config), "cpu", branches=False).language_model
+    segments, positions = (jnp.asarray(x)[None] for x in row())
+    embeds = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, 32)), jnp.float32)
+    params = jax.jit(module.init)(jax.random.key(0), embeds, positions, segments)
+    hidden, _ = jax.jit(module.apply)(params, embeds, positions, segments)
+    outputs.append(np.asarray(hidden[segments > 0]))
+  np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-5)

@@ -1,0 +1,186 @@
+"""Start-up by flags and environments; a process that fails or stands still ends itself."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from llava_sp_jax import cli, processes
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.tools import train as train_tool
+from tests.conftest import REPOSITORY
+
+FLAGS = {"coordinator": "host:1234", "processes": "4", "process": "3"}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+  """Calls of jax.distributed.initialize, which is not carried out; the environment is bare."""
+  calls: list[tuple] = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+  monkeypatch.setattr(processes.os, "environ", {})
+  return calls
+
+
+def test_flags_describe_a_process(asked: list[tuple]) -> None:
+  processes.start(FLAGS, 30)
+  ((arguments, waits),) = asked
+  assert arguments == ("host:1234", 4, 3)
+  assert waits["heartbeat_timeout_seconds"] == 30
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"coordinator": None}, "^no --coordinator; several processes are started with --coordinator"),
+    ({"processes": None, "process": None}, "^no --processes; no --process; several"),
+    ({"coordinator": "host"}, "--coordinator: expected HOST:PORT, found 'host'"),
+    ({"coordinator": "host:x"}, "--coordinator: expected HOST:PORT, found 'host:x'"),
+    ({"processes": "0"}, "--processes: expected a whole number from 1, found '0'"),
+    ({"process": "two"}, "--process: expected a whole number from 0, found 'two'"),
+    ({"process": "4"}, "--process: 4 of 4; they are counted from 0"),
+  ],
+)  # fmt: skip
+def test_wrong_flags_are_one_error(
+  asked: list[tuple], change: dict[str, Any], message: str
+) -> None:
+  flags = {k: v for k, v in (FLAGS | change).items() if v is not None}
+  with pytest.raises(ConfigError, match=message):
+    processes.start(flags)
+  assert not asked
+
+
+def test_the_command_takes_them(
+  asked: list[tuple], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  assert train_tool.PROCESS_FLAGS == processes.FLAGS
+  monkeypatch.setattr(train_tool, "load_recipe", lambda value: train_tool.config_lib.Config())
+  assert cli.main(["train", "--config=x.py", "--workdir=x", "--process=1"]) == 1
+  assert "no --coordinator; no --processes; several processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("environment", "name"),
+  [
+    ({}, None),
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n0"}, None),
+    ({"SLURM_NTASKS": "2"}, None),  # in an allocation, but not started by srun
+    ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[0-1]"}, "SLURM (srun)"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI (mpirun)"),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "GKE TPU slice"),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "several TPU slices"),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+     "indexed Kubernetes job"),
+    ({"TPU_ML_PLATFORM": "JAX"}, "Cloud TPU VM"),
+    ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
+  ],
+)  # fmt: skip
+def test_environments_are_recognised(
+  asked: list[tuple], environment: dict[str, str], name: str | None
+) -> None:
+  assert processes.detected(environment) == name
+  processes.os.environ.update(environment)
+  processes.start()
+  assert [arguments for arguments, _ in asked] == [()] * (name is not None)
+
+
+def wait_until(condition: Any) -> None:
+  until = time.monotonic() + 30
+  while not condition() and time.monotonic() < until:
+    time.sleep(0.01)
+
+
+def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
+  left: list[int] = []
+  with processes.Watch(0.2, left.append) as watch:
+    time.sleep(0.5)
+    assert not left, "the first step may take its time"
+    watch.beat(7)
+    wait_until(lambda: left)
+  assert left[0] == 1
+  assert "process 0 of 1 stops: no step since step 7, 0 s ago" in capsys.readouterr().err
+
+
+def test_steps_keep_it_alive() -> None:
+  left: list[int] = []
+  with processes.Watch(0.4, left.append) as watch:
+    for step in range(12):
+      watch.beat(step)
+      time.sleep(0.05)
+  assert not left
+
+
+def test_an_error_among_several_ends_at_once(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  left: list[int] = []
+  with pytest.raises(ConfigError), processes.Watch(0, left.append):
+    raise ConfigError("a single process raises it")
+  assert not left
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  watch = processes.Watch(0, left.append)
+  watch.beat(3)
+  with pytest.raises(ConfigError), watch:
+    raise ConfigError("no such thing")
+  assert left == [1]
+  assert capsys.readouterr().err == "llava-sp: process 0 of 4 stops: ConfigError: no such thing\n"
+  with pytest.raises(OSError, match="peer"), watch:
+    raise OSError("connection closed by peer")
+  assert "process 0 of 4 stops: failed after step 3 (above). If the error names a connection" in (
+    capsys.readouterr().err
+  )
+
+
+# Adds up a number over all processes for ever; argv: address, count, index, file that says "begun".
+LOOP = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jax.experimental import multihost_utils
+from llava_sp_jax import processes
+address, count, index, begun = sys.argv[1:]
+flags = {"coordinator": address, "processes": count, "process": index}
+processes.start(flags, peer_seconds=10)
+with processes.Watch(0) as watch:
+  processes.meet("start")
+  for step in range(10**9):
+    multihost_utils.process_allgather(jnp.ones(()))
+    watch.beat(step)
+    Path(begun).touch()
+"""
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["second", "coordinator"])
+def test_the_death_of_one_ends_the_other(tmp_path: Path, victim: int) -> None:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  two = [
+    subprocess.Popen(
+      [sys.executable, "-c", LOOP, address, "2", str(i), str(tmp_path / f"begun{i}")],
+      cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  until = time.monotonic() + 600
+  while len(list(tmp_path.iterdir())) < 2:
+    assert time.monotonic() < until
+    assert [process.poll() for process in two] == [None, None]
+    time.sleep(0.05)
+  two[victim].send_signal(signal.SIGKILL)
+  said = two[1 - victim].communicate(timeout=120)[1]  # a TimeoutExpired when it hangs
+  assert two[1 - victim].returncode not in (0, -signal.SIGKILL)
+  assert f"process {1 - victim} of 2 stops: failed after step" in said or (
+    "JAX distributed service detected" in said
+  )
+  two[victim].communicate()
