@@ -30,6 +30,9 @@ IMAGE_SIZE, PATCH_SIZE = 24, 4  # a 6x6 grid, the smallest that six scales fit i
 VOCAB_SIZE = 384
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
+# Sizes of the decoder that the blocks of quantised kernels divide.
+WIDE = {"language_model": {"width": 64, "head_dim": 16, "mlp_width": 128}}
+
 ConfigMaker = Callable[..., config_lib.Config]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,12 +28,12 @@ from llava_sp_jax import sharding
 from llava_sp_jax.data import example
 from llava_sp_jax.infer import generate
 from llava_sp_jax.models import build, flops
+from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.train import loop, optimizer, state
 
-# Without it, the partitioner turns matmuls into chains of permutes, which the latency-hiding
-# scheduler then cannot fuse with collectives.
-COMPILER_OPTIONS = {
-  "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+# Beside what the step itself asks for (`loop.COMPILER_OPTIONS`).
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+  "tpu": {},
   "cuda": {"xla_gpu_enable_triton_gemm": False},  # it wants to measure on a real one
 }
 NEW_TOKENS = 128  # of an answer, in the plan of an evaluation
@@ -56,9 +57,11 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   """The lowered generation of `config`: prefill of whole rows, then a loop of decode steps."""
   module = build.model(config.model)
   dtype = jnp.dtype(config.model.dtype)
-  params = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, dtype), build.abstract(config.model)
-  )
+  stored = flatten_dict(build.abstract(config.model), sep="/")
+  cast = {
+    p: s if is_quantised(p) else jax.ShapeDtypeStruct(s.shape, dtype) for p, s in stored.items()
+  }
+  params = unflatten_dict(cast, sep="/")
   params = placed(params, sharding.shardings(params, device_mesh))
   prompt = {k: v for k, v in batch(config, device_mesh).items() if k not in _LEARNING}
   key = placed(
@@ -68,7 +71,8 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   def run(params: Any, prompt: Any, rng: Any) -> Any:
     return generate.generate(module, params, prompt, rng, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
 
-  return jax.jit(run).lower(params, prompt, key)
+  options = loop.COMPILER_OPTIONS.get(device_mesh.devices.flat[0].platform)
+  return jax.jit(run, compiler_options=options).lower(params, prompt, key)
 
 
 _LEARNING = ("targets", "weights")  # what only training reads of a batch

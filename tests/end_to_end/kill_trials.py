@@ -19,7 +19,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.train import ledger
-from tests.conftest import ConfigMaker
+from tests.conftest import WIDE, ConfigMaker, merged
 from tests.end_to_end import cluster
 from tests.end_to_end.cluster import Cluster, Topology
 
@@ -32,6 +32,17 @@ PEER_SECONDS = 30  # until the survivors of a killed process stop
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
   "pretrain": ("pretrain", {}),
   "finetune LoRA": ("finetune", {"data": {"turns_per_row": 2, "augment": "mirror_shift"}}),
+  "finetune full": (
+    "finetune_full",
+    # LLaVA's rate for it; AdamW's first steps are the rate itself, whatever the gradient is.
+    {"model": {"lora": {"rank": 0}}, "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.1}},
+  ),
+  "finetune QLoRA": ("finetune", {"model": {**WIDE, "quantize": "nf4_double"}}),
+  "accumulation": ("finetune", {"train": {"accumulate": 2}}),
+  "packing": (
+    "finetune",
+    {"data": {"packing": "first_fit", "row_length": 416, "images_per_row": 3}},
+  ),
 }
 
 ONE, TWO, FOUR = Topology(1, 1), Topology(2, 1, (1, 2, 1)), Topology(4, 1, (2, 2, 1))
@@ -94,11 +105,7 @@ def recipe_config(make: ConfigMaker, recipe: str) -> config_lib.Config:
     "optimizer": {"learning_rate": 1e-3, "projector_learning_rate": 1e-3},
   }
   config = make(stage, "cropping", **base)
-  return config_lib.from_dict(merge(config_lib.to_dict(config), changes))
-
-
-def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-  return values | {k: merge(values[k], v) if isinstance(v, dict) else v for k, v in changes.items()}
+  return config_lib.from_dict(merged(config_lib.to_dict(config), changes))
 
 
 class Trials:

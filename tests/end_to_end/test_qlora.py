@@ -19,8 +19,8 @@ from llava_sp_jax.infer import pretrained, verify
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.models.quantize import FORMATS, is_quantised
 from llava_sp_jax.train import loop
-from tests.conftest import ConfigMaker
-from tests.train.test_stages import WIDE, qlora
+from tests.conftest import WIDE, ConfigMaker
+from tests.train.test_stages import qlora
 
 GATE = "language_model/layers/gate_proj/kernel"
 

@@ -17,11 +17,9 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.train import loop, optimizer
-from tests.conftest import ConfigMaker, merged
+from tests.conftest import WIDE, ConfigMaker, merged
 from tests.train.test_sharding import MESHES, mesh_of, run
 
-# Blocks of 64 have to divide the decoder's sizes.
-WIDE = {"language_model": {"width": 64, "head_dim": 16, "mlp_width": 128}}
 FULL = {"model": {"lora": {"rank": 0}}, "optimizer": {"weight_decay": 0.1}}
 
 
