@@ -170,7 +170,7 @@ def _speed(plan: Plan, top: int) -> list[str]:
   lines += [f"  {plan.tokens / plan.seconds:,.0f} tokens/s, "
             f"{plan.tokens / plan.seconds / plan.topology.chips:,.0f} per chip"]  # fmt: skip
   if plan.what == "train":
-    useful, all_flops = plan.compiled.about["useful_flops"], cost.flops * plan.topology.devices
+    useful, all_flops = plan.compiled.about["useful_flops"], cost.flops * plan.topology.chips
     config = plan.config
     days = plan.seconds * config.train.steps / 86400
     lines += [

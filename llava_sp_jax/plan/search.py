@@ -44,15 +44,16 @@ class Axis:
 
 def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
   """What may be varied, in the order in which memory is saved."""
+  from llava_sp_jax import sharding  # here, because these import jax
+  from llava_sp_jax.models import remat
+
   rows = config.train.batch_size
   return (
     Axis("micro-batches", tuple(
       {"train.accumulate": a} for a in range(rows, 0, -1) if rows % a == 0
     )),
-    Axis("recomputation", tuple(
-      {"model.remat": name} for name in ("full", "attention", "gates", "projections")
-    )),
-    Axis("base", tuple({"mesh.base": name} for name in ("shard", "replicate"))),
+    Axis("recomputation", tuple({"model.remat": name} for name in remat.POLICIES)),
+    Axis("base", tuple({"mesh.base": name} for name in sharding.PRESETS)),
     Axis("mesh", tuple(_meshes(devices))),
   )  # fmt: skip
 
@@ -141,14 +142,16 @@ class _Walk:
     return point
 
   def neighbours(self, point: Point) -> Iterator[Point]:
-    """One step along an axis, richer ones first; then trades, a step richer here for leaner there.
+    """One step along an axis, richer ones first; then trades, a step richer here for leaner there;
+    then two steps, over a value that is neither lean nor fast.
 
     What was compiled, what the rows do not divide, and what cannot fit is left out.
     """
     count = range(len(self.axes))
     steps = [((axis, step),) for step in (1, -1) for axis in count]
     trades = [((up, 1), (down, -1)) for up in count for down in count if up != down]
-    for moves in (*steps, *trades):
+    jumps = [((axis, 2),) for axis in count]
+    for moves in (*steps, *trades, *jumps):
       moved: Point | None = point
       for axis, step in moves:
         moved = self._step(moved, axis, step) if moved else None

@@ -27,7 +27,7 @@ class Chip:
   link_rate: float  # one ICI link, one way
   vector_rate: float  # elementwise operations
   clock: float  # Hz
-  cores: int = 1  # devices that jax sees on one chip
+  config_name: str = ""  # how libtpu is told to see a chip's two cores as one device
   wrap: int = 0  # sides of a slice that are a multiple of this are rings; 0: never
   speed: bool = True  # whether a step time can be predicted
   target: str = ""  # of a GPU, see plan.gpu
@@ -36,7 +36,7 @@ class Chip:
 CHIPS: dict[str, Chip] = {
   "v4": Chip(
     platform="tpu", peak_flops=275e12, hbm_bytes=int(30.75 * GIB), hbm_rate=1.1e12,
-    link_rate=4.5e10, vector_rate=8.6e12, clock=1.05e9, cores=2, wrap=4,
+    link_rate=4.5e10, vector_rate=8.6e12, clock=1.05e9, wrap=4, config_name="megacore",
   ),
   "v5e": Chip(
     platform="tpu", peak_flops=197e12, hbm_bytes=int(15.75 * GIB), hbm_rate=7.38e11,
@@ -75,10 +75,6 @@ class Topology:
     return math.prod(self.sides)
 
   @property
-  def devices(self) -> int:
-    return self.chips * self.chip.cores
-
-  @property
   def compiler_name(self) -> str:
     """As `jax.experimental.topologies.get_topology_desc` takes it; GPUs have none."""
     sides = "x".join(map(str, self.sides))
@@ -88,7 +84,7 @@ class Topology:
   def compiler_arguments(self) -> dict[str, str]:
     """Further arguments of `get_topology_desc`: on GPUs slices x hosts x devices, and the GPU."""
     if self.chip.platform == "tpu":
-      return {}
+      return {"chip_config_name": self.chip.config_name} if self.chip.config_name else {}
     return {"target_config": self.chip.target, "topology": f"1x1x{self.chips}"}
 
   def ring_rate(self, varying: tuple[bool, ...]) -> float:

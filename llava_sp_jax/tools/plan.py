@@ -23,7 +23,7 @@ fit is refused (exit 1) with its largest buffers.
   --topology NAME          the slice, as it is rented: {names}
   --what train|eval        the train step, or prefill and decode of whole batches (default: train)
   --search N               try mesh, base placement, recomputation and micro-batches in at most N
-                           compiles (one to three minutes each for 7B); the fastest that fits wins
+                           compiles (10 to 60 seconds each for 7B); the fastest that fits wins
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
                            (default: NAME-TOPOLOGY.py)
   --out NAME               put the result into NAME.json and NAME.md, beside those that are there
@@ -90,7 +90,7 @@ def _search(
           f"{plan.used / (1 << 30):.2f} GiB", flush=True)  # fmt: skip
     return search.Outcome(plan.fits, plan.seconds, plan.used)
 
-  tried = search.search(config, topology.devices, budget, evaluate)
+  tried = search.search(config, topology.chips, budget, evaluate)
   best = search.best(tried)
   if best is None:
     if not plans:

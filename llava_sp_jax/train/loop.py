@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ from llava_sp_jax.train.validation import Validator
 
 METRICS_FILE = sinks.METRICS_FILE
 
-# Options of XLA by platform. Without the one for TPUs, the partitioner turns matmuls into chains of
-# permutes, which the latency-hiding scheduler then cannot fuse with collectives.
+# Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
+# permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
+# gathers of weights and sums of gradients run beside matmuls on v6e, as they do unasked on v5.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
-  "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+  "tpu": {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
+  },
 }
 
 
@@ -157,7 +167,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   log = Log(folder, config, learns)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
-  number, metrics = first, None
+  number, metrics, asked, noticed = first, None, False, 0.0
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
       batch = log.waiting(run.iterator)
@@ -180,6 +190,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
           held_out = run.validator(train_state)
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
       asked = checkpoints.preempted(number) or stop.asked
+      noticed = time.monotonic()
       save = asked or number % config.train.save_every == 0 or number == config.train.steps
       run.watch.beat(number)
       if save:
@@ -187,10 +198,12 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
         book.secure()
         checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
       if asked:
-        if jax.process_index() == 0:
-          print(f"asked to stop: saved step {number}; the same command goes on from there")
         break
   checkpoints.close()
+  if asked and jax.process_index() == 0:
+    seconds = time.monotonic() - noticed
+    print(f"asked to stop: saved step {number} in {seconds:.1f} s; the same command goes on from "
+          "there", flush=True)  # fmt: skip
   if jax.process_index() == 0:
     samples = [i for i in run.iterator.usable if i not in quarantine]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)

@@ -21,6 +21,7 @@ from llava_sp_jax.train import ledger, loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 
 PATIENCE = 600  # seconds until a process that should be doing something is given up
+GRACE = 30  # seconds from SIGTERM to SIGKILL: what spot TPU VMs and SLURM (KillWait) give
 
 
 def write_config(config: config_lib.Config, path: Path) -> Path:

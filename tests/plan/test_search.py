@@ -12,7 +12,9 @@ from llava_sp_jax.plan import search
 from llava_sp_jax.tools import train
 
 DEVICES, LIMIT = 16, 100
-REMAT = {"full": (1.3, 1), "attention": (1.2, 2), "gates": (1.1, 4), "projections": (1.0, 5)}
+REMAT = {"full": (1.3, 1), "attention": (1.2, 2), "gates": (1.1, 4), "projections": (1.0, 5),
+         "minimal": (1.05, 8), "none": (0.98, 20)}  # fmt: skip
+BASE = {"shard": (0.2, 60 // 16), "replicate_tower": (0.1, 10), "replicate": (0.0, 60)}
 
 
 def world(config: config_lib.Config) -> tuple[float, int]:
@@ -20,10 +22,9 @@ def world(config: config_lib.Config) -> tuple[float, int]:
   rows = config.train.batch_size // config.train.accumulate // (config.mesh.data * config.mesh.fsdp)
   slow, kept = REMAT[config.model.remat]
   tensor = config.mesh.tensor
-  base = 60 // tensor if config.mesh.base == "replicate" else 60 // 16
+  gathered, base = BASE[config.mesh.base]
   seconds = slow * (1 + 0.3 * (tensor - 1)) + 0.05 * config.train.accumulate
-  seconds += 0.0 if config.mesh.base == "replicate" else 0.2
-  return seconds, base + rows * kept * 4 // tensor
+  return seconds + gathered, base // tensor + rows * kept * 4 // tensor
 
 
 class Compiler:
