@@ -13,6 +13,7 @@ from PIL import Image
 
 from llava_sp_jax.data import anyres, conversation, example, image
 from llava_sp_jax.infer.generate import generate
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
 
@@ -25,23 +26,33 @@ class Request:
   """One question; `image` is a file, a decoded picture, or None for a question about text."""
 
   question: str
-  image: str | Path | Image.Image | None = None
+  images: tuple[Path | bytes | Image.Image, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
   text: str
   ids: tuple[int, ...]
+  error: str = ""
+
+
+@dataclasses.dataclass
+class Counts:
+  requests: int = 0
+  distinct_images: int = 0
+  encoder_calls: int = 0
 
 
 class Engine:
   """Holds a model ready for questions. Each (bucket, batch size) is compiled once."""
 
   def __init__(
-    self, pretrained: Pretrained, batch_size: int = 64, max_new_tokens: int = 32,
-    temperature: float = 0.0, seed: int = 0,
+    self, pretrained: Pretrained, batch_size: int = 64, generation: Generation = Generation(),
   ):  # fmt: skip
     self._pretrained, self._batch_size = pretrained, batch_size
+    self.pretrained, self.generation, self.counts = pretrained, generation, Counts()
+    max_new_tokens, temperature, seed = (
+      generation.max_new_tokens, generation.temperature, generation.seed)
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
@@ -69,22 +80,44 @@ class Engine:
     if waiting:
       yield from self._run(waiting)
 
+  def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    waiting: list[tuple[int, dict[str, np.ndarray]]] = []
+
+    def run() -> Iterator[tuple[int, Answer]]:
+      for (index, _), answer in zip(waiting, list(self._run([row for _, row in waiting]))):
+        yield index, answer
+      waiting.clear()
+
+    for index, request in enumerate(requests):
+      try:
+        waiting.append((index, self._row(request)))
+      except conversation.SampleError as error:
+        yield index, Answer("", (), str(error))
+      if len(waiting) == self._batch_size:
+        yield from run()
+    if waiting:
+      yield from run()
+
   def _picture_of_file(self, path: str) -> anyres.Picture:
     return self._reader(image.read(Path(path)))
 
   def _row(self, request: Request) -> dict[str, np.ndarray]:
     side, room = self._reader.tile.size, self._reader.max_tiles
     pictures = []
-    if isinstance(request.image, Image.Image):
-      pictures = [self._reader(request.image)]
-    elif request.image is not None:
-      pictures = [self._read(str(request.image))]
+    for image_ in request.images:
+      if isinstance(image_, Image.Image):
+        pictures.append(self._reader(image_))
+      elif isinstance(image_, bytes):
+        import io
+        pictures.append(self._reader(image.read(io.BytesIO(image_), "bytes")))
+      else:
+        pictures.append(self._read(str(image_)))
     pixels, plans = np.zeros((room, side, side, 3), np.float32), [p.plan for p in pictures]
     for picture in pictures:
       pixels[: picture.plan.tiles] = picture.tiles
     asked = request.question
-    if request.image is not None and conversation.IMAGE not in asked:
-      asked = f"{conversation.IMAGE}\n{asked}"
+    if request.images and conversation.IMAGE not in asked:
+      asked = f"{conversation.IMAGE}\n" * len(request.images) + asked
     pieces = conversation.prompt(asked, self._template)
     runs = example.tokenize(pieces, self._pretrained.tokenizer)
     length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
