@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax.data import image
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.eval import task as task_lib
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer.engine import Engine, Request
-
-TASKS: dict[str, Callable[[str], task_lib.Task]] = {"easy_vqa": EasyVqa}
 
 SECONDS_PER_LINE = 5.0  # of progress
 
@@ -32,22 +28,23 @@ def run(
   folder.mkdir(parents=True, exist_ok=True)
   items = task.items()[: limit or None]
   failed: list[dict[str, str]] = []
-  problems = {path: _problem(path) for path in {item.image for item in items}}
+  problems = {path: _problem(path) for path in {_image(item) for item in items}}
   good = []
   for item in items:
-    if problems[item.image]:
-      failed.append({"id": item.id, "error": problems[item.image]})
+    if problems[_image(item)]:
+      failed.append({"id": item.id, "error": problems[_image(item)]})
     else:
       good.append(item)
   asked, to_ask = itertools.tee(good)
-  answers = engine.answer(Request(item.question, item.image) for item in to_ask)
+  answers = engine.answer(Request(item.question, _image(item)) for item in to_ask)
   records: list[dict[str, Any]] = []
   started = said = time.monotonic()
   with (folder / "predictions.jsonl").open("w") as file:
     for item, answer in zip(asked, answers, strict=True):
       record = {
-        "id": item.id, "question": item.question, "image": str(item.image), "truth": item.truth,
-        "kind": item.kind, "text": answer.text, "right": task.right(item, answer.text),
+        "id": item.id, "question": item.question, "image": str(_image(item)), "truth": item.truth,
+        "kind": item.kind, "text": answer.text,
+        "right": task.verdict(item, answer.text).get("score") == 1,
       }  # fmt: skip
       records.append(record)
       file.write(json.dumps(record) + "\n")
@@ -55,13 +52,21 @@ def run(
       if now - said >= SECONDS_PER_LINE or len(records) == len(good):
         said = now
         _progress(records, len(good), started)
+  predictions = {r["id"]: task_lib.Prediction(r["id"], r["text"]) for r in records}
   scores = {
     "task": task.name, "protocol": task.protocol, "data_hash": task.data_hash(),
-    "by_kind": task_lib.accuracy_by_kind(records), "failed": failed,
+    "by_kind": task.score(items, predictions).by_kind, "failed": failed,
     "seconds": round(time.monotonic() - started, 1), **(about or {}),
   }  # fmt: skip
   (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
   return scores
+
+
+def _image(item: task_lib.Item) -> Path | None:
+  """The one file that this version asks about."""
+  first = item.images[0] if item.images else None
+  assert not isinstance(first, bytes), item.id
+  return first
 
 
 def _problem(path: Path | None) -> str:
