@@ -24,11 +24,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax.config import lookup
-  from llava_sp_jax.eval import report, run
+  from llava_sp_jax.eval import report, run, tasks
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
 
-  task = lookup("--task", options.task, run.TASKS)(options.data)
+  task = lookup("--task", options.task, tasks.TASKS)(options.data)
   model = pretrained.from_run(options.checkpoint)
   engine = Engine(model, options.batch_size, options.max_new_tokens)
   out = options.out or f"{options.checkpoint}/eval-{options.task}"

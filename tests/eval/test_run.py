@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from llava_sp_jax.eval import report
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.task import Item, accuracy_by_kind
+from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
@@ -86,24 +85,23 @@ def test_limit_takes_the_first_items(engine: Engine, tiny_data: Path, tmp_path: 
   assert scores["by_kind"]["all"]["items"] == 3
 
 
-def test_accuracy_by_kind_counts() -> None:
-  records: list[dict[str, Any]] = [
-    {"kind": "shape", "right": True}, {"kind": "shape", "right": False},
-    {"kind": "colour", "right": True},
-  ]  # fmt: skip
-  assert accuracy_by_kind(records) == {
-    "all": {"accuracy": 2 / 3, "items": 3}, "shape": {"accuracy": 0.5, "items": 2},
-    "colour": {"accuracy": 1.0, "items": 1},
+def test_means_by_kind_count_what_was_answered() -> None:
+  items = [Item(str(i), "q", (), kind, "red") for i, kind in enumerate(["shape"] * 3 + ["colour"])]
+  predictions = {
+    "0": Prediction("0", "red"), "1": Prediction("1", "blue"),
+    "2": Prediction("2", "red", error="no such file"),
   }  # fmt: skip
-  assert accuracy_by_kind([]) == {"all": {"accuracy": 0.0, "items": 0}}
+  assert mean_by_kind(items, predictions, lambda i, t: {"score": t == i.truth}) == {
+    "all": {"accuracy": 0.5, "items": 2, "asked": 4},
+    "shape": {"accuracy": 0.5, "items": 2, "asked": 3},
+    "colour": {"accuracy": 0.0, "items": 0, "asked": 1},
+  }
 
 
 def test_exact_match_after_stripping_blanks(tiny_data: Path) -> None:
   task = EasyVqa(tiny_data)
-  item = Item("x", "q", None, "red", "colour")
-  assert task.right(item, " red\n")
-  assert not task.right(item, "Red")
-  assert not task.right(item, "red.")
+  item = Item("x", "q", (), "colour", "red")
+  assert [task.verdict(item, t)["score"] for t in (" red\n", "Red", "red.")] == [1, 0, 0]
   assert {i.kind for i in task.items()} == {"yes/no", "shape", "colour"}
 
 
