@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import load
+from llava_sp_jax.convert import formats, load
+from llava_sp_jax.convert.leaves import Leaves
+from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models.quantize import is_quantised
 
@@ -27,12 +29,37 @@ class Pretrained:
 def from_run(folder: str | Path) -> Pretrained:
   """Loads the latest checkpoint of a training run. Raises: CheckpointError."""
   run = load.open_own(folder)
-  config = run.config
+  tokenizer = Tokenizer(Path(folder) / "tokenizer")
+  return Pretrained(
+    run.config, _params(run.config, run.leaves), tokenizer, run.step, run.fingerprint
+  )
+
+
+def from_any(path: str | Path, options: formats.Options | None = None) -> Pretrained:
+  """Loads a run, or a folder of any format that `llava-sp convert` reads, without writing a copy.
+
+  Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
+  """
+  if load.is_ours(path):
+    return from_run(path)
+  source = load.open_any(path, options or formats.Options())
+  if lacking := [part for part in formats.PARTS if part not in source.parts]:
+    raise FormatError(
+      f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
+    )
+  load.verify_base(source)
+  if source.tokenizer is None:
+    raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
+  return Pretrained(
+    source.config, _params(source.config, source.leaves), Tokenizer(source.tokenizer), 0,
+    source.fingerprint,
+  )  # fmt: skip
+
+
+def _params(config: config_lib.Config, leaves: Leaves) -> Any:
   dtype = jnp.dtype(config.model.dtype)
   params = {
     path: jnp.asarray(leaf.read(), None if is_quantised(path) else dtype)
-    for path, leaf in run.leaves.items()
+    for path, leaf in leaves.items()
   }
-  tokenizer = Tokenizer(Path(folder) / "tokenizer")
-  nested = unflatten_dict(params, sep="/")
-  return Pretrained(config, nested, tokenizer, run.step, run.fingerprint)
+  return unflatten_dict(params, sep="/")
