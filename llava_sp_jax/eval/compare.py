@@ -51,9 +51,13 @@ class Flips:
 def compare(here: Path, there: Path) -> Flips:
   """Raises: EvalError when the two folders hold answers to other questions."""
   mine, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
-  if different := [f"{k}: {mine[k]!r} here, {other[k]!r} there" for k in SAME if mine[k] != other[k]]:
+  if different := [
+    f"{k}: {mine[k]!r} here, {other[k]!r} there" for k in SAME if mine[k] != other[k]
+  ]:
     raise EvalError(f"--compare {there}: answers to other questions ({'; '.join(different)})")
-  notes = tuple(f"{k}: {mine[k]} here, {other.get(k)} there" for k in mine if mine[k] != other.get(k))
+  notes = tuple(
+    f"{k}: {mine[k]} here, {other.get(k)} there" for k in mine if mine[k] != other.get(k)
+  )
   records, before = predictions.read(here), predictions.read(there)
   groups: dict[str, list[Flip]] = {"fixed": [], "broken": [], "changed": []}
   both = 0

@@ -44,7 +44,7 @@ rect { fill: #2a7f62 } text { font-size: 12px; fill: currentColor }
 """
 
 
-def tag(name: str, *children: Element | str | None, **attributes: object) -> Element:
+def tag(name: str, /, *children: Element | str | None, **attributes: object) -> Element:
   """An element; `class_` is written as `class`."""
   element = ElementTree.Element(name, {k.rstrip("_"): str(v) for k, v in attributes.items()})
   last = None

@@ -7,7 +7,9 @@ SOURCE = "LLaVA's docs/MODEL_ZOO.md, LLaVA-v1.5, schedule lora-1e (liuhaotian/ll
 MODELS = ("LLaVA-1.5 7B LoRA", "LLaVA-1.5 13B LoRA")
 
 # The paper's own result table is not quoted: only what could be read at its source stands here.
-FIGURES: dict[str, tuple[float, float]] = {  # task: in the order of MODELS, in the unit of its table
+FIGURES: dict[
+  str, tuple[float, float]
+] = {  # task: in the order of MODELS, in the unit of its table
   "vqav2": (79.1, 80.0),
   "gqa": (63.0, 63.3),
   "vizwiz": (47.8, 58.9),

@@ -150,9 +150,7 @@ def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:
   return [item.id for item in items if item.id not in records]
 
 
-def finish(
-  task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
-) -> dict[str, Any]:
+def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = "") -> dict[str, Any]:
   """Scores what a folder's parts have answered: merges them, writes all that `run` writes.
 
   Raises: EvalError when questions were not asked yet, or the task is another one.

@@ -111,7 +111,9 @@ def _accepted(name: str, make: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
-  given = dict(text.split("=", 1) for text in texts if text.split("=", 1)[0] in names and "=" in text)
+  given = dict(
+    text.split("=", 1) for text in texts if text.split("=", 1)[0] in names and "=" in text
+  )
   plain = [text for text in texts if text.split("=", 1)[0] not in names or "=" not in text]
   if name in given:
     return given[name]
@@ -176,7 +178,14 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
       engines[generation] = Engine(loaded, generation=generation, **size)
     out = _out(name, tasks, options)
     scores = run.run(
-      task, engines[generation], out, options.limit, model, part, options.retry, _compare(name, tasks, options)
+      task,
+      engines[generation],
+      out,
+      options.limit,
+      model,
+      part,
+      options.retry,
+      _compare(name, tasks, options),
     )
     if "missing" in scores:
       print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "

@@ -16,7 +16,7 @@ from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.eval.predictions import EvalError, Part
 from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
-from llava_sp_jax.infer.engine import Answer, Engine
+from llava_sp_jax.infer.engine import Answer, Engine, Request
 from tests.eval.conftest import Scripted, by_id
 
 
@@ -111,6 +111,16 @@ def test_limit_takes_the_first_items_and_may_grow(
   assert (more["asked"], more["engine"]["requests"]) == (5, 5)
   assert run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)["by_kind"] == few["by_kind"]
   assert len(by_id(tmp_path)) == 5
+
+
+def test_answers_do_not_depend_on_the_batch(engine: Engine, tiny_data: Path) -> None:
+  requests = [Request(q, (tiny_data / "images" / f"{i}.png",))
+              for i, q in enumerate(["what is it?", "is it blue or red or green?", "red?"])]  # fmt: skip
+  together = [a.ids for a in engine.answer(requests)]
+  alone = [next(iter(engine.answer([r]))).ids for r in requests]
+  assert together == alone
+  with Image.open(tiny_data / "images" / "0.png") as picture:
+    assert next(iter(engine.answer([Request("what is it?", (picture,))]))).ids == alone[0]
 
 
 # What follows asks an engine that answers from a script, for it is about files, not about answers.
@@ -262,30 +272,23 @@ def test_the_interval_covers_the_mean_and_draws_images() -> None:
   assert interval.bootstrap([1.0, 0.0], ["a", "a"]) is None
 
 
-def test_accuracy_by_kind_counts() -> None:
-  items = [Item("1", "q", (), "shape", "x"), Item("2", "q", (), "shape", "y"),
-           Item("3", "q", (), "colour", "z"), Item("4", "q", (), "colour", "z")]  # fmt: skip
-  answers = {"1": "x", "2": "x", "3": "z"}
-  predictions = {k: Prediction(k, v) for k, v in answers.items()}
-  predictions["4"] = Prediction("4", "z", "no image")
-
-  def verdict(item: Item, text: str) -> dict[str, float]:
-    return {"score": float(text == item.truth)}
-
-  assert mean_by_kind(items, predictions, verdict) == {
-    "all": {"accuracy": 2 / 3, "items": 3, "asked": 4},
-    "shape": {"accuracy": 0.5, "items": 2, "asked": 2},
-    "colour": {"accuracy": 1.0, "items": 1, "asked": 2},
+def test_means_by_kind_count_what_was_answered() -> None:
+  items = [Item(str(i), "q", (), kind, "red") for i, kind in enumerate(["shape"] * 3 + ["colour"])]
+  predictions = {
+    "0": Prediction("0", "red"), "1": Prediction("1", "blue"),
+    "2": Prediction("2", "red", error="no such file"),
+  }  # fmt: skip
+  assert mean_by_kind(items, predictions, lambda i, t: {"score": t == i.truth}) == {
+    "all": {"accuracy": 0.5, "items": 2, "asked": 4},
+    "shape": {"accuracy": 0.5, "items": 2, "asked": 3},
+    "colour": {"accuracy": 0.0, "items": 0, "asked": 1},
   }
-  assert mean_by_kind([], {}, verdict) == {"all": {"accuracy": 0.0, "items": 0, "asked": 0}}
 
 
 def test_exact_match_after_stripping_blanks(tiny_data: Path) -> None:
   task = EasyVqa(tiny_data)
   item = Item("x", "q", (), "colour", "red")
-  assert task.verdict(item, " red\n") == {"score": 1.0}
-  assert task.verdict(item, "Red") == {"score": 0.0}
-  assert task.verdict(item, "red.") == {"score": 0.0}
+  assert [task.verdict(item, t)["score"] for t in (" red\n", "Red", "red.")] == [1, 0, 0]
   assert {i.kind for i in task.items()} == {"yes/no", "shape", "colour"}
 
 
