@@ -50,6 +50,8 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       raise EvalError(
         f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size"
       )
+    if Base is object:
+      raise EvalError("lmms-eval is not installed; pip install lmms-eval, and start it from there")
     super().__init__()
     opened = isinstance(pretrained, pretrained_lib.Pretrained)
     self._pretrained = pretrained if opened else pretrained_lib.from_any(pretrained)
@@ -67,7 +69,7 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       groups.setdefault(generation(request.args[1]), []).append(i)
     texts = [""] * len(requests)
     for settings, places in groups.items():
-      answers = self._engine(settings).answer(self._requests([requests[i] for i in places], 2))
+      answers = self._engine(settings).answer(self._requests([requests[i] for i in places]))
       for i, answer in zip(places, answers, strict=True):
         if answer.error:
           _, _, _, doc_id, task, split = requests[i].args
@@ -85,7 +87,7 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       _, target, _, doc_id, task, split = request.args
       made = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
       continuations.append(str(made))
-    return list(self._likelihood(zip(self._requests(requests, 2), continuations, strict=True)))
+    return list(self._likelihood(zip(self._requests(requests), continuations, strict=True)))
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
     """Raises: EvalError; a round's question depends on the answer before, which LLaVA never trained."""
@@ -99,11 +101,11 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       self._engines[settings] = Engine(self._pretrained, self._batch_size, settings)
     return self._engines[settings]
 
-  def _requests(self, requests: Sequence[Any], visual: int) -> Iterable[Request]:
-    """Lazily, so that pictures are not all in memory; `visual`: where the arguments have them."""
+  def _requests(self, requests: Sequence[Any]) -> Iterable[Request]:
+    """Lazily, so that pictures are not all in memory."""
     for request in requests:
-      context, (doc_id, task, split) = request.args[0], request.args[3:]
-      images = tuple(request.args[visual](self.task_dict[task][split][doc_id]) or ())
+      context, _, doc_to_visual, doc_id, task, split = request.args
+      images = tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
       if images and IMAGE not in context:  # as its own LLaVA: on one line, in front
         context = " ".join([IMAGE] * len(images)) + f"\n{context}"
       yield Request(context, images)

@@ -45,6 +45,7 @@ class Model:
 def run(
   task: Task, engine: Engine, out: str | Path, limit: int = 0, model: Model | None = None,
   part: Part | None = None, retry: bool = False, compare: str | Path = "",
+  each: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
   """Answers every item, writes `predictions.jsonl`, `scores.json` and `index.html` in `out`.
 
@@ -57,6 +58,7 @@ def run(
     part: the share of this process; `Part(process, processes)` when not given.
     retry: asks again what has no answer, as after images were put back.
     compare: the result folder of another run on the same data; the page shows what flipped.
+    each: called with every line of predictions.jsonl when it is written; prints progress if not given.
 
   Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
   Raises: EvalError when `out` holds answers made with other settings.
@@ -76,7 +78,7 @@ def run(
     print(f"{folder}: {len(found)} questions are answered already", flush=True)
   with predictions.Writer(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
-    _ask(task, engine, mine, writer)
+    _ask(task, engine, mine, writer, each or Progress(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
                "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
     with (folder / part.named("sessions")).open("a") as file:
@@ -101,12 +103,14 @@ def counts(engine: Engine) -> dict[str, int]:
   return dataclasses.asdict(engine.counts)
 
 
-def _ask(task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer) -> None:
-  progress = Progress(len(items))
+def _ask(
+  task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer,
+  each: Callable[[Record], None],
+) -> None:  # fmt: skip
   for index, answer in engine.as_ready(Request(item.question, item.images) for item in items):
     line = record(task, items[index], answer)
     writer.write(line)
-    progress(line)
+    each(line)
 
 
 def record(task: Task, item: Item, answer: Answer) -> Record:
@@ -121,8 +125,8 @@ def record(task: Task, item: Item, answer: Answer) -> Record:
 class Progress:
   """A line every few seconds: how many, how good so far, how fast, how long still."""
 
-  def __init__(self, total: int, say: Callable[[str], None] | None = None):
-    self._total, self._say = total, say or (lambda line: print(line, flush=True))
+  def __init__(self, total: int):
+    self._total = total
     self._started = self._said = time.monotonic()
     self._done = self._failed = self._judged = 0
     self._sum = 0.0
@@ -141,8 +145,9 @@ class Progress:
     mean = f"  mean score {self._sum / self._judged:.4f}" if self._judged else ""
     failed = f"  {self._failed} failed" if self._failed else ""
     left = (self._total - self._done) / rate
-    self._say(
-      f"{self._done:>6}/{self._total} questions{mean}{failed}  {rate:.1f}/s  eta {left:.0f} s"
+    print(
+      f"{self._done:>6}/{self._total} questions{mean}{failed}  {rate:.1f}/s  eta {left:.0f} s",
+      flush=True,
     )
 
 

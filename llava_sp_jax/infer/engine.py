@@ -89,6 +89,7 @@ class Engine:
       waiting.clear()
 
     for index, request in enumerate(requests):
+      self.counts.requests += 1
       try:
         waiting.append((index, self._row(request)))
       except conversation.SampleError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, load
@@ -63,3 +63,13 @@ def _params(config: config_lib.Config, leaves: Leaves) -> Any:
     for path, leaf in leaves.items()
   }
   return unflatten_dict(params, sep="/")
+
+
+def as_computed(config: config_lib.Config, params: Any) -> Any:
+  """Nested parameters as training holds them -> as `from_run` loads them from its checkpoint."""
+  dtype = jnp.dtype(config.model.dtype)
+  flat = {
+    path: leaf if is_quantised(path) else leaf.astype(dtype)
+    for path, leaf in flatten_dict(params, sep="/").items()
+  }
+  return unflatten_dict(flat, sep="/")

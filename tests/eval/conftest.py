@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,17 @@ def engine(loaded: pretrained.Pretrained) -> Engine:
 
 
 class Scripted(Engine):
-  """Answers each question by the number of its image, every third rightly; may die on the way."""
+  """Says `texts` in turn, whatever is asked; `fails` at images by name; may die on the way."""
 
-  def __init__(self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",)):
+  def __init__(
+    self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",),
+    fails: Mapping[str, str] | None = None,
+  ):  # fmt: skip
     self.generation = Generation(max_new_tokens=tokens)
     self.pretrained: Any = pretrained.Pretrained(None, {"w": np.ones(3, np.float32)}, None)  # type: ignore[arg-type]
     self.counts = Counts()
     self.asked: list[str] = []
-    self._dies_after, self._texts = dies_after, list(texts)
+    self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
 
   def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
     for index, request in enumerate(requests):
@@ -53,7 +56,9 @@ class Scripted(Engine):
       assert isinstance(image, Path)
       self.asked.append(image.name)
       self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
-      yield index, Answer(self._texts[len(self.asked) % len(self._texts)], ())
+      error = self._fails.get(image.name, "")
+      text = "" if error else self._texts[len(self.asked) % len(self._texts)]
+      yield index, Answer(text, (), error)
 
 
 def by_id(folder: Path) -> dict[str, Any]:
