@@ -38,10 +38,10 @@ def start(run_folder: Path, data: Path, out: Path, *more: str) -> subprocess.Pop
   environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
   command = [sys.executable, "-m", "llava_sp_jax.cli", "eval", f"--checkpoint={run_folder}",
              f"--data={data}", f"--out={out}", "--batch-size=1", "--max-new-tokens=4", *more]  # fmt: skip
-  log = out.with_name(f"{out.name}.log").open("a")
-  return subprocess.Popen(
-    command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
-  )
+  with out.with_name(f"{out.name}.log").open("a") as log:
+    return subprocess.Popen(
+      command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
 
 
 def printed(out: Path) -> str:
