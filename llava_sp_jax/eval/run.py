@@ -40,7 +40,9 @@ def run(
     else:
       good.append(item)
   asked, to_ask = itertools.tee(good)
-  answers = engine.answer(Request(item.question, item.image) for item in to_ask)
+  answers = engine.answer(
+    Request(item.question, (item.image,) if item.image else ()) for item in to_ask
+  )
   records: list[dict[str, Any]] = []
   started = said = time.monotonic()
   with (folder / "predictions.jsonl").open("w") as file:

@@ -56,9 +56,7 @@ def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New,
   index = jnp.arange(count)
   segments = jnp.where(index < group.length[:, None], BRANCHES, 0)
   positions = jnp.where(segments > 0, group.start[:, None] + index, 0)
-  hidden, new = apply(
-    group.tokens, positions, segments, image, group.slots, past, method="extend"
-  )
+  hidden, new = apply(group.tokens, positions, segments, image, group.slots, past, method="extend")
   return hidden, new, past
 
 

@@ -27,10 +27,11 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.eval import report, run
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
+  from llava_sp_jax.infer.generation import Generation
 
   task = lookup("--task", options.task, run.TASKS)(options.data)
   model = pretrained.from_run(options.checkpoint)
-  engine = Engine(model, options.batch_size, options.max_new_tokens)
+  engine = Engine(model, options.batch_size, Generation(max_new_tokens=options.max_new_tokens))
   out = options.out or f"{options.checkpoint}/eval-{options.task}"
   about = {
     "checkpoint": options.checkpoint, "step": model.step, "fingerprint": model.fingerprint,

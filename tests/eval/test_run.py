@@ -16,6 +16,7 @@ from llava_sp_jax.eval.task import Item, accuracy_by_kind
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
 
@@ -29,7 +30,9 @@ def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def engine(run_folder: Path) -> Engine:
-  return Engine(pretrained.from_run(run_folder), batch_size=4, max_new_tokens=4)
+  return Engine(
+    pretrained.from_run(run_folder), batch_size=4, generation=Generation(max_new_tokens=4)
+  )
 
 
 @pytest.fixture
@@ -67,13 +70,13 @@ def test_an_unreadable_image_is_a_counted_failure(
 
 
 def test_answers_do_not_depend_on_the_batch(engine: Engine, tiny_data: Path) -> None:
-  requests = [Request(q, tiny_data / "images" / f"{i}.png")
+  requests = [Request(q, (tiny_data / "images" / f"{i}.png",))
               for i, q in enumerate(["what is it?", "is it blue or red or green?", "red?"])]  # fmt: skip
   together = [a.ids for a in engine.answer(requests)]
   alone = [next(iter(engine.answer([r]))).ids for r in requests]
   assert together == alone
   with Image.open(tiny_data / "images" / "0.png") as picture:
-    assert next(iter(engine.answer([Request("what is it?", picture)]))).ids == alone[0]
+    assert next(iter(engine.answer([Request("what is it?", (picture,))]))).ids == alone[0]
 
 
 def test_a_question_about_text_needs_no_image(engine: Engine) -> None:
