@@ -25,7 +25,7 @@ LAYERS = (
     "ground",
     r"config|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
     r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
-    r"|infer\.(__init__|sampling|generation)|eval\.(__init__|task|scoring|files|judge|tasks\..*)|train\.__init__|tools\.__init__|recipes",
+    r"|infer\.(__init__|generation|sampling|counts|lru)|eval\.(__init__|task|scoring|files|judge|tasks\..*)|train\.__init__|tools\.__init__|recipes",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),

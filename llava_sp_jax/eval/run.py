@@ -118,6 +118,7 @@ def record(task: Task, item: Item, answer: Answer) -> Record:
   return {
     "id": item.id, "question": item.question, "images": list(predictions.image_names(item)),
     "kind": item.kind, "truth": item.truth, "text": answer.text, "error": answer.error,
+    "margin": round(answer.margin, 4) if math.isfinite(answer.margin) else None,
     "verdict": {} if answer.error else task.verdict(item, answer.text),
   }  # fmt: skip
 
