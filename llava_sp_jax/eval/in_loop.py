@@ -50,6 +50,7 @@ class InLoop:
       what = "a server scores it" if items else f"no questions in {settings.data}"
       raise config_lib.ConfigError(f"evaluate.task {settings.task}: no score to log ({what})")
     self._tokenizer = Tokenizer(config.data.tokenizer)
+    self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
 
   def due(self, number: int) -> bool:
     """Whether step `number` is followed by an evaluation."""
@@ -67,7 +68,13 @@ class InLoop:
     loaded = Pretrained(
       self._config, as_computed(self._config, params), self._tokenizer, number, fingerprint
     )
-    engine = Engine(loaded, self._settings.batch_size, self._task.generation)
+    if self._engine is None:
+      place = jax.tree.leaves(loaded.params)[0].sharding  # on the devices where training has them
+      self._engine = Engine(
+        loaded, self._settings.batch_size, self._task.generation, getattr(place, "mesh", None)
+      )
+    else:
+      self._engine.load(loaded)
     model = run.Model.of(loaded, str(self._folder.parent))
 
     def each(line: Record) -> None:
@@ -75,7 +82,7 @@ class InLoop:
         raise _Stopped
 
     try:
-      scores = run.run(self._task, engine, out, self._settings.limit, model, each=each)
+      scores = run.run(self._task, self._engine, out, self._settings.limit, model, each=each)
     except _Stopped:
       print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
       return {}

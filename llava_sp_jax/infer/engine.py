@@ -101,6 +101,12 @@ class Engine:
   def generation(self) -> Generation:
     return self._generation
 
+  def load(self, pretrained: Pretrained) -> None:
+    """Answers with another state of the same model from now on; nothing is compiled anew."""
+    self.pretrained = pretrained
+    self._programs.load(pretrained.params)
+    self._prefixes.forget()
+
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
     """Answers in the order of the requests. A request that cannot be answered has an `error`."""
     early: dict[int, Answer] = {}

@@ -49,6 +49,10 @@ class Programs:
     self._params = self._place(params)
     self._key = jax.device_put(jax.random.key(seed), self._whole)
 
+  def load(self, params: Any) -> None:
+    """Other values of the same parameters; what is compiled stays."""
+    self._params = self._place(params)
+
   def _place(self, params: Any) -> Any:
     """Parameters layer by layer, on the devices where `sharding` says."""
     if not params:

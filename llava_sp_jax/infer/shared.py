@@ -35,6 +35,11 @@ class Encoder:
     self._kept, self._tiles = Lru(limit), tiles
     self._seen: set[str] = set()
 
+  def forget(self) -> None:
+    """Computes all anew, as when the tower or the projector has changed."""
+    self._kept.clear()
+    self._seen.clear()
+
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
     """Of all images of the requests, by their keys."""
     files: dict[str, ImageFile] = {}
@@ -73,6 +78,10 @@ class Prefixes:
   ):
     self._programs, self._encoder, self._counts = programs, encoder, counts
     self._kept, self._multiple = Lru(limit), multiple
+
+  def forget(self) -> None:
+    self._kept.clear()
+    self._encoder.forget()
 
   def slots(self, pieces: Sequence[Piece]) -> int:
     """P of the prefix that these pieces are."""

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
   judge.add_argument("--judge-url", default="", help="such as http://localhost:8000/v1")
   judge.add_argument("--judge-model", default="", help="as that server names it")
   judge.add_argument("--judge-key-env", default="OPENAI_API_KEY",
-                     help="environment variable with its key (default: %(default)s)")  # fmt: skip
+                     help="environment variable with its key; '' for none (default: %(default)s)")  # fmt: skip
   return result
 
 
@@ -208,7 +208,13 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
 
 
 def _judge(options: argparse.Namespace) -> Any:
-  raise NotImplementedError
+  """Raises: ConfigError, JudgeError when the variable that should hold the key is not set."""
+  from llava_sp_jax.config import ConfigError
+  from llava_sp_jax.eval import judge
+
+  if not options.judge_model:
+    raise ConfigError("--judge-url without --judge-model; name the model as that server does")
+  return judge.Endpoint(options.judge_url, options.judge_model, options.judge_key_env)
 
 
 def _written(out: str) -> None:
