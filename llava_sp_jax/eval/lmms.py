@@ -28,7 +28,13 @@ MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's own LLaVA
 # Keys of a task's `generation_kwargs` that we know: what they are in our settings. The others that
 # its tasks give are no settings of generation (how images are read) or LLaVA's defaults.
 KNOWN = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")
-WITHOUT_MEANING = ("until", "do_sample", "image_aspect_ratio", "use_cache", "return_dict_in_generate")
+WITHOUT_MEANING = (
+  "until",
+  "do_sample",
+  "image_aspect_ratio",
+  "use_cache",
+  "return_dict_in_generate",
+)
 
 
 def manifest() -> Any:
@@ -47,16 +53,14 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
     """`pretrained`: a checkpoint's folder, or a `Pretrained`. Raises: EvalError for unknown arguments."""
     unknown = [name for name in more if name not in ("device", "max_batch_size")]  # it always gives
     if unknown:
-      raise EvalError(
-        f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size"
-      )
+      raise EvalError(f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size")
     if Base is object:
       raise EvalError("lmms-eval is not installed; pip install lmms-eval, and start it from there")
     super().__init__()
     opened = isinstance(pretrained, pretrained_lib.Pretrained)
     self._pretrained = pretrained if opened else pretrained_lib.from_any(pretrained)
     self._batch_size = int(batch_size)
-    self._engines: dict[Generation, Engine] = {}
+    self._engine: Engine | None = None  # the last one: each holds the parameters on the device
     self._likelihood: Likelihood | None = None
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -69,7 +73,7 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       groups.setdefault(generation(request.args[1]), []).append(i)
     texts = [""] * len(requests)
     for settings, places in groups.items():
-      answers = self._engine(settings).answer(self._requests([requests[i] for i in places]))
+      answers = self._answering(settings).answer(self._requests([requests[i] for i in places]))
       for i, answer in zip(places, answers, strict=True):
         if answer.error:
           _, _, _, doc_id, task, split = requests[i].args
@@ -81,6 +85,7 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     """(sum of the log-probabilities of the continuation, whether greedy decoding writes it)."""
     if self._likelihood is None:
+      self._engine = None
       self._likelihood = Likelihood(self._pretrained, self._batch_size)
     continuations = []
     for request in requests:
@@ -96,10 +101,11 @@ class LlavaSp(Base):  # type: ignore[misc,valid-type]
       "single questions; choose tasks with output_type generate_until or loglikelihood"
     )
 
-  def _engine(self, settings: Generation) -> Engine:
-    if settings not in self._engines:
-      self._engines[settings] = Engine(self._pretrained, self._batch_size, settings)
-    return self._engines[settings]
+  def _answering(self, settings: Generation) -> Engine:
+    if self._engine is None or self._engine.generation != settings:
+      self._engine = self._likelihood = None
+      self._engine = Engine(self._pretrained, self._batch_size, settings)
+    return self._engine
 
   def _requests(self, requests: Sequence[Any]) -> Iterable[Request]:
     """Lazily, so that pictures are not all in memory."""
@@ -123,6 +129,8 @@ def generation(arguments: dict[str, Any]) -> Generation:
   if arguments.get("do_sample") is False:
     given["temperature"] = 0.0
   if not given.get("temperature"):
-    given = {k: v for k, v in given.items() if k not in ("top_p", "top_k")}  # say nothing when greedy
+    given = {
+      k: v for k, v in given.items() if k not in ("top_p", "top_k")
+    }  # say nothing when greedy
   stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
   return Generation(**{"max_new_tokens": MAX_NEW_TOKENS, **given, "stop": stop})

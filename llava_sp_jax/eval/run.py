@@ -24,7 +24,7 @@ from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 
 SECONDS_PER_LINE = 5.0  # of progress
-SCORES = "scores.json"
+SCORES, SUBMISSION = "scores.json", "submission"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,17 @@ class Model:
 
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
-    loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
+    with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
+      loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
     return cls(folder, pretrained.step, pretrained.fingerprint, loaded)
+
+
+def _host() -> Any:
+  """The CPU as a device, where JAX was not told to leave it out."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
 
 
 def run(
@@ -107,10 +116,12 @@ def _ask(
   task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer,
   each: Callable[[Record], None],
 ) -> None:  # fmt: skip
-  for index, answer in engine.as_ready(Request(item.question, item.images) for item in items):
-    line = record(task, items[index], answer)
-    writer.write(line)
-    each(line)
+  requests = (Request(item.question, item.images) for item in items)
+  with contextlib.closing(engine.as_ready(requests)) as answers:  # its workers end with us
+    for index, answer in answers:
+      line = record(task, items[index], answer)
+      writer.write(line)
+      each(line)
 
 
 def record(task: Task, item: Item, answer: Answer) -> Record:
@@ -205,7 +216,11 @@ def _score(
   engine: Counter[str] = Counter()
   for session in sessions:
     engine.update(session["engine"])
-  files = task.submission(items, answers, folder)
+  upload = folder / SUBMISSION
+  upload.mkdir(exist_ok=True)
+  files = task.submission(items, answers, upload)
+  if not files:
+    upload.rmdir()
   return {
     **{k: v for k, v in saved["settings"].items() if k in ("task", "protocol", "data_hash")},
     **dataclasses.asdict(result),

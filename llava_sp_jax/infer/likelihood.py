@@ -21,14 +21,16 @@ from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
 
+Asked = tuple[list[example.Run], list[anyres.Picture]]
 LENGTHS, CONTINUATIONS = 64, 16  # T and K are rounded up to multiples of these
 
 
 class Likelihood:
-  """Log-probabilities of given answers; each (T, K) is compiled once."""
+  """Log-probabilities of given answers, on the first device; each (T, K, tiles) is compiled once."""
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 8):
-    self._pretrained, self._batch_size = pretrained, batch_size
+    self._tokenizer, self._batch_size = pretrained.tokenizer, batch_size
+    self._params = jax.device_put(pretrained.params, jax.local_devices()[0])
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
@@ -58,48 +60,48 @@ class Likelihood:
 
     Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
     """
-    rows = (self._row(request, continuation) for request, continuation in asked)
-    while chunk := list(itertools.islice(rows, self._batch_size)):
-      yield from self._run(chunk)
+    read = (self._read(request, continuation) for request, continuation in asked)
+    while chunk := list(itertools.islice(read, self._batch_size)):
+      batch, places = self._batch(chunk)
+      at = np.zeros((self._batch_size, _up(max(map(len, places)), CONTINUATIONS)), np.int32)
+      for i, mine in enumerate(places):
+        at[i, : len(mine)] = mine
+      found, most_likely = jax.device_get(self._score(self._params, batch, at))
+      for i, mine in enumerate(places):
+        used = slice(len(mine))
+        yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
 
-  def _row(self, request: Request, continuation: str) -> dict[str, np.ndarray]:
-    side, room = self._reader.tile.size, self._reader.max_tiles
+  def _read(self, request: Request, continuation: str) -> Asked:
     pictures = [self._reader(_decoded(picture)) for picture in request.images]
-    room *= max(1, len(pictures))
-    pixels, first = np.zeros((room, side, side, 3), np.float32), 0
-    for picture in pictures:
-      pixels[first : first + picture.plan.tiles] = picture.tiles
-      first += picture.plan.tiles
     question = request.question
     if request.images and conversation.IMAGE not in question:
       question = f"{conversation.IMAGE}\n" * len(request.images) + question
     answer = self._template.answer + continuation.removeprefix(self._template.answer)
-    pieces = [
-      *conversation.prompt(question, self._template), conversation.Piece(answer, True, 0)
-    ]  # fmt: skip
-    runs = example.tokenize(pieces, self._pretrained.tokenizer)
-    plans = [picture.plan for picture in pictures]
-    length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
-    row = example.layout(runs, plans, _up(length, LENGTHS), room)
-    return {**row.arrays(), "images": pixels}
+    asked = conversation.prompt(question, self._template)
+    return example.tokenize(
+      [*asked, conversation.Piece(answer, True, 0)], self._tokenizer
+    ), pictures
 
-  def _run(self, rows: list[dict[str, np.ndarray]]) -> Iterator[tuple[float, bool]]:
-    rows_at = [np.flatnonzero(row["weights"]) for row in rows]
-    length = max(len(row["tokens"]) for row in rows)
-    tiles = max(len(row["images"]) for row in rows)
-    at = np.zeros((self._batch_size, _up(max(map(len, rows_at)), CONTINUATIONS)), np.int32)
-    for i, places in enumerate(rows_at):
-      at[i, : len(places)] = places
-    batch = {}
-    for name in ("tokens", "positions", "segments", "slots", "targets", "images"):
-      fill, size = (-1 if name == "slots" else 0), (tiles if name == "images" else length)
-      padded = [_padded(row[name], size, fill) for row in rows]
-      padded += [padded[-1]] * (self._batch_size - len(rows))  # always the compiled size
-      batch[name] = np.stack(padded)
-    found, most_likely = jax.device_get(self._score(self._pretrained.params, batch, at))
-    for i, places in enumerate(rows_at):
-      used = slice(len(places))
-      yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
+  def _batch(self, chunk: list[Asked]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Arrays of always as many rows, and for each one asked the positions before its tokens."""
+    tiles = max(1, max(sum(p.plan.tiles for p in pictures) for _, pictures in chunk))
+    length = _up(max(_length(*asked) for asked in chunk), LENGTHS)
+    rows = []
+    for runs, pictures in chunk:
+      row = example.layout(runs, [p.plan for p in pictures], length, tiles)
+      pixels = np.zeros((tiles, *[self._reader.tile.size] * 2, 3), np.float32)
+      if pictures:
+        stacked = np.concatenate([p.tiles for p in pictures])
+        pixels[: len(stacked)] = stacked
+      rows.append({**row.arrays(), "images": pixels})
+    places = [np.flatnonzero(row["weights"]) for row in rows]
+    rows += [rows[-1]] * (self._batch_size - len(rows))
+    names = ("tokens", "positions", "segments", "slots", "targets", "images")
+    return {name: np.stack([row[name] for row in rows]) for name in names}, places
+
+
+def _length(runs: list[example.Run], pictures: list[anyres.Picture]) -> int:
+  return sum(len(run.ids) for run in runs) + sum(len(p.plan.slots) - 1 for p in pictures)
 
 
 def _decoded(picture: Path | bytes | Image.Image) -> Image.Image:
@@ -107,11 +109,6 @@ def _decoded(picture: Path | bytes | Image.Image) -> Image.Image:
     return picture
   return image.read(io.BytesIO(picture), "in the data") if isinstance(picture, bytes) else (
     image.read(Path(picture)))  # fmt: skip
-
-
-def _padded(array: np.ndarray, size: int, fill: int) -> np.ndarray:
-  widths = [(0, size - len(array))] + [(0, 0)] * (array.ndim - 1)
-  return np.pad(array, widths, constant_values=fill)
 
 
 def _up(count: int, step: int) -> int:

@@ -34,10 +34,12 @@ class Encoder:
     self._programs, self._pictures, self._counts = programs, pictures, counts
     self._kept, self._tiles = Lru(limit), tiles
     self._seen: set[str] = set()
+    self._seen_before = 0  # images that were seen before `forget`
 
   def forget(self) -> None:
     """Computes all anew, as when the tower or the projector has changed."""
     self._kept.clear()
+    self._seen_before += len(self._seen)
     self._seen.clear()
 
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
@@ -54,7 +56,7 @@ class Encoder:
       self._kept.put(key, features)
     self._seen.update(new)
     self._counts.encoder_calls += len(new)
-    self._counts.distinct_images = len(self._seen)
+    self._counts.distinct_images = self._seen_before + len(self._seen)
     return found
 
   def _encode(self, stacks: list[np.ndarray]) -> list[Features]:

@@ -60,6 +60,8 @@ def test_the_commands_are_understood() -> None:
 
 def test_every_option_that_the_page_names_is_there() -> None:
   known = evaluate.parser().format_help()
-  own = {flag for text in re.findall(r"`(--[^`]*)`", PAGE) for flag in re.findall(r"--[a-z-]+", text)}
+  own = {
+    flag for text in re.findall(r"`(--[^`]*)`", PAGE) for flag in re.findall(r"--[a-z-]+", text)
+  }
   assert len(own) > 15
   assert not [flag for flag in own if flag not in known]

@@ -82,10 +82,14 @@ def test_equals_the_score_of_the_saved_checkpoint(
   task = TASKS["easy_vqa"](tiny_data)
   run.run(task, Engine(loaded, 8, task.generation), tmp_path, LIMIT)
   here = watched / in_loop.FOLDER / f"step-{STEPS}"
-  texts = [[r["text"] for r in predictions.read_file(f / "predictions.jsonl")] for f in (here, tmp_path)]
+  texts = [
+    [r["text"] for r in predictions.read_file(f / "predictions.jsonl")] for f in (here, tmp_path)
+  ]
   assert texts[0] == texts[1]
   assert len(set(texts[0])) >= 1
-  settings = [predictions.read_settings(folder)["settings"]["fingerprint"] for folder in (here, tmp_path)]
+  settings = [
+    predictions.read_settings(folder)["settings"]["fingerprint"] for folder in (here, tmp_path)
+  ]
   assert settings[0] == settings[1], "the same parameters, to the last bit"
 
 
@@ -167,5 +171,5 @@ def test_settings_without_an_evaluator_are_not_ignored(
   config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(processes, "start", lambda *_, **__: pytest.fail("it went on"))
-  with pytest.raises(config_lib.ConfigError, match="evaluate.every: nothing to evaluate with"):
+  with pytest.raises(config_lib.ConfigError, match=r"evaluate\.every: nothing to evaluate with"):
     loop.train(config(), tmp_path / "run")

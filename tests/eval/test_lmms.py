@@ -120,7 +120,10 @@ def test_the_harness_finds_a_whole_model(harness: Any) -> None:
 
 def test_answers_are_the_engine_s_in_order(model: Any, loaded: Pretrained, tiny_data: Path) -> None:
   """Requests with other settings in between are grouped, and come back in their places."""
-  longer, shorter = {"max_new_tokens": 5, "until": ["\n\n"]}, {"max_new_tokens": 2, "temperature": 0}
+  longer, shorter = (
+    {"max_new_tokens": 5, "until": ["\n\n"]},
+    {"max_new_tokens": 2, "temperature": 0},
+  )
   asked = [instance("generate_until", i, "what is it?", dict((longer, shorter)[i % 2]))
            for i in (2, 0, 3, 1)]  # fmt: skip
   texts = model.generate_until(asked)
@@ -138,7 +141,9 @@ def test_answers_are_the_engine_s_in_order(model: Any, loaded: Pretrained, tiny_
 def test_several_images_and_none(model: Any, loaded: Pretrained, tiny_data: Path) -> None:
   none = instance("generate_until", 0, "what is it?", {"max_new_tokens": 3}, lambda _: [])
   assert model.generate_until([none]) == [
-    next(iter(Engine(loaded, 1, Generation(max_new_tokens=3)).answer([Request("what is it?")]))).text
+    next(
+      iter(Engine(loaded, 1, Generation(max_new_tokens=3)).answer([Request("what is it?")]))
+    ).text
   ]
   (request,) = model._requests(
     [instance("generate_until", 0, "which?", {}, lambda d: [*visuals(d), *visuals(d)])]
@@ -174,7 +179,7 @@ def test_what_it_cannot_do_is_refused(model: Any, harness: Any, loaded: Pretrain
 
 def test_a_request_without_an_answer_is_not_scored(model: Any) -> None:
   asked = instance("generate_until", 2, "<image> <image> q", {"max_new_tokens": 2})
-  with pytest.raises(EvalError, match="colours, test, document 2: .*2 <image>"):
+  with pytest.raises(EvalError, match=r"colours, test, document 2: .*2 <image>"):
     model.generate_until([asked])
 
 

@@ -43,7 +43,9 @@ class Reader(html.parser.HTMLParser):
     self.tags[tag] += 1
     values = dict(attrs)
     self.classes.update((values.get("class") or "").split())
-    self.resources += [v or "" for k, v in attrs if k in ("src", "href", "action", "data", "srcset")]
+    self.resources += [
+      v or "" for k, v in attrs if k in ("src", "href", "action", "data", "srcset")
+    ]
     assert not any(k.startswith("on") for k in values), attrs
     if tag not in VOID:
       self.open.append(tag)
@@ -100,7 +102,7 @@ def scored(task: Made, tmp_path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def test_the_page_stands_alone_and_says_what_the_scores_say(
-  scored: tuple[dict[str, Any], Path]
+  scored: tuple[dict[str, Any], Path],
 ) -> None:
   scores, out = scored
   text = (out / page.FILE).read_text()
@@ -183,7 +185,9 @@ def test_flips_against_another_run(task: Made, tmp_path: Path) -> None:
   assert (len(back.fixed), len(back.broken), len(back.changed)) == (0, 75, 75)
 
 
-@pytest.mark.parametrize(("fixed", "broken", "p"), [(0, 0, 1.0), (1, 0, 1.0), (5, 5, 1.0), (8, 1, 20 / 512)])
+@pytest.mark.parametrize(
+  ("fixed", "broken", "p"), [(0, 0, 1.0), (1, 0, 1.0), (5, 5, 1.0), (8, 1, 20 / 512)]
+)
 def test_mcnemar_s_exact_test(fixed: int, broken: int, p: float) -> None:
   flip: Any = None
   found = compare.Flips("x", [flip] * fixed, [flip] * broken, [], 20, ())
@@ -193,7 +197,7 @@ def test_mcnemar_s_exact_test(fixed: int, broken: int, p: float) -> None:
 def test_other_questions_are_not_compared(task: Made, tmp_path: Path) -> None:
   run.run(task, Scripted(), tmp_path / "a")
   other = Made(tmp_path, count=30)
-  with pytest.raises(EvalError, match="answers to other questions.*data_hash"):
+  with pytest.raises(EvalError, match=r"answers to other questions.*data_hash"):
     run.run(other, Scripted(), tmp_path / "b", compare=tmp_path / "a")
   assert (tmp_path / "b" / predictions.FILE).is_file()
   with pytest.raises(EvalError, match=r"gone: no settings\.json"):
@@ -215,7 +219,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
   scores = run.run(Server(tmp_path), Scripted(), tmp_path / "out")
   assert scores["interval"] is None
   found = Reader((tmp_path / "out" / page.FILE).read_text())
-  assert "scored by a server: upload.json" in "".join(found.texts)
+  assert "scored by a server: submission/upload.json" in "".join(found.texts)
   assert found.classes["unsaid"] == 12
   assert found.tags["rect"] == 0
   assert tables.markdown(scores).splitlines()[-1] == "| all | 300 | 300 |"
