@@ -44,7 +44,7 @@ def manifest() -> Any:
   return ModelManifest(model_id=NAME, simple_class_path=PATH)
 
 
-class LlavaSp(Base):  # type: ignore[misc,valid-type]
+class LlavaSp(Base):
   """`lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune,batch_size=8`."""
 
   is_simple = True

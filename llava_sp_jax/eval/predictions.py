@@ -54,7 +54,8 @@ class Part:
       return list(items)
     sizes: dict[tuple[str, ...], int] = {}
     for item in items:
-      sizes[key] = sizes.get(key := image_names(item), 0) + 1
+      key = image_names(item)
+      sizes[key] = sizes.get(key, 0) + 1
     loads, owner = [0] * self.count, {}
     for key, size in sizes.items():  # the least loaded takes the next image
       owner[key] = loads.index(min(loads))

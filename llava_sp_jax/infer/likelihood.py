@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from llava_sp_jax.data import anyres, conversation, example, image
-from llava_sp_jax.infer.engine import Request
+from llava_sp_jax.infer.engine import ImageFile, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
 
@@ -104,7 +104,7 @@ def _length(runs: list[example.Run], pictures: list[anyres.Picture]) -> int:
   return sum(len(run.ids) for run in runs) + sum(len(p.plan.slots) - 1 for p in pictures)
 
 
-def _decoded(picture: Path | bytes | Image.Image) -> Image.Image:
+def _decoded(picture: ImageFile) -> Image.Image:
   if isinstance(picture, Image.Image):
     return picture
   return image.read(io.BytesIO(picture), "in the data") if isinstance(picture, bytes) else (

@@ -74,12 +74,14 @@ def main(argv: list[str]) -> None:
 
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
-  names = [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n]
-  tasks = {name: _task(name, names, options) for name in names}
-  if options.merge:
-    _merge(tasks, options)
-  else:
-    _evaluate(tasks, options)
+  with processes.Watch(0):
+    names = [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n]
+    tasks = {name: _task(name, names, options) for name in names}
+    if options.merge:
+      _merge(tasks, options)
+    else:
+      _evaluate(tasks, options)
+    processes.meet("answers are written")  # the first to leave would end the others
 
 
 def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
@@ -170,16 +172,16 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   given = formats.Options(options.base, options.tower, options.row, options.template)
   loaded = pretrained.from_any(options.checkpoint, given)
   model = run.Model.of(loaded, options.checkpoint)
-  engines: dict[Generation, Engine] = {}  # tasks that are answered alike share one
   size = {"batch_size": options.batch_size} if options.batch_size else {}
-  for name, task in tasks.items():
-    generation = generations[name]
-    if generation not in engines:
-      engines[generation] = Engine(loaded, generation=generation, **size)
+  engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
+  for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
+    if engine is None or engine.generation != generations[name]:
+      engine = None
+      engine = Engine(loaded, generation=generations[name], **size)
     out = _out(name, tasks, options)
     scores = run.run(
       task,
-      engines[generation],
+      engine,
       out,
       options.limit,
       model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,18 @@ def test_the_five_lines(
 ) -> None:  # fmt: skip
   """Exactly those lines, in a folder with the run and the data at the paths that they name."""
   (code,) = blocks("python")
-  lines = code.splitlines()
-  assert len(lines) == 5
+  assert sum(bool(line) for line in code.splitlines()) == 5
   monkeypatch.chdir(tmp_path)
   for path, target in (("data/easy_vqa", tiny_data), ("runs/finetune", run_folder)):
     Path(path).parent.mkdir()
     Path(path).symlink_to(target)
   names: dict[str, Any] = {}
   exec(compile(code, "docs/evaluation.md", "exec"), names)
-  scores = names["scores"]
+  scores = json.loads(Path("results/scores.json").read_text())
+  assert capsys.readouterr().out.splitlines()[-1] == str(scores["headline"])
   assert scores["answered"] == 12
   assert scores["generation"]["max_new_tokens"] == names["task"].generation.max_new_tokens
-  assert capsys.readouterr().out.splitlines()[-1] == f"{scores['headline']} 12 []"
-  assert (tmp_path / "results" / "index.html").is_file()
+  assert Path("results/index.html").is_file()
 
 
 def commands(name: str) -> list[list[str]]:
