@@ -42,7 +42,7 @@ class Benchmark:
 
   name: ClassVar[str]
   home: ClassVar[str]  # below playground/data/eval
-  needed: ClassVar[Sequence[str]]  # files that must be there
+  needed: Sequence[str]  # files that must be there
   protocols: ClassVar[dict[str, Rules]]
   options: ClassVar[Sequence[str]] = ("protocol",)  # what the constructor takes beside the folder
 

@@ -1,4 +1,4 @@
-"""Which option an answer means, and MMBench's circular score (VLMEvalKit's, as in lmms-eval)."""
+"""Options of a question: how they are asked, which an answer means, MMBench's circular score."""
 
 from __future__ import annotations
 
@@ -26,6 +26,37 @@ PROMPT = (
   "Options: A. teddy bear B. rabbit C. cat D. dog\nAnswer: Spider\nYour output: E\n"
   "Example 3: \nQuestion: {question}?\nOptions: {options}\nAnswer: {answer}\nYour output: "
 )
+
+
+# What pandas.read_table, with which LLaVA reads the file, takes for an empty cell.
+EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+         "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}  # fmt: skip
+
+
+def empty(text: str) -> bool:
+  return text in EMPTY or text.lower() in ("nan", "none")
+
+
+def of_llava(request: str) -> Callable[..., str]:
+  """hint, question, `A. ...` lines, and the request for a letter."""
+
+  def prompt(row: dict[str, str], options: dict[str, str]) -> str:
+    hint = [] if empty(row["hint"]) else [row["hint"]]
+    lines = [f"{letter}. {text}" for letter, text in options.items()]
+    return "\n".join([*hint, row["question"], *lines, request])
+
+  return prompt
+
+
+def of_lmms(begin: str, request: str) -> Callable[..., str]:
+  """lmms-eval: hint and question in one line with what begins the options; an empty line."""
+
+  def prompt(row: dict[str, str], options: dict[str, str]) -> str:
+    hint = "" if empty(row["hint"]) else f"{row['hint']} "
+    lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    return f"{hint}{row['question']} {begin}\n{lines}\n\n{request}"
+
+  return prompt
 
 
 @dataclasses.dataclass(frozen=True)

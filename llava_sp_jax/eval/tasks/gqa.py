@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
 from llava_sp_jax.eval.benchmark import (
-  LMMS_SHORT, LOADER, Benchmark, Rules, answered, ratio, served, unique,
+  LMMS_SHORT,
+  LOADER,
+  Benchmark,
+  Rules,
+  answered,
+  ratio,
+  served,
+  unique,
 )  # fmt: skip
 from llava_sp_jax.eval.scoring import plain_match
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind

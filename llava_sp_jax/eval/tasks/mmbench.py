@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files, sheet
 from llava_sp_jax.eval.benchmark import LETTER, LONG, Benchmark, Rules, answered, served, unique
-from llava_sp_jax.eval.choices import CircularScore, circular_score
+from llava_sp_jax.eval.choices import circular_score, empty, of_llava, of_lmms
 from llava_sp_jax.eval.judge import Judge, Reviews
 from llava_sp_jax.eval.scoring import choice
 from llava_sp_jax.eval.task import Item, Predictions, Scores
@@ -23,35 +22,6 @@ from llava_sp_jax.infer.generation import Generation
 SERVER = "https://mmbench.opencompass.org.cn"
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
-# What pandas.read_table, with which LLaVA reads the file, takes for an empty cell.
-EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
-         "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}  # fmt: skip
-
-
-def empty(text: str) -> bool:
-  return text in EMPTY or text.lower() in ("nan", "none")
-
-
-def of_llava(request: str) -> Callable[..., str]:
-  """hint, question, `A. ...` lines, and the request for a letter."""
-
-  def prompt(row: dict[str, str], options: dict[str, str]) -> str:
-    hint = [] if empty(row["hint"]) else [row["hint"]]
-    lines = [f"{letter}. {text}" for letter, text in options.items()]
-    return "\n".join([*hint, row["question"], *lines, request])
-
-  return prompt
-
-
-def of_lmms(begin: str, request: str) -> Callable[..., str]:
-  """lmms-eval: hint and question in one line with what begins the options; an empty line."""
-
-  def prompt(row: dict[str, str], options: dict[str, str]) -> str:
-    hint = "" if empty(row["hint"]) else f"{row['hint']} "
-    lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    return f"{hint}{row['question']} {begin}\n{lines}\n\n{request}"
-
-  return prompt
 
 
 class MmBench(Benchmark):
@@ -110,7 +80,7 @@ class MmBench(Benchmark):
             question=(self.rules.prompt or of_llava(LETTER))(row, options),
             images=(image,),
             kind=row.get("category") or "default",
-            truth=(truth or None) if answer else None,
+            truth=truth or None,
             extra={
               "group": int(row["index"]) % 1_000_000, "round": turn, "options": options,
               "asked": row["question"], "row": kept,
@@ -132,7 +102,7 @@ class MmBench(Benchmark):
     file has answers, that share by rules alone is a figure, `local`."""
     if not items or any(item.truth is None for item in items):
       return served(items, predictions, SERVER)
-    local: CircularScore = circular_score(items, predictions, self.verdict, self._judge)
+    local = circular_score(items, predictions, self.verdict, self._judge)
     if self.lmms:
       return Scores(local.by_kind["all"]["accuracy"], "accuracy", local.by_kind, local.figures)
     counts = served(items, predictions, SERVER)
@@ -146,8 +116,8 @@ class MmBench(Benchmark):
     texts = {item.id: text for item, text in answered(first, predictions)}
     table: list[list[Any]] = []
     for item in first:
-      row = {k: None if empty(v) else v for k, v in item.extra["row"].items()}
-      values = [int(v) if k == "index" else v for k, v in row.items()]
+      row = item.extra["row"]
+      values = [int(v) if k == "index" else None if empty(v) else v for k, v in row.items()]
       table.append([*values[:6], texts.get(item.id), *values[6:]])
     names = list(first[0].extra["row"]) if first else []
     header = [*names[:6], "prediction", *names[6:]]

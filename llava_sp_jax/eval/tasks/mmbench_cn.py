@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llava_sp_jax.eval.benchmark import LONG, Rules
-from llava_sp_jax.eval.tasks.mmbench import MmBench, of_llava, of_lmms
+from llava_sp_jax.eval.choices import of_llava, of_lmms
+from llava_sp_jax.eval.tasks.mmbench import MmBench
 from llava_sp_jax.infer.generation import Generation
 
 
