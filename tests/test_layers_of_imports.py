@@ -47,7 +47,10 @@ EXCLUDING = (
     r"config|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
-  (r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)", r"infer\.(?!generation|__init__)|train\.|models\."),
+  (
+    r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)",
+    r"infer\.(?!generation|__init__)|train\.|models\.",
+  ),
 )
 
 # (who, third-party packages that it never imports, not even inside a function)
