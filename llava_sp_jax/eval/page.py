@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from llava_sp_jax.eval import predictions, published, sheet, tables
+from llava_sp_jax.eval import gallery, predictions, published, tables
 from llava_sp_jax.eval.compare import Flip, Flips
 from llava_sp_jax.eval.predictions import Record
 
@@ -157,17 +157,17 @@ def _answers(records: Sequence[Record], pictures: Pictures) -> Iterable[Element]
     ("Wrong answers", False, WRONG), ("Right answers", True, RIGHT), ("Answers", None, RIGHT)
   )  # fmt: skip
   for name, right, limit in groups:
-    rows = [r for r in answered if sheet.is_right(r) is right]
+    rows = [r for r in answered if gallery.is_right(r) is right]
     if rows:
-      chosen = sheet.spread(rows, limit)
+      chosen = gallery.spread(rows, limit)
       yield tag("h2", f"{name}: {len(rows)}, {len(chosen)} shown")
       yield tag("div", *(_card(r, pictures) for r in chosen), class_="cards")
 
 
 def _card(record: Record, pictures: Pictures, *more: Element) -> Element:
-  found = (sheet.thumbnail(picture) for picture in pictures.get(record["id"], ()))
+  found = (gallery.thumbnail(picture) for picture in pictures.get(record["id"], ()))
   images = [tag("img", src=uri, alt="") for uri in found if uri]
-  right = sheet.is_right(record)
+  right = gallery.is_right(record)
   truth = record["truth"]
   score = record["verdict"].get("score")
   lines = [

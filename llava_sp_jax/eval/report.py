@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.eval import predictions, sheet, tables
+from llava_sp_jax.eval import gallery, predictions, tables
 
 RIGHT, WRONG, INK = "#2a7f62", "#c0392b", "#222222"
 SHEET = (4, 6)  # rows, columns of the sheet of answers
@@ -113,14 +113,14 @@ def answer_sheet(records: Sequence[predictions.Record], path: Path) -> None:
   from PIL import Image
 
   on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
-  chosen = sheet.mixed(on_disk, SHEET[0] * SHEET[1])
+  chosen = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
   figure, axes = _figure(2.1 * SHEET[1], 2.8 * SHEET[0], *SHEET)
   for axis in axes.flat:
     axis.axis("off")
   for axis, row in zip(axes.flat, chosen, strict=False):
     with Image.open(row["images"][0]) as picture:
       axis.imshow(picture.convert("RGB"))
-    right = sheet.is_right(row)
+    right = gallery.is_right(row)
     answer = row["text"] if right else f"{row['text']}  (truth: {row['truth']})"
     axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)
     axis.text(0.5, -0.06, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9,

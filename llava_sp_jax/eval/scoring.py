@@ -18,14 +18,17 @@ someone's something'd've something'll that's there'd there'd've there're there's
 they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
 wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 MENDED = {
-  word[:i] + word[i + 1 :]: word for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"
+  word[:i] + word[i + 1 :]: word
+  for word in CONTRACTIONS.split()
+  for i, c in enumerate(word)
+  if c == "'"
 } | {"somebody'd": "somebodyd"}  # sic
 NUMBERS = {
-  word: str(number)
-  for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
+  "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+  "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
 ARTICLES = ("a", "an", "the")
 MARKS = ';/[]"{}()=+\\_-><@`!'  # commas and question marks are gone before these are looked at
 PERIODS = 32  # sic: the original hands a flag to re.sub as the count

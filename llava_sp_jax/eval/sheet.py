@@ -1,54 +1,33 @@
-"""Which answers are shown, and their pictures made small."""
+"""Excel files, which one server wants (openpyxl, an extra of 3 MB without compiled parts)."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 
-from llava_sp_jax.data import image as image_lib
-from llava_sp_jax.data.conversation import SampleError
-from llava_sp_jax.eval.predictions import Record
+def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+  """One sheet; texts stay texts (also those that begin with `=`), control characters are left out.
 
-SIDE = 168  # pixels of the longer side of a thumbnail
-QUALITY = 72
-
-
-def is_right(record: Record) -> bool | None:
-  """Whether an answer has the full score; None where nothing is said of a single answer."""
-  score = record["verdict"].get("score")
-  return None if score is None else score == 1
-
-
-def spread(records: Sequence[Record], count: int) -> list[Record]:
-  """`count` of the records from all over them, each about another image."""
-  by_image: dict[str, list[Record]] = {}
-  for record in records:
-    by_image.setdefault(" ".join(record["images"]) or record["id"], []).append(record)
-  pool = [rows[i % len(rows)] for i, rows in enumerate(by_image.values())]  # first, second, ..
-  return pool[:: max(1, len(pool) // max(1, count))][:count]
-
-
-def mixed(records: Sequence[Record], count: int) -> list[Record]:
-  """Rows for a sheet in the order of the records: at most a quarter are mistakes."""
-  wrong = spread([r for r in records if is_right(r) is False], count // 4)
-  right = spread([r for r in records if is_right(r)], count - len(wrong))
-  chosen = {r["id"] for r in (*wrong, *right)}
-  return [r for r in records if r["id"] in chosen]
-
-
-def thumbnail(picture: Path | bytes | str) -> str | None:
-  """A small picture as a `data:` URI; None when it cannot be read."""
+  Raises: ModuleNotFoundError that says what to install.
+  """
   try:
-    file = io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)
-    small: Any = image_lib.read(file, "")
-  except SampleError:
-    return None
-  small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-  out = io.BytesIO()
-  small.save(out, "JPEG", quality=QUALITY)
-  return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    import openpyxl
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+  except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+      f"{path}: writing Excel files needs openpyxl: pip install llava-sp-jax[xlsx]"
+    ) from None
+  book = openpyxl.Workbook()
+  page = book.active
+  for number, values in enumerate((header, *rows), 1):
+    for column, value in enumerate(values, 1):
+      if isinstance(value, str):
+        cell = page.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", value))
+        cell.data_type = "s"
+      elif value is not None:
+        page.cell(number, column, value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  book.save(path)
+  return path

@@ -89,15 +89,17 @@ def mean_by_kind(
   predictions: Predictions,
   verdict: Callable[[Item, str], dict[str, Any]],
   metric: str = "accuracy",
+  missing: float | None = None,
 ) -> dict[str, dict[str, float]]:
   """{kind: {metric, items, asked}}, "all" first: means of `score` over the answered items.
 
-  A kind of which nothing was answered has the metric 0.0 over 0 items.
+  With `missing`, an item without an answer scores that and counts among `items`, as some originals
+  have it. A kind of which nothing was answered has the metric 0.0 over 0 items.
   """
   groups: dict[str, list[float | None]] = {"all": []}
   for item in items:
     text = text_of(predictions, item)
-    score = None if text is None else float(verdict(item, text)["score"])
+    score = missing if text is None else float(verdict(item, text)["score"])
     groups["all"].append(score)
     groups.setdefault(item.kind, []).append(score)
   result = {}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sp_jax.eval import compare, page, predictions, published, run, sheet, tables
+from llava_sp_jax.eval import compare, gallery, page, predictions, published, run, tables
 from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
 from llava_sp_jax.infer.generation import Generation
@@ -128,7 +128,7 @@ def test_pictures_are_small_and_real(scored: tuple[dict[str, Any], Path]) -> Non
   for uri in found.resources:
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
       assert picture.format == "JPEG"
-      assert max(picture.size) == sheet.SIDE
+      assert max(picture.size) == gallery.SIDE
       assert picture.width / picture.height == pytest.approx(200 / 300, rel=0.02)
 
 

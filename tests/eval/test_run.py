@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import __version__
-from llava_sp_jax.eval import interval, predictions, report, sheet
+from llava_sp_jax.eval import gallery, interval, predictions, report
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.eval.predictions import EvalError, Part
 from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
@@ -307,7 +307,7 @@ def test_the_sheet_shows_some_mistakes_and_no_image_twice() -> None:
   rows: list[dict[str, Any]] = [
     {"id": i, "images": [str(i // 2)], "verdict": {"score": float(i % 3 > 0)}} for i in range(120)
   ]
-  chosen = sheet.mixed(rows, 24)
+  chosen = gallery.mixed(rows, 24)
   assert len(chosen) == 24
-  assert sum(sheet.is_right(r) is False for r in chosen) == 6
-  assert len(sheet.mixed(rows[:2], 24)) == 2
+  assert sum(gallery.is_right(r) is False for r in chosen) == 6
+  assert len(gallery.mixed(rows[:2], 24)) == 2

@@ -17,6 +17,7 @@ class EasyVqa:
   name = "easy_vqa"
   protocol = "generated text, exact match after stripping blanks"
   generation = Generation(max_new_tokens=8)
+  options = ()
 
   def __init__(self, folder: str | Path):
     """`folder` is what `scripts/prepare_easy_vqa.py` wrote. Raises: FileNotFoundError."""
