@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_sp_jax.data.example import BRANCHES
-from llava_sp_jax.infer.sampling import Sampler, margin
+from llava_sp_jax.infer.sampling import GREEDY, Sampler, margin
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.cache import KVCache
 from llava_sp_jax.models.llava import LlavaSP
@@ -37,7 +37,7 @@ class Rule:
 
   stop_ids: tuple[int, ...]
   max_new_tokens: int
-  sampler: Sampler = Sampler()
+  sampler: Sampler = GREEDY
 
   def is_stop(self, token: jax.Array) -> jax.Array:
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))

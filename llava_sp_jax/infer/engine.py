@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.counts import Counts
-from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.prompts import Answer, ImageFile, Prompt, Prompts, Request
@@ -49,6 +49,9 @@ class Layout:
   share: bool = True  # False: every prompt is computed whole
 
 
+ROUNDED = Layout()
+
+
 @dataclasses.dataclass
 class _Row:
   """A request that stands in a row."""
@@ -66,8 +69,8 @@ class Engine:
   """
 
   def __init__(
-    self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = Generation(),
-    mesh: Mesh | None = None, layout: Layout = Layout(),
+    self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
+    mesh: Mesh | None = None, layout: Layout = ROUNDED,
   ):  # fmt: skip
     config = pretrained.config
     self.counts = Counts()
@@ -154,8 +157,7 @@ class Engine:
     rows: dict[int, _Row] = {}
     ended = np.zeros(self._rows, bool)
     while True:
-      for ready in self._refill(schedule, rows, ended):
-        yield ready
+      yield from self._refill(schedule, rows, ended)
       if not rows:
         return
       free = self._rows - len(rows)
@@ -193,7 +195,7 @@ class Engine:
         if error:
           self.counts.requests += 1
           self.counts.errors += 1
-          yield front.index, self._text(error)
+          yield front.number, self._text(error)
         else:
           group.append(front)
       if not group:
@@ -201,7 +203,7 @@ class Engine:
       chosen = free[: len(group)]
       self._admit(group, chosen)
       for number, ready in zip(chosen, group, strict=True):
-        rows[number] = _Row(ready.index, self._text())
+        rows[number] = _Row(ready.number, self._text())
         ended[number] = False
 
   def _text(self, error: str = "") -> Text:
@@ -231,7 +233,7 @@ class Engine:
     assert self._state is not None
     self._state = self._programs.admit(
       self._state, packed, np.asarray([rows[i] for i in order], np.int32),
-      np.asarray([group[i].index for i in order], np.int32),
+      np.asarray([group[i].number for i in order], np.int32),
     )  # fmt: skip
     self.counts.admitted += len(group)
 

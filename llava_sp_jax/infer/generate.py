@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from llava_sp_jax.infer import decode
-from llava_sp_jax.infer.sampling import Sampler
+from llava_sp_jax.infer.sampling import GREEDY, Sampler
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.llava import LlavaSP
 
 
 def generate(
   module: LlavaSP, params: Any, batch: dict[str, jax.Array], key: jax.Array, *,
-  stop_ids: tuple[int, ...], max_new_tokens: int, sampler: Sampler = Sampler(),
+  stop_ids: tuple[int, ...], max_new_tokens: int, sampler: Sampler = GREEDY,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Answers of a batch of right-padded prompts.
 

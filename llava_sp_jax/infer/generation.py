@@ -33,3 +33,6 @@ class Generation:
     for name, holds, expected in bounds:
       if not holds:
         raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+
+DEFAULT = Generation()

@@ -29,10 +29,10 @@ class Prefix(NamedTuple):
 class Group(NamedTuple):
   """New positions of G prompts, right-padded, behind `start` of each; tiles are those they show."""
 
-  tokens: jax.Array  # [G, T] int32
-  slots: jax.Array  # [G, T] int32, -1 for text, otherwise into the tokens of the tiles
-  length: jax.Array  # [G] int32, positions that are not padding
-  start: jax.Array  # [G] int32, positions in the prefixes
+  tokens: Any  # [G, T] int32, of the host or a device as all of them
+  slots: Any  # [G, T] int32, -1 for text, otherwise into the tokens of the tiles
+  length: Any  # [G] int32, positions that are not padding
+  start: Any  # [G] int32, positions in the prefixes
   prefixes: tuple[Prefix, ...]  # one for each row, or none
   tiles: tuple[tuple[jax.Array, ...], ...]  # M of [N, D] for each row, or none
 

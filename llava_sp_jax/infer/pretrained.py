@@ -35,7 +35,7 @@ def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrai
 
   Raises: CheckpointError.
   """
-  run = load.open_own(folder)
+  run: Any = load.open_own(folder)
   if merge and run.config.model.quantize == NONE:
     run = save.fold(run)
   model = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)

@@ -14,15 +14,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax import sharding
-from llava_sp_jax.infer import decode, prefill
+from llava_sp_jax.infer import decode as decode_lib
+from llava_sp_jax.infer import prefill
 from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.decode import State
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
 
@@ -31,7 +32,7 @@ class Programs:
   """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
 
   def __init__(
-    self, config: config_lib.Config, params: Any, rule: decode.Rule, seed: int, mesh: Mesh | None,
+    self, config: config_lib.Config, params: Any, rule: decode_lib.Rule, seed: int, mesh: Mesh | None,
     counts: Counts,
   ):  # fmt: skip
     self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
@@ -81,19 +82,19 @@ class Programs:
 
   # ---- the programs -------------------------------------------------------------------------------
 
-  def state(self, rows: int, slots: int) -> decode.State:
+  def state(self, rows: int, slots: int) -> State:
     """All rows free, with room for `slots` positions each."""
     text = self._module.language_model
 
-    def make() -> decode.State:
+    def make() -> State:
       cache = cache_lib.allocate(
         text.layers, rows, slots, text.kv_heads, text.head_dim, text.dtype, stacked=False
       )
-      return decode.empty(cache, self._rule)
+      return decode_lib.empty(cache, self._rule)
 
     return self._run(("state", rows, slots), make, (), out=self._state_places(rows))
 
-  def widen(self, state: decode.State, slots: int) -> decode.State:
+  def widen(self, state: State, slots: int) -> State:
     """The same rows with room for more."""
     rows = len(state.token)
     return self._run(
@@ -118,8 +119,8 @@ class Programs:
     return self._run(key, run, (self._params, self._group(group)), out=self._whole)
 
   def admit(
-    self, state: decode.State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
-  ) -> decode.State:
+    self, state: State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
+  ) -> State:
     """See `prefill.admit`; the state is donated."""
     run = functools.partial(prefill.admit, self._module, rule=self._rule)
     key = ("admit", len(state.token), state.cache.slots, *_shapes(group))
@@ -127,10 +128,10 @@ class Programs:
     return self._run(key, run, arguments, (1,), self._state_places(len(state.token)))
 
   def decode(
-    self, state: decode.State, ended: np.ndarray, steps: int, until: int
-  ) -> tuple[decode.State, jax.Array]:
+    self, state: State, ended: np.ndarray, steps: int, until: int
+  ) -> tuple[State, jax.Array]:
     """See `decode.decode`; the state is donated."""
-    run = functools.partial(decode.decode, self._module, rule=self._rule)
+    run = functools.partial(decode_lib.decode, self._module, rule=self._rule)
     arguments = (self._params, state, self._key, ended, np.int32(steps), np.int32(until))
     key = ("decode", len(state.token), state.cache.slots)
     return self._run(key, run, arguments, (1,), (self._state_places(len(ended)), self._whole))
@@ -155,21 +156,22 @@ class Programs:
     return compiled(*arguments)
 
   def _group(self, group: prefill.Group) -> prefill.Group:
-    fields = ("tokens", "slots", "length", "start")
-    return group._replace(**{name: self._put(getattr(group, name)) for name in fields})
+    tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])
+    return prefill.Group(tokens, slots, length, start, group.prefixes, group.tiles)
 
   def _put(self, array: np.ndarray) -> jax.Array:
     return jax.device_put(array, self._rows if len(array) % self.parts == 0 else self._whole)
 
-  def _state_places(self, rows: int) -> decode.State:
+  def _state_places(self, rows: int) -> Any:
     text = self._module.language_model
     heads = "tensor" if text.kv_heads % self.mesh.shape["tensor"] == 0 else None
     row = mesh_lib.BATCH[0] if rows % self.parts == 0 else None
     kept = NamedSharding(self.mesh, PartitionSpec(row, heads))
     each = NamedSharding(self.mesh, PartitionSpec(row))
     layers = (kept,) * text.layers
-    rest = {name: each for name in decode.State._fields if name != "cache"}
-    return decode.State(cache_lib.KVCache(layers, layers, each), **rest)
+    cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]
+    rest: Any = [each] * (len(State._fields) - 1)
+    return State(cache, *rest)
 
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:

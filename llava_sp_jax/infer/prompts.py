@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import itertools
 import threading
 from pathlib import Path
 
@@ -176,7 +177,7 @@ class Prompts:
       first = int(places[0])
       borders = [0, *([first] if first >= SHARED else []), int(places[-1]) + 1, len(tokens)]
     pieces, key = [], ""
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
       shows = tiles if (slots[start:end] >= 0).any() else ()
       digest = hashlib.sha256(key.encode() + tokens[start:end].tobytes())
       digest.update(slots[start:end].tobytes() + repr(shows).encode())

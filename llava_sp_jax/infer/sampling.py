@@ -61,6 +61,9 @@ class Sampler:
     return logits
 
 
+GREEDY = Sampler()
+
+
 def first_largest(logits: jax.Array) -> jax.Array:
   """argmax as two plain reductions, several times faster than XLA's own on a CPU. [B, V] -> [B]."""
   top = jnp.max(logits, axis=-1, keepdims=True)

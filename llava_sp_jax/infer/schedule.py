@@ -17,14 +17,14 @@ from llava_sp_jax.infer.prompts import Prompt, Prompts, Request, keys_of
 
 
 class Ready(NamedTuple):
-  index: int  # of the request
+  number: int  # of the request, from 0
   request: Request
   prompt: Prompt | None
   error: str  # why there is no prompt
 
 
 class _Waiting(NamedTuple):
-  index: int
+  number: int
   request: Request
 
 

@@ -14,7 +14,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import ImageFile, Piece, Pictures, Request, keys_of
+from llava_sp_jax.infer.prompts import ImageFile, Pictures, Piece, Request, keys_of
 
 Features = tuple[jax.Array, ...]  # [N, D] for each tile
 
@@ -157,4 +157,4 @@ class Prefixes:
       tokens, slots, np.asarray([len(p.tokens) for p in pieces], np.int32),
       np.asarray([p.start for p in pieces], np.int32),
       tuple(p for p in before if p is not None), tiles,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip

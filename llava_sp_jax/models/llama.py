@@ -71,10 +71,8 @@ class Block(nn.Module):
     v = checkpoint_name(v, "v")
     if near is not None:
       mask = mask & (near | ~windowed)
-    new = None
-    if cache is not None:
-      new = tuple(h.transpose(0, 2, 1, 3) for h in (k, v))
-    if past is not None:
+    new = None if cache is None else (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    if past is not None and new is not None:
       seen = past.seen if past.near is None else past.seen & (past.near | ~windowed)
       out = attend_cached(q, cache, seen, new, mask)
     else:
