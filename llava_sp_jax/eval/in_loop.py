@@ -11,7 +11,7 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.eval import run, tasks
+from llava_sp_jax.eval import run, tables, tasks
 from llava_sp_jax.eval.predictions import Record
 from llava_sp_jax.eval.task import Task
 from llava_sp_jax.infer.engine import Engine
@@ -86,7 +86,7 @@ class InLoop:
     except _Stopped:
       print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
       return {}
-    metric = scores["metric"]
+    metric = tables.figure(scores)
     kinds = {f"eval_score/{kind}": row[metric] for kind, row in scores["by_kind"].items()
              if metric in row and kind != "all"}  # fmt: skip
     return {"eval_score": scores["headline"], "eval_answered": scores["answered"], **kinds}

@@ -110,7 +110,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
     if anchor := mark.attrib.pop("text_anchor", None):
       mark.set("text-anchor", anchor)
   total = (left + width + 150, len(rows) * (height + 6))
-  yield tag("h2", f"By kind: {scores['metric']}")
+  yield tag("h2", f"By kind: {tables.figure(scores)}")
   yield tag("svg", *marks, viewBox=f"0 0 {total[0]} {total[1]}", width=total[0], height=total[1],
             role="img")  # fmt: skip
 

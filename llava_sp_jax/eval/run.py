@@ -101,10 +101,16 @@ def run(
 def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
   """What an answer depends on; the batch, the mesh and the hosts are not among it."""
   return {
-    "task": task.name, "protocol": task.protocol, "data_hash": task.data_hash(),
+    **asked(task),
     "fingerprint": {"base": model.base, "loaded": model.loaded},
     "generation": dataclasses.asdict(engine.generation), "version": __version__,
   }  # fmt: skip
+
+
+def asked(task: Task) -> dict[str, str]:
+  """Which questions, by which rule. A judge reads answers and makes none: one may be given later."""
+  rule = task.protocol.partition("; judge ")[0].removesuffix("; no judge")
+  return {"task": task.name, "protocol": rule, "data_hash": task.data_hash()}
 
 
 def counts(engine: Engine) -> dict[str, int]:
@@ -196,8 +202,9 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
 
 
 def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
-  here = {"task": task.name, "protocol": task.protocol, "data_hash": task.data_hash()}
-  lines = [f"{k}: {v!r} here, {there.get(k)!r} there" for k, v in here.items() if v != there.get(k)]
+  lines = [
+    f"{k}: {v!r} here, {there.get(k)!r} there" for k, v in asked(task).items() if v != there.get(k)
+  ]
   if lines:
     raise EvalError(f"{folder} holds answers to another task: " + "; ".join(lines))
 
@@ -218,18 +225,21 @@ def _score(
     engine.update(session["engine"])
   upload = folder / SUBMISSION
   upload.mkdir(exist_ok=True)
-  files = task.submission(items, answers, upload)
+  try:
+    files = task.submission(items, answers, upload)
+  except ModuleNotFoundError as error:  # the answers are safe
+    raise EvalError(f"{error}; then the same command, or --merge, scores them") from None
   if not files:
     upload.rmdir()
   return {
-    **{k: v for k, v in saved["settings"].items() if k in ("task", "protocol", "data_hash")},
+    "task": task.name, "protocol": task.protocol,
     **dataclasses.asdict(result),
     "interval": interval.bootstrap([float(r["verdict"]["score"]) for r in judged],
                                    [" ".join(r["images"]) or r["id"] for r in judged]),
     "asked": len(records), "answered": sum(not r["error"] for r in records),
     "failures": [{"id": r["id"], "error": r["error"]} for r in records if r["error"]],
     **saved["about"],
-    **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol", "data_hash")},
+    **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol")},
     "engine": {**engine, **_ratio(engine)},
     "sessions": len(sessions),
     "seconds": round(math.fsum(session["seconds"] for session in sessions), 1),

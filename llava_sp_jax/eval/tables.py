@@ -45,10 +45,16 @@ def figures(scores: Mapping[str, Any]) -> list[str]:
   return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
 
 
-def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
-  """(kind, value, value as text, answers) of the first figure, which each kind has."""
+def figure(scores: Mapping[str, Any]) -> str:
+  """The figure of the rows by kind that the headline speaks of, or the first one; "" for none."""
   names = figures(scores)
-  name = scores["metric"] if scores["metric"] in names else next(iter(names), "")
+  words = scores["metric"].lower().split()
+  return next((name for name in names if name.lower() in words), next(iter(names), ""))
+
+
+def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
+  """(kind, value, value as text, answers) of `figure`, for the kinds that have it."""
+  name = figure(scores)
   return [
     (kind, row[name], number(row[name]), int(row["items"]))
     for kind, row in scores["by_kind"].items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
   source_options(result)
   add("--task", action="append", help="benchmark; several: a,b or again (default: easy_vqa)")
   add("--data", required=True, action="append", metavar="[TASK=]FOLDER",
-      help="the benchmark's files; with several tasks: FOLDER/TASK, or TASK=FOLDER for each")  # fmt: skip
+      help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
   add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
       "OUT/TASK")  # fmt: skip
   add("--limit", type=int, default=0, help="only the first N questions")
@@ -90,40 +90,29 @@ def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
   from llava_sp_jax.eval import tasks
 
   make = config_lib.lookup("--task", name, tasks.TASKS)
-  given = dict(_pair(text, "--option") for text in options.option)
+  given: dict[str, Any] = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
     given["protocol"] = options.protocol
-  if options.judge_url:
+  if options.judge_url and "judge" in make.options:
     given["judge"] = _judge(options)
-  return make(_data(name, names, options.data), **_accepted(name, make, given))
-
-
-def _accepted(name: str, make: Any, given: dict[str, Any]) -> dict[str, Any]:
-  """The options that a task takes. Raises: ConfigError for one that it has not."""
-  import inspect
-
-  from llava_sp_jax.config import ConfigError
-
-  known = list(inspect.signature(make).parameters)[1:]
-  given = {k: v for k, v in given.items() if k != "judge" or k in known}  # for those that judge
-  if unknown := [key for key in given if key not in known]:
-    has = f"it has {', '.join(known)}" if known else "it has none"
-    raise ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}")
-  return given
+    given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
+  if unknown := [key for key in given if key not in make.options]:
+    has = f"it has {', '.join(make.options)}" if make.options else "it has none"
+    raise config_lib.ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}")
+  return make(_data(name, names, options.data), **given)
 
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
-  given = dict(
-    text.split("=", 1) for text in texts if text.split("=", 1)[0] in names and "=" in text
-  )
-  plain = [text for text in texts if text.split("=", 1)[0] not in names or "=" not in text]
-  if name in given:
-    return given[name]
-  if not plain:
+  """TASK=FOLDER where there is one, otherwise the folder that is given for all."""
+  pairs = [(task, folder) for task, equals, folder in (text.partition("=") for text in texts)
+           if equals and task in names]  # fmt: skip
+  own = dict(pairs)
+  common = [text for text in texts if text.partition("=")[0] not in own]
+  if name not in own and not common:
     from llava_sp_jax.config import ConfigError
 
     raise ConfigError(f"--task {name}: no data for it; give --data {name}=FOLDER")
-  return plain[-1] if len(names) == 1 else str(Path(plain[-1]) / name)
+  return own.get(name) or common[-1]
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:
@@ -135,13 +124,13 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
   return key, value
 
 
-def _out(name: str, tasks: dict[str, Any], options: argparse.Namespace) -> str:
+def _out(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
   if not options.out:
     return f"{options.checkpoint}/eval-{name}"
   return options.out if len(tasks) == 1 else f"{options.out}/{name}"
 
 
-def _compare(name: str, tasks: dict[str, Any], options: argparse.Namespace) -> str:
+def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
   several = options.compare and len(tasks) > 1
   return f"{options.compare}/{name}" if several else options.compare
 

@@ -17,6 +17,7 @@ from PIL import Image
 from llava_sp_jax.eval import compare, gallery, page, predictions, published, run, tables
 from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
+from llava_sp_jax.eval.tasks import BENCHMARKS
 from llava_sp_jax.infer.generation import Generation
 from tests.eval.conftest import Scripted
 
@@ -155,6 +156,19 @@ def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]
   scores = {**scored[0], "task": "easy_vqa"}
   page.write(scored[1], scores, [], {})
   assert "Published by others" not in (scored[1] / page.FILE).read_text()
+
+
+def test_every_benchmark_has_its_published_figures() -> None:
+  assert list(published.FIGURES) == [task.name for task in BENCHMARKS]
+  assert published.beside("easy_vqa") == []
+  assert [model for model, _ in published.beside("mme")] == list(published.MODELS)
+
+
+def test_bars_show_what_the_headline_speaks_of() -> None:
+  row = {"accuracy": 0.5, "f1": 0.25, "items": 3, "asked": 4}
+  scores = {"metric": "mean F1 of the splits", "by_kind": {"all": row}}
+  assert tables.bars(scores) == [("all", 0.25, "25.00%", 3)]
+  assert tables.figure({**scores, "metric": "perception score"}) == "accuracy"
 
 
 def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Path) -> None:

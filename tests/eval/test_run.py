@@ -172,6 +172,19 @@ def test_other_data_are_refused(damaged: Path, tmp_path: Path) -> None:
     run_lib.finish(EasyVqa(damaged), out)
 
 
+def test_a_judge_may_come_later(tiny_data: Path, tmp_path: Path) -> None:
+  """Who reads the answers is part of the protocol, but not of what the answers depend on."""
+  task, engine = EasyVqa(tiny_data), Scripted()
+  task.protocol = "a rule; no judge"
+  assert run_lib.run(task, engine, tmp_path)["protocol"] == "a rule; no judge"
+  task.protocol = "a rule; judge someone"
+  assert run_lib.finish(task, tmp_path)["protocol"] == "a rule; judge someone"
+  task.protocol = "another rule; judge someone"
+  with pytest.raises(EvalError, match="'another rule' here, 'a rule' there"):
+    run_lib.run(task, engine, tmp_path)
+  assert len(engine.asked) == 12
+
+
 def test_predictions_of_unknown_settings_are_not_taken_over(
   tiny_data: Path, tmp_path: Path
 ) -> None:
