@@ -33,6 +33,7 @@ setup(
     "tensorboard": ["tensorboardX>=2.6"],  # train.sinks: writes TensorBoard files, nothing else
     "wandb": ["wandb>=0.21"],  # train.sinks
     "report": ["matplotlib>=3.11"],  # pictures
+    "lmms": ["lmms-eval>=0.7"],  # its benchmarks with our engine; brings torch
     # torch and peft are oracles of the tests only; exactly this torch has a CPU build everywhere
     "test": [
       "pytest>=9",
@@ -45,5 +46,8 @@ setup(
       "peft>=0.21",
     ],
   },
-  entry_points={"console_scripts": ["llava-sp=llava_sp_jax.cli:main"]},
+  entry_points={
+    "console_scripts": ["llava-sp=llava_sp_jax.cli:main"],
+    "lmms_eval.models": ["llava_sp_jax = llava_sp_jax.eval.lmms:manifest"],  # where it is installed
+  },
 )

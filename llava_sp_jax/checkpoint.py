@@ -127,7 +127,7 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
 MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
               "config.data.threads", "config.data.processes", "config.mesh.", "config.train.sinks",
               "config.train.peak_tflops", "config.train.preflight", "config.train.validate_",
-              "config.data.validation_path", "config.train.max_nonfinite",
+              "config.data.validation_path", "config.evaluate.", "config.train.max_nonfinite",
               "config.train.peer_seconds", "config.train.stall_seconds")  # fmt: skip
 
 

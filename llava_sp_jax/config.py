@@ -183,6 +183,17 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+  """Scores a benchmark by generated text between the steps; `task` names a row of `eval.tasks`."""
+
+  every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
+  task: str = "easy_vqa"
+  data: str = ""  # folder of the benchmark's files; not those that are reported in the end
+  limit: int = 0  # only the first questions; 0: all
+  batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
   """Devices along each axis; -1 takes what is left. `base` names a row of `sharding.PRESETS`."""
 
@@ -209,6 +220,7 @@ class Config:
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
   train: Train = dataclasses.field(default_factory=Train)
+  evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
   init: Init = dataclasses.field(default_factory=Init)
 

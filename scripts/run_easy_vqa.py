@@ -72,8 +72,9 @@ def show_answers(report: Path, count: int = 6) -> None:
   print("\nsome answers:")
   for line in lines[:: max(1, len(lines) // count)][:count]:
     row = json.loads(line)
-    mark = "right" if row["right"] else f"wrong, truth: {row['truth']}"
-    print(f"  {Path(row['image']).name:>9}  {row['question']:<45} {row['text']:<10} ({mark})")
+    right = row["verdict"].get("score") == 1
+    mark = "right" if right else f"wrong, truth: {row['truth']}"
+    print(f"  {Path(row['images'][0]).name:>9}  {row['question']:<45} {row['text']:<10} ({mark})")
 
 
 def main() -> None:

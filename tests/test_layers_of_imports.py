@@ -25,7 +25,8 @@ LAYERS = (
     "ground",
     r"config|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
     r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
-    r"|infer\.(__init__|sampling)|eval\.(__init__|task|tasks\..*)|train\.__init__|tools\.__init__|recipes",
+    r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
+    r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
@@ -47,7 +48,10 @@ EXCLUDING = (
     r"config|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
-  (r"eval\.task", r"infer\.|train\.|models\."),
+  (
+    r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)",
+    r"infer\.(?!generation|__init__)|train\.|models\.",
+  ),
 )
 
 # (who, third-party packages that it never imports, not even inside a function)

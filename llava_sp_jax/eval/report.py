@@ -9,18 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.eval import gallery, predictions, tables
+
 RIGHT, WRONG, INK = "#2a7f62", "#c0392b", "#222222"
 SHEET = (4, 6)  # rows, columns of the sheet of answers
-
-
-def score_table(scores: dict[str, Any]) -> str:
-  """The scores as a markdown table."""
-  lines = ["| questions | items | accuracy |", "|---|---|---|"]
-  for kind, row in scores["by_kind"].items():
-    lines.append(f"| {kind} | {row['items']} | {100 * row['accuracy']:.2f}% |")
-  if scores["failed"]:
-    lines.append(f"| not answered (image unreadable) | {len(scores['failed'])} | - |")
-  return "\n".join(lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +25,7 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   Raises: FileNotFoundError when a run or the scores are not there.
   """
   folder, source = Path(out), Path(scores_folder)
-  needed = [source / "scores.json", source / "predictions.jsonl"]
+  needed = [source / "scores.json", source / predictions.FILE]
   needed += [Path(run) / "metrics.jsonl" for run in runs]
   if missing := [str(path) for path in needed if not path.is_file()]:
     raise FileNotFoundError(
@@ -41,21 +33,23 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
     )
   folder.mkdir(parents=True, exist_ok=True)
   scores = json.loads((source / "scores.json").read_text())
-  predictions = read_lines(source / "predictions.jsonl")
+  records = [r for r in predictions.read_file(source / predictions.FILE) if not r["error"]]
   if source.resolve() != folder.resolve():
     shutil.copy(source / "scores.json", folder / "scores.json")
   curves = {Path(run).name: read_lines(Path(run) / "metrics.jsonl") for run in runs}
   loss_curves(curves, folder / "loss.png")
-  accuracy_bars(scores, folder / "accuracy.png")
-  answer_sheet(predictions, folder / "answers.png")
+  score_bars(scores, folder / "accuracy.png")
+  answer_sheet(records, folder / "answers.png")
   page = "\n".join(
     [
-      f"# {scores['task']}: {100 * scores['by_kind']['all']['accuracy']:.2f}%",
+      f"# {scores['task']}: {tables.headline(scores)}",
       "",
       f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
       f"{scores['protocol']}; data {scores['data_hash']}.",
       "",
-      score_table(scores),
+      tables.markdown(scores),
+      "",
+      *filter(None, (tables.interval(scores), tables.coverage(scores))),
       "",
       *(_run_line(name, lines) for name, lines in curves.items()),
       "",
@@ -103,44 +97,32 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
   _save(figure, path)
 
 
-def accuracy_bars(scores: dict[str, Any], path: Path) -> None:
-  """Accuracy by kind of question."""
-  kinds = scores["by_kind"]
+def score_bars(scores: dict[str, Any], path: Path) -> None:
+  """The first figure by kind of question."""
   figure, axis = _figure(5.5, 3.2)
-  values = [100 * row["accuracy"] for row in kinds.values()]
-  bars = axis.bar(list(kinds), values, color=RIGHT)
-  axis.bar_label(bars, fmt="%.1f%%", padding=2)
-  axis.set(ylabel="accuracy, %", ylim=(0, 109))
+  rows = tables.bars(scores)
+  bars = axis.bar([kind for kind, *_ in rows], [value for _, value, *_ in rows], color=RIGHT)
+  axis.bar_label(bars, labels=[text for _, _, text, _ in rows], padding=2)
+  highest = max(value for _, value, *_ in rows)
+  axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 if highest <= 1 else 1.09 * highest))
   _save(figure, path)
 
 
-def answer_sheet(predictions: list[dict[str, Any]], path: Path) -> None:
+def answer_sheet(records: Sequence[predictions.Record], path: Path) -> None:
   """Test images with question, answer and truth: from the whole split, some mistakes among them."""
   from PIL import Image
 
-  chosen = sheet_rows(predictions, SHEET[0] * SHEET[1])
+  on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
+  chosen = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
   figure, axes = _figure(2.1 * SHEET[1], 2.8 * SHEET[0], *SHEET)
   for axis in axes.flat:
     axis.axis("off")
   for axis, row in zip(axes.flat, chosen, strict=False):
-    with Image.open(row["image"]) as picture:
+    with Image.open(row["images"][0]) as picture:
       axis.imshow(picture.convert("RGB"))
-    answer = row["text"] if row["right"] else f"{row['text']}  (truth: {row['truth']})"
+    right = gallery.is_right(row)
+    answer = row["text"] if right else f"{row['text']}  (truth: {row['truth']})"
     axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)
     axis.text(0.5, -0.06, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9,
-              weight="bold", color=RIGHT if row["right"] else WRONG)  # fmt: skip
+              weight="bold", color=RIGHT if right else WRONG)  # fmt: skip
   _save(figure, path)
-
-
-def sheet_rows(predictions: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-  """Rows for the sheet: at most a quarter are mistakes, each from another image."""
-  rows: list[dict[str, Any]] = []
-  for wanted, limit in ((False, count // 4), (True, count)):
-    by_image: dict[str, list[dict[str, Any]]] = {}
-    for r in predictions:
-      if r["right"] is wanted:
-        by_image.setdefault(r["image"], []).append(r)
-    pool = [rs[i % len(rs)] for i, rs in enumerate(by_image.values())]  # first, second, .. question
-    room = min(limit, count - len(rows))
-    rows += pool[:: max(1, len(pool) // max(1, room))][:room]
-  return sorted(rows, key=lambda r: r["id"])

@@ -1,84 +1,254 @@
-"""Runs a task through the engine: predictions as they come, then scores."""
+"""Runs a task through the engine: predictions as they come, then scores and a page to look at."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import dataclasses
 import json
+import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.data import image
-from llava_sp_jax.data.conversation import SampleError
-from llava_sp_jax.eval import task as task_lib
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
-from llava_sp_jax.infer.engine import Engine, Request
+import jax
+from flax.traverse_util import flatten_dict
 
-TASKS: dict[str, Callable[[str], task_lib.Task]] = {"easy_vqa": EasyVqa}
+from llava_sp_jax import __version__, checkpoint
+from llava_sp_jax.eval import compare as compare_lib
+from llava_sp_jax.eval import interval, page, predictions
+from llava_sp_jax.eval.predictions import EvalError, Part, Record
+from llava_sp_jax.eval.task import Item, Task
+from llava_sp_jax.infer.engine import Answer, Engine, Request
+from llava_sp_jax.infer.pretrained import Pretrained
 
 SECONDS_PER_LINE = 5.0  # of progress
+SCORES, SUBMISSION = "scores.json", "submission"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Which model answered: its folder, its step, and a hash of all that was loaded."""
+
+  checkpoint: str
+  step: int
+  base: str  # fingerprint of the frozen base, as the run keeps it
+  loaded: str  # fingerprint of every parameter as it computes: frozen base and trained part
+
+  @classmethod
+  def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
+    with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
+      loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
+    return cls(folder, pretrained.step, pretrained.fingerprint, loaded)
+
+
+def _host() -> Any:
+  """The CPU as a device, where JAX was not told to leave it out."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
 
 
 def run(
-  task: task_lib.Task, engine: Engine, out: str | Path, limit: int = 0, about: Any = None
-) -> dict[str, Any]:
-  """Answers every item, writes `predictions.jsonl` and `scores.json` in `out`, returns the scores.
+  task: Task, engine: Engine, out: str | Path, limit: int = 0, model: Model | None = None,
+  part: Part | None = None, retry: bool = False, compare: str | Path = "",
+  each: Callable[[Record], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+  """Answers every item, writes `predictions.jsonl`, `scores.json` and `index.html` in `out`.
 
-  An item whose image cannot be read is counted in `failed` and written with its error; scores are
-  over the answered items.
+  What `out` already answers is not asked again. An item without an answer (an image that cannot be
+  read) is counted in `failures`, and scores say over how many answers they were taken.
+
+  Args:
+    limit: only the first so many items; 0 for all.
+    model: what scores say of the model; from the engine's own when not given.
+    part: the share of this process; `Part(process, processes)` when not given.
+    retry: asks again what has no answer, as after images were put back.
+    compare: the result folder of another run on the same data; the page shows what flipped.
+    each: called with every line of predictions.jsonl when it is written; prints progress if not given.
+
+  Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
+  Raises: EvalError when `out` holds answers made with other settings.
   """
   folder = Path(out)
-  folder.mkdir(parents=True, exist_ok=True)
+  part = part or Part(jax.process_index(), jax.process_count())
+  model = model or Model.of(engine.pretrained)
+  about = {"checkpoint": model.checkpoint, "step": model.step}
+  predictions.check_settings(folder, settings(task, engine, model), about)
   items = task.items()[: limit or None]
-  failed: list[dict[str, str]] = []
-  problems = {path: _problem(path) for path in {item.image for item in items}}
-  good = []
-  for item in items:
-    if problems[item.image]:
-      failed.append({"id": item.id, "error": problems[item.image]})
-    else:
-      good.append(item)
-  asked, to_ask = itertools.tee(good)
-  answers = engine.answer(Request(item.question, item.image) for item in to_ask)
-  records: list[dict[str, Any]] = []
-  started = said = time.monotonic()
-  with (folder / "predictions.jsonl").open("w") as file:
-    for item, answer in zip(asked, answers, strict=True):
-      record = {
-        "id": item.id, "question": item.question, "image": str(item.image), "truth": item.truth,
-        "kind": item.kind, "text": answer.text, "right": task.right(item, answer.text),
-      }  # fmt: skip
-      records.append(record)
-      file.write(json.dumps(record) + "\n")
-      now = time.monotonic()
-      if now - said >= SECONDS_PER_LINE or len(records) == len(good):
-        said = now
-        _progress(records, len(good), started)
-  scores = {
-    "task": task.name, "protocol": task.protocol, "data_hash": task.data_hash(),
-    "by_kind": task_lib.accuracy_by_kind(records), "failed": failed,
-    "seconds": round(time.monotonic() - started, 1), **(about or {}),
+  found = predictions.read(folder)
+  mine = [
+    item for item in part.choose(items)
+    if item.id not in found or (retry and found[item.id]["error"])
+  ]  # fmt: skip
+  if len(mine) < len(items) and found:
+    print(f"{folder}: {len(found)} questions are answered already", flush=True)
+  with predictions.Writer(folder, part) as writer:
+    started, before = time.monotonic(), counts(engine)
+    _ask(task, engine, mine, writer, each or Progress(len(mine)))
+    session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
+               "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
+    with (folder / part.named("sessions")).open("a") as file:
+      file.write(json.dumps(session) + "\n")
+  missing = len(_missing(items, predictions.read(folder)))
+  if missing:
+    return {"part": str(part), "answered": len(items) - missing, "missing": missing}
+  return finish(task, folder, limit, compare)
+
+
+def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
+  """What an answer depends on; the batch, the mesh and the hosts are not among it."""
+  return {
+    **asked(task),
+    "fingerprint": {"base": model.base, "loaded": model.loaded},
+    "generation": dataclasses.asdict(engine.generation), "version": __version__,
   }  # fmt: skip
-  (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def asked(task: Task) -> dict[str, str]:
+  """Which questions, by which rule. A judge reads answers and makes none: one may be given later."""
+  rule = task.protocol.partition("; judge ")[0].removesuffix("; no judge")
+  return {"task": task.name, "protocol": rule, "data_hash": task.data_hash()}
+
+
+def counts(engine: Engine) -> dict[str, int]:
+  """What the engine has counted since it was made."""
+  return dataclasses.asdict(engine.counts)
+
+
+def _ask(
+  task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer,
+  each: Callable[[Record], None],
+) -> None:  # fmt: skip
+  requests = (Request(item.question, item.images) for item in items)
+  with contextlib.closing(engine.as_ready(requests)) as answers:  # its workers end with us
+    for index, answer in answers:
+      line = record(task, items[index], answer)
+      writer.write(line)
+      each(line)
+
+
+def record(task: Task, item: Item, answer: Answer) -> Record:
+  """One line of predictions.jsonl."""
+  return {
+    "id": item.id, "question": item.question, "images": list(predictions.image_names(item)),
+    "kind": item.kind, "truth": item.truth, "text": answer.text, "error": answer.error,
+    "margin": round(answer.margin, 4) if math.isfinite(answer.margin) else None,
+    "verdict": {} if answer.error else task.verdict(item, answer.text),
+  }  # fmt: skip
+
+
+class Progress:
+  """A line every few seconds: how many, how good so far, how fast, how long still."""
+
+  def __init__(self, total: int):
+    self._total = total
+    self._started = self._said = time.monotonic()
+    self._done = self._failed = self._judged = 0
+    self._sum = 0.0
+
+  def __call__(self, line: Record) -> None:
+    self._done += 1
+    self._failed += bool(line["error"])
+    if "score" in line["verdict"]:
+      self._judged += 1
+      self._sum += line["verdict"]["score"]
+    now = time.monotonic()
+    if now - self._said < SECONDS_PER_LINE and self._done < self._total:
+      return
+    self._said = now
+    rate = self._done / max(now - self._started, 1e-9)
+    mean = f"  mean score {self._sum / self._judged:.4f}" if self._judged else ""
+    failed = f"  {self._failed} failed" if self._failed else ""
+    left = (self._total - self._done) / rate
+    print(
+      f"{self._done:>6}/{self._total} questions{mean}{failed}  {rate:.1f}/s  eta {left:.0f} s",
+      flush=True,
+    )
+
+
+def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:
+  return [item.id for item in items if item.id not in records]
+
+
+def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = "") -> dict[str, Any]:
+  """Scores what a folder's parts have answered: merges them, writes all that `run` writes.
+
+  Raises: EvalError when questions were not asked yet, or the task is another one.
+  """
+  folder = Path(out)
+  saved = predictions.read_settings(folder)
+  _same_task(task, folder, saved["settings"])
+  everything = task.items()
+  items = everything[: limit or None]
+  with predictions.alone(folder):
+    records = predictions.read(folder)
+    if missing := _missing(items, records):
+      raise EvalError(
+        f"{folder}: {len(missing)} of {len(items)} questions were not asked yet "
+        f"({', '.join(missing[:3])}, ...); run the parts that are missing, then merge again"
+      )
+    predictions.put_in_order(folder, everything, records)
+    flips = compare_lib.compare(folder, Path(compare)) if compare else None
+    chosen = [records[item.id] for item in items]
+    scores = _score(task, folder, items, chosen, saved)
+    if flips:
+      scores["compared"] = flips.counts()
+    predictions.replace(folder / SCORES, json.dumps(scores, indent=2) + "\n")
+    page.write(folder, scores, chosen, {item.id: item.images for item in items}, flips)
   return scores
 
 
-def _problem(path: Path | None) -> str:
-  """Why an image cannot be read, or nothing; each image is asked once, not once a question."""
+def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
+  lines = [
+    f"{k}: {v!r} here, {there.get(k)!r} there" for k, v in asked(task).items() if v != there.get(k)
+  ]
+  if lines:
+    raise EvalError(f"{folder} holds answers to another task: " + "; ".join(lines))
+
+
+def _score(
+  task: Task, folder: Path, items: list[Item], records: list[Record], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+  answers = predictions.as_predictions(records)
+  result = task.score(items, answers)
+  judged = [r for r in records if not r["error"] and "score" in r["verdict"]]
+  sessions = [
+    json.loads(line)
+    for path in sorted(folder.glob("sessions*.jsonl"))
+    for line in path.read_text().splitlines()
+  ]
+  engine: Counter[str] = Counter()
+  for session in sessions:
+    engine.update(session["engine"])
+  upload = folder / SUBMISSION
+  upload.mkdir(exist_ok=True)
   try:
-    if path is not None:
-      image.read(path)
-    return ""
-  except SampleError as error:
-    return str(error)
+    files = task.submission(items, answers, upload)
+  except ModuleNotFoundError as error:  # the answers are safe
+    raise EvalError(f"{error}; then the same command, or --merge, scores them") from None
+  if not files:
+    upload.rmdir()
+  return {
+    "task": task.name, "protocol": task.protocol,
+    **dataclasses.asdict(result),
+    "interval": interval.bootstrap([float(r["verdict"]["score"]) for r in judged],
+                                   [" ".join(r["images"]) or r["id"] for r in judged]),
+    "asked": len(records), "answered": sum(not r["error"] for r in records),
+    "failures": [{"id": r["id"], "error": r["error"]} for r in records if r["error"]],
+    **saved["about"],
+    **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol")},
+    "engine": {**engine, **_ratio(engine)},
+    "sessions": len(sessions),
+    "seconds": round(math.fsum(session["seconds"] for session in sessions), 1),
+    "submission": [str(path.relative_to(folder)) for path in files],
+  }  # fmt: skip
 
 
-def _progress(records: list[dict[str, Any]], total: int, started: float) -> None:
-  rate = len(records) / (time.monotonic() - started)
-  right = sum(r["right"] for r in records) / len(records)
-  left = (total - len(records)) / rate
-  print(
-    f"{len(records):>6}/{total} questions  right {right:.4f}  {rate:.0f}/s  eta {left:.0f} s",
-    flush=True,
-  )
+def _ratio(engine: Mapping[str, int]) -> dict[str, float]:
+  """Encoder calls for each distinct image: 1 when none is encoded twice."""
+  with contextlib.suppress(KeyError, ZeroDivisionError):
+    return {"encoder_calls_per_image": engine["encoder_calls"] / engine["distinct_images"]}
+  return {}

@@ -1,110 +1,259 @@
-"""The engine: questions about images in, answers out, in batches of few static shapes."""
+"""The engine: requests in, answers out, by continuous batching over few compiled shapes.
+
+Rows of one static batch decode together; each ends by itself and is refilled from the queue. Images
+are encoded once, and what prompts share (system text and images) is prefilled once.
+
+Shape letters:  B rows . G rows of a group . S slots of a row
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from jax.sharding import Mesh
 
-from llava_sp_jax.data import anyres, conversation, example, image
-from llava_sp_jax.infer.generate import generate
+from llava_sp_jax.infer import decode
+from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.models import build
+from llava_sp_jax.infer.programs import Programs
+from llava_sp_jax.infer.prompts import Answer, ImageFile, Prompt, Prompts, Request
+from llava_sp_jax.infer.sampling import Sampler
+from llava_sp_jax.infer.schedule import Ready, Schedule
+from llava_sp_jax.infer.shared import Encoder, Prefixes, bucket
+from llava_sp_jax.infer.text import Text
 
-BUCKET = 32  # prompt lengths are rounded up to a multiple of this
-PICTURES = 2048  # tiles of pictures that are kept, for the next question about them
+__all__ = ["Answer", "Engine", "Generation", "ImageFile", "Layout", "Request"]
+
+STREAMED = 4  # tokens between two looks at a row, where somebody waits for text
+CHECKED = 8  # tokens between two looks for stop strings
+UNCHECKED = 32  # tokens after which the device reports, though no row may be done
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One question; `image` is a file, a decoded picture, or None for a question about text."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
-  question: str
-  image: str | Path | Image.Image | None = None
+  prefix: int = 16  # positions that are shared, a multiple of this
+  suffix: int = 32  # positions of a prompt's own, likewise
+  slots: int = 64  # of a row of the cache, likewise
+  groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
+  window: int = 1024  # requests that are taken ahead and may be answered in another order
+  feature_bytes: int = 2 << 30  # of encoded images
+  prefix_bytes: int = 1 << 30  # of keys and values
+  tiles: int = 1  # of images at a time through the tower, for each part of the mesh's rows
+  share: bool = True  # False: every prompt is computed whole
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  text: str
-  ids: tuple[int, ...]
+ROUNDED = Layout()
+
+
+@dataclasses.dataclass
+class _Row:
+  """A request that stands in a row."""
+
+  index: int
+  text: Text
 
 
 class Engine:
-  """Holds a model ready for questions. Each (bucket, batch size) is compiled once."""
+  """Holds a model ready for questions.
+
+  `mesh` has the axes of `mesh.AXES`; rows go over data and fsdp, kernels as `sharding` says. Without
+  one it is the first device of this process. Several processes have an engine each, for a part of
+  the requests.
+  """
 
   def __init__(
-    self, pretrained: Pretrained, batch_size: int = 64, max_new_tokens: int = 32,
-    temperature: float = 0.0, seed: int = 0,
+    self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
+    mesh: Mesh | None = None, layout: Layout = ROUNDED,
   ):  # fmt: skip
-    self._pretrained, self._batch_size = pretrained, batch_size
     config = pretrained.config
-    self._template = conversation.TEMPLATES[config.data.template]
-    self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
-    self._read = functools.lru_cache(PICTURES // self._reader.max_tiles)(self._picture_of_file)
-    self._rng = jax.random.key(seed)
-    stop = pretrained.tokenizer.stop_ids(self._template.end)
-    module = build.model(config.model)
-    self._generate = jax.jit(
-      functools.partial(
-        generate, module, stop_ids=stop, max_new_tokens=max_new_tokens, temperature=temperature
-      )
+    self.counts = Counts()
+    self.pretrained, self._generation, self._layout = pretrained, generation, layout
+    self._tokenizer, self._threads = pretrained.tokenizer, max(1, config.data.threads)
+    # Dynamic rotary positions depend on the length of the whole prompt.
+    share = layout.share and config.model.language_model.rope_scaling.kind != "dynamic"
+    self._prompts = Prompts(config, pretrained.tokenizer, share)
+    self._longest = config.model.language_model.max_positions
+    rule = decode.Rule(self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation))
+    self._programs = Programs(config, pretrained.params, rule, generation.seed, mesh, self.counts)
+    parts = self._programs.parts
+    self._rows = bucket(batch_size, parts)
+    sizes = [parts]
+    while sizes[-1] * layout.groups < self._rows:
+      sizes.append(sizes[-1] * layout.groups)
+    self._groups = sorted({*sizes, self._rows})
+    self._encoder = Encoder(
+      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
+      layout.tiles * parts,
+    )  # fmt: skip
+    self._prefixes = Prefixes(
+      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
     )
+    self._state: decode.State | None = None
+    self._widest = 0  # S of the widest state so far
+
+  # ---- what callers use ---------------------------------------------------------------------------
+
+  @property
+  def generation(self) -> Generation:
+    return self._generation
+
+  def load(self, pretrained: Pretrained) -> None:
+    """Answers with another state of the same model from now on; nothing is compiled anew."""
+    self.pretrained = pretrained
+    self._programs.load(pretrained.params)
+    self._prefixes.forget()
 
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-    """Answers in the order of the requests, computed `batch_size` at a time.
+    """Answers in the order of the requests. A request that cannot be answered has an `error`."""
+    early: dict[int, Answer] = {}
+    following = 0
+    for index, answer in self.as_ready(requests):
+      early[index] = answer
+      while following in early:
+        yield early.pop(following)
+        following += 1
 
-    Raises: SampleError for an image that cannot be read.
-    """
-    waiting: list[dict[str, np.ndarray]] = []
-    for request in requests:
-      waiting.append(self._row(request))
-      if len(waiting) == self._batch_size:
-        yield from self._run(waiting)
-        waiting = []
-    if waiting:
-      yield from self._run(waiting)
+  def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    """(index of the request, answer) as they are done; requests are taken as there is room."""
+    schedule = Schedule(
+      requests, self._prompts, self._threads, self._layout.window, ahead=2 * self._rows
+    )
+    every = CHECKED if self._generation.stop else UNCHECKED
+    try:
+      for index, text in self._run(schedule, every):
+        if text.finished:
+          yield index, text.answer()
+    finally:
+      schedule.close()
+      self._state = None
 
-  def _picture_of_file(self, path: str) -> anyres.Picture:
-    return self._reader(image.read(Path(path)))
+  def stream(self, request: Request) -> Iterator[str]:
+    """The text of one answer as it comes. Raises: ValueError where an answer would have an error."""
+    schedule = Schedule([request], self._prompts, 1, 1, ahead=1)
+    said = ""
+    try:
+      for _, text in self._run(schedule, STREAMED):
+        if text.finished and text.error:
+          raise ValueError(text.error)
+        settled = text.settled()
+        if settled[len(said) :]:
+          yield settled[len(said) :]
+          said = settled
+    finally:
+      schedule.close()
+      self._state = None
 
-  def _row(self, request: Request) -> dict[str, np.ndarray]:
-    side, room = self._reader.tile.size, self._reader.max_tiles
-    pictures = []
-    if isinstance(request.image, Image.Image):
-      pictures = [self._reader(request.image)]
-    elif request.image is not None:
-      pictures = [self._read(str(request.image))]
-    pixels, plans = np.zeros((room, side, side, 3), np.float32), [p.plan for p in pictures]
-    for picture in pictures:
-      pixels[: picture.plan.tiles] = picture.tiles
-    asked = request.question
-    if request.image is not None and conversation.IMAGE not in asked:
-      asked = f"{conversation.IMAGE}\n{asked}"
-    pieces = conversation.prompt(asked, self._template)
-    runs = example.tokenize(pieces, self._pretrained.tokenizer)
-    length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
-    row = example.layout(runs, plans, -(-length // BUCKET) * BUCKET, room).arrays()
-    return {**row, "images": pixels}
+  # ---- continuous batching ------------------------------------------------------------------------
 
-  def _run(self, rows: list[dict[str, np.ndarray]]) -> Iterator[Answer]:
-    length = max(len(row["tokens"]) for row in rows)
-    names = ("tokens", "positions", "segments", "slots", "images")
-    batch = {}
-    for name in names:
-      fill = -1 if name == "slots" else 0
-      padded = [
-        row[name] if name == "images"
-        else np.pad(row[name], (0, length - len(row[name])), constant_values=fill)
-        for row in rows
-      ]  # fmt: skip
-      padded += [padded[-1]] * (self._batch_size - len(rows))  # always the compiled size
-      batch[name] = np.stack(padded)
-    ids, counts = jax.device_get(self._generate(self._pretrained.params, batch, self._rng))
-    for row_ids, count in list(zip(ids, counts, strict=True))[: len(rows)]:
-      kept = tuple(int(i) for i in row_ids[:count])
-      yield Answer(self._pretrained.tokenizer.decode(kept).strip(), kept)
+  def _run(self, schedule: Schedule, every: int) -> Iterator[tuple[int, Text]]:
+    """Every row after every report of the device, with its text so far."""
+    rows: dict[int, _Row] = {}
+    ended = np.zeros(self._rows, bool)
+    while True:
+      yield from self._refill(schedule, rows, ended)
+      if not rows:
+        return
+      free = self._rows - len(rows)
+      wanted = self._rows if not schedule.more else free + max(1, self._rows // 4)
+      assert self._state is not None
+      self._state, steps = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
+      state = self._state
+      steps, made, done, ids, margin = jax.device_get(
+        (steps, state.made, state.done, state.ids, state.margin)
+      )
+      self.counts.decode_steps += int(steps)
+      for number, row in list(rows.items()):
+        row.text.extend(ids[number, : made[number]], bool(done[number]), float(margin[number]))
+        if row.text.finished:
+          del rows[number]
+          ended[number] = True
+          self.counts.requests += 1
+          self.counts.new_tokens += len(row.text.ids)
+        yield row.index, row.text
+
+  def _refill(
+    self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
+  ) -> Iterator[tuple[int, Text]]:
+    """Puts waiting requests into free rows, as groups of equal shape. Yields those with errors."""
+    while len(rows) < self._rows:
+      free = [i for i in range(self._rows) if i not in rows]
+      group: list[Ready] = []
+      room = max((g for g in self._groups if g <= len(free)), default=len(free))
+      while len(group) < room and (front := schedule.peek()) is not None:
+        error = front.error or self._too_long(front.prompt)
+        if not error and group and _shape(self, front) != _shape(self, group[0]):
+          break
+        schedule.take()
+        self.counts.images_asked += len(front.request.images)
+        if error:
+          self.counts.requests += 1
+          self.counts.errors += 1
+          yield front.number, self._text(error)
+        else:
+          group.append(front)
+      if not group:
+        return
+      chosen = free[: len(group)]
+      self._admit(group, chosen)
+      for number, ready in zip(chosen, group, strict=True):
+        rows[number] = _Row(ready.number, self._text())
+        ended[number] = False
+
+  def _text(self, error: str = "") -> Text:
+    return Text(self._tokenizer, self._generation.stop, error)
+
+  def _too_long(self, prompt: Prompt | None) -> str:
+    if prompt is None:
+      return ""
+    length, new = prompt.length, self._generation.max_new_tokens
+    if length + new <= self._longest:
+      return ""
+    return (f"the prompt has {length} positions, which with {new} new tokens are more than the "
+            f"model's {self._longest}")  # fmt: skip
+
+  def _admit(self, group: list[Ready], rows: list[int]) -> None:
+    prompts = [ready.prompt for ready in group if ready.prompt]
+    requests = [ready.request for ready in group]
+    size = next(g for g in self._groups if g >= len(group))
+    order = [*range(len(group)), *itertools.repeat(0, size - len(group))]
+    before = self._prefixes.of([(r, p.pieces[:-1]) for r, p in zip(requests, prompts, strict=True)])
+    length = bucket(max(len(p.pieces[-1].tokens) for p in prompts), self._layout.suffix)
+    packed = self._prefixes.group(
+      [requests[i] for i in order], [prompts[i].pieces[-1] for i in order],
+      [before[i] for i in order], length,
+    )  # fmt: skip
+    self._make_room(max(self._room(p, length) for p in prompts))
+    assert self._state is not None
+    self._state = self._programs.admit(
+      self._state, packed, np.asarray([rows[i] for i in order], np.int32),
+      np.asarray([group[i].number for i in order], np.int32),
+    )  # fmt: skip
+    self.counts.admitted += len(group)
+
+  def _room(self, prompt: Prompt, length: int) -> int:
+    """S for a prompt whose last piece is padded to `length`."""
+    shared = self._prefixes.slots(prompt.pieces[:-1])
+    last = prompt.pieces[-1]
+    needed = max(shared, last.start + max(length, len(last.tokens)))
+    return bucket(max(needed, prompt.length + self._generation.max_new_tokens), self._layout.slots)
+
+  def _make_room(self, slots: int) -> None:
+    if self._state is None:
+      self._state = self._programs.state(self._rows, max(slots, self._widest))
+    elif self._state.cache.slots < slots:
+      self._state = self._programs.widen(self._state, slots)
+    self._widest = max(self._widest, slots)
+
+
+def _shape(engine: Engine, ready: Ready) -> tuple[int, int]:
+  """What the prompts of a group have in common."""
+  assert ready.prompt is not None
+  *before, last = ready.prompt.pieces
+  return engine._prefixes.slots(before), len(last.tiles)

@@ -1,6 +1,6 @@
-"""Generation for one batch of static shape: a prefill, then one decode step in a loop.
+"""Generation for one batch of static shape in one program: what `plan` compiles and tests compare.
 
-Shape letters:  B rows . T prompt length . M images per row . N tokens per image . V vocabulary
+Shape letters:  B rows . T prompt length . M images per row
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llava_sp_jax.data.example import BRANCHES
-from llava_sp_jax.infer.sampling import pick
+from llava_sp_jax.infer import decode
+from llava_sp_jax.infer.sampling import GREEDY, Sampler
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.llava import LlavaSP
 
 
 def generate(
-  module: LlavaSP, params: Any, batch: dict[str, jax.Array], rng: jax.Array, *,
-  stop_ids: tuple[int, ...], max_new_tokens: int, temperature: float = 0.0,
+  module: LlavaSP, params: Any, batch: dict[str, jax.Array], key: jax.Array, *,
+  stop_ids: tuple[int, ...], max_new_tokens: int, sampler: Sampler = GREEDY,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """Answers of a batch of right-padded prompts.
 
@@ -27,44 +27,28 @@ def generate(
   ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
+  rule = decode.Rule(stop_ids, max_new_tokens, sampler)
   rows, length = batch["tokens"].shape
   text = module.language_model
-  cache = cache_lib.allocate(
-    text.layers, rows, length + max_new_tokens, text.kv_heads, text.head_dim, text.dtype
-  )
+
+  def allocate(slots: int) -> cache_lib.KVCache:
+    return cache_lib.allocate(
+      text.layers, rows, slots, text.kv_heads, text.head_dim, text.dtype, text.stacked
+    )
+
   image = apply(batch["images"], method="encode_image")
-  hidden, cache = apply(
-    batch["tokens"], batch["positions"], batch["segments"], image, batch["slots"], cache,
+  hidden, new = apply(
+    batch["tokens"], batch["positions"], batch["segments"], image, batch["slots"], allocate(0),
     method="extend",
   )  # fmt: skip
-  last = jnp.take_along_axis(hidden, (cache.length - 1)[:, None, None], axis=1)
-  segment = jnp.full((rows, 1), BRANCHES, jnp.int32)
-
-  def next_token(hidden: jax.Array, number: jax.Array) -> jax.Array:
-    logits = apply(hidden[:, -1], method="logits")
-    return pick(logits, jax.random.fold_in(rng, number), temperature)
-
-  def is_stop(token: jax.Array) -> jax.Array:
-    return jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
-
-  def going(carry: Any) -> jax.Array:
-    number, _, done, *_ = carry
-    return (number < max_new_tokens) & ~jnp.all(done)
-
-  def decode(carry: Any) -> Any:
-    number, token, done, count, ids, cache = carry
-    ids = jax.lax.dynamic_update_index_in_dim(ids, token, number, axis=1)
-    count = count + ~done
-    hidden, cache = apply(
-      token[:, None], cache.length[:, None], segment, None, None, cache, method="extend"
-    )
-    token = next_token(hidden, number + 1)
-    return number + 1, token, done | is_stop(token), count, ids, cache
-
-  first = next_token(last, jnp.zeros((), jnp.int32))
-  start = (
-    jnp.zeros((), jnp.int32), first, is_stop(first), jnp.zeros((rows,), jnp.int32),
-    jnp.zeros((rows, max_new_tokens), jnp.int32), cache,
-  )  # fmt: skip
-  *_, count, ids, _ = jax.lax.while_loop(going, decode, start)
-  return ids, count
+  counts = jnp.sum(batch["segments"] > 0, axis=1)
+  cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
+  last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
+  state = decode.empty(cache, rule)
+  state = state._replace(done=jnp.zeros((rows,), bool), number=jnp.arange(rows, dtype=jnp.int32))
+  state = decode.choose(rule, state, apply(last, method="logits"), key)
+  nobody = jnp.zeros((rows,), bool)
+  state, _ = decode.decode(
+    module, params, state, key, nobody, jnp.int32(max_new_tokens), jnp.int32(rows), rule=rule
+  )
+  return state.ids, state.made

@@ -7,32 +7,83 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import load
+from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.convert.leaves import Leaves
+from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import NONE, is_quantised
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
   config: config_lib.Config
-  params: Any  # nested; each leaf in the dtype the model computes in, or quantised
+  params: Any  # nested arrays, of the host or a device; each leaf in the dtype the model computes in, or quantised
   tokenizer: Tokenizer
   step: int = 0
   fingerprint: str = ""  # of the frozen base
 
 
-def from_run(folder: str | Path) -> Pretrained:
-  """Loads the latest checkpoint of a training run. Raises: CheckpointError."""
-  run = load.open_own(folder)
-  config = run.config
-  dtype = jnp.dtype(config.model.dtype)
-  params = {
-    path: jnp.asarray(leaf.read(), None if is_quantised(path) else dtype)
-    for path, leaf in run.leaves.items()
-  }
+def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
+  """Loads the latest checkpoint of a training run.
+
+  `merge` folds adapters into kernels that are floats, computed in float32: each decoding step then
+  reads fewer arrays. `dtype` of activations and parameters, if not the config's.
+
+  Raises: CheckpointError.
+  """
+  run: Any = load.open_own(folder)
+  if merge and run.config.model.quantize == NONE:
+    run = save.fold(run)
+  model = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
+  config = dataclasses.replace(run.config, model=model)
   tokenizer = Tokenizer(Path(folder) / "tokenizer")
-  nested = unflatten_dict(params, sep="/")
-  return Pretrained(config, nested, tokenizer, run.step, run.fingerprint)
+  return Pretrained(config, _params(config, run.leaves), tokenizer, run.step, run.fingerprint)
+
+
+def from_any(
+  path: str | Path, options: formats.Options | None = None, merge: bool = True, dtype: str = ""
+) -> Pretrained:
+  """Loads a run, or a folder of any format that `llava-sp convert` reads, without writing a copy.
+
+  Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
+  """
+  if load.is_ours(path) or not Path(path).exists():
+    return from_run(path, merge, dtype)
+  source = load.open_any(path, options or formats.Options())
+  if lacking := [part for part in formats.PARTS if part not in source.parts]:
+    raise FormatError(
+      f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
+    )
+  if source.tokenizer is None:
+    raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
+  load.verify_base(source)
+  fingerprint = source.fingerprint or load.base_fingerprint(source)
+  if merge:
+    source = save.fold(source)
+  model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
+  config = dataclasses.replace(source.config, model=model)
+  tokenizer = Tokenizer(source.tokenizer)
+  return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
+
+
+def _params(config: config_lib.Config, leaves: Leaves) -> Any:
+  kept = np.dtype(jnp.dtype(config.model.dtype))
+  params = {
+    path: leaf.read() if is_quantised(path) else leaf.read().astype(kept)
+    for path, leaf in leaves.items()
+  }
+  return unflatten_dict(params, sep="/")
+
+
+def as_computed(config: config_lib.Config, params: Any) -> Any:
+  """Nested parameters as training holds them -> in the dtype that the model computes in."""
+  dtype = jnp.dtype(config.model.dtype)
+  flat = {
+    path: leaf if is_quantised(path) else leaf.astype(dtype)
+    for path, leaf in flatten_dict(params, sep="/").items()
+  }
+  return unflatten_dict(flat, sep="/")

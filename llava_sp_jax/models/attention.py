@@ -81,6 +81,37 @@ def attend(
   return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
 
 
+def attend_cached(
+  q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
+  new: tuple[jax.Array, jax.Array], mask: jax.Array,
+) -> jax.Array:  # fmt: skip
+  """Attention to a cache and to the new positions themselves, as one softmax.
+
+  The cache is read where it lies: joining it with the new keys would copy all of it.
+
+  Args: q [B, T, N, H]; cached and new: keys and values [B, K, S, H] and [B, K, T, H]; seen [B, T, S]
+  and mask [B, T, T] bool. Returns: [B, T, N, H].
+  """
+  rows, count, heads, width = q.shape
+  groups = cached[0].shape[1]
+  q = q.reshape(rows, count, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(rows, groups, -1, width)  # [B, K, G T, H]: the queries of a key head are one matmul
+  parts = []
+  for (keys, _), allowed in ((cached, seen), (new, mask)):
+    scores = jnp.einsum("bkqh,bksh->bkqs", q, keys.astype(q.dtype)).astype(jnp.float32)
+    scores = scores.reshape(rows, groups, -1, count, keys.shape[2]) / math.sqrt(width)
+    parts.append(jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min))
+  top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in parts))
+  weights = [jnp.exp(part - top) for part in parts]
+  total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
+  out = jnp.zeros(q.shape, q.dtype)
+  for part, (_, values) in zip(weights, (cached, new), strict=True):
+    share = (part / total).astype(q.dtype).reshape(*q.shape[:3], -1)
+    out = out + jnp.einsum("bkqs,bksh->bkqh", share, values.astype(q.dtype))
+  out = out.reshape(rows, groups, -1, count, width).transpose(0, 3, 1, 2, 4)
+  return out.reshape(rows, count, heads, width)
+
+
 def choose(case: Case) -> str:
   """The row of IMPLEMENTATIONS that computes `case`. Raises: ValueError, see `attend`."""
   name = case.spec.name

@@ -62,6 +62,30 @@ def model(config: config_lib.Model) -> LlavaSP:
   )  # fmt: skip
 
 
+def unstacked(module: LlavaSP) -> LlavaSP:
+  """The module with parameters of its own for each layer, as `unstack` makes them.
+
+  A scan takes a layer out of stacked kernels by copying it, which inference would do every step.
+  """
+  return module.clone(
+    language_model=module.language_model.clone(stacked=False),
+    vision_tower=module.vision_tower.clone(stacked=False),
+  )
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+  """Stacked layers of a parameter tree (arrays, shapes or anything indexable) -> one by one."""
+  result = dict(params)
+  for part in ("language_model", "vision_tower"):
+    inner = {k: v for k, v in params[part].items() if k != "layers"}
+    layers = params[part].get("layers", {})
+    leaves = jax.tree.leaves(layers)
+    for i in range(len(leaves[0]) if leaves else 0):
+      inner[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], layers)
+    result[part] = inner
+  return result
+
+
 def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
   """The module told where it will run, and whether its data has samples with branches.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,18 +18,26 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_sp_jax.models import remat
-from llava_sp_jax.models.attention import SAVED, Attention, attend
-from llava_sp_jax.models.cache import KVCache, write
+from llava_sp_jax.models.attention import SAVED, Attention, attend, attend_cached
+from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
 from llava_sp_jax.models.lora import together
 
 BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations between blocks
 
 
-class Block(nn.Module):
-  """One layer; `cache` holds this layer's keys and values, or None when there is no cache.
+class Past(NamedTuple):
+  """Which slots of a cache each new position sees, and which of them a sliding window leaves."""
 
-  `windowed` says whether the layer sees only what `near` allows; both are None without a window.
+  seen: jax.Array  # [B, T, S] bool
+  near: jax.Array | None  # [B, T, S] bool
+
+
+class Block(nn.Module):
+  """One layer; the second value is its new keys and values where there is a cache, else None.
+
+  `cache` holds the layer's keys and values [B, K, S, H], or None. `windowed` says whether the layer
+  sees only what `near` allows; both are None without a window.
   """
 
   heads: int
@@ -44,7 +52,7 @@ class Block(nn.Module):
   attention: Attention
 
   @nn.compact
-  def __call__(self, x, cache, windowed, angles, mask, segments, near, start):
+  def __call__(self, x, cache, windowed, angles, mask, segments, near, past):
     dense = functools.partial(
       self.dense,
       use_bias=False,
@@ -61,18 +69,21 @@ class Block(nn.Module):
     q = checkpoint_name(rotary(q, *angles), "q")
     k = checkpoint_name(rotary(k, *angles), "k")
     v = checkpoint_name(v, "v")
-    if cache is not None:
-      cache = k, v = write(cache[0], k, start), write(cache[1], v, start)
     if near is not None:
       mask = mask & (near | ~windowed)
-    out = checkpoint_name(attend(self.attention, q, k, v, mask, segments), SAVED)
+    new = None if cache is None else (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    if past is not None and new is not None:
+      seen = past.seen if past.near is None else past.seen & (past.near | ~windowed)
+      out = attend_cached(q, cache, seen, new, mask)
+    else:
+      out = checkpoint_name(attend(self.attention, q, k, v, mask, segments), SAVED)
     out = dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     x = checkpoint_name(x + out, "middle")
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
     gate, up = together([dense(self.mlp_width, name=p) for p in ("gate_proj", "up_proj")], y)
     y = nn.silu(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
     x = x + dense(x.shape[-1], name="down_proj")(y)
-    return nn.with_logical_constraint(x, BLOCK_AXES), cache
+    return nn.with_logical_constraint(x, BLOCK_AXES), new
 
 
 class Decoder(nn.Module):
@@ -94,6 +105,7 @@ class Decoder(nn.Module):
   initializer_range: float = 0.02
   scan_unroll: int = 1
   remat: str = "none"  # a row of remat.POLICIES
+  stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
   dtype: jnp.dtype = jnp.float32
   dense: Any = nn.Dense
   attention: Attention = Attention()
@@ -107,14 +119,18 @@ class Decoder(nn.Module):
       self.attention, window=self.sliding_window,
       mixed_layers=bool(self.sliding_window) and 0 < self.window_from_layer < self.layers,
     )  # fmt: skip
-    self.blocks = nn.scan(
-      remat.wrap(Block, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-      in_axes=(0, 0, *[nn.broadcast] * 5), length=self.layers,
-      unroll=min(self.scan_unroll, self.layers),
-    )(
+    sizes = (
       self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.attention_bias, self.norm_eps,
-      self.initializer_range, self.dtype, self.dense, attention, name="layers",
+      self.initializer_range, self.dtype, self.dense, attention,
     )  # fmt: skip
+    if self.stacked:
+      self.blocks = nn.scan(
+        remat.wrap(Block, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+        in_axes=(0, 0, *[nn.broadcast] * 5), length=self.layers,
+        unroll=min(self.scan_unroll, self.layers),
+      )(*sizes, name="layers")  # fmt: skip
+    else:
+      self.blocks = [Block(*sizes, name=f"layers_{i}") for i in range(self.layers)]
     self.final_norm = RMSNorm(self.norm_eps)
     if not self.tie_embeddings:
       self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)
@@ -134,33 +150,40 @@ class Decoder(nn.Module):
 
   def __call__(
     self, embeds: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
-  ) -> tuple[jax.Array, KVCache | None]:
-    """[B, T, D], [B, T], [B, T] -> [B, T, D] and the cache with T more entries in each row.
+  ) -> tuple[jax.Array, New | None]:
+    """[B, T, D], [B, T], [B, T] -> [B, T, D], and what `cache.append` writes when there is a cache.
 
-    Entries with segment 0 are padding: nothing attends to them. With a cache, a row's padding must
-    follow its tokens; its length then counts the tokens only.
+    Entries with segment 0 are padding: nothing attends to them. With a cache, a row is one sample
+    whose `positions` count on from the cache's length, and its padding must follow its tokens.
     """
     index = jnp.broadcast_to(jnp.arange(embeds.shape[1]), segments.shape)
-    layer_cache, start = None, None
-    key_segments, key_index, key_positions = segments, index, positions
-    if cache is not None:
-      start = cache.length
-      index = index + start[:, None]
-      key_segments = write(cache.segments, segments, start)
-      key_positions = write(cache.positions, positions, start)
-      key_index = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
-      layer_cache = (cache.keys, cache.values)
-    mask = causal_mask(index, segments, key_index, key_segments)
-    windowed, near = None, None
+    mask = causal_mask(index, segments, index, segments)
+    windowed, near, past, held = None, None, None, None
     if self.sliding_window:
       windowed = jnp.arange(self.layers) >= self.window_from_layer
-      near = window_mask(positions, key_positions, self.sliding_window)
+      near = window_mask(positions, positions, self.sliding_window)
+    if cache is not None:
+      held = (cache.keys, cache.values)
+      past = self._past(cache, positions) if cache.slots else None
     angles = self.rope.angles(self.head_dim, positions, segments)
     x = nn.with_logical_constraint(embeds, BLOCK_AXES)
-    x, layer_cache = self.blocks(
-      x, layer_cache, windowed, angles, mask, segments if cache is None else None, near, start
-    )
-    if cache is not None and layer_cache is not None:
-      length = cache.length + jnp.sum(segments > 0, axis=1)
-      cache = KVCache(layer_cache[0], layer_cache[1], key_segments, key_positions, length)
-    return self.final_norm(x), cache
+    shared = (angles, mask, None if past else segments, near, past)
+    if self.stacked:
+      x, new = self.blocks(x, held, windowed, *shared)
+    else:
+      made = []
+      for i, block in enumerate(self.blocks):
+        mine = None if held is None else (held[0][i], held[1][i])
+        x, pair = block(x, mine, None if windowed is None else windowed[i], *shared)
+        made.append(pair)
+      new = None if cache is None else tuple(zip(*made, strict=True))
+    return self.final_norm(x), None if cache is None else New(*new)
+
+  def _past(self, cache: KVCache, positions: jax.Array) -> Past:
+    slot = jnp.arange(cache.slots)
+    rows, count = positions.shape
+    seen = jnp.broadcast_to(slot < cache.length[:, None, None], (rows, count, cache.slots))
+    if not self.sliding_window:
+      return Past(seen, None)
+    slots = jnp.broadcast_to(slot, (rows, cache.slots))
+    return Past(seen, window_mask(positions, slots, self.sliding_window))

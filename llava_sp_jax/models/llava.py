@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llava_sp_jax.models.cache import KVCache
+from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.projector import Projector
 from llava_sp_jax.models.vit import VisionTransformer
@@ -23,7 +23,7 @@ def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 class LlavaSP(nn.Module):
-  """The whole model. Training calls it; inference calls `encode_image`, `extend` and `logits`."""
+  """The whole model. Training calls it; inference calls its parts."""
 
   vision_tower: VisionTransformer
   projector: Projector
@@ -42,9 +42,15 @@ class LlavaSP(nn.Module):
 
     With `projector.newline` there is one more, M*N: the token that ends a row of tile patches.
     """
-    flat = images.reshape(-1, *images.shape[2:])
-    tokens = self.projector(self.vision_tower(flat))
-    tokens = tokens.reshape(len(images), -1, tokens.shape[-1])
+    tokens = self.encode_tiles(images.reshape(-1, *images.shape[2:]))
+    return self.join_tiles(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
+
+  def encode_tiles(self, images: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, N, D]
+    return self.projector(self.vision_tower(images))
+
+  def join_tiles(self, tokens: jax.Array) -> jax.Array:
+    """What the slots of a row index: tokens of its tiles, and the newline. -> [B, M*N (+1), D]."""
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
     if not self.projector.newline:
       return tokens
     newline = self.projector.image_newline.astype(tokens.dtype)
@@ -54,8 +60,11 @@ class LlavaSP(nn.Module):
   def extend(
     self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, image: jax.Array | None,
     slots: jax.Array | None, cache: KVCache | None,
-  ) -> tuple[jax.Array, KVCache | None]:  # fmt: skip
-    """Runs the decoder over new positions, which see the cache. `image` from `encode_image`."""
+  ) -> tuple[jax.Array, New | None]:  # fmt: skip
+    """Runs the decoder over new positions, which see the cache: `Decoder.__call__`.
+
+    `image` is from `encode_image` or `join_tiles`.
+    """
     embeds = self.language_model.embed(tokens)
     if image is not None and slots is not None and image.shape[1]:
       embeds = merge(embeds, image, slots)

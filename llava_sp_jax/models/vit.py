@@ -75,6 +75,7 @@ class VisionTransformer(nn.Module):
   mlp_width: int
   select_layer: int = -2
   scan_unroll: int = 1
+  stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
   dtype: jnp.dtype = jnp.float32
 
   @property
@@ -96,14 +97,16 @@ class VisionTransformer(nn.Module):
     if row.pre_norm:
       x = norm(name="pre_norm")(x)
     count = self.layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
-    if count:
+    sizes = (self.heads, self.mlp_width, row.activation, row.eps, self.dtype)
+    if count and self.stacked:
       blocks = nn.scan(
         Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
         unroll=min(self.scan_unroll, count),
       )  # fmt: skip
-      x, _ = blocks(self.heads, self.mlp_width, row.activation, row.eps, self.dtype, name="layers")(
-        x
-      )
+      x, _ = blocks(*sizes, name="layers")(x)
+    elif count:
+      for i in range(count):
+        x, _ = Block(*sizes, name=f"layers_{i}")(x)
     if row.class_token:
       x = x[:, 1:]
     return x.reshape(len(x), self.grid, self.grid, self.width)

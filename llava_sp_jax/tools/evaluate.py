@@ -1,41 +1,212 @@
-"""llava-sp eval: scores a run on a benchmark by the text that it generates."""
+"""llava-sp eval: scores a checkpoint on benchmarks by the text that it generates."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.tools.convert import source_options
+
+DESCRIPTION = """\
+Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
+soon as an answer is there), scores.json, submission files where a server scores, and index.html.
+The same command goes on where a killed one was; no question is asked twice."""
+
+EXAMPLES = """example:
+  llava-sp eval --checkpoint runs/finetune --task easy_vqa --data data/easy_vqa
+  llava-sp eval --checkpoint llava-sp-lora --base vicuna-7b-v1.5 --task pope,gqa --data playground/data/eval
+  llava-sp eval --checkpoint A --task pope --data D --part 0/2 --out shared/pope     on one host
+  llava-sp eval --checkpoint A --task pope --data D --part 1/2 --out shared/pope     on another
+  llava-sp eval --merge --task pope --data D --out shared/pope                       when both are done
+"""
 
 
 def parser() -> argparse.ArgumentParser:
   result = argparse.ArgumentParser(
-    prog="llava-sp eval",
-    description="Scores a run on a benchmark: predictions.jsonl, scores.json, and a table.",
-    epilog="example: llava-sp eval --checkpoint runs/finetune --task easy_vqa --data data/easy_vqa",
-  )
-  result.add_argument("--checkpoint", required=True, help="run folder of llava-sp train")
-  result.add_argument("--task", default="easy_vqa", help="benchmark (default: %(default)s)")
-  result.add_argument("--data", required=True, help="folder of the benchmark's files")
-  result.add_argument("--out", default="", help="result folder (default: CHECKPOINT/eval-TASK)")
-  result.add_argument("--batch-size", type=int, default=64, help="questions at a time")
-  result.add_argument("--max-new-tokens", type=int, default=8)
-  result.add_argument("--limit", type=int, default=0, help="only the first N questions")
+    prog="llava-sp eval", description=DESCRIPTION, epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  add = result.add_argument
+  add("--checkpoint", default="", help="run of llava-sp train, or any format of llava-sp convert")
+  source_options(result)
+  add("--task", action="append", help="benchmark; several: a,b or again (default: easy_vqa)")
+  add("--data", required=True, action="append", metavar="[TASK=]FOLDER",
+      help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
+  add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
+      "OUT/TASK")  # fmt: skip
+  add("--limit", type=int, default=0, help="only the first N questions")
+  add("--protocol", default="", help="the rule that prompts and scores, where a task has several")
+  add("--option", action="append", default=[], metavar="KEY=VALUE", help="any other of the task's")
+  add("--compare", default="", help="results of another run on the same data: shows what flipped; "
+      "with several tasks: COMPARE/TASK")  # fmt: skip
+  add("--retry", action="store_true", help="ask again what has no answer yet (images put back)")
+
+  hosts = result.add_argument_group("several hosts")
+  hosts.add_argument("--part", default="", metavar="I/N", help="only this share of the questions")
+  hosts.add_argument("--merge", action="store_true", help="score what the parts in OUT answered")
+  for flag, what in (("coordinator", "HOST:PORT"), ("processes", "N"), ("process", "I")):
+    hosts.add_argument(f"--{flag}", default="", metavar=what)
+
+  how = result.add_argument_group("generation (default: what the task's protocol asks for)")
+  how.add_argument("--batch-size", type=int, default=0, help="questions at a time")
+  for field in dataclasses.fields(Generation):
+    flag = "--" + field.name.replace("_", "-")
+    if field.name == "stop":
+      how.add_argument(flag, action="append", default=None, help="an answer ends before this text")
+    else:
+      how.add_argument(flag, type=type(field.default), default=None)
+
+  judge = result.add_argument_group("judge (LLaVA-Bench, MM-Vet; an OpenAI-compatible server)")
+  judge.add_argument("--judge-url", default="", help="such as http://localhost:8000/v1")
+  judge.add_argument("--judge-model", default="", help="as that server names it")
+  judge.add_argument("--judge-key-env", default="OPENAI_API_KEY",
+                     help="environment variable with its key; '' for none (default: %(default)s)")  # fmt: skip
   return result
 
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
-  from llava_sp_jax.config import lookup
-  from llava_sp_jax.eval import report, run
+  from llava_sp_jax import processes
+
+  flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
+  processes.start(flags)
+  with processes.Watch(0):
+    names = [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n]
+    tasks = {name: _task(name, names, options) for name in names}
+    if options.merge:
+      _merge(tasks, options)
+    else:
+      _evaluate(tasks, options)
+    processes.meet("answers are written")  # the first to leave would end the others
+
+
+def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
+  """Raises: ConfigError, FileNotFoundError, before a model is loaded."""
+  from llava_sp_jax import config as config_lib
+  from llava_sp_jax.eval import tasks
+
+  make = config_lib.lookup("--task", name, tasks.TASKS)
+  given: dict[str, Any] = dict(_pair(text, "--option") for text in options.option)
+  if options.protocol:
+    given["protocol"] = options.protocol
+  if options.judge_url and "judge" in make.options:
+    given["judge"] = _judge(options)
+    given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
+  if unknown := [key for key in given if key not in make.options]:
+    has = f"it has {', '.join(make.options)}" if make.options else "it has none"
+    raise config_lib.ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}")
+  return make(_data(name, names, options.data), **given)
+
+
+def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
+  """TASK=FOLDER where there is one, otherwise the folder that is given for all."""
+  pairs = [(task, folder) for task, equals, folder in (text.partition("=") for text in texts)
+           if equals and task in names]  # fmt: skip
+  own = dict(pairs)
+  common = [text for text in texts if text.partition("=")[0] not in own]
+  if name not in own and not common:
+    from llava_sp_jax.config import ConfigError
+
+    raise ConfigError(f"--task {name}: no data for it; give --data {name}=FOLDER")
+  return own.get(name) or common[-1]
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+  key, equals, value = text.partition("=")
+  if not equals:
+    from llava_sp_jax.config import ConfigError
+
+    raise ConfigError(f"{flag}: expected KEY=VALUE, found {text!r}")
+  return key, value
+
+
+def _out(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
+  if not options.out:
+    return f"{options.checkpoint}/eval-{name}"
+  return options.out if len(tasks) == 1 else f"{options.out}/{name}"
+
+
+def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
+  several = options.compare and len(tasks) > 1
+  return f"{options.compare}/{name}" if several else options.compare
+
+
+def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+  from llava_sp_jax.config import ConfigError
+  from llava_sp_jax.eval import run, tables
+
+  if not options.out and not options.checkpoint:
+    raise ConfigError("--merge: give --out, the folder that the parts wrote to")
+  for name, task in tasks.items():
+    out = _out(name, tasks, options)
+    tables.show(run.finish(task, out, options.limit, _compare(name, tasks, options)))
+    _written(out)
+
+
+def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+  from llava_sp_jax.config import ConfigError
+  from llava_sp_jax.convert import formats
+  from llava_sp_jax.eval import predictions, run, tables
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
 
-  task = lookup("--task", options.task, run.TASKS)(options.data)
-  model = pretrained.from_run(options.checkpoint)
-  engine = Engine(model, options.batch_size, options.max_new_tokens)
-  out = options.out or f"{options.checkpoint}/eval-{options.task}"
-  about = {
-    "checkpoint": options.checkpoint, "step": model.step, "fingerprint": model.fingerprint,
-    "generation": {"greedy": True, "max_new_tokens": options.max_new_tokens},
-  }  # fmt: skip
-  scores = run.run(task, engine, out, options.limit, about)
-  print(report.score_table(scores))
-  print(f"written: {out}/predictions.jsonl, {out}/scores.json")
+  if not options.checkpoint:
+    raise ConfigError("no --checkpoint; give the folder of a run or a converted model")
+  part = predictions.parse_part(options.part) if options.part else None
+  generations = {name: _generation(task, options) for name, task in tasks.items()}
+  given = formats.Options(options.base, options.tower, options.row, options.template)
+  loaded = pretrained.from_any(options.checkpoint, given)
+  model = run.Model.of(loaded, options.checkpoint)
+  size = {"batch_size": options.batch_size} if options.batch_size else {}
+  engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
+  for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
+    if engine is None or engine.generation != generations[name]:
+      engine = None
+      engine = Engine(loaded, generation=generations[name], **size)
+    out = _out(name, tasks, options)
+    scores = run.run(
+      task,
+      engine,
+      out,
+      options.limit,
+      model,
+      part,
+      options.retry,
+      _compare(name, tasks, options),
+    )
+    if "missing" in scores:
+      print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
+            "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
+    else:
+      tables.show(scores)
+      _written(out)
+
+
+def _generation(task: Any, options: argparse.Namespace) -> Generation:
+  """What the task asks for, with what the user asks for instead. Raises: ConfigError."""
+  from llava_sp_jax.config import ConfigError
+
+  given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Generation)}
+  given = {k: tuple(v) if k == "stop" else v for k, v in given.items() if v is not None}
+  try:
+    return dataclasses.replace(task.generation, **given)
+  except ValueError as error:
+    raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def _judge(options: argparse.Namespace) -> Any:
+  """Raises: ConfigError, JudgeError when the variable that should hold the key is not set."""
+  from llava_sp_jax.config import ConfigError
+  from llava_sp_jax.eval import judge
+
+  if not options.judge_model:
+    raise ConfigError("--judge-url without --judge-model; name the model as that server does")
+  return judge.Endpoint(options.judge_url, options.judge_model, options.judge_key_env)
+
+
+def _written(out: str) -> None:
+  print(f"written: {out}/predictions.jsonl, {out}/scores.json, {out}/index.html")

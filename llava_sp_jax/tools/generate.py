@@ -1,4 +1,4 @@
-"""llava-sp generate: answers a question about an image."""
+"""llava-sp generate: answers a question about images."""
 
 from __future__ import annotations
 
@@ -8,28 +8,56 @@ import argparse
 def parser() -> argparse.ArgumentParser:
   result = argparse.ArgumentParser(
     prog="llava-sp generate",
-    description="Answers a question about an image (or about nothing, without --image).",
+    description="Answers a question about images (or about nothing, without --image).",
     epilog='example: llava-sp generate --checkpoint runs/finetune --image x.png --question "what '
     'shape is in the image?"',
   )
   result.add_argument("--checkpoint", required=True, help="run folder of llava-sp train")
-  result.add_argument("--image", default=None, help="picture file")
-  result.add_argument("--question", required=True)
+  result.add_argument("--image", action="append", default=[], help="picture file; may be repeated")
+  result.add_argument("--question", required=True, help="<image> in it stands for a picture")
+  result.add_argument("--stream", action="store_true", help="print the answer as it comes")
   result.add_argument("--max-new-tokens", type=int, default=64)
   result.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+  result.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: all")
+  result.add_argument(
+    "--top-p", type=float, default=1.0, help="draw from the likeliest, up to this"
+  )
+  result.add_argument("--num-beams", type=int, default=1, help="beam search (1: none)")
+  result.add_argument("--stop", action="append", default=[], help="text that ends an answer")
   result.add_argument("--seed", type=int, default=0, help="of the sampling")
   return result
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
   options = parser().parse_args(argv)
+  import sys
   from pathlib import Path
 
-  from llava_sp_jax.data import image
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
+  from llava_sp_jax.infer.generation import Generation
 
-  picture = image.read(Path(options.image)) if options.image else None
-  model = pretrained.from_run(options.checkpoint)
-  engine = Engine(model, 1, options.max_new_tokens, options.temperature, options.seed)
-  print(next(iter(engine.answer([Request(options.question, picture)]))).text)
+  try:
+    generation = Generation(
+      max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+      top_p=options.top_p, num_beams=options.num_beams, stop=tuple(options.stop), seed=options.seed,
+    )  # fmt: skip
+  except ValueError as error:
+    parser().error(f"--{str(error).replace('_', '-')}")
+  engine = Engine(pretrained.from_run(options.checkpoint), 1, generation)
+  request = Request(options.question, tuple(map(Path, options.image)))
+  if options.stream:
+    try:
+      for text in engine.stream(request):
+        print(text, end="", flush=True)
+    except ValueError as error:
+      print(f"llava-sp generate: {error}", file=sys.stderr)
+      return 1
+    print()
+    return 0
+  answer = next(engine.answer([request]))
+  if answer.error:
+    print(f"llava-sp generate: {answer.error}", file=sys.stderr)
+    return 1
+  print(answer.text)
+  return 0

@@ -103,7 +103,12 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.train import loop
 
   processes.start(process, config.train.peer_seconds)
-  result = loop.train(config, workdir, flags(argv).get("profile", ""))
+  evaluator = None
+  if config.evaluate.every:
+    from llava_sp_jax.eval import in_loop
+
+    evaluator = in_loop.InLoop(config, workdir)
+  result = loop.train(config, workdir, flags(argv).get("profile", ""), evaluator)
   if jax.process_index() == 0:
     print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
           f"{result.quarantined} samples quarantined")  # fmt: skip

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -87,17 +88,38 @@ def initial_state(config: config_lib.Config, device_mesh: Any) -> tuple[Any, Any
   return jax.jit(start, out_shardings=shardings)(trainable, frozen), shardings, tx
 
 
-def train(config: config_lib.Config, workdir: str | Path, profile: str = "") -> Result:
+class Evaluator(Protocol):
+  """Scores the model between steps; `eval.in_loop` has one, which this layer does not know."""
+
+  def due(self, number: int) -> bool: ...
+
+  def __call__(
+    self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
+  ) -> dict[str, float]:
+    """Metrics of step `number`; `params` are nested. Gives up when `going()`, to be asked often, is
+    false: then the run was asked to stop."""
+    ...
+
+
+def train(
+  config: config_lib.Config, workdir: str | Path, profile: str = "",
+  evaluator: Evaluator | None = None,
+) -> Result:  # fmt: skip
   """Trains until `config.train.steps`, continuing what `workdir` holds.
 
-  `profile` "A:B" writes a trace of these steps to `workdir`/profile.
+  `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
+  `config.evaluate` says.
 
   Raises:
     ConfigError, CheckpointError: before anything is computed.
   """
+  if config.evaluate.every and evaluator is None:
+    raise config_lib.ConfigError(
+      "evaluate.every: nothing to evaluate with; train(..., evaluator=eval.in_loop.InLoop(...))"
+    )
   processes.start(peer_seconds=config.train.peer_seconds)
   with processes.Watch(config.train.stall_seconds) as watch:
-    return _train(config, Path(workdir), profile, watch)
+    return _train(config, Path(workdir), profile, watch, evaluator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +132,16 @@ class _Run:
   iterator: pipeline.Batches
   quarantine: pipeline.Quarantine
   validator: Validator
+  evaluator: Evaluator | None
   profiler: trace.Profiler
   book: ledger.Ledger
   watch: processes.Watch
 
 
-def _train(config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch) -> Result:
+def _train(
+  config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch,
+  evaluator: Evaluator | None,
+) -> Result:  # fmt: skip
   checkpoint.check_config(folder, config)
   sinks.check(config)
   begun = max(checkpoint.steps(folder), default=0)
@@ -140,7 +166,9 @@ def _train(config: config_lib.Config, folder: Path, profile: str, watch: process
       checkpoint.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
-    run = _Run(config, folder, device_mesh, iterator, quarantine, validator, profiler, book, watch)
+    run = _Run(
+      config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book, watch
+    )
     return _steps(run, module, prepared)
 
 
@@ -184,10 +212,16 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
       skips.step(number, metrics)
       if number % config.train.log_every == 0:
         skips.settle()
-      held_out = None
+      held_out: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
-          held_out = run.validator(train_state)
+          held_out |= run.validator(train_state)
+      if run.evaluator and run.evaluator.due(number):
+        with log.pause(metrics):
+          held_out |= run.evaluator(
+            number, state.join(train_state.trainable, train_state.frozen), base,
+            functools.partial(_going, run.watch, stop, number),
+          )  # fmt: skip
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()
@@ -208,6 +242,12 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
     samples = [i for i in run.iterator.usable if i not in quarantine]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
   return Result(number, log.seconds, quarantine.count)
+
+
+def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
+  """Whether work between steps may go on; tells the watch that it does."""
+  watch.beat(number)
+  return not stop.asked
 
 
 def _resume(checkpoints: checkpoint.Checkpoints, fresh: Any, base: str, folder: Path) -> Any:

@@ -56,6 +56,7 @@ def line(record: Record, steps: int) -> str:
 LINE: tuple[tuple[str, str], ...] = (
   ("loss", "loss {:.4f}"),
   ("val_loss", "held out {:.4f}"),
+  ("eval_score", "score {:.4f}"),
   ("token_accuracy", "tokens right {:.3f}"),
   ("grad_norm", "grad {:.2f}"),
   ("steps_per_second", "{:.2f} steps/s"),

@@ -27,6 +27,7 @@ from llava_sp_jax.convert import formats, gguf, load, settings
 from llava_sp_jax.data import conversation, example
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Answer, Engine, Request
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
 from llava_sp_jax.train import optimizer
@@ -155,7 +156,9 @@ def test_logits_equal_transformers(config, params, tokenizer, oracle) -> None:
 
 @pytest.fixture(scope="module")
 def answers(config, params, tokenizer) -> list[Answer]:
-  engine = Engine(Pretrained(config, params, tokenizer), len(QUESTIONS), NEW_TOKENS)
+  engine = Engine(
+    Pretrained(config, params, tokenizer), len(QUESTIONS), Generation(max_new_tokens=NEW_TOKENS)
+  )
   return list(engine.answer(Request(q) for q in QUESTIONS))
 
 

@@ -194,19 +194,20 @@ def config(tiny_config: ConfigMaker, tmp_path: Path) -> config_lib.Config:
 
 
 def test_training_and_inference_make_the_same_row(config: config_lib.Config) -> None:
-  from llava_sp_jax.infer.engine import Engine, Request
-  from llava_sp_jax.infer.pretrained import Pretrained
+  from llava_sp_jax.infer.prompts import Prompts, Request, key_of
 
   tokenizer = Tokenizer(config.data.tokenizer)
   batch = next(pipeline.make(config.data, tokenizer, TILE, batch_size=1, seed=0))
-  engine = Engine(Pretrained(config, {}, tokenizer))
-  asked = engine._row(Request("what is it?", Path(config.data.image_folder) / "0.png"))
-  np.testing.assert_array_equal(asked["images"], batch["images"][0])
+  prompts, picture = Prompts(config, tokenizer), Path(config.data.image_folder) / "0.png"
+  asked = prompts(Request("what is it?", (picture,)))
+  tiles = prompts.pictures.tiles(key_of(picture), picture)
+  np.testing.assert_array_equal(tiles, batch["images"][0])
   assert batch["images"].any(axis=(2, 3, 4)).all()  # five tiles of picture
   length = int(np.flatnonzero(batch["weights"][0])[0]) + 1  # up to the answer
-  for name in ("tokens", "slots", "positions", "segments"):
-    np.testing.assert_array_equal(asked[name][:length], batch[name][0][:length])
-  assert not asked["segments"][length:].any()
+  assert asked.length == length
+  for name in ("tokens", "slots"):
+    joined = np.concatenate([getattr(piece, name) for piece in asked.pieces])
+    np.testing.assert_array_equal(joined, batch[name][0][:length])
   newline = 5 * TILE.tokens
   assert batch["slots"].max() == newline
   shown = plan(TILE, (48, 40), (48, 48), "spatial_unpad").slots

@@ -9,6 +9,7 @@ import pytest
 
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.infer.engine import Engine, Request
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import from_run
 from llava_sp_jax.models.projector import ROWS
 from llava_sp_jax.train import loop
@@ -31,8 +32,8 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
 
   def answer(folder: Path) -> tuple[int, ...]:
     picture = Path(config.data.image_folder) / "0.png"
-    engine = Engine(from_run(folder), batch_size=1, max_new_tokens=4)
-    return next(engine.answer([Request("what is it?", picture)])).ids
+    engine = Engine(from_run(folder), batch_size=1, generation=Generation(max_new_tokens=4))
+    return next(engine.answer([Request("what is it?", (picture,))])).ids
 
   source = load.open_any(tmp_path / "run", formats.Options())
   save.export(source, "llava_lora", tmp_path / "torch")

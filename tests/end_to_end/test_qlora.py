@@ -17,6 +17,7 @@ from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer import pretrained, verify
 from llava_sp_jax.infer.engine import Engine
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.models.quantize import FORMATS, is_quantised
 from llava_sp_jax.train import loop
 from tests.conftest import WIDE, ConfigMaker
@@ -97,7 +98,7 @@ def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None
   flat = flatten_dict(model.params, sep="/")
   assert {str(flat[p].dtype) for p in flat if p.endswith("kernel_q")} <= {"int8", "uint8"}
   assert GATE not in flat
-  engine = Engine(model, batch_size=4, max_new_tokens=3)
+  engine = Engine(model, batch_size=4, generation=Generation(max_new_tokens=3))
   scores = run_lib.run(EasyVqa(tiny_data), engine, tmp_path / "eval", about={"step": 4})
   assert scores["by_kind"]["all"]["items"] == 12
 

@@ -10,26 +10,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_sp_jax.eval import report
+from llava_sp_jax import __version__
+from llava_sp_jax.eval import gallery, interval, predictions, report
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.task import Item, accuracy_by_kind
+from llava_sp_jax.eval.predictions import EvalError, Part
+from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
-from llava_sp_jax.infer import pretrained
-from llava_sp_jax.infer.engine import Engine, Request
-from llava_sp_jax.train import loop
-from tests.conftest import ConfigMaker
-
-
-@pytest.fixture(scope="module")
-def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  folder = tmp_path_factory.mktemp("run") / "finetune"
-  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def engine(run_folder: Path) -> Engine:
-  return Engine(pretrained.from_run(run_folder), batch_size=4, max_new_tokens=4)
+from llava_sp_jax.infer.engine import Answer, Engine, Request
+from tests.eval.conftest import Scripted, by_id
 
 
 @pytest.fixture
@@ -46,19 +34,21 @@ def test_an_unreadable_image_is_a_counted_failure(
   engine: Engine, run_folder: Path, damaged: Path, tmp_path: Path
 ) -> None:
   out = tmp_path / "eval"
-  scores = run_lib.run(EasyVqa(damaged), engine, out, about={"step": 2, "checkpoint": "here"})
-  assert [f["id"] for f in scores["failed"]] == ["test-3", "test-5"]
-  assert "cannot be decoded" in scores["failed"][0]["error"]
-  assert "no such file" in scores["failed"][1]["error"]
-  assert scores["by_kind"]["all"]["items"] == 10
-  records = report.read_lines(out / "predictions.jsonl")
-  assert [r["id"] for r in records] == [f"test-{i}" for i in range(12) if i not in (3, 5)]
+  scores = run_lib.run(EasyVqa(damaged), engine, out)
+  assert [f["id"] for f in scores["failures"]] == ["test-3", "test-5"]
+  assert "cannot be decoded" in scores["failures"][0]["error"]
+  assert "no such file" in scores["failures"][1]["error"]
+  assert (scores["asked"], scores["answered"]) == (12, 10)
+  everything = scores["by_kind"]["all"]
+  assert (everything["items"], everything["asked"]) == (10, 12)
+  records = predictions.read_file(out / "predictions.jsonl")
+  assert [r["id"] for r in records] == [f"test-{i}" for i in range(12)]
   assert json.loads((out / "scores.json").read_text()) == scores
   for record in records:
-    assert record["right"] == (record["text"].strip() == record["truth"])
+    if not record["error"]:
+      assert record["verdict"]["score"] == (record["text"].strip() == record["truth"])
   page = report.write([str(run_folder)], str(out), str(tmp_path / "report"))
-  assert "| not answered (image unreadable) | 2 | - |" in page
-  assert "Checkpoint `here`, step 2" in page
+  assert "Over 10 answers to 12 questions; 2 without an answer" in page
   for name in ("loss.png", "accuracy.png", "answers.png"):
     with Image.open(tmp_path / "report" / name) as picture:
       assert min(picture.size) > 100
@@ -66,44 +56,252 @@ def test_an_unreadable_image_is_a_counted_failure(
   assert json.loads((tmp_path / "report" / "scores.json").read_text()) == scores
 
 
+def test_images_that_were_put_back_are_asked_again_on_request(
+  engine: Engine, damaged: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+  task, out = EasyVqa(damaged), tmp_path / "eval"
+  before = run_lib.run(task, engine, out)
+  for name in ("3.png", "5.png"):
+    shutil.copy(tiny_data / "images" / name, damaged / "images" / name)
+  assert run_lib.run(task, engine, out)["failures"] == before["failures"]
+  after = run_lib.run(task, engine, out, retry=True)
+  assert after["failures"] == []
+  asked = [json.loads(line)["asked"] for line in (out / "sessions.jsonl").read_text().splitlines()]
+  assert asked == [12, 0, 2]
+
+
+def test_scores_say_what_they_are_of(engine: Engine, tiny_data: Path, tmp_path: Path) -> None:
+  task = EasyVqa(tiny_data)
+  model = run_lib.Model.of(engine.pretrained, "runs/x")
+  scores = run_lib.run(task, engine, tmp_path, model=model)
+  assert scores["task"] == "easy_vqa"
+  assert scores["protocol"] == task.protocol
+  assert scores["data_hash"] == task.data_hash()
+  assert scores["fingerprint"] == {"base": engine.pretrained.fingerprint, "loaded": model.loaded}
+  assert scores["generation"]["max_new_tokens"] == engine.generation.max_new_tokens
+  assert (scores["version"], scores["checkpoint"]) == (__version__, "runs/x")
+  assert scores["step"] == engine.pretrained.step == 2
+  assert scores["engine"]["requests"] == 12
+  sure = scores["interval"]
+  assert sure["low"] <= sure["mean"] == scores["headline"] <= sure["high"]
+  assert "bootstrap over 12 images" in sure["method"]
+
+
+def test_the_fingerprint_of_what_was_loaded_sees_the_trained_part(engine: Engine) -> None:
+  import dataclasses
+
+  import jax
+
+  loaded = engine.pretrained
+  leaves, tree = jax.tree.flatten(loaded.params)
+  largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+  leaves[largest] = leaves[largest].at[(0,) * leaves[largest].ndim].add(1e-3)
+  other = dataclasses.replace(loaded, params=jax.tree.unflatten(tree, leaves))
+  one, two = run_lib.Model.of(loaded), run_lib.Model.of(other)
+  assert one.loaded != two.loaded
+  assert one.base == two.base
+
+
+def test_limit_takes_the_first_items_and_may_grow(
+  engine: Engine, tiny_data: Path, tmp_path: Path
+) -> None:
+  few = run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)
+  assert few["by_kind"]["all"]["items"] == 3
+  more = run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=5)
+  assert (more["asked"], more["engine"]["requests"]) == (5, 5)
+  assert run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)["by_kind"] == few["by_kind"]
+  assert len(by_id(tmp_path)) == 5
+
+
 def test_answers_do_not_depend_on_the_batch(engine: Engine, tiny_data: Path) -> None:
-  requests = [Request(q, tiny_data / "images" / f"{i}.png")
+  requests = [Request(q, (tiny_data / "images" / f"{i}.png",))
               for i, q in enumerate(["what is it?", "is it blue or red or green?", "red?"])]  # fmt: skip
   together = [a.ids for a in engine.answer(requests)]
   alone = [next(iter(engine.answer([r]))).ids for r in requests]
   assert together == alone
   with Image.open(tiny_data / "images" / "0.png") as picture:
-    assert next(iter(engine.answer([Request("what is it?", picture)]))).ids == alone[0]
+    assert next(iter(engine.answer([Request("what is it?", (picture,))]))).ids == alone[0]
 
 
-def test_a_question_about_text_needs_no_image(engine: Engine) -> None:
-  (answer,) = engine.answer([Request("what is it?")])
-  assert len(answer.ids) <= 4
+# What follows asks an engine that answers from a script, for it is about files, not about answers.
 
 
-def test_limit_takes_the_first_items(engine: Engine, tiny_data: Path, tmp_path: Path) -> None:
-  scores = run_lib.run(EasyVqa(tiny_data), engine, tmp_path / "out", limit=3)
-  assert scores["by_kind"]["all"]["items"] == 3
+def test_a_broken_run_goes_on_where_it_was(tiny_data: Path, tmp_path: Path) -> None:
+  """An engine that dies in between: nothing is asked twice, the scores are those of an unbroken run."""
+  task = EasyVqa(tiny_data)
+  whole = run_lib.run(task, Scripted(), tmp_path / "whole")
+  broken = Scripted(dies_after=5)
+  with pytest.raises(ZeroDivisionError):
+    run_lib.run(task, broken, tmp_path / "broken")
+  assert not (tmp_path / "broken" / "scores.json").exists()
+  path = tmp_path / "broken" / "predictions.jsonl"
+  path.write_bytes(path.read_bytes()[:-7])  # as a kill in the middle of a line
+  again = Scripted()
+  scores = run_lib.run(task, again, tmp_path / "broken")
+  assert len(again.asked) == 12 - 4
+  assert path.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+  assert {**scores, "seconds": 0, "engine": 0} == {**whole, "seconds": 0, "engine": 0}
 
 
-def test_accuracy_by_kind_counts() -> None:
-  records: list[dict[str, Any]] = [
-    {"kind": "shape", "right": True}, {"kind": "shape", "right": False},
-    {"kind": "colour", "right": True},
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [({"text": "other"}, "fingerprint.loaded: 'other' here, 'scripted' there"),
+   ({"tokens": 9}, "generation.max_new_tokens: 9 here, 4 there")],
+)  # fmt: skip
+def test_other_settings_are_refused(
+  tiny_data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+  task = EasyVqa(tiny_data)
+  run_lib.run(task, Scripted(), tmp_path, model=run_lib.Model("", 0, "", "scripted"))
+  before = (tmp_path / "predictions.jsonl").read_bytes()
+  model = run_lib.Model("", 0, "", change.get("text", "scripted"))
+  engine = Scripted(tokens=change.get("tokens", 4))
+  with pytest.raises(EvalError, match=f"(?s){message}.*name another folder with --out"):
+    run_lib.run(task, engine, tmp_path, model=model)
+  assert (tmp_path / "predictions.jsonl").read_bytes() == before
+  assert engine.asked == []
+
+
+def test_other_data_are_refused(damaged: Path, tmp_path: Path) -> None:
+  out = tmp_path / "out"
+  run_lib.run(EasyVqa(damaged), Scripted(), out)
+  (damaged / "test.json").write_text((damaged / "test.json").read_text() + " ")
+  with pytest.raises(EvalError, match=r"data_hash: '\w+' here, '\w+' there"):
+    run_lib.run(EasyVqa(damaged), Scripted(), out)
+  with pytest.raises(EvalError, match="another task: data_hash"):
+    run_lib.finish(EasyVqa(damaged), out)
+
+
+def test_a_judge_may_come_later(tiny_data: Path, tmp_path: Path) -> None:
+  """Who reads the answers is part of the protocol, but not of what the answers depend on."""
+  task, engine = EasyVqa(tiny_data), Scripted()
+  task.protocol = "a rule; no judge"
+  assert run_lib.run(task, engine, tmp_path)["protocol"] == "a rule; no judge"
+  task.protocol = "a rule; judge someone"
+  assert run_lib.finish(task, tmp_path)["protocol"] == "a rule; judge someone"
+  task.protocol = "another rule; judge someone"
+  with pytest.raises(EvalError, match="'another rule' here, 'a rule' there"):
+    run_lib.run(task, engine, tmp_path)
+  assert len(engine.asked) == 12
+
+
+def test_predictions_of_unknown_settings_are_not_taken_over(
+  tiny_data: Path, tmp_path: Path
+) -> None:
+  (tmp_path / "predictions.jsonl").write_text('{"id": "test-0", "text": "x", "error": ""}\n')
+  with pytest.raises(EvalError, match=r"predictions without settings\.json"):
+    run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path)
+
+
+def test_a_damaged_line_is_named(tiny_data: Path, tmp_path: Path) -> None:
+  run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path)
+  path = tmp_path / "predictions.jsonl"
+  lines = path.read_text().splitlines()
+  lines[2] = lines[2][:20]
+  path.write_text("\n".join(lines) + "\n")
+  with pytest.raises(EvalError, match=r"predictions\.jsonl, line 3: expected an answer"):
+    run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path)
+
+
+def test_one_part_is_written_by_one_process(tiny_data: Path, tmp_path: Path) -> None:
+  with (
+    predictions.Writer(tmp_path, Part()),
+    pytest.raises(EvalError, match="another process is writing it"),
+  ):
+    predictions.Writer(tmp_path, Part())
+  predictions.Writer(tmp_path, Part()).__exit__()
+
+
+def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Path) -> None:
+  task = EasyVqa(tiny_data)
+  whole = run_lib.run(task, Scripted(), tmp_path / "whole")
+  out, engines = tmp_path / "parts", [Scripted(), Scripted(), Scripted()]
+  for i in (0, 2):
+    said = run_lib.run(task, engines[i], out, part=Part(i, 3))
+    assert said["part"] == f"{i}/3"
+    assert said["missing"] == 12 - said["answered"] > 0
+    assert not (out / "scores.json").exists()
+  with pytest.raises(EvalError, match=r"4 of 12 questions were not asked yet \(test-1"):
+    run_lib.finish(task, out)
+  scores = run_lib.run(task, engines[1], out, part=Part(1, 3))
+  assert sorted(path.name for path in out.glob("predictions*")) == [
+    "predictions.0-of-3.jsonl", "predictions.1-of-3.jsonl", "predictions.2-of-3.jsonl",
+    "predictions.jsonl",
   ]  # fmt: skip
-  assert accuracy_by_kind(records) == {
-    "all": {"accuracy": 2 / 3, "items": 3}, "shape": {"accuracy": 0.5, "items": 2},
-    "colour": {"accuracy": 1.0, "items": 1},
+  asked = [image for engine in engines for image in engine.asked]
+  assert len(asked) == len(set(asked)) == 12
+  assert scores["by_kind"] == whole["by_kind"]
+  assert scores["sessions"] == 3
+  assert scores["engine"]["requests"] == 12
+  assert by_id(out) == by_id(tmp_path / "whole")
+  assert run_lib.finish(task, out) == scores
+
+
+def test_another_number_of_hosts_finishes_what_some_began(tiny_data: Path, tmp_path: Path) -> None:
+  task, alone = EasyVqa(tiny_data), Scripted()
+  run_lib.run(task, Scripted(), tmp_path, part=Part(1, 3))
+  scores = run_lib.run(task, alone, tmp_path)
+  assert len(alone.asked) == 8
+  assert scores["answered"] == 12
+
+
+def test_a_part_keeps_the_questions_of_an_image_together() -> None:
+  items = [Item(f"{i}", "q", (Path(f"{i % 7}.png"),), "k", None) for i in range(40)]
+  parts = [Part(i, 3).choose(items) for i in range(3)]
+  assert sorted(int(item.id) for part in parts for item in part) == list(range(40))
+  images = [{item.images for item in part} for part in parts]
+  assert sum(len(part) for part in images) == 7
+  assert max(map(len, parts)) - min(map(len, parts)) <= 6
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_parts_that_are_none(text: str) -> None:
+  with pytest.raises(EvalError, match=r"--part: expected I/N|parts are counted from 0/N"):
+    predictions.parse_part(text)
+  assert str(predictions.parse_part("1/2")) == "1/2"
+
+
+def test_images_inside_the_data_are_named_by_their_hash(tiny_data: Path) -> None:
+  picture = (tiny_data / "images" / "0.png").read_bytes()
+  item = Item("x", "q", (picture,), "k", "yes")
+  (name,) = predictions.image_names(item)
+  assert name.startswith("sha256:")
+  line = run_lib.record(EasyVqa(tiny_data), item, Answer("yes", ()))
+  assert json.loads(json.dumps(line))["images"] == [name]
+  assert line["verdict"] == {"score": 1.0}
+
+
+def test_the_interval_covers_the_mean_and_draws_images() -> None:
+  """Scores that agree within an image are less sure than as many independent ones."""
+  scores = [float(i // 10 % 3 > 0) for i in range(600)]
+  together = interval.bootstrap(scores, [str(i // 10) for i in range(600)])
+  apart = interval.bootstrap(scores, [str(i) for i in range(600)])
+  assert together is not None
+  assert apart is not None
+  assert together["mean"] == apart["mean"] == pytest.approx(2 / 3)
+  assert together["low"] < apart["low"] < 2 / 3 < apart["high"] < together["high"]
+  # The standard error of a mean of 60 images is sqrt(2/9/60) = .061; the interval is +-1.96 of it.
+  assert together["high"] - together["low"] == pytest.approx(2 * 1.96 * 0.0609, rel=0.15)
+  assert interval.bootstrap([1.0, 0.0], ["a", "a"]) is None
+
+
+def test_means_by_kind_count_what_was_answered() -> None:
+  items = [Item(str(i), "q", (), kind, "red") for i, kind in enumerate(["shape"] * 3 + ["colour"])]
+  predictions = {
+    "0": Prediction("0", "red"), "1": Prediction("1", "blue"),
+    "2": Prediction("2", "red", error="no such file"),
   }  # fmt: skip
-  assert accuracy_by_kind([]) == {"all": {"accuracy": 0.0, "items": 0}}
+  assert mean_by_kind(items, predictions, lambda i, t: {"score": t == i.truth}) == {
+    "all": {"accuracy": 0.5, "items": 2, "asked": 4},
+    "shape": {"accuracy": 0.5, "items": 2, "asked": 3},
+    "colour": {"accuracy": 0.0, "items": 0, "asked": 1},
+  }
 
 
 def test_exact_match_after_stripping_blanks(tiny_data: Path) -> None:
   task = EasyVqa(tiny_data)
-  item = Item("x", "q", None, "red", "colour")
-  assert task.right(item, " red\n")
-  assert not task.right(item, "Red")
-  assert not task.right(item, "red.")
+  item = Item("x", "q", (), "colour", "red")
+  assert [task.verdict(item, t)["score"] for t in (" red\n", "Red", "red.")] == [1, 0, 0]
   assert {i.kind for i in task.items()} == {"yes/no", "shape", "colour"}
 
 
@@ -119,9 +317,10 @@ def test_missing_data_says_how_to_write_it(tmp_path: Path) -> None:
 
 
 def test_the_sheet_shows_some_mistakes_and_no_image_twice() -> None:
-  rows = [{"id": i, "image": str(i // 2), "right": i % 3 > 0} for i in range(120)]
-  sheet = report.sheet_rows(rows, 24)
-  assert len(sheet) == 24
-  assert sum(not r["right"] for r in sheet) == 6
-  few = report.sheet_rows(rows[:2], 24)
-  assert len(few) == 2
+  rows: list[dict[str, Any]] = [
+    {"id": i, "images": [str(i // 2)], "verdict": {"score": float(i % 3 > 0)}} for i in range(120)
+  ]
+  chosen = gallery.mixed(rows, 24)
+  assert len(chosen) == 24
+  assert sum(gallery.is_right(r) is False for r in chosen) == 6
+  assert len(gallery.mixed(rows[:2], 24)) == 2

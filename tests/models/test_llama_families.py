@@ -140,6 +140,11 @@ class Ours:
   def alone(self, tokens: Any) -> np.ndarray:
     return self.logits(tokens, np.arange(len(tokens)), [BRANCHES] * len(tokens))
 
+  def run_on(self, tokens: Any, positions: Any, segments: Any, kv: cache.KVCache) -> Any:
+    """`run`, and the cache with what is new in it."""
+    logits, new = self.run(tokens, positions, segments, kv)
+    return logits, cache.append(kv, new, np.full(1, tokens.shape[1]))
+
   def cache(self, slots: int) -> cache.KVCache:
     return cache.allocate(LAYERS, 1, slots, KV_HEADS, HEAD_DIM, jnp.float32)
 
@@ -170,7 +175,7 @@ def test_cached_decoding_equals_that_of_transformers(name: str) -> None:
     with torch.no_grad():
       out = reference(name)(torch.tensor(ids, dtype=torch.long), past_key_values=past)
     past = out.past_key_values
-    mine, kv = model.run(ids, np.arange(start, end)[None], np.full_like(ids, BRANCHES), kv)
+    mine, kv = model.run_on(ids, np.arange(start, end)[None], np.full_like(ids, BRANCHES), kv)
     assert_close(mine[0], out.logits[0].numpy())
 
 
@@ -209,9 +214,9 @@ def test_a_branch_has_the_window_that_it_has_alone() -> None:
   together = model.logits(TOKENS[:27], positions, segments)
   for branch, at in ((first, slice(12, 21)), (second, slice(21, 27))):
     assert_close(together[at], model.alone(np.concatenate([trunk, branch]))[12:])
-  _, kv = model.run(TOKENS[None, :21], np.asarray(positions)[None, :21], segments[None, :21],
-                    model.cache(LONG))  # fmt: skip
-  cached, _ = model.run(second[None], np.arange(12, 18)[None], segments[None, 21:], kv)
+  own = np.full((1, 12), BRANCHES)
+  _, kv = model.run_on(trunk[None], np.arange(12)[None], own, model.cache(LONG))
+  cached, _ = model.run(second[None], np.arange(12, 18)[None], own[:, :6], kv)
   assert_close(cached[0], together[21:])
 
 

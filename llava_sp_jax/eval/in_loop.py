@@ -1,0 +1,92 @@
+"""Scores a benchmark between the steps of a training run, by the text that the model generates."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.eval import run, tables, tasks
+from llava_sp_jax.eval.predictions import Record
+from llava_sp_jax.eval.task import Task
+from llava_sp_jax.infer.engine import Engine
+from llava_sp_jax.infer.pretrained import Pretrained, as_computed
+
+FOLDER = "evaluate"  # in the run folder; one folder of results for each step
+
+
+class _Stopped(Exception):  # noqa: N818
+  """The run was asked to stop in the middle of an evaluation."""
+
+
+class InLoop:
+  """What `config.evaluate` says: the evaluator of `train.loop.train`."""
+
+  def __init__(self, config: config_lib.Config, workdir: str | Path):
+    """Opens the benchmark. Raises: ConfigError, FileNotFoundError, before anything is computed."""
+    settings = config.evaluate
+    if jax.process_count() > 1:
+      raise config_lib.ConfigError(
+        f"evaluate.every: {settings.every}, but this run has {jax.process_count()} processes, and "
+        "only a run of one process evaluates between its steps; give 0 here, and score the saved "
+        "checkpoints with llava-sp eval (several processes share its questions)"
+      )
+    if settings.limit < 0 or settings.batch_size < 1:
+      raise config_lib.ConfigError(
+        f"evaluate: expected limit >= 0 and batch_size >= 1, found {settings.limit} and "
+        f"{settings.batch_size}"
+      )
+    self._config, self._settings = config, settings
+    self._folder = Path(workdir) / FOLDER
+    make = config_lib.lookup("evaluate.task", settings.task, tasks.TASKS)
+    self._task: Task = make(settings.data)
+    items = self._task.items()[: settings.limit or None]
+    if not items or self._task.score(items, {}).headline is None:
+      what = "a server scores it" if items else f"no questions in {settings.data}"
+      raise config_lib.ConfigError(f"evaluate.task {settings.task}: no score to log ({what})")
+    self._tokenizer = Tokenizer(config.data.tokenizer)
+    self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
+
+  def due(self, number: int) -> bool:
+    """Whether step `number` is followed by an evaluation."""
+    return number % self._settings.every == 0 or number == self._config.train.steps
+
+  def __call__(
+    self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
+  ) -> dict[str, float]:
+    """`eval_score` (the headline), `eval_answered`, and `eval_score/KIND` of each kind.
+
+    The answers and their page are in `evaluate/step-NUMBER` of the run. Empty when asked to stop.
+    """
+    out = self._folder / f"step-{number}"
+    shutil.rmtree(out, ignore_errors=True)  # of a step that a resumed run does again
+    loaded = Pretrained(
+      self._config, as_computed(self._config, params), self._tokenizer, number, fingerprint
+    )
+    if self._engine is None:
+      place = jax.tree.leaves(loaded.params)[0].sharding  # on the devices where training has them
+      self._engine = Engine(
+        loaded, self._settings.batch_size, self._task.generation, getattr(place, "mesh", None)
+      )
+    else:
+      self._engine.load(loaded)
+    model = run.Model.of(loaded, str(self._folder.parent))
+
+    def each(line: Record) -> None:
+      if not going():
+        raise _Stopped
+
+    try:
+      scores = run.run(self._task, self._engine, out, self._settings.limit, model, each=each)
+    except _Stopped:
+      print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
+      return {}
+    metric = tables.figure(scores)
+    kinds = {f"eval_score/{kind}": row[metric] for kind, row in scores["by_kind"].items()
+             if metric in row and kind != "all"}  # fmt: skip
+    return {"eval_score": scores["headline"], "eval_answered": scores["answered"], **kinds}

@@ -1,0 +1,35 @@
+"""How sure a mean over answers is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+LEVEL, RESAMPLES, SEED = 0.95, 1000, 0
+
+
+def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] | None:
+  """The mean of `scores` and the percentile-bootstrap interval around it; None for < 2 groups.
+
+  Answers about one image stand or fall together, so `groups` (images) are drawn, not answers
+  (cluster bootstrap: Davison and Hinkley 1997, section 3.8).
+  """
+  index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+  if len(index) < 2:
+    return None
+  places = [index[name] for name in groups]
+  sums = np.bincount(places, weights=scores)
+  counts = np.bincount(places)
+  rng = np.random.default_rng(SEED)
+  means = np.empty(RESAMPLES)
+  for i in range(RESAMPLES):
+    drawn = rng.integers(len(index), size=len(index))
+    means[i] = sums[drawn].sum() / counts[drawn].sum()
+  low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+  return {
+    "of": "mean score of the answers", "mean": float(np.mean(scores)), "low": float(low),
+    "high": float(high), "level": LEVEL,
+    "method": f"percentile bootstrap over {len(index)} images, {RESAMPLES} resamples, seed {SEED}",
+  }  # fmt: skip

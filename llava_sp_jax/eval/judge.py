@@ -1,0 +1,157 @@
+"""Judges: language models that grade answers. A call that fails never becomes a score."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+  """What a judge is asked; `turn` tells repeated askings of the same apart."""
+
+  prompt: str
+  system: str = ""
+  max_tokens: int = 1024
+  temperature: float = 0.0
+  turn: int = 0
+
+
+Judge = Callable[[Ask], str]  # the judge's answer; raises where it has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Review:
+  """A judge's raw answer; with `error`, why there is none."""
+
+  text: str
+  error: str = ""
+
+
+class JudgeError(RuntimeError):
+  """The judge could not be asked. Its message holds no key."""
+
+
+class Endpoint:
+  """A judge behind an OpenAI-compatible `/chat/completions`.
+
+  `url` is the API's base (`https://api.openai.com/v1`). The key is read from the environment
+  variable `key` at each call (`key=""`: the server asks for none) and appears in no message. Calls
+  that may pass are repeated `tries` times with doubling pauses, or when the server says so.
+  """
+
+  def __init__(
+    self, url: str, model: str, key: str = "OPENAI_API_KEY", tries: int = 5, seconds: float = 60.0,
+    pause: Callable[[float], Any] = time.sleep,
+  ):  # fmt: skip
+    """Raises: JudgeError when the variable is not set."""
+    self.name = model
+    self._url, self._key, self._tries = url.rstrip("/") + "/chat/completions", key, tries
+    self._seconds, self._pause = seconds, pause
+    self._secret()
+
+  def _secret(self) -> str:
+    if self._key and not os.environ.get(self._key):
+      raise JudgeError(f"no key for the judge {self.name}: set the variable {self._key}")
+    return os.environ[self._key] if self._key else ""
+
+  def __call__(self, ask: Ask) -> str:
+    """The judge's answer. Raises: JudgeError after the last try."""
+    messages = [{"role": "system", "content": ask.system}] if ask.system else []
+    body = {
+      "model": self.name, "messages": [*messages, {"role": "user", "content": ask.prompt}],
+      "max_tokens": ask.max_tokens, "temperature": ask.temperature,
+    }  # fmt: skip
+    secret, problem = self._secret(), ""
+    headers = {"Content-Type": "application/json"}
+    if secret:
+      headers["Authorization"] = f"Bearer {secret}"
+    for attempt in range(self._tries):
+      request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
+      wait = 2.0**attempt * random.uniform(0.75, 1.25)
+      try:
+        with urllib.request.urlopen(request, timeout=self._seconds) as answer:
+          return _content(json.loads(answer.read()))
+      except urllib.error.HTTPError as error:
+        with error:
+          problem = f"status {error.code}: {error.read(300).decode(errors='replace')}"
+        if error.code not in PASSING:
+          break
+        told = error.headers.get("Retry-After", "")
+        wait = float(told) if told.isdigit() else wait
+      except (OSError, ValueError, JudgeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+      if attempt + 1 < self._tries:
+        self._pause(wait)
+    if secret:
+      problem = problem.replace(secret, "(key)")
+    raise JudgeError(f"{self._url} ({self.name}): {problem}")
+
+
+def _content(answer: Any) -> str:
+  try:
+    text = answer["choices"][0]["message"]["content"]
+  except (KeyError, IndexError, TypeError):
+    raise JudgeError("an answer without choices[0].message.content") from None
+  if not isinstance(text, str) or not text.strip():
+    raise JudgeError("an empty answer")
+  return text
+
+
+class Reviews:
+  """A judge whose raw answers are kept: in memory, and in a file when there is one.
+
+  The file (JSON lines: key, name, text) is appended to answer by answer, so that a run that was
+  killed pays for no answer twice; failures are not kept, they are asked again by the next run.
+  """
+
+  def __init__(self, judge: Judge, file: str | Path | None = None):
+    self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
+    self._judge, self._file = judge, Path(file) if file else None
+    self._kept: dict[str, Review] = {}
+    if self._file and self._file.is_file():
+      for line in self._file.read_text(encoding="utf-8").split("\n"):
+        try:
+          row = json.loads(line)
+          self._kept[row["key"]] = Review(row["text"])
+        except (ValueError, KeyError, TypeError):
+          continue  # a line that was cut off: the answer is asked again
+
+  def __call__(self, ask: Ask) -> Review:
+    """The kept or a new answer; a judge that raises makes a review with an error."""
+    told = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
+    key = hashlib.sha256(told.encode()).hexdigest()
+    if key in self._kept and not self._kept[key].error:
+      return self._kept[key]
+    try:
+      review = Review(self._judge(ask))
+    except Exception as error:  # whatever a judge fails with, the benchmark goes on and counts it
+      review = Review("", f"{type(error).__name__}: {error}")
+    self._kept[key] = review
+    if self._file and not review.error:
+      self._file.parent.mkdir(parents=True, exist_ok=True)
+      with self._file.open("a", encoding="utf-8") as file:
+        file.write("\n" if self._torn() else "")
+        file.write(json.dumps({"key": key, "name": self.name, "text": review.text}) + "\n")
+    return review
+
+  def _torn(self) -> bool:
+    """Whether the file ends within a line."""
+    assert self._file is not None
+    with self._file.open("rb") as file:
+      size = file.seek(0, os.SEEK_END)
+      if not size:
+        return False
+      file.seek(size - 1)
+      return file.read(1) != b"\n"

@@ -1,0 +1,209 @@
+"""Predictions on disk: written as they come, kept through a kill, in parts of several hosts.
+
+A result folder holds `settings.json` (what every answer in it was made with), one `predictions*.jsonl`
+for each part, and the sessions that wrote them. What any of these files answers is not asked again,
+so another number of hosts may finish what some began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax.eval.task import Item, Prediction
+
+FILE, SETTINGS = "predictions.jsonl", "settings.json"
+PARTS = "predictions*.jsonl"
+
+Record = dict[str, Any]
+
+
+class EvalError(RuntimeError):
+  """An evaluation that cannot go on; the message says what was found and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Which of the questions this host asks: part `index` of `count`."""
+
+  index: int = 0
+  count: int = 1
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.index < self.count:
+      raise EvalError(f"part {self.index}/{self.count}: parts are counted from 0/N to N-1/N")
+
+  def __str__(self) -> str:
+    return f"{self.index}/{self.count}"
+
+  def named(self, stem: str) -> str:
+    """The file of this part: `stem.jsonl`, or `stem.0-of-2.jsonl`."""
+    return f"{stem}.jsonl" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.jsonl"
+
+  def choose(self, items: Sequence[Item]) -> list[Item]:
+    """The items of this part. Questions about one image stay together, so no two hosts encode it."""
+    if self.count == 1:
+      return list(items)
+    sizes: dict[tuple[str, ...], int] = {}
+    for item in items:
+      key = image_names(item)
+      sizes[key] = sizes.get(key, 0) + 1
+    loads, owner = [0] * self.count, {}
+    for key, size in sizes.items():  # the least loaded takes the next image
+      owner[key] = loads.index(min(loads))
+      loads[owner[key]] += size
+    return [item for item in items if owner[image_names(item)] == self.index]
+
+
+def parse_part(text: str) -> Part:
+  """`0/2`. Raises: EvalError."""
+  found = re.fullmatch(r"(\d+)/(\d+)", text)
+  if not found:
+    raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
+  return Part(int(found[1]), int(found[2]))
+
+
+def image_names(item: Item) -> tuple[str, ...]:
+  """Paths of an item's images; `sha256:...` for one that the benchmark's own file holds."""
+  return tuple(
+    f"sha256:{hashlib.sha256(image).hexdigest()[:16]}" if isinstance(image, bytes) else str(image)
+    for image in item.images
+  )
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+  """Writes `settings.json` of a new folder; in one that was begun, the settings must be the same.
+
+  `about` is written beside them and may change. Raises: EvalError that shows every difference.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / SETTINGS
+  wanted = json.loads(json.dumps({"settings": settings, "about": about}))
+  if not path.is_file():
+    if begun := sorted(folder.glob(PARTS)):
+      raise EvalError(
+        f"{begun[0]}: predictions without {SETTINGS}, so nobody knows what they were made with; "
+        "name another folder with --out, or move them away"
+      )
+    replace(path, json.dumps(wanted, indent=2) + "\n")
+  there = read_settings(folder)["settings"]
+  lines = _differences(wanted["settings"], there)
+  if lines:
+    raise EvalError(
+      f"{folder} holds answers made with other settings ('here' is what you ask for, 'there' the "
+      "folder's):\n  " + "\n  ".join(lines) + "\nGo on with the folder's settings, or name another "
+      "folder with --out (or delete this one)."
+    )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+  """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none."""
+  path = folder / SETTINGS
+  if not path.is_file():
+    raise EvalError(f"{folder}: no {SETTINGS}; give the --out of llava-sp eval")
+  return json.loads(path.read_text())
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
+  lines = []
+  for key in dict.fromkeys([*here, *there]):
+    a, b = here.get(key), there.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      lines += _differences(a, b, f"{at}{key}.")
+    elif a != b:
+      lines.append(f"{at}{key}: {a!r} here, {b!r} there")
+  return lines
+
+
+def read(folder: Path) -> dict[str, Record]:
+  """Every answer in a folder by its id, of all parts; one with an error gives way to one without.
+
+  A line that a kill cut off is left out. Raises: EvalError for any other line that is no record.
+  """
+  found: dict[str, Record] = {}
+  for path in sorted(folder.glob(PARTS)):
+    for record in read_file(path):
+      if record["id"] not in found or found[record["id"]]["error"]:
+        found[record["id"]] = record
+  return found
+
+
+def read_file(path: Path) -> list[Record]:
+  """The whole lines of one file."""
+  lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline: nothing, or a torn line
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      record["id"], record["error"], record["text"]
+    except (ValueError, KeyError, TypeError):
+      raise EvalError(
+        f"{path}, line {number}: expected an answer with id, text and error, found "
+        f"{line[:60]!r}; take this line out, and its question is asked again"
+      ) from None
+    records.append(record)
+  return records
+
+
+def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
+  return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
+
+
+class Writer(contextlib.AbstractContextManager):
+  """Appends to the predictions of one part: each line is handed to the system whole, at once.
+
+  So a kill loses at most the line that is being written. Raises: EvalError when another process has
+  the same part open.
+  """
+
+  def __init__(self, folder: Path, part: Part):
+    path = folder / part.named("predictions")
+    self._file = path.open("ab", buffering=0)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._file.close()
+      raise EvalError(
+        f"{path}: another process is writing it; wait for that one, or give each its --part I/N"
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    text = path.read_bytes()
+    os.truncate(path, text.rfind(b"\n") + 1)
+
+  def write(self, record: Record) -> None:
+    self._file.write(json.dumps(record).encode() + b"\n")
+
+  def __exit__(self, *_: object) -> None:
+    self._file.close()
+
+
+def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Record]) -> None:
+  """Writes all answers to `predictions.jsonl`, in the order of the items; those of no item last."""
+  known = [item.id for item in items if item.id in records]
+  ids = dict.fromkeys([*known, *records])
+  replace(folder / FILE, "".join(json.dumps(records[i]) + "\n" for i in ids))
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+  """One process at a time finishes a folder, where the file system has locks."""
+  with (folder / SETTINGS).open("rb") as file:
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def replace(path: Path, text: str) -> None:
+  """Writes a file so that nobody ever sees half of it."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text(text)
+  temporary.replace(path)

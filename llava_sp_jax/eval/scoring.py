@@ -1,0 +1,137 @@
+"""Rules from text to verdicts that several benchmarks share, equal to the originals in every quirk."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+
+# What an apostrophe is put back into: the word with any one of its apostrophes missing is mended.
+# From the list of the VQA evaluation (github.com/GT-Vision-Lab/VQA); its entries that begin with a
+# capital cannot match, since text is lower-cased first, and are left out.
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd've something'll that's there'd there'd've there're there's they'd they'd've
+they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+MENDED = {
+  word[:i] + word[i + 1 :]: word
+  for word in CONTRACTIONS.split()
+  for i, c in enumerate(word)
+  if c == "'"
+} | {"somebody'd": "somebodyd"}  # sic
+NUMBERS = {
+  "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+  "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+ARTICLES = ("a", "an", "the")
+MARKS = ';/[]"{}()=+\\_-><@`!'  # commas and question marks are gone before these are looked at
+PERIODS = 32  # sic: the original hands a flag to re.sub as the count
+
+
+def vqa_normal(text: str) -> str:
+  """An answer as EvalAI compares it (the processor of llava/eval/m4c_evaluator.py).
+
+  A mark is removed where it stands beside a blank anywhere in the text, otherwise it becomes a
+  blank; a period goes unless a digit follows (whatever stands before it), 32 of them at most.
+  """
+  text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+  text = text.replace("\n", " ").replace("\t", " ").strip()
+  plain = text
+  for mark in MARKS:
+    beside_blank = f"{mark} " in text or f" {mark}" in text
+    plain = plain.replace(mark, "" if beside_blank else " ")
+  plain = re.sub(r"\.(?!\d)", "", plain, count=PERIODS)
+  words = [NUMBERS.get(word, word) for word in plain.split()]
+  return " ".join(MENDED.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
+  """Soft accuracy: the mean over each human left out of min(1, matches among the others / 3).
+
+  `answers` are those of the humans (ten in VQAv2, TextVQA and VizWiz; other counts work alike).
+  Raises: ValueError without answers.
+  """
+  if not answers:
+    raise ValueError("no human answers to compare with; expected ten")
+  given = vqa_normal(text)
+  same = [vqa_normal(answer) == given for answer in answers]
+  total = sum(same)
+  if not total:
+    return 0.0
+  return sum(min(1.0, (total - own) / 3) for own in same) / len(same)
+
+
+def pope_answer(text: str) -> str:
+  """ "yes" or "no" (llava/eval/eval_pope.py): the text up to its first period, without commas, means
+  no where `No`, `no` or `not` is one of its words (split at single blanks), otherwise yes: also
+  "NO", "isn't" and an empty answer are yes."""
+  words = text.split(".")[0].replace(",", "").split(" ")
+  return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def mme_answer(text: str) -> str:
+  """ "yes", "no" or "other": what the first four letters contain (MME's eval_tool/calculation.py)."""
+  start = text.lower()[:4]
+  return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def mme_answer_lmms(text: str) -> str:
+  """As lmms-eval reads MME: stripped, without periods; `y` and `n` alone count."""
+  text = text.lower().strip().replace(".", "")
+  return {"y": "yes", "n": "no"}.get(text, mme_answer(text))
+
+
+def sqa_letter(text: str) -> str:
+  """The letter that ScienceQA's scorer reads (llava/eval/eval_science_qa.py), or "FAILED".
+
+  Exactly a letter A-E; or such a letter and ". "; or exactly one "The answer is X" with any capital
+  X and any one character behind it.
+  """
+  letters = "ABCDE"
+  if len(text) == 1 and text in letters:
+    return text
+  if len(text) >= 3 and text[0] in letters and text[1:3] == ". ":
+    return text[0]
+  found = re.findall(r"The answer is ([A-Z]).", text)
+  return found[0] if len(found) == 1 else "FAILED"
+
+
+def sqa_letter_lmms(text: str) -> str:
+  """As lmms-eval's scienceqa reads it: exactly a letter, or a capital and a period in front."""
+  return text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text
+
+
+def plain_match(text: str, answer: str) -> bool:
+  """Equal without case and ASCII punctuation, blanks counting (lmms-eval's exact_match)."""
+  bare = str.maketrans("", "", string.punctuation)
+  return text.lower().translate(bare) == answer.lower().translate(bare)
+
+
+_AROUND = (
+  ("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
+  (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),
+)  # fmt: skip
+
+
+def choice(text: str, options: dict[str, str]) -> str:
+  """The option that an answer names by MMBench's own rules (VLMEvalKit, lmms-eval), or "".
+
+  One word that is a single letter of A-E, bare or in one of the common brackets (an `A` in more
+  than three words may be an article and does not count bare); else the one option whose text the
+  answer contains. `options` maps letters to texts.
+  """
+  words = set(text.split())
+  long = len(text.split()) > 3
+  for before, after in _AROUND:
+    named = [c for c in "ABCDE" if before + c + after in words]
+    if len(named) == 1 and not (not before + after and "A" in words and long):
+      return named[0]
+  lowered = text.lower()
+  held = [c for c, option in options.items() if str(option).lower() in lowered]
+  return held[0] if len(held) == 1 else ""

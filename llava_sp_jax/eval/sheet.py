@@ -1,0 +1,33 @@
+"""Excel files, which one server wants (openpyxl, an extra of 3 MB without compiled parts)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
+  """One sheet; texts stay texts (also those that begin with `=`), control characters are left out.
+
+  Raises: ModuleNotFoundError that says what to install.
+  """
+  try:
+    import openpyxl
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+  except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+      f"{path}: writing Excel files needs openpyxl: pip install llava-sp-jax[xlsx]"
+    ) from None
+  book = openpyxl.Workbook()
+  page = book.active
+  for number, values in enumerate((header, *rows), 1):
+    for column, value in enumerate(values, 1):
+      if isinstance(value, str):
+        cell = page.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", value))
+        cell.data_type = "s"
+      elif value is not None:
+        page.cell(number, column, value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  book.save(path)
+  return path

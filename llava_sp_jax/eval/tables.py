@@ -1,0 +1,107 @@
+"""Scores as people read them: a headline, a table, bars; for the terminal, markdown and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_sp_jax.eval.compare import Flips
+
+COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
+
+
+def number(value: float) -> str:
+  """Shares as percent, points as they are."""
+  return f"{100 * value:.2f}%" if 0 <= value <= 1 else f"{value:.1f}"
+
+
+def headline(scores: Mapping[str, Any]) -> str:
+  if scores["headline"] is None:
+    return f"scored by a server: {', '.join(scores['submission']) or 'no file'}"
+  return f"{number(scores['headline'])} {scores['metric']}"
+
+
+def interval(scores: Mapping[str, Any]) -> str:
+  """The interval with what it is of and how it was made; empty when there is none."""
+  found = scores["interval"]
+  if not found:
+    return ""
+  return (
+    f"{found['of']}: {number(found['mean'])}, {100 * found['level']:.0f}% interval "
+    f"{number(found['low'])} to {number(found['high'])} ({found['method']})"
+  )
+
+
+def coverage(scores: Mapping[str, Any]) -> str:
+  """Over how many answers the scores were taken."""
+  failed = len(scores["failures"])
+  without = f"; {failed} without an answer, see below" if failed else ""
+  return f"Over {scores['answered']} answers to {scores['asked']} questions{without}."
+
+
+def figures(scores: Mapping[str, Any]) -> list[str]:
+  """Names of the figures that the rows by kind hold."""
+  rows = scores["by_kind"].values()
+  return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
+
+
+def figure(scores: Mapping[str, Any]) -> str:
+  """The figure of the rows by kind that the headline speaks of, or the first one; "" for none."""
+  names = figures(scores)
+  words = scores["metric"].lower().split()
+  return next((name for name in names if name.lower() in words), next(iter(names), ""))
+
+
+def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
+  """(kind, value, value as text, answers) of `figure`, for the kinds that have it."""
+  name = figure(scores)
+  return [
+    (kind, row[name], number(row[name]), int(row["items"]))
+    for kind, row in scores["by_kind"].items()
+    if name in row
+  ]
+
+
+def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """Head and rows of the table by kind."""
+  names = figures(scores)
+  rows = [
+    [kind, str(row["items"]), str(row["asked"]),
+     *(number(row[name]) if name in row else "" for name in names)]
+    for kind, row in scores["by_kind"].items()
+  ]  # fmt: skip
+  return ["questions", "answered", "asked", *names], rows
+
+
+def markdown(scores: Mapping[str, Any]) -> str:
+  head, rows = cells(scores)
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def flips(found: Flips) -> str:
+  return (
+    f"Against {found.folder}, of {found.both} questions that both answered: {len(found.fixed)} fixed, "
+    f"{len(found.broken)} broken, {len(found.changed)} in other words with the same score "
+    f"(McNemar's exact test: p = {found.p_value:.2g})."
+  )
+
+
+def show(scores: Mapping[str, Any]) -> None:
+  """Prints the table: drawn on a terminal, as markdown elsewhere."""
+  from rich.console import Console
+  from rich.table import Table
+
+  title = f"{scores['task']} ({scores['protocol']}): {headline(scores)}"
+  console = Console()
+  if not console.is_terminal:
+    print(f"{title}\n\n{markdown(scores)}\n")
+  else:
+    head, rows = cells(scores)
+    table = Table(*head, title=title)
+    for row in rows:
+      table.add_row(*row)
+    console.print(table)
+  for line in (interval(scores), coverage(scores)):
+    if line:
+      print(line)

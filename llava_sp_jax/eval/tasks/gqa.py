@@ -1,0 +1,102 @@
+"""GQA, test-dev balanced (scripts/v1_5/eval/gqa.sh): exact match, by GQA's own eval.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.eval import files
+from llava_sp_jax.eval.benchmark import (
+  LMMS_SHORT,
+  LOADER,
+  Benchmark,
+  Rules,
+  answered,
+  ratio,
+  served,
+  unique,
+)  # fmt: skip
+from llava_sp_jax.eval.scoring import plain_match
+from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
+
+ASKED = "llava_gqa_testdev_balanced.jsonl"
+TRUTHS = "testdev_balanced_questions.json"
+PLACES = tuple(f"data/{below}{TRUTHS}" for below in ("", "questions1.2/", "questions/"))
+
+
+def gqa_text(text: str) -> str:
+  """What LLaVA hands in: periods at the end gone, small letters (scripts/convert_gqa_for_eval.py)."""
+  return text.rstrip(".").lower()
+
+
+class Gqa(Benchmark):
+  """Scored where GQA's `testdev_balanced_questions.json` is (in data/ or data/questions1.2/);
+  without it only the predictions for its eval.py are written, and there is no score."""
+
+  name = "gqa"
+  home = "gqa"
+  needed = (ASKED,)
+  protocols: ClassVar = {
+    "llava": Rules("lower case, without periods at the end, then equal", LOADER, gqa_text),
+    "lmms": Rules("equal without case and punctuation, at most 16 tokens", LMMS_SHORT),
+  }
+
+  def _truths(self) -> Path | None:
+    return files.first_of(self.folder, PLACES)
+
+  def hashed(self) -> list[Path]:
+    truths = self._truths()
+    return super().hashed() + ([truths] if truths else [])
+
+  def items(self) -> list[Item]:
+    rows, path = self.rows(ASKED), self._truths()
+    truths: dict[str, dict[str, Any]] = files.read_json(path) if path else {}
+    if path:
+      named = [(str(row["question_id"]), truths.get(str(row["question_id"]))) for row in rows]
+      files.check_rows(path, named, ("answer", "types"))
+    items = []
+    for row in rows:
+      truth = truths.get(str(row["question_id"]), {})
+      kind = truth["types"]["structural"] if truth else row.get("category", "default")
+      items.append(
+        Item(
+          id=str(row["question_id"]),
+          question=row["text"],
+          images=(self.folder / "data" / "images" / row["image"],),
+          kind=kind,
+          truth=truth.get("answer"),
+          extra={"semantic": truth["types"].get("semantic")} if truth else {},
+        )
+      )
+    return unique(items, self.folder / ASKED)
+
+  def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    if item.truth is None:
+      return {}
+    if self.lmms:
+      return {"score": float(plain_match(text, item.truth))}
+    read = self.rules.read(text)
+    return {"score": float(read == item.truth), "read": read}
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Accuracy; figures hold eval.py's `binary` and `open` (questions of structure `query`) and
+    the means by semantic type."""
+    if any(item.truth is None for item in items):
+      return served(items, predictions, f"GQA's eval.py; put {TRUTHS} into {self.folder / 'data'}")
+    by_kind = mean_by_kind(items, predictions, self.verdict)
+    groups: dict[str, list[float]] = {"binary": [], "open": []}
+    for item, text in answered(items, predictions):
+      right = self.verdict(item, text)["score"]
+      groups["open" if item.kind == "query" else "binary"].append(right)
+      groups.setdefault(f"semantic {item.extra['semantic']}", []).append(right)
+    means = {name: ratio(sum(values), len(values)) for name, values in groups.items()}
+    return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind, means)
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`testdev_balanced_predictions.json`: [{questionId, prediction}] for GQA's eval.py, which
+    refuses a file that misses a question."""
+    rows = [
+      {"questionId": item.id, "prediction": gqa_text(text)}
+      for item, text in answered(items, predictions)
+    ]
+    return [files.write_json(folder / "testdev_balanced_predictions.json", rows)]

@@ -1,0 +1,140 @@
+"""LLaVA-Bench in the wild (scripts/v1_5/eval/llavabench.sh): a judge compares with GPT-4's answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.eval import files
+from llava_sp_jax.eval.benchmark import LONG, Benchmark, Rules, answered, ratio, served, unique
+from llava_sp_jax.eval.judge import Ask, Judge, Reviews
+from llava_sp_jax.eval.task import Item, Predictions, Scores
+
+ASKED, CONTEXT, REFERENCE = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
+CATEGORIES = ("conv", "detail", "complex")
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+# The rule of llava/eval/table/rule.json, the same for the three categories, word for word: a score
+# depends on it.
+RULE = (
+  "We would like to request your feedback on the performance of two AI assistants in response to "
+  "the user question displayed above. The user asks the question on observing an image. For your "
+  "reference, the visual content in the image is represented with a few sentences describing the "
+  "image. \nPlease rate the helpfulness, relevance, accuracy, level of details of their responses. "
+  "Each assistant receives an overall score on a scale of 1 to 10, where a higher score indicates "
+  "better overall performance.\nPlease first output a single line containing only two values "
+  "indicating the scores for Assistant 1 and 2, respectively. The two scores are separated by a "
+  "space.\nIn the subsequent line, please provide a comprehensive explanation of your evaluation, "
+  "avoiding any potential bias and ensuring that the order in which the responses were presented "
+  "does not affect your judgment."
+)
+
+
+def pair(review: str) -> tuple[float, float] | None:
+  """The two scores of a review's first line (blanks or commas between), None for anything else."""
+  words = review.split("\n")[0].replace(",", " ").split(" ")
+  try:
+    return (float(words[0]), float(words[1])) if len(words) == 2 else None
+  except ValueError:
+    return None
+
+
+class LlavaBench(Benchmark):
+  """Without a judge only the answers' file is written."""
+
+  name = "llava_bench"
+  home = "llava-bench-in-the-wild"
+  needed = (ASKED, CONTEXT, REFERENCE)
+  options = ("protocol", "judge", "reviews")
+  protocols: ClassVar = {
+    "llava": Rules("100 x the mean of the judge's scores / the mean of GPT-4's answers'", LONG)
+  }
+
+  def __init__(
+    self, folder: str | Path, protocol: str = "llava", judge: Judge | None = None,
+    reviews: str | Path | None = None,
+  ):  # fmt: skip
+    """`judge`: LLaVA's is gpt-4-0314 or later; `reviews`: a file that keeps what it said."""
+    super().__init__(folder, protocol)
+    self._judge = Reviews(judge, reviews) if judge else None
+    self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
+
+  def items(self) -> list[Item]:
+    captions = {row["image"]: row["caption"] for row in self.rows(CONTEXT, ("image", "caption"))}
+    reference = {r["question_id"]: r["text"] for r in self.rows(REFERENCE, ("question_id", "text"))}
+    rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
+    problems = [
+      f"{row['question_id']}: no {what}"
+      for row in rows
+      for what, holds in (
+        (f"answer in {REFERENCE}", row["question_id"] in reference),
+        (f"image {row['image']} in {CONTEXT}", row["image"] in captions),
+        (f"category among {', '.join(CATEGORIES)}", row["category"] in CATEGORIES),
+      )
+      if not holds
+    ]
+    if problems:
+      raise files.BenchmarkError(
+        f"{self.folder / ASKED}: {'; '.join(problems[: files.SHOWN])}. Fetch the folder again."
+      )
+    items = [
+      Item(
+        id=str(row["question_id"]),
+        question=row["text"],
+        images=(self.folder / "images" / row["image"],),
+        kind=row["category"],
+        truth=reference[row["question_id"]],
+        extra={"question_id": row["question_id"], "caption": _joined(captions[row["image"]])},
+      )
+      for row in rows
+    ]
+    return unique(items, self.folder / ASKED)
+
+  def ask(self, item: Item, text: str) -> Ask:
+    """What LLaVA's eval_gpt_review_bench.py sends."""
+    prompt = (
+      f"[Context]\n{item.extra['caption']}\n\n[Question]\n{item.question}\n\n"
+      f"[Assistant 1]\n{item.truth}\n\n[End of Assistant 1]\n\n"
+      f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+    )
+    return Ask(prompt=prompt, system=SYSTEM, max_tokens=1024, temperature=0.2)
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """As summarize_gpt_review.py rounds: means to three places, then their ratio to one. A review
+    that failed or holds no two scores is `unjudged` (there it counts as -1 for both)."""
+    if not self._judge:
+      return served(items, predictions, "a judge: give one to have a score")
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    reviews: list[dict[str, Any]] = []
+    for item, text in answered(items, predictions):
+      review = self._judge(self.ask(item, text))
+      scores = None if review.error else pair(review.text)
+      if scores:
+        pairs.setdefault("all", []).append(scores)
+        pairs.setdefault(item.kind, []).append(scores)
+      reviews.append({"id": item.id, "scores": scores, "text": review.text, "error": review.error})
+    by_kind = {}
+    for kind in ("all", *sorted({item.kind for item in items})):
+      mine = pairs.get(kind, [])
+      first, second = (round(ratio(sum(p[i] for p in mine), len(mine)), 3) for i in (0, 1))
+      asked = sum(kind in ("all", item.kind) for item in items)
+      by_kind[kind] = {
+        "score": round(ratio(second, first) * 100, 1), "reference": first, "model": second,
+        "items": len(mine), "asked": asked,
+      }  # fmt: skip
+    unjudged = sum(review["scores"] is None for review in reviews)
+    figures = {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
+    headline = by_kind["all"]["score"] if by_kind["all"]["items"] else None
+    return Scores(headline, "score relative to GPT-4's answers, %", by_kind, figures)
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`llava_bench_answers.jsonl`, which LLaVA's review script takes."""
+    rows = (
+      {"question_id": i.extra["question_id"], "prompt": i.question, "text": text,
+       "answer_id": i.id, "model_id": "llava_sp_jax", "metadata": {}}
+      for i, text in answered(items, predictions)
+    )  # fmt: skip
+    return [files.write_lines(folder / "llava_bench_answers.jsonl", rows)]
+
+
+def _joined(caption: Any) -> str:
+  return caption if isinstance(caption, str) else "\n".join(caption)

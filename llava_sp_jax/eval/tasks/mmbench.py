@@ -1,0 +1,132 @@
+"""MMBench (scripts/v1_5/eval/mmbench.sh): options as letters; its server scores the submission.
+
+MMBench's own rule counts a question only when every order of its options was answered rightly
+("circular"). LLaVA asks one order unless `--all-rounds`; here `circular=True` asks all.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.eval import files, sheet
+from llava_sp_jax.eval.benchmark import LETTER, LONG, Benchmark, Rules, answered, served, unique
+from llava_sp_jax.eval.choices import circular_score, empty, of_llava, of_lmms
+from llava_sp_jax.eval.judge import Judge, Reviews
+from llava_sp_jax.eval.scoring import choice
+from llava_sp_jax.eval.task import Item, Predictions, Scores
+from llava_sp_jax.infer.generation import Generation
+
+SERVER = "https://mmbench.opencompass.org.cn"
+COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+class MmBench(Benchmark):
+  """`split` names the TSV (`mmbench_dev_20230712`); images stand in it in base64, or as the index
+  of the row whose image is meant."""
+
+  name = "mmbench"
+  home = "mmbench"
+  split = "mmbench_dev_20230712"
+  options = ("protocol", "split", "circular", "judge", "reviews")
+  protocols: ClassVar = {
+    "llava": Rules("the server scores", LONG, prompt=of_llava(LETTER)),
+    "lmms": Rules(
+      "MMBench's rules for letters and texts, then the judge",
+      Generation(max_new_tokens=1024, stop=("ASSISTANT:",)),
+      prompt=of_lmms("There are several options:", LETTER),
+    ),
+  }
+
+  def __init__(
+    self, folder: str | Path, protocol: str = "llava", split: str = "", circular: bool = False,
+    judge: Judge | None = None, reviews: str | Path | None = None,
+  ):  # fmt: skip
+    """`judge` reads answers that no rule can (lmms only); `reviews`: file that keeps what it said."""
+    self.split = split or self.split
+    self.needed = (f"{self.split}.tsv",)
+    super().__init__(folder, protocol)
+    self._judge = Reviews(judge, reviews) if judge and self.lmms else None
+    self.protocol += f"; {self.split}" + ("; circular" if circular else "")
+    self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
+    self._circular = circular
+
+  def items(self) -> list[Item]:
+    path = self.folder / self.needed[0]
+    rows = files.read_tsv(path, COLUMNS)
+    if bad := [row["index"] for row in rows if not row["index"].isdigit()]:
+      raise files.BenchmarkError(f"{path}: index {bad[: files.SHOWN]}; expected whole numbers")
+    images = {row["index"]: row["image"] for row in rows}
+    items = []
+    for row in rows:
+      image = _decoded(images.get(row["image"], row["image"]))
+      texts = []
+      for letter in "ABCDE" if self.lmms and "E" in row else "ABCD":
+        if empty(row[letter]):
+          break
+        texts.append(row[letter])
+      letters = "ABCDE"[: len(texts)]
+      answer = "" if empty(row.get("answer", "")) else row["answer"]
+      kept = {k: v for k, v in row.items() if k not in DROPPED}
+      for turn in range(len(texts) if self._circular else 1):
+        options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
+        truth = letters[(letters.index(answer) - turn) % len(letters)] if answer in letters else ""
+        items.append(
+          Item(
+            id=f"{row['index']}/{turn}" if turn else row["index"],
+            question=(self.rules.prompt or of_llava(LETTER))(row, options),
+            images=(image,),
+            kind=row.get("category") or "default",
+            truth=truth or None,
+            extra={
+              "group": int(row["index"]) % 1_000_000, "round": turn, "options": options,
+              "asked": row["question"], "row": kept,
+            },
+          )
+        )  # fmt: skip
+    return unique(items, path)
+
+  def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """`read`: the option that MMBench's rules find, "" for none; no score without a truth, or
+    where a judge is to read the answer."""
+    read = choice(text, item.extra["options"])
+    if item.truth is None or (self._judge and not read):
+      return {"read": read}
+    return {"score": float(read == item.truth), "read": read}
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """lmms: the share of questions of which all orders are right. llava: the server's; where the
+    file has answers, that share by rules alone is a figure, `local`."""
+    if not items or any(item.truth is None for item in items):
+      return served(items, predictions, SERVER)
+    local = circular_score(items, predictions, self.verdict, self._judge)
+    if self.lmms:
+      return Scores(local.by_kind["all"]["accuracy"], "accuracy", local.by_kind, local.figures)
+    counts = served(items, predictions, SERVER)
+    return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`<split>.xlsx`: the file's columns without images and hints, `prediction` behind the options
+    (scripts/convert_mmbench_for_submission.py). Only the first order of options is handed in (the
+    original, given all rounds, keeps the last, whose letters mean other options)."""
+    first = [item for item in items if not item.extra["round"]]
+    texts = {item.id: text for item, text in answered(first, predictions)}
+    table: list[list[Any]] = []
+    for item in first:
+      row = item.extra["row"]
+      values = [int(v) if k == "index" else None if empty(v) else v for k, v in row.items()]
+      table.append([*values[:6], texts.get(item.id), *values[6:]])
+    names = list(first[0].extra["row"]) if first else []
+    header = [*names[:6], "prediction", *names[6:]]
+    return [sheet.write(folder / f"{self.split}.xlsx", header, table)]
+
+
+def _decoded(text: str) -> bytes:
+  """The encoded image; what is no base64 becomes nothing, which the engine reports as unreadable."""
+  try:
+    return base64.b64decode(text, validate=True)
+  except binascii.Error:
+    return b""

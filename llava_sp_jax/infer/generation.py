@@ -1,0 +1,38 @@
+"""How answers are generated: the settings that a score must name. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+  """Greedy unless `temperature` > 0 (sampling) or `num_beams` > 1 (beam search).
+
+  Raises: ValueError that names the setting, what was found and what is possible.
+  """
+
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0  # 0: all tokens may be drawn
+  top_p: float = 1.0  # 1: all tokens may be drawn
+  num_beams: int = 1
+  stop: tuple[str, ...] = ()  # an answer ends before the first of these, beside the template's end
+  seed: int = 0  # of the sampling
+
+  def __post_init__(self) -> None:
+    bounds = (
+      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+      ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+      ("top_k", self.top_k >= 0, "0 (all) or more"),
+      ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+      ("num_beams", self.num_beams >= 1, "at least 1"),
+      ("num_beams", self.num_beams == 1 or self.temperature == 0, "1 where temperature > 0"),
+      ("stop", all(self.stop), "texts that are not empty"),
+    )
+    for name, holds, expected in bounds:
+      if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+
+DEFAULT = Generation()

@@ -1,0 +1,115 @@
+"""How likely a continuation is behind a prompt, and whether greedy decoding would write it.
+
+Shape letters:  B rows . T row length . K tokens of the longest continuation . D width . V vocabulary
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from llava_sp_jax.data import anyres, conversation, example, image
+from llava_sp_jax.infer.engine import ImageFile, Request
+from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.models import build
+
+Asked = tuple[list[example.Run], list[anyres.Picture]]
+LENGTHS, CONTINUATIONS = 64, 16  # T and K are rounded up to multiples of these
+
+
+class Likelihood:
+  """Log-probabilities of given answers, on the first device; each (T, K, tiles) is compiled once."""
+
+  def __init__(self, pretrained: Pretrained, batch_size: int = 8):
+    self._tokenizer, self._batch_size = pretrained.tokenizer, batch_size
+    self._params = jax.device_put(pretrained.params, jax.local_devices()[0])
+    config = pretrained.config
+    self._template = conversation.TEMPLATES[config.data.template]
+    self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
+    module = build.model(config.model)
+
+    def score(params: Any, batch: dict[str, jax.Array], at: jax.Array) -> Any:
+      """`at` [B, K]: positions before each token of the continuation. -> [B, K] twice."""
+      variables = {"params": params}
+      hidden: Any = module.apply(
+        variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
+        batch["slots"],
+      )  # fmt: skip
+      picked = jnp.take_along_axis(hidden, at[..., None], axis=1)
+      logits: Any = module.apply(variables, picked, method="logits")
+      targets = jnp.take_along_axis(batch["targets"], at, axis=1)
+      chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+      most_likely = jnp.argmax(logits, axis=-1) == targets
+      return chosen - jax.nn.logsumexp(logits, axis=-1), most_likely
+
+    self._score = jax.jit(score)
+
+  def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
+    """(sum of the continuation's log-probabilities, whether each token is the most likely one).
+
+    The continuation is tokenised as an answer of training is, behind the template's own blank; the
+    end of the answer is not part of it. In the order of the requests.
+
+    Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
+    """
+    read = (self._read(request, continuation) for request, continuation in asked)
+    while chunk := list(itertools.islice(read, self._batch_size)):
+      batch, places = self._batch(chunk)
+      at = np.zeros((self._batch_size, _up(max(map(len, places)), CONTINUATIONS)), np.int32)
+      for i, mine in enumerate(places):
+        at[i, : len(mine)] = mine
+      found, most_likely = jax.device_get(self._score(self._params, batch, at))
+      for i, mine in enumerate(places):
+        used = slice(len(mine))
+        yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
+
+  def _read(self, request: Request, continuation: str) -> Asked:
+    pictures = [self._reader(_decoded(picture)) for picture in request.images]
+    question = request.question
+    if request.images and conversation.IMAGE not in question:
+      question = f"{conversation.IMAGE}\n" * len(request.images) + question
+    answer = self._template.answer + continuation.removeprefix(self._template.answer)
+    asked = conversation.prompt(question, self._template)
+    return example.tokenize(
+      [*asked, conversation.Piece(answer, True, 0)], self._tokenizer
+    ), pictures
+
+  def _batch(self, chunk: list[Asked]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Arrays of always as many rows, and for each one asked the positions before its tokens."""
+    tiles = max(1, max(sum(p.plan.tiles for p in pictures) for _, pictures in chunk))
+    length = _up(max(_length(*asked) for asked in chunk), LENGTHS)
+    rows = []
+    for runs, pictures in chunk:
+      row = example.layout(runs, [p.plan for p in pictures], length, tiles)
+      pixels = np.zeros((tiles, *[self._reader.tile.size] * 2, 3), np.float32)
+      if pictures:
+        stacked = np.concatenate([p.tiles for p in pictures])
+        pixels[: len(stacked)] = stacked
+      rows.append({**row.arrays(), "images": pixels})
+    places = [np.flatnonzero(row["weights"]) for row in rows]
+    rows += [rows[-1]] * (self._batch_size - len(rows))
+    names = ("tokens", "positions", "segments", "slots", "targets", "images")
+    return {name: np.stack([row[name] for row in rows]) for name in names}, places
+
+
+def _length(runs: list[example.Run], pictures: list[anyres.Picture]) -> int:
+  return sum(len(run.ids) for run in runs) + sum(len(p.plan.slots) - 1 for p in pictures)
+
+
+def _decoded(picture: ImageFile) -> Image.Image:
+  if isinstance(picture, Image.Image):
+    return picture
+  return image.read(io.BytesIO(picture), "in the data") if isinstance(picture, bytes) else (
+    image.read(Path(picture)))  # fmt: skip
+
+
+def _up(count: int, step: int) -> int:
+  return -(-max(count, 1) // step) * step

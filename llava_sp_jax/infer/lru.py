@@ -1,0 +1,44 @@
+"""A store of device arrays that drops what was not used for longest when it grows too large."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+
+class Lru:
+  """Values by key, at most `limit` bytes of them together, but always the last one."""
+
+  def __init__(self, limit: int):
+    self._limit, self._bytes = limit, 0
+    self._values: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def __contains__(self, key: Hashable) -> bool:
+    return key in self._values
+
+  def get(self, key: Hashable) -> Any:
+    """The value, which is now the last used, or None."""
+    if key not in self._values:
+      return None
+    self._values.move_to_end(key)
+    return self._values[key][0]
+
+  def clear(self) -> None:
+    self._values.clear()
+    self._bytes = 0
+
+  def put(self, key: Hashable, value: Any) -> None:
+    if key in self._values:
+      self._bytes -= self._values.pop(key)[1]
+    size = sum(x.nbytes for x in jax.tree.leaves(value))
+    self._values[key] = value, size
+    self._bytes += size
+    while self._bytes > self._limit and len(self._values) > 1:
+      _, (_, size) = self._values.popitem(last=False)
+      self._bytes -= size

@@ -1,0 +1,113 @@
+"""Prefill in pieces: what questions share is computed once, what is their own goes behind it.
+
+Shape letters:  L layers . G rows of a group . T new positions . P slots of a prefix . M tiles
+                N tokens per tile . D width . K key-value heads . H head width
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax.data.example import BRANCHES
+from llava_sp_jax.infer import decode
+from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.cache import KVCache, New
+from llava_sp_jax.models.llava import LlavaSP
+
+
+class Prefix(NamedTuple):
+  """Keys and values of what some prompts begin with, on the device, each [L, K, P, H]."""
+
+  keys: jax.Array
+  values: jax.Array
+
+
+class Group(NamedTuple):
+  """New positions of G prompts, right-padded, behind `start` of each; tiles are those they show."""
+
+  tokens: Any  # [G, T] int32, of the host or a device as all of them
+  slots: Any  # [G, T] int32, -1 for text, otherwise into the tokens of the tiles
+  length: Any  # [G] int32, positions that are not padding
+  start: Any  # [G] int32, positions in the prefixes
+  prefixes: tuple[Prefix, ...]  # one for each row, or none
+  tiles: tuple[tuple[jax.Array, ...], ...]  # M of [N, D] for each row, or none
+
+
+def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New, KVCache]:
+  """-> hidden [G, T, D], the new keys and values, and the prefixes they stand behind."""
+  apply: Any = functools.partial(module.apply, {"params": params})
+  text, (rows, count) = module.language_model, group.tokens.shape
+  past = cache_lib.allocate(
+    text.layers, rows, 0, text.kv_heads, text.head_dim, text.dtype, text.stacked
+  )
+  if group.prefixes:
+    keys, values = (
+      tuple(jnp.stack([getattr(p, name)[i] for p in group.prefixes]) for i in range(text.layers))
+      for name in ("keys", "values")
+    )
+    past = KVCache(keys, values, group.start)
+  image = None
+  if group.tiles:
+    image = apply(jnp.stack([jnp.stack(row) for row in group.tiles]), method="join_tiles")
+  index = jnp.arange(count)
+  segments = jnp.where(index < group.length[:, None], BRANCHES, 0)
+  positions = jnp.where(segments > 0, group.start[:, None] + index, 0)
+  hidden, new = apply(group.tokens, positions, segments, image, group.slots, past, method="extend")
+  return hidden, new, past
+
+
+def grow(module: LlavaSP, params: Any, group: Group, *, slots: int) -> tuple[Prefix, ...]:
+  """The prefixes of G prompts, each with the new positions behind; `slots` is their new P."""
+  _, new, past = _extend(module, params, group)
+  room = past.slots + group.tokens.shape[1]
+  whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
+  keys, values = (cache_lib.stack(x)[..., :slots, :] for x in (whole.keys, whole.values))
+  return tuple(Prefix(keys[:, g], values[:, g]) for g in range(len(group.tokens)))
+
+
+def admit(
+  module: LlavaSP, params: Any, state: decode.State, key: jax.Array, group: Group, rows: jax.Array,
+  numbers: jax.Array, *, rule: decode.Rule,
+) -> decode.State:  # fmt: skip
+  """Puts G prompts into `rows` of the state and chooses the first token of each.
+
+  Padding of a group repeats one of its prompts with the same row and number: it is written twice.
+  """
+  hidden, new, _ = _extend(module, params, group)
+  last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
+  logits: Any = module.apply({"params": params}, last, method="logits")
+  first = decode.empty(KVCache((), (), group.start + group.length), rule)
+  first = first._replace(number=numbers, done=jnp.zeros(rows.shape, bool))
+  first = decode.choose(rule, first, logits, key)
+  cache = state.cache
+  written = {}
+  for name in ("keys", "values"):
+    written[name] = tuple(
+      _place(kept, getattr(new, name)[i], [getattr(p, name)[i] for p in group.prefixes],
+             rows, group.start)
+      for i, kept in enumerate(getattr(cache, name))
+    )  # fmt: skip
+  length = cache.length.at[rows].set(first.cache.length)
+  rest = {
+    name: getattr(state, name).at[rows].set(getattr(first, name))
+    for name in ("token", "ids", "made", "done", "number", "margin")
+  }
+  return decode.State(KVCache(written["keys"], written["values"], length), **rest)
+
+
+def _place(
+  kept: jax.Array, new: jax.Array, prefixes: list[jax.Array], rows: jax.Array, start: jax.Array
+) -> jax.Array:
+  """Each prompt's prefix [K, P, H] and what follows it [G, K, T, H] into its row of [B, K, S, H]."""
+  zero = jnp.zeros((), rows.dtype)
+  for g in range(len(new)):
+    if prefixes:
+      part = prefixes[g].astype(kept.dtype)[None]
+      kept = jax.lax.dynamic_update_slice(kept, part, (rows[g], zero, zero, zero))
+    part = new[g].astype(kept.dtype)[None]
+    kept = jax.lax.dynamic_update_slice(kept, part, (rows[g], zero, start[g], zero))
+  return kept

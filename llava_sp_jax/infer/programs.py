@@ -1,0 +1,180 @@
+"""The engine's compiled programs: a table by name and shapes, built ahead of time and counted.
+
+Shape letters:  B rows . G rows of a group . T new positions . P slots of a prefix . M tiles
+                S slots of a row . E tiles at a time
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax import sharding
+from llava_sp_jax.infer import decode as decode_lib
+from llava_sp_jax.infer import prefill
+from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.decode import State
+from llava_sp_jax.models import build
+from llava_sp_jax.models import cache as cache_lib
+
+
+class Programs:
+  """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
+
+  def __init__(
+    self, config: config_lib.Config, params: Any, rule: decode_lib.Rule, seed: int, mesh: Mesh | None,
+    counts: Counts,
+  ):  # fmt: skip
+    self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
+    self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
+    self._counts, self._rule = counts, rule
+    self._table: dict[Hashable, Any] = {}
+    platform = self.mesh.devices.flat[0].platform
+    module = build.compiled_for(build.model(config.model), platform, branches=False)
+    # How attention is computed in training says nothing about prompts of many lengths.
+    text = module.language_model
+    auto = dataclasses.replace(text.attention, name="auto")
+    self._module = build.unstacked(module.clone(language_model=text.clone(attention=auto)))
+    self._whole = NamedSharding(self.mesh, PartitionSpec())
+    self._rows = NamedSharding(self.mesh, mesh_lib.BATCH)
+    self._params = self._place(params)
+    self._key = jax.device_put(jax.random.key(seed), self._whole)
+
+  def load(self, params: Any) -> None:
+    """Other values of the same parameters; what is compiled stays."""
+    self._params = self._place(params)
+
+  def _place(self, params: Any) -> Any:
+    """Parameters layer by layer, on the devices where `sharding` says."""
+    if not params:
+      return params
+    places = sharding.shardings(params, self.mesh)
+
+    def put(x: Any, place: NamedSharding, drop: bool) -> Any:
+      spec = PartitionSpec(*place.spec[1:]) if drop else place.spec
+      return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+    result: dict[str, Any] = {}
+    host = jax.tree.map(np.asarray, params)
+    flat, where = build.unstack(host), {}
+    for part, tree in places.items():
+      inner = {k: v for k, v in tree.items() if k != "layers"}
+      where[part] = inner, tree.get("layers")
+    for part, tree in flat.items():
+      inner, layers = where[part]
+      result[part] = {
+        name: jax.tree.map(
+          functools.partial(put, drop=name not in inner), leaf, inner.get(name, layers)
+        )
+        for name, leaf in tree.items()
+      }
+    return result
+
+  # ---- the programs -------------------------------------------------------------------------------
+
+  def state(self, rows: int, slots: int) -> State:
+    """All rows free, with room for `slots` positions each."""
+    text = self._module.language_model
+
+    def make() -> State:
+      cache = cache_lib.allocate(
+        text.layers, rows, slots, text.kv_heads, text.head_dim, text.dtype, stacked=False
+      )
+      return decode_lib.empty(cache, self._rule)
+
+    return self._run(("state", rows, slots), make, (), out=self._state_places(rows))
+
+  def widen(self, state: State, slots: int) -> State:
+    """The same rows with room for more."""
+    rows = len(state.token)
+    return self._run(
+      ("widen", rows, state.cache.slots, slots),
+      lambda s: s._replace(cache=cache_lib.widen(s.cache, slots)), (state,),
+      out=self._state_places(rows),
+    )  # fmt: skip
+
+  def encode(self, tiles: np.ndarray) -> list[jax.Array]:
+    """[E, H, W, 3] -> E arrays [N, D]."""
+
+    def run(params: Any, tiles: jax.Array) -> Any:
+      found: Any = self._module.apply({"params": params}, tiles, method="encode_tiles")
+      return [found[i] for i in range(len(tiles))]
+
+    return self._run(("encode", len(tiles)), run, (self._params, self._put(tiles)), out=self._whole)
+
+  def grow(self, group: prefill.Group, slots: int) -> tuple[prefill.Prefix, ...]:
+    """See `prefill.grow`."""
+    run = functools.partial(prefill.grow, self._module, slots=slots)
+    key = ("grow", slots, *_shapes(group))
+    return self._run(key, run, (self._params, self._group(group)), out=self._whole)
+
+  def admit(
+    self, state: State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
+  ) -> State:
+    """See `prefill.admit`; the state is donated."""
+    run = functools.partial(prefill.admit, self._module, rule=self._rule)
+    key = ("admit", len(state.token), state.cache.slots, *_shapes(group))
+    arguments = (self._params, state, self._key, self._group(group), rows, numbers)
+    return self._run(key, run, arguments, (1,), self._state_places(len(state.token)))
+
+  def decode(
+    self, state: State, ended: np.ndarray, steps: int, until: int
+  ) -> tuple[State, jax.Array]:
+    """See `decode.decode`; the state is donated."""
+    run = functools.partial(decode_lib.decode, self._module, rule=self._rule)
+    arguments = (self._params, state, self._key, ended, np.int32(steps), np.int32(until))
+    key = ("decode", len(state.token), state.cache.slots)
+    return self._run(key, run, arguments, (1,), (self._state_places(len(ended)), self._whole))
+
+  # ---- building and placing -----------------------------------------------------------------------
+
+  def _run(
+    self, key: Hashable, run: Callable[..., Any], arguments: tuple[Any, ...],
+    donate: tuple[int, ...] = (), out: Any = None,
+  ) -> Any:  # fmt: skip
+    compiled = self._table.get(key)
+    if compiled is None:
+
+      def traced(*values: Any) -> Any:
+        with nn.logical_axis_rules(sharding.activation_rules()):
+          return run(*values)
+
+      with jax.set_mesh(self.mesh):
+        jitted = jax.jit(traced, donate_argnums=donate, out_shardings=out)
+        compiled = self._table[key] = jitted.lower(*arguments).compile()
+      self._counts.compiles += 1
+    return compiled(*arguments)
+
+  def _group(self, group: prefill.Group) -> prefill.Group:
+    tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])
+    return prefill.Group(tokens, slots, length, start, group.prefixes, group.tiles)
+
+  def _put(self, array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, self._rows if len(array) % self.parts == 0 else self._whole)
+
+  def _state_places(self, rows: int) -> Any:
+    text = self._module.language_model
+    heads = "tensor" if text.kv_heads % self.mesh.shape["tensor"] == 0 else None
+    row = mesh_lib.BATCH[0] if rows % self.parts == 0 else None
+    kept = NamedSharding(self.mesh, PartitionSpec(row, heads))
+    each = NamedSharding(self.mesh, PartitionSpec(row))
+    layers = (kept,) * text.layers
+    cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]
+    rest: Any = [each] * (len(State._fields) - 1)
+    return State(cache, *rest)
+
+
+def _shapes(group: prefill.Group) -> tuple[int, ...]:
+  """G, T, P, M."""
+  slots = group.prefixes[0].keys.shape[2] if group.prefixes else 0
+  return (*group.tokens.shape, slots, len(group.tiles[0]) if group.tiles else 0)

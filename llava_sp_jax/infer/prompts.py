@@ -1,0 +1,186 @@
+"""Requests become prompts on the host: text to ids, images to tiles, and what others may share.
+
+Shape letters:  t positions of a piece
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import anyres, conversation, example, image
+from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.models import build
+
+ImageFile = str | Path | bytes | Image.Image
+SHARED = 16  # positions; text before the first image that is shorter is not a piece of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One question.
+
+  `images` are files, encoded files as bytes, or decoded pictures. `<image>` in the question stands
+  for one of them; without any, all come before the question. `system` replaces the template's text.
+  """
+
+  question: str
+  images: tuple[ImageFile, ...] = ()
+  system: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """`error` says why there is none, then the text is empty.
+
+  `ids` are the chosen tokens without the one that ends a reply; with a stop string, up to the token
+  that completed it. `margin` is the smallest lead, in logits, of a chosen token over the next best:
+  below what rounding can do (float32: about 1e-4), another machine may answer otherwise.
+  """
+
+  text: str
+  ids: tuple[int, ...]
+  error: str = ""
+  margin: float = float("inf")
+
+
+TileKey = tuple[str, int]  # key of the picture, index of its tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Consecutive positions of a prompt. `slots` index the tokens of `tiles`, one tile after another.
+
+  A slot of `len(tiles) * N` is the newline token. `key` stands for the piece and all before it.
+  """
+
+  tokens: np.ndarray  # [t] int32
+  slots: np.ndarray  # [t] int32
+  tiles: tuple[TileKey, ...]
+  key: str
+  start: int  # positions before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """All pieces but the last can be shared; the last is never empty."""
+
+  pieces: tuple[Piece, ...]
+
+  @property
+  def length(self) -> int:
+    return self.pieces[-1].start + len(self.pieces[-1].tokens)
+
+
+def key_of(picture: ImageFile) -> str:
+  """The same for the same path, or for the same bytes or pixels."""
+  if isinstance(picture, str | Path):
+    return f"file {picture}"
+  if isinstance(picture, Image.Image):
+    digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+    return f"pixels {digest.hexdigest()}"
+  return f"bytes {hashlib.sha256(picture).hexdigest()}"
+
+
+def keys_of(request: Request) -> tuple[str, ...]:
+  return tuple(map(key_of, request.images))
+
+
+class Pictures:
+  """Reads pictures, each once however many threads ask; pixels are kept until they are taken."""
+
+  def __init__(self, reader: anyres.Reader):
+    self._reader = reader
+    self._lock = threading.Lock()
+    self._plans: dict[str, concurrent.futures.Future[example.Plan]] = {}
+    self._tiles: dict[str, np.ndarray] = {}
+
+  def plan(self, key: str, picture: ImageFile) -> example.Plan:
+    """Reads the picture unless it was before. Raises: SampleError when it cannot be used."""
+    with self._lock:
+      future = self._plans.get(key)
+      mine = future is None
+      if future is None:
+        future = self._plans[key] = concurrent.futures.Future()
+    if mine:
+      try:
+        found = self._read(picture)
+        self._tiles[key] = found.tiles
+        future.set_result(found.plan)
+      except Exception as error:
+        future.set_exception(error)
+    return future.result()
+
+  def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
+    """Takes the pixels [tiles, size, size, 3] float32, read anew if they were taken before."""
+    tiles = self._tiles.pop(key, None)
+    return self._read(picture).tiles if tiles is None else tiles
+
+  def _read(self, picture: ImageFile) -> anyres.Picture:
+    if isinstance(picture, str | Path):
+      picture = image.read(Path(picture))
+    elif isinstance(picture, bytes):
+      picture = image.read(io.BytesIO(picture), f"of {len(picture)} bytes")
+    return self._reader(picture)
+
+
+class Prompts:
+  """Makes prompts as a model's config says; any thread may call it."""
+
+  def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, share: bool = True):
+    """`share` False: prompts of one piece, which nothing is shared of."""
+    self._template = conversation.TEMPLATES[config.data.template]
+    self._tokenizer, self._share = tokenizer, share
+    self.pictures = Pictures(
+      anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
+    )
+    self.stop_ids = tokenizer.stop_ids(self._template.end)
+
+  def __call__(self, request: Request) -> Prompt:
+    """Raises: SampleError for images that cannot be used, or that the question does not fit."""
+    keys = keys_of(request)
+    plans = [self.pictures.plan(k, p) for k, p in zip(keys, request.images, strict=True)]
+    row = self._row(request, plans)
+    tiles = tuple((key, i) for key, p in zip(keys, plans, strict=True) for i in range(p.tiles))
+    return Prompt(self._cut(row.tokens, row.slots, tiles))
+
+  def _row(self, request: Request, plans: list[example.Plan]) -> example.Row:
+    asked = request.question
+    if conversation.IMAGE not in asked:
+      asked = f"{conversation.IMAGE}\n" * len(plans) + asked
+    template = self._template
+    if request.system is not None:
+      template = dataclasses.replace(template, system=request.system)
+    runs = example.tokenize(conversation.prompt(asked, template), self._tokenizer)
+    length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
+    if not length:
+      raise SampleError("the prompt is empty: a question, or a template with text, is needed")
+    return example.layout(runs, plans, length, sum(p.tiles for p in plans))
+
+  def _cut(
+    self, tokens: np.ndarray, slots: np.ndarray, tiles: tuple[TileKey, ...]
+  ) -> tuple[Piece, ...]:
+    """Borders stand before the first image and behind the last, where there is something to share."""
+    places = np.flatnonzero(slots >= 0)
+    borders = [0, len(tokens)]
+    if self._share and len(places) and places[-1] + 1 < len(tokens):
+      first = int(places[0])
+      borders = [0, *([first] if first >= SHARED else []), int(places[-1]) + 1, len(tokens)]
+    pieces, key = [], ""
+    for start, end in itertools.pairwise(borders):
+      shows = tiles if (slots[start:end] >= 0).any() else ()
+      digest = hashlib.sha256(key.encode() + tokens[start:end].tobytes())
+      digest.update(slots[start:end].tobytes() + repr(shows).encode())
+      key = digest.hexdigest()
+      pieces.append(Piece(tokens[start:end], slots[start:end], shows, key, start))
+    return tuple(pieces)

@@ -1,0 +1,160 @@
+"""What requests share on the device: features of images, and prefixes of prompts.
+
+Shape letters:  G rows of a group . T new positions . M tiles . N tokens per tile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.lru import Lru
+from llava_sp_jax.infer.prefill import Group, Prefix
+from llava_sp_jax.infer.programs import Programs
+from llava_sp_jax.infer.prompts import ImageFile, Pictures, Piece, Request, keys_of
+
+Features = tuple[jax.Array, ...]  # [N, D] for each tile
+
+
+def bucket(length: int, multiple: int) -> int:
+  """The next multiple, which prompts of nearly the same length are padded to."""
+  return -(-length // multiple) * multiple
+
+
+class Encoder:
+  """Features of images, computed once while they fit into `limit` bytes."""
+
+  def __init__(
+    self, programs: Programs, pictures: Pictures, counts: Counts, limit: int, tiles: int
+  ):
+    """`tiles` at a time go through the tower: always as many, so that none depends on its company."""
+    self._programs, self._pictures, self._counts = programs, pictures, counts
+    self._kept, self._tiles = Lru(limit), tiles
+    self._seen: set[str] = set()
+    self._seen_before = 0  # images that were seen before `forget`
+
+  def forget(self) -> None:
+    """Computes all anew, as when the tower or the projector has changed."""
+    self._kept.clear()
+    self._seen_before += len(self._seen)
+    self._seen.clear()
+
+  def features(self, requests: Sequence[Request]) -> dict[str, Features]:
+    """Of all images of the requests, by their keys."""
+    files: dict[str, ImageFile] = {}
+    for request in requests:
+      files.update(zip(keys_of(request), request.images, strict=True))
+    found = {key: self._kept.get(key) for key in files}
+    new = [key for key, kept in found.items() if kept is None]
+    stacks = [self._pictures.tiles(key, files[key]) for key in new]
+    encoded = self._encode(stacks)
+    for key, features in zip(new, encoded, strict=True):
+      found[key] = features
+      self._kept.put(key, features)
+    self._seen.update(new)
+    self._counts.encoder_calls += len(new)
+    self._counts.distinct_images = self._seen_before + len(self._seen)
+    return found
+
+  def _encode(self, stacks: list[np.ndarray]) -> list[Features]:
+    if not stacks:
+      return []
+    flat = np.concatenate(stacks)
+    done: list[jax.Array] = []
+    for start in range(0, len(flat), self._tiles):
+      part = flat[start : start + self._tiles]
+      fill = np.zeros((self._tiles - len(part), *part.shape[1:]), part.dtype)
+      done += self._programs.encode(np.concatenate([part, fill]))[: len(part)]
+    rest = iter(done)
+    return [tuple(next(rest) for _ in stack) for stack in stacks]
+
+
+class Prefixes:
+  """Keys and values of shared pieces, computed once while they fit into `limit` bytes."""
+
+  def __init__(
+    self, programs: Programs, encoder: Encoder, counts: Counts, limit: int, multiple: int
+  ):
+    self._programs, self._encoder, self._counts = programs, encoder, counts
+    self._kept, self._multiple = Lru(limit), multiple
+
+  def forget(self) -> None:
+    self._kept.clear()
+    self._encoder.forget()
+
+  def slots(self, pieces: Sequence[Piece]) -> int:
+    """P of the prefix that these pieces are."""
+    if not pieces:
+      return 0
+    return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
+
+  def of(self, asked: Sequence[tuple[Request, tuple[Piece, ...]]]) -> list[Prefix | None]:
+    """The prefix of each request, all its pieces together; None where it has none."""
+    found: dict[str, Prefix] = {}
+    depth: list[int] = []  # pieces of each that need not be computed
+    for _, pieces in asked:
+      kept = 0
+      for level in range(len(pieces), 0, -1):
+        key = pieces[level - 1].key
+        if key in found or key in self._kept:
+          found.setdefault(key, self._kept.get(key))
+          kept = level
+          break
+      depth.append(kept)
+    computed = 0
+    for level in range(max((len(pieces) for _, pieces in asked), default=0)):
+      missing = {
+        pieces[level].key: (request, pieces[: level + 1])
+        for (request, pieces), kept in zip(asked, depth, strict=True)
+        if kept <= level < len(pieces)
+      }
+      ends = {pieces[-1].key for _, pieces in asked if len(pieces) == level + 1}
+      computed += len(ends & missing.keys())
+      self._compute(list(missing.values()), found)
+    self._counts.prefix_hits += sum(bool(pieces) for _, pieces in asked) - computed
+    return [found[pieces[-1].key] if pieces else None for _, pieces in asked]
+
+  def _compute(
+    self, missing: list[tuple[Request, tuple[Piece, ...]]], found: dict[str, Prefix]
+  ) -> None:
+    """As many at a time as the mesh has parts of rows, always: none depends on its company."""
+    alike: dict[tuple[int, ...], list[tuple[Request, tuple[Piece, ...]]]] = {}
+    for request, pieces in missing:
+      last = pieces[-1]
+      shape = (self.slots(pieces), self.slots(pieces[:-1]),
+               bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
+      alike.setdefault(shape, []).append((request, pieces))
+    parts = self._programs.parts
+    for (slots, _, length, _), members in alike.items():
+      for start in range(0, len(members), parts):
+        some = members[start : start + parts]
+        full = [*some, *[some[0]] * (parts - len(some))]
+        before = [found[p[-2].key] if len(p) > 1 else None for _, p in full]
+        group = self.group([r for r, _ in full], [p[-1] for _, p in full], before, length)
+        for (_, pieces), prefix in zip(some, self._programs.grow(group, slots), strict=False):
+          found[pieces[-1].key] = prefix
+          self._kept.put(pieces[-1].key, prefix)
+        self._counts.prefills += len(some)
+
+  def group(
+    self, requests: Sequence[Request], pieces: Sequence[Piece], before: Sequence[Prefix | None],
+    length: int,
+  ) -> Group:  # fmt: skip
+    """Pieces of equal numbers of tiles behind prefixes of equal size, padded to `length`."""
+    tokens = np.zeros((len(pieces), length), np.int32)
+    slots = np.full((len(pieces), length), -1, np.int32)
+    for row, piece in enumerate(pieces):
+      tokens[row, : len(piece.tokens)] = piece.tokens
+      slots[row, : len(piece.slots)] = piece.slots
+    tiles: tuple[Features, ...] = ()
+    if pieces[0].tiles:
+      features = self._encoder.features(requests)
+      tiles = tuple(tuple(features[key][i] for key, i in piece.tiles) for piece in pieces)
+    return Group(
+      tokens, slots, np.asarray([len(p.tokens) for p in pieces], np.int32),
+      np.asarray([p.start for p in pieces], np.int32),
+      tuple(p for p in before if p is not None), tiles,
+    )  # fmt: skip

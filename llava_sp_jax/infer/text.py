@@ -1,0 +1,57 @@
+"""From an answer's tokens to its text: stop strings, and what of it is settled already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.infer.prompts import Answer
+
+UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
+
+
+class Text:
+  """Grows with an answer."""
+
+  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), error: str = ""):
+    self._tokenizer, self._stop = tokenizer, stop
+    self.error, self.finished = error, bool(error)
+    self.ids: tuple[int, ...] = ()
+    self._text, self._margin = "", float("inf")
+
+  def extend(self, ids: Sequence[int], done: bool, margin: float) -> None:
+    """`ids` are all so far."""
+    seen, self._margin, self.finished = len(self.ids), margin, done
+    self.ids = tuple(int(i) for i in ids)
+    if not self._stop and not done:
+      return
+    self._text = self._tokenizer.decode(self.ids)
+    if self._cut() is None:
+      return
+    for count in range(seen + 1, len(self.ids) + 1):  # the first that completes a stop string
+      self._text = self._tokenizer.decode(self.ids[:count])
+      if (cut := self._cut()) is not None:
+        self.ids, self._text, self.finished = self.ids[:count], self._text[:cut], True
+        return
+
+  def _cut(self) -> int | None:
+    places = [at for stop in self._stop if (at := self._text.find(stop)) >= 0]
+    return min(places) if places else None
+
+  def settled(self) -> str:
+    """The text that no later token changes: without half a character, half a stop string, blanks."""
+    if self.finished:
+      return self._text.strip()
+    text = self._tokenizer.decode(self.ids).rstrip(UNFINISHED)
+    held = max((_overlap(text, stop) for stop in self._stop), default=0)
+    return text[: len(text) - held].strip()
+
+  def answer(self) -> Answer:
+    if self.error:
+      return Answer("", (), self.error)
+    return Answer(self._text.strip(), self.ids, margin=self._margin)
+
+
+def _overlap(text: str, stop: str) -> int:
+  """How many characters at the end of `text` may be the beginning of `stop`."""
+  return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)

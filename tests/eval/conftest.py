@@ -1,0 +1,71 @@
+"""A tiny trained run, its engine, and an engine that answers from a script."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_sp_jax.eval import predictions
+from llava_sp_jax.infer import pretrained
+from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
+from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.train import loop
+from tests.conftest import ConfigMaker
+
+
+@pytest.fixture(scope="package")
+def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("run") / "finetune"
+  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
+  return folder
+
+
+@pytest.fixture(scope="package")
+def loaded(run_folder: Path) -> pretrained.Pretrained:
+  return pretrained.from_run(run_folder)
+
+
+@pytest.fixture(scope="package")
+def engine(loaded: pretrained.Pretrained) -> Engine:
+  return Engine(loaded, batch_size=4, generation=Generation(max_new_tokens=4))
+
+
+class Scripted(Engine):
+  """Says `texts` in turn, whatever is asked; `fails` at images by name; may die on the way."""
+
+  def __init__(
+    self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",),
+    fails: Mapping[str, str] | None = None,
+  ):  # fmt: skip
+    self.generation = Generation(max_new_tokens=tokens)
+    self.pretrained: Any = pretrained.Pretrained(None, {"w": np.ones(3, np.float32)}, None)  # type: ignore[arg-type]
+    self.counts = Counts()
+    self.asked: list[str] = []
+    self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
+
+  def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    for index, request in enumerate(requests):
+      if self._dies_after and len(self.asked) == self._dies_after:
+        1 / 0  # noqa: B018
+      (image,) = request.images
+      assert isinstance(image, Path)
+      self.asked.append(image.name)
+      self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
+      error = self._fails.get(image.name, "")
+      text = "" if error else self._texts[len(self.asked) % len(self._texts)]
+      yield index, Answer(text, (), error)
+
+
+def by_id(folder: Path) -> dict[str, Any]:
+  """All answers of a result folder."""
+  records = predictions.read_file(folder / predictions.FILE)
+  for record in records:
+    del record["margin"]  # the last bits depend on the batch
+  found = {record["id"]: record for record in records}
+  assert len(found) == len(records), "an id is there twice"
+  return found

@@ -1,0 +1,67 @@
+"""What docs/evaluation.md shows works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.tools import evaluate
+from llava_sp_jax.tools import train as train_tool
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "evaluation.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+
+
+def test_the_five_lines(
+  run_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+  """Exactly those lines, in a folder with the run and the data at the paths that they name."""
+  (code,) = blocks("python")
+  assert sum(bool(line) for line in code.splitlines()) == 5
+  monkeypatch.chdir(tmp_path)
+  for path, target in (("data/easy_vqa", tiny_data), ("runs/finetune", run_folder)):
+    Path(path).parent.mkdir()
+    Path(path).symlink_to(target)
+  names: dict[str, Any] = {}
+  exec(compile(code, "docs/evaluation.md", "exec"), names)
+  scores = json.loads(Path("results/scores.json").read_text())
+  assert capsys.readouterr().out.splitlines()[-1] == str(scores["headline"])
+  assert scores["answered"] == 12
+  assert scores["generation"]["max_new_tokens"] == names["task"].generation.max_new_tokens
+  assert Path("results/index.html").is_file()
+
+
+def commands(name: str) -> list[list[str]]:
+  text = "\n".join(blocks("bash")).replace("\\\n", " ")
+  lines = [line.split("#")[0] for line in text.splitlines()]
+  return [line.split()[2:] for line in lines if line.startswith(f"llava-sp {name} ")]
+
+
+def test_the_commands_are_understood() -> None:
+  found = commands("eval")
+  assert len(found) == 6
+  for arguments in found:
+    evaluate.parser().parse_args(arguments)
+  (training,) = commands("train")
+  config, _ = train_tool.read_config(training)
+  assert (config.evaluate.every, config.evaluate.limit) == (500, 1000)
+  assert config.evaluate != config_lib.Evaluate()
+
+
+def test_every_option_that_the_page_names_is_there() -> None:
+  known = evaluate.parser().format_help()
+  own = {
+    flag for text in re.findall(r"`(--[^`]*)`", PAGE) for flag in re.findall(r"--[a-z-]+", text)
+  }
+  assert len(own) > 15
+  assert not [flag for flag in own if flag not in known]

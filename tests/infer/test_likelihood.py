@@ -1,0 +1,117 @@
+"""Log-likelihoods against generation, against chances that add up to one, and against padding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_sp_jax.data import conversation, example
+from llava_sp_jax.infer import pretrained
+from llava_sp_jax.infer.engine import Engine, Request
+from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer.likelihood import Likelihood
+from llava_sp_jax.models import build
+from llava_sp_jax.train import loop
+from tests.conftest import ConfigMaker
+
+CONTINUATIONS = ["blue, yes", "red", "a green circle and a yellow one", ""]
+
+
+@pytest.fixture(scope="module")
+def loaded(
+  tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory
+) -> pretrained.Pretrained:
+  """A model that has learned enough to be surer of some words than of others."""
+  folder = tmp_path_factory.mktemp("run") / "finetune"
+  loop.train(tiny_config("finetune", train={"steps": 30}), folder)
+  return pretrained.from_run(folder)
+
+
+@pytest.fixture
+def requests(tiny_data: Path) -> list[Request]:
+  picture = tiny_data / "images" / "3.png"
+  with Image.open(picture) as opened:
+    decoded = opened.convert("RGB")
+  return [Request("what colour is it, blue?", (picture,)), Request("is it red?"),
+          Request("is it red?", (decoded,)), Request("is it?", (picture.read_bytes(),))]  # fmt: skip
+
+
+def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tuple[float, bool]:
+  """Token by token without an image, without padding, in float64 from the logits on."""
+  template = conversation.TEMPLATES[loaded.config.data.template]
+  prompt = conversation.prompt(question, template)
+  pieces = [*prompt, conversation.Piece(f" {continuation}", True, 0)]
+  runs = example.tokenize(pieces, loaded.tokenizer)
+  ids = [i for run in runs for i in run.ids]
+  first = len(ids) - sum(sum(run.learn) for run in runs)
+  module = build.model(loaded.config.model)
+  total, greedy = 0.0, True
+  for at in range(first, len(ids)):
+    tokens = jnp.asarray([ids[:at]], jnp.int32)
+    hidden = module.apply(
+      {"params": loaded.params}, tokens, jnp.arange(at)[None], jnp.full_like(tokens, 1 << 12),
+      jnp.zeros((1, 0, 1)), None, None, method="extend",
+    )[0]  # fmt: skip
+    logits = module.apply({"params": loaded.params}, hidden[:, -1], method="logits")  # type: ignore[index]
+    row = np.asarray(logits, np.float64)[0]
+    total += row[ids[at]] - math.log(np.exp(row - row.max()).sum()) - row.max()
+    greedy &= int(row.argmax()) == ids[at]
+  return total, greedy
+
+
+def test_equals_a_slow_one(loaded: pretrained.Pretrained) -> None:
+  question = "is it red?"
+  found = list(Likelihood(loaded, 3)((Request(question), text) for text in CONTINUATIONS))
+  for text, (total, greedy) in zip(CONTINUATIONS[:2], found, strict=False):
+    expected = naive(loaded, question, text)
+    assert total == pytest.approx(expected[0], abs=1e-4)
+    assert greedy == expected[1]
+
+
+def test_does_not_depend_on_what_is_asked_beside_it(
+  loaded: pretrained.Pretrained, requests: list[Request]
+) -> None:
+  asked = [(r, text) for r in requests for text in CONTINUATIONS[:3]]
+  together = list(Likelihood(loaded, 5)(asked))
+  one = Likelihood(loaded, 1)
+  alone = [next(one([pair])) for pair in asked[::4]]
+  for (a, greedy), (b, greedy_alone) in zip(together[::4], alone, strict=True):
+    assert a == pytest.approx(b, abs=1e-4)
+    assert greedy == greedy_alone
+  assert all(total < 0 for total, _ in together)
+  assert len({round(total, 3) for total, _ in together}) == len(asked), "images and questions count"
+
+
+def test_what_greedy_decoding_writes_is_greedy(
+  loaded: pretrained.Pretrained, requests: list[Request]
+) -> None:
+  """And nothing else of the same length is more likely at its first token."""
+  engine = Engine(loaded, 4, Generation(max_new_tokens=6))
+  score = Likelihood(loaded)
+  texts = [answer.text for answer in engine.answer(requests)]
+  assert any(texts)
+  for request, text in zip(requests, texts, strict=True):
+    total, greedy = next(score([(request, text)]))
+    assert greedy, text
+    other, is_greedy = next(score([(request, f"zebra {text}")]))
+    assert not is_greedy
+    assert other < total
+
+
+def test_chances_of_all_single_tokens_add_up_to_one(loaded: pretrained.Pretrained) -> None:
+  """The log-probabilities are normalised over the vocabulary."""
+  vocabulary = loaded.config.model.language_model.vocab_size
+  likelihood = Likelihood(loaded, vocabulary)
+  batch, ((at,),) = likelihood._batch([likelihood._read(Request("is it red?"), "r")])
+  batch["targets"][:, at] = np.arange(vocabulary)
+  found, _ = likelihood._score(likelihood._params, batch, np.full((vocabulary, 1), at, np.int32))
+  assert float(np.exp(np.asarray(found, np.float64)).sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_nothing_is_certain(loaded: pretrained.Pretrained) -> None:
+  assert next(Likelihood(loaded, 1)([(Request("is it red?"), "")])) == (0.0, True)
