@@ -8,15 +8,11 @@ shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the e
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +27,7 @@ SIZES = {  # of the decoder
 }  # fmt: skip
 ROWS = ("none", "pooling", "cropping")
 PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
-THINGS = ("cat dog car tree person bench bottle chair bird boat truck horse sheep cow cup fork bowl "
-          "clock vase book").split()  # fmt: skip
+THINGS = ["cat", "dog", "car", "tree", "person", "bench", "bottle", "chair", "bird", "boat", "truck", "horse", "sheep", "cow", "cup", "fork", "bowl", "clock", "vase", "book"]  # fmt: skip
 SHORT = "\nAnswer the question using a single word or phrase."
 UNKNOWN = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
