@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_sp_jax.infer import decode
+from llava_sp_jax.infer.beam import Beams
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained
@@ -80,8 +81,12 @@ class Engine:
     share = layout.share and config.model.language_model.rope_scaling.kind != "dynamic"
     self._prompts = Prompts(config, pretrained.tokenizer, share)
     self._longest = config.model.language_model.max_positions
-    rule = decode.Rule(self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation))
-    self._programs = Programs(config, pretrained.params, rule, generation.seed, mesh, self.counts)
+    rule = decode.Rule(
+      self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
+      generation.num_beams,
+    )  # fmt: skip
+    way: decode.Way = Beams(rule) if rule.lanes > 1 else decode.Single(rule)
+    self._programs = Programs(config, pretrained.params, way, generation.seed, mesh, self.counts)
     parts = self._programs.parts
     self._rows = bucket(batch_size, parts)
     sizes = [parts]
@@ -166,7 +171,7 @@ class Engine:
       self._state, steps = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
       state = self._state
       steps, made, done, ids, margin = jax.device_get(
-        (steps, state.made, state.done, state.ids, state.margin)
+        (steps, state.rows.made, state.rows.done, state.rows.ids, state.rows.margin)
       )
       self.counts.decode_steps += int(steps)
       for number, row in list(rows.items()):

@@ -71,7 +71,7 @@ def grow(module: LlavaSP, params: Any, group: Group, *, slots: int) -> tuple[Pre
 
 def admit(
   module: LlavaSP, params: Any, state: decode.State, key: jax.Array, group: Group, rows: jax.Array,
-  numbers: jax.Array, *, rule: decode.Rule,
+  numbers: jax.Array, *, way: decode.Way,
 ) -> decode.State:  # fmt: skip
   """Puts G prompts into `rows` of the state and chooses the first token of each.
 
@@ -80,34 +80,30 @@ def admit(
   hidden, new, _ = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
-  first = decode.empty(KVCache((), (), group.start + group.length), rule)
-  first = first._replace(number=numbers, done=jnp.zeros(rows.shape, bool))
-  first = decode.choose(rule, first, logits, key)
-  cache = state.cache
-  written = {}
+  first = way.first(logits, numbers, key)
+  lanes = rows[:, None] * way.rule.lanes + jnp.arange(way.rule.lanes, dtype=rows.dtype)
+  cache, written = state.cache, {}
   for name in ("keys", "values"):
     written[name] = tuple(
       _place(kept, getattr(new, name)[i], [getattr(p, name)[i] for p in group.prefixes],
-             rows, group.start)
+             lanes, group.start)
       for i, kept in enumerate(getattr(cache, name))
     )  # fmt: skip
-  length = cache.length.at[rows].set(first.cache.length)
-  rest = {
-    name: getattr(state, name).at[rows].set(getattr(first, name))
-    for name in ("token", "ids", "made", "done", "number", "margin")
-  }
-  return decode.State(KVCache(written["keys"], written["values"], length), **rest)
+  length = cache.length.at[lanes].set((group.start + group.length)[:, None])
+  answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)
+  return decode.State(KVCache(written["keys"], written["values"], length), answers)
 
 
 def _place(
-  kept: jax.Array, new: jax.Array, prefixes: list[jax.Array], rows: jax.Array, start: jax.Array
+  kept: jax.Array, new: jax.Array, prefixes: list[jax.Array], lanes: jax.Array, start: jax.Array
 ) -> jax.Array:
-  """Each prompt's prefix [K, P, H] and what follows it [G, K, T, H] into its row of [B, K, S, H]."""
-  zero = jnp.zeros((), rows.dtype)
+  """Each prompt's prefix [K, P, H] and what follows it [G, K, T, H] into its lanes [G, n] of B."""
+  zero = jnp.zeros((), lanes.dtype)
   for g in range(len(new)):
-    if prefixes:
-      part = prefixes[g].astype(kept.dtype)[None]
-      kept = jax.lax.dynamic_update_slice(kept, part, (rows[g], zero, zero, zero))
-    part = new[g].astype(kept.dtype)[None]
-    kept = jax.lax.dynamic_update_slice(kept, part, (rows[g], zero, start[g], zero))
+    for lane in lanes[g]:
+      if prefixes:
+        part = prefixes[g].astype(kept.dtype)[None]
+        kept = jax.lax.dynamic_update_slice(kept, part, (lane, zero, zero, zero))
+      part = new[g].astype(kept.dtype)[None]
+      kept = jax.lax.dynamic_update_slice(kept, part, (lane, zero, start[g], zero))
   return kept
