@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from llava_sp_jax.infer.generation import Generation

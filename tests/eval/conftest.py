@@ -42,7 +42,7 @@ class Scripted(Engine):
     self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",),
     fails: Mapping[str, str] | None = None,
   ):  # fmt: skip
-    self.generation = Generation(max_new_tokens=tokens)
+    self._generation = Generation(max_new_tokens=tokens)
     self.pretrained: Any = pretrained.Pretrained(None, {"w": np.ones(3, np.float32)}, None)  # type: ignore[arg-type]
     self.counts = Counts()
     self.asked: list[str] = []
