@@ -102,7 +102,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
   for i, (name, value, text, items) in enumerate(rows):
     y = i * (height + 6)
     marks += [
-      tag("text", shortened(name, 40), x=left - 8, y=y + 13, text_anchor="end"),
+      tag("text", name if len(name) <= 40 else f"{name[:39]}…", x=left - 8, y=y + 13, text_anchor="end"),
       tag("rect", x=left, y=y, width=f"{max(0.0, value) / scale * width:.1f}", height=height),
       tag("text", f"{text}  of {items}", x=left + 6 + max(0.0, value) / scale * width, y=y + 13),
     ]

@@ -53,10 +53,10 @@ class Scripted(Engine):
       if self._dies_after and len(self.asked) == self._dies_after:
         1 / 0  # noqa: B018
       (image,) = request.images
-      assert isinstance(image, Path)
-      self.asked.append(image.name)
+      name = image.name if isinstance(image, Path) else "bytes"
+      self.asked.append(name)
       self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
-      error = self._fails.get(image.name, "")
+      error = self._fails.get(name, "")
       text = "" if error else self._texts[len(self.asked) % len(self._texts)]
       yield index, Answer(text, (), error)
 
