@@ -32,6 +32,7 @@ setup(
     "gguf": ["gguf>=0.19"],  # read GGUF language models
     "tensorboard": ["tensorboardX>=2.6"],  # train.sinks: writes TensorBoard files, nothing else
     "wandb": ["wandb>=0.21"],  # train.sinks
+    "xlsx": ["openpyxl>=3.1"],  # MMBench's submission; 3 MB, no compiled parts
     "report": ["matplotlib>=3.11"],  # pictures
     "lmms": ["lmms-eval>=0.7"],  # its benchmarks with our engine; brings torch
     # torch and peft are oracles of the tests only; exactly this torch has a CPU build everywhere

@@ -5,7 +5,7 @@
 #   bash scripts/test.sh -m slow      the slow ones
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment test,report,gguf
+prepare_environment test,report,gguf,xlsx
 unset XLA_FLAGS
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

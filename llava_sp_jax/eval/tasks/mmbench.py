@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class MmBench(Benchmark):
   name = "mmbench"
   home = "mmbench"
   split = "mmbench_dev_20230712"
+  needed: Sequence[str] = ()  # the split's file
   options = ("protocol", "split", "circular", "judge", "reviews")
   protocols: ClassVar = {
     "llava": Rules("the server scores", LONG, prompt=of_llava(LETTER)),
@@ -104,7 +106,9 @@ class MmBench(Benchmark):
       return served(items, predictions, SERVER)
     local = circular_score(items, predictions, self.verdict, self._judge)
     if self.lmms:
-      return Scores(local.by_kind["all"]["accuracy"], "accuracy", local.by_kind, local.figures)
+      row = local.by_kind["all"]
+      headline = row["accuracy"] if row["items"] else None
+      return Scores(headline, "accuracy", local.by_kind, local.figures)
     counts = served(items, predictions, SERVER)
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 

@@ -1,0 +1,156 @@
+"""Judges behind a real HTTP server that fails on purpose."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_sp_jax.eval.judge import Ask, Endpoint, JudgeError, Reviews
+
+KEY = "sk-secret-123"
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """Answers with what `script` holds, one (status, body) a call; then with "fine"."""
+
+  def __init__(self) -> None:
+    super().__init__(("127.0.0.1", 0), Handler)
+    self.script: list[tuple[int, Any]] = []
+    self.seen: list[tuple[str, str | None, dict[str, Any]]] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  def do_POST(self) -> None:
+    assert isinstance(self.server, Server)
+    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+    fine = {"choices": [{"message": {"content": "fine"}}]}
+    status, answer = self.server.script.pop(0) if self.server.script else (200, fine)
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    self.send_response(status)
+    if status == 429:
+      self.send_header("Retry-After", "7")
+    self.end_headers()
+    self.wfile.write(text.encode())
+
+  def log_message(self, *args: Any) -> None:
+    """Nothing is printed."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+  made = Server()
+  thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+  thread.start()
+  yield made
+  made.shutdown()
+  made.server_close()
+  thread.join()
+
+
+@pytest.fixture
+def waits() -> list[float]:
+  return []
+
+
+@pytest.fixture
+def endpoint(server: Server, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Endpoint:
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  url = f"http://127.0.0.1:{server.server_address[1]}/v1/"
+  return Endpoint(url, "grader", "JUDGE_KEY", tries=3, seconds=10, pause=waits.append)
+
+
+def test_what_is_sent(server: Server, endpoint: Endpoint) -> None:
+  assert endpoint(Ask(prompt="p", system="s", max_tokens=3, temperature=0.5)) == "fine"
+  ((path, authorization, body),) = server.seen
+  assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
+  assert body == {
+    "model": "grader", "max_tokens": 3, "temperature": 0.5,
+    "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+  }  # fmt: skip
+
+
+def test_what_may_pass_is_tried_again(
+  server: Server, endpoint: Endpoint, waits: list[float]
+) -> None:
+  server.script = [(500, "oh"), (429, "slower")]
+  assert endpoint(Ask(prompt="p")) == "fine"
+  assert len(server.seen) == 3
+  assert 0.75 <= waits[0] <= 1.25  # then doubling, unless the server says when
+  assert waits[1] == 7
+
+
+@pytest.mark.parametrize(
+  ("answer", "calls", "message"),
+  [
+    ((401, f"bad key {KEY}"), 1, "status 401: bad key (key)"),
+    ((503, "down"), 3, "status 503: down"),
+    ((200, "no json"), 3, "JSONDecodeError"),
+    ((200, {"choices": []}), 3, "without choices"),
+    ((200, {"choices": [{"message": {"content": " "}}]}), 3, "an empty answer"),
+  ],
+)
+def test_failures_are_told_without_the_key(
+  server: Server, endpoint: Endpoint, answer: tuple[int, Any], calls: int, message: str
+) -> None:
+  server.script = [answer] * 3
+  with pytest.raises(JudgeError) as caught:
+    endpoint(Ask(prompt="p"))
+  assert message in str(caught.value)
+  assert KEY not in str(caught.value)
+  assert len(server.seen) == calls
+
+
+def test_no_server_is_an_error_too(waits: list[float]) -> None:
+  judge = Endpoint("http://127.0.0.1:9/v1", "grader", key="", tries=2, pause=waits.append)
+  with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9"):
+    judge(Ask(prompt="p"))
+  assert len(waits) == 1
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.delenv("JUDGE_KEY", raising=False)
+  with pytest.raises(JudgeError, match="set the variable JUDGE_KEY"):
+    Endpoint("http://127.0.0.1:9", "grader", "JUDGE_KEY")
+
+
+def test_raw_answers_are_kept_and_failures_asked_again(tmp_path: Path) -> None:
+  file, calls = tmp_path / "kept" / "reviews.jsonl", []
+
+  def judge(ask: Ask) -> str:
+    calls.append(ask.prompt)
+    if ask.prompt == "bad" and calls.count("bad") == 1:
+      raise ValueError("no")
+    return f"raw {ask.prompt}"
+
+  first = Reviews(judge, file)
+  assert first(Ask(prompt="good")).text == "raw good"
+  failed = first(Ask(prompt="bad"))
+  assert (failed.text, failed.error) == ("", "ValueError: no")
+  file.write_text(file.read_text() + '{"key": "torn')  # a run that was killed while writing
+  second = Reviews(judge, file)
+  assert second(Ask(prompt="good")).text == "raw good"
+  assert second(Ask(prompt="bad")).text == "raw bad"
+  assert calls == ["good", "bad", "bad"]
+  third = Reviews(judge, file)
+  assert third(Ask(prompt="bad")).text == "raw bad"
+  assert third(Ask(prompt="bad", turn=1)).text == "raw bad"
+  assert calls == ["good", "bad", "bad", "bad"]  # another turn is another question
+
+
+def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:
+  def one(ask: Ask) -> str:
+    return "1"
+
+  def two(ask: Ask) -> str:
+    return "2"
+
+  for judge in (one, two):
+    review = Reviews(judge, tmp_path / "reviews.jsonl")(Ask(prompt="p"))
+    assert review.text == judge(Ask(prompt="p"))

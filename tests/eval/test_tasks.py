@@ -1,0 +1,567 @@
+"""Every benchmark from its official files to scores and submissions, and what is said when they are
+damaged."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.eval.benchmark import LETTER, SHORT, Benchmark
+from llava_sp_jax.eval.files import BenchmarkError
+from llava_sp_jax.eval.judge import Ask
+from llava_sp_jax.eval.task import Item, Prediction
+from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
+from llava_sp_jax.eval.tasks.llava_bench import LlavaBench, pair
+from llava_sp_jax.eval.tasks.mmbench import MmBench
+from llava_sp_jax.eval.tasks.mmvet import MmVet, grade
+from llava_sp_jax.infer.generation import Generation
+from tests.eval import formats
+from tests.eval.formats import answers
+
+NAMES = [task.name for task in BENCHMARKS]
+SERVED = {"vqav2", "vizwiz", "mmbench", "mmbench_cn", "llava_bench", "mmvet"}
+# What LLaVA's scripts ask for: model_vqa_loader's 128 tokens, 1024 of the other three.
+TOKENS = {
+  "scienceqa": 1024,
+  "mmbench": 1024,
+  "mmbench_cn": 1024,
+  "llava_bench": 1024,
+  "mmvet": 1024,
+}
+
+
+def right(item: Item) -> str:
+  """An answer that is right under every protocol (or any text where a server decides)."""
+  truth = item.truth
+  return "x" if truth is None else truth[0] if isinstance(truth, list) else str(truth).lower()
+
+
+def right_letter(item: Item) -> str:
+  return str(item.truth)
+
+
+RIGHT: dict[str, Callable[[Item], str]] = dict.fromkeys(NAMES, right)
+RIGHT |= dict.fromkeys(("scienceqa", "seed", "mmbench", "mmbench_cn"), right_letter)
+RIGHT["textvqa"] = lambda item: max(item.truth, key=item.truth.count)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("eval")
+  for write in formats.WRITERS.values():
+    write(folder)
+  return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+  """A copy to damage."""
+  shutil.copytree(root, tmp_path / "eval")
+  return tmp_path / "eval"
+
+
+def cases() -> list[tuple[str, str]]:
+  return [(task.name, protocol) for task in BENCHMARKS for protocol in task.protocols]
+
+
+def test_the_table_names_the_twelve() -> None:
+  assert len(BENCHMARKS) == 12
+  assert set(formats.WRITERS) == set(NAMES) == set(TASKS) - {"easy_vqa"}
+
+
+@pytest.mark.parametrize(("name", "protocol"), cases())
+def test_from_files_to_scores(root: Path, name: str, protocol: str, tmp_path: Path) -> None:
+  task = TASKS[name](root, protocol=protocol)
+  items = task.items()
+  assert len({item.id for item in items}) == len(items) > 1
+  assert task.protocol.startswith(f"{protocol}: ")
+  assert task.generation.num_beams == 1
+  assert task.generation.temperature == 0
+  for item in items:
+    json.dumps([item.truth, item.extra])
+    assert item.question.strip() == item.question or name == "mmvet"
+    assert "<image>" not in item.question
+  given = answers(items, RIGHT[name])
+  scores = task.score(items, given)
+  json.dumps(dataclasses.asdict(scores))
+  assert scores.by_kind["all"]["items"] == scores.by_kind["all"]["asked"] == (
+    len(items) if name != "pope" else 12
+  )  # fmt: skip
+  served = name in SERVED and not (name.startswith("mmbench") and protocol == "lmms")
+  if served:
+    assert scores.headline is None
+  else:
+    best = {"mme": 400.0, "textvqa": 1.0}.get(name, 1.0)
+    assert scores.headline == best
+    wrong = task.score(items, answers(items, "nothing of the kind"))
+    assert (wrong.headline or 0) < best
+  if not served or name.startswith("mmbench"):
+    assert {task.verdict(i, given[i.id].text).get("score") for i in items} == {1.0}
+  if name.startswith("mmbench"):
+    pytest.importorskip("openpyxl", reason="the extra xlsx is not installed")
+  for file in task.submission(items, given, tmp_path / "out"):
+    assert file.is_file()
+  assert task.data_hash() == TASKS[name](root, protocol=protocol).data_hash()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_llava_s_generation(root: Path, name: str) -> None:
+  assert TASKS[name](root).generation == Generation(max_new_tokens=TOKENS.get(name, 128))
+
+
+@pytest.mark.parametrize(("name", "protocol"), cases())
+def test_missing_answers_are_counted_and_never_right(
+  root: Path, name: str, protocol: str, tmp_path: Path
+) -> None:
+  task = TASKS[name](root, protocol=protocol)
+  items = task.items()
+  given = answers(items, RIGHT[name])
+  del given[items[0].id]
+  given[items[-1].id] = dataclasses.replace(given[items[-1].id], error="no such file")
+  scores = task.score(items, given)
+  total = scores.by_kind["all"]
+  assert total["asked"] == len(items)
+  wrong_if_missing = name in ("seed", "scienceqa") and protocol == "llava"
+  assert total["items"] == len(items) - (0 if wrong_if_missing else 2)
+  if wrong_if_missing:
+    assert total["accuracy"] == (len(items) - 2) / len(items)
+  nothing = task.score(items, {})
+  assert not nothing.headline
+  assert all(row.get("accuracy", 0.0) == 0.0 for row in nothing.by_kind.values())
+  if not name.startswith("mmbench"):
+    for file in task.submission(items, given, tmp_path / "out"):
+      assert (
+        items[-1].truth is None or f"{items[-1].id}: {right(items[-1])}" not in file.read_text()
+      )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_missing_files_are_told_at_once(name: str, tmp_path: Path) -> None:
+  task = TASKS[name]
+  with pytest.raises(FileNotFoundError) as caught:
+    task(tmp_path)
+  expected = list(task.needed) or [f"{task.split}.tsv"]
+  for file in expected:
+    assert str(tmp_path / file) in str(caught.value)
+  assert "docs/Evaluation.md" in str(caught.value)
+
+
+def test_an_unknown_protocol_is_refused_with_the_known_ones(root: Path) -> None:
+  with pytest.raises(ConfigError, match="pope protocol: unknown 'lmm'; known: llava, lmms"):
+    TASKS["pope"](root, protocol="lmm")
+
+
+def test_the_folder_itself_works_as_well(root: Path) -> None:
+  assert TASKS["gqa"](root / "gqa").items() == TASKS["gqa"](root).items()
+
+
+def damage(path: Path, old: str, new: str) -> None:
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new, 1))
+
+
+DAMAGE = [
+  ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"image"', '"picture"',
+   "line 1: without image"),
+  ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"question_id": 2', '"question_id": 1',
+   "1 ids stand more than once, 1"),
+  ("vizwiz", "vizwiz/llava_test.jsonl", "{", "", "line 1: not JSON"),
+  ("gqa", "gqa/data/testdev_balanced_questions.json", '"201"', '"9"', "201: without answer"),
+  ("scienceqa", "scienceqa/pid_splits.json", '"5"', '"6"', "2 questions .* 5, 6"),
+  ("scienceqa", "scienceqa/problems.json", '"choices"', '"options"', "0: without choices"),
+  ("textvqa", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "BRAND", "maker",
+   r"1 questions have no annotation .* im0#1"),
+  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"', r"data\[0\]: without answers"),
+  ("pope", "pope/coco/coco_pope_random.json", "COCO_2.jpg", "COCO_9.jpg",
+   "question 3 is of COCO_9.jpg, expected COCO_2.jpg"),
+  ("pope", "pope/llava_pope_test.jsonl", '"category": "random"', '"category": "popular"',
+   "4 labels for 5 questions"),
+  ("mme", "MME/MME_Benchmark_release_version/count/b.txt", "\tYes", " Yes",
+   r"expected a question, a tab and Yes or No.*count/b.png#1: no answer to"),
+  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "hint", "help", "no column hint"),
+  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tdev", "", "row 1: fewer fields"),
+  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\n3\t", "\nthree\t", "index .'three'."),
+  ("seed", "seed_bench/llava-seed-bench.jsonl", '"question_id": 2', '"question_id": 7',
+   "without 1 questions of SEED-Bench.json: 2"),
+  ("llava_bench", "llava-bench-in-the-wild/context.jsonl", "001.jpg", "009.jpg",
+   "1: no image 001.jpg in context.jsonl; 3: no image"),
+  ("mmvet", "mm-vet/mm-vet.json", "v1_1", "v1_7", "v1_1: without question"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new", "message"), DAMAGE)
+def test_damaged_files_are_told_with_their_place(
+  own: Path, name: str, file: str, old: str, new: str, message: str
+) -> None:
+  damage(own / file, old, new)
+  with pytest.raises(BenchmarkError, match=message) as caught:
+    TASKS[name](own).items()
+  assert str(own / Path(file).parts[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[3:4]])
+def test_the_hash_follows_questions_and_truths(
+  own: Path, name: str, file: str, old: str, new: str
+) -> None:
+  before = TASKS[name](own).data_hash()
+  damage(own / file, old, new)
+  assert TASKS[name](own).data_hash() != before
+
+
+def test_many_broken_lines_make_one_error(own: Path) -> None:
+  (own / "vizwiz/llava_test.jsonl").write_text("{}\n" * 9)
+  with pytest.raises(BenchmarkError, match=r"line 5: .* and 4 more"):
+    TASKS["vizwiz"](own).items()
+
+
+# --- what each asks ---
+
+
+def questions(root: Path, name: str, protocol: str = "llava", **options: Any) -> list[str]:
+  return [item.question for item in TASKS[name](root, protocol=protocol, **options).items()]
+
+
+def test_textvqa_s_protocols_differ_in_the_prompt(root: Path) -> None:
+  ocr = "Reference OCR token: NIKON, D5"
+  assert questions(root, "textvqa") == [
+    f"What BRAND is it?\n{ocr}\n{SHORT}", f"{ocr}\nWhat is the time?\n{SHORT}",
+  ]  # fmt: skip
+  assert questions(root, "textvqa", "llava_no_ocr")[0] == f"What BRAND is it?\n{SHORT}"
+  assert questions(root, "textvqa", "llava_no_ocr")[1] == f"What is the time?\n{SHORT}"
+  assert questions(root, "textvqa", "lmms")[0] == f"What brand is it?\n{SHORT}"
+  assert questions(root, "textvqa", "lmms_ocr")[0] == f"What brand is it?\n{ocr}\n{SHORT}"
+
+
+def test_scienceqa_s_prompts(root: Path) -> None:
+  told = questions(root, "scienceqa")
+  assert told[1] == f"Context: N/A\nWhich 1?\n(A) ice (B) fire\n{LETTER}"
+  assert questions(root, "scienceqa", "lmms") == [
+    f"Which 1?\nA. ice\nB. fire\nC. air\n{LETTER}",
+    f"Context: It is cold.\nWhich 3?\nA. ice\nB. fire\nC. air\n{LETTER}",
+    f"Which 5?\nA. ice\nB. fire\nC. air\n{LETTER}",
+  ]
+  images = [item.images for item in TASKS["scienceqa"](root).items()]
+  assert images[:2] == [(), (root / "scienceqa/images/test/1/image.png",)]
+
+
+def test_mmbench_s_prompts(root: Path) -> None:
+  assert questions(root, "mmbench") == [
+    f'a hint\nwhat is "it"?\nA. cat\nB. dog\nC. cow\n{LETTER}',
+    f"which\tone?\nA. red\nB. blue\n{LETTER}",  # the option "None" is an empty cell to pandas
+    f"how\nmany?\nA. 1\nB. 2\nC. 3\nD. 4\n{LETTER}",
+  ]
+  chinese = questions(root, "mmbench_cn")[1]
+  assert chinese == "which\tone?\nA. red\nB. blue\n请直接回答选项字母。"
+  begin = 'a hint what is "it"? There are several options:\nA. cat\nB. dog\nC. cow\n\n'
+  assert questions(root, "mmbench", "lmms")[0] == begin + LETTER
+  lmms = questions(root, "mmbench_cn", "lmms")[1]
+  assert lmms.startswith("which\tone? 有如下几个选项：\nA. red\nB. blue\n\n请直接使用")
+
+
+def test_vizwiz_and_mme_and_mmvet_as_lmms_eval_asks(root: Path) -> None:
+  first = questions(root, "vizwiz", "lmms")[0]
+  assert first.startswith("What is this?\nWhen the provided information is insufficient, respond")
+  assert questions(root, "vizwiz")[0].startswith("what IS this?\nWhen")
+  assert questions(root, "mme", "lmms")[0] == f"Is a one?\n{SHORT}"
+  assert questions(root, "mmvet", "lmms")[0].endswith("following question: \n\nWhat is x?")
+
+
+# --- rules of single benchmarks ---
+
+
+def test_gqa_s_figures(root: Path) -> None:
+  task = TASKS["gqa"](root)
+  items = task.items()
+  given = dict(zip((i.id for i in items), ("Red..", "No", "left"), strict=True))
+  scores = task.score(items, {k: Prediction(k, t) for k, t in given.items()})
+  assert scores.headline == 2 / 3
+  assert scores.figures["open"] == 1.0
+  assert scores.figures["binary"] == 0.5
+  assert scores.figures["semantic obj"] == 0.0
+  lmms = TASKS["gqa"](root, protocol="lmms")
+  assert task.verdict(items[0], "r.ed")["score"] == 0
+  assert lmms.verdict(items[0], "R.ed")["score"] == 1
+
+
+def test_pope_s_two_readings(root: Path) -> None:
+  llava, lmms = TASKS["pope"](root), TASKS["pope"](root, protocol="lmms")
+  items = llava.items()
+  loose = answers(items, lambda i: "Yes, it is" if i.truth == "yes" else "there is no cat")
+  assert llava.score(items, loose).headline == 1.0
+  assert lmms.score(items, loose).headline == 0.0
+  assert lmms.score(items, loose).by_kind["all"]["yes_ratio"] == 0.5  # of the truths, as there
+  never = llava.score(items, answers(items, "no"))  # ZeroDivisionError in the original
+  assert never.headline == 0.0
+  assert never.by_kind["random"]["precision"] == 0.0
+
+
+def test_mme_needs_both_of_a_pair(root: Path, tmp_path: Path) -> None:
+  task = TASKS["mme"](root)
+  items = task.items()
+  given = answers(items, lambda i: "Yes\tcertainly\nso")
+  scores = task.score(items, given)
+  assert scores.by_kind["count"]["accuracy"] == 0.5
+  assert scores.by_kind["count"]["accuracy_plus"] == 0.0
+  files = {f.name: f.read_text() for f in task.submission(items, given, tmp_path)}
+  assert set(files) == {"artwork.txt", "count.txt", "code_reasoning.txt"}
+  lines = files["artwork.txt"].splitlines()
+  assert lines[0] == "a.txt\tIs a one? Please answer yes or no.\tYes\tYes certainly so"
+  assert lines[1].split("\t")[1] == "Is a two?  Please answer yes or no."  # as in the release
+  assert len(lines) == 4
+
+
+def test_vqav2_lists_all_of_test2015_but_lmms_only_the_asked(root: Path, tmp_path: Path) -> None:
+  llava, lmms = TASKS["vqav2"](root), TASKS["vqav2"](root, protocol="lmms")
+  given = answers(llava.items(), "The Two")
+  (file,) = llava.submission(llava.items(), given, tmp_path)
+  assert [row["answer"] for row in json.loads(file.read_text())] == ["", "2", "2", "2", ""]
+  (file,) = lmms.submission(lmms.items(), given, tmp_path)
+  assert [row["question_id"] for row in json.loads(file.read_text())] == [1, 2, 3]
+
+
+def test_seed_s_splits(root: Path) -> None:
+  items = TASKS["seed"](root, split="all").items()
+  assert len(items) == 5
+  assert len(TASKS["seed"](root).items()) == 4
+  task, lmms = TASKS["seed"](root), TASKS["seed"](root, protocol="lmms")
+  assert task.verdict(items[0], "A.")["score"] == 0
+  assert lmms.verdict(items[0], " A.")["score"] == 1
+  scores = task.score(task.items(), answers(task.items(), "A"))  # the original: KeyError here
+  assert scores.by_kind["Instance Identity"]["accuracy"] == 0.0
+
+
+# --- MMBench ---
+
+
+def test_mmbench_reads_its_images(root: Path) -> None:
+  items = MmBench(root).items()
+  for item in items:  # the third's field is the index of the first
+    (data,) = item.images
+    assert isinstance(data, bytes)
+    assert Image.open(io.BytesIO(data)).size == (8, 8)
+  assert items[2].images == items[0].images
+
+
+def test_an_image_that_is_no_base64_is_left_to_the_engine(own: Path) -> None:
+  damage(own / "mmbench/mmbench_dev_20230712.tsv", "\tiVBOR", "\t!BOR")
+  assert MmBench(own).items()[0].images == (b"",)
+
+
+def test_circular_asks_each_order_once_and_wants_all_right(root: Path) -> None:
+  task = MmBench(root, "lmms", circular=True)
+  items = task.items()
+  assert len(items) == 3 + 2 + 4
+  for item in items:
+    texts = {"3": "dog", "5": "red", "9": "4"}
+    assert item.extra["options"][item.truth] == texts[item.id.split("/")[0]]
+  assert [i.truth for i in items[:3]] == ["B", "A", "C"]
+  given = answers(items, right_letter)
+  assert task.score(items, given).headline == 1.0
+  given["9/2"] = Prediction("9/2", "A" if items[-2].truth != "A" else "B")
+  scores = task.score(items, given)
+  assert scores.headline == 2 / 3
+  assert scores.by_kind["counts"] == {"accuracy": 0.0, "items": 1, "asked": 1}
+  del given["5/1"]
+  scores = task.score(items, given)
+  assert scores.by_kind["all"] == {"accuracy": 1 / 2, "items": 2, "asked": 3}
+  assert scores.figures["unanswered"] == 1
+  always = task.score(items, answers(items, "B"))  # a letter that is always said wins nothing
+  assert always.headline == 0.0
+
+
+def test_rows_of_a_circular_file_belong_together(own: Path) -> None:
+  """The official files with circular rows have them under index + 1,000,000 x n."""
+  path = own / "mmbench/mmbench_dev_20230712.tsv"
+  rows = list(csv.reader(path.read_text().splitlines(keepends=True), delimiter="\t"))
+  rows.append(["1000005", "which one?", "", "blue", "red", "", "", "B", *rows[2][8:]])
+  with path.open("w", newline="") as file:
+    csv.writer(file, delimiter="\t").writerows(rows)
+  task = MmBench(own, "lmms")
+  items = task.items()
+  scores = task.score(items, answers(items, "A"))
+  assert scores.by_kind["colours"] == {"accuracy": 0.0, "items": 1, "asked": 1}
+  assert scores.by_kind["all"]["asked"] == 3
+
+
+def test_llava_s_protocol_leaves_mmbench_to_the_server(root: Path) -> None:
+  task = MmBench(root)
+  scores = task.score(task.items(), answers(task.items(), right_letter))
+  assert scores.headline is None
+  assert scores.figures["local"]["all"]["accuracy"] == 1.0
+
+
+def test_the_sheet_keeps_texts_as_texts(root: Path, tmp_path: Path) -> None:
+  openpyxl = pytest.importorskip("openpyxl", reason="the extra xlsx is not installed")
+  task = MmBench(root, circular=True)
+  items = task.items()
+  given = answers(items, "=B\x00 1")
+  given.pop("5")
+  (file,) = task.submission(items, given, tmp_path)
+  assert file.name == "mmbench_dev_20230712.xlsx"
+  header, *rows = openpyxl.load_workbook(file).active.iter_rows(values_only=True)
+  assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+  assert rows[0] == (3, 'what is "it"?', "cat", "dog", "cow", None, "=B 1", "B", "dev")
+  assert rows[1][4:7] == (None, None, None)
+  assert len(rows) == 3
+
+
+def test_without_openpyxl_it_says_what_to_install(
+  root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setitem(sys.modules, "openpyxl", None)
+  task = MmBench(root)
+  with pytest.raises(ModuleNotFoundError, match=r"pip install llava-sp-jax\[xlsx\]"):
+    task.submission(task.items(), {}, tmp_path)
+
+
+# --- judges ---
+
+
+class Scripted:
+  """A judge whose answers are a function of the asking; it remembers them."""
+
+  name = "scripted"
+
+  def __init__(self, answer: Callable[[Ask], str]):
+    self.answer, self.asked = answer, list[Ask]()
+
+  def __call__(self, ask: Ask) -> str:
+    self.asked.append(ask)
+    return self.answer(ask)
+
+
+def failing(ask: Ask) -> str:
+  raise OSError("down")
+
+
+def test_mmbench_s_judge_reads_what_no_rule_can(root: Path) -> None:
+  judge = Scripted(lambda ask: "E" if "an odd one" in ask.prompt else "B")
+  task = MmBench(root, "lmms", judge=judge)
+  items = task.items()
+  texts = {"3": "the barking pet", "5": "an odd one", "9": "D"}
+  given = {k: Prediction(k, t) for k, t in texts.items()}
+  assert task.verdict(items[0], texts["3"]) == {"read": ""}
+  scores = task.score(items, given)
+  assert scores.headline == 2 / 3
+  assert len(judge.asked) == 2  # the third needed none
+  assert 'Question: what is "it"??\nOptions: There are several options: \nA. cat' in (
+    judge.asked[0].prompt
+  )
+  assert [r["text"] for r in scores.figures["reviews"]] == ["B", "E"]
+  for bad in (Scripted(failing), Scripted(lambda ask: "I cannot tell")):
+    task = MmBench(root, "lmms", judge=bad)
+    scores = task.score(items, given)
+    assert scores.by_kind["all"] == {"accuracy": 1.0, "items": 1, "asked": 3}
+    assert scores.figures["unjudged"] == 2
+    assert len(bad.asked) == 6
+    nothing = task.score(items[:2], {k: given[k] for k in ("3", "5")})
+    assert nothing.headline is None
+  alone = MmBench(root, "lmms")
+  assert alone.score(items, given).headline == 1 / 3
+  assert alone.protocol.endswith("no judge")
+
+
+def test_llava_bench_compares_means(root: Path, tmp_path: Path) -> None:
+  said = {"0": "8 6\nwell", "1": "10, 5", "2": "9 9", "3": "7 8\n"}
+
+  def answer(ask: Ask) -> str:
+    number = next(k for k in said if f"What {k}?" in ask.prompt)
+    return said[number]
+
+  judge = Scripted(answer)
+  task = LlavaBench(root, judge=judge, reviews=tmp_path / "reviews.jsonl")
+  items = task.items()
+  scores = task.score(items, answers(items, "mine"))
+  # "10, 5" has two blanks between its numbers once the comma is one, and is refused by the original
+  assert scores.figures["unjudged"] == 1
+  assert scores.by_kind["all"] == {
+    "score": round(round(23 / 3, 3) / 8.0 * 100, 1), "reference": 8.0, "model": round(23 / 3, 3),
+    "items": 3, "asked": 4,
+  }  # fmt: skip
+  assert scores.by_kind["conv"]["score"] == round(7 / 7.5 * 100, 1)
+  assert scores.by_kind["detail"]["items"] == 0
+  assert scores.headline == scores.by_kind["all"]["score"]
+  assert "judge scripted" in task.protocol
+  ask = judge.asked[0]
+  assert ask.temperature == 0.2
+  assert ask.prompt.startswith(
+    "[Context]\nA cat.\nOn a mat.\n\n[Question]\nWhat 0?\n\n[Assistant 1]\ntruth 0\n\n"
+    "[End of Assistant 1]\n\n[Assistant 2]\nmine\n\n[End of Assistant 2]\n\n[System]\nWe would"
+  )
+  again = LlavaBench(root, judge=Scripted(failing), reviews=tmp_path / "reviews.jsonl")
+  assert again.score(items, answers(items, "mine")).headline == scores.headline  # kept answers
+  down = LlavaBench(root, judge=Scripted(failing)).score(items, answers(items, "mine"))
+  assert down.headline is None
+  assert down.figures["unjudged"] == 4
+  assert down.figures["reviews"][0]["error"] == "OSError: down"
+
+
+def test_mmvet_s_grades(root: Path) -> None:
+  def answer(ask: Ask) -> str:
+    if "Where?" in ask.prompt:
+      return "perhaps"
+    if "Who?" in ask.prompt and ask.turn == 0:
+      return "Score: 1"
+    return "0.5" if "What is x?" in ask.prompt else "1.0 yes"
+
+  judge = Scripted(answer)
+  task = MmVet(root, judge=judge)
+  items = task.items()
+  scores = task.score(items, answers(items, "x=-1"))
+  assert scores.headline == 75.0
+  assert scores.by_kind["all"] == {"score": 75.0, "items": 2, "asked": 3}
+  assert scores.by_kind["math+ocr"]["score"] == 50.0
+  assert scores.figures["capability rec"] == {"score": 100.0, "items": 1}
+  assert scores.figures["unjudged"] == 1
+  assert [(a.turn, a.temperature) for a in judge.asked] == [
+    (0, 0), (0, 0), (1, 0.5), (0, 0), (1, 0.5), (2, 1.0), (3, 1.5),
+  ]  # fmt: skip
+  assert judge.asked[0].prompt.endswith("| 1.0\n\nWhat is x? | -1 <AND> -5 | x=-1 |")
+  down = MmVet(root, judge=Scripted(failing)).score(items, answers(items, "x"))
+  assert down.headline is None
+  assert down.figures["unjudged"] == 3
+
+
+def test_a_judge_of_mmvet_needs_the_truths(own: Path) -> None:
+  (own / "mm-vet/mm-vet.json").unlink()
+  assert len(MmVet(own).items()) == 3
+  with pytest.raises(FileNotFoundError, match=r"mm-vet.json; the judge compares with it"):
+    MmVet(own, judge=failing)
+
+
+@pytest.mark.parametrize(
+  ("review", "scores"),
+  [("8 7", (8.0, 7.0)), ("8,7\nx", (8.0, 7.0)), ("8 7 6", None), ("8", None), ("a b", None),
+   ("", None)],
+)  # fmt: skip
+def test_two_scores_in_the_first_line(review: str, scores: tuple[float, float] | None) -> None:
+  assert pair(review) == scores
+
+
+@pytest.mark.parametrize(
+  ("review", "value"),
+  [("0.4", 0.4), (" 1.0 right", 1.0), ("1.1", None), ("-0.1", None), ("nan", None), ("x", None)],
+)
+def test_a_grade_from_0_to_1(review: str, value: float | None) -> None:
+  assert grade(review) == value
+
+
+def test_options_are_what_the_constructors_take() -> None:
+  import inspect
+
+  for task in BENCHMARKS:
+    assert issubclass(task, Benchmark)
+    taken = list(inspect.signature(task).parameters)
+    assert taken == ["folder", *task.options]
