@@ -93,17 +93,23 @@ class Engine:
     while sizes[-1] * layout.groups < self._rows:
       sizes.append(sizes[-1] * layout.groups)
     self._groups = sorted({*sizes, self._rows})
-    self._encoder = Encoder(
-      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
-      layout.tiles * parts,
-    )  # fmt: skip
-    self._prefixes = Prefixes(
-      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
-    )
+    self.forget()
     self._state: decode.State | None = None
     self._widest = 0  # S of the widest state so far
 
   # ---- what callers use ---------------------------------------------------------------------------
+
+  def forget(self) -> None:
+    """Drops images and prefixes that were kept for the next questions about them."""
+    layout = self._layout
+    self._prompts.pictures.forget()
+    self._encoder = Encoder(
+      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
+      layout.tiles * self._programs.parts,
+    )  # fmt: skip
+    self._prefixes = Prefixes(
+      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
+    )
 
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
     """Answers in the order of the requests. A request that cannot be answered has an `error`."""
