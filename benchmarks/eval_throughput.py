@@ -8,15 +8,20 @@ shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the e
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKERS = 2  # that read images, on either side
 TOWER = {"image_size": 336, "patch_size": 14, "width": 384, "layers": 8, "heads": 6,
          "mlp_width": 1536, "select_layer": -2}  # fmt: skip
 SIZES = {  # of the decoder

@@ -40,7 +40,7 @@ class Layout:
   """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
   prefix: int = 16  # positions that are shared, a multiple of this
-  suffix: int = 32  # positions of a prompt's own, likewise
+  suffix: int = 16  # positions of a prompt's own, likewise
   slots: int = 64  # of a row of the cache, likewise
   groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
   window: int = 1024  # requests that are taken ahead and may be answered in another order
