@@ -1,13 +1,14 @@
 """The one decode step, in a loop on the device: rows end by themselves and wait to be refilled.
 
-Shape letters:  B rows . N new tokens at most . V vocabulary . D width
+Shape letters:  R rows, one for each answer . n lanes of a row (its beams) . B = R n lanes in all
+                N new tokens at most . V vocabulary
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,88 +20,134 @@ from llava_sp_jax.models.cache import KVCache
 from llava_sp_jax.models.llava import LlavaSP
 
 
-class State(NamedTuple):
-  """All that decoding keeps on the device. A row that is `done` is free."""
+class Answers(Protocol):
+  """What every way of choosing keeps of each row; a row that is `done` is free."""
 
-  cache: KVCache
-  token: jax.Array  # [B] int32, chosen and not yet in the cache
-  ids: jax.Array  # [B, N] int32, the answer so far
-  made: jax.Array  # [B] int32, how many of them count
-  done: jax.Array  # [B] bool
-  number: jax.Array  # [B] int32, of the request: what samples are drawn by
-  margin: jax.Array  # [B] float32, the smallest lead of a chosen token over the next best
+  token: jax.Array  # [R, n] or [R] int32, chosen and not yet in the cache
+  ids: jax.Array  # [R, N] int32, the answer so far
+  made: jax.Array  # [R] int32, how many of them count
+  done: jax.Array  # [R] bool
+  margin: jax.Array  # [R] float32, the smallest lead of a chosen token over the next best
+
+
+class State(NamedTuple):
+  """All that decoding keeps on the device."""
+
+  cache: KVCache  # of B lanes
+  rows: Any  # Answers, every array [R, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What is chosen and when an answer is over; a constant of compiled programs."""
+  """When an answer is over, and how a token is drawn; a constant of compiled programs."""
 
   stop_ids: tuple[int, ...]
   max_new_tokens: int
   sampler: Sampler = GREEDY
+  lanes: int = 1  # beams, where there are several
 
   def is_stop(self, token: jax.Array) -> jax.Array:
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
-def empty(cache: KVCache, rule: Rule) -> State:
-  """All rows free."""
-  rows = cache.length.shape
-  return State(
-    cache, jnp.zeros(rows, jnp.int32), jnp.zeros((*rows, rule.max_new_tokens), jnp.int32),
-    jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros(rows, jnp.int32),
-    jnp.full(rows, jnp.inf, jnp.float32),
-  )  # fmt: skip
+class Way(Protocol):
+  """How tokens are chosen: `Single`, or `beam.Beams`."""
+
+  @property
+  def rule(self) -> Rule: ...
+
+  def empty(self, rows: int) -> Any:
+    """All rows free, as Answers."""
+    ...
+
+  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Any:
+    """Answers of new rows from the logits [R, V] behind their prompts; their requests' numbers [R]."""
+    ...
+
+  def choose(self, rows: Any, logits: jax.Array, key: jax.Array) -> tuple[Any, jax.Array | None]:
+    """From logits [B, V]: new Answers, and the lane that each lane goes on from, if not itself."""
+    ...
+
+  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache: ...
 
 
-def choose(rule: Rule, state: State, logits: jax.Array, key: jax.Array) -> State:
-  """Takes the next token of every row that goes on. logits [B, V]."""
-  going = ~state.done
-  token = rule.sampler.pick(logits, key, state.number, state.made)
-  least = jnp.minimum(state.margin, margin(logits, token))
-  counts = going & ~rule.is_stop(token)
-  at = jnp.arange(rule.max_new_tokens) == state.made[:, None]
-  made = state.made + counts
-  return state._replace(
-    token=jnp.where(going, token, state.token),
-    ids=jnp.where(at & counts[:, None], token[:, None], state.ids),
-    made=made,
-    done=state.done | ~counts | (made >= rule.max_new_tokens),
-    margin=jnp.where(going, least, state.margin),
-  )
+class Choice(NamedTuple):
+  """Answers of one lane each."""
+
+  token: jax.Array
+  ids: jax.Array
+  made: jax.Array
+  done: jax.Array
+  margin: jax.Array
+  number: jax.Array  # [R] int32, of the request: what samples are drawn by
 
 
-def step(module: LlavaSP, params: Any, rule: Rule, state: State, key: jax.Array) -> State:
+@dataclasses.dataclass(frozen=True)
+class Single:
+  """Greedy or by sampling."""
+
+  rule: Rule
+
+  def empty(self, rows: int) -> Choice:
+    none = jnp.zeros((rows,), jnp.int32)
+    ids = jnp.zeros((rows, self.rule.max_new_tokens), jnp.int32)
+    return Choice(none, ids, none, none == 0, jnp.full((rows,), jnp.inf, jnp.float32), none)
+
+  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Choice:
+    rows = self.empty(len(logits))
+    rows = rows._replace(done=jnp.zeros_like(rows.done), number=numbers)
+    return self.choose(rows, logits, key)[0]
+
+  def choose(self, rows: Choice, logits: jax.Array, key: jax.Array) -> tuple[Choice, None]:
+    going = ~rows.done
+    token = self.rule.sampler.pick(logits, key, rows.number, rows.made)
+    least = jnp.minimum(rows.margin, margin(logits, token))
+    counts = going & ~self.rule.is_stop(token)
+    at = jnp.arange(self.rule.max_new_tokens) == rows.made[:, None]
+    made = rows.made + counts
+    return Choice(
+      token=jnp.where(going, token, rows.token),
+      ids=jnp.where(at & counts[:, None], token[:, None], rows.ids),
+      made=made,
+      done=rows.done | ~counts | (made >= self.rule.max_new_tokens),
+      margin=jnp.where(going, least, rows.margin),
+      number=rows.number,
+    ), None
+
+  def reorder(self, cache: KVCache, rows: Choice, parents: jax.Array) -> KVCache:
+    return cache
+
+
+def step(module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array) -> State:
   """One more token for every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
-  cache = state.cache
-  segments = jnp.full((len(state.token), 1), BRANCHES, jnp.int32)
-  hidden, new = apply(
-    state.token[:, None], cache.length[:, None], segments, None, None, cache, method="extend"
-  )
-  logits = apply(hidden[:, -1], method="logits")
-  state = state._replace(cache=cache_lib.append(cache, new, (~state.done).astype(jnp.int32)))
-  return choose(rule, state, logits, key)
+  cache, token = state.cache, state.rows.token.reshape(-1, 1)
+  segments = jnp.full(token.shape, BRANCHES, jnp.int32)
+  hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
+  going = jnp.repeat(~state.rows.done, way.rule.lanes).astype(jnp.int32)
+  cache = cache_lib.append(cache, new, going)
+  rows, parents = way.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
+  return State(cache if parents is None else way.reorder(cache, state.rows, parents), rows)
 
 
 def decode(
   module: LlavaSP, params: Any, state: State, key: jax.Array, ended: jax.Array, steps: jax.Array,
-  until: jax.Array, *, rule: Rule,
+  until: jax.Array, *, way: Way,
 ) -> tuple[State, jax.Array]:  # fmt: skip
   """Steps until `until` rows are done, at most `steps`. Returns the state and how many they were.
 
-  `ended` [B] bool are rows that the host has ended, at a stop string say. Both bounds are values,
+  `ended` [R] bool are rows that the host has ended, at a stop string say. Both bounds are values,
   not shapes: however many rows the host waits for, this is compiled once.
   """
-  state = state._replace(done=state.done | ended)
+  state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 
   def going(carry: tuple[jax.Array, State]) -> jax.Array:
     number, state = carry
-    return (number < steps) & (jnp.sum(state.done) < until)
+    return (number < steps) & (jnp.sum(state.rows.done) < until)
 
   def once(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
     number, state = carry
-    return number + 1, step(module, params, rule, state, key)
+    return number + 1, step(module, params, way, state, key)
 
   number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
   return state, number

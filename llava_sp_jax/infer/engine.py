@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_sp_jax.infer import decode
+from llava_sp_jax.infer.beam import Beams
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained
@@ -39,7 +40,7 @@ class Layout:
   """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
   prefix: int = 16  # positions that are shared, a multiple of this
-  suffix: int = 32  # positions of a prompt's own, likewise
+  suffix: int = 16  # positions of a prompt's own, likewise
   slots: int = 64  # of a row of the cache, likewise
   groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
   window: int = 1024  # requests that are taken ahead and may be answered in another order
@@ -80,21 +81,19 @@ class Engine:
     share = layout.share and config.model.language_model.rope_scaling.kind != "dynamic"
     self._prompts = Prompts(config, pretrained.tokenizer, share)
     self._longest = config.model.language_model.max_positions
-    rule = decode.Rule(self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation))
-    self._programs = Programs(config, pretrained.params, rule, generation.seed, mesh, self.counts)
+    rule = decode.Rule(
+      self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
+      generation.num_beams,
+    )  # fmt: skip
+    way: decode.Way = Beams(rule) if rule.lanes > 1 else decode.Single(rule)
+    self._programs = Programs(config, pretrained.params, way, generation.seed, mesh, self.counts)
     parts = self._programs.parts
     self._rows = bucket(batch_size, parts)
     sizes = [parts]
     while sizes[-1] * layout.groups < self._rows:
       sizes.append(sizes[-1] * layout.groups)
     self._groups = sorted({*sizes, self._rows})
-    self._encoder = Encoder(
-      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
-      layout.tiles * parts,
-    )  # fmt: skip
-    self._prefixes = Prefixes(
-      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
-    )
+    self.forget()
     self._state: decode.State | None = None
     self._widest = 0  # S of the widest state so far
 
@@ -108,7 +107,19 @@ class Engine:
     """Answers with another state of the same model from now on; nothing is compiled anew."""
     self.pretrained = pretrained
     self._programs.load(pretrained.params)
-    self._prefixes.forget()
+    self.forget()
+
+  def forget(self) -> None:
+    """Drops images and prefixes that were kept for the next questions about them."""
+    layout = self._layout
+    self._prompts.pictures.forget()
+    self._encoder = Encoder(
+      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
+      layout.tiles * self._programs.parts,
+    )  # fmt: skip
+    self._prefixes = Prefixes(
+      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
+    )
 
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
     """Answers in the order of the requests. A request that cannot be answered has an `error`."""
@@ -166,7 +177,7 @@ class Engine:
       self._state, steps = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
       state = self._state
       steps, made, done, ids, margin = jax.device_get(
-        (steps, state.made, state.done, state.ids, state.margin)
+        (steps, state.rows.made, state.rows.done, state.rows.ids, state.rows.margin)
       )
       self.counts.decode_steps += int(steps)
       for number, row in list(rows.items()):

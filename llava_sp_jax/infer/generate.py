@@ -27,7 +27,7 @@ def generate(
   ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
-  rule = decode.Rule(stop_ids, max_new_tokens, sampler)
+  way = decode.Single(decode.Rule(stop_ids, max_new_tokens, sampler))
   rows, length = batch["tokens"].shape
   text = module.language_model
 
@@ -44,11 +44,9 @@ def generate(
   counts = jnp.sum(batch["segments"] > 0, axis=1)
   cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
   last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-  state = decode.empty(cache, rule)
-  state = state._replace(done=jnp.zeros((rows,), bool), number=jnp.arange(rows, dtype=jnp.int32))
-  state = decode.choose(rule, state, apply(last, method="logits"), key)
-  nobody = jnp.zeros((rows,), bool)
+  first = way.first(apply(last, method="logits"), jnp.arange(rows, dtype=jnp.int32), key)
   state, _ = decode.decode(
-    module, params, state, key, nobody, jnp.int32(max_new_tokens), jnp.int32(rows), rule=rule
-  )
-  return state.ids, state.made
+    module, params, decode.State(cache, first), key, jnp.zeros((rows,), bool),
+    jnp.int32(max_new_tokens), jnp.int32(rows), way=way,
+  )  # fmt: skip
+  return state.rows.ids, state.rows.made

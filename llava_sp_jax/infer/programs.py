@@ -32,12 +32,12 @@ class Programs:
   """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
 
   def __init__(
-    self, config: config_lib.Config, params: Any, rule: decode_lib.Rule, seed: int, mesh: Mesh | None,
+    self, config: config_lib.Config, params: Any, way: decode_lib.Way, seed: int, mesh: Mesh | None,
     counts: Counts,
   ):  # fmt: skip
     self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
-    self._counts, self._rule = counts, rule
+    self._counts, self._way = counts, way
     self._table: dict[Hashable, Any] = {}
     platform = self.mesh.devices.flat[0].platform
     module = build.compiled_for(build.model(config.model), platform, branches=False)
@@ -88,15 +88,21 @@ class Programs:
 
     def make() -> State:
       cache = cache_lib.allocate(
-        text.layers, rows, slots, text.kv_heads, text.head_dim, text.dtype, stacked=False
+        text.layers,
+        rows * self._way.rule.lanes,
+        slots,
+        text.kv_heads,
+        text.head_dim,
+        text.dtype,
+        stacked=False,
       )
-      return decode_lib.empty(cache, self._rule)
+      return State(cache, self._way.empty(rows))
 
     return self._run(("state", rows, slots), make, (), out=self._state_places(rows))
 
   def widen(self, state: State, slots: int) -> State:
     """The same rows with room for more."""
-    rows = len(state.token)
+    rows = len(state.rows.done)
     return self._run(
       ("widen", rows, state.cache.slots, slots),
       lambda s: s._replace(cache=cache_lib.widen(s.cache, slots)), (state,),
@@ -122,18 +128,18 @@ class Programs:
     self, state: State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
   ) -> State:
     """See `prefill.admit`; the state is donated."""
-    run = functools.partial(prefill.admit, self._module, rule=self._rule)
-    key = ("admit", len(state.token), state.cache.slots, *_shapes(group))
+    run = functools.partial(prefill.admit, self._module, way=self._way)
+    key = ("admit", len(state.rows.done), state.cache.slots, *_shapes(group))
     arguments = (self._params, state, self._key, self._group(group), rows, numbers)
-    return self._run(key, run, arguments, (1,), self._state_places(len(state.token)))
+    return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
 
   def decode(
     self, state: State, ended: np.ndarray, steps: int, until: int
   ) -> tuple[State, jax.Array]:
     """See `decode.decode`; the state is donated."""
-    run = functools.partial(decode_lib.decode, self._module, rule=self._rule)
+    run = functools.partial(decode_lib.decode, self._module, way=self._way)
     arguments = (self._params, state, self._key, ended, np.int32(steps), np.int32(until))
-    key = ("decode", len(state.token), state.cache.slots)
+    key = ("decode", len(state.rows.done), state.cache.slots)
     return self._run(key, run, arguments, (1,), (self._state_places(len(ended)), self._whole))
 
   # ---- building and placing -----------------------------------------------------------------------
@@ -170,8 +176,8 @@ class Programs:
     each = NamedSharding(self.mesh, PartitionSpec(row))
     layers = (kept,) * text.layers
     cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]
-    rest: Any = [each] * (len(State._fields) - 1)
-    return State(cache, *rest)
+    answers = jax.eval_shape(lambda: self._way.empty(rows))
+    return State(cache, jax.tree.map(lambda _: each, answers))
 
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:

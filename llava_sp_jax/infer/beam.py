@@ -1,0 +1,111 @@
+"""Beam search, as transformers does it by default: length_penalty 1, early_stopping False.
+
+Each row has n lanes, the running beams. Those that end among the n best candidates of a step become
+results, scored by their log-probability divided by the tokens they have, the end token counted. A
+row is done when n results are no worse than what the best running beam has now.
+Source: `_beam_search` in transformers 5, `generation/utils.py`.
+
+Shape letters:  R rows . n beams . C candidates . N new tokens at most . V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llava_sp_jax.infer.decode import Rule
+from llava_sp_jax.models.cache import KVCache, Layers
+
+WORST = -1e9  # of a beam that is none
+
+
+class BeamAnswers(NamedTuple):
+  token: jax.Array  # [R, n]
+  ids: jax.Array  # [R, N], the best result once the row is done
+  made: jax.Array  # [R], 0 before
+  done: jax.Array  # [R]
+  margin: jax.Array  # [R], by how much the best result's score leads the second
+  steps: jax.Array  # [R] int32, tokens of the running beams
+  running: jax.Array  # [R, n, N] int32
+  scores: jax.Array  # [R, n] float32, log-probabilities of the running beams
+  ended: jax.Array  # [R, n, N] int32, the results, best first
+  ended_made: jax.Array  # [R, n] int32
+  ended_scores: jax.Array  # [R, n] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Beams:
+  rule: Rule
+
+  def empty(self, rows: int) -> BeamAnswers:
+    count, longest = self.rule.lanes, self.rule.max_new_tokens
+    none, each = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, count), jnp.int32)
+    ids = jnp.zeros((rows, count, longest), jnp.int32)
+    worst = jnp.full((rows, count), WORST, jnp.float32)
+    return BeamAnswers(
+      each, ids[:, 0], none, none == 0, jnp.full((rows,), jnp.inf, jnp.float32), none, ids, worst,
+      ids, each, worst,
+    )  # fmt: skip
+
+  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> BeamAnswers:
+    """The prompt is one beam of log-probability 0; `numbers` and `key` are for sampling only."""
+    rows = self.empty(len(logits))
+    rows = rows._replace(done=jnp.zeros_like(rows.done), scores=rows.scores.at[:, 0].set(0.0))
+    every = jnp.repeat(logits, self.rule.lanes, axis=0)
+    return self.choose(rows, every, key)[0]
+
+  def choose(
+    self, rows: BeamAnswers, logits: jax.Array, key: jax.Array
+  ) -> tuple[BeamAnswers, jax.Array]:
+    count, longest = self.rule.lanes, self.rule.max_new_tokens
+    every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]
+    scores = jax.nn.log_softmax(logits).reshape(-1, count, vocabulary) + rows.scores[..., None]
+    # So many that n of them go on, whatever ends.
+    wanted = max(2, 1 + len(self.rule.stop_ids)) * count
+    flat = scores.reshape(len(every), -1)
+    best, index = jax.lax.top_k(flat, min(wanted, flat.shape[1]))
+    parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
+    steps = rows.steps[:, None] + 1
+    stops = self.rule.is_stop(token)
+    ends = stops | (steps >= longest)
+    at = jnp.arange(longest) == rows.steps[:, None, None]
+    ids = jnp.where(at, token[..., None], rows.running[every, parent])  # [R, C, N]
+
+    among = jnp.arange(best.shape[1]) < count
+    scored = jnp.where(ends & among, best / steps, WORST)
+    results = jnp.concatenate([rows.ended_scores, scored], axis=1)
+    ended_scores, kept = jax.lax.top_k(results, count)
+    made = jnp.concatenate([rows.ended_made, jnp.where(stops, steps - 1, steps)], axis=1)
+    ended = jnp.concatenate([rows.ended, ids], axis=1)[every, kept]
+
+    going, chosen = jax.lax.top_k(jnp.where(ends, WORST, best), count)
+    full = ended_scores[:, -1] > WORST / 2
+    done = full & (ended_scores[:, -1] >= going[:, 0] / steps[:, 0]) | (steps[:, 0] >= longest)
+    new = BeamAnswers(
+      token=token[every, chosen], ids=ended[:, 0], made=jnp.where(done, made[every, kept][:, 0], 0),
+      done=rows.done | done,
+      margin=ended_scores[:, 0] - ended_scores[:, 1] if count > 1 else rows.margin,
+      steps=steps[:, 0], running=ids[every, chosen], scores=going, ended=ended,
+      ended_made=made[every, kept], ended_scores=ended_scores,
+    )  # fmt: skip
+
+    def keep(old: jax.Array, new: jax.Array) -> jax.Array:
+      return jnp.where(rows.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    parents = jnp.where(rows.done[:, None], jnp.arange(count), parent[every, chosen])
+    return jax.tree.map(keep, rows, new), (every * count + parents).reshape(-1)
+
+  def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
+    """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
+    start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
+    width = min(self.rule.max_new_tokens, cache.slots)
+    cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, 1))
+    put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 1))
+
+    def move(layers: Layers) -> Layers:
+      return jax.tree.map(lambda x: put(x, cut(x, start)[parents], start), layers)
+
+    return KVCache(move(cache.keys), move(cache.values), cache.length)
