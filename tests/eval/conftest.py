@@ -48,6 +48,9 @@ class Scripted(Engine):
     self.asked: list[str] = []
     self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
 
+  def forget(self) -> None:
+    self._fails = {}
+
   def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
     for index, request in enumerate(requests):
       if self._dies_after and len(self.asked) == self._dies_after:

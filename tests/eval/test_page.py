@@ -145,7 +145,7 @@ def test_bars_are_as_long_as_the_figures(scored: tuple[dict[str, Any], Path]) ->
   page.write(out, points, [], {})
   text = (out / page.FILE).read_text()
   assert re.findall(r'<rect[^>]*width="([\d.]+)"', text) == ["210.0", "420.0"]
-  assert "1400.0  of 3" in text
+  assert "1400.0 of 3" in text
 
 
 def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]) -> None:

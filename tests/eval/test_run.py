@@ -63,7 +63,7 @@ def test_images_that_were_put_back_are_asked_again_on_request(
   before = run_lib.run(task, Scripted(fails={"3.png": "gone", "5.png": "gone"}), out)
   assert len(before["failures"]) == 2
   assert run_lib.run(task, Scripted(), out)["failures"] == before["failures"]
-  after = run_lib.run(task, Scripted(), out, retry=True)
+  after = run_lib.run(task, Scripted(fails={"3.png": "remembered"}), out, retry=True)
   assert after["failures"] == []
   assert by_id(out)["test-3"]["text"] == "yes"
   asked = [json.loads(line)["asked"] for line in (out / "sessions.jsonl").read_text().splitlines()]
