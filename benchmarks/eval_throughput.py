@@ -8,15 +8,20 @@ shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the e
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKERS = 2  # that read images, on either side
 TOWER = {"image_size": 336, "patch_size": 14, "width": 384, "layers": 8, "heads": 6,
          "mlp_width": 1536, "select_layer": -2}  # fmt: skip
 SIZES = {  # of the decoder
@@ -24,6 +29,8 @@ SIZES = {  # of the decoder
            "mlp_width": 1536, "tie_embeddings": True},
   "medium": {"vocab_size": 32000, "width": 512, "layers": 8, "heads": 8, "kv_heads": 8,
              "head_dim": 64, "mlp_width": 1376},
+  "tiny": {"vocab_size": 2048, "width": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 32,
+           "mlp_width": 128},
 }  # fmt: skip
 ROWS = ("none", "pooling", "cropping")
 PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
@@ -78,30 +85,39 @@ def config_of(row: str, size: str, tokenizer: Path) -> Any:
       "projector": {"row": row, "token_width": 128}, "dtype": "float32",
       "frozen_dtype": "float32", "remat": "none",
     },
-    "data": {"tokenizer": str(tokenizer), "template": "v1", "threads": 2},
+    "data": {"tokenizer": str(tokenizer), "template": "v1", "threads": WORKERS},
   })  # fmt: skip
 
 
-def weights(config: Any, folder: Path) -> Any:
-  """Random parameters, also as torch opens them in `folder`. Returns a `Pretrained`."""
-  import jax
+def weights(config: Any, folder: Path, like: Any = None) -> Any:
+  """Random parameters as a `Pretrained`, written to `folder` as torch opens them.
+
+  Tower and decoder are those of `like` if given; only the projector is written then.
+  """
   import numpy as np
-  from flax.traverse_util import flatten_dict
+  from flax.traverse_util import flatten_dict, unflatten_dict
 
   from llava_sp_jax.convert import formats, leaves, save
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.infer.pretrained import Pretrained
   from llava_sp_jax.models import build
 
-  params = jax.jit(lambda key: build.initialise(config.model, key))(jax.random.key(0))
-  flat = {k: np.asarray(v) for k, v in flatten_dict(params, sep="/").items()}
+  rng = np.random.default_rng(0)
+  flat = {}
+  for path, leaf in flatten_dict(build.abstract(config.model), sep="/").items():
+    same = flatten_dict(like.params, sep="/").get(path) if like else None
+    wide = path.split("/")[-1] in ("scale",)
+    values = rng.standard_normal(leaf.shape, np.float32) * (
+      leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.02
+    )
+    flat[path] = values + wide if same is None or "projector" in path else same
   source = formats.Source("memory", config, leaves.in_memory(flat), formats.PARTS, None)
-  folder.mkdir()
-  save.export(source, "vision_tower", folder / "tower")
-  save.export(source, "language_model", folder / "text")
+  if like is None:
+    save.export(source, "vision_tower", folder / "tower")
+    save.export(source, "language_model", folder / "text")
   projector = {k.removeprefix("projector/"): v for k, v in flat.items() if "projector/" in k}
-  np.savez(folder / "projector.npz", **projector)
-  return Pretrained(config, params, Tokenizer(config.data.tokenizer))
+  np.savez(folder / f"{config.model.projector.row}.npz", **projector)
+  return Pretrained(config, unflatten_dict(flat, sep="/"), Tokenizer(config.data.tokenizer))
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -130,14 +146,13 @@ def write_images(folder: Path, count: int) -> list[Path]:
 class Bench:
   """Both sides of one row of the projector."""
 
-  def __init__(self, row: str, size: str, folder: Path, images: list[Path]):
+  def __init__(self, row: str, size: str, folder: Path, images: list[Path], like: Any = None):
     from llava_sp_jax.models import build
 
-    self.images = images
+    self.images, self.row = images, row
     self.config = config_of(row, size, folder / "tokenizer")
-    self.model = weights(self.config, folder / row)
-    self.layers = build.tower_layers(self.config.model)
-    self.torch = Torch(folder / row, row, self.layers)
+    self.model = weights(self.config, folder, like)
+    self.torch = Torch(folder, row, build.tower_layers(self.config.model))
 
   def requests(self, workload: Workload) -> list[Any]:
     from llava_sp_jax.infer.engine import Request
@@ -146,26 +161,296 @@ class Bench:
     return [Request(ask(i % len(THINGS) if each == 1 else j), (self.images[i],))
             for i in range(images) for j in range(each)]  # fmt: skip
 
-  def torch_rows(self, requests: list[Any]) -> list[dict[str, Any]]:
-    """What our prompts say, as the other side reads it: ids with one for the image."""
+  def engine(self, new: int, batch: int = 16) -> Any:
+    from llava_sp_jax.infer.engine import Engine, Generation
+
+    return Engine(self.model, batch, Generation(max_new_tokens=new))
+
+  def torch_answers(self, requests: list[Any], new: int, workers: int) -> dict[str, Any]:
+    """The other side asks the same ids."""
     from llava_sp_jax.data import conversation, example
 
     template = conversation.TEMPLATES[self.config.data.template]
-    rows = []
+    stop, rows = self.model.tokenizer.stop_ids(template.end), []
     for request in requests:
       pieces = conversation.prompt(f"{conversation.IMAGE}\n{request.question}", template)
       runs = example.tokenize(pieces, self.model.tokenizer)
       rows.append({"image": str(request.images[0]), "ids": [i for run in runs for i in run.ids]})
-    return rows
+    found = self.torch.do("answers", rows=rows, new=new, workers=workers, stop=list(stop),
+                          size=TOWER["image_size"])  # fmt: skip
+    found["ids"] = [tuple(i for i in ids if i not in stop) for ids in found["ids"]]
+    return found
 
-  def engine(self, new: int, batch: int = 16) -> Any:
-    from llava_sp_jax.infer.engine import Engine
-    from llava_sp_jax.infer.generation import Generation
 
-    made = Engine(self.model, batch, Generation(max_new_tokens=new))
-    made.stop_ids = ()
-    return made
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+  started = time.perf_counter()
+  result = run()
+  return time.perf_counter() - started, result
+
+
+def medians(repeats: int, *sides: Callable[[], float]) -> list[float]:
+  """Of each side's seconds, taken in turns so that a busy moment meets all."""
+  taken = [[side() for side in sides] for _ in range(repeats)]
+  return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def workload(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
+  requests, new = bench.requests(WORKLOADS[name]), WORKLOADS[name][2]
+  engine = bench.engine(new)
+  list(engine.answer(requests))  # compiles
+  bench.torch_answers(requests[:1], new, WORKERS)
+  compiles, found = engine.counts.compiles, {}
+
+  def ours() -> float:
+    engine.forget()
+    seconds, found["ours"] = timed(lambda: [a.ids for a in engine.answer(requests)])
+    return seconds
+
+  def theirs() -> float:
+    result = bench.torch_answers(requests, new, WORKERS)
+    found["torch"] = result["ids"]
+    return result["seconds"]
+
+  one, other = medians(repeats, ours, theirs)
+  assert engine.counts.compiles == compiles, "nothing compiles after the warm-up"
+  same = sum(a == b for a, b in zip(found["ours"], found["torch"], strict=True))
+  return {
+    "workload": name, "ours_qps": len(requests) / one, "torch_qps": len(requests) / other,
+    "ratio": other / one, "machine": machine(), "questions": len(requests), "same_answers": same,
+  }  # fmt: skip
+
+
+def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
+  """Decoding 8 rows, and prefill of 1 and 4, alone."""
+  import jax
+  import numpy as np
+
+  from llava_sp_jax.infer import decode, prefill
+  from llava_sp_jax.infer.counts import Counts
+  from llava_sp_jax.infer.programs import Programs
+
+  way = decode.Single(decode.Rule((), STEPS + 1))
+  programs = Programs(bench.config, bench.model.params, way, 0, None, Counts())
+  rng = np.random.default_rng(0)
+
+  def group(rows: int) -> prefill.Group:
+    tokens = rng.integers(0, 1000, (rows, PROMPT), dtype=np.int32)
+    full = np.full(rows, PROMPT, np.int32)
+    return prefill.Group(tokens, np.full_like(tokens, -1), full, full * 0, (), ())
+
+  def decoded(rows: int) -> float:
+    index = np.arange(rows, dtype=np.int32)
+    state = programs.admit(programs.state(rows, PROMPT + 64), group(rows), index, index)
+    jax.block_until_ready(state)
+    nobody = np.zeros(rows, bool)
+    seconds, _ = timed(
+      lambda: jax.block_until_ready(programs.decode(state, nobody, STEPS, rows + 1))
+    )
+    return seconds / STEPS
+
+  def prefilled(rows: int) -> float:
+    some = group(rows)
+    return timed(lambda: jax.block_until_ready(programs.grow(some, PROMPT)))[0]
+
+  records = []
+  for name, rows, ours in (
+    ("decode", 8, decoded),
+    ("prefill", 1, prefilled),
+    ("prefill", 4, prefilled),
+  ):
+    ours(rows)  # compiles
+
+    def theirs(name: str = name, rows: int = rows) -> float:
+      task = {"batch": rows, "length": PROMPT, "steps": STEPS}
+      return bench.torch.do(name, **task)["seconds"]
+
+    theirs()
+    one, other = medians(repeats, lambda ours=ours, rows=rows: ours(rows), theirs)
+    tokens = rows if name == "decode" else rows * PROMPT
+    records.append({
+      "part": name, "batch": rows, "ours_tokens_per_s": tokens / one,
+      "torch_tokens_per_s": tokens / other, "ratio": other / one,
+    })  # fmt: skip
+    said(records[-1])
+  return records
+
+
+def reading(bench: Bench, repeats: int) -> dict[str, Any]:
+  """Images a second, decoded and preprocessed by equally many workers; and are the bits equal?"""
+  import hashlib
+  from concurrent.futures import ThreadPoolExecutor
+
+  from llava_sp_jax.data import anyres
+  from llava_sp_jax.infer.prompts import Pictures
+  from llava_sp_jax.models import build
+
+  images = bench.images * 4
+  reader = anyres.Reader(bench.config.data, anyres.Tile(*build.tile_shape(bench.config.model)))
+  bits: dict[str, list[str]] = {}
+
+  def ours() -> float:
+    pictures = Pictures(reader)
+
+    def read(pair: tuple[int, Path]) -> Any:
+      key, path = str(pair[0]), pair[1]
+      pictures.plan(key, path)
+      return pictures.tiles(key, path)[0]
+
+    with ThreadPoolExecutor(WORKERS) as threads:
+      seconds, tiles = timed(lambda: list(threads.map(read, enumerate(images))))
+    bits["ours"] = [hashlib.sha256(tile).hexdigest() for tile in tiles]
+    return seconds
+
+  def theirs() -> float:
+    found = bench.torch.do("read", images=[str(p) for p in images], workers=WORKERS,
+                           size=TOWER["image_size"])  # fmt: skip
+    bits["torch"] = found["hashes"]
+    return found["seconds"]
+
+  one, other = medians(repeats, ours, theirs)
+  return {
+    "images": len(images), "workers": WORKERS, "ours_images_per_s": len(images) / one,
+    "torch_images_per_s": len(images) / other, "ratio": other / one,
+    "bit_equal": bits["ours"] == bits["torch"],
+  }  # fmt: skip
+
+
+def first_token(bench: Bench, repeats: int) -> dict[str, Any]:
+  """From a new image to the first token of one answer, its tokens a second, and FLOPs."""
+  requests = bench.requests((repeats + 1, 1, 1, lambda i: "what is it?"))
+  long, short = bench.engine(STEPS, 1), bench.engine(1, 1)
+  for engine in (long, short):
+    next(engine.answer(requests[:1]))
+
+  def ours(engine: Any) -> float:
+    engine.forget()
+    return timed(lambda: next(engine.answer(requests[:1])))[0]
+
+  def theirs(new: int) -> float:
+    return bench.torch_answers(requests[:1], new, 0)["seconds"]
+
+  theirs(1)
+  first, whole, other, other_whole = medians(
+    repeats, lambda: ours(short), lambda: ours(long), lambda: theirs(1), lambda: theirs(STEPS)
+  )
+  return {
+    "row": bench.row, "first_token_ms": 1e3 * first, "torch_first_token_ms": 1e3 * other,
+    "tokens_per_s": STEPS / whole, "torch_tokens_per_s": STEPS / other_whole,
+    "gflops": flops(bench.config) / 1e9,
+  }  # fmt: skip
+
+
+def flops(config: Any) -> float:
+  """Of an image and a prompt of its tokens and 60 of text: matmuls as XLA counts them."""
+  import jax
+  import jax.numpy as jnp
+
+  from llava_sp_jax.models import build
+
+  module = build.unstacked(build.model(config.model))
+  params = jax.eval_shape(build.unstack, build.abstract(config.model))
+  length = build.image_token_count(config.model) + 60
+  ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  side = config.model.tower.image_size
+  pixels = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
+  run = jax.jit(lambda p, *x: module.apply({"params": p}, *x))
+  return float(run.lower(params, ids, ids, ids, pixels, ids).cost_analysis()["flops"])
 
 
 def machine() -> str:
   return f"{os.cpu_count()} cores {platform.machine()}, CPU, Python {platform.python_version()}"
+
+
+def said(record: dict[str, Any]) -> None:
+  """One line of progress."""
+  shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in record.items()}
+  print(f"{time.monotonic() - STARTED:5.0f} s  " + "  ".join(f"{k} {v}" for k, v in shown.items()),
+        flush=True)  # fmt: skip
+
+
+def page(result: dict[str, Any]) -> str:
+  lines = [
+    "# Evaluation throughput: the engine against a torch loop", "",
+    f"Made by `python benchmarks/eval_throughput.py`: random weights (`{result['size']}`), float32, "
+    f"medians of {result['repeats']}, both sides in one run on {result['machine']}. The other side "
+    "is transformers one question at a time behind a DataLoader, as the original evaluates.", "",
+    "| workload | questions | ours, questions/s | torch | ratio | same answers |",
+    "|---|---|---|---|---|---|",
+  ]  # fmt: skip
+  lines += [
+    f"| {r['workload']} | {r['questions']} | {r['ours_qps']:.2f} | {r['torch_qps']:.2f} | "
+    f"{r['ratio']:.2f} | {r['same_answers']} |" for r in result["records"]
+  ]  # fmt: skip
+  lines += ["", "| part | batch | ours, tokens/s | torch | ratio |", "|---|---|---|---|---|"]
+  lines += [
+    f"| {r['part']} | {r['batch']} | {r['ours_tokens_per_s']:.0f} | {r['torch_tokens_per_s']:.0f} | "
+    f"{r['ratio']:.2f} |" for r in result["parts"]
+  ]  # fmt: skip
+  if read := result["reading"]:
+    lines += ["", f"Reading images ({read['workers']} workers): {read['ours_images_per_s']:.1f}/s, "
+              f"torch's DataLoader {read['torch_images_per_s']:.1f}/s, ratio {read['ratio']:.2f}; "
+              f"pixels bit-equal: {read['bit_equal']}."]  # fmt: skip
+  lines += [
+    "", "From a new image to the first token, one question alone; tokens/s with it included:", "",
+    "| row | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
+    "|---|---|---|---|---|---|---|---|",
+  ]  # fmt: skip
+  for r in result["rows"]:
+    base = result["rows"][0]
+    ours, other = (r[k] / base[k] - 1 for k in ("first_token_ms", "torch_first_token_ms"))
+    lines.append(
+      f"| {r['row']} | {r['first_token_ms']:.0f} | {100 * ours:+.1f}% | "
+      f"{r['torch_first_token_ms']:.0f} | {100 * other:+.1f}% | {r['tokens_per_s']:.1f} | "
+      f"{r['torch_tokens_per_s']:.1f} | {r['gflops']:.1f} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+STARTED = time.monotonic()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", choices=SIZES, default="smol", help="of the decoder (%(default)s)")
+  parser.add_argument("--repeats", type=int, default=3, help="medians of so many (%(default)s)")
+  parser.add_argument("--minutes", type=float, default=6, help="starts no part after this")
+  parser.add_argument("--out", type=Path, default=Path("docs/results/eval_throughput"))
+  options = parser.parse_args()
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  result: dict[str, Any] = {
+    "machine": machine(), "size": options.size, "repeats": options.repeats, "records": [],
+    "parts": [], "reading": {}, "rows": [],
+  }  # fmt: skip
+
+  def time_left() -> bool:
+    return time.monotonic() - STARTED < 60 * options.minutes
+
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    write_tokenizer(folder / "tokenizer")
+    images = write_images(folder / "images", 12)
+    bench = Bench("pooling", options.size, folder, images)
+    said({"loaded": options.size, **bench.torch.about})
+    for task in WORKLOADS:
+      result["records"].append(workload(bench, task, options.repeats))
+      said(result["records"][-1])
+    result["parts"] = parts(bench, options.repeats)
+    result["reading"] = reading(bench, options.repeats)
+    said(result["reading"])
+    for row in ROWS:
+      if not time_left():
+        said({"left out": row})
+        continue
+      other = bench if row == bench.row else Bench(row, options.size, folder, images, bench.model)
+      result["rows"].append(first_token(other, options.repeats))
+      said(result["rows"][-1])
+      if other is not bench:
+        other.torch.close()
+    bench.torch.close()
+  options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+  options.out.with_suffix(".md").write_text(page(result))
+  print(f"written: {options.out}.md, {options.out}.json, {time.monotonic() - STARTED:.0f} s")
+
+
+if __name__ == "__main__":
+  main()

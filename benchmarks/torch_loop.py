@@ -81,7 +81,7 @@ class Model:
     """`layers` of the tower are used, whatever its file says of the select layer."""
     self.tower = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.float32).eval()
     self.text = AutoModelForCausalLM.from_pretrained(folder / "text", dtype=torch.float32).eval()
-    with np.load(folder / "projector.npz") as arrays:
+    with np.load(folder / f"{row}.npz") as arrays:
       self.projector = Projector(row, dict(arrays))
     self.layers = layers
 
@@ -95,11 +95,13 @@ class Model:
     before, after = (table(torch.tensor([part])) for part in (ids[:at], ids[at + 1 :]))
     return torch.cat([before, image, after], 1)
 
-  def generate(self, embeds: torch.Tensor, new: int) -> list[list[int]]:
+  def generate(
+    self, embeds: torch.Tensor, new: int, stop: list[int] | None = None
+  ) -> list[list[int]]:
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     return self.text.generate(
       inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new, do_sample=False,
-      eos_token_id=None, pad_token_id=0,
+      eos_token_id=stop, pad_token_id=0,
     ).tolist()  # fmt: skip
 
 
@@ -134,7 +136,9 @@ def answers(model: Model, task: dict[str, Any]) -> dict[str, Any]:
   """The loop: seconds and ids for a list of {image, ids}."""
   started, found = time.perf_counter(), []
   for ids, pixels in loader(task["rows"], task["size"], task["workers"]):
-    found.append(model.generate(model.embeds(ids, model.encode(pixels)), task["new"])[0])
+    found.append(
+      model.generate(model.embeds(ids, model.encode(pixels)), task["new"], task["stop"])[0]
+    )
   return {"seconds": time.perf_counter() - started, "ids": found}
 
 
@@ -176,7 +180,7 @@ DO: dict[str, Callable[[Model, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("folder", type=Path, help="tower/, text/ and projector.npz")
+  parser.add_argument("folder", type=Path, help="tower/, text/ and ROW.npz")
   parser.add_argument("row", help="of the projector: none, pooling or cropping")
   parser.add_argument("layers", type=int, help="of the tower that are used")
   options = parser.parse_args()

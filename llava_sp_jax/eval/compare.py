@@ -55,9 +55,7 @@ def compare(here: Path, there: Path) -> Flips:
     f"{k}: {mine[k]!r} here, {other[k]!r} there" for k in SAME if mine[k] != other[k]
   ]:
     raise EvalError(f"--compare {there}: answers to other questions ({'; '.join(different)})")
-  notes = tuple(
-    f"{k}: {mine[k]} here, {other.get(k)} there" for k in mine if mine[k] != other.get(k)
-  )
+  notes = tuple(predictions.differences(mine, other))
   records, before = predictions.read(here), predictions.read(there)
   groups: dict[str, list[Flip]] = {"fixed": [], "broken": [], "changed": []}
   both = 0

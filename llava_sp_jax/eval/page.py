@@ -19,7 +19,7 @@ from llava_sp_jax.eval.predictions import Record
 FILE = "index.html"
 WRONG, RIGHT, FLIPS, FAILURES = 36, 24, 24, 200  # so many are shown
 LONGEST = 400  # characters of a text that are shown
-BAR = (420, 18)  # pixels: the longest bar, and its height
+BAR, LABEL = (420, 18), 40  # pixels: the longest bar, and its height; characters of a kind's name
 
 Pictures = Mapping[str, Sequence[Path | bytes]]  # of an item, by its id
 Element = ElementTree.Element
@@ -32,21 +32,23 @@ h1 { margin-bottom: .2rem } h2 { margin-top: 2.2rem }
 table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 .published { border-left: 4px solid #b8860b; padding-left: 1rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .8rem }
-.card { border: 1px solid #ccc; border-radius: 6px; padding: .6rem; overflow-wrap: anywhere }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem }
+.card { border: 1px solid #ccc; border-radius: 6px; padding: .6rem; overflow-wrap: anywhere;
+  box-sizing: border-box; width: 12.5rem }
 .card img { display: block; max-width: 100%; margin: 0 auto .4rem }
 .card p { margin: .2rem 0; white-space: pre-wrap }
 .right { border-top: 4px solid #2a7f62 } .wrong { border-top: 4px solid #c0392b }
 .unsaid { border-top: 4px solid #888 } .kind { color: #666; font-size: .85em }
-rect { fill: #2a7f62 } text { font-size: 12px; fill: currentColor }
+svg { font-size: 13px }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 }
   .note, .kind { color: #aaa } .card { border-color: #444 } }
 """
 
 
 def tag(name: str, /, *children: Element | str | None, **attributes: object) -> Element:
-  """An element; `class_` is written as `class`."""
-  element = ElementTree.Element(name, {k.rstrip("_"): str(v) for k, v in attributes.items()})
+  """An element; `class_` is written as `class`, `text_anchor` as `text-anchor`."""
+  names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
+  element = ElementTree.Element(name, {names[k]: str(v) for k, v in attributes.items()})
   last = None
   for child in children:
     if isinstance(child, str):
@@ -97,18 +99,17 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
   longest = max(max(value for _, value, _, _ in rows), 1e-9)
   scale = 1.0 if longest <= 1 else longest
   width, height = BAR
+  left = 16 + 8 * min(LABEL, max(len(name) for name, *_ in rows))
   marks = []
-  left = 8 + 7 * min(40, max(len(name) for name, *_ in rows))
   for i, (name, value, text, items) in enumerate(rows):
-    y = i * (height + 6)
+    y, long = i * (height + 6), max(0.0, value) / scale * width
+    label = name if len(name) <= LABEL else f"{name[: LABEL - 1]}…"
+    figure = f"{text} of {items}"
     marks += [
-      tag("text", shortened(name, 40), x=left - 8, y=y + 13, text_anchor="end"),
-      tag("rect", x=left, y=y, width=f"{max(0.0, value) / scale * width:.1f}", height=height),
-      tag("text", f"{text}  of {items}", x=left + 6 + max(0.0, value) / scale * width, y=y + 13),
+      tag("text", label, x=left - 8, y=y + 13, text_anchor="end", fill="currentColor"),
+      tag("rect", x=left, y=y, width=f"{long:.1f}", height=height, fill="#2a7f62"),
+      tag("text", figure, x=f"{left + 6 + long:.1f}", y=y + 13, fill="currentColor"),
     ]
-  for mark in marks:  # SVG's names have hyphens
-    if anchor := mark.attrib.pop("text_anchor", None):
-      mark.set("text-anchor", anchor)
   total = (left + width + 150, len(rows) * (height + 6))
   yield tag("h2", f"By kind: {tables.figure(scores)}")
   yield tag("svg", *marks, viewBox=f"0 0 {total[0]} {total[1]}", width=total[0], height=total[1],

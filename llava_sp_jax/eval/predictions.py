@@ -95,7 +95,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
       )
     replace(path, json.dumps(wanted, indent=2) + "\n")
   there = read_settings(folder)["settings"]
-  lines = _differences(wanted["settings"], there)
+  lines = differences(wanted["settings"], there)
   if lines:
     raise EvalError(
       f"{folder} holds answers made with other settings ('here' is what you ask for, 'there' the "
@@ -112,12 +112,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
+def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
+  """Lines that name each value in which two settings differ."""
   lines = []
   for key in dict.fromkeys([*here, *there]):
     a, b = here.get(key), there.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      lines += _differences(a, b, f"{at}{key}.")
+      lines += differences(a, b, f"{at}{key}.")
     elif a != b:
       lines.append(f"{at}{key}: {a!r} here, {b!r} there")
   return lines

@@ -85,6 +85,8 @@ def run(
   ]  # fmt: skip
   if len(mine) < len(items) and found:
     print(f"{folder}: {len(found)} questions are answered already", flush=True)
+  if retry:
+    engine.forget()  # it would remember which images it could not read
   with predictions.Writer(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
     _ask(task, engine, mine, writer, each or Progress(len(mine)))

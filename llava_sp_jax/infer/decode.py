@@ -53,7 +53,8 @@ class Rule:
 class Way(Protocol):
   """How tokens are chosen: `Single`, or `beam.Beams`."""
 
-  rule: Rule
+  @property
+  def rule(self) -> Rule: ...
 
   def empty(self, rows: int) -> Any:
     """All rows free, as Answers."""

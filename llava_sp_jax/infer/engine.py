@@ -40,7 +40,7 @@ class Layout:
   """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
   prefix: int = 16  # positions that are shared, a multiple of this
-  suffix: int = 32  # positions of a prompt's own, likewise
+  suffix: int = 16  # positions of a prompt's own, likewise
   slots: int = 64  # of a row of the cache, likewise
   groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
   window: int = 1024  # requests that are taken ahead and may be answered in another order
@@ -93,13 +93,7 @@ class Engine:
     while sizes[-1] * layout.groups < self._rows:
       sizes.append(sizes[-1] * layout.groups)
     self._groups = sorted({*sizes, self._rows})
-    self._encoder = Encoder(
-      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
-      layout.tiles * parts,
-    )  # fmt: skip
-    self._prefixes = Prefixes(
-      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
-    )
+    self.forget()
     self._state: decode.State | None = None
     self._widest = 0  # S of the widest state so far
 
@@ -113,7 +107,19 @@ class Engine:
     """Answers with another state of the same model from now on; nothing is compiled anew."""
     self.pretrained = pretrained
     self._programs.load(pretrained.params)
-    self._prefixes.forget()
+    self.forget()
+
+  def forget(self) -> None:
+    """Drops images and prefixes that were kept for the next questions about them."""
+    layout = self._layout
+    self._prompts.pictures.forget()
+    self._encoder = Encoder(
+      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
+      layout.tiles * self._programs.parts,
+    )  # fmt: skip
+    self._prefixes = Prefixes(
+      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
+    )
 
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
     """Answers in the order of the requests. A request that cannot be answered has an `error`."""

@@ -29,10 +29,6 @@ class Lru:
     self._values.move_to_end(key)
     return self._values[key][0]
 
-  def clear(self) -> None:
-    self._values.clear()
-    self._bytes = 0
-
   def put(self, key: Hashable, value: Any) -> None:
     if key in self._values:
       self._bytes -= self._values.pop(key)[1]

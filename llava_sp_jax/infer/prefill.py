@@ -77,33 +77,39 @@ def admit(
 
   Padding of a group repeats one of its prompts with the same row and number: it is written twice.
   """
-  hidden, new, _ = _extend(module, params, group)
+  hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
   first = way.first(logits, numbers, key)
   lanes = rows[:, None] * way.rule.lanes + jnp.arange(way.rule.lanes, dtype=rows.dtype)
-  cache, written = state.cache, {}
-  for name in ("keys", "values"):
-    written[name] = tuple(
-      _place(kept, getattr(new, name)[i], [getattr(p, name)[i] for p in group.prefixes],
-             lanes, group.start)
-      for i, kept in enumerate(getattr(cache, name))
-    )  # fmt: skip
+  cache = _place(state.cache, new, past, group.start, lanes)
   length = cache.length.at[lanes].set((group.start + group.length)[:, None])
   answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)
-  return decode.State(KVCache(written["keys"], written["values"], length), answers)
+  return decode.State(cache._replace(length=length), answers)
 
 
-def _place(
-  kept: jax.Array, new: jax.Array, prefixes: list[jax.Array], lanes: jax.Array, start: jax.Array
-) -> jax.Array:
-  """Each prompt's prefix [K, P, H] and what follows it [G, K, T, H] into its lanes [G, n] of B."""
-  zero = jnp.zeros((), lanes.dtype)
-  for g in range(len(new)):
-    for lane in lanes[g]:
-      if prefixes:
-        part = prefixes[g].astype(kept.dtype)[None]
-        kept = jax.lax.dynamic_update_slice(kept, part, (lane, zero, zero, zero))
-      part = new[g].astype(kept.dtype)[None]
-      kept = jax.lax.dynamic_update_slice(kept, part, (lane, zero, start[g], zero))
-  return kept
+def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax.Array) -> KVCache:
+  """Prefixes [G, K, P, H] and what follows them [G, K, T, H] into their lanes [G, n] of B.
+
+  A loop over the lanes, so that a program is not as many times longer.
+  """
+  count = lanes.shape[1]
+
+  def once(i: jax.Array, kept: KVCache) -> KVCache:
+    g, lane = i // count, lanes[i // count, i % count]
+
+    def put(kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
+      part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
+      zero = jnp.zeros((), lane.dtype)
+      return jax.lax.dynamic_update_slice(
+        kept, part, (lane, zero, jnp.asarray(at, lane.dtype), zero)
+      )
+
+    def both(kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
+      kept = put(kept, prefix, 0) if prefix.shape[2] else kept
+      return put(kept, new, start[g])
+
+    keys = jax.tree.map(both, kept.keys, past.keys, new.keys)
+    return kept._replace(keys=keys, values=jax.tree.map(both, kept.values, past.values, new.values))
+
+  return jax.lax.fori_loop(0, lanes.size, once, cache)

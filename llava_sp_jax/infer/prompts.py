@@ -105,6 +105,11 @@ class Pictures:
     self._plans: dict[str, concurrent.futures.Future[example.Plan]] = {}
     self._tiles: dict[str, np.ndarray] = {}
 
+  def forget(self) -> None:
+    with self._lock:
+      self._plans.clear()
+      self._tiles.clear()
+
   def plan(self, key: str, picture: ImageFile) -> example.Plan:
     """Reads the picture unless it was before. Raises: SampleError when it cannot be used."""
     with self._lock:

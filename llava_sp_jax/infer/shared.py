@@ -34,13 +34,6 @@ class Encoder:
     self._programs, self._pictures, self._counts = programs, pictures, counts
     self._kept, self._tiles = Lru(limit), tiles
     self._seen: set[str] = set()
-    self._seen_before = 0  # images that were seen before `forget`
-
-  def forget(self) -> None:
-    """Computes all anew, as when the tower or the projector has changed."""
-    self._kept.clear()
-    self._seen_before += len(self._seen)
-    self._seen.clear()
 
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
     """Of all images of the requests, by their keys."""
@@ -54,9 +47,9 @@ class Encoder:
     for key, features in zip(new, encoded, strict=True):
       found[key] = features
       self._kept.put(key, features)
-    self._seen.update(new)
     self._counts.encoder_calls += len(new)
-    self._counts.distinct_images = self._seen_before + len(self._seen)
+    self._counts.distinct_images += len(set(new) - self._seen)
+    self._seen.update(new)
     return found
 
   def _encode(self, stacks: list[np.ndarray]) -> list[Features]:
@@ -80,10 +73,6 @@ class Prefixes:
   ):
     self._programs, self._encoder, self._counts = programs, encoder, counts
     self._kept, self._multiple = Lru(limit), multiple
-
-  def forget(self) -> None:
-    self._kept.clear()
-    self._encoder.forget()
 
   def slots(self, pieces: Sequence[Piece]) -> int:
     """P of the prefix that these pieces are."""

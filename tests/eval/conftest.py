@@ -42,21 +42,24 @@ class Scripted(Engine):
     self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",),
     fails: Mapping[str, str] | None = None,
   ):  # fmt: skip
-    self.generation = Generation(max_new_tokens=tokens)
+    self._generation = Generation(max_new_tokens=tokens)
     self.pretrained: Any = pretrained.Pretrained(None, {"w": np.ones(3, np.float32)}, None)  # type: ignore[arg-type]
     self.counts = Counts()
     self.asked: list[str] = []
     self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
+
+  def forget(self) -> None:
+    self._fails = {}
 
   def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
     for index, request in enumerate(requests):
       if self._dies_after and len(self.asked) == self._dies_after:
         1 / 0  # noqa: B018
       (image,) = request.images
-      assert isinstance(image, Path)
-      self.asked.append(image.name)
+      name = image.name if isinstance(image, Path) else "bytes"
+      self.asked.append(name)
       self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
-      error = self._fails.get(image.name, "")
+      error = self._fails.get(name, "")
       text = "" if error else self._texts[len(self.asked) % len(self._texts)]
       yield index, Answer(text, (), error)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llava_sp_jax import cli
 from llava_sp_jax.eval import predictions
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 from tests.eval.conftest import by_id
@@ -32,12 +33,16 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   return folder
 
 
+def arguments(run_folder: Path, data: Path, out: Path) -> list[str]:
+  return ["eval", f"--checkpoint={run_folder}", f"--data={data}", f"--out={out}", "--batch-size=1",
+          "--max-new-tokens=4"]  # fmt: skip
+
+
 def start(run_folder: Path, data: Path, out: Path, *more: str) -> subprocess.Popen:
   """A `llava-sp eval` on one device that answers one question at a time."""
   flags = os.environ.get("XLA_FLAGS", "").replace(DEVICES_FLAG, "").strip()
   environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
-  command = [sys.executable, "-m", "llava_sp_jax.cli", "eval", f"--checkpoint={run_folder}",
-             f"--data={data}", f"--out={out}", "--batch-size=1", "--max-new-tokens=4", *more]  # fmt: skip
+  command = [sys.executable, "-m", "llava_sp_jax.cli", *arguments(run_folder, data, out), *more]
   with out.with_name(f"{out.name}.log").open("a") as log:
     return subprocess.Popen(
       command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -65,12 +70,12 @@ def scores(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def unbroken(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   out = tmp_path_factory.mktemp("unbroken") / "eval"
-  finish(start(run_folder, data, out), out)
+  assert cli.main(arguments(run_folder, data, out)) == 0
   return out
 
 
 def test_sigkill_loses_no_answer(
-  run_folder: Path, data: Path, unbroken: Path, tmp_path: Path
+  run_folder: Path, data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
   """Killed while it writes; the same command asks only what has no answer, and scores the same."""
   out = tmp_path / "eval"
@@ -95,14 +100,14 @@ def test_sigkill_loses_no_answer(
   assert list(by_id(out).items()) == list(by_id(unbroken).items())
   assert scores(out) == scores(unbroken)
   assert len(scores(out)["failures"]) == QUESTIONS / 12
-  done = printed(out)
-  finish(start(run_folder, data, out, "--temperature=0.5"), out, code=1)
-  (line, *rest) = printed(out).removeprefix(done).splitlines()
+  assert cli.main([*arguments(run_folder, data, out), "--temperature=0.5"]) == 1
+  (line, *rest) = capsys.readouterr().err.splitlines()
   assert "holds answers made with other settings" in line
   assert rest[0].strip() == "generation.temperature: 0.5 here, 0.0 there"
   assert "name another folder with --out" in rest[-1]
 
 
+@pytest.mark.slow
 def test_two_hosts_answer_a_part_each(
   run_folder: Path, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -57,15 +57,15 @@ def test_an_unreadable_image_is_a_counted_failure(
 
 
 def test_images_that_were_put_back_are_asked_again_on_request(
-  engine: Engine, damaged: Path, tiny_data: Path, tmp_path: Path
+  tiny_data: Path, tmp_path: Path
 ) -> None:
-  task, out = EasyVqa(damaged), tmp_path / "eval"
-  before = run_lib.run(task, engine, out)
-  for name in ("3.png", "5.png"):
-    shutil.copy(tiny_data / "images" / name, damaged / "images" / name)
-  assert run_lib.run(task, engine, out)["failures"] == before["failures"]
-  after = run_lib.run(task, engine, out, retry=True)
+  task, out = EasyVqa(tiny_data), tmp_path / "eval"
+  before = run_lib.run(task, Scripted(fails={"3.png": "gone", "5.png": "gone"}), out)
+  assert len(before["failures"]) == 2
+  assert run_lib.run(task, Scripted(), out)["failures"] == before["failures"]
+  after = run_lib.run(task, Scripted(fails={"3.png": "remembered"}), out, retry=True)
   assert after["failures"] == []
+  assert by_id(out)["test-3"]["text"] == "yes"
   asked = [json.loads(line)["asked"] for line in (out / "sessions.jsonl").read_text().splitlines()]
   assert asked == [12, 0, 2]
 

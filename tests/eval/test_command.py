@@ -1,0 +1,107 @@
+"""`llava-sp eval` and its options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_sp_jax import cli
+from llava_sp_jax.tools import evaluate
+
+
+def run(*arguments: str) -> int:
+  return cli.main(["eval", *arguments])
+
+
+def test_it_prints_a_table_and_says_where_all_is(
+  run_folder: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  """Twice with other lengths of answers, and the second against the first; then merged again."""
+  first, second = tmp_path / "first", tmp_path / "second"
+  common = [f"--checkpoint={run_folder}", f"--data=easy_vqa={tiny_data}", "--limit=4"]
+  assert run(*common, f"--out={first}", "--max-new-tokens=2") == 0
+  printed = capsys.readouterr().out
+  assert "| questions | answered | asked | accuracy |" in printed
+  assert "| all | 4 | 4 | " in printed
+  assert "Over 4 answers to 4 questions." in printed
+  assert f"written: {first}/predictions.jsonl, {first}/scores.json, {first}/index.html" in printed
+  scores = json.loads((first / "scores.json").read_text())
+  assert scores["generation"]["max_new_tokens"] == 2
+  assert scores["checkpoint"] == str(run_folder)
+  more = ["--max-new-tokens=5", "--stop=x", "--stop=zz", f"--compare={first}"]
+  assert run(*common, f"--out={second}", *more) == 0
+  scores = json.loads((second / "scores.json").read_text())
+  assert scores["generation"]["stop"] == ["x", "zz"]
+  assert scores["compared"]["both"] == 4
+  assert "generation.max_new_tokens: 5 here, 2 there" in (second / "index.html").read_text()
+  capsys.readouterr()
+  assert run(f"--data={tiny_data}", "--limit=4", "--merge", f"--out={second}") == 0
+  assert "| all | 4 | 4 | " in capsys.readouterr().out
+  assert json.loads((second / "scores.json").read_text())["headline"] == scores["headline"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "no --checkpoint; give the folder of a run"),
+    (["--checkpoint=x", "--option=split=test"], "--task easy_vqa: no option split; it has none"),
+    (["--checkpoint=x", "--option=split"], "--option: expected KEY=VALUE, found 'split'"),
+    (["--checkpoint=x", "--part=2/2"], "part 2/2: parts are counted from 0/N to N-1/N"),
+    (["--checkpoint=x", "--part=half"], "--part: expected I/N such as 0/2, found 'half'"),
+    (["--checkpoint=x", "--num-beams=0"], "--num-beams: expected at least 1, found 0"),
+    (["--checkpoint=x", "--temperature=1", "--num-beams=2"], "--num-beams: expected 1 where"),
+    (["--checkpoint=x", "--task=gqa", "--judge-url=http://localhost"], "gqa"),
+    (["--merge"], "--merge: give --out"),
+    (["--merge", "--out=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
+    (["--checkpoint=x", "--coordinator=here"], "no --processes, no --process"),
+    (["--checkpoint=gone"], "gone: not a run folder"),
+  ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line(
+  tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+  arguments: list[str], message: str,
+) -> None:  # fmt: skip
+  monkeypatch.chdir(tmp_path)
+  assert run(f"--data={tiny_data}", *arguments) == 1
+  found = capsys.readouterr()
+  assert found.out == ""
+  assert message in found.err
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_has_a_name_and_a_key(
+  tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+  options = [f"--data={tiny_data}", "--checkpoint=x", "--task=mmvet", "--judge-url=http://x/v1"]
+  assert run(*options) == 1
+  assert "--judge-url without --judge-model" in capsys.readouterr().err
+  assert run(*options, "--judge-model=y", "--judge-key-env=NO_SUCH_KEY") == 1
+  assert "set the variable NO_SUCH_KEY" in capsys.readouterr().err
+
+
+def test_where_data_and_results_of_several_tasks_are() -> None:
+  names = ["pope", "gqa"]
+  assert evaluate._data("gqa", names, ["root", "pope=elsewhere"]) == "root"
+  assert evaluate._data("pope", names, ["root", "pope=elsewhere"]) == "elsewhere"
+  assert evaluate._data("pope", ["pope"], ["a=b/c"]) == "a=b/c"
+  options = evaluate.parser().parse_args(
+    ["--data=d", "--checkpoint=c", "--task=a,b", "--task=c", "--compare=x"]
+  )
+  assert options.task == ["a,b", "c"]
+  assert evaluate._out("pope", names, options) == "c/eval-pope"
+  assert evaluate._compare("pope", names, options) == "x/pope"
+  options.out = "o"
+  assert evaluate._out("pope", names, options) == "o/pope"
+  assert evaluate._out("pope", ["pope"], options) == "o"
+
+
+def test_help_names_every_setting_of_generation(capsys: pytest.CaptureFixture) -> None:
+  with pytest.raises(SystemExit):
+    run("--help")
+  printed = capsys.readouterr().out
+  for name in ("max-new-tokens", "temperature", "top-k", "top-p", "num-beams", "stop", "seed",
+               "judge-url", "part", "merge", "compare", "protocol", "limit"):  # fmt: skip
+    assert f"--{name}" in printed

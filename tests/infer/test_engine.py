@@ -1,0 +1,219 @@
+"""The engine: equal to the slow oracle, whatever is batched, shared, or laid out how."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax.infer.engine import Answer, Engine, Generation, Layout, Request
+from llava_sp_jax.infer.pretrained import Pretrained
+from tests.conftest import ConfigMaker
+from tests.infer.tiny import Oracle, questions, random_model
+
+NEW = 6
+GENERATION = Generation(max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: ConfigMaker) -> Pretrained:
+  return random_model(tiny_config("finetune"))
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_data: Path) -> list[Request]:
+  return questions(tiny_data)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Pretrained, asked: list[Request]) -> list[tuple[int, ...]]:
+  oracle = Oracle(model)
+  return [oracle.greedy(request, NEW) for request in asked]
+
+
+@pytest.fixture(scope="module")
+def engine(model: Pretrained) -> Engine:
+  return Engine(model, 4, GENERATION)
+
+
+def ids(answers: Any) -> list[tuple[int, ...]]:
+  found = list(answers)
+  assert not [a.error for a in found if a.error]
+  return [a.ids for a in found]
+
+
+def test_answers_are_those_of_the_uncached_model(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  """Rows that end early are refilled, prefixes are shared, several images or none: same tokens."""
+  assert len({len(w) for w in wanted}) > 1, "some answers must end before the others"
+  assert len(set(wanted)) > 6
+  assert ids(engine.answer(asked)) == wanted
+
+
+LAYOUTS = {
+  "one at a time": (1, Layout()),
+  "nothing shared": (4, Layout(share=False)),
+  "other buckets": (3, Layout(prefix=48, suffix=24, slots=96, groups=2)),
+  "no memory": (4, Layout(prefix_bytes=1, feature_bytes=1, window=3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_answer_depends_on_the_layout(
+  name: str, model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  batch, layout = LAYOUTS[name]
+  assert ids(Engine(model, batch, GENERATION, layout=layout).answer(asked)) == wanted
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_no_answer_depends_on_the_mesh(
+  sizes: tuple[int, ...], model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  data, fsdp, tensor = sizes
+  config = config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor)
+  mesh = mesh_lib.create(config, devices=jax.devices()[: data * fsdp * tensor])
+  engine = Engine(model, 4, GENERATION, mesh=mesh)
+  assert ids(engine.answer(asked)) == wanted
+  kernel = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel"]
+  assert len(kernel.addressable_shards[0].data) * fsdp == kernel.shape[0]
+
+
+def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
+  model: Pretrained, asked: list[Request], tiny_data: Path
+) -> None:
+  engine = Engine(model, 4, GENERATION)
+  list(engine.answer(asked))
+  counts = engine.counts
+  assert (counts.distinct_images, counts.encoder_calls, counts.encoder_ratio) == (6, 6, 1.0)
+  with_image = sum(bool(r.images) for r in asked)
+  assert counts.images_asked == with_image + 2
+  # Six images, two pairs and one other system text: nine prefixes, and two system texts before.
+  assert counts.prefills == 11
+  assert counts.prefix_hits == with_image - 9
+  assert counts.requests == counts.admitted == len(asked)
+  before = dataclasses.replace(counts)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+  )
+  again = [Request(r.question + " ", r.images, r.system) for r in reversed(asked)]
+  list(engine.answer([*again, *asked]))
+  assert counts.compiles == before.compiles
+  assert compiled == []
+  assert counts.encoder_calls == before.encoder_calls
+  assert counts.prefills == before.prefills
+  jax.jit(lambda x: x + 41)(np.ones(3)).block_until_ready()
+  assert compiled, "the listener must hear of compilations"
+
+
+def test_answers_come_as_they_are_ready(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  taken: list[int] = []
+
+  def lazily() -> Any:
+    for i, request in enumerate(asked * 3):
+      taken.append(i)
+      yield request
+
+  small = dataclasses.replace(engine._layout, window=5)
+  engine._layout, before = small, engine._layout
+  stream = engine.as_ready(lazily())
+  first = next(stream)
+  assert len(taken) < len(asked) * 2
+  rest = list(stream)
+  engine._layout = before
+  found = dict([first, *rest])
+  assert [found[i].ids for i in range(len(found))] == wanted * 3
+  order = [i for i, _ in [first, *rest]]
+  assert order != sorted(order)
+
+
+def test_bad_requests_have_errors_and_hurt_nobody(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]], tmp_path: Path
+) -> None:
+  (tmp_path / "broken.png").write_bytes(b"no picture")
+  bad = [
+    (Request("what?", (tmp_path / "absent.png",)), "absent.png: no such file"),
+    (Request("what?", (tmp_path / "broken.png",)), "broken.png: cannot be decoded"),
+    (Request("what?", (tmp_path / "broken.png",)), "broken.png: cannot be decoded"),
+    (Request("what?", (b"nothing",)), "of 7 bytes: cannot be decoded"),
+    (Request("<image> or <image>?", asked[0].images), "the text has 2 <image> but"),
+    (Request("word " * 5000), "more than the model's 4096"),
+    (Request("what?", (3,)), "int"),  # type: ignore[arg-type]
+  ]
+  errors = engine.counts.errors
+  mixed = list(itertools.chain.from_iterable(zip([r for r, _ in bad], asked, strict=False)))
+  answers = list(engine.answer([*mixed, *asked]))
+  for (_, message), answer in zip(bad, answers[0 : 2 * len(bad) : 2], strict=True):
+    assert message in answer.error
+    assert (answer.text, answer.ids) == ("", ())
+  assert [a.ids for a in answers[1 : 2 * len(bad) : 2]] == wanted[: len(bad)]
+  assert [a.ids for a in answers[2 * len(bad) :]] == wanted
+  assert engine.counts.errors == errors + len(bad)
+
+
+def test_an_image_may_be_a_path_bytes_or_a_picture(engine: Engine, asked: list[Request]) -> None:
+  (path,) = asked[0].images
+  assert isinstance(path, Path)
+  with Image.open(path) as picture:
+    forms = (path, str(path), path.read_bytes(), picture.convert("RGB"))
+  answers = [next(engine.answer([Request("what is it?", (form,))])) for form in forms]
+  assert len({a.ids for a in answers}) == 1
+
+
+def test_streaming_says_the_same_text(engine: Engine, asked: list[Request]) -> None:
+  whole = [a.text for a in engine.answer(asked[:4])]
+  parts = [list(engine.stream(r)) for r in asked[:4]]
+  assert ["".join(p) for p in parts] == whole
+  assert max(map(len, parts)) > 1
+  with pytest.raises(ValueError, match="no such file"):
+    list(engine.stream(Request("what?", ("absent.png",))))
+
+
+def test_a_stop_string_ends_an_answer_where_it_begins(
+  model: Pretrained, engine: Engine, asked: list[Request]
+) -> None:
+  free: list[Answer] = list(engine.answer(asked))
+  long = max(free, key=lambda a: len(a.text))
+  stop = long.text[len(long.text) // 2 :][:3]
+  assert stop.strip()
+  stopped = Engine(model, 4, dataclasses.replace(GENERATION, stop=(stop, "never said")))
+  found = list(stopped.answer(asked))
+  for before, after in zip(free, found, strict=True):
+    assert after.text == before.text.split(stop)[0].strip()
+    assert after.ids == before.ids[: len(after.ids)]
+  cut = found[free.index(long)]
+  assert cut.text != long.text
+  assert "".join(stopped.stream(asked[free.index(long)])) == cut.text
+
+
+def test_beam_search_is_that_of_the_oracle(model: Pretrained, asked: list[Request]) -> None:
+  oracle, count = Oracle(model), 3
+  some = [*asked[:6], asked[9]]
+  engine = Engine(model, 2, dataclasses.replace(GENERATION, num_beams=count))
+  wanted = [oracle.beams(r, NEW, count) for r in some]
+  assert ids(engine.answer(some)) == wanted
+  assert wanted != [oracle.greedy(r, NEW) for r in some]
+
+
+def test_samples_depend_on_the_request_and_the_seed_only(
+  model: Pretrained, asked: list[Request]
+) -> None:
+  def drawn(batch: int, seed: int) -> list[tuple[int, ...]]:
+    generation = Generation(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.95, seed=seed)
+    return ids(Engine(model, batch, generation).answer(asked[:8]))
+
+  one = drawn(1, 0)
+  assert drawn(4, 0) == one
+  assert drawn(4, 1) != one
