@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -160,7 +160,7 @@ class Engine:
         yield early.pop(following)
         following += 1
 
-  def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+  def as_ready(self, requests: Iterable[Request]) -> Generator[tuple[int, Answer], None, None]:
     """(index of the request, answer) as they are done; requests are taken as there is room."""
     schedule = Schedule(
       requests, self._prompts, self._threads, self._layout.window, ahead=2 * self._rows

@@ -58,7 +58,7 @@ def from_any(
     raise FormatError(
       f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
     )
-  if source.tokenizer is None:
+  if (words := source.tokenizer) is None:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
   load.verify_base(source)
   fingerprint = source.fingerprint or load.base_fingerprint(source)
@@ -66,7 +66,7 @@ def from_any(
     source = save.fold(source)
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
   config = dataclasses.replace(source.config, model=model)
-  tokenizer = Tokenizer(source.tokenizer)
+  tokenizer = Tokenizer(words)
   return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.eval.tasks.gqa import Gqa
 from llava_sp_jax.eval.tasks.llava_bench import LlavaBench
@@ -23,4 +25,4 @@ BENCHMARKS = (
 
 # name -> class, called with the folder of the data and the options that its `options` names
 # (protocol, split, circular, judge, reviews).
-TASKS: dict[str, type] = {task.name: task for task in (EasyVqa, *BENCHMARKS)}
+TASKS: dict[str, Any] = {task.name: task for task in (EasyVqa, *BENCHMARKS)}
