@@ -99,7 +99,7 @@ def test_no_answer_depends_on_the_mesh(
 def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
   model: Pretrained, asked: list[Request], tiny_data: Path
 ) -> None:
-  engine = Engine(model, 4, GENERATION)
+  engine = Engine(model, 4, GENERATION, layout=Layout(suffix=64))  # one bucket of questions
   engine.warm_up(asked)
   engine.forget()
   counts = engine.counts
