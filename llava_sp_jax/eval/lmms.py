@@ -45,7 +45,7 @@ def manifest() -> Any:
 
 
 class LlavaSp(Base):
-  """`lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune,batch_size=8`."""
+  """`lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune --batch_size 8`."""
 
   is_simple = True
 
@@ -54,6 +54,8 @@ class LlavaSp(Base):
     unknown = [name for name in more if name not in ("device", "max_batch_size")]  # it always gives
     if unknown:
       raise EvalError(f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size")
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+      raise EvalError(f"--batch_size: expected a number from 1, found {batch_size!r}")
     if Base is object:
       raise EvalError("lmms-eval is not installed; pip install lmms-eval, and start it from there")
     super().__init__()

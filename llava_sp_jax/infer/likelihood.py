@@ -55,8 +55,8 @@ class Likelihood:
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
     """(sum of the continuation's log-probabilities, whether each token is the most likely one).
 
-    The continuation is tokenised as an answer of training is, behind the template's own blank; the
-    end of the answer is not part of it. In the order of the requests.
+    The continuation is tokenised as an answer of training is: behind the template's own blank, not
+    one of its own. The end of the answer is not part of it. In the order of the requests.
 
     Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
     """
@@ -76,7 +76,7 @@ class Likelihood:
     question = request.question
     if request.images and conversation.IMAGE not in question:
       question = f"{conversation.IMAGE}\n" * len(request.images) + question
-    answer = self._template.answer + continuation.removeprefix(self._template.answer)
+    answer = self._template.answer + continuation.removeprefix(" ")
     asked = conversation.prompt(question, self._template)
     return example.tokenize(
       [*asked, conversation.Piece(answer, True, 0)], self._tokenizer

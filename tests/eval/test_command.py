@@ -55,7 +55,7 @@ def test_it_prints_a_table_and_says_where_all_is(
     (["--checkpoint=x", "--task=gqa", "--judge-url=http://localhost"], "gqa"),
     (["--merge"], "--merge: give --out"),
     (["--merge", "--out=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
-    (["--checkpoint=x", "--coordinator=here"], "no --processes, no --process"),
+    (["--checkpoint=x", "--coordinator=here"], "no --processes; no --process; --coordinator: expected HOST"),
     (["--checkpoint=gone"], "gone: not a run folder"),
   ],
 )  # fmt: skip

@@ -175,6 +175,8 @@ def test_what_it_cannot_do_is_refused(model: Any, harness: Any, loaded: Pretrain
     model.generate_until([instance("generate_until", 0, "q", {"repetition_penalty": 2.0})])
   with pytest.raises(EvalError, match="--model_args: unknown conv_template"):
     harness.LlavaSp(pretrained=loaded, conv_template="v1")
+  with pytest.raises(EvalError, match="--batch_size: expected a number from 1, found 'auto'"):
+    harness.LlavaSp(pretrained=loaded, batch_size="auto")
 
 
 def test_a_request_without_an_answer_is_not_scored(model: Any) -> None:
