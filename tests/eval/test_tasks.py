@@ -292,6 +292,7 @@ def test_gqa_s_figures(root: Path) -> None:
   assert scores.figures["semantic obj"] == 0.0
   lmms = TASKS["gqa"](root, protocol="lmms")
   assert task.verdict(items[0], "r.ed")["score"] == 0
+  assert task.verdict(items[0], ".red")["score"] == 0
   assert lmms.verdict(items[0], "R.ed")["score"] == 1
 
 
@@ -410,7 +411,9 @@ def test_the_sheet_keeps_texts_as_texts(root: Path, tmp_path: Path) -> None:
   given.pop("5")
   (file,) = task.submission(items, given, tmp_path)
   assert file.name == "mmbench_dev_20230712.xlsx"
-  header, *rows = openpyxl.load_workbook(file).active.iter_rows(values_only=True)
+  page = openpyxl.load_workbook(file).active
+  assert page["G2"].data_type == "s"  # "f" would be a formula
+  header, *rows = page.iter_rows(values_only=True)
   assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
   assert rows[0] == (3, 'what is "it"?', "cat", "dog", "cow", None, "=B 1", "B", "dev")
   assert rows[1][4:7] == (None, None, None)
