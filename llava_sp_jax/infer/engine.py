@@ -121,6 +121,35 @@ class Engine:
       self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
     )
 
+  def warm_up(self, requests: Iterable[Request]) -> None:
+    """Compiles what requests as long as these need, in groups of every size; answers nothing.
+
+    Afterwards answering such requests, in any order and number, compiles nothing.
+    """
+    schedule = Schedule(requests, self._prompts, self._threads, self._layout.window, 2 * self._rows)
+    kinds: dict[tuple[int, ...], Ready] = {}
+    slots = 0
+    try:
+      while (ready := schedule.take()) is not None:
+        if ready.prompt is None or self._too_long(ready.prompt):
+          continue
+        length = bucket(len(ready.prompt.pieces[-1].tokens), self._layout.suffix)
+        kinds.setdefault((*_shape(self, ready), length), ready)
+        slots = max(slots, self._room(ready.prompt, length))
+    finally:
+      schedule.close()
+    if not kinds:
+      return
+    self._make_room(slots)
+    admitted = self.counts.admitted
+    for ready in kinds.values():
+      for size in self._groups:
+        self._admit([ready] * size, list(range(size)))
+    self.counts.admitted = admitted
+    assert self._state is not None
+    self._programs.decode(self._state, np.zeros(self._rows, bool), 1, self._rows + 1)
+    self._state = None
+
   def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
     """Answers in the order of the requests. A request that cannot be answered has an `error`."""
     early: dict[int, Answer] = {}

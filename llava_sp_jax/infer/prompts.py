@@ -83,12 +83,15 @@ class Prompt:
 
 
 def key_of(picture: ImageFile) -> str:
-  """The same for the same path, or for the same bytes or pixels."""
+  """The same for the same path, or for the same bytes or pixels. Raises: SampleError."""
   if isinstance(picture, str | Path):
     return f"file {picture}"
   if isinstance(picture, Image.Image):
     digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
     return f"pixels {digest.hexdigest()}"
+  if not isinstance(picture, bytes):
+    kind = type(picture).__name__
+    raise SampleError(f"an image must be a path, the bytes of a file or a PIL image, found {kind}")
   return f"bytes {hashlib.sha256(picture).hexdigest()}"
 
 

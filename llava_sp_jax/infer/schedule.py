@@ -60,8 +60,8 @@ class Schedule:
       self._fill()
       try:
         self._front = Ready(*waiting, future.result(), "")
-      except (SampleError, TypeError, ValueError, OSError) as error:
-        self._front = Ready(*waiting, None, str(error) or type(error).__name__)
+      except (SampleError, OSError) as error:
+        self._front = Ready(*waiting, None, str(error))
     return self._front
 
   def take(self) -> Ready | None:
@@ -95,5 +95,5 @@ class Schedule:
 def _group(request: Request) -> tuple[str, ...]:
   try:
     return keys_of(request)
-  except (AttributeError, TypeError, ValueError, OSError):
+  except (SampleError, OSError):
     return ("unknown",)  # an image that is none: making its prompt says so
