@@ -76,7 +76,8 @@ class Likelihood:
     question = request.question
     if request.images and conversation.IMAGE not in question:
       question = f"{conversation.IMAGE}\n" * len(request.images) + question
-    answer = self._template.answer + continuation.removeprefix(" ")
+    said = continuation.removeprefix(" ")
+    answer = said and self._template.answer + said
     asked = conversation.prompt(question, self._template)
     return example.tokenize(
       [*asked, conversation.Piece(answer, True, 0)], self._tokenizer

@@ -93,6 +93,7 @@ def test_equals_the_score_of_the_saved_checkpoint(
   assert settings[0] == settings[1], "the same parameters, to the last bit"
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(config: Any, watched: Path, tmp_path: Path) -> None:
   loop.train(config(every=0), tmp_path / "run")
   losses = [[r["loss"] for r in records(folder)] for folder in (watched, tmp_path / "run")]
@@ -100,6 +101,7 @@ def test_training_does_not_notice(config: Any, watched: Path, tmp_path: Path) ->
   assert not (tmp_path / "run" / in_loop.FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_the_step_again(config: Any, watched: Path, tmp_path: Path) -> None:
   """From the checkpoint of step 6, in which step 7 was scored already; other settings are taken."""
   folder = tmp_path / "run"
