@@ -1,6 +1,6 @@
 """The engine against a torch loop on this machine: same weights, same questions, float32.
 
-Usage: python benchmarks/eval_throughput.py [--minutes 6] [--repeats 3] [--out docs/results/eval_throughput]
+Usage: python benchmarks/eval_throughput.py [--minutes 20] [--repeats 3] [--out docs/results/eval_throughput]
 
 Random weights at sizes where shapes matter: a CLIP tower with a 24x24 grid and a decoder with the
 shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`).
@@ -275,46 +275,6 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
   return records
 
 
-def reading(bench: Bench, repeats: int) -> dict[str, Any]:
-  """Images a second, decoded and preprocessed by equally many workers; and are the bits equal?"""
-  import hashlib
-  from concurrent.futures import ThreadPoolExecutor
-
-  from llava_sp_jax.data import anyres
-  from llava_sp_jax.infer.prompts import Pictures
-  from llava_sp_jax.models import build
-
-  images = bench.images * 2
-  reader = anyres.Reader(bench.config.data, anyres.Tile(*build.tile_shape(bench.config.model)))
-  bits: dict[str, list[str]] = {}
-
-  def ours() -> float:
-    pictures = Pictures(reader)
-
-    def read(pair: tuple[int, Path]) -> Any:
-      key, path = str(pair[0]), pair[1]
-      pictures.plan(key, path)
-      return pictures.tiles(key, path)[0]
-
-    with ThreadPoolExecutor(WORKERS) as threads:
-      seconds, tiles = timed(lambda: list(threads.map(read, enumerate(images))))
-    bits["ours"] = [hashlib.sha256(tile).hexdigest() for tile in tiles]
-    return seconds
-
-  def theirs() -> float:
-    found = bench.torch.do("read", images=[str(p) for p in images], workers=WORKERS,
-                           size=TOWER["image_size"])  # fmt: skip
-    bits["torch"] = found["hashes"]
-    return found["seconds"]
-
-  one, other = medians(repeats, ours, theirs)
-  return {
-    "images": len(images), "workers": WORKERS, "ours_images_per_s": len(images) / one,
-    "torch_images_per_s": len(images) / other, "ratio": other / one,
-    "bit_equal": bits["ours"] == bits["torch"],
-  }  # fmt: skip
-
-
 def first_token(bench: Bench, repeats: int) -> dict[str, Any]:
   """From a new image to the first token of one answer, its tokens a second, and FLOPs."""
   requests = bench.requests((repeats + 1, 1, 1, lambda i: "what is it?"))
@@ -386,10 +346,6 @@ def page(result: dict[str, Any]) -> str:
     f"| {r['part']} | {r['batch']} | {r['ours_tokens_per_s']:.0f} | {r['torch_tokens_per_s']:.0f} | "
     f"{r['ratio']:.2f} |" for r in result["parts"]
   ]  # fmt: skip
-  if read := result["reading"]:
-    lines += ["", f"Reading images ({read['workers']} workers): {read['ours_images_per_s']:.1f}/s, "
-              f"torch's DataLoader {read['torch_images_per_s']:.1f}/s, ratio {read['ratio']:.2f}; "
-              f"pixels bit-equal: {read['bit_equal']}."]  # fmt: skip
   lines += [
     "", "From a new image to the first token, one question alone; tokens/s with it included:", "",
     "| row | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
@@ -413,13 +369,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--size", choices=SIZES, default="smol", help="of the decoder (%(default)s)")
   parser.add_argument("--repeats", type=int, default=3, help="medians of so many (%(default)s)")
-  parser.add_argument("--minutes", type=float, default=6, help="starts no part after this")
+  parser.add_argument(
+    "--minutes", type=float, default=20, help="starts no part after this (%(default)s)"
+  )
   parser.add_argument("--out", type=Path, default=Path("docs/results/eval_throughput"))
   options = parser.parse_args()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   result: dict[str, Any] = {
     "machine": machine(), "size": options.size, "repeats": options.repeats, "records": [],
-    "parts": [], "reading": {}, "rows": [],
+    "parts": [], "rows": [],
   }  # fmt: skip
 
   def time_left() -> bool:
@@ -436,9 +394,6 @@ def main() -> None:
       said(result["records"][-1])
     if time_left():
       result["parts"] = parts(bench, options.repeats)
-    if time_left():
-      result["reading"] = reading(bench, options.repeats)
-      said(result["reading"])
     for row in ROWS:
       if not time_left():
         said({"left out": row})

@@ -142,17 +142,6 @@ def answers(model: Model, task: dict[str, Any]) -> dict[str, Any]:
   return {"seconds": time.perf_counter() - started, "ids": found}
 
 
-def read(model: Model, task: dict[str, Any]) -> dict[str, Any]:
-  """Seconds to read all images, nothing else; and a hash of each one's pixels."""
-  import hashlib
-
-  rows = [{"image": path, "ids": []} for path in task["images"]]
-  started, hashes = time.perf_counter(), []
-  for _, pixels in loader(rows, task["size"], task["workers"]):
-    hashes.append(hashlib.sha256(pixels[0].permute(1, 2, 0).contiguous().numpy()).hexdigest())
-  return {"seconds": time.perf_counter() - started, "hashes": hashes}
-
-
 def decode(model: Model, task: dict[str, Any]) -> dict[str, Any]:
   """Seconds per step of decoding `batch` rows behind `length` positions."""
   width = model.text.config.hidden_size
@@ -174,7 +163,7 @@ def prefill(model: Model, task: dict[str, Any]) -> dict[str, Any]:
 
 
 DO: dict[str, Callable[[Model, dict[str, Any]], dict[str, Any]]] = {
-  "answers": answers, "read": read, "decode": decode, "prefill": prefill,
+  "answers": answers, "decode": decode, "prefill": prefill,
 }  # fmt: skip
 
 
