@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,25 @@ def create(
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
   return Mesh(hybrid(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def local(text: str) -> Mesh | None:
+  """The mesh "DATA,FSDP,TENSOR" over this process's devices, as commands take it; None for "".
+
+  -1 takes what is left; sizes that need fewer devices take the first ones. Raises: ConfigError.
+  """
+  if not text:
+    return None
+  parts = text.split(",")
+  if len(parts) != len(AXES) or not all(re.fullmatch(r"-1|[1-9]\d*", part) for part in parts):
+    raise config_lib.ConfigError(
+      f"--mesh: expected sizes of {', '.join(AXES)} such as 1,1,4 (-1: what is left), found {text!r}"
+    )
+  data, fsdp, tensor = map(int, parts)
+  devices = jax.local_devices()
+  if -1 not in (data, fsdp, tensor):
+    devices = devices[: data * fsdp * tensor]
+  return create(config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), devices=devices)
 
 
 def axis_sizes(config: config_lib.Mesh, count: int) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.config import Mesh as Sizes
@@ -117,3 +118,20 @@ def test_rows_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, array in placed.items():
       np.testing.assert_array_equal(np.asarray(array), batch[name])
       assert array.addressable_shards[0].data.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+  ("text", "sizes"), [("1,1,2", (1, 1, 2)), ("-1,1,4", (2, 1, 4)), ("2,2,1", (2, 2, 1))]
+)
+def test_a_mesh_of_a_command_takes_the_first_devices(text: str, sizes: tuple[int, ...]) -> None:
+  mesh = mesh_lib.local(text)
+  assert mesh is not None
+  assert tuple(mesh.shape.values()) == sizes
+  assert set(mesh.devices.flat) == set(jax.devices()[: np.prod(sizes)])
+  assert mesh_lib.local("") is None
+
+
+@pytest.mark.parametrize("text", ["2", "1,1,a", "0,1,1", "3,1,-1", "4,4,4", "-1,-1,1"])
+def test_a_mesh_that_cannot_be_is_refused(text: str) -> None:
+  with pytest.raises(config_lib.ConfigError, match="mesh"):
+    mesh_lib.local(text)

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.generate import MESH
 
 DESCRIPTION = """\
 Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
   how = result.add_argument_group("generation (default: what the task's protocol asks for)")
   how.add_argument("--batch-size", type=int, default=0, help="questions at a time")
+  how.add_argument("--mesh", default="", help=MESH)
   for field in dataclasses.fields(Generation):
     flag = "--" + field.name.replace("_", "-")
     if field.name == "stop":
@@ -147,6 +149,7 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+  from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.convert import formats
   from llava_sp_jax.eval import predictions, run, tables
@@ -158,6 +161,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   part = predictions.parse_part(options.part) if options.part else None
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = formats.Options(options.base, options.tower, options.row, options.template)
+  devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given)
   model = run.Model.of(loaded, options.checkpoint)
   size = {"batch_size": options.batch_size} if options.batch_size else {}
@@ -165,7 +169,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
       engine = None
-      engine = Engine(loaded, generation=generations[name], **size)
+      engine = Engine(loaded, generation=generations[name], mesh=devices, **size)
     out = _out(name, tasks, options)
     scores = run.run(
       task,

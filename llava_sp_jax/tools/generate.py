@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+MESH = (
+  "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
+)
+
 
 def parser() -> argparse.ArgumentParser:
   result = argparse.ArgumentParser(
@@ -25,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--num-beams", type=int, default=1, help="beam search (1: none)")
   result.add_argument("--stop", action="append", default=[], help="text that ends an answer")
   result.add_argument("--seed", type=int, default=0, help="of the sampling")
+  result.add_argument("--mesh", default="", help=MESH)
   return result
 
 
@@ -33,6 +38,8 @@ def main(argv: list[str]) -> int:
   import sys
   from pathlib import Path
 
+  from llava_sp_jax import mesh
+  from llava_sp_jax.data import image
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
   from llava_sp_jax.infer.generation import Generation
@@ -44,8 +51,10 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
   except ValueError as error:
     parser().error(f"--{str(error).replace('_', '-')}")
-  engine = Engine(pretrained.from_run(options.checkpoint), 1, generation)
-  request = Request(options.question, tuple(map(Path, options.image)))
+  # Read here, so that a picture that is missing is told before a model is loaded.
+  pictures = tuple(image.read(Path(path)) for path in options.image)
+  engine = Engine(pretrained.from_any(options.checkpoint), 1, generation, mesh.local(options.mesh))
+  request = Request(options.question, pictures)
   if options.stream:
     try:
       for text in engine.stream(request):

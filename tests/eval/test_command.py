@@ -30,7 +30,7 @@ def test_it_prints_a_table_and_says_where_all_is(
   scores = json.loads((first / "scores.json").read_text())
   assert scores["generation"]["max_new_tokens"] == 2
   assert scores["checkpoint"] == str(run_folder)
-  more = ["--max-new-tokens=5", "--stop=x", "--stop=zz", f"--compare={first}"]
+  more = ["--mesh=2,1,1", "--max-new-tokens=5", "--stop=x", "--stop=zz", f"--compare={first}"]
   assert run(*common, f"--out={second}", *more) == 0
   scores = json.loads((second / "scores.json").read_text())
   assert scores["generation"]["stop"] == ["x", "zz"]
@@ -56,6 +56,7 @@ def test_it_prints_a_table_and_says_where_all_is(
     (["--merge"], "--merge: give --out"),
     (["--merge", "--out=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
     (["--checkpoint=x", "--coordinator=here"], "no --processes; no --process; --coordinator: expected HOST"),
+    (["--checkpoint=x", "--mesh=2"], "--mesh: expected sizes of data, fsdp, tensor such as 1,1,4"),
     (["--checkpoint=gone"], "gone: not a run folder"),
   ],
 )  # fmt: skip
