@@ -53,17 +53,13 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
     model, way.get("batch", 16), Generation(max_new_tokens=options.max_new_tokens), mesh,
     Layout(**way.get("layout", {})),
   )  # fmt: skip
-  requests = (Request(i.question, _images(i)) for i in items)
+  requests = (Request(i.question, i.images) for i in items)
   found = [
     [part + parts * n, a.ids, a.margin, a.text == i.truth, a.error]
     for (n, a), i in zip(enumerate(engine.answer(requests)), items, strict=True)
   ]
   print(f"    {engine.counts}", file=sys.stderr, flush=True)
   return found
-
-
-def _images(item: Any) -> tuple[Any, ...]:
-  return tuple(item.images) if hasattr(item, "images") else (item.image,)
 
 
 def child(options: argparse.Namespace, name: str) -> list[Any]:

@@ -125,7 +125,8 @@ def _ask(
   each: Callable[[Record], None],
 ) -> None:  # fmt: skip
   requests = (Request(item.question, item.images) for item in items)
-  with contextlib.closing(engine.as_ready(requests)) as answers:  # its workers end with us
+  answers: Any = engine.as_ready(requests)
+  with contextlib.closing(answers):  # its workers end with us
     for index, answer in answers:
       line = record(task, items[index], answer)
       writer.write(line)

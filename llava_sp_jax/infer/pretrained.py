@@ -58,15 +58,15 @@ def from_any(
     raise FormatError(
       f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
     )
-  if (words := source.tokenizer) is None:
+  if not source.tokenizer:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
+  tokenizer = Tokenizer(source.tokenizer)
   load.verify_base(source)
   fingerprint = source.fingerprint or load.base_fingerprint(source)
   if merge:
     source = save.fold(source)
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
   config = dataclasses.replace(source.config, model=model)
-  tokenizer = Tokenizer(words)
   return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
 
 

@@ -90,7 +90,7 @@ def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
   from llava_sp_jax import config as config_lib
   from llava_sp_jax.eval import tasks
 
-  make = config_lib.lookup("--task", name, tasks.TASKS)
+  make: Any = config_lib.lookup("--task", name, tasks.TASKS)
   given: dict[str, Any] = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
     given["protocol"] = options.protocol

@@ -28,7 +28,7 @@ def loaded(
 ) -> pretrained.Pretrained:
   """A model that has learned enough to be surer of some words than of others."""
   folder = tmp_path_factory.mktemp("run") / "finetune"
-  loop.train(tiny_config("finetune", train={"steps": 150}), folder)
+  loop.train(tiny_config("finetune", train={"steps": 80}), folder)
   return pretrained.from_run(folder)
 
 

@@ -1,0 +1,43 @@
+"""Whatever conversion reads can be asked, without a copy of it: the same parameters, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.infer import pretrained
+from llava_sp_jax.train import loop
+from tests.conftest import ConfigMaker
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("run") / "finetune"
+  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
+  return folder
+
+
+def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> None:
+  save.export(load.open_any(run_folder, formats.Options()), "llava", tmp_path / "llava")
+  ours = pretrained.from_any(run_folder, dtype="float32")
+  theirs = pretrained.from_any(tmp_path / "llava", dtype="float32")
+  one, two = (flatten_dict(loaded.params, sep="/") for loaded in (ours, theirs))
+  assert one.keys() == two.keys()
+  for path, leaf in one.items():
+    np.testing.assert_array_equal(leaf, two[path], err_msg=path)
+  assert theirs.fingerprint
+  assert theirs.tokenizer.fingerprint() == ours.tokenizer.fingerprint()
+  assert (ours.step, theirs.step) == (2, 0)
+
+
+def test_a_part_of_a_model_is_refused(run_folder: Path, tmp_path: Path) -> None:
+  save.export(load.open_any(run_folder, formats.Options()), "language_model", tmp_path / "llm")
+  with pytest.raises(
+    FormatError, match="no vision_tower, projector in it; a whole model is needed"
+  ):
+    pretrained.from_any(tmp_path / "llm")
