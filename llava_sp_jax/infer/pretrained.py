@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def from_any(
     )
   if not source.tokenizer:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
-  tokenizer = Tokenizer(source.tokenizer)
+  tokenizer = _tokenizer(source.tokenizer)
   load.verify_base(source)
   fingerprint = source.fingerprint or load.base_fingerprint(source)
   if merge:
@@ -68,6 +70,15 @@ def from_any(
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
   config = dataclasses.replace(source.config, model=model)
   return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+  """From a copy of its files alone: transformers would read a model's config beside them."""
+  copy = tempfile.TemporaryDirectory(prefix="llava-sp-tokenizer-")
+  formats.copy_tokenizer(folder, Path(copy.name))
+  tokenizer = Tokenizer(copy.name)
+  weakref.finalize(tokenizer, copy.cleanup)
+  return tokenizer
 
 
 def _params(config: config_lib.Config, leaves: Leaves) -> Any:
