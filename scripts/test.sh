@@ -11,4 +11,4 @@ unset XLA_FLAGS
 .venv/bin/ruff check .
 .venv/bin/mypy
 # A file of tests stays in one process: what its tests share is made once.
-.venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20 "$@"
