@@ -107,7 +107,7 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
   before = dataclasses.replace(counts)
   list(engine.answer(asked))
   assert counts.compiles == before.compiles
-  for name in ("encoder_calls", "prefills", "prefix_hits"):
+  for name in ("distinct_images", "encoder_calls", "prefills", "prefix_hits"):
     setattr(counts, name, getattr(counts, name) - getattr(before, name))
   assert (counts.distinct_images, counts.encoder_calls, counts.encoder_ratio) == (3, 3, 1.0)
   assert counts.images_asked == sum(bool(r.images) for r in asked) == 8
