@@ -210,7 +210,8 @@ def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroke
   assert load.open_own(unbroken).step == STEPS
 
 
-@pytest.mark.parametrize("row", [pytest.param("none", marks=pytest.mark.slow), "pooling"])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["none", "pooling"])
 def test_second_stage_starts_from_the_first(
   tiny_config: ConfigMaker, tmp_path: Path, row: str
 ) -> None:

@@ -14,6 +14,7 @@ LONG = ("logits_and_losses", "greedy")
 # Ten steps show the same of the optimizer for each case and speed; one is climbed by default.
 SLOW = {
   *itertools.product(SHORT, LONG),
+  ("cropping", "hot_trajectory"),
   ("cropping", "trajectory"),
   ("pooling", "hot_trajectory"),
   ("pooling", "trajectory"),

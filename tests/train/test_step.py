@@ -44,9 +44,10 @@ def compiled(config: config_lib.Config, sizes: tuple[int, ...]) -> Any:
     return step.lower(state, batch, jax.random.key(0)).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("stage", "sizes"),
-  [pytest.param("finetune", (2, 2, 2), marks=pytest.mark.slow), ("pretrain_all", (1, 1, 1))],
+  [("finetune", (2, 2, 2)), ("pretrain_all", (1, 1, 1))],
 )
 def test_accumulation_changes_nothing(
   tiny_config: ConfigMaker, stage: str, sizes: tuple[int, ...]
@@ -113,6 +114,7 @@ def big_logits(text: str, rows: int, length: int) -> list[str]:
   return [str(s) for s in shapes if VOCAB_SIZE in s and np.prod(s) >= length * VOCAB_SIZE]
 
 
+@pytest.mark.slow
 def test_logits_of_a_whole_row_never_exist(tiny_config: ConfigMaker) -> None:
   config = tiny_config("finetune", train={"loss_chunk": 16})
   text = compiled(config, (1, 8, 1)).as_text()
