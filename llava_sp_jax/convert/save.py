@@ -261,9 +261,8 @@ def export(model: Source, name: str, out: str | Path, dtype: str = "") -> None:
   temporary = out.with_name(out.name + PART)
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
-  if (
-    row.folds and model.config.model.lora.rank
-  ):  # the result stands on no base that could be checked
+  if row.folds and model.config.model.lora.rank:
+    # What comes out stands on no base that could be checked.
     model = dataclasses.replace(fold(model), fingerprint="")
   row.write(model, temporary)
   temporary.rename(out)
