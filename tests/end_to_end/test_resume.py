@@ -234,6 +234,7 @@ def test_second_stage_starts_from_the_first(
   assert about["stage"] == "finetune"
 
 
+@pytest.mark.slow
 def test_second_stage_refuses_an_unfinished_first(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   first = tiny_config("pretrain_all", train={"steps": 2})
   loop.train(first, tmp_path / "one")
@@ -244,6 +245,7 @@ def test_second_stage_refuses_an_unfinished_first(tiny_config: ConfigMaker, tmp_
     loop.train(second, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_second_stage_refuses_another_row(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   """Parameters that stage 1 does not have are all named."""
   loop.train(tiny_config("pretrain_all", "none", train={"steps": 1}), tmp_path / "one")

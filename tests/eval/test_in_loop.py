@@ -113,6 +113,7 @@ def test_a_run_that_goes_on_does_the_step_again(config: Any, watched: Path, tmp_
   assert [r["eval_answered"] for r in scored] == [LIMIT, LIMIT, 3]
 
 
+@pytest.mark.slow
 def test_stopping_does_not_wait_for_it(config: Any, tmp_path: Path) -> None:
   """Asked to stop in the middle of an evaluation, it is left out; the run can save at once."""
   settings = config()
