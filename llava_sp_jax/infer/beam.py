@@ -100,7 +100,7 @@ class Beams:
 
   def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
     """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
-    start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
+    start = cache.length - jnp.repeat(rows.steps - 1, self.rule.lanes)
     width = min(self.rule.max_new_tokens, cache.slots)
     cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, 1))
     put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 1))
