@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from llava_sp_jax.infer.decode import Rule
-from llava_sp_jax.models.cache import KVCache, Layers
+from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.cache import KVCache
 
 WORST = -1e9  # of a beam that is none
 
@@ -102,10 +103,10 @@ class Beams:
     """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
     start = cache.length - jnp.repeat(rows.steps - 1, self.rule.lanes)
     width = min(self.rule.max_new_tokens, cache.slots)
-    cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, 1))
-    put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 1))
 
-    def move(layers: Layers) -> Layers:
-      return jax.tree.map(lambda x: put(x, cut(x, start)[parents], start), layers)
+    def move(axis: int, x: jax.Array) -> jax.Array:
+      cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis))
+      put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis))
+      return put(x, cut(x, start)[parents], start)
 
-    return KVCache(move(cache.keys), move(cache.values), cache.length)
+    return KVCache(*cache_lib.both(move, cache), cache.length)

@@ -135,10 +135,10 @@ class Made(NamedTuple):
 def nothing(way: Way, state: State) -> Made:
   """What stands before the first step."""
 
-  def one(layer: jax.Array) -> jax.Array:
-    return jnp.zeros_like(layer[:, :, :1])
+  def one(axis: int, layer: jax.Array) -> jax.Array:
+    return jnp.zeros_like(jax.lax.slice_in_dim(layer, 0, 1, axis=axis))
 
-  new = New(jax.tree.map(one, state.cache.keys), jax.tree.map(one, state.cache.values))
+  new = New(*cache_lib.both(one, state.cache))
   lanes = state.cache.length.shape
   parents = jnp.arange(*lanes, dtype=jnp.int32) if way.rule.lanes > 1 else None
   return Made(new, jnp.zeros(lanes, jnp.int32), parents)

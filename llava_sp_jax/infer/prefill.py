@@ -20,10 +20,10 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 class Prefix(NamedTuple):
-  """Keys and values of what some prompts begin with, on the device, each [L, K, P, H]."""
+  """Keys and values of what some prompts begin with, on the device."""
 
-  keys: jax.Array
-  values: jax.Array
+  keys: jax.Array  # [L, K, H, P]
+  values: jax.Array  # [L, K, P, H]
 
 
 class Group(NamedTuple):
@@ -65,7 +65,11 @@ def grow(module: LlavaSP, params: Any, group: Group, *, slots: int) -> tuple[Pre
   _, new, past = _extend(module, params, group)
   room = past.slots + group.tokens.shape[1]
   whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
-  keys, values = (cache_lib.stack(x)[..., :slots, :] for x in (whole.keys, whole.values))
+
+  def cut(axis: int, x: jax.Array) -> jax.Array:
+    return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+
+  keys, values = map(cache_lib.stack, cache_lib.both(cut, whole))
   return tuple(Prefix(keys[:, g], values[:, g]) for g in range(len(group.tokens)))
 
 
@@ -89,7 +93,7 @@ def admit(
 
 
 def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax.Array) -> KVCache:
-  """Prefixes [G, K, P, H] and what follows them [G, K, T, H] into their lanes [G, n] of B.
+  """Prefixes of P slots of G rows, and the T that follow them, into their lanes [G, n] of B.
 
   A loop over the lanes, so that a program is not as many times longer.
   """
@@ -98,18 +102,16 @@ def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax
   def once(i: jax.Array, kept: KVCache) -> KVCache:
     g, lane = i // count, lanes[i // count, i % count]
 
-    def put(kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
+    def put(axis: int, kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
       part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
-      zero = jnp.zeros((), lane.dtype)
-      return jax.lax.dynamic_update_slice(
-        kept, part, (lane, zero, jnp.asarray(at, lane.dtype), zero)
-      )
+      where = [lane] + [jnp.zeros((), lane.dtype)] * (kept.ndim - 1)
+      where[axis] = jnp.asarray(at, lane.dtype)
+      return jax.lax.dynamic_update_slice(kept, part, where)
 
-    def both(kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
-      kept = put(kept, prefix, 0) if prefix.shape[2] else kept
-      return put(kept, new, start[g])
+    def fill(axis: int, kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
+      kept = put(axis, kept, prefix, 0) if prefix.shape[axis] else kept
+      return put(axis, kept, new, start[g])
 
-    keys = jax.tree.map(both, kept.keys, past.keys, new.keys)
-    return kept._replace(keys=keys, values=jax.tree.map(both, kept.values, past.values, new.values))
+    return KVCache(*cache_lib.both(fill, kept, past, new), kept.length)
 
   return jax.lax.fori_loop(0, lanes.size, once, cache)

@@ -182,5 +182,5 @@ class Programs:
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:
   """G, T, P, M."""
-  slots = group.prefixes[0].keys.shape[2] if group.prefixes else 0
+  slots = group.prefixes[0].values.shape[2] if group.prefixes else 0
   return (*group.tokens.shape, slots, len(group.tiles[0]) if group.tiles else 0)

@@ -24,6 +24,7 @@ from llava_sp_jax.models import layers
 SAVED = "attention"  # name of the output (and of splash's log-sum-exp) for remat policies
 BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
 LANES = 128  # the kernel's smallest tile
+ALONE = {"cpu": 4}  # so few queries of a key head are multiplied one by one: XLA then reads keys faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +83,15 @@ def attend(
 
 
 def attend_cached(
-  q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
+  spec: Attention, q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
   new: tuple[jax.Array, jax.Array], mask: jax.Array,
 ) -> jax.Array:  # fmt: skip
   """Attention to a cache and to the new positions themselves, as one softmax.
 
   The cache is read where it lies: joining it with the new keys would copy all of it.
 
-  Args: q [B, T, N, H]; cached and new: keys and values [B, K, S, H] and [B, K, T, H]; seen [B, T, S]
-  and mask [B, T, T] bool. Returns: [B, T, N, H].
+  Args: q [B, T, N, H]; cached and new: keys [B, K, H, S] and values [B, K, S, H], with T for S;
+  seen [B, T, S] and mask [B, T, T] bool. Returns: [B, T, N, H].
   """
   rows, count, heads, width = q.shape
   groups = cached[0].shape[1]
@@ -98,8 +99,8 @@ def attend_cached(
   q = q.reshape(rows, groups, -1, width)  # [B, K, G T, H]: the queries of a key head are one matmul
   parts = []
   for (keys, _), allowed in ((cached, seen), (new, mask)):
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, keys.astype(q.dtype)).astype(jnp.float32)
-    scores = scores.reshape(rows, groups, -1, count, keys.shape[2]) / math.sqrt(width)
+    scores = _scores(spec, q, keys.astype(q.dtype)).astype(jnp.float32)
+    scores = scores.reshape(rows, groups, -1, count, keys.shape[3]) / math.sqrt(width)
     parts.append(jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min))
   top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in parts))
   weights = [jnp.exp(part - top) for part in parts]
@@ -110,6 +111,13 @@ def attend_cached(
     out = out + jnp.einsum("bkqs,bksh->bkqh", share, values.astype(q.dtype))
   out = out.reshape(rows, groups, -1, count, width).transpose(0, 3, 1, 2, 4)
   return out.reshape(rows, count, heads, width)
+
+
+def _scores(spec: Attention, q: jax.Array, keys: jax.Array) -> jax.Array:
+  """[B, K, Q, H], [B, K, H, S] -> [B, K, Q, S], in as many products as the platform likes."""
+  several = q.shape[2] if 1 < q.shape[2] <= ALONE.get(spec.platform or jax.default_backend(), 1) else 1
+  parts = [jnp.einsum("bkqh,bkhs->bkqs", part, keys) for part in jnp.split(q, several, axis=2)]
+  return jnp.concatenate(parts, axis=2) if several > 1 else parts[0]
 
 
 def choose(case: Case) -> str:

@@ -1,52 +1,67 @@
 """Key-value cache: explicit state. The decoder reads it and returns what is new; the caller writes.
 
-Written once after all layers, into a donated buffer, a step copies nothing of what it keeps.
+Written once for all layers, into a donated buffer, a step copies nothing of what it keeps. Keys lie
+transposed, so that both products of attention run along the lines of what they read.
 
 Shape letters:  L layers . B rows . S slots . T new positions . K key-value heads . H head width
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Layers = Any  # [L, ...] for stacked layers, otherwise a tuple of L arrays [...]
+SLOTS = (-1, -2)  # the axis of the slots in keys and in values
 
 
 class KVCache(NamedTuple):
   """Slot i of a row holds position i of its sample; only the first `length` hold anything."""
 
-  keys: Layers  # [B, K, S, H] for each layer
+  keys: Layers  # [B, K, H, S] for each layer
   values: Layers  # [B, K, S, H] for each layer
   length: jax.Array  # [B] int32
 
   @property
   def slots(self) -> int:
-    return self.keys[0].shape[-2]
+    return self.values[0].shape[-2]
 
 
 class New(NamedTuple):
   """Keys and values of T positions, which follow each row's `length`."""
 
-  keys: Layers  # [B, K, T, H] for each layer
+  keys: Layers  # [B, K, H, T] for each layer
   values: Layers  # [B, K, T, H] for each layer
+
+
+def both(change: Callable[..., Any], *held: Any) -> tuple[Any, Any]:
+  """`change(axis of the slots, *arrays)` of the keys, and of the values, of every layer.
+
+  `held` begin with keys and values, as `KVCache` and `New` do.
+  """
+  keys, values = (
+    jax.tree.map(functools.partial(change, axis), *(pair[i] for pair in held))
+    for i, axis in enumerate(SLOTS)
+  )
+  return keys, values
 
 
 def allocate(
   layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype: Any, stacked: bool = True
 ) -> KVCache:
   """An empty cache of static size; with 0 slots, what a prompt starts from."""
-  shape = (rows, kv_heads, slots, head_dim)
 
-  def empty() -> Layers:
+  def empty(*sizes: int) -> Layers:
+    shape = (rows, kv_heads, *sizes)
     if stacked:
       return jnp.zeros((layers, *shape), dtype)
     return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-  return KVCache(empty(), empty(), jnp.zeros((rows,), jnp.int32))
+  return KVCache(empty(head_dim, slots), empty(slots, head_dim), jnp.zeros((rows,), jnp.int32))
 
 
 def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
@@ -55,27 +70,26 @@ def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
   There must be T free slots behind the length; those after `count` are written and do not matter.
   """
 
-  def place(slots: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, K, S, H], [(L,) B, K, T, H]
-    at = jax.lax.dynamic_update_slice_in_dim
-    rows = jax.vmap(lambda s, n, i: at(s, n.astype(s.dtype), i, 1))
+  def place(axis: int, slots: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, ...] of both
+    def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), start, axis)
+
+    rows = jax.vmap(put)
     rows = jax.vmap(rows, (0, 0, None)) if slots.ndim == 5 else rows
     return rows(slots, new, cache.length)
 
-  return KVCache(
-    jax.tree.map(place, cache.keys, new.keys), jax.tree.map(place, cache.values, new.values),
-    cache.length + count,
-  )  # fmt: skip
+  return KVCache(*both(place, cache, new), cache.length + count)
 
 
 def widen(cache: KVCache, slots: int) -> KVCache:
   """The same with `slots` slots in each row, at least as many as there are."""
 
-  def pad(x: jax.Array) -> jax.Array:
+  def pad(axis: int, x: jax.Array) -> jax.Array:
     extra = [(0, 0)] * x.ndim
-    extra[-2] = (0, slots - x.shape[-2])
+    extra[axis] = (0, slots - x.shape[axis])
     return jnp.pad(x, extra)
 
-  return cache._replace(keys=jax.tree.map(pad, cache.keys), values=jax.tree.map(pad, cache.values))
+  return KVCache(*both(pad, cache), cache.length)
 
 
 def unstack(tree: Any, count: int) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ class Past(NamedTuple):
 class Block(nn.Module):
   """One layer; the second value is its new keys and values where there is a cache, else None.
 
-  `cache` holds the layer's keys and values [B, K, S, H], or None. `windowed` says whether the layer
+  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or None. `windowed` says whether the layer
   sees only what `near` allows; both are None without a window.
   """
 
@@ -71,10 +71,10 @@ class Block(nn.Module):
     v = checkpoint_name(v, "v")
     if near is not None:
       mask = mask & (near | ~windowed)
-    new = None if cache is None else (k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    new = None if cache is None else (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
     if past is not None and new is not None:
       seen = past.seen if past.near is None else past.seen & (past.near | ~windowed)
-      out = attend_cached(q, cache, seen, new, mask)
+      out = attend_cached(self.attention, q, cache, seen, new, mask)
     else:
       out = checkpoint_name(attend(self.attention, q, k, v, mask, segments), SAVED)
     out = dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
