@@ -101,7 +101,7 @@ class Beams:
 
   def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
     """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
-    start = cache.length - jnp.repeat(rows.steps - 1, self.rule.lanes)
+    start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
     width = min(self.rule.max_new_tokens, cache.slots)
 
     def move(axis: int, x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.infer.sampling import GREEDY, Sampler, margin
 from llava_sp_jax.models import cache as cache_lib
-from llava_sp_jax.models.cache import KVCache, New
+from llava_sp_jax.models.cache import KVCache
 from llava_sp_jax.models.llava import LlavaSP
 
 
@@ -68,9 +68,7 @@ class Way(Protocol):
     """From logits [B, V]: new Answers, and the lane that each lane goes on from, if not itself."""
     ...
 
-  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache:
-    """The cache of lanes that go on from `parents`, after the step that made `rows`."""
-    ...
+  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache: ...
 
 
 class Choice(NamedTuple):
@@ -120,49 +118,19 @@ class Single:
     return cache
 
 
-class Made(NamedTuple):
-  """What a step leaves to be written into the cache.
-
-  The next one writes it before it reads: were a buffer read first and written later in the same
-  step, the compiler would copy all of it to be safe.
-  """
-
-  new: New  # of each lane's token
-  count: jax.Array  # [B] int32, 1 where the lane was not done
-  parents: Any  # [B] int32, the lane that each goes on from; None: itself
-
-
-def nothing(way: Way, state: State) -> Made:
-  """What stands before the first step."""
-
-  def one(axis: int, layer: jax.Array) -> jax.Array:
-    return jnp.zeros_like(jax.lax.slice_in_dim(layer, 0, 1, axis=axis))
-
-  new = New(*cache_lib.both(one, state.cache))
-  lanes = state.cache.length.shape
-  parents = jnp.arange(*lanes, dtype=jnp.int32) if way.rule.lanes > 1 else None
-  return Made(new, jnp.zeros(lanes, jnp.int32), parents)
-
-
-def settle(way: Way, state: State, made: Made) -> State:
-  """The state with `made` in its cache."""
-  cache = cache_lib.append(state.cache, made.new, made.count)
-  if made.parents is not None:
-    cache = way.reorder(cache, state.rows, made.parents)
-  return State(cache, state.rows)
-
-
-def step(
-  module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array
-) -> tuple[State, Made]:
-  """One more token for every row that is not done; the cache is as it was."""
+def step(module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array) -> State:
+  """One more token for every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
   hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
   going = jnp.repeat(~state.rows.done, way.rule.lanes).astype(jnp.int32)
   rows, parents = way.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
-  return State(cache, rows), Made(new, going, parents)
+  # No token is below zero, which the compiler cannot know: so the write waits for all that is read,
+  # and needs no copy of it. (XLA on CPU drops optimization_barrier before it decides on copies.)
+  length = cache.length + jnp.minimum(jnp.min(rows.token), 0)
+  cache = cache_lib.append(cache._replace(length=length), new, going)
+  return State(cache if parents is None else way.reorder(cache, state.rows, parents), rows)
 
 
 def decode(
@@ -176,16 +144,13 @@ def decode(
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 
-  Carry = tuple[jax.Array, State, Made]
-
-  def going(carry: Carry) -> jax.Array:
-    number, state, _ = carry
+  def going(carry: tuple[jax.Array, State]) -> jax.Array:
+    number, state = carry
     return (number < steps) & (jnp.sum(state.rows.done) < until)
 
-  def once(carry: Carry) -> Carry:
-    number, state, made = carry
-    return number + 1, *step(module, params, way, settle(way, state, made), key)
+  def once(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+    number, state = carry
+    return number + 1, step(module, params, way, state, key)
 
-  start = (jnp.zeros((), jnp.int32), state, nothing(way, state))
-  number, state, made = jax.lax.while_loop(going, once, start)
-  return settle(way, state, made), number
+  number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
+  return state, number

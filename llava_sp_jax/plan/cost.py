@@ -28,6 +28,7 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
   "ragged-all-to-all": lambda i, o, n: i * (n - 1) / n,
   "collective-permute": lambda i, o, n: o,
 }
+COPIES = ("copy-start", "slice-start", "async-start")  # run beside the schedule until their done
 
 
 @dataclasses.dataclass
@@ -137,12 +138,12 @@ class Predictor:
           running[collective.key] = (collective.kind, wires)
         else:
           now = self._wait(cost, op, collective.kind, now, wires)
-      elif op.opcode in ("copy-start", "async-start"):
+      elif op.opcode in COPIES:
         work = self._copied(op, computation)
         copies = max(now, copies) + work / self._topology.chip.hbm_rate
         running[op.name] = ("copy", copies)
         cost.hbm_bytes += work
-      elif op.opcode in ("copy-done", "async-done"):
+      elif op.opcode.endswith("-done"):
         kind, end = running.pop(op.operands[0], ("copy", now))
         now = self._wait(cost, op, kind, now, end)
       elif op.opcode not in ("async-update", "custom-call") or kernels.is_kernel(op):
@@ -187,7 +188,7 @@ class Predictor:
 
   def _copied(self, op: Op, computation: Computation) -> float:
     """HBM bytes of a copy or slice: what it moves from or to HBM."""
-    sizes = sorted(a.bytes for a in op.arrays if a.dtype != "u32" or a.dims)
+    sizes = sorted(a.bytes for a in op.arrays if a.dims)
     return sizes[0] if sizes else 0.0
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
