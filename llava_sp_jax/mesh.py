@@ -162,6 +162,18 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   return {name: place(array) for name, array in batch.items()}
 
 
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """An array that every process has whole -> on the devices of all, as `sharding` says."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])
+
+
+def spans_processes(mesh: Mesh) -> bool:
+  """Whether several processes hold devices of the mesh."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def _parts(mesh: Mesh) -> int:
   """Into how many parts a batch is divided."""
   return math.prod(mesh.shape[name] for name in BATCH[0])

@@ -37,6 +37,16 @@ class State(NamedTuple):
   rows: Any  # Answers, every array [R, ...]
 
 
+class Report(NamedTuple):
+  """What the host reads after some steps."""
+
+  steps: Any  # [] int32, that were done
+  made: Any  # of Answers, as the next three
+  done: Any
+  ids: Any
+  margin: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """When an answer is over, and how a token is drawn; a constant of compiled programs."""
@@ -136,8 +146,8 @@ def step(module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array) -
 def decode(
   module: LlavaSP, params: Any, state: State, key: jax.Array, ended: jax.Array, steps: jax.Array,
   until: jax.Array, *, way: Way,
-) -> tuple[State, jax.Array]:  # fmt: skip
-  """Steps until `until` rows are done, at most `steps`. Returns the state and how many they were.
+) -> tuple[State, Report]:  # fmt: skip
+  """Steps until `until` rows are done, at most `steps`.
 
   `ended` [R] bool are rows that the host has ended, at a stop string say. Both bounds are values,
   not shapes: however many rows the host waits for, this is compiled once.
@@ -153,4 +163,5 @@ def decode(
     return number + 1, step(module, params, way, state, key)
 
   number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
-  return state, number
+  rows = state.rows
+  return state, Report(number, rows.made, rows.done, rows.ids, rows.margin)

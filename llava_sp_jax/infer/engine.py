@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -65,8 +64,8 @@ class Engine:
   """Holds a model ready for questions.
 
   `mesh` has the axes of `mesh.AXES`; rows go over data and fsdp, kernels as `sharding` says. Without
-  one it is the first device of this process. Several processes have an engine each, for a part of
-  the requests.
+  one it is the first device of this process. Processes that share a mesh ask the same requests in
+  the same order, and all get the answers; others have an engine each, for a part of the requests.
   """
 
   def __init__(
@@ -203,12 +202,9 @@ class Engine:
       free = self._rows - len(rows)
       wanted = self._rows if not schedule.more else free + max(1, self._rows // 4)
       assert self._state is not None
-      self._state, steps = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
-      state = self._state
-      steps, made, done, ids, margin = jax.device_get(
-        (steps, state.rows.made, state.rows.done, state.rows.ids, state.rows.margin)
-      )
-      self.counts.decode_steps += int(steps)
+      self._state, report = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
+      _, made, done, ids, margin = report
+      self.counts.decode_steps += int(report.steps)
       for number, row in list(rows.items()):
         row.text.extend(ids[number, : made[number]], bool(done[number]), float(margin[number]))
         if row.text.finished:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import sharding
+from llava_sp_jax import processes, sharding
 from llava_sp_jax.infer import decode as decode_lib
 from llava_sp_jax.infer import prefill
 from llava_sp_jax.infer.counts import Counts
@@ -36,6 +36,7 @@ class Programs:
     counts: Counts,
   ):  # fmt: skip
     self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
+    self._several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
     self._counts, self._way = counts, way
     self._table: dict[Hashable, Any] = {}
@@ -48,7 +49,7 @@ class Programs:
     self._whole = NamedSharding(self.mesh, PartitionSpec())
     self._rows = NamedSharding(self.mesh, mesh_lib.BATCH)
     self._params = self._place(params)
-    self._key = jax.device_put(jax.random.key(seed), self._whole)
+    self._key = jax.jit(lambda: jax.random.key(seed), out_shardings=self._whole)()
 
   def load(self, params: Any) -> None:
     """Other values of the same parameters; what is compiled stays."""
@@ -58,27 +59,19 @@ class Programs:
     """Parameters layer by layer, on the devices where `sharding` says."""
     if not params:
       return params
-    places = sharding.shardings(params, self.mesh)
-
-    def put(x: Any, place: NamedSharding, drop: bool) -> Any:
-      spec = PartitionSpec(*place.spec[1:]) if drop else place.spec
-      return jax.device_put(x, NamedSharding(self.mesh, spec))
-
-    result: dict[str, Any] = {}
+    whole = sharding.shardings(params, self.mesh)
+    places: dict[str, Any] = {}
+    for part, tree in jax.eval_shape(build.unstack, params).items():
+      one = jax.tree.map(self._of_layer, whole[part].get("layers", {}))
+      places[part] = {name: whole[part].get(name, one) for name in tree}
+    if _on(params, self.mesh):
+      with jax.set_mesh(self.mesh):
+        return jax.jit(build.unstack, out_shardings=places)(params)
     host = jax.tree.map(np.asarray, params)
-    flat, where = build.unstack(host), {}
-    for part, tree in places.items():
-      inner = {k: v for k, v in tree.items() if k != "layers"}
-      where[part] = inner, tree.get("layers")
-    for part, tree in flat.items():
-      inner, layers = where[part]
-      result[part] = {
-        name: jax.tree.map(
-          functools.partial(put, drop=name not in inner), leaf, inner.get(name, layers)
-        )
-        for name, leaf in tree.items()
-      }
-    return result
+    return jax.tree.map(mesh_lib.put, build.unstack(host), places)
+
+  def _of_layer(self, place: NamedSharding) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec(*place.spec[1:]))
 
   # ---- the programs -------------------------------------------------------------------------------
 
@@ -130,17 +123,20 @@ class Programs:
     """See `prefill.admit`; the state is donated."""
     run = functools.partial(prefill.admit, self._module, way=self._way)
     key = ("admit", len(state.rows.done), state.cache.slots, *_shapes(group))
-    arguments = (self._params, state, self._key, self._group(group), rows, numbers)
+    arguments = (self._params, state, self._key, self._group(group), *self._same(rows, numbers))
     return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
 
   def decode(
     self, state: State, ended: np.ndarray, steps: int, until: int
-  ) -> tuple[State, jax.Array]:
-    """See `decode.decode`; the state is donated."""
+  ) -> tuple[State, decode_lib.Report]:
+    """See `decode.decode`; the state is donated, the report of the host."""
     run = functools.partial(decode_lib.decode, self._module, way=self._way)
-    arguments = (self._params, state, self._key, ended, np.int32(steps), np.int32(until))
+    bounds = self._same(ended, np.int32(steps), np.int32(until))
+    arguments = (self._params, state, self._key, *bounds)
     key = ("decode", len(state.rows.done), state.cache.slots)
-    return self._run(key, run, arguments, (1,), (self._state_places(len(ended)), self._whole))
+    out = (self._state_places(len(ended)), self._whole)
+    state, report = self._run(key, run, arguments, (1,), out)
+    return state, jax.device_get(report)
 
   # ---- building and placing -----------------------------------------------------------------------
 
@@ -159,6 +155,8 @@ class Programs:
         jitted = jax.jit(traced, donate_argnums=donate, out_shardings=out)
         compiled = self._table[key] = jitted.lower(*arguments).compile()
       self._counts.compiles += 1
+      if self._several:  # none runs before all have compiled
+        processes.meet(f"program {self._counts.compiles} is compiled")
     return compiled(*arguments)
 
   def _group(self, group: prefill.Group) -> prefill.Group:
@@ -166,7 +164,11 @@ class Programs:
     return prefill.Group(tokens, slots, length, start, group.prefixes, group.tiles)
 
   def _put(self, array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, self._rows if len(array) % self.parts == 0 else self._whole)
+    return mesh_lib.put(array, self._rows if len(array) % self.parts == 0 else self._whole)
+
+  def _same(self, *values: Any) -> tuple[Any, ...]:
+    """What every device gets; as it is where one process has them all."""
+    return tuple(mesh_lib.put(x, self._whole) for x in values) if self._several else values
 
   def _state_places(self, rows: int) -> Any:
     text = self._module.language_model
@@ -178,6 +180,13 @@ class Programs:
     cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]
     answers = jax.eval_shape(lambda: self._way.empty(rows))
     return State(cache, jax.tree.map(lambda _: each, answers))
+
+
+def _on(params: Any, mesh: Mesh) -> bool:
+  """Whether all parameters are on the mesh's devices already, as while they are trained."""
+  devices = set(mesh.devices.flat)
+  return all(isinstance(x, jax.Array) and x.sharding.device_set == devices
+             for x in jax.tree.leaves(params))  # fmt: skip
 
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:
