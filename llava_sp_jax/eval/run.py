@@ -26,21 +26,41 @@ from llava_sp_jax.infer.pretrained import Pretrained
 SECONDS_PER_LINE = 5.0  # of progress
 SCORES, SUBMISSION = "scores.json", "submission"
 
+# Of `config.data`: what a question and its pictures become before the model reads them.
+INPUTS = (
+  "template", "image_aspect", "image_fit", "grid_pinpoints", "patch_merge", "image_mean",
+  "image_std",
+)  # fmt: skip
+# Of `config.model`: how fast it computes, or what only training reads; all else decides answers.
+NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """Which model answered: its folder, its step, and a hash of all that was loaded."""
+  """Which model answered: its folder, its step, a hash of all that was loaded, and its settings."""
 
   checkpoint: str
   step: int
   base: str  # fingerprint of the frozen base, as the run keeps it
   loaded: str  # fingerprint of every parameter as it computes: frozen base and trained part
+  # What it makes of a question beside its parameters: {"inputs", "model"}, JSON-able.
+  reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
     with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
       loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
-    return cls(folder, pretrained.step, pretrained.fingerprint, loaded)
+    return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
+
+
+def reads(pretrained: Pretrained) -> dict[str, Any]:
+  """`inputs` (template, tokenizer, pictures) and `model` (sizes, dtype) that answers depend on."""
+  config, model = pretrained.config, dataclasses.asdict(pretrained.config.model)
+  return {
+    "inputs": {**{name: getattr(config.data, name) for name in INPUTS},
+               "tokenizer": pretrained.tokenizer.fingerprint()[:16]},
+    "model": {name: value for name, value in model.items() if name not in NO_MATTER},
+  }  # fmt: skip
 
 
 def _host() -> Any:
@@ -104,7 +124,7 @@ def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
   """What an answer depends on; the batch, the mesh and the hosts are not among it."""
   return {
     **asked(task),
-    "fingerprint": {"base": model.base, "loaded": model.loaded},
+    "fingerprint": {"base": model.base, "loaded": model.loaded}, **model.reads,
     "generation": dataclasses.asdict(engine.generation), "version": __version__,
   }  # fmt: skip
 

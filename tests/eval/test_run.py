@@ -163,6 +163,32 @@ def test_other_settings_are_refused(
   assert engine.asked == []
 
 
+@pytest.mark.parametrize(
+  ("part", "key", "value", "message"),
+  [("data", "template", "llama_2", "inputs.template: 'llama_2' here, 'v1' there"),
+   ("data", "image_aspect", "square", "inputs.image_aspect: 'square' here, 'pad' there"),
+   ("model", "dtype", "float32", "model.dtype: 'float32' here, 'bfloat16' there")],
+)  # fmt: skip
+def test_a_model_that_reads_otherwise_is_refused(
+  tiny_data: Path, tmp_path: Path, part: str, key: str, value: str, message: str
+) -> None:
+  """The same parameters, but other prompts, pictures or arithmetic."""
+  task = EasyVqa(tiny_data)
+  scores = run_lib.run(task, Scripted(), tmp_path)
+  assert scores["inputs"]["tokenizer"] == Scripted().pretrained.tokenizer.fingerprint()
+  engine = Scripted()
+  group = dataclasses.replace(getattr(engine.pretrained.config, part), **{key: value})
+  config = dataclasses.replace(engine.pretrained.config, **{part: group})
+  engine.pretrained = dataclasses.replace(engine.pretrained, config=config)
+  with pytest.raises(EvalError, match=message):
+    run_lib.run(task, engine, tmp_path)
+  assert engine.asked == []
+  faster = dataclasses.replace(config.model, remat="none", scan_unroll=4, dtype="bfloat16")
+  config = dataclasses.replace(Scripted().pretrained.config, model=faster)
+  engine.pretrained = dataclasses.replace(engine.pretrained, config=config)
+  assert run_lib.run(task, engine, tmp_path)["by_kind"] == scores["by_kind"]
+
+
 def test_other_data_are_refused(damaged: Path, tmp_path: Path) -> None:
   out = tmp_path / "out"
   run_lib.run(EasyVqa(damaged), Scripted(), out)
