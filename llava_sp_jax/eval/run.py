@@ -98,6 +98,7 @@ def run(
   about = {"checkpoint": model.checkpoint, "step": model.step}
   predictions.check_settings(folder, settings(task, engine, model), about)
   items = task.items()[: limit or None]
+  places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
   mine = [
     item for item in part.choose(items)
@@ -109,7 +110,7 @@ def run(
     engine.forget()  # it would remember which images it could not read
   with predictions.Writer(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
-    _ask(task, engine, mine, writer, each or Progress(len(mine)))
+    _ask(task, engine, mine, places, writer, each or Progress(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
                "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
     with (folder / part.named("sessions")).open("a") as file:
@@ -141,10 +142,11 @@ def counts(engine: Engine) -> dict[str, int]:
 
 
 def _ask(
-  task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer,
-  each: Callable[[Record], None],
+  task: Task, engine: Engine, items: Sequence[Item], places: Mapping[str, int],
+  writer: predictions.Writer, each: Callable[[Record], None],
 ) -> None:  # fmt: skip
-  requests = (Request(item.question, item.images) for item in items)
+  """`places` in the whole set: by them samples are drawn, so a part or a resumed run draws the same."""
+  requests = (Request(item.question, item.images, number=places[item.id]) for item in items)
   answers: Any = engine.as_ready(requests)
   with contextlib.closing(answers):  # its workers end with us
     for index, answer in answers:

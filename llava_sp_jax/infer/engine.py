@@ -273,7 +273,7 @@ class Engine:
     assert self._state is not None
     self._state = self._programs.admit(
       self._state, packed, np.asarray([rows[i] for i in order], np.int32),
-      np.asarray([group[i].number for i in order], np.int32),
+      np.asarray([group[i].drawn_by for i in order], np.int32),
     )  # fmt: skip
     self.counts.admitted += len(group)
 

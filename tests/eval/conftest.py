@@ -56,6 +56,7 @@ class Scripted(Engine):
     )
     self.counts = Counts()
     self.asked: list[str] = []
+    self.numbers: list[int | None] = []
     self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
 
   def forget(self) -> None:
@@ -68,6 +69,7 @@ class Scripted(Engine):
       (image,) = request.images
       name = image.name if isinstance(image, Path) else "bytes"
       self.asked.append(name)
+      self.numbers.append(request.number)
       self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
       error = self._fails.get(name, "")
       text = "" if error else self._texts[len(self.asked) % len(self._texts)]

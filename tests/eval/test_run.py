@@ -140,6 +140,7 @@ def test_a_broken_run_goes_on_where_it_was(tiny_data: Path, tmp_path: Path) -> N
   again = Scripted()
   scores = run_lib.run(task, again, tmp_path / "broken")
   assert len(again.asked) == 12 - 4
+  assert again.numbers == list(range(4, 12)), "a sample is drawn by the place in the whole set"
   assert path.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
   assert {**scores, "seconds": 0, "engine": 0} == {**whole, "seconds": 0, "engine": 0}
 
@@ -257,6 +258,7 @@ def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Pa
   ]  # fmt: skip
   asked = [image for engine in engines for image in engine.asked]
   assert len(asked) == len(set(asked)) == 12
+  assert sorted(n for engine in engines for n in engine.numbers if n is not None) == list(range(12))
   assert scores["by_kind"] == whole["by_kind"]
   assert scores["sessions"] == 3
   assert scores["engine"]["requests"] == 12

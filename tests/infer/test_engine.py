@@ -223,10 +223,15 @@ def test_beam_search_is_that_of_the_oracle(model: Pretrained, asked: list[Reques
 def test_samples_depend_on_the_request_and_the_seed_only(
   model: Pretrained, asked: list[Request]
 ) -> None:
-  def drawn(batch: int, seed: int) -> list[tuple[int, ...]]:
+  def drawing(batch: int, seed: int) -> Engine:
     generation = Generation(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.95, seed=seed)
-    return ids(Engine(model, batch, generation, layout=Layout(share=False)).answer(asked[:4]))
+    return Engine(model, batch, generation, layout=Layout(share=False))
 
-  one = drawn(1, 0)
-  assert drawn(4, 0) == one
-  assert drawn(4, 1) != one
+  alone, together = drawing(1, 0), drawing(4, 0)
+  one = ids(alone.answer(asked[:4]))
+  assert ids(together.answer(asked[:4])) == one
+  assert ids(drawing(4, 1).answer(asked[:4])) != one
+  some = (3, 1)  # as a run that was killed, or a part of one, asks them
+  left = [dataclasses.replace(asked[i], number=i) for i in some]
+  assert ids(together.answer(left)) == [one[i] for i in some]
+  assert ids(together.answer([asked[i] for i in some])) != [one[i] for i in some]
