@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
@@ -91,16 +91,39 @@ def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
   from llava_sp_jax.eval import tasks
 
   make: Any = config_lib.lookup("--task", name, tasks.TASKS)
-  given: dict[str, Any] = dict(_pair(text, "--option") for text in options.option)
+  texts = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
-    given["protocol"] = options.protocol
+    texts["protocol"] = options.protocol
+  given = _options(name, make, texts)
   if options.judge_url and "judge" in make.options:
     given["judge"] = _judge(options)
     given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
-  if unknown := [key for key in given if key not in make.options]:
-    has = f"it has {', '.join(make.options)}" if make.options else "it has none"
-    raise config_lib.ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}")
   return make(_data(name, names, options.data), **given)
+
+
+def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
+  """What was typed, in the types of the task's defaults. Raises: ConfigError.
+
+  An option without one (a judge) is no text, and has flags of its own.
+  """
+  import inspect
+
+  from llava_sp_jax.config import ConfigError, parse
+
+  defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()
+              if k in make.options and p.default is not None}  # fmt: skip
+  if unknown := [key for key in texts if key not in defaults]:
+    has = f"it has {', '.join(defaults)}" if defaults else "it has none"
+    judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
+    raise ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}{judge}")
+  given = {}
+  for key, text in texts.items():
+    try:
+      given[key] = parse(text, defaults[key])
+    except (ValueError, KeyError):
+      expected = {bool: "true or false"}.get(type(defaults[key]), type(defaults[key]).__name__)
+      raise ConfigError(f"--option {key}: expected {expected}, found {text!r}") from None
+  return given
 
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
