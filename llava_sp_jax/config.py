@@ -326,7 +326,7 @@ def override(config: Any, texts: Mapping[str, str]) -> Any:
       problems.append(f"{where}.{name}: a group; name one of its keys: {', '.join(place[name])}")
     else:
       try:
-        place[name] = _parse(text, place[name])
+        place[name] = parse(text, place[name])
       except (ValueError, KeyError):
         kind = type(place[name]).__name__
         problems.append(f"{where}.{name}: expected {kind}, found {text!r}")
@@ -335,8 +335,8 @@ def override(config: Any, texts: Mapping[str, str]) -> Any:
   return from_dict(values, type(config))
 
 
-def _parse(text: str, like: Any) -> Any:
-  """`text` as a value of the type of `like`. Raises: ValueError, KeyError."""
+def parse(text: str, like: Any) -> Any:
+  """`text`, as a user typed it, as a value of the type of `like`. Raises: ValueError, KeyError."""
   if isinstance(like, bool):
     return {"true": True, "false": False}[text.lower()]
   if isinstance(like, tuple):
@@ -359,7 +359,7 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     if key not in defaults:
       raise ConfigError(f"unknown option {key!r} after ':'; known: {', '.join(defaults)}")
     try:
-      values[key] = _parse(text, defaults[key])
+      values[key] = parse(text, defaults[key])
     except (ValueError, KeyError):
       kind = type(defaults[key]).__name__
       raise ConfigError(f"option {key}: expected {kind}, found {text!r}") from None

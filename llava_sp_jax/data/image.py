@@ -100,8 +100,9 @@ def _opened(file: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
       yield image
   except FileNotFoundError:
     raise SampleError(f"image {name or file}: no such file") from None
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-    raise SampleError(f"image {name or file}: cannot be decoded ({error})") from None
+  except Exception as error:  # Pillow raises nearly anything for a damaged file
+    why = str(error) or type(error).__name__
+    raise SampleError(f"image {name or file}: cannot be decoded ({why})") from None
 
 
 def _no_change(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

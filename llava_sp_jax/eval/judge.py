@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
+SHOWN = 300  # characters of what a server says beside its status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,21 +56,29 @@ class Endpoint:
     self, url: str, model: str, key: str = "OPENAI_API_KEY", tries: int = 5, seconds: float = 60.0,
     pause: Callable[[float], Any] = time.sleep,
   ):  # fmt: skip
-    """Raises: JudgeError when the variable is not set."""
+    """Raises: JudgeError when the variable is not set, or holds what cannot be a key."""
     self.name = model
     self._url, self._key, self._tries = url.rstrip("/") + "/chat/completions", key, tries
     self._seconds, self._pause = seconds, pause
     self._secret()
 
   def _secret(self) -> str:
-    if self._key and not os.environ.get(self._key):
+    if not self._key:
+      return ""
+    secret = os.environ.get(self._key, "").strip()  # a key that is read from a file ends in a newline
+    if not secret:
       raise JudgeError(f"no key for the judge {self.name}: set the variable {self._key}")
-    return os.environ[self._key] if self._key else ""
+    if not (secret.isascii() and secret.isprintable()):  # http.client would quote it, escaped
+      raise JudgeError(
+        f"the key for the judge {self.name}, in the variable {self._key}, holds characters that no "
+        "header can; set it to the key alone, on one line"
+      )
+    return secret
 
   def __call__(self, ask: Ask) -> str:
     """The judge's answer. Raises: JudgeError after the last try."""
     messages = [{"role": "system", "content": ask.system}] if ask.system else []
-    body = {
+    asked = {
       "model": self.name, "messages": [*messages, {"role": "user", "content": ask.prompt}],
       "max_tokens": ask.max_tokens, "temperature": ask.temperature,
     }  # fmt: skip
@@ -78,14 +87,15 @@ class Endpoint:
     if secret:
       headers["Authorization"] = f"Bearer {secret}"
     for attempt in range(self._tries):
-      request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
+      request = urllib.request.Request(self._url, json.dumps(asked).encode(), headers)
       wait = 2.0**attempt * random.uniform(0.75, 1.25)
       try:
         with urllib.request.urlopen(request, timeout=self._seconds) as answer:
           return _content(json.loads(answer.read()))
       except urllib.error.HTTPError as error:
         with error:
-          problem = f"status {error.code}: {error.read(300).decode(errors='replace')}"
+          body = _hidden(error.read(1 << 16).decode(errors="replace"), secret)  # before it is cut
+          problem = f"status {error.code}: {body[:SHOWN]}"
         if error.code not in PASSING:
           break
         told = error.headers.get("Retry-After", "")
@@ -94,9 +104,11 @@ class Endpoint:
         problem = f"{type(error).__name__}: {error}"
       if attempt + 1 < self._tries:
         self._pause(wait)
-    if secret:
-      problem = problem.replace(secret, "(key)")
-    raise JudgeError(f"{self._url} ({self.name}): {problem}")
+    raise JudgeError(f"{self._url} ({self.name}): {_hidden(problem, secret)}")
+
+
+def _hidden(text: str, secret: str) -> str:
+  return text.replace(secret, "(key)") if secret else text
 
 
 def _content(answer: Any) -> str:
@@ -113,13 +125,15 @@ class Reviews:
   """A judge whose raw answers are kept: in memory, and in a file when there is one.
 
   The file (JSON lines: key, name, text) is appended to answer by answer, so that a run that was
-  killed pays for no answer twice; failures are not kept, they are asked again by the next run.
+  killed pays for no answer twice. Failures are not kept, and an answer that holds nothing to read
+  is no better: the next run asks both again.
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
     self._judge, self._file = judge, Path(file) if file else None
     self._kept: dict[str, Review] = {}
+    self._told: set[str] = set()  # keys of what this run has asked
     if self._file and self._file.is_file():
       for line in self._file.read_text(encoding="utf-8").split("\n"):
         try:
@@ -128,12 +142,17 @@ class Reviews:
         except (ValueError, KeyError, TypeError):
           continue  # a line that was cut off: the answer is asked again
 
-  def __call__(self, ask: Ask) -> Review:
-    """The kept or a new answer; a judge that raises makes a review with an error."""
+  def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
+    """The kept or a new answer; a judge that raises makes a review with an error.
+
+    `reads` gives None for an answer of no use: such a kept one is asked for once more in each run.
+    """
     told = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
     key = hashlib.sha256(told.encode()).hexdigest()
-    if key in self._kept and not self._kept[key].error:
-      return self._kept[key]
+    kept = self._kept.get(key)
+    if kept and not kept.error and (key in self._told or reads(kept.text) is not None):
+      return kept
+    self._told.add(key)
     try:
       review = Review(self._judge(ask))
     except Exception as error:  # whatever a judge fails with, the benchmark goes on and counts it

@@ -26,21 +26,41 @@ from llava_sp_jax.infer.pretrained import Pretrained
 SECONDS_PER_LINE = 5.0  # of progress
 SCORES, SUBMISSION = "scores.json", "submission"
 
+# Of `config.data`: what a question and its pictures become before the model reads them.
+INPUTS = (
+  "template", "image_aspect", "image_fit", "grid_pinpoints", "patch_merge", "image_mean",
+  "image_std",
+)  # fmt: skip
+# Of `config.model`: how fast it computes, or what only training reads; all else decides answers.
+NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """Which model answered: its folder, its step, and a hash of all that was loaded."""
+  """Which model answered: its folder, its step, a hash of all that was loaded, and its settings."""
 
   checkpoint: str
   step: int
   base: str  # fingerprint of the frozen base, as the run keeps it
   loaded: str  # fingerprint of every parameter as it computes: frozen base and trained part
+  # What it makes of a question beside its parameters: {"inputs", "model"}, JSON-able.
+  reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
     with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
       loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
-    return cls(folder, pretrained.step, pretrained.fingerprint, loaded)
+    return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
+
+
+def reads(pretrained: Pretrained) -> dict[str, Any]:
+  """`inputs` (template, tokenizer, pictures) and `model` (sizes, dtype) that answers depend on."""
+  config, model = pretrained.config, dataclasses.asdict(pretrained.config.model)
+  return {
+    "inputs": {**{name: getattr(config.data, name) for name in INPUTS},
+               "tokenizer": pretrained.tokenizer.fingerprint()[:16]},
+    "model": {name: value for name, value in model.items() if name not in NO_MATTER},
+  }  # fmt: skip
 
 
 def _host() -> Any:
@@ -70,14 +90,16 @@ def run(
     each: called with every line of predictions.jsonl when it is written; prints progress if not given.
 
   Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
-  Raises: EvalError when `out` holds answers made with other settings.
+  Raises: EvalError when `out` holds answers made with other settings; see `check` too.
   """
+  check(task, compare)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())
   model = model or Model.of(engine.pretrained)
   about = {"checkpoint": model.checkpoint, "step": model.step}
   predictions.check_settings(folder, settings(task, engine, model), about)
   items = task.items()[: limit or None]
+  places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
   mine = [
     item for item in part.choose(items)
@@ -89,7 +111,7 @@ def run(
     engine.forget()  # it would remember which images it could not read
   with predictions.Writer(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
-    _ask(task, engine, mine, writer, each or Progress(len(mine)))
+    _ask(task, engine, mine, places, writer, each or Progress(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
                "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
     with (folder / part.named("sessions")).open("a") as file:
@@ -100,11 +122,24 @@ def run(
   return finish(task, folder, limit, compare)
 
 
+def check(task: Task, compare: str | Path = "") -> None:
+  """What scoring will need, so that nobody learns of it when all is answered.
+
+  Raises: EvalError for a `compare` that is no result on this data, or a package that is not there.
+  """
+  if compare:
+    compare_lib.check(asked(task), Path(compare))
+  try:
+    getattr(task, "check_submission", lambda: None)()  # no member that every task must have
+  except ModuleNotFoundError as error:
+    raise EvalError(str(error)) from None
+
+
 def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
   """What an answer depends on; the batch, the mesh and the hosts are not among it."""
   return {
     **asked(task),
-    "fingerprint": {"base": model.base, "loaded": model.loaded},
+    "fingerprint": {"base": model.base, "loaded": model.loaded}, **model.reads,
     "generation": dataclasses.asdict(engine.generation), "version": __version__,
   }  # fmt: skip
 
@@ -121,10 +156,11 @@ def counts(engine: Engine) -> dict[str, int]:
 
 
 def _ask(
-  task: Task, engine: Engine, items: Sequence[Item], writer: predictions.Writer,
-  each: Callable[[Record], None],
+  task: Task, engine: Engine, items: Sequence[Item], places: Mapping[str, int],
+  writer: predictions.Writer, each: Callable[[Record], None],
 ) -> None:  # fmt: skip
-  requests = (Request(item.question, item.images) for item in items)
+  """`places` in the whole set: by them samples are drawn, so a part or a resumed run draws the same."""
+  requests = (Request(item.question, item.images, number=places[item.id]) for item in items)
   answers: Any = engine.as_ready(requests)
   with contextlib.closing(answers):  # its workers end with us
     for index, answer in answers:

@@ -32,11 +32,14 @@ class Request:
 
   `images` are files, encoded files as bytes, or decoded pictures. `<image>` in the question stands
   for one of them; without any, all come before the question. `system` replaces the template's text.
+  Samples are drawn by `number` (from 0; None: by the place among the requests), so that with one a
+  question is answered alike whatever else is asked.
   """
 
   question: str
   images: tuple[ImageFile, ...] = ()
   system: str | None = None
+  number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,15 @@ from llava_sp_jax.infer.prompts import Prompt, Prompts, Request, keys_of
 
 
 class Ready(NamedTuple):
-  number: int  # of the request, from 0
+  number: int  # the place among the requests, from 0
   request: Request
   prompt: Prompt | None
   error: str  # why there is no prompt
+
+  @property
+  def drawn_by(self) -> int:
+    """The number that samples are drawn by."""
+    return self.number if self.request.number is None else self.request.number
 
 
 class _Waiting(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
       _merge(tasks, options)
     else:
       _evaluate(tasks, options)
-    processes.meet("answers are written")  # the first to leave would end the others
+    # The first to leave would end the others, whose questions may take hours longer.
+    processes.meet("answers are written", processes.WITHOUT_LIMIT)
 
 
 def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
@@ -91,16 +92,39 @@ def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
   from llava_sp_jax.eval import tasks
 
   make: Any = config_lib.lookup("--task", name, tasks.TASKS)
-  given: dict[str, Any] = dict(_pair(text, "--option") for text in options.option)
+  texts = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
-    given["protocol"] = options.protocol
+    texts["protocol"] = options.protocol
+  given = _options(name, make, texts)
   if options.judge_url and "judge" in make.options:
     given["judge"] = _judge(options)
     given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
-  if unknown := [key for key in given if key not in make.options]:
-    has = f"it has {', '.join(make.options)}" if make.options else "it has none"
-    raise config_lib.ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}")
   return make(_data(name, names, options.data), **given)
+
+
+def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
+  """What was typed, in the types of the task's defaults. Raises: ConfigError.
+
+  An option without one (a judge) is no text, and has flags of its own.
+  """
+  import inspect
+
+  from llava_sp_jax.config import ConfigError, parse
+
+  defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()
+              if k in make.options and p.default is not None}  # fmt: skip
+  if unknown := [key for key in texts if key not in defaults]:
+    has = f"it has {', '.join(defaults)}" if defaults else "it has none"
+    judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
+    raise ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}{judge}")
+  given = {}
+  for key, text in texts.items():
+    try:
+      given[key] = parse(text, defaults[key])
+    except (ValueError, KeyError):
+      expected = {bool: "true or false"}.get(type(defaults[key]), type(defaults[key]).__name__)
+      raise ConfigError(f"--option {key}: expected {expected}, found {text!r}") from None
+  return given
 
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
@@ -159,6 +183,8 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   if not options.checkpoint:
     raise ConfigError("no --checkpoint; give the folder of a run or a converted model")
   part = predictions.parse_part(options.part) if options.part else None
+  for name, task in tasks.items():  # before a model is loaded, and before hours of answering
+    run.check(task, _compare(name, tasks, options))
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = formats.Options(options.base, options.tower, options.row, options.template)
   devices = mesh.local(options.mesh)

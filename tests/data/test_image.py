@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +57,30 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     image.read(tmp_path / "gone.png")
 
 
-@pytest.mark.parametrize("kind", ["text", "truncated", "empty"])
+def chunk(kind: bytes, content: bytes) -> bytes:
+  """One chunk of a PNG."""
+  check = zlib.crc32(kind + content)
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+
+# What becomes of a PNG that is whole, up to its first chunk (33 bytes) and behind it.
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+  "text": lambda _: b"hello",
+  "truncated": lambda whole: whole[:900],
+  "empty": lambda _: b"",
+  "short header": lambda whole: whole[:8] + chunk(b"IHDR", b"12345") + whole[33:],
+  "short density": lambda whole: whole[:33] + chunk(b"pHYs", b"12") + whole[33:],
+  "bomb of text": lambda whole: (
+    whole[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 21))) + whole[33:]
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_broken_file_is_named(tmp_path: Path, kind: str) -> None:
   path = tmp_path / "broken.png"
   picture(40, 40).save(path)
-  content = {"text": b"hello", "truncated": path.read_bytes()[:900], "empty": b""}[kind]
-  path.write_bytes(content)
+  path.write_bytes(DAMAGES[kind](path.read_bytes()))
   with pytest.raises(SampleError, match=r"image .*broken.png: cannot be decoded"):
     image.read(path)
 

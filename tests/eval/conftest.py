@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llava_sp_jax.config import Config
 from llava_sp_jax.eval import predictions
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
@@ -35,6 +36,13 @@ def engine(loaded: pretrained.Pretrained) -> Engine:
   return Engine(loaded, batch_size=4, generation=Generation(max_new_tokens=4))
 
 
+class Tokenizer:
+  """One that nothing is read with."""
+
+  def fingerprint(self) -> str:
+    return "no tokenizer"
+
+
 class Scripted(Engine):
   """Says `texts` in turn, whatever is asked; `fails` at images by name; may die on the way."""
 
@@ -43,9 +51,12 @@ class Scripted(Engine):
     fails: Mapping[str, str] | None = None,
   ):  # fmt: skip
     self._generation = Generation(max_new_tokens=tokens)
-    self.pretrained: Any = pretrained.Pretrained(None, {"w": np.ones(3, np.float32)}, None)  # type: ignore[arg-type]
+    self.pretrained: Any = pretrained.Pretrained(
+      Config(), {"w": np.ones(3, np.float32)}, Tokenizer()  # type: ignore[arg-type]
+    )
     self.counts = Counts()
     self.asked: list[str] = []
+    self.numbers: list[int | None] = []
     self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
 
   def forget(self) -> None:
@@ -58,6 +69,7 @@ class Scripted(Engine):
       (image,) = request.images
       name = image.name if isinstance(image, Path) else "bytes"
       self.asked.append(name)
+      self.numbers.append(request.number)
       self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
       error = self._fails.get(name, "")
       text = "" if error else self._texts[len(self.asked) % len(self._texts)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import cli
+from llava_sp_jax.eval.tasks import TASKS
 from llava_sp_jax.tools import evaluate
 
 
@@ -48,7 +49,12 @@ def test_it_prints_a_table_and_says_where_all_is(
     ([], "no --checkpoint; give the folder of a run"),
     (["--checkpoint=x", "--option=split=test"], "--task easy_vqa: no option split; it has none"),
     (["--checkpoint=x", "--option=split"], "--option: expected KEY=VALUE, found 'split'"),
+    (["--checkpoint=x", "--task=mmbench", "--option=circular=maybe"],
+     "--option circular: expected true or false, found 'maybe'"),
+    (["--checkpoint=x", "--task=mmvet", "--option=judge=x"],
+     "--task mmvet: no option judge; it has protocol; a judge is given with --judge-url"),
     (["--checkpoint=x", "--part=2/2"], "part 2/2: parts are counted from 0/N to N-1/N"),
+    (["--checkpoint=x", "--compare=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
     (["--checkpoint=x", "--part=half"], "--part: expected I/N such as 0/2, found 'half'"),
     (["--checkpoint=x", "--num-beams=0"], "--num-beams: expected at least 1, found 0"),
     (["--checkpoint=x", "--temperature=1", "--num-beams=2"], "--num-beams: expected 1 where"),
@@ -81,6 +87,13 @@ def test_a_judge_has_a_name_and_a_key(
   assert "--judge-url without --judge-model" in capsys.readouterr().err
   assert run(*options, "--judge-model=y", "--judge-key-env=NO_SUCH_KEY") == 1
   assert "set the variable NO_SUCH_KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("false", False), ("true", True), ("False", False)])
+def test_an_option_has_the_type_of_its_default(text: str, wanted: bool) -> None:
+  given = {"circular": text, "split": "0", "protocol": "lmms"}
+  found = evaluate._options("mmbench", TASKS["mmbench"], given)
+  assert found == {"circular": wanted, "split": "0", "protocol": "lmms"}
 
 
 def test_where_data_and_results_of_several_tasks_are() -> None:

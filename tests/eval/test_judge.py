@@ -90,6 +90,7 @@ def test_what_may_pass_is_tried_again(
   ("answer", "calls", "message"),
   [
     ((401, f"bad key {KEY}"), 1, "status 401: bad key (key)"),
+    ((401, "x" * 290 + KEY), 1, "x" * 290 + "(key)"),
     ((503, "down"), 3, "status 503: down"),
     ((200, "no json"), 3, "JSONDecodeError"),
     ((200, {"choices": []}), 3, "without choices"),
@@ -103,7 +104,7 @@ def test_failures_are_told_without_the_key(
   with pytest.raises(JudgeError) as caught:
     endpoint(Ask(prompt="p"))
   assert message in str(caught.value)
-  assert KEY not in str(caught.value)
+  assert KEY[:6] not in str(caught.value)
   assert len(server.seen) == calls
 
 
@@ -118,6 +119,20 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
   monkeypatch.delenv("JUDGE_KEY", raising=False)
   with pytest.raises(JudgeError, match="set the variable JUDGE_KEY"):
     Endpoint("http://127.0.0.1:9", "grader", "JUDGE_KEY")
+
+
+def test_a_key_that_no_header_can_hold_is_not_told(
+  server: Server, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """http.client quotes such a header in its message, escaped, so that it is not found in it."""
+  monkeypatch.setenv("JUDGE_KEY", f" {KEY}\r\n")
+  assert endpoint(Ask(prompt="p")) == "fine"
+  assert server.seen[0][1] == f"Bearer {KEY}"
+  for secret in (f"{KEY}\nsecond line", f"{KEY}\x07", f"{KEY}\u20ac"):
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    with pytest.raises(JudgeError, match="JUDGE_KEY, holds characters that no header") as caught:
+      endpoint(Ask(prompt="p"))
+    assert KEY not in str(caught.value)
 
 
 def test_raw_answers_are_kept_and_failures_asked_again(tmp_path: Path) -> None:
@@ -142,6 +157,23 @@ def test_raw_answers_are_kept_and_failures_asked_again(tmp_path: Path) -> None:
   assert third(Ask(prompt="bad")).text == "raw bad"
   assert third(Ask(prompt="bad", turn=1)).text == "raw bad"
   assert calls == ["good", "bad", "bad", "bad"]  # another turn is another question
+
+
+def test_an_answer_of_no_use_is_asked_for_once_more_in_each_run(tmp_path: Path) -> None:
+  said, calls = iter(["well, ...", "hm", "7"]), []
+
+  def judge(ask: Ask) -> str:
+    calls.append(ask)
+    return next(said)
+
+  def reads(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+  for run, wanted in enumerate(["well, ...", "hm", "7", "7"]):
+    reviews = Reviews(judge, tmp_path / "reviews.jsonl")
+    for _ in range(3):
+      assert reviews(Ask(prompt="p"), reads).text == wanted
+    assert len(calls) == min(run + 1, 3)
 
 
 def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,7 @@ def test_a_broken_run_goes_on_where_it_was(tiny_data: Path, tmp_path: Path) -> N
   again = Scripted()
   scores = run_lib.run(task, again, tmp_path / "broken")
   assert len(again.asked) == 12 - 4
+  assert again.numbers == list(range(4, 12)), "a sample is drawn by the place in the whole set"
   assert path.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
   assert {**scores, "seconds": 0, "engine": 0} == {**whole, "seconds": 0, "engine": 0}
 
@@ -161,6 +164,32 @@ def test_other_settings_are_refused(
     run_lib.run(task, engine, tmp_path, model=model)
   assert (tmp_path / "predictions.jsonl").read_bytes() == before
   assert engine.asked == []
+
+
+@pytest.mark.parametrize(
+  ("part", "key", "value", "message"),
+  [("data", "template", "llama_2", "inputs.template: 'llama_2' here, 'v1' there"),
+   ("data", "image_aspect", "square", "inputs.image_aspect: 'square' here, 'pad' there"),
+   ("model", "dtype", "float32", "model.dtype: 'float32' here, 'bfloat16' there")],
+)  # fmt: skip
+def test_a_model_that_reads_otherwise_is_refused(
+  tiny_data: Path, tmp_path: Path, part: str, key: str, value: str, message: str
+) -> None:
+  """The same parameters, but other prompts, pictures or arithmetic."""
+  task = EasyVqa(tiny_data)
+  scores = run_lib.run(task, Scripted(), tmp_path)
+  assert scores["inputs"]["tokenizer"] == Scripted().pretrained.tokenizer.fingerprint()
+  engine = Scripted()
+  group = dataclasses.replace(getattr(engine.pretrained.config, part), **{key: value})
+  config = dataclasses.replace(engine.pretrained.config, **{part: group})
+  engine.pretrained = dataclasses.replace(engine.pretrained, config=config)
+  with pytest.raises(EvalError, match=message):
+    run_lib.run(task, engine, tmp_path)
+  assert engine.asked == []
+  faster = dataclasses.replace(config.model, remat="none", scan_unroll=4, dtype="bfloat16")
+  config = dataclasses.replace(Scripted().pretrained.config, model=faster)
+  engine.pretrained = dataclasses.replace(engine.pretrained, config=config)
+  assert run_lib.run(task, engine, tmp_path)["by_kind"] == scores["by_kind"]
 
 
 def test_other_data_are_refused(damaged: Path, tmp_path: Path) -> None:
@@ -231,6 +260,7 @@ def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Pa
   ]  # fmt: skip
   asked = [image for engine in engines for image in engine.asked]
   assert len(asked) == len(set(asked)) == 12
+  assert sorted(n for engine in engines for n in engine.numbers if n is not None) == list(range(12))
   assert scores["by_kind"] == whole["by_kind"]
   assert scores["sessions"] == 3
   assert scores["engine"]["requests"] == 12
@@ -253,6 +283,48 @@ def test_a_part_keeps_the_questions_of_an_image_together() -> None:
   images = [{item.images for item in part} for part in parts]
   assert sum(len(part) for part in images) == 7
   assert max(map(len, parts)) - min(map(len, parts)) <= 6
+
+
+def test_questions_about_no_image_are_divided_too() -> None:
+  items = [Item(f"{i}", "q", (), "k", None) for i in range(40)]
+  parts = [Part(i, 3).choose(items) for i in range(3)]
+  assert sorted(int(item.id) for part in parts for item in part) == list(range(40))
+  assert sorted(map(len, parts)) == [13, 13, 14]
+
+
+def test_hosts_that_start_at_once_do_not_disturb_each_other(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Each sees no settings and writes them, though all have the same process id."""
+  monkeypatch.setattr("os.getpid", lambda: 1)
+  together = threading.Barrier(8)
+  kept = predictions.replace
+
+  def at_once(path: Path, text: str) -> None:
+    together.wait(30)
+    for _ in range(20):
+      kept(path, text)
+
+  monkeypatch.setattr(predictions, "replace", at_once)
+  with concurrent.futures.ThreadPoolExecutor(8) as hosts:
+    list(hosts.map(lambda _: predictions.check_settings(tmp_path, {"a": 1}, {}), range(8)))
+  assert [path.name for path in tmp_path.iterdir()] == [predictions.SETTINGS]
+
+
+def test_a_host_that_is_a_moment_late_takes_the_settings_of_the_first(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The first writes its settings and an answer while the second looks."""
+  looks = Path.glob
+
+  def first_is_faster(folder: Path, pattern: str) -> Any:
+    monkeypatch.setattr(Path, "glob", looks)
+    predictions.check_settings(folder, {"a": 1}, {})
+    (folder / "predictions.0-of-2.jsonl").write_text("")
+    return folder.glob(pattern)
+
+  monkeypatch.setattr(Path, "glob", first_is_faster)
+  predictions.check_settings(tmp_path, {"a": 1}, {})
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])

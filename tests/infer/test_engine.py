@@ -152,6 +152,23 @@ def test_answers_come_as_they_are_ready(
   assert order != sorted(order)
 
 
+def test_two_runs_of_one_engine_never_share_its_rows(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  first = engine.answer(asked)
+  assert next(first).ids == wanted[0]
+  for other in (engine.answer(asked), engine.stream(asked[1])):
+    with pytest.raises(RuntimeError, match="is answering already: end or close that iterator"):
+      next(other)
+  with pytest.raises(RuntimeError, match="is answering already"):
+    engine.warm_up(asked[:1])
+  assert ids(first) == wanted[1:]
+  left = engine.answer(asked)
+  next(left)
+  left.close()
+  assert ids(engine.answer(asked[:3])) == wanted[:3]
+
+
 def test_bad_requests_have_errors_and_hurt_nobody(
   engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
@@ -223,10 +240,15 @@ def test_beam_search_is_that_of_the_oracle(model: Pretrained, asked: list[Reques
 def test_samples_depend_on_the_request_and_the_seed_only(
   model: Pretrained, asked: list[Request]
 ) -> None:
-  def drawn(batch: int, seed: int) -> list[tuple[int, ...]]:
+  def drawing(batch: int, seed: int) -> Engine:
     generation = Generation(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.95, seed=seed)
-    return ids(Engine(model, batch, generation, layout=Layout(share=False)).answer(asked[:4]))
+    return Engine(model, batch, generation, layout=Layout(share=False))
 
-  one = drawn(1, 0)
-  assert drawn(4, 0) == one
-  assert drawn(4, 1) != one
+  alone, together = drawing(1, 0), drawing(4, 0)
+  one = ids(alone.answer(asked[:4]))
+  assert ids(together.answer(asked[:4])) == one
+  assert ids(drawing(4, 1).answer(asked[:4])) != one
+  some = (3, 1)  # as a run that was killed, or a part of one, asks them
+  left = [dataclasses.replace(asked[i], number=i) for i in some]
+  assert ids(together.answer(left)) == [one[i] for i in some]
+  assert ids(together.answer([asked[i] for i in some])) != [one[i] for i in some]
