@@ -11,7 +11,7 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.eval import run, tables, tasks
+from llava_sp_jax.eval import predictions, run, tables, tasks
 from llava_sp_jax.eval.predictions import Record
 from llava_sp_jax.eval.task import Task
 from llava_sp_jax.infer.engine import Engine
@@ -30,12 +30,6 @@ class InLoop:
   def __init__(self, config: config_lib.Config, workdir: str | Path):
     """Opens the benchmark. Raises: ConfigError, FileNotFoundError, before anything is computed."""
     settings = config.evaluate
-    if jax.process_count() > 1:
-      raise config_lib.ConfigError(
-        f"evaluate.every: {settings.every}, but this run has {jax.process_count()} processes, and "
-        "only a run of one process evaluates between its steps; give 0 here, and score the saved "
-        "checkpoints with llava-sp eval (several processes share its questions)"
-      )
     if settings.limit < 0 or settings.batch_size < 1:
       raise config_lib.ConfigError(
         f"evaluate: expected limit >= 0 and batch_size >= 1, found {settings.limit} and "
@@ -61,10 +55,9 @@ class InLoop:
   ) -> dict[str, float]:
     """`eval_score` (the headline), `eval_answered`, and `eval_score/KIND` of each kind.
 
-    The answers and their page are in `evaluate/step-NUMBER` of the run. Empty when asked to stop.
+    The answers and their page are in `evaluate/step-NUMBER` of the run. Empty when asked to stop,
+    and in all processes but the first: they compute its answers with it.
     """
-    out = self._folder / f"step-{number}"
-    shutil.rmtree(out, ignore_errors=True)  # of a step that a resumed run does again
     loaded = Pretrained(
       self._config, as_computed(self._config, params), self._tokenizer, number, fingerprint
     )
@@ -76,13 +69,26 @@ class InLoop:
     else:
       self._engine.load(loaded)
     model = run.Model.of(loaded, str(self._folder.parent))
+    if jax.process_index() == 0:
+      return self._scored(self._engine, number, model, going)
+    for _ in self._engine.as_ready(()):
+      going()
+    return {}
+
+  def _scored(
+    self, engine: Engine, number: int, model: run.Model, going: Callable[[], bool]
+  ) -> dict[str, float]:
+    out = self._folder / f"step-{number}"
+    shutil.rmtree(out, ignore_errors=True)  # of a step that a resumed run does again
 
     def each(line: Record) -> None:
       if not going():
         raise _Stopped
 
     try:
-      scores = run.run(self._task, self._engine, out, self._settings.limit, model, each=each)
+      scores = run.run(
+        self._task, engine, out, self._settings.limit, model, predictions.Part(), each=each
+      )
     except _Stopped:
       print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
       return {}

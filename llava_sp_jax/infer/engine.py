@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_sp_jax.infer import decode
+from llava_sp_jax.infer import decode, together
 from llava_sp_jax.infer.beam import Beams
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
@@ -65,8 +65,9 @@ class Engine:
   """Holds a model ready for questions.
 
   `mesh` has the axes of `mesh.AXES`; rows go over data and fsdp, kernels as `sharding` says. Without
-  one it is the first device of this process. Processes that share a mesh ask the same requests in
-  the same order, and all get the answers; others have an engine each, for a part of the requests.
+  one it is the first device of this process. Processes that share a mesh call the same methods in
+  the same order: what process 0 asks is answered in all. Others have an engine each, for a part of
+  the requests.
   """
 
   def __init__(
@@ -191,6 +192,7 @@ class Engine:
         "this engine is answering already: end or close that iterator first, or make a second engine"
       )
     self._busy = True
+    requests = together.shared(requests) if self._programs.several else requests
     schedule = Schedule(requests, self._prompts, self._threads, self._layout.window, 2 * self._rows)
     try:
       yield schedule
@@ -209,7 +211,9 @@ class Engine:
       free = self._rows - len(rows)
       wanted = self._rows if not schedule.more else free + max(1, self._rows // 4)
       assert self._state is not None
-      self._state, report = self._programs.decode(self._state, ended, every, min(wanted, self._rows))
+      self._state, report = self._programs.decode(
+        self._state, ended, every, min(wanted, self._rows)
+      )
       _, made, done, ids, margin = report
       self.counts.decode_steps += int(report.steps)
       for number, row in list(rows.items()):

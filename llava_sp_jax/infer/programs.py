@@ -36,7 +36,7 @@ class Programs:
     counts: Counts,
   ):  # fmt: skip
     self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
-    self._several = mesh_lib.spans_processes(self.mesh)
+    self.several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
     self._counts, self._way = counts, way
     self._table: dict[Hashable, Any] = {}
@@ -155,7 +155,7 @@ class Programs:
         jitted = jax.jit(traced, donate_argnums=donate, out_shardings=out)
         compiled = self._table[key] = jitted.lower(*arguments).compile()
       self._counts.compiles += 1
-      if self._several:  # none runs before all have compiled
+      if self.several:  # none runs before all have compiled
         processes.meet(f"program {self._counts.compiles} is compiled")
     return compiled(*arguments)
 
@@ -168,7 +168,7 @@ class Programs:
 
   def _same(self, *values: Any) -> tuple[Any, ...]:
     """What every device gets; as it is where one process has them all."""
-    return tuple(mesh_lib.put(x, self._whole) for x in values) if self._several else values
+    return tuple(mesh_lib.put(x, self._whole) for x in values) if self.several else values
 
   def _state_places(self, rows: int) -> Any:
     text = self._module.language_model

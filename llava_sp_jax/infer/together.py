@@ -1,0 +1,75 @@
+"""Requests of one process, asked in all: what processes that share a mesh compute must be the same.
+
+Only process 0 needs the files: it reads them and sends their bytes, so that no host's disk can make
+it ask another question, or fail, alone.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.infer.prompts import ImageFile, Request
+
+AT_ONCE = 16  # requests that are sent together
+
+
+def shared(requests: Iterable[Request]) -> Iterator[Request]:
+  """The requests of process 0, in every process; those of others are not looked at.
+
+  Every process takes them at the same places of its work: sending is a collective.
+  """
+  mine = iter(requests)
+  while True:
+    some = list(itertools.islice(mine, AT_ONCE)) if jax.process_index() == 0 else []
+    found = _from_first([_packed(request) for request in some])
+    if not found:
+      return
+    yield from map(_request, found)
+
+
+def _from_first(what: list[Any]) -> list[Any]:
+  """What process 0 gives, in all."""
+  data = np.frombuffer(serialization.msgpack_serialize(what), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  room = 1 << (size - 1).bit_length()  # few sizes: each is a program
+  data = np.resize(data, room) if jax.process_index() == 0 else np.zeros(room, np.uint8)
+  sent = np.asarray(multihost_utils.broadcast_one_to_all(data))
+  return serialization.msgpack_restore(sent[:size].tobytes())
+
+
+def _packed(request: Request) -> dict[str, Any]:
+  images = [_bytes(picture) for picture in request.images]
+  return {
+    "question": request.question, "system": request.system, "number": request.number,
+    "images": [{"is": i} if isinstance(i, bytes) else {"error": str(i)} for i in images],
+  }  # fmt: skip
+
+
+def _request(packed: dict[str, Any]) -> Request:
+  images = tuple(i["is"] if "is" in i else SampleError(i["error"]) for i in packed["images"])
+  return Request(packed["question"], images, packed["system"], packed["number"])
+
+
+def _bytes(picture: ImageFile) -> bytes | SampleError:
+  """A file's bytes, or why there are none."""
+  try:
+    if isinstance(picture, str | Path):
+      return Path(picture).read_bytes()
+    if isinstance(picture, Image.Image):
+      file = io.BytesIO()
+      picture.save(file, "PNG")
+      return file.getvalue()
+  except OSError as error:
+    return SampleError(str(error))
+  return picture
