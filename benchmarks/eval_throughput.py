@@ -38,6 +38,10 @@ THINGS = ["cat", "dog", "car", "tree", "person", "bench", "bottle", "chair", "bi
 SHORT = "\nAnswer the question using a single word or phrase."
 UNKNOWN = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
+# Programs of the engine, and what a reader calls them.
+PROGRAMS = {"encode": "images", "grow": "shared prefixes", "admit": "the rest of prompts",
+            "decode": "decoding"}  # fmt: skip
+
 # name: (images, questions about each, tokens of an answer, what is asked)
 Workload = tuple[int, int, int, Callable[[int], str]]
 WORKLOADS: dict[str, Workload] = {
@@ -217,7 +221,57 @@ def workload(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
   return {
     "workload": name, "ours_qps": len(requests) / one, "torch_qps": len(requests) / other,
     "ratio": other / one, "machine": machine(), "questions": len(requests), "same_answers": same,
+    "shares": shares(engine, requests),
   }  # fmt: skip
+
+
+def shares(engine: Any, requests: list[Any]) -> dict[str, float]:
+  """Of one run's seconds, how much each kind of program takes (each waited for), and the host."""
+  import jax
+
+  programs, taken = engine._programs, {}
+  plain = programs._run
+
+  def waited(key: Any, *arguments: Any, **more: Any) -> Any:
+    seconds, result = timed(lambda: jax.block_until_ready(plain(key, *arguments, **more)))
+    taken[key[0]] = taken.get(key[0], 0.0) + seconds
+    return result
+
+  programs._run = waited
+  engine.forget()
+  whole, _ = timed(lambda: list(engine.answer(requests)))
+  del programs._run
+  return {**{k: v / whole for k, v in taken.items()}, "host": 1 - sum(taken.values()) / whole}
+
+
+def limits() -> dict[str, float]:
+  """What XLA reaches on this machine: reading memory (GB/s), and large matmuls (GFLOP/s)."""
+  import jax
+  import jax.numpy as jnp
+
+  def best(run: Any, *arguments: Any) -> float:
+    jitted = jax.jit(run)
+    return min(timed(lambda: jax.block_until_ready(jitted(*arguments)))[0] for _ in range(8))
+
+  vector, wide = jnp.ones((1, 4096)), jnp.ones((4096, 22016))
+  a, b = jnp.ones((2560, 2048)), jnp.ones((2048, 2048))
+  return {"read_gb_s": wide.nbytes / 1e9 / best(jnp.matmul, vector, wide),
+          "matmul_gflop_s": 2 * a.size * b.shape[1] / 1e9 / best(jnp.matmul, a, b)}  # fmt: skip
+
+
+def work(config: Any, name: str, rows: int) -> tuple[float, float]:
+  """(GB that must be read, GFLOP of matmuls) of a decode step behind PROMPT positions, or a prefill."""
+  text = config.model.language_model
+  width, inner = text.width, text.heads * text.head_dim
+  layer = 2 * width * inner + 2 * width * text.kv_heads * text.head_dim + 3 * width * text.mlp_width
+  head = text.width * text.vocab_size
+  read = 4e-9 * (text.layers * layer + head)
+  tokens = rows if name == "decode" else rows * PROMPT
+  seen = PROMPT if name == "decode" else PROMPT / 2
+  flop = 2e-9 * (tokens * text.layers * (layer + 2 * inner * seen) + rows * head)
+  if name == "decode":
+    read += 4e-9 * rows * text.layers * 2 * text.kv_heads * text.head_dim * PROMPT
+  return read, flop
 
 
 def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
@@ -252,7 +306,8 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     some = group(rows)
     return timed(lambda: jax.block_until_ready(programs.grow(some, PROMPT)))[0]
 
-  records = []
+  records, peak = [], limits()
+  said(peak)
   for name, rows, ours in (
     ("decode", 8, decoded),
     ("prefill", 1, prefilled),
@@ -267,12 +322,21 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     theirs()
     one, other = medians(repeats, lambda ours=ours, rows=rows: ours(rows), theirs)
     tokens = rows if name == "decode" else rows * PROMPT
+    read, flop = work(bench.config, name, rows)
+    bounds = {"memory": read / peak["read_gb_s"], "matmul": flop / peak["matmul_gflop_s"]}
+    bound = max(bounds, key=lambda k: bounds[k])
     records.append({
       "part": name, "batch": rows, "ours_tokens_per_s": tokens / one,
-      "torch_tokens_per_s": tokens / other, "ratio": other / one,
+      "torch_tokens_per_s": tokens / other, "ratio": other / one, "bound": bound,
+      "of_bound": bounds[bound] / one, "gbytes": read, "gflops": flop, **peak,
     })  # fmt: skip
     said(records[-1])
   return records
+
+
+def first_tokens(repeats: int) -> int:
+  """They differ by less than what disturbs one, so more of them are taken."""
+  return 2 * repeats + 1
 
 
 def first_token(bench: Bench, repeats: int) -> dict[str, Any]:
@@ -341,13 +405,28 @@ def page(result: dict[str, Any]) -> str:
     f"| {r['workload']} | {r['questions']} | {r['ours_qps']:.2f} | {r['torch_qps']:.2f} | "
     f"{r['ratio']:.2f} | {r['same_answers']} |" for r in result["records"]
   ]  # fmt: skip
-  lines += ["", "| part | batch | ours, tokens/s | torch | ratio |", "|---|---|---|---|---|"]
+  lines += [
+    "", "Where our seconds go (every program waited for in a run of its own):", "",
+    f"| workload | {' | '.join(PROGRAMS.values())} | host |", f"|---|{'---|' * (len(PROGRAMS) + 1)}",
+  ]  # fmt: skip
+  for r in result["records"]:
+    cells = (f"{100 * r['shares'].get(name, 0):.0f}%" for name in (*PROGRAMS, "host"))
+    lines.append(f"| {r['workload']} | {' | '.join(cells)} |")
+  if result["parts"]:
+    peak = result["parts"][0]
+    lines += [
+      "", f"Alone, {PROMPT} positions a row. The limit is what must be read or multiplied, at what "
+      f"XLA reaches here: {peak['read_gb_s']:.1f} GB/s, {peak['matmul_gflop_s']:.0f} GFLOP/s.", "",
+      "| part | batch | ours, tokens/s | torch | ratio | bound by | of that limit |",
+      "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
   lines += [
     f"| {r['part']} | {r['batch']} | {r['ours_tokens_per_s']:.0f} | {r['torch_tokens_per_s']:.0f} | "
-    f"{r['ratio']:.2f} |" for r in result["parts"]
+    f"{r['ratio']:.2f} | {r['bound']} | {100 * r['of_bound']:.0f}% |" for r in result["parts"]
   ]  # fmt: skip
   lines += [
-    "", "From a new image to the first token, one question alone; tokens/s with it included:", "",
+    "", "From a new image to the first token, one question alone, medians of "
+    f"{first_tokens(result['repeats'])}; tokens/s with it included:", "",
     "| row | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
     "|---|---|---|---|---|---|---|---|",
   ]  # fmt: skip
@@ -399,7 +478,7 @@ def main() -> None:
         said({"left out": row})
         continue
       other = bench if row == bench.row else Bench(row, options.size, folder, images, bench.model)
-      result["rows"].append(first_token(other, options.repeats))
+      result["rows"].append(first_token(other, first_tokens(options.repeats)))
       said(result["rows"][-1])
       if other is not bench:
         other.torch.close()
