@@ -83,13 +83,38 @@ def child(options: argparse.Namespace, name: str) -> list[Any]:
   return sorted(found)
 
 
-def compare(first: list[Any], other: list[Any]) -> list[str]:
-  """Lines about the answers that differ."""
+def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
+  """The answers that differ, and by how many logits their closest choice was made."""
   return [
-    f"    question {a[0]}: {a[1]} became {b[1]}; closest choice {min(a[2], b[2]):.2e}"
+    {"question": a[0], "was": a[1], "became": b[1], "margin": min(a[2], b[2])}
     for a, b in zip(first, other, strict=True)
     if a[1] != b[1]
   ]
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+  """Puts a dtype's counts beside those of others in `out`.json, and makes the page `out`.md."""
+  file = out.with_suffix(".json")
+  reports = json.loads(file.read_text()) if file.is_file() else {}
+  reports[report["dtype"]] = report
+  out.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(reports, indent=1) + "\n")
+  lines = [
+    "# Batch invariance: the same questions, asked in many ways", "",
+    "Made by `python scripts/batch_invariance.py`. Changed: answers with other tokens than in the "
+    "first way. Margin: the lead, in logits, of the closest choice among an answer's tokens.",
+  ]  # fmt: skip
+  for dtype, found in reports.items():
+    lines += [
+      "", f"## {dtype}", "", f"{found['answers']} questions; the closest choices of the first way, in "
+      f"logits: {', '.join(f'{m:.1e}' for m in found['closest_choices'])}.", "",
+      "| way | changed | right | margins of the changed: median, largest |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, way in found["ways"].items():
+      margins = sorted(flip["margin"] for flip in way["changed"])
+      shown = f"{margins[len(margins) // 2]:.1e}, {margins[-1]:.1e}" if margins else "-"
+      lines.append(f"| {name} | {len(margins)} | {100 * way['right']:.2f}% | {shown} |")
+  out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -101,7 +126,9 @@ def main() -> None:
   parser.add_argument("--limit", type=int, default=0, help="only the first N questions")
   parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
   parser.add_argument("--max-new-tokens", type=int, default=8)
-  parser.add_argument("--out", default="", help="write the counts to this JSON file")
+  parser.add_argument(
+    "--out", default="", help="put the counts into OUT.json, and a table into OUT.md"
+  )
   parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
   parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -110,23 +137,26 @@ def main() -> None:
     print(json.dumps(answers(options, WAYS[options.way], part, parts)))
     return
   first: list[Any] = []
-  report: dict[str, Any] = {"dtype": options.dtype, "ways": {}}
+  ways: dict[str, Any] = {}
   for number, name in enumerate(WAYS, 1):
     started = time.monotonic()
     found = child(options, name)
     first = first or found
     changed = compare(first, found)
     right = sum(f[3] for f in found) / len(found)
-    margins = sorted(f[2] for f in found)
     print(f"{number}/{len(WAYS)} {name}: {len(changed)} of {len(found)} answers changed, right "
           f"{100 * right:.2f}%, {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
-    print("\n".join(changed[:20]), end="\n" if changed else "", flush=True)
-    report["ways"][name] = {"changed": len(changed), "answers": len(found), "right": right}
-    report["closest_choices"] = margins[:5]
-  print(f"closest choices, in logits: {', '.join(f'{m:.2e}' for m in report['closest_choices'])}")
+    for flip in changed[:20]:
+      print(
+        "    question {question}: {was} became {became}; closest choice {margin:.2e}".format(**flip)
+      )
+    ways[name] = {"changed": changed, "right": right}
+  closest = sorted(f[2] for f in first)[:5]
+  print(f"closest choices, in logits: {', '.join(f'{m:.2e}' for m in closest)}")
   if options.out:
-    Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
-  total = sum(way["changed"] for way in report["ways"].values())
+    write(Path(options.out), {"dtype": options.dtype, "answers": len(first), "ways": ways,
+                              "closest_choices": closest})  # fmt: skip
+  total = sum(len(way["changed"]) for way in ways.values())
   if total and options.dtype == "float32":
     raise SystemExit(f"{total} answers changed: in float32 none may")
 
