@@ -83,6 +83,16 @@ def child(options: argparse.Namespace, name: str) -> list[Any]:
   return sorted(found)
 
 
+def check(name: str, found: list[Any]) -> list[Any]:
+  """The answers. Raises: SystemExit when a question has none: two errors would count as the same."""
+  if errors := [f for f in found if f[4]]:
+    raise SystemExit(
+      f"{name}: {len(errors)} of {len(found)} questions have no answer, question {errors[0][0]}: "
+      f"{errors[0][4]}"
+    )
+  return found
+
+
 def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
   """The answers that differ, and by how many logits their closest choice was made."""
   return [
@@ -140,7 +150,7 @@ def main() -> None:
   ways: dict[str, Any] = {}
   for number, name in enumerate(WAYS, 1):
     started = time.monotonic()
-    found = child(options, name)
+    found = check(name, child(options, name))
     first = first or found
     changed = compare(first, found)
     right = sum(f[3] for f in found) / len(found)
