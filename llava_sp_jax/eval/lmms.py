@@ -6,6 +6,7 @@ Interface: `lmms_eval/api/model.py`, `api/instance.py`, `models/registry_v2.py` 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -75,13 +76,14 @@ class LlavaSp(Base):
       groups.setdefault(generation(request.args[1]), []).append(i)
     texts = [""] * len(requests)
     for settings, places in groups.items():
-      answers = self._answering(settings).answer(self._requests([requests[i] for i in places]))
-      for i, answer in zip(places, answers, strict=True):
-        if answer.error:
-          _, _, _, doc_id, task, split = requests[i].args
-          raise EvalError(f"{task}, {split}, document {doc_id}: {answer.error}")
-        texts[i] = answer.text
-        self.cache_hook.add_partial("generate_until", tuple(requests[i].args[:2]), answer.text)
+      asked = self._requests([requests[i] for i in places])
+      with contextlib.closing(self._answering(settings).answer(asked)) as answers:
+        for i, answer in zip(places, answers, strict=True):
+          if answer.error:
+            _, _, _, doc_id, task, split = requests[i].args
+            raise EvalError(f"{task}, {split}, document {doc_id}: {answer.error}")
+          texts[i] = answer.text
+          self.cache_hook.add_partial("generate_until", tuple(requests[i].args[:2]), answer.text)
     return texts
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

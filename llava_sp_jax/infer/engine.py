@@ -8,6 +8,7 @@ Shape letters:  B rows . G rows of a group . S slots of a row
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
@@ -96,6 +97,7 @@ class Engine:
     self.forget()
     self._state: decode.State | None = None
     self._widest = 0  # S of the widest state so far
+    self._busy = False
 
   # ---- what callers use ---------------------------------------------------------------------------
 
@@ -126,59 +128,52 @@ class Engine:
 
     Afterwards answering such requests, in any order and number, compiles nothing.
     """
-    schedule = Schedule(requests, self._prompts, self._threads, self._layout.window, 2 * self._rows)
     kinds: dict[tuple[int, ...], Ready] = {}
     slots = 0
-    try:
+    with self._running(requests) as schedule:
       while (ready := schedule.take()) is not None:
         if ready.prompt is None or self._too_long(ready.prompt):
           continue
         length = bucket(len(ready.prompt.pieces[-1].tokens), self._layout.suffix)
         kinds.setdefault((*_shape(self, ready), length), ready)
         slots = max(slots, self._room(ready.prompt, length))
-    finally:
-      schedule.close()
-    if not kinds:
-      return
-    self._make_room(slots)
-    admitted = self.counts.admitted
-    for ready in kinds.values():
-      for size in self._groups:
-        self._admit([ready] * size, list(range(size)))
-    self.counts.admitted = admitted
-    assert self._state is not None
-    self._programs.decode(self._state, np.zeros(self._rows, bool), 1, self._rows + 1)
-    self._state = None
+      if not kinds:
+        return
+      self._make_room(slots)
+      admitted = self.counts.admitted
+      for ready in kinds.values():
+        for size in self._groups:
+          self._admit([ready] * size, list(range(size)))
+      self.counts.admitted = admitted
+      assert self._state is not None
+      self._programs.decode(self._state, np.zeros(self._rows, bool), 1, self._rows + 1)
 
-  def answer(self, requests: Iterable[Request]) -> Iterator[Answer]:
-    """Answers in the order of the requests. A request that cannot be answered has an `error`."""
+  def answer(self, requests: Iterable[Request]) -> Generator[Answer, None, None]:
+    """Answers in the order of the requests. A request that cannot be answered has an `error`.
+
+    Raises: RuntimeError while another iterator of this engine is open, here and below.
+    """
     early: dict[int, Answer] = {}
     following = 0
-    for index, answer in self.as_ready(requests):
-      early[index] = answer
-      while following in early:
-        yield early.pop(following)
-        following += 1
+    with contextlib.closing(self.as_ready(requests)) as ready:
+      for index, answer in ready:
+        early[index] = answer
+        while following in early:
+          yield early.pop(following)
+          following += 1
 
   def as_ready(self, requests: Iterable[Request]) -> Generator[tuple[int, Answer], None, None]:
     """(index of the request, answer) as they are done; requests are taken as there is room."""
-    schedule = Schedule(
-      requests, self._prompts, self._threads, self._layout.window, ahead=2 * self._rows
-    )
     every = CHECKED if self._generation.stop else UNCHECKED
-    try:
+    with self._running(requests) as schedule:
       for index, text in self._run(schedule, every):
         if text.finished:
           yield index, text.answer()
-    finally:
-      schedule.close()
-      self._state = None
 
   def stream(self, request: Request) -> Iterator[str]:
     """The text of one answer as it comes. Raises: ValueError where an answer would have an error."""
-    schedule = Schedule([request], self._prompts, 1, 1, ahead=1)
     said = ""
-    try:
+    with self._running([request]) as schedule:
       for _, text in self._run(schedule, STREAMED):
         if text.finished and text.error:
           raise ValueError(text.error)
@@ -186,11 +181,23 @@ class Engine:
         if settled[len(said) :]:
           yield settled[len(said) :]
           said = settled
-    finally:
-      schedule.close()
-      self._state = None
 
   # ---- continuous batching ------------------------------------------------------------------------
+
+  @contextlib.contextmanager
+  def _running(self, requests: Iterable[Request]) -> Iterator[Schedule]:
+    """The rows are one run's at a time. Raises: RuntimeError while another has them."""
+    if self._busy:
+      raise RuntimeError(
+        "this engine is answering already: end or close that iterator first, or make a second engine"
+      )
+    self._busy = True
+    schedule = Schedule(requests, self._prompts, self._threads, self._layout.window, 2 * self._rows)
+    try:
+      yield schedule
+    finally:
+      schedule.close()
+      self._state, self._busy = None, False
 
   def _run(self, schedule: Schedule, every: int) -> Iterator[tuple[int, Text]]:
     """Every row after every report of the device, with its text so far."""

@@ -152,6 +152,23 @@ def test_answers_come_as_they_are_ready(
   assert order != sorted(order)
 
 
+def test_two_runs_of_one_engine_never_share_its_rows(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  first = engine.answer(asked)
+  assert next(first).ids == wanted[0]
+  for other in (engine.answer(asked), engine.stream(asked[1])):
+    with pytest.raises(RuntimeError, match="is answering already: end or close that iterator"):
+      next(other)
+  with pytest.raises(RuntimeError, match="is answering already"):
+    engine.warm_up(asked[:1])
+  assert ids(first) == wanted[1:]
+  left = engine.answer(asked)
+  next(left)
+  left.close()
+  assert ids(engine.answer(asked[:3])) == wanted[:3]
+
+
 def test_bad_requests_have_errors_and_hurt_nobody(
   engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
