@@ -7,6 +7,7 @@ so another number of hosts may finish what some began.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,18 +51,18 @@ class Part:
     return f"{stem}.jsonl" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.jsonl"
 
   def choose(self, items: Sequence[Item]) -> list[Item]:
-    """The items of this part. Questions about one image stay together, so no two hosts encode it."""
+    """The items of this part. Questions about one image stay together, so no two hosts encode it;
+    each question about none stands by itself."""
     if self.count == 1:
       return list(items)
-    sizes: dict[tuple[str, ...], int] = {}
-    for item in items:
-      key = image_names(item)
-      sizes[key] = sizes.get(key, 0) + 1
-    loads, owner = [0] * self.count, {}
+    keys = [image_names(item) or (item.id,) for item in items]
+    sizes = collections.Counter(keys)
+    loads = [0] * self.count
+    owner: dict[tuple[str, ...], int] = {}
     for key, size in sizes.items():  # the least loaded takes the next image
       owner[key] = loads.index(min(loads))
       loads[owner[key]] += size
-    return [item for item in items if owner[image_names(item)] == self.index]
+    return [item for item, key in zip(items, keys, strict=True) if owner[key] == self.index]
 
 
 def parse_part(text: str) -> Part:
@@ -87,8 +89,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / SETTINGS
   wanted = json.loads(json.dumps({"settings": settings, "about": about}))
-  if not path.is_file():
-    if begun := sorted(folder.glob(PARTS)):
+  begun = [] if path.is_file() else sorted(folder.glob(PARTS))
+  if not path.is_file():  # looked at again: another part writes its settings before its answers
+    if begun:
       raise EvalError(
         f"{begun[0]}: predictions without {SETTINGS}, so nobody knows what they were made with; "
         "name another folder with --out, or move them away"
@@ -205,6 +208,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def replace(path: Path, text: str) -> None:
   """Writes a file so that nobody ever sees half of it."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  # Hosts that share a folder may share process ids (containers count from 1).
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   temporary.write_text(text)
   temporary.replace(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,48 @@ def test_a_part_keeps_the_questions_of_an_image_together() -> None:
   images = [{item.images for item in part} for part in parts]
   assert sum(len(part) for part in images) == 7
   assert max(map(len, parts)) - min(map(len, parts)) <= 6
+
+
+def test_questions_about_no_image_are_divided_too() -> None:
+  items = [Item(f"{i}", "q", (), "k", None) for i in range(40)]
+  parts = [Part(i, 3).choose(items) for i in range(3)]
+  assert sorted(int(item.id) for part in parts for item in part) == list(range(40))
+  assert sorted(map(len, parts)) == [13, 13, 14]
+
+
+def test_hosts_that_start_at_once_do_not_disturb_each_other(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Each sees no settings and writes them, though all have the same process id."""
+  monkeypatch.setattr("os.getpid", lambda: 1)
+  together = threading.Barrier(8)
+  kept = predictions.replace
+
+  def at_once(path: Path, text: str) -> None:
+    together.wait(30)
+    for _ in range(20):
+      kept(path, text)
+
+  monkeypatch.setattr(predictions, "replace", at_once)
+  with concurrent.futures.ThreadPoolExecutor(8) as hosts:
+    list(hosts.map(lambda _: predictions.check_settings(tmp_path, {"a": 1}, {}), range(8)))
+  assert [path.name for path in tmp_path.iterdir()] == [predictions.SETTINGS]
+
+
+def test_a_host_that_is_a_moment_late_takes_the_settings_of_the_first(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The first writes its settings and an answer while the second looks."""
+  looks = Path.glob
+
+  def first_is_faster(folder: Path, pattern: str) -> Any:
+    monkeypatch.setattr(Path, "glob", looks)
+    predictions.check_settings(folder, {"a": 1}, {})
+    (folder / "predictions.0-of-2.jsonl").write_text("")
+    return folder.glob(pattern)
+
+  monkeypatch.setattr(Path, "glob", first_is_faster)
+  predictions.check_settings(tmp_path, {"a": 1}, {})
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])
