@@ -119,7 +119,10 @@ def judged(item: Item, text: str, judge: Reviews) -> tuple[str, list[dict[str, s
   )
   said = []
   for turn in range(TURNS):
-    review = judge(Ask(prompt=prompt, max_tokens=256, turn=turn))
+    review = judge(
+      Ask(prompt=prompt, max_tokens=256, turn=turn),
+      lambda said: choice(said, item.extra["options"]) or None,
+    )
     said.append({"id": item.id, "text": review.text, "error": review.error})
     letter = choice(review.text, item.extra["options"]) if not review.error else ""
     if letter:

@@ -125,13 +125,15 @@ class Reviews:
   """A judge whose raw answers are kept: in memory, and in a file when there is one.
 
   The file (JSON lines: key, name, text) is appended to answer by answer, so that a run that was
-  killed pays for no answer twice; failures are not kept, they are asked again by the next run.
+  killed pays for no answer twice. Failures are not kept, and an answer that holds nothing to read
+  is no better: the next run asks both again.
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
     self._judge, self._file = judge, Path(file) if file else None
     self._kept: dict[str, Review] = {}
+    self._told: set[str] = set()  # keys of what this run has asked
     if self._file and self._file.is_file():
       for line in self._file.read_text(encoding="utf-8").split("\n"):
         try:
@@ -140,12 +142,17 @@ class Reviews:
         except (ValueError, KeyError, TypeError):
           continue  # a line that was cut off: the answer is asked again
 
-  def __call__(self, ask: Ask) -> Review:
-    """The kept or a new answer; a judge that raises makes a review with an error."""
+  def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
+    """The kept or a new answer; a judge that raises makes a review with an error.
+
+    `reads` gives None for an answer of no use: such a kept one is asked for once more in each run.
+    """
     told = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
     key = hashlib.sha256(told.encode()).hexdigest()
-    if key in self._kept and not self._kept[key].error:
-      return self._kept[key]
+    kept = self._kept.get(key)
+    if kept and not kept.error and (key in self._told or reads(kept.text) is not None):
+      return kept
+    self._told.add(key)
     try:
       review = Review(self._judge(ask))
     except Exception as error:  # whatever a judge fails with, the benchmark goes on and counts it

@@ -159,6 +159,23 @@ def test_raw_answers_are_kept_and_failures_asked_again(tmp_path: Path) -> None:
   assert calls == ["good", "bad", "bad", "bad"]  # another turn is another question
 
 
+def test_an_answer_of_no_use_is_asked_for_once_more_in_each_run(tmp_path: Path) -> None:
+  said, calls = iter(["well, ...", "hm", "7"]), []
+
+  def judge(ask: Ask) -> str:
+    calls.append(ask)
+    return next(said)
+
+  def reads(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+  for run, wanted in enumerate(["well, ...", "hm", "7", "7"]):
+    reviews = Reviews(judge, tmp_path / "reviews.jsonl")
+    for _ in range(3):
+      assert reviews(Ask(prompt="p"), reads).text == wanted
+    assert len(calls) == min(run + 1, 3)
+
+
 def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:
   def one(ask: Ask) -> str:
     return "1"

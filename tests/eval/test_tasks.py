@@ -505,6 +505,13 @@ def test_llava_bench_compares_means(root: Path, tmp_path: Path) -> None:
   )
   again = LlavaBench(root, judge=Scripted(failing), reviews=tmp_path / "reviews.jsonl")
   assert again.score(items, answers(items, "mine")).headline == scores.headline  # kept answers
+  said["1"] = "10 5"  # the judge that was not understood is asked again, the others are not
+  later = Scripted(answer)
+  task = LlavaBench(root, judge=later, reviews=tmp_path / "reviews.jsonl")
+  better = task.score(items, answers(items, "mine"))
+  assert (better.figures["unjudged"], len(later.asked)) == (0, 1)
+  assert task.score(items, answers(items, "mine")) == better
+  assert len(later.asked) == 1
   down = LlavaBench(root, judge=Scripted(failing)).score(items, answers(items, "mine"))
   assert down.headline is None
   assert down.figures["unjudged"] == 4
@@ -547,7 +554,7 @@ def test_a_judge_of_mmvet_needs_the_truths(own: Path) -> None:
 @pytest.mark.parametrize(
   ("review", "scores"),
   [("8 7", (8.0, 7.0)), ("8,7\nx", (8.0, 7.0)), ("8 7 6", None), ("8", None), ("a b", None),
-   ("", None)],
+   ("", None), ("nan 7", None), ("8 inf\nx", None)],
 )  # fmt: skip
 def test_two_scores_in_the_first_line(review: str, scores: tuple[float, float] | None) -> None:
   assert pair(review) == scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,11 +32,11 @@ RULE = (
 
 def pair(review: str) -> tuple[float, float] | None:
   """The two scores of a review's first line (blanks or commas between), None for anything else."""
-  words = review.split("\n")[0].replace(",", " ").split(" ")
   try:
-    return (float(words[0]), float(words[1])) if len(words) == 2 else None
+    scores = [float(word) for word in review.split("\n")[0].replace(",", " ").split(" ")]
   except ValueError:
     return None
+  return (scores[0], scores[1]) if len(scores) == 2 and all(map(math.isfinite, scores)) else None
 
 
 class LlavaBench(Benchmark):
@@ -106,7 +107,7 @@ class LlavaBench(Benchmark):
     pairs: dict[str, list[tuple[float, float]]] = {}
     reviews: list[dict[str, Any]] = []
     for item, text in answered(items, predictions):
-      review = self._judge(self.ask(item, text))
+      review = self._judge(self.ask(item, text), pair)
       scores = None if review.error else pair(review.text)
       if scores:
         pairs.setdefault("all", []).append(scores)

@@ -122,7 +122,7 @@ class MmVet(Benchmark):
     grades: dict[str, float] = {}
     for item, text in answered(items, predictions):
       for turn in range(TURNS):
-        review = self._judge(self.ask(item, text, turn))
+        review = self._judge(self.ask(item, text, turn), grade)
         value = None if review.error else grade(review.text)
         reviews.append({"id": item.id, "score": value, "text": review.text, "error": review.error})
         if value is not None:
