@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from llava_sp_jax import config as config_lib
 
 MEET_SECONDS = 3600
+WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 
 Environment = Mapping[str, str]
@@ -91,13 +92,16 @@ def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
   return flags["coordinator"], numbers["processes"], numbers["process"]
 
 
-def meet(name: str) -> None:
+def meet(name: str, seconds: int = 0) -> None:
   """Waits until every process is here, also when one needs long; nothing for a single one.
+
+  After `seconds` (0: MEET_SECONDS) it fails.
 
   Collectives wait less patiently (gloo: 30 s until all have joined), so slow work that ends at
   different times, such as compiling, ends with this.
   """
-  ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=MEET_SECONDS * 1000)
+  limit = 1000 * (seconds or MEET_SECONDS)
+  ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
 
 
 class Watch(contextlib.AbstractContextManager):

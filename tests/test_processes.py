@@ -160,6 +160,37 @@ with processes.Watch(0) as watch:
 """
 
 
+# `llava-sp eval` whose second process needs longer than others may wait; argv as above.
+EARLY = """
+import sys, time
+import jax
+from llava_sp_jax import processes
+from llava_sp_jax.tools import evaluate
+address, count, index = sys.argv[1:]
+processes.MEET_SECONDS = 1
+def answer(tasks, options):
+  jax.devices()  # all have begun
+  time.sleep(4 * int(index))
+evaluate._evaluate, evaluate._task = answer, lambda *_: None
+evaluate.main(["--data=x", f"--coordinator={address}", f"--processes={count}", f"--process={index}"])
+"""
+
+
+def test_one_that_is_done_early_waits_for_those_that_answer() -> None:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  two = [
+    subprocess.Popen(
+      [sys.executable, "-c", EARLY, address, "2", str(i)],
+      cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  said = [process.communicate(timeout=300)[1] for process in two]
+  assert [process.returncode for process in two] == [0, 0], said
+
+
 @pytest.mark.parametrize("victim", [1, 0], ids=["second", "coordinator"])
 def test_the_death_of_one_ends_the_other(tmp_path: Path, victim: int) -> None:
   with socket.socket() as free:

@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
       _merge(tasks, options)
     else:
       _evaluate(tasks, options)
-    processes.meet("answers are written")  # the first to leave would end the others
+    # The first to leave would end the others, whose questions may take hours longer.
+    processes.meet("answers are written", processes.WITHOUT_LIMIT)
 
 
 def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
