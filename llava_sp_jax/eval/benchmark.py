@@ -56,6 +56,9 @@ class Benchmark:
     self.lmms = protocol.startswith("lmms")
     files.need(self.folder, self.needed, SOURCE)
 
+  def check_submission(self) -> None:
+    """Raises: ModuleNotFoundError for what `submission` will need, before anything is answered."""
+
   def items(self) -> list[Item]:
     raise NotImplementedError
 

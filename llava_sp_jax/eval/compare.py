@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llava_sp_jax.eval import predictions
 from llava_sp_jax.eval.predictions import EvalError, Record
@@ -48,13 +50,20 @@ class Flips:
     }  # fmt: skip
 
 
-def compare(here: Path, there: Path) -> Flips:
-  """Raises: EvalError when the two folders hold answers to other questions."""
-  mine, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
+def check(mine: Mapping[str, Any], there: Path) -> None:
+  """Raises: EvalError when `there` is no result folder, or holds answers to other questions than a
+  run of these settings."""
+  other = predictions.read_settings(there)["settings"]
   if different := [
     f"{k}: {mine[k]!r} here, {other[k]!r} there" for k in SAME if mine[k] != other[k]
   ]:
     raise EvalError(f"--compare {there}: answers to other questions ({'; '.join(different)})")
+
+
+def compare(here: Path, there: Path) -> Flips:
+  """Raises: EvalError, see `check`."""
+  mine, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
+  check(mine, there)
   notes = tuple(predictions.differences(mine, other))
   records, before = predictions.read(here), predictions.read(there)
   groups: dict[str, list[Flip]] = {"fixed": [], "broken": [], "changed": []}

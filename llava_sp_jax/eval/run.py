@@ -90,8 +90,9 @@ def run(
     each: called with every line of predictions.jsonl when it is written; prints progress if not given.
 
   Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
-  Raises: EvalError when `out` holds answers made with other settings.
+  Raises: EvalError when `out` holds answers made with other settings; see `check` too.
   """
+  check(task, compare)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())
   model = model or Model.of(engine.pretrained)
@@ -119,6 +120,19 @@ def run(
   if missing:
     return {"part": str(part), "answered": len(items) - missing, "missing": missing}
   return finish(task, folder, limit, compare)
+
+
+def check(task: Task, compare: str | Path = "") -> None:
+  """What scoring will need, so that nobody learns of it when all is answered.
+
+  Raises: EvalError for a `compare` that is no result on this data, or a package that is not there.
+  """
+  if compare:
+    compare_lib.check(asked(task), Path(compare))
+  try:
+    getattr(task, "check_submission", lambda: None)()  # no member that every task must have
+  except ModuleNotFoundError as error:
+    raise EvalError(str(error)) from None
 
 
 def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 
+def need(path: Path | str) -> None:
+  """Raises: ModuleNotFoundError that says what to install."""
+  try:
+    import openpyxl  # noqa: F401
+  except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+      f"{path}: writing Excel files needs openpyxl: pip install llava-sp-jax[xlsx]"
+    ) from None
+
+
 def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
   """One sheet; texts stay texts (also those that begin with `=`), control characters are left out.
 
   Raises: ModuleNotFoundError that says what to install.
   """
-  try:
-    import openpyxl
-    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-  except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-      f"{path}: writing Excel files needs openpyxl: pip install llava-sp-jax[xlsx]"
-    ) from None
+  need(path)
+  import openpyxl
+  from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
   book = openpyxl.Workbook()
   page = book.active
   for number, values in enumerate((header, *rows), 1):

@@ -183,6 +183,8 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   if not options.checkpoint:
     raise ConfigError("no --checkpoint; give the folder of a run or a converted model")
   part = predictions.parse_part(options.part) if options.part else None
+  for name, task in tasks.items():  # before a model is loaded, and before hours of answering
+    run.check(task, _compare(name, tasks, options))
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = formats.Options(options.base, options.tower, options.row, options.template)
   devices = mesh.local(options.mesh)

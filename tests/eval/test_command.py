@@ -54,6 +54,7 @@ def test_it_prints_a_table_and_says_where_all_is(
     (["--checkpoint=x", "--task=mmvet", "--option=judge=x"],
      "--task mmvet: no option judge; it has protocol; a judge is given with --judge-url"),
     (["--checkpoint=x", "--part=2/2"], "part 2/2: parts are counted from 0/N to N-1/N"),
+    (["--checkpoint=x", "--compare=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
     (["--checkpoint=x", "--part=half"], "--part: expected I/N such as 0/2, found 'half'"),
     (["--checkpoint=x", "--num-beams=0"], "--num-beams: expected at least 1, found 0"),
     (["--checkpoint=x", "--temperature=1", "--num-beams=2"], "--num-beams: expected 1 where"),

@@ -214,9 +214,10 @@ def test_other_questions_are_not_compared(task: Made, tmp_path: Path) -> None:
   other = Made(tmp_path, count=30)
   with pytest.raises(EvalError, match=r"answers to other questions.*data_hash"):
     run.run(other, Scripted(), tmp_path / "b", compare=tmp_path / "a")
-  assert (tmp_path / "b" / predictions.FILE).is_file()
+  assert not (tmp_path / "b").exists(), "it is told before anything is asked"
   with pytest.raises(EvalError, match=r"gone: no settings\.json"):
-    run.run(task, Scripted(), tmp_path / "a", compare=tmp_path / "gone")
+    run.run(task, Scripted(), tmp_path / "c", compare=tmp_path / "gone")
+  assert not (tmp_path / "c").exists()
 
 
 def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> None:

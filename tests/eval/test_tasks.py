@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax.config import ConfigError
+from llava_sp_jax.eval import run
 from llava_sp_jax.eval.benchmark import LETTER, SHORT, Benchmark
 from llava_sp_jax.eval.files import BenchmarkError
 from llava_sp_jax.eval.judge import Ask
+from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Prediction
 from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
 from llava_sp_jax.eval.tasks.llava_bench import LlavaBench, pair
@@ -427,6 +429,10 @@ def test_without_openpyxl_it_says_what_to_install(
   task = MmBench(root)
   with pytest.raises(ModuleNotFoundError, match=r"pip install llava-sp-jax\[xlsx\]"):
     task.submission(task.items(), {}, tmp_path)
+  with pytest.raises(EvalError, match=r"20230712.xlsx: .*pip install llava-sp-jax\[xlsx\]"):
+    run.check(task)
+  for other in (TASKS["pope"](root), TASKS["seed"](root)):
+    run.check(other)
 
 
 # --- judges ---

@@ -112,6 +112,9 @@ class MmBench(Benchmark):
     counts = served(items, predictions, SERVER)
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 
+  def check_submission(self) -> None:
+    sheet.need(f"{self.split}.xlsx")
+
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`<split>.xlsx`: the file's columns without images and hints, `prediction` behind the options
     (scripts/convert_mmbench_for_submission.py). Only the first order of options is handed in (the
