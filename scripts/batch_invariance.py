@@ -83,6 +83,16 @@ def child(options: argparse.Namespace, name: str) -> list[Any]:
   return sorted(found)
 
 
+def check(name: str, found: list[Any]) -> list[Any]:
+  """The answers. Raises: SystemExit when a question has none: two errors would count as the same."""
+  if errors := [f for f in found if f[4]]:
+    raise SystemExit(
+      f"{name}: {len(errors)} of {len(found)} questions have no answer, question {errors[0][0]}: "
+      f"{errors[0][4]}"
+    )
+  return found
+
+
 def compare(first: list[Any], other: list[Any]) -> list[str]:
   """Lines about the answers that differ."""
   return [
@@ -113,7 +123,7 @@ def main() -> None:
   report: dict[str, Any] = {"dtype": options.dtype, "ways": {}}
   for number, name in enumerate(WAYS, 1):
     started = time.monotonic()
-    found = child(options, name)
+    found = check(name, child(options, name))
     first = first or found
     changed = compare(first, found)
     right = sum(f[3] for f in found) / len(found)

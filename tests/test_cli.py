@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,21 @@ def test_a_broken_image_is_named(capsys: pytest.CaptureFixture, tmp_path: Path) 
   path.write_bytes(b"no picture")
   line = only_line(capsys, "generate", "--checkpoint=x", f"--image={path}", "--question=what?")
   assert f"image {path}: cannot be decoded" in line
+
+
+def test_generate_computes_in_the_dtype_that_is_asked_for(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  asked = []
+
+  def opened(path: str, options: Any = None, merge: bool = True, dtype: str = "") -> None:
+    asked.append(dtype)
+    raise FileNotFoundError(path)
+
+  monkeypatch.setattr("llava_sp_jax.infer.pretrained.from_any", opened)
+  for more in ([], ["--dtype=float32"]):
+    only_line(capsys, "generate", "--checkpoint=x", "--question=what?", *more)
+  assert asked == ["", "float32"]
 
 
 def test_an_unknown_task_lists_the_known_ones(capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tools.convert import source_options
-from llava_sp_jax.tools.generate import MESH
+from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 DESCRIPTION = """\
 Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
   how = result.add_argument_group("generation (default: what the task's protocol asks for)")
   how.add_argument("--batch-size", type=int, default=0, help="questions at a time")
   how.add_argument("--mesh", default="", help=MESH)
+  how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
   for field in dataclasses.fields(Generation):
     flag = "--" + field.name.replace("_", "-")
     if field.name == "stop":
@@ -188,7 +189,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = formats.Options(options.base, options.tower, options.row, options.template)
   devices = mesh.local(options.mesh)
-  loaded = pretrained.from_any(options.checkpoint, given)
+  loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
   size = {"batch_size": options.batch_size} if options.batch_size else {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters

@@ -7,6 +7,8 @@ import argparse
 MESH = (
   "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
 )
+DTYPES = ("float32", "bfloat16")
+DTYPE = "what the model computes in (default: the checkpoint's config)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--stop", action="append", default=[], help="text that ends an answer")
   result.add_argument("--seed", type=int, default=0, help="of the sampling")
   result.add_argument("--mesh", default="", help=MESH)
+  result.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
   return result
 
 
@@ -53,7 +56,9 @@ def main(argv: list[str]) -> int:
     parser().error(f"--{str(error).replace('_', '-')}")
   # Read here, so that a picture that is missing is told before a model is loaded.
   pictures = tuple(image.read(Path(path)) for path in options.image)
-  engine = Engine(pretrained.from_any(options.checkpoint), 1, generation, mesh.local(options.mesh))
+  devices = mesh.local(options.mesh)
+  loaded = pretrained.from_any(options.checkpoint, dtype=options.dtype)
+  engine = Engine(loaded, 1, generation, devices)
   request = Request(options.question, pictures)
   if options.stream:
     try:

@@ -31,10 +31,12 @@ def test_it_prints_a_table_and_says_where_all_is(
   scores = json.loads((first / "scores.json").read_text())
   assert scores["generation"]["max_new_tokens"] == 2
   assert scores["checkpoint"] == str(run_folder)
-  more = ["--mesh=2,1,1", "--max-new-tokens=5", "--stop=x", "--stop=zz", f"--compare={first}"]
+  more = ["--mesh=2,1,1", "--dtype=bfloat16", "--max-new-tokens=5", "--stop=x", "--stop=zz",
+          f"--compare={first}"]  # fmt: skip
   assert run(*common, f"--out={second}", *more) == 0
   scores = json.loads((second / "scores.json").read_text())
   assert scores["generation"]["stop"] == ["x", "zz"]
+  assert scores["model"]["dtype"] == "bfloat16"
   assert scores["compared"]["both"] == 4
   assert "generation.max_new_tokens: 5 here, 2 there" in (second / "index.html").read_text()
   capsys.readouterr()

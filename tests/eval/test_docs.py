@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -39,6 +40,26 @@ def test_the_five_lines(
   assert scores["answered"] == 12
   assert scores["generation"]["max_new_tokens"] == names["task"].generation.max_new_tokens
   assert Path("results/index.html").is_file()
+
+
+def test_the_script_behind_the_promise_counts_no_errors_as_equal(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  """Without images every way "answers" alike: nothing."""
+  path = REPOSITORY / "scripts" / "batch_invariance.py"
+  spec = importlib.util.spec_from_file_location("batch_invariance", path)
+  assert spec
+  assert spec.loader
+  script = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(script)
+  rows = [[0, [5], 0.5, True, ""], [1, [7], 0.1, False, ""]]
+  monkeypatch.setattr(script, "child", lambda *_: rows)
+  monkeypatch.setattr("sys.argv", ["x", "--checkpoint=x", "--data=x"])
+  script.main()
+  assert "2 processes: 0 of 2 answers changed" in capsys.readouterr().out
+  rows[1] = [1, [], 0.0, False, "image 1.png: no such file"]
+  with pytest.raises(SystemExit, match="1 of 2 questions have no answer, question 1: image 1.png"):
+    script.main()
 
 
 def commands(name: str) -> list[list[str]]:
