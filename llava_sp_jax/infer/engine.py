@@ -75,6 +75,9 @@ class Engine:
     self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
     mesh: Mesh | None = None, layout: Layout = ROUNDED,
   ):  # fmt: skip
+    """Raises: ValueError for a `batch_size` below 1."""
+    if batch_size < 1:
+      raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     config = pretrained.config
     self.counts = Counts()
     self.pretrained, self._generation, self._layout = pretrained, generation, layout
