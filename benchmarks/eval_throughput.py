@@ -9,6 +9,7 @@ shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the e
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -193,9 +194,13 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def medians(repeats: int, *sides: Callable[[], float]) -> list[float]:
-  """Of each side's seconds, taken in turns so that a busy moment meets all."""
-  taken = [[side() for side in sides] for _ in range(repeats)]
-  return [statistics.median(column) for column in zip(*taken, strict=True)]
+  """Of each side's seconds."""
+  return [statistics.median(column) for column in zip(*turns(repeats, *sides), strict=True)]
+
+
+def turns(repeats: int, *sides: Callable[[], float]) -> list[list[float]]:
+  """Each side's seconds, taken in turns so that a busy moment meets all."""
+  return [[side() for side in sides] for _ in range(repeats)]
 
 
 def workload(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
@@ -334,34 +339,52 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
   return records
 
 
-def first_tokens(repeats: int) -> int:
+def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
+  """From a new image to the first token of one answer, its tokens a second, and FLOPs of each row.
+
+  All rows take turns, and each is compared with the first of its own turn: the machine's speed
+  drifts by more than what they differ in.
+  """
+  sides: list[Callable[[], float]] = []
+  for bench in benches:
+    requests = bench.requests((1, 1, 1, lambda i: "what is it?"))
+    engines = bench.engine(1, 1), bench.engine(STEPS, 1)
+    for engine in engines:
+      next(engine.answer(requests))
+    bench.torch_answers(requests, 1, 0)
+
+    def ours(engine: Any, requests: list[Any] = requests) -> float:
+      engine.forget()
+      return timed(lambda: list(engine.answer(requests)))[0]
+
+    def theirs(new: int, bench: Bench = bench, requests: list[Any] = requests) -> float:
+      return bench.torch_answers(requests, new, 0)["seconds"]
+
+    sides += [functools.partial(ours, engine) for engine in engines]
+    sides += [functools.partial(theirs, new) for new in (1, STEPS)]
+  taken = turns(first_token_turns(repeats), *sides)
+  names = ("first", "whole", "torch_first", "torch_whole")
+  records = []
+  for i, bench in enumerate(benches):
+    mine = {name: [turn[len(names) * i + k] for turn in taken] for k, name in enumerate(names)}
+    base = {name: [turn[k] for turn in taken] for k, name in enumerate(names)}
+    more = {n: statistics.median(a / b for a, b in zip(mine[n], base[n], strict=True)) - 1
+            for n in ("first", "torch_first")}  # fmt: skip
+    middle = {name: statistics.median(seconds) for name, seconds in mine.items()}
+    records.append({
+      "row": bench.row, "first_token_ms": 1e3 * middle["first"], "against_none": more["first"],
+      "torch_first_token_ms": 1e3 * middle["torch_first"],
+      "torch_against_none": more["torch_first"],
+      "tokens_per_s": STEPS / middle["whole"], "torch_tokens_per_s": STEPS / middle["torch_whole"],
+      "gflops": flops(bench.config) / 1e9,
+    })  # fmt: skip
+    said(records[-1])
+  return records
+
+
+def first_token_turns(repeats: int) -> int:
   """They differ by less than what disturbs one, so more of them are taken."""
-  return 2 * repeats + 1
-
-
-def first_token(bench: Bench, repeats: int) -> dict[str, Any]:
-  """From a new image to the first token of one answer, its tokens a second, and FLOPs."""
-  requests = bench.requests((repeats + 1, 1, 1, lambda i: "what is it?"))
-  long, short = bench.engine(STEPS, 1), bench.engine(1, 1)
-  for engine in (long, short):
-    next(engine.answer(requests[:1]))
-
-  def ours(engine: Any) -> float:
-    engine.forget()
-    return timed(lambda: next(engine.answer(requests[:1])))[0]
-
-  def theirs(new: int) -> float:
-    return bench.torch_answers(requests[:1], new, 0)["seconds"]
-
-  theirs(1)
-  first, whole, other, other_whole = medians(
-    repeats, lambda: ours(short), lambda: ours(long), lambda: theirs(1), lambda: theirs(STEPS)
-  )
-  return {
-    "row": bench.row, "first_token_ms": 1e3 * first, "torch_first_token_ms": 1e3 * other,
-    "tokens_per_s": STEPS / whole, "torch_tokens_per_s": STEPS / other_whole,
-    "gflops": flops(bench.config) / 1e9,
-  }  # fmt: skip
+  return 3 * repeats
 
 
 def flops(config: Any) -> float:
@@ -426,16 +449,14 @@ def page(result: dict[str, Any]) -> str:
   ]  # fmt: skip
   lines += [
     "", "From a new image to the first token, one question alone, medians of "
-    f"{first_tokens(result['repeats'])}; tokens/s with it included:", "",
+    f"{first_token_turns(result['repeats'])} turns; tokens/s with it included:", "",
     "| row | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
     "|---|---|---|---|---|---|---|---|",
   ]  # fmt: skip
   for r in result["rows"]:
-    base = result["rows"][0]
-    ours, other = (r[k] / base[k] - 1 for k in ("first_token_ms", "torch_first_token_ms"))
     lines.append(
-      f"| {r['row']} | {r['first_token_ms']:.0f} | {100 * ours:+.1f}% | "
-      f"{r['torch_first_token_ms']:.0f} | {100 * other:+.1f}% | {r['tokens_per_s']:.1f} | "
+      f"| {r['row']} | {r['first_token_ms']:.0f} | {100 * r['against_none']:+.1f}% | "
+      f"{r['torch_first_token_ms']:.0f} | {100 * r['torch_against_none']:+.1f}% | {r['tokens_per_s']:.1f} | "
       f"{r['torch_tokens_per_s']:.1f} | {r['gflops']:.1f} |"
     )
   return "\n".join(lines) + "\n"
@@ -473,16 +494,15 @@ def main() -> None:
       said(result["records"][-1])
     if time_left():
       result["parts"] = parts(bench, options.repeats)
-    for row in ROWS:
-      if not time_left():
-        said({"left out": row})
-        continue
-      other = bench if row == bench.row else Bench(row, options.size, folder, images, bench.model)
-      result["rows"].append(first_token(other, first_tokens(options.repeats)))
-      said(result["rows"][-1])
-      if other is not bench:
-        other.torch.close()
-    bench.torch.close()
+    benches = [bench]
+    if time_left():
+      benches = [
+        bench if row == bench.row else Bench(row, options.size, folder, images, bench.model)
+        for row in ROWS
+      ]
+      result["rows"] = first_tokens(benches, options.repeats)
+    for each in benches:
+      each.torch.close()
   options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
   options.out.with_suffix(".md").write_text(page(result))
   print(f"written: {options.out}.md, {options.out}.json, {time.monotonic() - STARTED:.0f} s")

@@ -10,9 +10,12 @@ Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 IMAGE = "<image>"
+# Images in front of a text: each on a line of its own, or all on one line, as lmms-eval has them.
+_LEADING = re.compile(rf"(?:{IMAGE}(?:\n| (?={IMAGE})))+")
 
 
 class SampleError(ValueError):
@@ -232,8 +235,18 @@ def branch(turns: Turns, template: Template) -> list[Piece]:
 
 
 def prompt(question: str, template: Template) -> list[Piece]:
-  """The pieces of one open question, ready for an answer."""
-  return write([(_asked(question, template), None)], template)
+  """The pieces of one open question, ready for an answer.
+
+  Outer blanks of a question behind its images stay, where training strips them: the original's
+  `model_vqa*.py` put `<image>` and a newline in front of whatever the file says.
+  """
+  leading = _LEADING.match(question)
+  text = question[leading.end() :] if leading else question
+  if leading and not template.image_only and IMAGE not in text:
+    asked = (template.image + "\n") * leading[0].count(IMAGE) + text
+  else:
+    asked = _asked(question, template)
+  return write([(asked, None)], template)
 
 
 def _before(template: Template, turn: int) -> str:

@@ -65,7 +65,8 @@ class Endpoint:
   def _secret(self) -> str:
     if not self._key:
       return ""
-    secret = os.environ.get(self._key, "").strip()  # a key that is read from a file ends in a newline
+    # A key that is read from a file ends in a newline.
+    secret = os.environ.get(self._key, "").strip()
     if not secret:
       raise JudgeError(f"no key for the judge {self.name}: set the variable {self._key}")
     if not (secret.isascii() and secret.isprintable()):  # http.client would quote it, escaped

@@ -90,8 +90,11 @@ def run(
     each: called with every line of predictions.jsonl when it is written; prints progress if not given.
 
   Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
-  Raises: EvalError when `out` holds answers made with other settings; see `check` too.
+  Raises: EvalError for a `limit` below 0, when `out` holds answers made with other settings, and
+    see `check`.
   """
+  if limit < 0:
+    raise EvalError(f"limit: expected 0 (all questions) or more, found {limit}")
   check(task, compare)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())

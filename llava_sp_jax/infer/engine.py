@@ -8,6 +8,7 @@ Shape letters:  B rows . G rows of a group . S slots of a row
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -22,7 +23,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import Answer, ImageFile, Prompt, Prompts, Request
+from llava_sp_jax.infer.prompts import Answer, ImageFile, Piece, Prompt, Prompts, Request
 from llava_sp_jax.infer.sampling import Sampler
 from llava_sp_jax.infer.schedule import Ready, Schedule
 from llava_sp_jax.infer.shared import Encoder, Prefixes, bucket
@@ -74,6 +75,9 @@ class Engine:
     self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
     mesh: Mesh | None = None, layout: Layout = ROUNDED,
   ):  # fmt: skip
+    """Raises: ValueError for a `batch_size` below 1."""
+    if batch_size < 1:
+      raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     config = pretrained.config
     self.counts = Counts()
     self.pretrained, self._generation, self._layout = pretrained, generation, layout
@@ -128,18 +132,30 @@ class Engine:
 
     Afterwards answering such requests, in any order and number, compiles nothing.
     """
-    kinds: dict[tuple[int, ...], Ready] = {}
+    kinds: dict[tuple[int, ...], Ready] = {}  # by what admitting them is compiled for
+    shared: dict[tuple[int, ...], tuple[Request, tuple[Piece, ...]]] = {}  # and growing prefixes
+    starts: dict[tuple[int, int], int] = collections.defaultdict(int)  # the longest of a group
+    lengths: dict[tuple[int, int], int] = collections.defaultdict(int)
     slots = 0
     with self._running(requests) as schedule:
       while (ready := schedule.take()) is not None:
         if ready.prompt is None or self._too_long(ready.prompt):
           continue
-        length = bucket(len(ready.prompt.pieces[-1].tokens), self._layout.suffix)
-        kinds.setdefault((*_shape(self, ready), length), ready)
+        *before, last = ready.prompt.pieces
+        group, length = _shape(self, ready), bucket(len(last.tokens), self._layout.suffix)
+        kinds.setdefault((*group, length), ready)
+        for count in range(1, len(before) + 1):
+          pieces = tuple(before[:count])
+          shared.setdefault(self._prefixes.shape(pieces), (ready.request, pieces))
+        starts[group] = max(starts[group], last.start)
+        lengths[group] = max(lengths[group], length)
         slots = max(slots, self._room(ready.prompt, length))
       if not kinds:
         return
-      self._make_room(slots)
+      # The prompt with the longest prefix may stand beside the one with the longest question.
+      reach = max(starts[group] + lengths[group] for group in starts)
+      self._make_room(max(slots, bucket(reach, self._layout.slots)))
+      self._prefixes.of(list(shared.values()))
       admitted = self.counts.admitted
       for ready in kinds.values():
         for size in self._groups:

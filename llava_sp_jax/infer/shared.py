@@ -80,6 +80,12 @@ class Prefixes:
       return 0
     return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
 
+  def shape(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """What computing the last of these pieces is compiled for: P, P before it, T, M."""
+    last = pieces[-1]
+    return (self.slots(pieces), self.slots(pieces[:-1]),
+            bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
+
   def of(self, asked: Sequence[tuple[Request, tuple[Piece, ...]]]) -> list[Prefix | None]:
     """The prefix of each request, all its pieces together; None where it has none."""
     found: dict[str, Prefix] = {}
@@ -112,10 +118,7 @@ class Prefixes:
     """As many at a time as the mesh has parts of rows, always: none depends on its company."""
     alike: dict[tuple[int, ...], list[tuple[Request, tuple[Piece, ...]]]] = {}
     for request, pieces in missing:
-      last = pieces[-1]
-      shape = (self.slots(pieces), self.slots(pieces[:-1]),
-               bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
-      alike.setdefault(shape, []).append((request, pieces))
+      alike.setdefault(self.shape(pieces), []).append((request, pieces))
     parts = self._programs.parts
     for (slots, _, length, _), members in alike.items():
       for start in range(0, len(members), parts):

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
       help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
   add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
       "OUT/TASK")  # fmt: skip
-  add("--limit", type=int, default=0, help="only the first N questions")
+  add("--limit", type=int, default=0, metavar="N", help="only the first N questions (0: all)")
   add("--protocol", default="", help="the rule that prompts and scores, where a task has several")
   add("--option", action="append", default=[], metavar="KEY=VALUE", help="any other of the task's")
   add("--compare", default="", help="results of another run on the same data: shows what flipped; "
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument(f"--{flag}", default="", metavar=what)
 
   how = result.add_argument_group("generation (default: what the task's protocol asks for)")
-  how.add_argument("--batch-size", type=int, default=0, help="questions at a time")
+  how.add_argument("--batch-size", type=int, default=16, help="questions at a time (%(default)s)")
   how.add_argument("--mesh", default="", help=MESH)
   how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
   for field in dataclasses.fields(Generation):
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax import processes
 
+  _check_counts(options)
+
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
   with processes.Watch(0):
@@ -85,6 +87,19 @@ def main(argv: list[str]) -> None:
       _evaluate(tasks, options)
     # The first to leave would end the others, whose questions may take hours longer.
     processes.meet("answers are written", processes.WITHOUT_LIMIT)
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+  """Raises: ConfigError for a number that counts nothing, all of them at once."""
+  from llava_sp_jax.config import ConfigError
+
+  found = {"limit": (options.limit, 0), "batch-size": (options.batch_size, 1)}
+  if problems := [
+    f"--{name}: expected a whole number from {least}, found {value}"
+    for name, (value, least) in found.items()
+    if value < least
+  ]:
+    raise ConfigError("; ".join(problems))
 
 
 def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
@@ -191,12 +206,11 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
-  size = {"batch_size": options.batch_size} if options.batch_size else {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
       engine = None
-      engine = Engine(loaded, generation=generations[name], mesh=devices, **size)
+      engine = Engine(loaded, options.batch_size, generations[name], devices)
     out = _out(name, tasks, options)
     scores = run.run(
       task,
@@ -225,7 +239,8 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
   try:
     return dataclasses.replace(task.generation, **given)
   except ValueError as error:
-    raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
+    setting, found = str(error).split(":", 1)
+    raise ConfigError(f"--{setting.replace('_', '-')}:{found}") from None
 
 
 def _judge(options: argparse.Namespace) -> Any:

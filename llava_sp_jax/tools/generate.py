@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
       top_p=options.top_p, num_beams=options.num_beams, stop=tuple(options.stop), seed=options.seed,
     )  # fmt: skip
   except ValueError as error:
-    parser().error(f"--{str(error).replace('_', '-')}")
+    setting, found = str(error).split(":", 1)
+    parser().error(f"--{setting.replace('_', '-')}:{found}")
   # Read here, so that a picture that is missing is told before a model is loaded.
   pictures = tuple(image.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)

@@ -25,6 +25,19 @@ def text_of(pieces: list[conversation.Piece]) -> str:
   return "".join(p.text for p in pieces)
 
 
+@pytest.mark.parametrize("text", [" what? ", "what?\n", "\nwhat?", "what?", ""])
+@pytest.mark.parametrize("images", ["<image>\n", "<image>\n<image>\n", "<image> <image>\n"])
+def test_an_open_question_keeps_its_blanks(images: str, text: str) -> None:
+  """model_vqa.py of LLaVA: `<image>`, a newline and the file's text; training strips the text."""
+  count = images.count("<image>")
+  for name, written in (("v1", "<image>\n"), ("v1_mmtag", "<Image><image></Image>\n")):
+    template = TEMPLATES[name]
+    asked = text_of(conversation.prompt(images + text, template))
+    assert asked == template.system + "USER: " + written * count + text + " ASSISTANT:"
+    trained = text_of(conversation.chain([(images + text, "x")], template))
+    assert f"USER: {(written * count + text.strip()).strip()} ASSISTANT: x" in trained
+
+
 def learned(pieces: list[conversation.Piece]) -> list[str]:
   return [p.text for p in pieces if p.learn]
 

@@ -51,11 +51,8 @@ class Scripted(Engine):
     fails: Mapping[str, str] | None = None,
   ):  # fmt: skip
     self._generation = Generation(max_new_tokens=tokens)
-    self.pretrained: Any = pretrained.Pretrained(
-      Config(),
-      {"w": np.ones(3, np.float32)},
-      Tokenizer(),  # type: ignore[arg-type]
-    )
+    tokenizer: Any = Tokenizer()
+    self.pretrained = pretrained.Pretrained(Config(), {"w": np.ones(3, np.float32)}, tokenizer)
     self.counts = Counts()
     self.asked: list[str] = []
     self.numbers: list[int | None] = []

@@ -58,6 +58,11 @@ def test_it_prints_a_table_and_says_where_all_is(
     (["--checkpoint=x", "--part=2/2"], "part 2/2: parts are counted from 0/N to N-1/N"),
     (["--checkpoint=x", "--compare=gone"], "gone: no settings.json; give the --out of llava-sp eval"),
     (["--checkpoint=x", "--part=half"], "--part: expected I/N such as 0/2, found 'half'"),
+    (["--checkpoint=x", "--max-new-tokens=0"], "--max-new-tokens: expected at least 1, found 0"),
+    (["--checkpoint=x", "--limit=-5", "--batch-size=-1"],
+     "--limit: expected a whole number from 0, found -5; --batch-size: expected a whole number "
+     "from 1, found -1"),
+    (["--merge", "--out=x", "--limit=-5"], "--limit: expected a whole number from 0, found -5"),
     (["--checkpoint=x", "--num-beams=0"], "--num-beams: expected at least 1, found 0"),
     (["--checkpoint=x", "--temperature=1", "--num-beams=2"], "--num-beams: expected 1 where"),
     (["--checkpoint=x", "--task=gqa", "--judge-url=http://localhost"], "gqa"),

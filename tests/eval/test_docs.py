@@ -58,7 +58,9 @@ def test_the_script_behind_the_promise_counts_no_errors_as_equal(
   script.main()
   assert "2 processes: 0 of 2 answers changed" in capsys.readouterr().out
   rows[1] = [1, [], 0.0, False, "image 1.png: no such file"]
-  with pytest.raises(SystemExit, match="1 of 2 questions have no answer, question 1: image 1.png"):
+  with pytest.raises(
+    SystemExit, match=r"1 of 2 questions have no answer, question 1: image 1\.png"
+  ):
     script.main()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sp_jax.eval import compare, gallery, page, predictions, published, run, tables
+from llava_sp_jax.eval import compare, gallery, page, published, run, tables
 from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
 from llava_sp_jax.eval.tasks import BENCHMARKS

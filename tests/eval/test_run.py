@@ -22,6 +22,7 @@ from llava_sp_jax.eval.predictions import EvalError, Part
 from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer.engine import Answer, Engine, Request
+from llava_sp_jax.infer.pretrained import Pretrained
 from tests.eval.conftest import Scripted, by_id
 
 
@@ -114,6 +115,17 @@ def test_limit_takes_the_first_items_and_may_grow(
   assert (more["asked"], more["engine"]["requests"]) == (5, 5)
   assert run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)["by_kind"] == few["by_kind"]
   assert len(by_id(tmp_path)) == 5
+
+
+def test_numbers_that_count_nothing_are_refused(
+  loaded: Pretrained, tiny_data: Path, tmp_path: Path
+) -> None:
+  with pytest.raises(EvalError, match=r"limit: expected 0 \(all questions\) or more, found -5"):
+    run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path / "out", limit=-5)
+  assert not (tmp_path / "out").exists()
+  for size in (0, -1):
+    with pytest.raises(ValueError, match=f"batch_size: expected at least 1, found {size}"):
+      Engine(loaded, size)
 
 
 def test_answers_do_not_depend_on_the_batch(engine: Engine, tiny_data: Path) -> None:

@@ -129,6 +129,30 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
   assert compiled, "the listener must hear of compilations"
 
 
+def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_data: Path) -> None:
+  """Prefixes of one size that are made of pieces of other sizes, before questions of other lengths."""
+  layout = Layout(slots=1, suffix=4, groups=2)
+  engine = Engine(model, 2, Generation(max_new_tokens=1), layout=layout)
+  images = (tiny_data / "images" / "0.png",)
+
+  def request(words: int, question: str) -> Request:
+    return Request(question, images, system="a " * words)
+
+  def sizes(words: int) -> list[int]:
+    *before, _ = engine._prompts(request(words, "red?")).pieces
+    return [engine._prefixes.slots(before[: i + 1]) for i in range(len(before))]
+
+  short = next(n for n in range(8, 40) if len(sizes(n)) == 2 and
+               sizes(n)[0] < sizes(n + 1)[0] and sizes(n)[1] == sizes(n + 1)[1])  # fmt: skip
+  long = "is it blue, or teal, or green?"
+  asked = [request(short, "red?"), request(short, long), request(short + 1, "red?")]
+  engine.warm_up(asked)
+  engine.forget()
+  before = engine.counts.compiles
+  ids(engine.answer([asked[2], asked[1], *asked]))
+  assert engine.counts.compiles == before
+
+
 def test_answers_come_as_they_are_ready(
   engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:
