@@ -5,20 +5,18 @@ Shape letters:  B rows . T row length . K tokens of the longest continuation . D
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from llava_sp_jax.data import anyres, conversation, example, image
-from llava_sp_jax.infer.engine import ImageFile, Request
+from llava_sp_jax.data import anyres, conversation, example
+from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.infer.prompts import opened
 from llava_sp_jax.models import build
 
 Asked = tuple[list[example.Run], list[anyres.Picture]]
@@ -72,7 +70,7 @@ class Likelihood:
         yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
 
   def _read(self, request: Request, continuation: str) -> Asked:
-    pictures = [self._reader(_decoded(picture)) for picture in request.images]
+    pictures = [self._reader(opened(picture)) for picture in request.images]
     question = request.question
     if request.images and conversation.IMAGE not in question:
       question = f"{conversation.IMAGE}\n" * len(request.images) + question
@@ -103,13 +101,6 @@ class Likelihood:
 
 def _length(runs: list[example.Run], pictures: list[anyres.Picture]) -> int:
   return sum(len(run.ids) for run in runs) + sum(len(p.plan.slots) - 1 for p in pictures)
-
-
-def _decoded(picture: ImageFile) -> Image.Image:
-  if isinstance(picture, Image.Image):
-    return picture
-  return image.read(io.BytesIO(picture), "in the data") if isinstance(picture, bytes) else (
-    image.read(Path(picture)))  # fmt: skip
 
 
 def _up(count: int, step: int) -> int:

@@ -100,6 +100,15 @@ def key_of(picture: ImageFile) -> str:
   return f"bytes {hashlib.sha256(picture).hexdigest()}"
 
 
+def opened(picture: ImageFile) -> Image.Image:
+  """Raises: SampleError when it cannot be read."""
+  if isinstance(picture, SampleError):
+    raise picture
+  if isinstance(picture, bytes):
+    return image.read(io.BytesIO(picture), f"of {len(picture)} bytes")
+  return picture if isinstance(picture, Image.Image) else image.read(Path(picture))
+
+
 def keys_of(request: Request) -> tuple[str, ...]:
   return tuple(map(key_of, request.images))
 
@@ -140,11 +149,7 @@ class Pictures:
     return self._read(picture).tiles if tiles is None else tiles
 
   def _read(self, picture: ImageFile) -> anyres.Picture:
-    if isinstance(picture, str | Path):
-      picture = image.read(Path(picture))
-    elif isinstance(picture, bytes):
-      picture = image.read(io.BytesIO(picture), f"of {len(picture)} bytes")
-    return self._reader(picture)
+    return self._reader(opened(picture))
 
 
 class Prompts:
