@@ -193,6 +193,7 @@ DAMAGE = [
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "hint", "help", "no column hint"),
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tdev", "", "row 1: fewer fields"),
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\n3\t", "\nthree\t", "index .'three'."),
+  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tcat\t", "\t\t", "no option A in 1 rows, index 3"),
   ("seed", "seed_bench/llava-seed-bench.jsonl", '"question_id": 2', '"question_id": 7',
    "without 1 questions of SEED-Bench.json: 2"),
   ("llava_bench", "llava-bench-in-the-wild/context.jsonl", "001.jpg", "009.jpg",
@@ -401,6 +402,30 @@ def test_llava_s_protocol_leaves_mmbench_to_the_server(root: Path) -> None:
   scores = task.score(task.items(), answers(task.items(), right_letter))
   assert scores.headline is None
   assert scores.figures["local"]["all"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("protocol", ["llava", "lmms"])
+@pytest.mark.parametrize("hidden", ["", "nan", "no column"])
+def test_a_split_without_answers_has_no_truth_and_no_score(
+  own: Path, protocol: str, hidden: str
+) -> None:
+  path = own / "mmbench/mmbench_dev_20230712.tsv"
+  with path.open(newline="") as file:
+    rows = list(csv.reader(file, delimiter="\t"))
+  place = rows[0].index("answer")
+  for row in rows[1:]:
+    row[place] = hidden
+  if hidden == "no column":
+    rows = [[*row[:place], *row[place + 1 :]] for row in rows]
+  with path.open("w", newline="") as file:
+    csv.writer(file, delimiter="\t").writerows(rows)
+  task = MmBench(own, protocol, circular=True)
+  items = task.items()
+  assert {item.truth for item in items} == {None}
+  assert {"score" in task.verdict(item, "A") for item in items} == {False}
+  scores = task.score(items, answers(items, "A"))
+  assert scores.headline is None
+  assert scores.figures == {}
 
 
 def test_the_sheet_keeps_texts_as_texts(root: Path, tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ class MmBench(Benchmark):
     rows = files.read_tsv(path, COLUMNS)
     if bad := [row["index"] for row in rows if not row["index"].isdigit()]:
       raise files.BenchmarkError(f"{path}: index {bad[: files.SHOWN]}; expected whole numbers")
+    if bare := [row["index"] for row in rows if empty(row["A"])]:
+      raise files.BenchmarkError(
+        f"{path}: no option A in {len(bare)} rows, index {', '.join(bare[: files.SHOWN])}; expected "
+        "options from A on. Fetch the file again."
+      )
     images = {row["index"]: row["image"] for row in rows}
     items = []
     for row in rows:
@@ -71,18 +76,19 @@ class MmBench(Benchmark):
           break
         texts.append(row[letter])
       letters = "ABCDE"[: len(texts)]
-      answer = "" if empty(row.get("answer", "")) else row["answer"]
+      places = {letter: i for i, letter in enumerate(letters)}
+      place = places.get(row.get("answer", ""))  # None in splits that keep their answers
       kept = {k: v for k, v in row.items() if k not in DROPPED}
       for turn in range(len(texts) if self._circular else 1):
         options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
-        truth = letters[(letters.index(answer) - turn) % len(letters)] if answer in letters else ""
+        truth = None if place is None else letters[(place - turn) % len(letters)]
         items.append(
           Item(
             id=f"{row['index']}/{turn}" if turn else row["index"],
             question=(self.rules.prompt or of_llava(LETTER))(row, options),
             images=(image,),
             kind=row.get("category") or "default",
-            truth=truth or None,
+            truth=truth,
             extra={
               "group": int(row["index"]) % 1_000_000, "round": turn, "options": options,
               "asked": row["question"], "row": kept,
