@@ -116,6 +116,12 @@ def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
   return Scores(None, f"scored by {where}", counts)
 
 
+def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
+  """Every item with its answer, "" where there is none: for scorers that pair lines by their place
+  or refuse a file that misses a question."""
+  return [(item, text_of(predictions, item) or "") for item in items]
+
+
 def answered(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
   """The items that have an answer, with it."""
   pairs = [(item, text_of(predictions, item)) for item in items]

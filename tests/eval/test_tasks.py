@@ -146,6 +146,24 @@ def test_missing_answers_are_counted_and_never_right(
       )
 
 
+@pytest.mark.parametrize("name", ["gqa", "vizwiz", "mme", "seed", "llava_bench", "mmvet"])
+def test_a_submission_has_a_place_for_every_question(root: Path, name: str, tmp_path: Path) -> None:
+  """Official scorers pair lines by their place, or look every question up."""
+  task = TASKS[name](root)
+  items = task.items()
+  given = answers(items, lambda item: f"word {item.id}")
+  whole = [file.read_text() for file in task.submission(items, given, tmp_path)]
+  del given[items[0].id]
+  given[items[-1].id] = Prediction(items[-1].id, "unsaid", error="no such file")
+  gaps = [file.read_text() for file in task.submission(items, given, tmp_path)]
+  for before, after in zip(whole, gaps, strict=True):
+    emptied = before
+    for item in (items[0], items[-1]):
+      emptied = emptied.replace(f"word {item.id}\n", "\n").replace(f'"word {item.id}"', '""')
+    assert after == emptied
+  assert gaps != whole
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_missing_files_are_told_at_once(name: str, tmp_path: Path) -> None:
   task = TASKS[name]

@@ -14,6 +14,7 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   ratio,
   served,
+  texts,
   unique,
 )  # fmt: skip
 from llava_sp_jax.eval.scoring import plain_match
@@ -94,9 +95,9 @@ class Gqa(Benchmark):
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`testdev_balanced_predictions.json`: [{questionId, prediction}] for GQA's eval.py, which
-    refuses a file that misses a question."""
+    refuses a file that misses a question: "" where there is no answer."""
     rows = [
       {"questionId": item.id, "prediction": gqa_text(text)}
-      for item, text in answered(items, predictions)
+      for item, text in texts(items, predictions)
     ]
     return [files.write_json(folder / "testdev_balanced_predictions.json", rows)]

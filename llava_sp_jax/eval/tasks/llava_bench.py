@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LONG, Benchmark, Rules, answered, ratio, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  ratio,
+  served,
+  texts,
+  unique,
+)
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
@@ -127,11 +136,12 @@ class LlavaBench(Benchmark):
     return Scores(headline, "score relative to GPT-4's answers, %", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`llava_bench_answers.jsonl`, which LLaVA's review script takes."""
+    """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by
+    line: "" where there is no answer."""
     rows = (
       {"question_id": i.extra["question_id"], "prompt": i.question, "text": text,
        "answer_id": i.id, "model_id": "llava_sp_jax", "metadata": {}}
-      for i, text in answered(items, predictions)
+      for i, text in texts(items, predictions)
     )  # fmt: skip
     return [files.write_lines(folder / "llava_bench_answers.jsonl", rows)]
 

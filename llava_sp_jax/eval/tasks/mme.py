@@ -15,6 +15,7 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   numbered,
   ratio,
+  texts,
 )
 from llava_sp_jax.eval.scoring import mme_answer, mme_answer_lmms
 from llava_sp_jax.eval.task import Item, Predictions, Scores
@@ -118,12 +119,13 @@ class Mme(Benchmark):
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`mme/<subtask>.txt` for the official calculation.py: file, question, truth, answer by tabs;
-    blanks for tabs and line ends within an answer, which its reader would stumble on."""
+    blanks for tabs and line ends within an answer, which its reader would stumble on; "" where there
+    is none, since it takes lines two by two."""
     lines: dict[str, list[str]] = {}
-    for item, text in answered(items, predictions):
+    for item, text in texts(items, predictions):
       fields = (item.extra["file"], item.extra["line"], item.truth, " ".join(text.split()))
       lines.setdefault(item.kind, []).append("\t".join(fields) + "\n")
     (folder / "mme").mkdir(parents=True, exist_ok=True)
-    for kind, texts in lines.items():
-      (folder / "mme" / f"{kind}.txt").write_text("".join(texts), encoding="utf-8")
+    for kind, rows in lines.items():
+      (folder / "mme" / f"{kind}.txt").write_text("".join(rows), encoding="utf-8")
     return [folder / "mme" / f"{kind}.txt" for kind in lines]

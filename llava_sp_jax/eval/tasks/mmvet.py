@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LONG, Benchmark, Rules, answered, ratio, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  ratio,
+  served,
+  texts,
+  unique,
+)
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
@@ -148,6 +157,7 @@ class MmVet(Benchmark):
     return Scores(headline, "mean grade, %", tables, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py)."""
-    texts = {item.id: text for item, text in answered(items, predictions)}
-    return [files.write_json(folder / "mmvet_answers.json", texts, indent=2)]
+    """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py), "" where there
+    is none, since MM-Vet's evaluator looks every question up."""
+    rows = {item.id: text for item, text in texts(items, predictions)}
+    return [files.write_json(folder / "mmvet_answers.json", rows, indent=2)]
