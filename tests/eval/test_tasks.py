@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -572,12 +573,37 @@ def test_mmvet_s_grades(root: Path) -> None:
   assert scores.figures["capability rec"] == {"score": 100.0, "items": 1}
   assert scores.figures["unjudged"] == 1
   assert [(a.turn, a.temperature) for a in judge.asked] == [
-    (0, 0), (0, 0), (1, 0.5), (0, 0), (1, 0.5), (2, 1.0), (3, 1.5),
+    (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (2, 0.5), (3, 1.0), (4, 1.5),
   ]  # fmt: skip
-  assert judge.asked[0].prompt.endswith("| 1.0\n\nWhat is x? | -1 <AND> -5 | x=-1 |")
   down = MmVet(root, judge=Scripted(failing)).score(items, answers(items, "x"))
   assert down.headline is None
   assert down.figures["unjudged"] == 3
+
+
+@pytest.mark.parametrize(
+  ("protocol", "digest", "end", "again", "temperatures", "tokens"),
+  [
+    ("llava", "d1b3e0a5b4e72c88", "x=-1 | ",
+     "\nPredict the correctness of the answer (digit): ", [0, 0, 0.5, 1.0, 1.5], 3),
+    ("lmms", "4d9b806e960fcd3f", "x=-1 |", "", [0, 0.5, 1.0, 1.5], 128),
+  ],
+)  # fmt: skip
+def test_mmvet_s_graders_word_for_word(
+  root: Path, protocol: str, digest: str, end: str, again: str, temperatures: list[float],
+  tokens: int,
+) -> None:  # fmt: skip
+  """Hashes of `prompt` in MM-Vet's mm-vet_evaluator.py and of MM_VET_PROMPT in lmms-eval."""
+  judge = Scripted(lambda ask: "no number")
+  task = MmVet(root, protocol, judge=judge)
+  item = task.items()[0]
+  task.score([item], answers([item], "x=-1"))
+  first, *later = judge.asked
+  prompt, _, question = first.prompt.rpartition("\n")
+  assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == digest
+  assert question == f"What is x? | -1 <AND> -5 | {end}"
+  assert {ask.prompt for ask in later} == {first.prompt + again}
+  assert [ask.temperature for ask in judge.asked] == temperatures
+  assert {ask.max_tokens for ask in judge.asked} == {tokens}
 
 
 def test_a_judge_of_mmvet_needs_the_truths(own: Path) -> None:
@@ -598,7 +624,15 @@ def test_two_scores_in_the_first_line(review: str, scores: tuple[float, float] |
 
 @pytest.mark.parametrize(
   ("review", "value"),
-  [("0.4", 0.4), (" 1.0 right", 1.0), ("1.1", None), ("-0.1", None), ("nan", None), ("x", None)],
+  [
+    ("0.4", 0.4),
+    ("1.0 right", 1.0),
+    (" 1.0", None),
+    ("1.1", None),
+    ("-0.1", None),
+    ("nan", None),
+    ("x", None),
+  ],
 )
 def test_a_grade_from_0_to_1(review: str, value: float | None) -> None:
   assert grade(review) == value

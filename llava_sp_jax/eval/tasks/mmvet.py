@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +24,6 @@ from llava_sp_jax.eval.task import Item, Predictions, Scores
 ASKED = "llava-mm-vet.jsonl"
 TRUTHS = ("mm-vet.json", "mm-vet/mm-vet.json")
 SERVER = "MM-Vet's evaluator (huggingface.co/spaces/whyu/MM-Vet_Evaluator), or a judge"
-TURNS = 4  # askings before the grader is given up; each is half a degree warmer, as the original's
 REASON = (  # lmms-eval's pre_prompt
   "First please perform reasoning, and think step by step to provide best answer to the following "
   "question: \n\n"
@@ -34,7 +35,8 @@ _MEME = (
   "saying that the person has trust issues because the names of these countries do not accurately "
   "represent their landscapes. | "
 )
-# The grader's prompt of MM-Vet (arXiv 2308.02490), word for word: a score depends on it.
+# The grader's prompt of MM-Vet (arXiv 2308.02490; mm-vet_evaluator.py of yuweihao/MM-Vet), word for
+# word: a score depends on it. lmms-eval's differs in the table's head.
 PROMPT = (
   "Compare the ground truth and prediction from AI models, to give a correctness score for the "
   "prediction. <AND> in the ground truth means it is totally right only when all elements in the "
@@ -42,7 +44,7 @@ PROMPT = (
   "element in the ground truth is present in the prediction. The correctness score is 0.0 (totally "
   "wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the "
   "last space of the correctness score.\n"
-  "gpt_query_prompt | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
+  "{head} | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
   "What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0\n"
   "What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5\n"
   "What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5\n"
@@ -59,10 +61,29 @@ PROMPT = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Grader:
+  """How the grader is asked, and how its review is read."""
+
+  head: str  # of the first column of the prompt's table
+  end: str  # behind the prediction
+  again: str  # behind that, from the second asking on
+  temperatures: tuple[float, ...]  # of each asking, until there is a grade
+  max_tokens: int
+  read: Callable[[str], str]
+
+
+GRADERS = {
+  "llava": Grader("\nQuestion", " | ", "\nPredict the correctness of the answer (digit): ",
+                  (0.0, 0.0, 0.5, 1.0, 1.5), 3, str),
+  "lmms": Grader("gpt_query_prompt", " |", "", (0.0, 0.5, 1.0, 1.5), 128, str.strip),
+}  # fmt: skip
+
+
 def grade(review: str) -> float | None:
   """The first word as a number from 0 to 1, None for anything else."""
   try:
-    value = float(review.strip().split(" ")[0].strip())
+    value = float(review.split(" ")[0].strip())
   except ValueError:
     return None
   return value if 0.0 <= value <= 1.0 else None
@@ -87,6 +108,7 @@ class MmVet(Benchmark):
   ):  # fmt: skip
     """`judge`: MM-Vet's is gpt-4-0613; `reviews`: a file that keeps what it said."""
     super().__init__(folder, protocol)
+    self._grader = GRADERS[protocol]
     self._judge = Reviews(judge, reviews) if judge else None
     self._truths = files.first_of(self.folder, TRUTHS)
     if judge and not self._truths:
@@ -118,9 +140,13 @@ class MmVet(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
+    how = self._grader
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    prompt = f"{PROMPT}\n{item.extra['asked']} | {truth} | {text} |"
-    return Ask(prompt=prompt, max_tokens=3, temperature=0.5 * turn, turn=turn)
+    prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"
+    return Ask(
+      prompt=prompt + (how.again if turn else ""), max_tokens=how.max_tokens,
+      temperature=how.temperatures[turn], turn=turn,
+    )  # fmt: skip
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Means of the grades, all and by kind; `figures` has each capability's, and all reviews. An
@@ -130,9 +156,9 @@ class MmVet(Benchmark):
     reviews: list[dict[str, Any]] = []
     grades: dict[str, float] = {}
     for item, text in answered(items, predictions):
-      for turn in range(TURNS):
+      for turn in range(len(self._grader.temperatures)):
         review = self._judge(self.ask(item, text, turn))
-        value = None if review.error else grade(review.text)
+        value = None if review.error else grade(self._grader.read(review.text))
         reviews.append({"id": item.id, "score": value, "text": review.text, "error": review.error})
         if value is not None:
           grades[item.id] = value
