@@ -109,17 +109,20 @@ class LlavaBench(Benchmark):
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """As summarize_gpt_review.py rounds: means to three places, then their ratio to one. A review
-    that failed or holds no two scores is `unjudged` (there it counts as -1 for both)."""
+    that failed or holds no two scores is `unjudged` (there it counts as -1 for both). The verdict
+    on a single answer is its score over that of GPT-4's answer, 1 at most."""
     if not self._judge:
       return served(items, predictions, "a judge: give one to have a score")
     pairs: dict[str, list[tuple[float, float]]] = {}
     reviews: list[dict[str, Any]] = []
+    verdicts = {}
     for item, text in answered(items, predictions):
       review = self._judge(self.ask(item, text))
       scores = None if review.error else pair(review.text)
       if scores:
         pairs.setdefault("all", []).append(scores)
         pairs.setdefault(item.kind, []).append(scores)
+        verdicts[item.id] = {"score": min(1.0, ratio(scores[1], scores[0])), "judged": scores}
       reviews.append({"id": item.id, "scores": scores, "text": review.text, "error": review.error})
     by_kind = {}
     for kind in ("all", *sorted({item.kind for item in items})):
@@ -133,7 +136,8 @@ class LlavaBench(Benchmark):
     unjudged = sum(review["scores"] is None for review in reviews)
     figures = {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
     headline = by_kind["all"]["score"] if by_kind["all"]["items"] else None
-    return Scores(headline, "score relative to GPT-4's answers, %", by_kind, figures)
+    metric = "score relative to GPT-4's answers, %"
+    return Scores(headline, metric, by_kind, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by

@@ -114,7 +114,7 @@ class MmBench(Benchmark):
     if self.lmms:
       row = local.by_kind["all"]
       headline = row["accuracy"] if row["items"] else None
-      return Scores(headline, "accuracy", local.by_kind, local.figures)
+      return Scores(headline, "accuracy", local.by_kind, local.figures, local.verdicts)
     counts = served(items, predictions, SERVER)
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 

@@ -180,7 +180,8 @@ class MmVet(Benchmark):
     unjudged = len(answered(items, predictions)) - len(grades)
     figures |= {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
     headline = tables["all"]["score"] if grades else None
-    return Scores(headline, "mean grade, %", tables, figures)
+    verdicts = {key: {"score": value} for key, value in grades.items()}
+    return Scores(headline, "mean grade, %", tables, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py), "" where there
