@@ -116,6 +116,18 @@ def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
   return Scores(None, f"scored by {where}", counts)
 
 
+def judged(
+  headline: float, metric: str, by_kind: dict[str, dict[str, float]], figures: dict[str, Any],
+  verdicts: dict[str, dict[str, Any]],
+) -> Scores:  # fmt: skip
+  """Scores over what could be judged; where that is nothing, there is no headline."""
+  if by_kind["all"]["items"]:
+    return Scores(headline, metric, by_kind, figures, verdicts)
+  failed = f"the judge failed for all of {figures['unjudged']} answers"
+  why = failed if figures["unjudged"] else "there is no answer"
+  return Scores(None, f"no score: {why}", by_kind, figures, verdicts)
+
+
 def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
   """Every item with its answer, "" where there is none: for scorers that pair lines by their place
   or refuse a file that misses a question."""

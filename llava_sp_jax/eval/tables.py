@@ -17,7 +17,8 @@ def number(value: float) -> str:
 
 def headline(scores: Mapping[str, Any]) -> str:
   if scores["headline"] is None:
-    return f"scored by a server: {', '.join(scores['submission']) or 'no file'}"
+    files = ", ".join(scores["submission"])
+    return f"{scores['metric']} ({files})" if files else scores["metric"]
   return f"{number(scores['headline'])} {scores['metric']}"
 
 
@@ -33,10 +34,15 @@ def interval(scores: Mapping[str, Any]) -> str:
 
 
 def coverage(scores: Mapping[str, Any]) -> str:
-  """Over how many answers the scores were taken."""
-  failed = len(scores["failures"])
-  without = f"; {failed} without an answer, see below" if failed else ""
-  return f"Over {scores['answered']} answers to {scores['asked']} questions{without}."
+  """Over how many questions the headline was taken, and why over no more."""
+  total, failed = scores["by_kind"]["all"], len(scores["failures"])
+  unjudged = scores["figures"].get("unjudged")
+  said = [
+    f"Over {total['items']} of {total['asked']} questions",
+    f"{failed} without an answer, see below" if failed else "",
+    f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
+  ]
+  return "; ".join(filter(None, said)) + "."
 
 
 def figures(scores: Mapping[str, Any]) -> list[str]:

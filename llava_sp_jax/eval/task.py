@@ -38,12 +38,13 @@ class Scores:
 
   `by_kind` maps "all" and each kind to figures in [0, 1] or points, always with `items` (how many
   the figures were taken over) and `asked` (how many there are). `figures` holds what the protocol
-  reports beside them. `headline` is None where a server scores. `verdicts` holds, by the item's id,
+  reports beside them (`unjudged`: answers that a judge could not score). `headline` is None where a
+  server scores, and where nothing could be scored. `verdicts` holds, by the item's id,
   what was said of single answers on the way (by a judge), over what `Task.verdict` says.
   """
 
   headline: float | None
-  metric: str  # what the headline is
+  metric: str  # what the headline is; without one, why there is none
   by_kind: dict[str, dict[str, float]]
   figures: dict[str, Any] = dataclasses.field(default_factory=dict)
   verdicts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)

@@ -117,7 +117,7 @@ def test_the_page_stands_alone_and_says_what_the_scores_say(
   assert EVIL.split("\x00")[0] in everything, "shown as it is, not run"
   assert tables.headline(scores) == "33.33% accuracy"
   assert "33.33% accuracy" in everything
-  assert "Over 300 answers to 300 questions." in everything
+  assert "Over 300 of 300 questions." in everything
   assert found.classes["wrong"] > found.classes["right"] > 0
   assert found.tags["rect"] == len(scores["by_kind"]) == 4
   assert "... (1800 characters)" in everything
@@ -140,7 +140,7 @@ def test_bars_are_as_long_as_the_figures(scored: tuple[dict[str, Any], Path]) ->
   widths = [float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', text)]
   values = [row["accuracy"] for row in scores["by_kind"].values()]
   assert widths == pytest.approx([v * page.BAR[0] for v in values], abs=0.06)
-  points = {**scores, "metric": "points", "by_kind": {"a": {"points": 700.0, "items": 3, "asked": 3},
+  points = {**scores, "metric": "points", "by_kind": {"all": {"points": 700.0, "items": 3, "asked": 3},
                                                       "b": {"points": 1400.0, "items": 3, "asked": 4}}}  # fmt: skip
   page.write(out, points, [], {})
   text = (out / page.FILE).read_text()
@@ -179,7 +179,7 @@ def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Pa
   everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
   assert "Without an answer: 25" in everything
   assert "cannot be decoded <b>" in everything
-  assert f"Over 275 answers to 300 questions; {len(scores['failures'])} without" in everything
+  assert f"Over 275 of 300 questions; {len(scores['failures'])} without" in everything
   assert scores["headline"] == 1.0
 
 
@@ -225,7 +225,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
       return {}
 
     def score(self, items: list[Item], predictions: Predictions) -> Scores:
-      return Scores(None, "server", {"all": {"items": len(items), "asked": len(items)}})
+      return Scores(None, "scored by a server", {"all": {"items": len(items), "asked": len(items)}})
 
     def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
       (folder / "upload.json").write_text("[]")
@@ -234,7 +234,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
   scores = run.run(Server(tmp_path), Scripted(), tmp_path / "out")
   assert scores["interval"] is None
   found = Reader((tmp_path / "out" / page.FILE).read_text())
-  assert "scored by a server: submission/upload.json" in "".join(found.texts)
+  assert "scored by a server (submission/upload.json)" in "".join(found.texts)
   assert found.classes["unsaid"] == 12
   assert found.tags["rect"] == 0
   assert tables.markdown(scores).splitlines()[-1] == "| all | 300 | 300 |"

@@ -51,7 +51,7 @@ def test_an_unreadable_image_is_a_counted_failure(
     if not record["error"]:
       assert record["verdict"]["score"] == (record["text"].strip() == record["truth"])
   page = report.write([str(run_folder)], str(out), str(tmp_path / "report"))
-  assert "Over 10 answers to 12 questions; 2 without an answer" in page
+  assert "Over 10 of 12 questions; 2 without an answer" in page
   for name in ("loss.png", "accuracy.png", "answers.png"):
     with Image.open(tmp_path / "report" / name) as picture:
       assert min(picture.size) > 100

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.eval import compare, page, run
+from llava_sp_jax.eval import compare, page, run, tables
 from llava_sp_jax.eval.judge import Ask
 from llava_sp_jax.eval.predictions import Part
 from llava_sp_jax.eval.tasks import TASKS
@@ -80,3 +80,25 @@ def test_a_judge_that_comes_later_reads_what_no_rule_could(
   assert [r["verdict"] for r in by_id(out).values()] == [
     {"score": float(right), "read": "B"} for right in (True, False, False)
   ]
+
+
+def test_what_a_judge_left_out_is_said_beside_the_headline(tmp_path: Path) -> None:
+  formats.mmvet(tmp_path)
+  out = tmp_path / "out"
+
+  def half(ask: Ask) -> str:
+    if "Where?" in ask.prompt:
+      raise OSError("down")
+    return "1.0"
+
+  def down(ask: Ask) -> str:
+    raise OSError("down")
+
+  scores = run.run(TASKS["mmvet"](tmp_path, judge=half), Scripted(), out)
+  assert tables.coverage(scores).startswith("Over 2 of 3 questions; 1 unjudged: the judge failed")
+  assert tables.headline(scores) == "100.0 mean grade, %"
+  none = run.finish(TASKS["mmvet"](tmp_path, judge=down), out)
+  assert tables.headline(none).startswith("no score: the judge failed for all of 3 answers (sub")
+  assert tables.coverage(none).startswith("Over 0 of 3 questions; 3 unjudged")
+  server = run.finish(TASKS["mmvet"](tmp_path), out)
+  assert tables.headline(server).startswith("scored by MM-Vet's evaluator")

@@ -515,6 +515,7 @@ def test_mmbench_s_judge_reads_what_no_rule_can(root: Path) -> None:
     assert len(bad.asked) == 6
     nothing = task.score(items[:2], {k: given[k] for k in ("3", "5")})
     assert nothing.headline is None
+    assert nothing.metric == "no score: the judge failed for all of 2 answers"
   alone = MmBench(root, "lmms")
   assert alone.score(items, given).headline == 1 / 3
   assert alone.protocol.endswith("no judge")
@@ -551,6 +552,7 @@ def test_llava_bench_compares_means(root: Path, tmp_path: Path) -> None:
   assert again.score(items, answers(items, "mine")).headline == scores.headline  # kept answers
   down = LlavaBench(root, judge=Scripted(failing)).score(items, answers(items, "mine"))
   assert down.headline is None
+  assert down.metric == "no score: the judge failed for all of 4 answers"
   assert down.figures["unjudged"] == 4
   assert down.figures["reviews"][0]["error"] == "OSError: down"
 
@@ -577,6 +579,8 @@ def test_mmvet_s_grades(root: Path) -> None:
   ]  # fmt: skip
   down = MmVet(root, judge=Scripted(failing)).score(items, answers(items, "x"))
   assert down.headline is None
+  assert down.metric == "no score: the judge failed for all of 3 answers"
+  assert task.score(items, {}).metric == "no score: there is no answer"
   assert down.figures["unjudged"] == 3
 
 

@@ -11,6 +11,7 @@ from llava_sp_jax.eval.benchmark import (
   Benchmark,
   Rules,
   answered,
+  judged,
   ratio,
   served,
   texts,
@@ -135,9 +136,8 @@ class LlavaBench(Benchmark):
       }  # fmt: skip
     unjudged = sum(review["scores"] is None for review in reviews)
     figures = {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
-    headline = by_kind["all"]["score"] if by_kind["all"]["items"] else None
     metric = "score relative to GPT-4's answers, %"
-    return Scores(headline, metric, by_kind, figures, verdicts)
+    return judged(by_kind["all"]["score"], metric, by_kind, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by

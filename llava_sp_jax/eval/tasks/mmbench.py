@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files, sheet
-from llava_sp_jax.eval.benchmark import LETTER, LONG, Benchmark, Rules, answered, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LETTER,
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  judged,
+  served,
+  unique,
+)
 from llava_sp_jax.eval.choices import circular_score, empty, of_llava, of_lmms
 from llava_sp_jax.eval.judge import Judge, Reviews
 from llava_sp_jax.eval.scoring import choice
@@ -112,9 +121,8 @@ class MmBench(Benchmark):
       return served(items, predictions, SERVER)
     local = circular_score(items, predictions, self.verdict, self._judge)
     if self.lmms:
-      row = local.by_kind["all"]
-      headline = row["accuracy"] if row["items"] else None
-      return Scores(headline, "accuracy", local.by_kind, local.figures, local.verdicts)
+      share = local.by_kind["all"]["accuracy"]
+      return judged(share, "accuracy", local.by_kind, local.figures, local.verdicts)
     counts = served(items, predictions, SERVER)
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 

@@ -13,6 +13,7 @@ from llava_sp_jax.eval.benchmark import (
   Benchmark,
   Rules,
   answered,
+  judged,
   ratio,
   served,
   texts,
@@ -179,9 +180,8 @@ class MmVet(Benchmark):
       figures[f"capability {name}"] = {"score": 100 * ratio(sum(got), len(got)), "items": len(got)}
     unjudged = len(answered(items, predictions)) - len(grades)
     figures |= {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
-    headline = tables["all"]["score"] if grades else None
     verdicts = {key: {"score": value} for key, value in grades.items()}
-    return Scores(headline, "mean grade, %", tables, figures, verdicts)
+    return judged(tables["all"]["score"], "mean grade, %", tables, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py), "" where there
