@@ -103,8 +103,7 @@ def score_bars(scores: dict[str, Any], path: Path) -> None:
   rows = tables.bars(scores)
   bars = axis.bar([kind for kind, *_ in rows], [value for _, value, *_ in rows], color=RIGHT)
   axis.bar_label(bars, labels=[text for _, _, text, _ in rows], padding=2)
-  highest = max(value for _, value, *_ in rows)
-  axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 if highest <= 1 else 1.09 * highest))
+  axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 * tables.full(scores)))
   _save(figure, path)
 
 

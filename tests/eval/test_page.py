@@ -17,8 +17,9 @@ from PIL import Image
 from llava_sp_jax.eval import compare, gallery, page, predictions, published, run, tables
 from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
-from llava_sp_jax.eval.tasks import BENCHMARKS
+from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
 from llava_sp_jax.infer.generation import Generation
+from tests.eval import formats
 from tests.eval.conftest import Scripted
 
 EVIL = '<script>alert("x")</script>&amp; <img src=http://example.com/x.png> \x00 \ud800 \'"'
@@ -170,6 +171,33 @@ def test_bars_show_what_the_headline_speaks_of() -> None:
   scores = {"metric": "mean F1 of the splits", "by_kind": {"all": row}}
   assert tables.bars(scores) == [("all", 0.25, "25.00%", 3)]
   assert tables.figure({**scores, "metric": "perception score"}) == "accuracy"
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "text", "full"),
+  [("accuracy", 1.0, "100.00%", 1.0), ("f1", 0.5, "50.00%", 1.0), ("score", 1.0, "1.0", 1.0),
+   ("score", 0.5, "0.5", 0.5), ("TP", 1, "1", 1), ("TP", 1430, "1430", 1430),
+   ("score", 0.0, "0.0", 1.0)],
+)  # fmt: skip
+def test_a_figure_s_unit_is_told_by_its_name(
+  name: str, value: float, text: str, full: float
+) -> None:
+  row = {name: value, "items": 3, "asked": 4}
+  scores = {"headline": value, "metric": name, "by_kind": {"all": row}}
+  assert tables.cells(scores)[1] == [["all", "3", "4", text]]
+  assert tables.headline(scores) == f"{text} {name}"
+  assert tables.full(scores) == full
+
+
+def test_every_figure_of_the_benchmarks_has_its_unit(tmp_path: Path) -> None:
+  """Shares are in the set of shares, all others are no shares."""
+  points = {"mme": {"score"}, "pope": {"TP", "FP", "TN", "FN"}}
+  for name, write in formats.WRITERS.items():
+    write(tmp_path)
+    task = TASKS[name](tmp_path)
+    scores = task.score(task.items(), {})
+    rows = {"by_kind": scores.by_kind, "metric": scores.metric}
+    assert set(tables.figures(rows)) - tables.SHARES == points.get(name, set())
 
 
 def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Path) -> None:
