@@ -52,6 +52,7 @@ class Benchmark:
     self.folder = given / self.home if (given / self.home).is_dir() else given
     self.rules = lookup(f"{self.name} protocol", protocol, self.protocols)
     self.protocol = f"{protocol}: {self.rules.says}"
+    self.variant = {"protocol": protocol}  # what scores of one benchmark may differ in, by name
     self.generation = self.rules.generation
     self.lmms = protocol.startswith("lmms")
     files.need(self.folder, self.needed, SOURCE)

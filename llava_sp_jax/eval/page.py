@@ -116,7 +116,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
 
 
 def _published(scores: Mapping[str, Any]) -> Iterable[Element]:
-  rows = published.beside(scores["task"])
+  rows = published.beside(scores)
   if not rows:
     return
   cells = [

@@ -197,7 +197,7 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
     chosen = [_known(task, item, records[item.id], result) for item in items]
     predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
     flips = compare_lib.compare(folder, Path(compare)) if compare else None
-    scores = _score(task, folder, items, chosen, result, saved)
+    scores = _score(task, folder, items, chosen, result, saved) | {"questions": len(everything)}
     if flips:
       scores["compared"] = flips.counts()
     predictions.replace(folder / SCORES, json.dumps(scores, indent=2) + "\n")
@@ -243,7 +243,7 @@ def _score(
   if not files:
     upload.rmdir()
   return {
-    "task": task.name, "protocol": task.protocol,
+    "task": task.name, "protocol": task.protocol, "variant": getattr(task, "variant", {}),
     **{k: v for k, v in dataclasses.asdict(result).items() if k != "verdicts"},
     "interval": interval.bootstrap([float(r["verdict"]["score"]) for r in judged],
                                    [" ".join(r["images"]) or r["id"] for r in judged]),

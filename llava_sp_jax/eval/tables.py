@@ -40,8 +40,10 @@ def coverage(scores: Mapping[str, Any]) -> str:
   """Over how many questions the headline was taken, and why over no more."""
   total, failed = scores["by_kind"]["all"], len(scores["failures"])
   unjudged = scores["figures"].get("unjudged")
+  whole = scores.get("questions", scores["asked"])
+  limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
   said = [
-    f"Over {total['items']} of {total['asked']} questions",
+    f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
     f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
   ]

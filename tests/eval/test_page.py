@@ -8,7 +8,7 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -64,6 +64,7 @@ class Made:
 
   name, protocol = "pope", "made for this test"
   generation = Generation(max_new_tokens=4)
+  variant: ClassVar = {"protocol": "llava"}
 
   def __init__(self, folder: Path, count: int = 300, kind: str = "kind"):
     self.folder, self.count, self.kind = folder, count, kind
@@ -155,15 +156,33 @@ def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]
   assert "were not measured here" in everything
   assert published.SOURCE in everything
   assert "86.4" in everything
-  scores = {**scored[0], "task": "easy_vqa"}
-  page.write(scored[1], scores, [], {})
-  assert "Published by others" not in (scored[1] / page.FILE).read_text()
+  others: tuple[dict[str, Any], ...] = (
+    {"task": "easy_vqa"}, {"variant": {"protocol": "lmms"}}, {"questions": 301},
+    {"variant": {"protocol": "llava", "split": "image"}},
+  )  # fmt: skip
+  for change in others:
+    page.write(scored[1], {**scored[0], **change}, [], {})
+    assert "Published by others" not in (scored[1] / page.FILE).read_text()
 
 
-def test_every_benchmark_has_its_published_figures() -> None:
-  assert list(published.FIGURES) == [task.name for task in BENCHMARKS]
-  assert published.beside("easy_vqa") == []
-  assert [model for model, _ in published.beside("mme")] == list(published.MODELS)
+def test_every_benchmark_has_its_published_figures(tmp_path: Path) -> None:
+  """Each with LLaVA's own protocol, and of SEED for images and videos."""
+  assert [name for name, *_ in published.FIGURES] == [task.name for task in BENCHMARKS]
+  for name, write in formats.WRITERS.items():
+    write(tmp_path)
+    variant = TASKS[name](tmp_path, **({"split": "all"} if name == "seed" else {})).variant
+    scores = {"task": name, "variant": variant, "asked": 9, "questions": 9}
+    assert [model for model, _ in published.beside(scores)] == list(published.MODELS)
+  image = TASKS["seed"](tmp_path).variant
+  assert published.beside({**scores, "task": "seed", "variant": image}) == []
+
+
+def test_the_first_questions_are_no_result_of_the_benchmark(task: Made, tmp_path: Path) -> None:
+  scores = run.run(task, Scripted(), tmp_path / "out", limit=30)
+  assert (scores["asked"], scores["questions"]) == (30, 300)
+  everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
+  assert "Over 30 of 30 questions, the first of 300: not the benchmark's result." in everything
+  assert "Published by others" not in everything
 
 
 def test_bars_show_what_the_headline_speaks_of() -> None:

@@ -328,6 +328,18 @@ def test_pope_s_two_readings(root: Path) -> None:
   assert never.by_kind["random"]["precision"] == 0.0
 
 
+def test_a_headline_over_some_parts_says_so(root: Path) -> None:
+  for name, count, whole, part in (
+    ("pope", 4, "mean F1 of the splits", "mean F1 of 1 of 3 splits"),
+    ("mme", 4, "perception score (of 400)", "perception score (of 200)"),
+  ):
+    task = TASKS[name](root)
+    items = task.items()
+    given = answers(items, RIGHT[name])
+    assert task.score(items, given).metric == whole
+    assert task.score(items[:count], given).metric == part
+
+
 def test_mme_needs_both_of_a_pair(root: Path, tmp_path: Path) -> None:
   task = TASKS["mme"](root)
   items = task.items()
@@ -352,10 +364,17 @@ def test_vqav2_lists_all_of_test2015_but_lmms_only_the_asked(root: Path, tmp_pat
   assert [row["question_id"] for row in json.loads(file.read_text())] == [1, 2, 3]
 
 
-def test_seed_s_splits(root: Path) -> None:
+def test_seed_s_splits(root: Path, tmp_path: Path) -> None:
   items = TASKS["seed"](root, split="all").items()
   assert len(items) == 5
   assert len(TASKS["seed"](root).items()) == 4
+  given = answers(items, "A")
+  names = [
+    file.name
+    for split in ("image", "all")
+    for file in TASKS["seed"](root, split=split).submission(items, given, tmp_path)
+  ]
+  assert names == ["seed_answers_image.jsonl", "seed_answers.jsonl"]
   task, lmms = TASKS["seed"](root), TASKS["seed"](root, protocol="lmms")
   assert task.verdict(items[0], "A.")["score"] == 0
   assert lmms.verdict(items[0], " A.")["score"] == 1

@@ -63,6 +63,7 @@ class MmBench(Benchmark):
     self._judge = Reviews(judge, reviews) if judge and self.lmms else None
     self.protocol += f"; {self.split}" + ("; circular" if circular else "")
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
+    self.variant["split"] = self.split
     self._circular = circular
 
   def items(self) -> list[Item]:

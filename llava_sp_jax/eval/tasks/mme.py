@@ -22,6 +22,7 @@ from llava_sp_jax.eval.task import Item, Predictions, Scores
 
 ASKED = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
+POINTS = 200  # of a subtask
 YES_NO = " Please answer yes or no."
 PARTS = {
   "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -115,7 +116,8 @@ class Mme(Benchmark):
       for part, kinds in PARTS.items()
     }
     figures = {**parts, "total": sum(parts.values())}
-    return Scores(parts["perception"], "perception score (of 2000)", by_kind, figures)
+    most = POINTS * sum(kind in by_kind for kind in PARTS["perception"])  # 2000 for all of them
+    return Scores(parts["perception"], f"perception score (of {most})", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`mme/<subtask>.txt` for the official calculation.py: file, question, truth, answer by tabs;

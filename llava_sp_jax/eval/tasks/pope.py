@@ -103,4 +103,5 @@ class Pope(Benchmark):
     if self.lmms:
       return Scores(by_kind["all"]["f1"], "F1 over all splits", by_kind)
     splits = [row["f1"] for kind, row in by_kind.items() if kind != "all"]
-    return Scores(ratio(sum(splits), len(splits)), "mean F1 of the splits", by_kind)
+    of = "the splits" if len(splits) == len(SPLITS) else f"{len(splits)} of {len(SPLITS)} splits"
+    return Scores(ratio(sum(splits), len(splits)), f"mean F1 of {of}", by_kind)
