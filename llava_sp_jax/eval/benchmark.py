@@ -61,7 +61,8 @@ class Benchmark:
     raise NotImplementedError
 
   def hashed(self) -> list[Path]:
-    """The files that decide what is asked and what is right."""
+    """The files that decide what is asked. Those of truths that may come later are not among them:
+    answers stay good when they come."""
     return [self.folder / name for name in self.needed]
 
   def data_hash(self) -> str:

@@ -102,3 +102,33 @@ def test_what_a_judge_left_out_is_said_beside_the_headline(tmp_path: Path) -> No
   assert tables.coverage(none).startswith("Over 0 of 3 questions; 3 unjudged")
   server = run.finish(TASKS["mmvet"](tmp_path), out)
   assert tables.headline(server).startswith("scored by MM-Vet's evaluator")
+
+
+LATER = {
+  "gqa": "gqa/data/testdev_balanced_questions.json",
+  "mmvet": "mm-vet/mm-vet.json",
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_truths_that_come_later_score_the_answers_that_are_there(tmp_path: Path, name: str) -> None:
+  """`--merge` and the same command again; other truths show in a hash of their own."""
+  formats.WRITERS[name](tmp_path)
+  file, out, engine = tmp_path / LATER[name], tmp_path / "out", Scripted(texts=["left"])
+  options: dict[str, Any] = {"judge": judge} if name == "mmvet" else {}
+  text = file.read_text()
+  file.unlink()
+  before = run.run(TASKS[name](tmp_path), engine, out)
+  assert before["headline"] is None
+  assert {(r["kind"], r["truth"]) for r in by_id(out).values()} == {("default", None)}
+  file.write_text(text)
+  merged = run.finish(TASKS[name](tmp_path, **options), out)
+  again = run.run(TASKS[name](tmp_path, **options), engine, out)
+  assert len(engine.asked) == 3
+  assert merged["headline"] == again["headline"] == {"gqa": 1 / 3, "mmvet": 50.0}[name]
+  assert all(r["truth"] and r["kind"] != "default" for r in by_id(out).values())
+  assert all("score" in r["verdict"] for r in by_id(out).values())
+  assert merged["data_hash"] == before["data_hash"]
+  file.write_text(text + " ")
+  other = run.finish(TASKS[name](tmp_path, **options), out)
+  assert other["figures"]["truths_hash"] != merged["figures"]["truths_hash"]

@@ -231,7 +231,7 @@ def test_damaged_files_are_told_with_their_place(
   assert str(own / Path(file).parts[0]) in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[3:4]])
+@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[4:5]])
 def test_the_hash_follows_questions_and_truths(
   own: Path, name: str, file: str, old: str, new: str
 ) -> None:

@@ -20,7 +20,7 @@ from llava_sp_jax.eval.benchmark import (
   unique,
 )
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
-from llava_sp_jax.eval.task import Item, Predictions, Scores
+from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash
 
 ASKED = "llava-mm-vet.jsonl"
 TRUTHS = ("mm-vet.json", "mm-vet/mm-vet.json")
@@ -116,9 +116,6 @@ class MmVet(Benchmark):
       files.need(self.folder, TRUTHS[:1], "the judge compares with it; it is in MM-Vet's release")
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
-  def hashed(self) -> list[Path]:
-    return super().hashed() + ([self._truths] if self._truths else [])
-
   def items(self) -> list[Item]:
     rows = self.rows(ASKED)
     truths = files.read_json(self._truths) if self._truths else {}
@@ -150,8 +147,9 @@ class MmVet(Benchmark):
     )  # fmt: skip
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Means of the grades, all and by kind; `figures` has each capability's, and all reviews. An
-    answer without a grade after all askings is `unjudged` (0.0 in the original)."""
+    """Means of the grades, all and by kind; `figures` has each capability's, all reviews, and the
+    hash of the truths. An answer without a grade after all askings is `unjudged` (0.0 in the
+    original)."""
     if not self._judge:
       return served(items, predictions, SERVER)
     reviews: list[dict[str, Any]] = []
@@ -180,6 +178,8 @@ class MmVet(Benchmark):
       figures[f"capability {name}"] = {"score": 100 * ratio(sum(got), len(got)), "items": len(got)}
     unjudged = len(answered(items, predictions)) - len(grades)
     figures |= {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
+    if self._truths:
+      figures["truths_hash"] = file_hash(self._truths)
     verdicts = {key: {"score": value} for key, value in grades.items()}
     return judged(tables["all"]["score"], "mean grade, %", tables, figures, verdicts)
 
