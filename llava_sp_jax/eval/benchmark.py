@@ -34,14 +34,15 @@ class Rules:
 
 
 class Benchmark:
-  """A task over the files of `<root>/<home>`; `folder` is that folder, or the root above it.
+  """A task over the files of `<root>/<home>`; `folder` is that folder, or the root above it. Of
+  several, it is the one that holds most of the needed files.
 
   A subclass names its files and protocols and makes the items; what it does not score by the mean
   of `verdict(...)["score"]` over the answered items, it overrides.
   """
 
   name: ClassVar[str]
-  home: ClassVar[str]  # below playground/data/eval
+  homes: ClassVar[Sequence[str]]  # below playground/data/eval; LLaVA's pages and scripts may differ
   needed: Sequence[str]  # files that must be there
   protocols: ClassVar[dict[str, Rules]]
   options: ClassVar[Sequence[str]] = ("protocol",)  # what the constructor takes beside the folder
@@ -49,7 +50,8 @@ class Benchmark:
   def __init__(self, folder: str | Path, protocol: str = "llava"):
     """Raises: ConfigError for an unknown protocol; FileNotFoundError with all missing files."""
     given = Path(folder)
-    self.folder = given / self.home if (given / self.home).is_dir() else given
+    homes = [given / home for home in self.homes if (given / home).is_dir()]
+    self.folder = max([*homes, given], key=lambda home: len(files.there(home, self.needed)))
     self.rules = lookup(f"{self.name} protocol", protocol, self.protocols)
     self.protocol = f"{protocol}: {self.rules.says}"
     self.variant = {"protocol": protocol}  # what scores of one benchmark may differ in, by name

@@ -23,6 +23,11 @@ def first_of(folder: Path, names: Sequence[str]) -> Path | None:
   return next((folder / name for name in names if (folder / name).exists()), None)
 
 
+def there(folder: Path, names: Iterable[str]) -> list[str]:
+  """Those of the files that a folder holds."""
+  return [name for name in names if (folder / name).exists()]
+
+
 def need(folder: Path, names: Iterable[str], source: str) -> None:
   """Raises: FileNotFoundError that lists everything that is not there, and where it comes from."""
   if missing := [str(folder / name) for name in names if not (folder / name).exists()]:

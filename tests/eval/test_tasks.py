@@ -185,6 +185,43 @@ def test_the_folder_itself_works_as_well(root: Path) -> None:
   assert TASKS["gqa"](root / "gqa").items() == TASKS["gqa"](root).items()
 
 
+def moved(root: Path, places: dict[str, str]) -> None:
+  """Files as other people put them: {from: to}."""
+  for old, new in places.items():
+    (root / new).parent.mkdir(parents=True, exist_ok=True)
+    (root / old).rename(root / new)
+
+
+@pytest.mark.parametrize(
+  ("name", "given", "places"),
+  [
+    # LLaVA's docs/Evaluation.md names the folder of English MMBench.
+    ("mmbench_cn", "", {"mmbench_cn/mmbench_dev_cn_20231003.tsv":
+                        "mmbench/mmbench_dev_cn_20231003.tsv"}),
+    ("mmvet", "", {"mm-vet": "mmvet"}),
+    # mm-vet.zip holds a folder of its own, extracted beside LLaVA's questions or where the page says
+    ("mmvet", "", {"mm-vet/mm-vet.json": "mm-vet/mm-vet/mm-vet.json",
+                   "mm-vet/images": "mm-vet/mm-vet/images"}),
+    ("mmvet", "mm-vet", {"mm-vet/mm-vet.json": "mm-vet/mm-vet/mm-vet.json",
+                         "mm-vet/images": "mm-vet/mm-vet/images"}),
+    ("mmvet", "", {"mm-vet/mm-vet.json": "mmvet/mm-vet.json", "mm-vet/images": "mmvet/images"}),
+    ("mmvet", "mm-vet", {"mm-vet/mm-vet.json": "mmvet/mm-vet/mm-vet.json",
+                         "mm-vet/images": "mmvet/mm-vet/images"}),
+  ],
+)  # fmt: skip
+def test_files_are_found_where_llava_s_page_puts_them(
+  own: Path, name: str, given: str, places: dict[str, str]
+) -> None:
+  (own / "mm-vet/images").mkdir()
+  for i in range(3):
+    (own / f"mm-vet/images/v1_{i}.png").write_bytes(formats.picture(i))
+  expected = [(item.id, item.question, item.truth) for item in TASKS[name](own).items()]
+  moved(own, places)
+  items = TASKS[name](own / given).items()
+  assert [(item.id, item.question, item.truth) for item in items] == expected
+  assert all(isinstance(image, bytes) or image.is_file() for i in items for image in i.images)
+
+
 def damage(path: Path, old: str, new: str) -> None:
   text = path.read_text()
   assert old in text

@@ -35,7 +35,7 @@ class Gqa(Benchmark):
   without it only the predictions for its eval.py are written, and there is no score."""
 
   name = "gqa"
-  home = "gqa"
+  homes = ("gqa",)
   needed = (ASKED,)
   protocols: ClassVar = {
     "llava": Rules("lower case, without periods at the end, then equal", LOADER, gqa_text),

@@ -52,7 +52,7 @@ class LlavaBench(Benchmark):
   """Without a judge only the answers' file is written."""
 
   name = "llava_bench"
-  home = "llava-bench-in-the-wild"
+  homes = ("llava-bench-in-the-wild",)
   needed = (ASKED, CONTEXT, REFERENCE)
   options = ("protocol", "judge", "reviews")
   protocols: ClassVar = {

@@ -39,7 +39,7 @@ class MmBench(Benchmark):
   of the row whose image is meant."""
 
   name = "mmbench"
-  home = "mmbench"
+  homes: ClassVar[Sequence[str]] = ("mmbench",)
   split = "mmbench_dev_20230712"
   needed: Sequence[str] = ()  # the split's file
   options = ("protocol", "split", "circular", "judge", "reviews")

@@ -37,7 +37,7 @@ class Mme(Benchmark):
   convert_answer_to_mme.py finds them."""
 
   name = "mme"
-  home = "MME"
+  homes = ("MME",)
   needed = (ASKED, RELEASE)
   protocols: ClassVar = {
     "llava": Rules("yes or no within the first four letters; subtask score = accuracy + accuracy+ "

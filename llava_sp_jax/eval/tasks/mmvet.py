@@ -23,7 +23,12 @@ from llava_sp_jax.eval.judge import Ask, Judge, Reviews
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash
 
 ASKED = "llava-mm-vet.jsonl"
-TRUTHS = ("mm-vet.json", "mm-vet/mm-vet.json")
+# Where the release is extracted: mm-vet.zip holds a folder mm-vet, LLaVA's script reads from mm-vet,
+# its docs/Evaluation.md names mmvet.
+RELEASES = ("", "mm-vet/", "../mmvet/", "../mmvet/mm-vet/")
+TRUTHS, IMAGES = (
+  tuple(f"{place}{name}" for place in RELEASES) for name in ("mm-vet.json", "images")
+)
 SERVER = "MM-Vet's evaluator (huggingface.co/spaces/whyu/MM-Vet_Evaluator), or a judge"
 REASON = (  # lmms-eval's pre_prompt
   "First please perform reasoning, and think step by step to provide best answer to the following "
@@ -94,7 +99,7 @@ class MmVet(Benchmark):
   """The truths (`mm-vet.json` of the release) are needed by a judge only."""
 
   name = "mmvet"
-  home = "mm-vet"
+  homes = ("mm-vet", "mmvet")
   needed = (ASKED,)
   options = ("protocol", "judge", "reviews")
   protocols: ClassVar = {
@@ -122,6 +127,7 @@ class MmVet(Benchmark):
     if self._truths:
       named = [(f"v1_{r['question_id']}", truths.get(f"v1_{r['question_id']}")) for r in rows]
       files.check_rows(self._truths, named, ("question", "answer", "capability"))
+    images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]
     items = []
     for row in rows:
       truth: dict[str, Any] = truths.get(f"v1_{row['question_id']}", {})
@@ -129,7 +135,7 @@ class MmVet(Benchmark):
         Item(
           id=f"v1_{row['question_id']}",
           question=self.question(row),
-          images=(self.folder / "images" / row["image"],),
+          images=(images / row["image"],),
           kind="+".join(sorted(truth.get("capability", ["default"]))),
           truth=truth.get("answer"),
           extra={"asked": truth.get("question"), "capability": truth.get("capability", [])},

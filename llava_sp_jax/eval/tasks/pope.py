@@ -47,7 +47,7 @@ class Pope(Benchmark):
   is not the label's is an error here."""
 
   name = "pope"
-  home = "pope"
+  homes = ("pope",)
   needed = (ASKED, *(LABELS.format(split) for split in SPLITS))
   protocols: ClassVar = {
     "llava": Rules("no/not/No in the first sentence is no, else yes; mean F1 of three splits",

@@ -37,7 +37,7 @@ class ScienceQa(Benchmark):
   """LLaVA asks the whole test split, lmms-eval's scienceqa_img only what has an image."""
 
   name = "scienceqa"
-  home = "scienceqa"
+  homes = ("scienceqa",)
   needed = (ASKED, "problems.json", "pid_splits.json")
   protocols: ClassVar = {
     "llava": Rules("X, `X. ...` or one `The answer is X.`; all of the test split, unanswered is "

@@ -27,7 +27,7 @@ SPLITS = {
 
 class Seed(Benchmark):
   name = "seed"
-  home = "seed_bench"
+  homes = ("seed_bench",)
   needed = (ASKED, TRUTHS)
   options = ("protocol", "split")
   protocols: ClassVar = {

@@ -51,7 +51,7 @@ class TextVqa(Benchmark):
   """An answer is matched to its truth by image and question in small letters, as LLaVA does."""
 
   name = "textvqa"
-  home = "textvqa"
+  homes = ("textvqa",)
   needed = (ASKED, TRUTHS)
   protocols: ClassVar = {
     "llava": Rules("with OCR tokens, VQA soft accuracy", LOADER),
