@@ -237,6 +237,15 @@ DAMAGE = [
   ("gqa", "gqa/data/testdev_balanced_questions.json", '"201"', '"9"', "201: without answer"),
   ("scienceqa", "scienceqa/pid_splits.json", '"5"', '"6"', "2 questions .* 5, 6"),
   ("scienceqa", "scienceqa/problems.json", '"choices"', '"options"', "0: without choices"),
+  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": 5', "1: answer 5"),
+  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": "B"', "1: answer 'B'"),
+  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": -1', "1: answer -1"),
+  ("scienceqa", "scienceqa/llava_test_CQM-A.json", '"value"', '"text"',
+   "expected conversations that begin with a value; 0"),
+  ("gqa", "gqa/data/testdev_balanced_questions.json", '"structural"', '"shape"',
+   "200: types: without structural"),
+  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '["7:30", "7:30", "7:30", "noon", "noon", "noon", '
+   '"noon", "noon", "noon", "noon"]', "[]", r"expected a list of human answers; data\[1\]"),
   ("textvqa", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "BRAND", "maker",
    r"1 questions have no annotation .* im0#1"),
   ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"', r"data\[0\]: without answers"),
@@ -266,6 +275,21 @@ def test_damaged_files_are_told_with_their_place(
   with pytest.raises(BenchmarkError, match=message) as caught:
     TASKS[name](own).items()
   assert str(own / Path(file).parts[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "file"),
+  [
+    ("vizwiz", "vizwiz/llava_test.jsonl"), ("scienceqa", "scienceqa/problems.json"),
+    ("mmbench", "mmbench/mmbench_dev_20230712.tsv"),
+    ("mme", "MME/MME_Benchmark_release_version/count/b.txt"),
+  ],
+)  # fmt: skip
+def test_files_that_are_no_utf_8_are_named(own: Path, name: str, file: str) -> None:
+  (own / file).write_bytes((own / file).read_bytes() + b"\xff\xfe")
+  with pytest.raises(BenchmarkError, match=r"UTF-8 text.*fetch the file again") as caught:
+    TASKS[name](own).items()
+  assert str(own / file) in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[4:5]])

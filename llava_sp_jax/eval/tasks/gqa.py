@@ -51,6 +51,8 @@ class Gqa(Benchmark):
     if path:
       named = [(str(row["question_id"]), truths.get(str(row["question_id"]))) for row in rows]
       files.check_rows(path, named, ("answer", "types"))
+      kinds = [(f"{key}: types", truth["types"]) for key, truth in named if truth]
+      files.check_rows(path, kinds, ("structural",))
     items = []
     for row in rows:
       truth = truths.get(str(row["question_id"]), {})

@@ -59,7 +59,7 @@ class Mme(Benchmark):
     problems = []
     for path in self._answers():
       category = path.relative_to(self.folder / RELEASE).parts[0]
-      for line in path.read_text(encoding="utf-8").strip().split("\n"):
+      for line in files.read_text(path).strip().split("\n"):
         question, tab, answer = line.strip().partition("\t")
         if not tab or answer.lower() not in ("yes", "no"):
           problems.append(f"{path}: expected a question, a tab and Yes or No, found {line!r}")
