@@ -152,6 +152,9 @@ class MmVet(Benchmark):
       temperature=how.temperatures[turn], turn=turn,
     )  # fmt: skip
 
+  def _grade(self, review: str) -> float | None:
+    return grade(self._grader.read(review))
+
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Means of the grades, all and by kind; `figures` has each capability's, all reviews, and the
     hash of the truths. An answer without a grade after all askings is `unjudged` (0.0 in the
@@ -163,7 +166,7 @@ class MmVet(Benchmark):
     for item, text in answered(items, predictions):
       for turn in range(len(self._grader.temperatures)):
         review = self._judge(self.ask(item, text, turn))
-        value = None if review.error else grade(self._grader.read(review.text))
+        value = None if review.error else self._grade(review.text)
         reviews.append({"id": item.id, "score": value, "text": review.text, "error": review.error})
         if value is not None:
           grades[item.id] = value
