@@ -34,14 +34,15 @@ class Rules:
 
 
 class Benchmark:
-  """A task over the files of `<root>/<home>`; `folder` is that folder, or the root above it.
+  """A task over the files of `<root>/<home>`; `folder` is that folder, or the root above it. Of
+  several, it is the one that holds most of the needed files.
 
   A subclass names its files and protocols and makes the items; what it does not score by the mean
   of `verdict(...)["score"]` over the answered items, it overrides.
   """
 
   name: ClassVar[str]
-  home: ClassVar[str]  # below playground/data/eval
+  homes: ClassVar[Sequence[str]]  # below playground/data/eval; LLaVA's pages and scripts may differ
   needed: Sequence[str]  # files that must be there
   protocols: ClassVar[dict[str, Rules]]
   options: ClassVar[Sequence[str]] = ("protocol",)  # what the constructor takes beside the folder
@@ -49,9 +50,11 @@ class Benchmark:
   def __init__(self, folder: str | Path, protocol: str = "llava"):
     """Raises: ConfigError for an unknown protocol; FileNotFoundError with all missing files."""
     given = Path(folder)
-    self.folder = given / self.home if (given / self.home).is_dir() else given
+    homes = [given / home for home in self.homes if (given / home).is_dir()]
+    self.folder = max([*homes, given], key=lambda home: len(files.there(home, self.needed)))
     self.rules = lookup(f"{self.name} protocol", protocol, self.protocols)
     self.protocol = f"{protocol}: {self.rules.says}"
+    self.variant = {"protocol": protocol}  # what scores of one benchmark may differ in, by name
     self.generation = self.rules.generation
     self.lmms = protocol.startswith("lmms")
     files.need(self.folder, self.needed, SOURCE)
@@ -63,7 +66,8 @@ class Benchmark:
     raise NotImplementedError
 
   def hashed(self) -> list[Path]:
-    """The files that decide what is asked and what is right."""
+    """The files that decide what is asked. Those of truths that may come later are not among them:
+    answers stay good when they come."""
     return [self.folder / name for name in self.needed]
 
   def data_hash(self) -> str:
@@ -117,6 +121,24 @@ def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
   by_kind = mean_by_kind(items, predictions, lambda item, text: {"score": 0.0}, "unknown")
   counts = {k: {"items": v["items"], "asked": v["asked"]} for k, v in by_kind.items()}
   return Scores(None, f"scored by {where}", counts)
+
+
+def judged(
+  headline: float, metric: str, by_kind: dict[str, dict[str, float]], figures: dict[str, Any],
+  verdicts: dict[str, dict[str, Any]],
+) -> Scores:  # fmt: skip
+  """Scores over what could be judged; where that is nothing, there is no headline."""
+  if by_kind["all"]["items"]:
+    return Scores(headline, metric, by_kind, figures, verdicts)
+  failed = f"the judge failed for all of {figures['unjudged']} answers"
+  why = failed if figures["unjudged"] else "there is no answer"
+  return Scores(None, f"no score: {why}", by_kind, figures, verdicts)
+
+
+def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
+  """Every item with its answer, "" where there is none: for scorers that pair lines by their place
+  or refuse a file that misses a question."""
+  return [(item, text_of(predictions, item) or "") for item in items]
 
 
 def answered(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:

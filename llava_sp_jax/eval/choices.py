@@ -63,6 +63,7 @@ def of_lmms(begin: str, request: str) -> Callable[..., str]:
 class CircularScore:
   by_kind: dict[str, dict[str, float]]  # over groups: accuracy, items, asked
   figures: dict[str, Any]
+  verdicts: dict[str, dict[str, Any]]  # of the answers that the judge has read
 
 
 def circular_score(
@@ -81,6 +82,7 @@ def circular_score(
     groups.setdefault(item.extra["group"], []).append(item)
   by_kind: dict[str, dict[str, float]] = {}
   counts, reviews = {"unanswered": 0, "unjudged": 0}, []
+  verdicts = {}
   for members in groups.values():
     right: bool | None = None
     texts = [text_of(predictions, item) for item in members]
@@ -98,6 +100,8 @@ def circular_score(
         letter, said = judged(item, text or "", judge)
         reviews += said
         right = letter == item.truth if letter else None
+        if letter:
+          verdicts[item.id] = {"score": float(letter == item.truth), "read": letter}
       counts["unjudged"] += right is None
     for kind in dict.fromkeys(("all", members[0].kind)):
       row = by_kind.setdefault(kind, {"right": 0, "items": 0, "asked": 0})
@@ -108,7 +112,7 @@ def circular_score(
     kind: {"accuracy": ratio(r["right"], r["items"]), "items": r["items"], "asked": r["asked"]}
     for kind, r in by_kind.items()
   }
-  return CircularScore(table, {**counts, "reviews": reviews})
+  return CircularScore(table, {**counts, "reviews": reviews}, verdicts)
 
 
 def judged(item: Item, text: str, judge: Reviews) -> tuple[str, list[dict[str, str]]]:

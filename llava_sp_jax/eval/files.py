@@ -23,17 +23,39 @@ def first_of(folder: Path, names: Sequence[str]) -> Path | None:
   return next((folder / name for name in names if (folder / name).exists()), None)
 
 
+def there(folder: Path, names: Iterable[str]) -> list[str]:
+  """Those of the files that a folder holds."""
+  return [name for name in names if (folder / name).exists()]
+
+
 def need(folder: Path, names: Iterable[str], source: str) -> None:
   """Raises: FileNotFoundError that lists everything that is not there, and where it comes from."""
   if missing := [str(folder / name) for name in names if not (folder / name).exists()]:
     raise FileNotFoundError(f"no {', '.join(missing)}; {source}")
 
 
+def refuse(path: Path, problems: list[str], expected: str) -> None:
+  """Raises: BenchmarkError where there are problems: the first of them, and how many more."""
+  if problems:
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise BenchmarkError(
+      f"{path}: expected {expected}; {'; '.join(problems[:SHOWN])}{more}. Fetch the file again."
+    )
+
+
+def read_text(path: Path) -> str:
+  """The text of a UTF-8 file. Raises: BenchmarkError for another encoding."""
+  try:
+    return path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise BenchmarkError(f"{path}: not UTF-8 text ({error}); fetch the file again") from None
+
+
 def read_json(path: Path, expected: type = dict) -> Any:
   """The JSON of a file. Raises: BenchmarkError when it is broken or of another type."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+    value = json.loads(read_text(path))
+  except json.JSONDecodeError as error:
     raise BenchmarkError(f"{path}: not JSON ({error}); fetch the file again") from None
   if not isinstance(value, expected):
     raise BenchmarkError(
@@ -48,7 +70,7 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
   Raises: BenchmarkError that tells the first problems, with their lines, and how many there are.
   """
   rows, problems = [], []
-  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+  for number, line in enumerate(read_text(path).split("\n"), 1):
     if not line.strip():
       continue
     try:
@@ -61,7 +83,7 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
       problems.append(f"line {number}: {found}")
     else:
       rows.append(row)
-  _refuse(path, problems, f"JSON lines with {', '.join(keys)}")
+  refuse(path, problems, f"JSON lines with {', '.join(keys)}")
   if not rows:
     raise BenchmarkError(f"{path}: empty; expected JSON lines with {', '.join(keys)}")
   return rows
@@ -74,38 +96,35 @@ def check_rows(path: Path, rows: Iterable[tuple[str, Any]], keys: Sequence[str])
     absent = keys if not isinstance(row, dict) else [key for key in keys if key not in row]
     if absent:
       problems.append(f"{name}: without {', '.join(absent)}")
-  _refuse(path, problems, f"entries with {', '.join(keys)}")
+  refuse(path, problems, f"entries with {', '.join(keys)}")
 
 
 def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
   """Rows of a tab-separated file with a header, fields of any length (MMBench keeps images in it).
 
-  Raises: BenchmarkError for a header without `keys` or lines of another width.
+  Raises: BenchmarkError for what is no such text, a header without `keys`, lines of another width.
   """
   csv.field_size_limit(sys.maxsize)
   with path.open(encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(file, delimiter="\t")
-    header = reader.fieldnames or []
+    try:
+      header, rows = reader.fieldnames or [], list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise BenchmarkError(
+        f"{path}: not tab-separated UTF-8 text behind row {reader.line_num} ({error}); fetch the file "
+        "again"
+      ) from None
     if absent := [key for key in keys if key not in header]:
       raise BenchmarkError(
         f"{path}: no column {', '.join(absent)}; found {', '.join(header) or 'nothing'}"
       )
-    rows = list(reader)
   problems = [
     f"row {number}: {'more' if None in row else 'fewer'} fields than the header"
     for number, row in enumerate(rows, 1)
     if None in row or None in row.values()
   ]
-  _refuse(path, problems, f"{len(header)} tab-separated fields a row")
+  refuse(path, problems, f"{len(header)} tab-separated fields a row")
   return rows
-
-
-def _refuse(path: Path, problems: list[str], expected: str) -> None:
-  if problems:
-    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    raise BenchmarkError(
-      f"{path}: expected {expected}; {'; '.join(problems[:SHOWN])}{more}. Fetch the file again."
-    )
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:

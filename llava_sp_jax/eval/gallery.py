@@ -34,9 +34,10 @@ def spread(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def mixed(records: Sequence[Record], count: int) -> list[Record]:
-  """Rows for a sheet in the order of the records: at most a quarter are mistakes."""
+  """Rows for a sheet in the order of the records: at most a quarter are mistakes. What nobody scored
+  is shown as what is right."""
   wrong = spread([r for r in records if is_right(r) is False], count // 4)
-  right = spread([r for r in records if is_right(r)], count - len(wrong))
+  right = spread([r for r in records if is_right(r) is not False], count - len(wrong))
   chosen = {r["id"] for r in (*wrong, *right)}
   return [r for r in records if r["id"] in chosen]
 

@@ -96,8 +96,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
   rows = tables.bars(scores)
   if not rows:
     return
-  longest = max(max(value for _, value, _, _ in rows), 1e-9)
-  scale = 1.0 if longest <= 1 else longest
+  scale = tables.full(scores)
   width, height = BAR
   left = 16 + 8 * min(LABEL, max(len(name) for name, *_ in rows))
   marks = []
@@ -117,7 +116,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
 
 
 def _published(scores: Mapping[str, Any]) -> Iterable[Element]:
-  rows = published.beside(scores["task"])
+  rows = published.beside(scores)
   if not rows:
     return
   cells = [

@@ -130,10 +130,11 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "")
 def read(folder: Path) -> dict[str, Record]:
   """Every answer in a folder by its id, of all parts; one with an error gives way to one without.
 
-  A line that a kill cut off is left out. Raises: EvalError for any other line that is no record.
+  What the parts were merged into comes first: its verdicts are the latest. A line that a kill cut
+  off is left out. Raises: EvalError for any other line that is no record.
   """
   found: dict[str, Record] = {}
-  for path in sorted(folder.glob(PARTS)):
+  for path in sorted(folder.glob(PARTS), key=lambda path: (path.name != FILE, path.name)):
     for record in read_file(path):
       if record["id"] not in found or found[record["id"]]["error"]:
         found[record["id"]] = record

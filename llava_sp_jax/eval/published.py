@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # LLaVA's docs/MODEL_ZOO.md, table "LLaVA-v1.5", schedule lora-1e. MME is the perception score.
 SOURCE = "LLaVA's docs/MODEL_ZOO.md, LLaVA-v1.5, schedule lora-1e (liuhaotian/llava-v1.5-*-lora)"
 MODELS = ("LLaVA-1.5 7B LoRA", "LLaVA-1.5 13B LoRA")
 
-# The paper's own result table is not quoted: only what could be read at its source stands here.
-FIGURES: dict[
-  str, tuple[float, float]
-] = {  # task: in the order of MODELS, in the unit of its table
-  "vqav2": (79.1, 80.0),
-  "gqa": (63.0, 63.3),
-  "vizwiz": (47.8, 58.9),
-  "scienceqa": (68.4, 71.2),
-  "textvqa": (58.2, 60.2),
-  "pope": (86.4, 86.7),
-  "mme": (1476.9, 1541.7),
-  "mmbench": (66.1, 68.5),
-  "mmbench_cn": (58.9, 61.5),
-  "seed": (60.1, 61.3),
-  "llava_bench": (67.9, 69.5),
-  "mmvet": (30.2, 38.3),
+# The paper's own result table is not quoted: only what could be read at its source stands here. Each
+# row is of one protocol and split (SEED: images and videos), in the unit of its table.
+FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # task, protocol, split: as MODELS
+  ("vqav2", "llava"): (79.1, 80.0),
+  ("gqa", "llava"): (63.0, 63.3),
+  ("vizwiz", "llava"): (47.8, 58.9),
+  ("scienceqa", "llava"): (68.4, 71.2),
+  ("textvqa", "llava"): (58.2, 60.2),
+  ("pope", "llava"): (86.4, 86.7),
+  ("mme", "llava"): (1476.9, 1541.7),
+  ("mmbench", "llava", "mmbench_dev_20230712"): (66.1, 68.5),
+  ("mmbench_cn", "llava", "mmbench_dev_cn_20231003"): (58.9, 61.5),
+  ("seed", "llava", "all"): (60.1, 61.3),
+  ("llava_bench", "llava"): (67.9, 69.5),
+  ("mmvet", "llava"): (30.2, 38.3),
 }
 
 
-def beside(task: str) -> list[tuple[str, float]]:
-  """(model, figure) for a task; [] where nothing was published."""
-  return list(zip(MODELS, FIGURES[task], strict=True)) if task in FIGURES else []
+def beside(scores: Mapping[str, Any]) -> list[tuple[str, float]]:
+  """(model, figure) that belong to these scores: of the same protocol and split, and of all its
+  questions; [] where nothing was published."""
+  if scores["asked"] < scores["questions"]:
+    return []
+  figures = FIGURES.get((scores["task"], *scores["variant"].values()))
+  return list(zip(MODELS, figures, strict=True)) if figures else []

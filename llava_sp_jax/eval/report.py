@@ -11,7 +11,8 @@ from typing import Any
 
 from llava_sp_jax.eval import gallery, predictions, tables
 
-RIGHT, WRONG, INK = "#2a7f62", "#c0392b", "#222222"
+RIGHT, INK = "#2a7f62", "#222222"
+COLOURS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
 SHEET = (4, 6)  # rows, columns of the sheet of answers
 
 
@@ -21,6 +22,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   """Writes report.md with loss.png, accuracy.png, answers.png and scores.json; returns the page.
+
+  Without figures by kind (a server scores) there is no accuracy.png, without images in files of
+  their own (MMBench) no answers.png.
 
   Raises: FileNotFoundError when a run or the scores are not there.
   """
@@ -37,9 +41,12 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   if source.resolve() != folder.resolve():
     shutil.copy(source / "scores.json", folder / "scores.json")
   curves = {Path(run).name: read_lines(Path(run) / "metrics.jsonl") for run in runs}
-  loss_curves(curves, folder / "loss.png")
-  score_bars(scores, folder / "accuracy.png")
-  answer_sheet(records, folder / "answers.png")
+  pictures: tuple[tuple[str, Any, Any, str], ...] = (
+    ("loss of each stage", loss_curves, curves, "loss.png"),
+    ("accuracy by kind of question", score_bars, scores, "accuracy.png"),
+    ("test images with question, answer and truth", answer_sheet, records, "answers.png"),
+  )
+  drawn = [f"![{what}]({name})" for what, draw, data, name in pictures if draw(data, folder / name)]
   page = "\n".join(
     [
       f"# {scores['task']}: {tables.headline(scores)}",
@@ -53,9 +60,7 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
       "",
       *(_run_line(name, lines) for name, lines in curves.items()),
       "",
-      "![loss of each stage](loss.png)",
-      "![accuracy by kind of question](accuracy.png)",
-      "![test images with question, answer and truth](answers.png)",
+      *drawn,
       "",
     ]
   )
@@ -80,40 +85,45 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any
   return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> bool:
   from matplotlib import pyplot
 
   figure.savefig(path, dpi=110)
   pyplot.close(figure)
+  return True
 
 
-def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-  """One panel a run: loss over steps."""
+def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
+  """One panel a run: loss over steps. True when it was drawn."""
   figure, axes = _figure(4.5 * len(curves), 3.2, 1, len(curves))
   for axis, (name, lines) in zip(axes if len(curves) > 1 else [axes], curves.items(), strict=True):
     axis.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=RIGHT)
     axis.set(title=name, xlabel="step", ylabel="loss (token mean)", ylim=(0, None))
     axis.grid(alpha=0.3)
-  _save(figure, path)
+  return _save(figure, path)
 
 
-def score_bars(scores: dict[str, Any], path: Path) -> None:
-  """The first figure by kind of question."""
-  figure, axis = _figure(5.5, 3.2)
+def score_bars(scores: dict[str, Any], path: Path) -> bool:
+  """The headline's figure by kind of question; False when there is none."""
   rows = tables.bars(scores)
+  if not rows:
+    return False
+  figure, axis = _figure(5.5, 3.2)
   bars = axis.bar([kind for kind, *_ in rows], [value for _, value, *_ in rows], color=RIGHT)
   axis.bar_label(bars, labels=[text for _, _, text, _ in rows], padding=2)
-  highest = max(value for _, value, *_ in rows)
-  axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 if highest <= 1 else 1.09 * highest))
-  _save(figure, path)
+  axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 * tables.full(scores)))
+  return _save(figure, path)
 
 
-def answer_sheet(records: Sequence[predictions.Record], path: Path) -> None:
-  """Test images with question, answer and truth: from the whole split, some mistakes among them."""
+def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
+  """Test images with question, answer and truth: from the whole split, some mistakes among them.
+  Answers that nobody scored stand in grey. False without an image in a file of its own."""
   from PIL import Image
 
   on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
   chosen = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
+  if not chosen:
+    return False
   figure, axes = _figure(2.1 * SHEET[1], 2.8 * SHEET[0], *SHEET)
   for axis in axes.flat:
     axis.axis("off")
@@ -121,8 +131,8 @@ def answer_sheet(records: Sequence[predictions.Record], path: Path) -> None:
     with Image.open(row["images"][0]) as picture:
       axis.imshow(picture.convert("RGB"))
     right = gallery.is_right(row)
-    answer = row["text"] if right else f"{row['text']}  (truth: {row['truth']})"
+    answer = f"{row['text']}  (truth: {row['truth']})" if right is False else row["text"]
     axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)
     axis.text(0.5, -0.06, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9,
-              weight="bold", color=RIGHT if right else WRONG)  # fmt: skip
-  _save(figure, path)
+              weight="bold", color=COLOURS[right])  # fmt: skip
+  return _save(figure, path)

@@ -19,7 +19,7 @@ from llava_sp_jax import __version__, checkpoint
 from llava_sp_jax.eval import compare as compare_lib
 from llava_sp_jax.eval import interval, page, predictions
 from llava_sp_jax.eval.predictions import EvalError, Part, Record
-from llava_sp_jax.eval.task import Item, Task
+from llava_sp_jax.eval.task import Item, Scores, Task
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 
@@ -232,10 +232,11 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
         f"{folder}: {len(missing)} of {len(items)} questions were not asked yet "
         f"({', '.join(missing[:3])}, ...); run the parts that are missing, then merge again"
       )
-    predictions.put_in_order(folder, everything, records)
+    result = task.score(items, predictions.as_predictions(records[item.id] for item in items))
+    chosen = [_known(task, item, records[item.id], result) for item in items]
+    predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
     flips = compare_lib.compare(folder, Path(compare)) if compare else None
-    chosen = [records[item.id] for item in items]
-    scores = _score(task, folder, items, chosen, saved)
+    scores = _score(task, folder, items, chosen, result, saved) | {"questions": len(everything)}
     if flips:
       scores["compared"] = flips.counts()
     predictions.replace(folder / SCORES, json.dumps(scores, indent=2) + "\n")
@@ -251,11 +252,18 @@ def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
     raise EvalError(f"{folder} holds answers to another task: " + "; ".join(lines))
 
 
+def _known(task: Task, item: Item, record: Record, result: Scores) -> Record:
+  """A record with what is known by now: a judge or the truths may have come after the answer."""
+  verdict = {} if record["error"] else task.verdict(item, record["text"])
+  verdict |= result.verdicts.get(item.id, {})
+  return {**record, "kind": item.kind, "truth": item.truth, "verdict": verdict}
+
+
 def _score(
-  task: Task, folder: Path, items: list[Item], records: list[Record], saved: Mapping[str, Any]
-) -> dict[str, Any]:
+  task: Task, folder: Path, items: list[Item], records: list[Record], result: Scores,
+  saved: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
   answers = predictions.as_predictions(records)
-  result = task.score(items, answers)
   judged = [r for r in records if not r["error"] and "score" in r["verdict"]]
   sessions = [
     json.loads(line)
@@ -274,8 +282,8 @@ def _score(
   if not files:
     upload.rmdir()
   return {
-    "task": task.name, "protocol": task.protocol,
-    **dataclasses.asdict(result),
+    "task": task.name, "protocol": task.protocol, "variant": getattr(task, "variant", {}),
+    **{k: v for k, v in dataclasses.asdict(result).items() if k != "verdicts"},
     "interval": interval.bootstrap([float(r["verdict"]["score"]) for r in judged],
                                    [" ".join(r["images"]) or r["id"] for r in judged]),
     "asked": len(records), "answered": sum(not r["error"] for r in records),

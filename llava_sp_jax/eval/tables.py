@@ -8,17 +8,22 @@ from typing import Any
 from llava_sp_jax.eval.compare import Flips
 
 COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
+# Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
+SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio"})
 
 
-def number(value: float) -> str:
-  """Shares as percent, points as they are."""
-  return f"{100 * value:.2f}%" if 0 <= value <= 1 else f"{value:.1f}"
+def number(value: float, name: str) -> str:
+  """A figure: shares as percent, counts as they are, points to one place."""
+  if name in SHARES:
+    return f"{100 * value:.2f}%"
+  return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 def headline(scores: Mapping[str, Any]) -> str:
   if scores["headline"] is None:
-    return f"scored by a server: {', '.join(scores['submission']) or 'no file'}"
-  return f"{number(scores['headline'])} {scores['metric']}"
+    files = ", ".join(scores["submission"])
+    return f"{scores['metric']} ({files})" if files else scores["metric"]
+  return f"{number(scores['headline'], figure(scores))} {scores['metric']}"
 
 
 def interval(scores: Mapping[str, Any]) -> str:
@@ -26,17 +31,23 @@ def interval(scores: Mapping[str, Any]) -> str:
   found = scores["interval"]
   if not found:
     return ""
-  return (
-    f"{found['of']}: {number(found['mean'])}, {100 * found['level']:.0f}% interval "
-    f"{number(found['low'])} to {number(found['high'])} ({found['method']})"
-  )
+  mean, low, high = (f"{100 * found[name]:.2f}%" for name in ("mean", "low", "high"))
+  level = f"{100 * found['level']:.0f}% interval"
+  return f"{found['of']}: {mean}, {level} {low} to {high} ({found['method']})"
 
 
 def coverage(scores: Mapping[str, Any]) -> str:
-  """Over how many answers the scores were taken."""
-  failed = len(scores["failures"])
-  without = f"; {failed} without an answer, see below" if failed else ""
-  return f"Over {scores['answered']} answers to {scores['asked']} questions{without}."
+  """Over how many questions the headline was taken, and why over no more."""
+  total, failed = scores["by_kind"]["all"], len(scores["failures"])
+  unjudged = scores["figures"].get("unjudged")
+  whole = scores.get("questions", scores["asked"])
+  limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
+  said = [
+    f"Over {total['items']} of {total['asked']} questions{limited}",
+    f"{failed} without an answer, see below" if failed else "",
+    f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
+  ]
+  return "; ".join(filter(None, said)) + "."
 
 
 def figures(scores: Mapping[str, Any]) -> list[str]:
@@ -56,10 +67,17 @@ def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
   """(kind, value, value as text, answers) of `figure`, for the kinds that have it."""
   name = figure(scores)
   return [
-    (kind, row[name], number(row[name]), int(row["items"]))
+    (kind, row[name], number(row[name], name), int(row["items"]))
     for kind, row in scores["by_kind"].items()
     if name in row
   ]
+
+
+def full(scores: Mapping[str, Any]) -> float:
+  """What the whole length of a bar stands for: 1 for shares, the largest figure for points."""
+  return (
+    1.0 if figure(scores) in SHARES else max((row[1] for row in bars(scores)), default=0) or 1.0
+  )
 
 
 def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -67,7 +85,7 @@ def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   names = figures(scores)
   rows = [
     [kind, str(row["items"]), str(row["asked"]),
-     *(number(row[name]) if name in row else "" for name in names)]
+     *(number(row[name], name) if name in row else "" for name in names)]
     for kind, row in scores["by_kind"].items()
   ]  # fmt: skip
   return ["questions", "answered", "asked", *names], rows

@@ -38,13 +38,16 @@ class Scores:
 
   `by_kind` maps "all" and each kind to figures in [0, 1] or points, always with `items` (how many
   the figures were taken over) and `asked` (how many there are). `figures` holds what the protocol
-  reports beside them. `headline` is None where a server scores.
+  reports beside them (`unjudged`: answers that a judge could not score). `headline` is None where a
+  server scores, and where nothing could be scored. `verdicts` holds, by the item's id,
+  what was said of single answers on the way (by a judge), over what `Task.verdict` says.
   """
 
   headline: float | None
-  metric: str  # what the headline is
+  metric: str  # what the headline is; without one, why there is none
   by_kind: dict[str, dict[str, float]]
   figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+  verdicts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 Predictions = Mapping[str, Prediction]  # by the item's id
@@ -61,8 +64,8 @@ class Task(Protocol):
   def data_hash(self) -> str: ...
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """What can be said of one answer: `score` in [0, 1] where there is one, {} where a server or
-    the whole set decides."""
+    """What can be said of one answer: `score` in [0, 1] where there is one, {} where a server, a
+    judge or the whole set decides."""
     ...
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
+from tests.eval import formats
 
 
 @pytest.fixture(scope="package")
@@ -41,6 +43,22 @@ class Tokenizer:
 
   def fingerprint(self) -> str:
     return "no tokenizer"
+
+
+@pytest.fixture(scope="package")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Evaluation folders of all benchmarks, in the official formats."""
+  folder = tmp_path_factory.mktemp("eval")
+  for write in formats.WRITERS.values():
+    write(folder)
+  return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+  """A copy to damage."""
+  shutil.copytree(root, tmp_path / "eval")
+  return tmp_path / "eval"
 
 
 class Scripted(Engine):

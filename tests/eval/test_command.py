@@ -26,7 +26,7 @@ def test_it_prints_a_table_and_says_where_all_is(
   printed = capsys.readouterr().out
   assert "| questions | answered | asked | accuracy |" in printed
   assert "| all | 4 | 4 | " in printed
-  assert "Over 4 answers to 4 questions." in printed
+  assert "Over 4 of 4 questions, the first of 12" in printed
   assert f"written: {first}/predictions.jsonl, {first}/scores.json, {first}/index.html" in printed
   scores = json.loads((first / "scores.json").read_text())
   assert scores["generation"]["max_new_tokens"] == 2

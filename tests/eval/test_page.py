@@ -8,7 +8,7 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ from PIL import Image
 from llava_sp_jax.eval import compare, gallery, page, published, run, tables
 from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
-from llava_sp_jax.eval.tasks import BENCHMARKS
+from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
 from llava_sp_jax.infer.generation import Generation
+from tests.eval import formats
 from tests.eval.conftest import Scripted
 
 EVIL = '<script>alert("x")</script>&amp; <img src=http://example.com/x.png> \x00 \ud800 \'"'
@@ -63,6 +64,7 @@ class Made:
 
   name, protocol = "pope", "made for this test"
   generation = Generation(max_new_tokens=4)
+  variant: ClassVar = {"protocol": "llava"}
 
   def __init__(self, folder: Path, count: int = 300, kind: str = "kind"):
     self.folder, self.count, self.kind = folder, count, kind
@@ -117,7 +119,7 @@ def test_the_page_stands_alone_and_says_what_the_scores_say(
   assert EVIL.split("\x00")[0] in everything, "shown as it is, not run"
   assert tables.headline(scores) == "33.33% accuracy"
   assert "33.33% accuracy" in everything
-  assert "Over 300 answers to 300 questions." in everything
+  assert "Over 300 of 300 questions." in everything
   assert found.classes["wrong"] > found.classes["right"] > 0
   assert found.tags["rect"] == len(scores["by_kind"]) == 4
   assert "... (1800 characters)" in everything
@@ -140,7 +142,7 @@ def test_bars_are_as_long_as_the_figures(scored: tuple[dict[str, Any], Path]) ->
   widths = [float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', text)]
   values = [row["accuracy"] for row in scores["by_kind"].values()]
   assert widths == pytest.approx([v * page.BAR[0] for v in values], abs=0.06)
-  points = {**scores, "metric": "points", "by_kind": {"a": {"points": 700.0, "items": 3, "asked": 3},
+  points = {**scores, "metric": "points", "by_kind": {"all": {"points": 700.0, "items": 3, "asked": 3},
                                                       "b": {"points": 1400.0, "items": 3, "asked": 4}}}  # fmt: skip
   page.write(out, points, [], {})
   text = (out / page.FILE).read_text()
@@ -154,15 +156,33 @@ def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]
   assert "were not measured here" in everything
   assert published.SOURCE in everything
   assert "86.4" in everything
-  scores = {**scored[0], "task": "easy_vqa"}
-  page.write(scored[1], scores, [], {})
-  assert "Published by others" not in (scored[1] / page.FILE).read_text()
+  others: tuple[dict[str, Any], ...] = (
+    {"task": "easy_vqa"}, {"variant": {"protocol": "lmms"}}, {"questions": 301},
+    {"variant": {"protocol": "llava", "split": "image"}},
+  )  # fmt: skip
+  for change in others:
+    page.write(scored[1], {**scored[0], **change}, [], {})
+    assert "Published by others" not in (scored[1] / page.FILE).read_text()
 
 
-def test_every_benchmark_has_its_published_figures() -> None:
-  assert list(published.FIGURES) == [task.name for task in BENCHMARKS]
-  assert published.beside("easy_vqa") == []
-  assert [model for model, _ in published.beside("mme")] == list(published.MODELS)
+def test_every_benchmark_has_its_published_figures(tmp_path: Path) -> None:
+  """Each with LLaVA's own protocol, and of SEED for images and videos."""
+  assert [name for name, *_ in published.FIGURES] == [task.name for task in BENCHMARKS]
+  for name, write in formats.WRITERS.items():
+    write(tmp_path)
+    variant = TASKS[name](tmp_path, **({"split": "all"} if name == "seed" else {})).variant
+    scores = {"task": name, "variant": variant, "asked": 9, "questions": 9}
+    assert [model for model, _ in published.beside(scores)] == list(published.MODELS)
+  image = TASKS["seed"](tmp_path).variant
+  assert published.beside({**scores, "task": "seed", "variant": image}) == []
+
+
+def test_the_first_questions_are_no_result_of_the_benchmark(task: Made, tmp_path: Path) -> None:
+  scores = run.run(task, Scripted(), tmp_path / "out", limit=30)
+  assert (scores["asked"], scores["questions"]) == (30, 300)
+  everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
+  assert "Over 30 of 30 questions, the first of 300: not the benchmark's result." in everything
+  assert "Published by others" not in everything
 
 
 def test_bars_show_what_the_headline_speaks_of() -> None:
@@ -172,6 +192,33 @@ def test_bars_show_what_the_headline_speaks_of() -> None:
   assert tables.figure({**scores, "metric": "perception score"}) == "accuracy"
 
 
+@pytest.mark.parametrize(
+  ("name", "value", "text", "full"),
+  [("accuracy", 1.0, "100.00%", 1.0), ("f1", 0.5, "50.00%", 1.0), ("score", 1.0, "1.0", 1.0),
+   ("score", 0.5, "0.5", 0.5), ("TP", 1, "1", 1), ("TP", 1430, "1430", 1430),
+   ("score", 0.0, "0.0", 1.0)],
+)  # fmt: skip
+def test_a_figure_s_unit_is_told_by_its_name(
+  name: str, value: float, text: str, full: float
+) -> None:
+  row = {name: value, "items": 3, "asked": 4}
+  scores = {"headline": value, "metric": name, "by_kind": {"all": row}}
+  assert tables.cells(scores)[1] == [["all", "3", "4", text]]
+  assert tables.headline(scores) == f"{text} {name}"
+  assert tables.full(scores) == full
+
+
+def test_every_figure_of_the_benchmarks_has_its_unit(tmp_path: Path) -> None:
+  """Shares are in the set of shares, all others are no shares."""
+  points = {"mme": {"score"}, "pope": {"TP", "FP", "TN", "FN"}}
+  for name, write in formats.WRITERS.items():
+    write(tmp_path)
+    task = TASKS[name](tmp_path)
+    scores = task.score(task.items(), {})
+    rows = {"by_kind": scores.by_kind, "metric": scores.metric}
+    assert set(tables.figures(rows)) - tables.SHARES == points.get(name, set())
+
+
 def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Path) -> None:
   (tmp_path / "4.png").write_bytes(b"no picture")
   engine = Scripted(texts=["yes"], fails={"4.png": "cannot be decoded <b>"})
@@ -179,7 +226,7 @@ def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Pa
   everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
   assert "Without an answer: 25" in everything
   assert "cannot be decoded <b>" in everything
-  assert f"Over 275 answers to 300 questions; {len(scores['failures'])} without" in everything
+  assert f"Over 275 of 300 questions; {len(scores['failures'])} without" in everything
   assert scores["headline"] == 1.0
 
 
@@ -226,7 +273,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
       return {}
 
     def score(self, items: list[Item], predictions: Predictions) -> Scores:
-      return Scores(None, "server", {"all": {"items": len(items), "asked": len(items)}})
+      return Scores(None, "scored by a server", {"all": {"items": len(items), "asked": len(items)}})
 
     def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
       (folder / "upload.json").write_text("[]")
@@ -235,7 +282,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
   scores = run.run(Server(tmp_path), Scripted(), tmp_path / "out")
   assert scores["interval"] is None
   found = Reader((tmp_path / "out" / page.FILE).read_text())
-  assert "scored by a server: submission/upload.json" in "".join(found.texts)
+  assert "scored by a server (submission/upload.json)" in "".join(found.texts)
   assert found.classes["unsaid"] == 12
   assert found.tags["rect"] == 0
   assert tables.markdown(scores).splitlines()[-1] == "| all | 300 | 300 |"

@@ -1,35 +1,32 @@
-"""Every benchmark from its official files to scores and submissions, and what is said when they are
-damaged."""
+"""Every benchmark from its official files to scores and submissions; MMBench; judges."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.eval import run
-from llava_sp_jax.eval.benchmark import LETTER, SHORT, Benchmark
-from llava_sp_jax.eval.files import BenchmarkError
+from llava_sp_jax.eval.benchmark import Benchmark
 from llava_sp_jax.eval.judge import Ask
 from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.task import Item, Prediction
+from llava_sp_jax.eval.task import Prediction
 from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
 from llava_sp_jax.eval.tasks.llava_bench import LlavaBench, pair
 from llava_sp_jax.eval.tasks.mmbench import MmBench
 from llava_sp_jax.eval.tasks.mmvet import MmVet, grade
 from llava_sp_jax.infer.generation import Generation
 from tests.eval import formats
-from tests.eval.formats import answers
+from tests.eval.formats import RIGHT, answers, damage, right, right_letter
 
 NAMES = [task.name for task in BENCHMARKS]
 SERVED = {"vqav2", "vizwiz", "mmbench", "mmbench_cn", "llava_bench", "mmvet"}
@@ -41,36 +38,6 @@ TOKENS = {
   "llava_bench": 1024,
   "mmvet": 1024,
 }
-
-
-def right(item: Item) -> str:
-  """An answer that is right under every protocol (or any text where a server decides)."""
-  truth = item.truth
-  return "x" if truth is None else truth[0] if isinstance(truth, list) else str(truth).lower()
-
-
-def right_letter(item: Item) -> str:
-  return str(item.truth)
-
-
-RIGHT: dict[str, Callable[[Item], str]] = dict.fromkeys(NAMES, right)
-RIGHT |= dict.fromkeys(("scienceqa", "seed", "mmbench", "mmbench_cn"), right_letter)
-RIGHT["textvqa"] = lambda item: max(item.truth, key=item.truth.count)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  folder = tmp_path_factory.mktemp("eval")
-  for write in formats.WRITERS.values():
-    write(folder)
-  return folder
-
-
-@pytest.fixture
-def own(root: Path, tmp_path: Path) -> Path:
-  """A copy to damage."""
-  shutil.copytree(root, tmp_path / "eval")
-  return tmp_path / "eval"
 
 
 def cases() -> list[tuple[str, str]]:
@@ -148,201 +115,9 @@ def test_missing_answers_are_counted_and_never_right(
       )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_all_missing_files_are_told_at_once(name: str, tmp_path: Path) -> None:
-  task = TASKS[name]
-  with pytest.raises(FileNotFoundError) as caught:
-    task(tmp_path)
-  expected = list(task.needed) or [f"{task.split}.tsv"]
-  for file in expected:
-    assert str(tmp_path / file) in str(caught.value)
-  assert "docs/Evaluation.md" in str(caught.value)
-
-
 def test_an_unknown_protocol_is_refused_with_the_known_ones(root: Path) -> None:
   with pytest.raises(ConfigError, match="pope protocol: unknown 'lmm'; known: llava, lmms"):
     TASKS["pope"](root, protocol="lmm")
-
-
-def test_the_folder_itself_works_as_well(root: Path) -> None:
-  assert TASKS["gqa"](root / "gqa").items() == TASKS["gqa"](root).items()
-
-
-def damage(path: Path, old: str, new: str) -> None:
-  text = path.read_text()
-  assert old in text
-  path.write_text(text.replace(old, new, 1))
-
-
-DAMAGE = [
-  ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"image"', '"picture"',
-   "line 1: without image"),
-  ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"question_id": 2', '"question_id": 1',
-   "1 ids stand more than once, 1"),
-  ("vizwiz", "vizwiz/llava_test.jsonl", "{", "", "line 1: not JSON"),
-  ("gqa", "gqa/data/testdev_balanced_questions.json", '"201"', '"9"', "201: without answer"),
-  ("scienceqa", "scienceqa/pid_splits.json", '"5"', '"6"', "2 questions .* 5, 6"),
-  ("scienceqa", "scienceqa/problems.json", '"choices"', '"options"', "0: without choices"),
-  ("textvqa", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "BRAND", "maker",
-   r"1 questions have no annotation .* im0#1"),
-  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"', r"data\[0\]: without answers"),
-  ("pope", "pope/coco/coco_pope_random.json", "COCO_2.jpg", "COCO_9.jpg",
-   "question 3 is of COCO_9.jpg, expected COCO_2.jpg"),
-  ("pope", "pope/llava_pope_test.jsonl", '"category": "random"', '"category": "popular"',
-   "4 labels for 5 questions"),
-  ("mme", "MME/MME_Benchmark_release_version/count/b.txt", "\tYes", " Yes",
-   r"expected a question, a tab and Yes or No.*count/b.png#1: no answer to"),
-  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "hint", "help", "no column hint"),
-  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tdev", "", "row 1: fewer fields"),
-  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\n3\t", "\nthree\t", "index .'three'."),
-  ("seed", "seed_bench/llava-seed-bench.jsonl", '"question_id": 2', '"question_id": 7',
-   "without 1 questions of SEED-Bench.json: 2"),
-  ("llava_bench", "llava-bench-in-the-wild/context.jsonl", "001.jpg", "009.jpg",
-   "1: no image 001.jpg in context.jsonl; 3: no image"),
-  ("mmvet", "mm-vet/mm-vet.json", "v1_1", "v1_7", "v1_1: without question"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "file", "old", "new", "message"), DAMAGE)
-def test_damaged_files_are_told_with_their_place(
-  own: Path, name: str, file: str, old: str, new: str, message: str
-) -> None:
-  damage(own / file, old, new)
-  with pytest.raises(BenchmarkError, match=message) as caught:
-    TASKS[name](own).items()
-  assert str(own / Path(file).parts[0]) in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[3:4]])
-def test_the_hash_follows_questions_and_truths(
-  own: Path, name: str, file: str, old: str, new: str
-) -> None:
-  before = TASKS[name](own).data_hash()
-  damage(own / file, old, new)
-  assert TASKS[name](own).data_hash() != before
-
-
-def test_many_broken_lines_make_one_error(own: Path) -> None:
-  (own / "vizwiz/llava_test.jsonl").write_text("{}\n" * 9)
-  with pytest.raises(BenchmarkError, match=r"line 5: .* and 4 more"):
-    TASKS["vizwiz"](own).items()
-
-
-# --- what each asks ---
-
-
-def questions(root: Path, name: str, protocol: str = "llava", **options: Any) -> list[str]:
-  return [item.question for item in TASKS[name](root, protocol=protocol, **options).items()]
-
-
-def test_textvqa_s_protocols_differ_in_the_prompt(root: Path) -> None:
-  ocr = "Reference OCR token: NIKON, D5"
-  assert questions(root, "textvqa") == [
-    f"What BRAND is it?\n{ocr}\n{SHORT}", f"{ocr}\nWhat is the time?\n{SHORT}",
-  ]  # fmt: skip
-  assert questions(root, "textvqa", "llava_no_ocr")[0] == f"What BRAND is it?\n{SHORT}"
-  assert questions(root, "textvqa", "llava_no_ocr")[1] == f"What is the time?\n{SHORT}"
-  assert questions(root, "textvqa", "lmms")[0] == f"What brand is it?\n{SHORT}"
-  assert questions(root, "textvqa", "lmms_ocr")[0] == f"What brand is it?\n{ocr}\n{SHORT}"
-
-
-def test_scienceqa_s_prompts(root: Path) -> None:
-  told = questions(root, "scienceqa")
-  assert told[1] == f"Context: N/A\nWhich 1?\n(A) ice (B) fire\n{LETTER}"
-  assert questions(root, "scienceqa", "lmms") == [
-    f"Which 1?\nA. ice\nB. fire\nC. air\n{LETTER}",
-    f"Context: It is cold.\nWhich 3?\nA. ice\nB. fire\nC. air\n{LETTER}",
-    f"Which 5?\nA. ice\nB. fire\nC. air\n{LETTER}",
-  ]
-  images = [item.images for item in TASKS["scienceqa"](root).items()]
-  assert images[:2] == [(), (root / "scienceqa/images/test/1/image.png",)]
-
-
-def test_mmbench_s_prompts(root: Path) -> None:
-  assert questions(root, "mmbench") == [
-    f'a hint\nwhat is "it"?\nA. cat\nB. dog\nC. cow\n{LETTER}',
-    f"which\tone?\nA. red\nB. blue\n{LETTER}",  # the option "None" is an empty cell to pandas
-    f"how\nmany?\nA. 1\nB. 2\nC. 3\nD. 4\n{LETTER}",
-  ]
-  chinese = questions(root, "mmbench_cn")[1]
-  assert chinese == "which\tone?\nA. red\nB. blue\n请直接回答选项字母。"
-  begin = 'a hint what is "it"? There are several options:\nA. cat\nB. dog\nC. cow\n\n'
-  assert questions(root, "mmbench", "lmms")[0] == begin + LETTER
-  lmms = questions(root, "mmbench_cn", "lmms")[1]
-  assert lmms.startswith("which\tone? 有如下几个选项：\nA. red\nB. blue\n\n请直接使用")
-
-
-def test_vizwiz_and_mme_and_mmvet_as_lmms_eval_asks(root: Path) -> None:
-  first = questions(root, "vizwiz", "lmms")[0]
-  assert first.startswith("What is this?\nWhen the provided information is insufficient, respond")
-  assert questions(root, "vizwiz")[0].startswith("what IS this?\nWhen")
-  assert questions(root, "mme", "lmms")[0] == f"Is a one?\n{SHORT}"
-  assert questions(root, "mmvet", "lmms")[0].endswith("following question: \n\nWhat is x?")
-
-
-# --- rules of single benchmarks ---
-
-
-def test_gqa_s_figures(root: Path) -> None:
-  task = TASKS["gqa"](root)
-  items = task.items()
-  given = dict(zip((i.id for i in items), ("Red..", "No", "left"), strict=True))
-  scores = task.score(items, {k: Prediction(k, t) for k, t in given.items()})
-  assert scores.headline == 2 / 3
-  assert scores.figures["open"] == 1.0
-  assert scores.figures["binary"] == 0.5
-  assert scores.figures["semantic obj"] == 0.0
-  lmms = TASKS["gqa"](root, protocol="lmms")
-  assert task.verdict(items[0], "r.ed")["score"] == 0
-  assert task.verdict(items[0], ".red")["score"] == 0
-  assert lmms.verdict(items[0], "R.ed")["score"] == 1
-
-
-def test_pope_s_two_readings(root: Path) -> None:
-  llava, lmms = TASKS["pope"](root), TASKS["pope"](root, protocol="lmms")
-  items = llava.items()
-  loose = answers(items, lambda i: "Yes, it is" if i.truth == "yes" else "there is no cat")
-  assert llava.score(items, loose).headline == 1.0
-  assert lmms.score(items, loose).headline == 0.0
-  assert lmms.score(items, loose).by_kind["all"]["yes_ratio"] == 0.5  # of the truths, as there
-  never = llava.score(items, answers(items, "no"))  # ZeroDivisionError in the original
-  assert never.headline == 0.0
-  assert never.by_kind["random"]["precision"] == 0.0
-
-
-def test_mme_needs_both_of_a_pair(root: Path, tmp_path: Path) -> None:
-  task = TASKS["mme"](root)
-  items = task.items()
-  given = answers(items, lambda i: "Yes\tcertainly\nso")
-  scores = task.score(items, given)
-  assert scores.by_kind["count"]["accuracy"] == 0.5
-  assert scores.by_kind["count"]["accuracy_plus"] == 0.0
-  files = {f.name: f.read_text() for f in task.submission(items, given, tmp_path)}
-  assert set(files) == {"artwork.txt", "count.txt", "code_reasoning.txt"}
-  lines = files["artwork.txt"].splitlines()
-  assert lines[0] == "a.txt\tIs a one? Please answer yes or no.\tYes\tYes certainly so"
-  assert lines[1].split("\t")[1] == "Is a two?  Please answer yes or no."  # as in the release
-  assert len(lines) == 4
-
-
-def test_vqav2_lists_all_of_test2015_but_lmms_only_the_asked(root: Path, tmp_path: Path) -> None:
-  llava, lmms = TASKS["vqav2"](root), TASKS["vqav2"](root, protocol="lmms")
-  given = answers(llava.items(), "The Two")
-  (file,) = llava.submission(llava.items(), given, tmp_path)
-  assert [row["answer"] for row in json.loads(file.read_text())] == ["", "2", "2", "2", ""]
-  (file,) = lmms.submission(lmms.items(), given, tmp_path)
-  assert [row["question_id"] for row in json.loads(file.read_text())] == [1, 2, 3]
-
-
-def test_seed_s_splits(root: Path) -> None:
-  items = TASKS["seed"](root, split="all").items()
-  assert len(items) == 5
-  assert len(TASKS["seed"](root).items()) == 4
-  task, lmms = TASKS["seed"](root), TASKS["seed"](root, protocol="lmms")
-  assert task.verdict(items[0], "A.")["score"] == 0
-  assert lmms.verdict(items[0], " A.")["score"] == 1
-  scores = task.score(task.items(), answers(task.items(), "A"))  # the original: KeyError here
-  assert scores.by_kind["Instance Identity"]["accuracy"] == 0.0
 
 
 # --- MMBench ---
@@ -403,6 +178,30 @@ def test_llava_s_protocol_leaves_mmbench_to_the_server(root: Path) -> None:
   scores = task.score(task.items(), answers(task.items(), right_letter))
   assert scores.headline is None
   assert scores.figures["local"]["all"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("protocol", ["llava", "lmms"])
+@pytest.mark.parametrize("hidden", ["", "nan", "no column"])
+def test_a_split_without_answers_has_no_truth_and_no_score(
+  own: Path, protocol: str, hidden: str
+) -> None:
+  path = own / "mmbench/mmbench_dev_20230712.tsv"
+  with path.open(newline="") as file:
+    rows = list(csv.reader(file, delimiter="\t"))
+  place = rows[0].index("answer")
+  for row in rows[1:]:
+    row[place] = hidden
+  if hidden == "no column":
+    rows = [[*row[:place], *row[place + 1 :]] for row in rows]
+  with path.open("w", newline="") as file:
+    csv.writer(file, delimiter="\t").writerows(rows)
+  task = MmBench(own, protocol, circular=True)
+  items = task.items()
+  assert {item.truth for item in items} == {None}
+  assert {"score" in task.verdict(item, "A") for item in items} == {False}
+  scores = task.score(items, answers(items, "A"))
+  assert scores.headline is None
+  assert scores.figures == {}
 
 
 def test_the_sheet_keeps_texts_as_texts(root: Path, tmp_path: Path) -> None:
@@ -477,6 +276,7 @@ def test_mmbench_s_judge_reads_what_no_rule_can(root: Path) -> None:
     assert len(bad.asked) == 6
     nothing = task.score(items[:2], {k: given[k] for k in ("3", "5")})
     assert nothing.headline is None
+    assert nothing.metric == "no score: the judge failed for all of 2 answers"
   alone = MmBench(root, "lmms")
   assert alone.score(items, given).headline == 1 / 3
   assert alone.protocol.endswith("no judge")
@@ -520,6 +320,7 @@ def test_llava_bench_compares_means(root: Path, tmp_path: Path) -> None:
   assert len(later.asked) == 1
   down = LlavaBench(root, judge=Scripted(failing)).score(items, answers(items, "mine"))
   assert down.headline is None
+  assert down.metric == "no score: the judge failed for all of 4 answers"
   assert down.figures["unjudged"] == 4
   assert down.figures["reviews"][0]["error"] == "OSError: down"
 
@@ -542,12 +343,39 @@ def test_mmvet_s_grades(root: Path) -> None:
   assert scores.figures["capability rec"] == {"score": 100.0, "items": 1}
   assert scores.figures["unjudged"] == 1
   assert [(a.turn, a.temperature) for a in judge.asked] == [
-    (0, 0), (0, 0), (1, 0.5), (0, 0), (1, 0.5), (2, 1.0), (3, 1.5),
+    (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (2, 0.5), (3, 1.0), (4, 1.5),
   ]  # fmt: skip
-  assert judge.asked[0].prompt.endswith("| 1.0\n\nWhat is x? | -1 <AND> -5 | x=-1 |")
   down = MmVet(root, judge=Scripted(failing)).score(items, answers(items, "x"))
   assert down.headline is None
+  assert down.metric == "no score: the judge failed for all of 3 answers"
+  assert task.score(items, {}).metric == "no score: there is no answer"
   assert down.figures["unjudged"] == 3
+
+
+@pytest.mark.parametrize(
+  ("protocol", "digest", "end", "again", "temperatures", "tokens"),
+  [
+    ("llava", "d1b3e0a5b4e72c88", "x=-1 | ",
+     "\nPredict the correctness of the answer (digit): ", [0, 0, 0.5, 1.0, 1.5], 3),
+    ("lmms", "4d9b806e960fcd3f", "x=-1 |", "", [0, 0.5, 1.0, 1.5], 128),
+  ],
+)  # fmt: skip
+def test_mmvet_s_graders_word_for_word(
+  root: Path, protocol: str, digest: str, end: str, again: str, temperatures: list[float],
+  tokens: int,
+) -> None:  # fmt: skip
+  """Hashes of `prompt` in MM-Vet's mm-vet_evaluator.py and of MM_VET_PROMPT in lmms-eval."""
+  judge = Scripted(lambda ask: "no number")
+  task = MmVet(root, protocol, judge=judge)
+  item = task.items()[0]
+  task.score([item], answers([item], "x=-1"))
+  first, *later = judge.asked
+  prompt, _, question = first.prompt.rpartition("\n")
+  assert hashlib.sha256(prompt.encode()).hexdigest()[:16] == digest
+  assert question == f"What is x? | -1 <AND> -5 | {end}"
+  assert {ask.prompt for ask in later} == {first.prompt + again}
+  assert [ask.temperature for ask in judge.asked] == temperatures
+  assert {ask.max_tokens for ask in judge.asked} == {tokens}
 
 
 def test_a_judge_of_mmvet_needs_the_truths(own: Path) -> None:
@@ -568,7 +396,15 @@ def test_two_scores_in_the_first_line(review: str, scores: tuple[float, float] |
 
 @pytest.mark.parametrize(
   ("review", "value"),
-  [("0.4", 0.4), (" 1.0 right", 1.0), ("1.1", None), ("-0.1", None), ("nan", None), ("x", None)],
+  [
+    ("0.4", 0.4),
+    ("1.0 right", 1.0),
+    (" 1.0", None),
+    ("1.1", None),
+    ("-0.1", None),
+    ("nan", None),
+    ("x", None),
+  ],
 )
 def test_a_grade_from_0_to_1(review: str, value: float | None) -> None:
   assert grade(review) == value

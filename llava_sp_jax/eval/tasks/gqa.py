@@ -14,10 +14,11 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   ratio,
   served,
+  texts,
   unique,
 )  # fmt: skip
 from llava_sp_jax.eval.scoring import plain_match
-from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
+from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by_kind
 
 ASKED = "llava_gqa_testdev_balanced.jsonl"
 TRUTHS = "testdev_balanced_questions.json"
@@ -34,7 +35,7 @@ class Gqa(Benchmark):
   without it only the predictions for its eval.py are written, and there is no score."""
 
   name = "gqa"
-  home = "gqa"
+  homes = ("gqa",)
   needed = (ASKED,)
   protocols: ClassVar = {
     "llava": Rules("lower case, without periods at the end, then equal", LOADER, gqa_text),
@@ -44,16 +45,14 @@ class Gqa(Benchmark):
   def _truths(self) -> Path | None:
     return files.first_of(self.folder, PLACES)
 
-  def hashed(self) -> list[Path]:
-    truths = self._truths()
-    return super().hashed() + ([truths] if truths else [])
-
   def items(self) -> list[Item]:
     rows, path = self.rows(ASKED), self._truths()
     truths: dict[str, dict[str, Any]] = files.read_json(path) if path else {}
     if path:
       named = [(str(row["question_id"]), truths.get(str(row["question_id"]))) for row in rows]
       files.check_rows(path, named, ("answer", "types"))
+      kinds = [(f"{key}: types", truth["types"]) for key, truth in named if truth]
+      files.check_rows(path, kinds, ("structural",))
     items = []
     for row in rows:
       truth = truths.get(str(row["question_id"]), {})
@@ -79,24 +78,27 @@ class Gqa(Benchmark):
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Accuracy; figures hold eval.py's `binary` and `open` (questions of structure `query`) and
-    the means by semantic type."""
+    """Accuracy; figures hold eval.py's `binary` and `open` (questions of structure `query`), the
+    means by semantic type, and the hash of the truths."""
     if any(item.truth is None for item in items):
-      return served(items, predictions, f"GQA's eval.py; put {TRUTHS} into {self.folder / 'data'}")
+      more = f"; with {TRUTHS} in {self.folder / 'data'}, --merge scores it here"
+      return served(items, predictions, f"GQA's eval.py{more}")
     by_kind = mean_by_kind(items, predictions, self.verdict)
     groups: dict[str, list[float]] = {"binary": [], "open": []}
     for item, text in answered(items, predictions):
       right = self.verdict(item, text)["score"]
       groups["open" if item.kind == "query" else "binary"].append(right)
       groups.setdefault(f"semantic {item.extra['semantic']}", []).append(right)
-    means = {name: ratio(sum(values), len(values)) for name, values in groups.items()}
-    return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind, means)
+    figures: dict[str, Any] = {name: ratio(sum(v), len(v)) for name, v in groups.items()}
+    if truths := self._truths():
+      figures["truths_hash"] = file_hash(truths)
+    return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`testdev_balanced_predictions.json`: [{questionId, prediction}] for GQA's eval.py, which
-    refuses a file that misses a question."""
+    refuses a file that misses a question: "" where there is no answer."""
     rows = [
       {"questionId": item.id, "prediction": gqa_text(text)}
-      for item, text in answered(items, predictions)
+      for item, text in texts(items, predictions)
     ]
     return [files.write_json(folder / "testdev_balanced_predictions.json", rows)]

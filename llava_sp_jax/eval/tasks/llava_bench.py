@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LONG, Benchmark, Rules, answered, ratio, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  judged,
+  ratio,
+  served,
+  texts,
+  unique,
+)
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
@@ -43,7 +53,7 @@ class LlavaBench(Benchmark):
   """Without a judge only the answers' file is written."""
 
   name = "llava_bench"
-  home = "llava-bench-in-the-wild"
+  homes = ("llava-bench-in-the-wild",)
   needed = (ASKED, CONTEXT, REFERENCE)
   options = ("protocol", "judge", "reviews")
   protocols: ClassVar = {
@@ -101,17 +111,20 @@ class LlavaBench(Benchmark):
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """As summarize_gpt_review.py rounds: means to three places, then their ratio to one. A review
-    that failed or holds no two scores is `unjudged` (there it counts as -1 for both)."""
+    that failed or holds no two scores is `unjudged` (there it counts as -1 for both). The verdict
+    on a single answer is its score over that of GPT-4's answer, 1 at most."""
     if not self._judge:
       return served(items, predictions, "a judge: give one to have a score")
     pairs: dict[str, list[tuple[float, float]]] = {}
     reviews: list[dict[str, Any]] = []
+    verdicts = {}
     for item, text in answered(items, predictions):
       review = self._judge(self.ask(item, text), pair)
       scores = None if review.error else pair(review.text)
       if scores:
         pairs.setdefault("all", []).append(scores)
         pairs.setdefault(item.kind, []).append(scores)
+        verdicts[item.id] = {"score": min(1.0, ratio(scores[1], scores[0])), "judged": scores}
       reviews.append({"id": item.id, "scores": scores, "text": review.text, "error": review.error})
     by_kind = {}
     for kind in ("all", *sorted({item.kind for item in items})):
@@ -124,15 +137,16 @@ class LlavaBench(Benchmark):
       }  # fmt: skip
     unjudged = sum(review["scores"] is None for review in reviews)
     figures = {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
-    headline = by_kind["all"]["score"] if by_kind["all"]["items"] else None
-    return Scores(headline, "score relative to GPT-4's answers, %", by_kind, figures)
+    metric = "score relative to GPT-4's answers, %"
+    return judged(by_kind["all"]["score"], metric, by_kind, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`llava_bench_answers.jsonl`, which LLaVA's review script takes."""
+    """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by
+    line: "" where there is no answer."""
     rows = (
       {"question_id": i.extra["question_id"], "prompt": i.question, "text": text,
        "answer_id": i.id, "model_id": "llava_sp_jax", "metadata": {}}
-      for i, text in answered(items, predictions)
+      for i, text in texts(items, predictions)
     )  # fmt: skip
     return [files.write_lines(folder / "llava_bench_answers.jsonl", rows)]
 

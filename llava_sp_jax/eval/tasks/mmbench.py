@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files, sheet
-from llava_sp_jax.eval.benchmark import LETTER, LONG, Benchmark, Rules, answered, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LETTER,
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  judged,
+  served,
+  unique,
+)
 from llava_sp_jax.eval.choices import circular_score, empty, of_llava, of_lmms
 from llava_sp_jax.eval.judge import Judge, Reviews
 from llava_sp_jax.eval.scoring import choice
@@ -30,7 +39,7 @@ class MmBench(Benchmark):
   of the row whose image is meant."""
 
   name = "mmbench"
-  home = "mmbench"
+  homes: ClassVar[Sequence[str]] = ("mmbench",)
   split = "mmbench_dev_20230712"
   needed: Sequence[str] = ()  # the split's file
   options = ("protocol", "split", "circular", "judge", "reviews")
@@ -54,6 +63,7 @@ class MmBench(Benchmark):
     self._judge = Reviews(judge, reviews) if judge and self.lmms else None
     self.protocol += f"; {self.split}" + ("; circular" if circular else "")
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
+    self.variant["split"] = self.split
     self._circular = circular
 
   def items(self) -> list[Item]:
@@ -61,6 +71,11 @@ class MmBench(Benchmark):
     rows = files.read_tsv(path, COLUMNS)
     if bad := [row["index"] for row in rows if not row["index"].isdigit()]:
       raise files.BenchmarkError(f"{path}: index {bad[: files.SHOWN]}; expected whole numbers")
+    if bare := [row["index"] for row in rows if empty(row["A"])]:
+      raise files.BenchmarkError(
+        f"{path}: no option A in {len(bare)} rows, index {', '.join(bare[: files.SHOWN])}; expected "
+        "options from A on. Fetch the file again."
+      )
     images = {row["index"]: row["image"] for row in rows}
     items = []
     for row in rows:
@@ -71,18 +86,19 @@ class MmBench(Benchmark):
           break
         texts.append(row[letter])
       letters = "ABCDE"[: len(texts)]
-      answer = "" if empty(row.get("answer", "")) else row["answer"]
+      places = {letter: i for i, letter in enumerate(letters)}
+      place = places.get(row.get("answer", ""))  # None in splits that keep their answers
       kept = {k: v for k, v in row.items() if k not in DROPPED}
       for turn in range(len(texts) if self._circular else 1):
         options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
-        truth = letters[(letters.index(answer) - turn) % len(letters)] if answer in letters else ""
+        truth = None if place is None else letters[(place - turn) % len(letters)]
         items.append(
           Item(
             id=f"{row['index']}/{turn}" if turn else row["index"],
             question=(self.rules.prompt or of_llava(LETTER))(row, options),
             images=(image,),
             kind=row.get("category") or "default",
-            truth=truth or None,
+            truth=truth,
             extra={
               "group": int(row["index"]) % 1_000_000, "round": turn, "options": options,
               "asked": row["question"], "row": kept,
@@ -106,9 +122,8 @@ class MmBench(Benchmark):
       return served(items, predictions, SERVER)
     local = circular_score(items, predictions, self.verdict, self._judge)
     if self.lmms:
-      row = local.by_kind["all"]
-      headline = row["accuracy"] if row["items"] else None
-      return Scores(headline, "accuracy", local.by_kind, local.figures)
+      share = local.by_kind["all"]["accuracy"]
+      return judged(share, "accuracy", local.by_kind, local.figures, local.verdicts)
     counts = served(items, predictions, SERVER)
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 

@@ -12,7 +12,7 @@ from llava_sp_jax.infer.generation import Generation
 
 class MmBenchCn(MmBench):
   name = "mmbench_cn"
-  home = "mmbench_cn"
+  homes = ("mmbench_cn", "mmbench")  # by LLaVA's script; by its docs/Evaluation.md
   split = "mmbench_dev_cn_20231003"
   protocols: ClassVar = {
     "llava": Rules("the server scores", LONG, prompt=of_llava("请直接回答选项字母。")),

@@ -15,12 +15,14 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   numbered,
   ratio,
+  texts,
 )
 from llava_sp_jax.eval.scoring import mme_answer, mme_answer_lmms
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
 ASKED = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
+POINTS = 200  # of a subtask
 YES_NO = " Please answer yes or no."
 PARTS = {
   "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -35,7 +37,7 @@ class Mme(Benchmark):
   convert_answer_to_mme.py finds them."""
 
   name = "mme"
-  home = "MME"
+  homes = ("MME",)
   needed = (ASKED, RELEASE)
   protocols: ClassVar = {
     "llava": Rules("yes or no within the first four letters; subtask score = accuracy + accuracy+ "
@@ -57,7 +59,7 @@ class Mme(Benchmark):
     problems = []
     for path in self._answers():
       category = path.relative_to(self.folder / RELEASE).parts[0]
-      for line in path.read_text(encoding="utf-8").strip().split("\n"):
+      for line in files.read_text(path).strip().split("\n"):
         question, tab, answer = line.strip().partition("\t")
         if not tab or answer.lower() not in ("yes", "no"):
           problems.append(f"{path}: expected a question, a tab and Yes or No, found {line!r}")
@@ -114,16 +116,18 @@ class Mme(Benchmark):
       for part, kinds in PARTS.items()
     }
     figures = {**parts, "total": sum(parts.values())}
-    return Scores(parts["perception"], "perception score (of 2000)", by_kind, figures)
+    most = POINTS * sum(kind in by_kind for kind in PARTS["perception"])  # 2000 for all of them
+    return Scores(parts["perception"], f"perception score (of {most})", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`mme/<subtask>.txt` for the official calculation.py: file, question, truth, answer by tabs;
-    blanks for tabs and line ends within an answer, which its reader would stumble on."""
+    blanks for tabs and line ends within an answer, which its reader would stumble on; "" where there
+    is none, since it takes lines two by two."""
     lines: dict[str, list[str]] = {}
-    for item, text in answered(items, predictions):
+    for item, text in texts(items, predictions):
       fields = (item.extra["file"], item.extra["line"], item.truth, " ".join(text.split()))
       lines.setdefault(item.kind, []).append("\t".join(fields) + "\n")
     (folder / "mme").mkdir(parents=True, exist_ok=True)
-    for kind, texts in lines.items():
-      (folder / "mme" / f"{kind}.txt").write_text("".join(texts), encoding="utf-8")
+    for kind, rows in lines.items():
+      (folder / "mme" / f"{kind}.txt").write_text("".join(rows), encoding="utf-8")
     return [folder / "mme" / f"{kind}.txt" for kind in lines]

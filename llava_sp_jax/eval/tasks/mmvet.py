@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LONG, Benchmark, Rules, answered, ratio, served, unique
+from llava_sp_jax.eval.benchmark import (
+  LONG,
+  Benchmark,
+  Rules,
+  answered,
+  judged,
+  ratio,
+  served,
+  texts,
+  unique,
+)
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
-from llava_sp_jax.eval.task import Item, Predictions, Scores
+from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash
 
 ASKED = "llava-mm-vet.jsonl"
-TRUTHS = ("mm-vet.json", "mm-vet/mm-vet.json")
+# Where the release is extracted: mm-vet.zip holds a folder mm-vet, LLaVA's script reads from mm-vet,
+# its docs/Evaluation.md names mmvet.
+RELEASES = ("", "mm-vet/", "../mmvet/", "../mmvet/mm-vet/")
+TRUTHS, IMAGES = (
+  tuple(f"{place}{name}" for place in RELEASES) for name in ("mm-vet.json", "images")
+)
 SERVER = "MM-Vet's evaluator (huggingface.co/spaces/whyu/MM-Vet_Evaluator), or a judge"
-TURNS = 4  # askings before the grader is given up; each is half a degree warmer, as the original's
 REASON = (  # lmms-eval's pre_prompt
   "First please perform reasoning, and think step by step to provide best answer to the following "
   "question: \n\n"
@@ -25,7 +41,8 @@ _MEME = (
   "saying that the person has trust issues because the names of these countries do not accurately "
   "represent their landscapes. | "
 )
-# The grader's prompt of MM-Vet (arXiv 2308.02490), word for word: a score depends on it.
+# The grader's prompt of MM-Vet (arXiv 2308.02490; mm-vet_evaluator.py of yuweihao/MM-Vet), word for
+# word: a score depends on it. lmms-eval's differs in the table's head.
 PROMPT = (
   "Compare the ground truth and prediction from AI models, to give a correctness score for the "
   "prediction. <AND> in the ground truth means it is totally right only when all elements in the "
@@ -33,7 +50,7 @@ PROMPT = (
   "element in the ground truth is present in the prediction. The correctness score is 0.0 (totally "
   "wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the "
   "last space of the correctness score.\n"
-  "gpt_query_prompt | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
+  "{head} | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
   "What is x in the equation? | -1 <AND> -5 | x = 3 | 0.0\n"
   "What is x in the equation? | -1 <AND> -5 | x = -1 | 0.5\n"
   "What is x in the equation? | -1 <AND> -5 | x = -5 | 0.5\n"
@@ -50,10 +67,29 @@ PROMPT = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Grader:
+  """How the grader is asked, and how its review is read."""
+
+  head: str  # of the first column of the prompt's table
+  end: str  # behind the prediction
+  again: str  # behind that, from the second asking on
+  temperatures: tuple[float, ...]  # of each asking, until there is a grade
+  max_tokens: int
+  read: Callable[[str], str]
+
+
+GRADERS = {
+  "llava": Grader("\nQuestion", " | ", "\nPredict the correctness of the answer (digit): ",
+                  (0.0, 0.0, 0.5, 1.0, 1.5), 3, str),
+  "lmms": Grader("gpt_query_prompt", " |", "", (0.0, 0.5, 1.0, 1.5), 128, str.strip),
+}  # fmt: skip
+
+
 def grade(review: str) -> float | None:
   """The first word as a number from 0 to 1, None for anything else."""
   try:
-    value = float(review.strip().split(" ")[0].strip())
+    value = float(review.split(" ")[0].strip())
   except ValueError:
     return None
   return value if 0.0 <= value <= 1.0 else None
@@ -63,7 +99,7 @@ class MmVet(Benchmark):
   """The truths (`mm-vet.json` of the release) are needed by a judge only."""
 
   name = "mmvet"
-  home = "mm-vet"
+  homes = ("mm-vet", "mmvet")
   needed = (ASKED,)
   options = ("protocol", "judge", "reviews")
   protocols: ClassVar = {
@@ -78,14 +114,12 @@ class MmVet(Benchmark):
   ):  # fmt: skip
     """`judge`: MM-Vet's is gpt-4-0613; `reviews`: a file that keeps what it said."""
     super().__init__(folder, protocol)
+    self._grader = GRADERS[protocol]
     self._judge = Reviews(judge, reviews) if judge else None
     self._truths = files.first_of(self.folder, TRUTHS)
     if judge and not self._truths:
       files.need(self.folder, TRUTHS[:1], "the judge compares with it; it is in MM-Vet's release")
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
-
-  def hashed(self) -> list[Path]:
-    return super().hashed() + ([self._truths] if self._truths else [])
 
   def items(self) -> list[Item]:
     rows = self.rows(ASKED)
@@ -93,6 +127,7 @@ class MmVet(Benchmark):
     if self._truths:
       named = [(f"v1_{r['question_id']}", truths.get(f"v1_{r['question_id']}")) for r in rows]
       files.check_rows(self._truths, named, ("question", "answer", "capability"))
+    images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]
     items = []
     for row in rows:
       truth: dict[str, Any] = truths.get(f"v1_{row['question_id']}", {})
@@ -100,7 +135,7 @@ class MmVet(Benchmark):
         Item(
           id=f"v1_{row['question_id']}",
           question=self.question(row),
-          images=(self.folder / "images" / row["image"],),
+          images=(images / row["image"],),
           kind="+".join(sorted(truth.get("capability", ["default"]))),
           truth=truth.get("answer"),
           extra={"asked": truth.get("question"), "capability": truth.get("capability", [])},
@@ -109,21 +144,29 @@ class MmVet(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
+    how = self._grader
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    prompt = f"{PROMPT}\n{item.extra['asked']} | {truth} | {text} |"
-    return Ask(prompt=prompt, max_tokens=3, temperature=0.5 * turn, turn=turn)
+    prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"
+    return Ask(
+      prompt=prompt + (how.again if turn else ""), max_tokens=how.max_tokens,
+      temperature=how.temperatures[turn], turn=turn,
+    )  # fmt: skip
+
+  def _grade(self, review: str) -> float | None:
+    return grade(self._grader.read(review))
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Means of the grades, all and by kind; `figures` has each capability's, and all reviews. An
-    answer without a grade after all askings is `unjudged` (0.0 in the original)."""
+    """Means of the grades, all and by kind; `figures` has each capability's, all reviews, and the
+    hash of the truths. An answer without a grade after all askings is `unjudged` (0.0 in the
+    original)."""
     if not self._judge:
       return served(items, predictions, SERVER)
     reviews: list[dict[str, Any]] = []
     grades: dict[str, float] = {}
     for item, text in answered(items, predictions):
-      for turn in range(TURNS):
-        review = self._judge(self.ask(item, text, turn), grade)
-        value = None if review.error else grade(review.text)
+      for turn in range(len(self._grader.temperatures)):
+        review = self._judge(self.ask(item, text, turn), self._grade)
+        value = None if review.error else self._grade(review.text)
         reviews.append({"id": item.id, "score": value, "text": review.text, "error": review.error})
         if value is not None:
           grades[item.id] = value
@@ -144,10 +187,13 @@ class MmVet(Benchmark):
       figures[f"capability {name}"] = {"score": 100 * ratio(sum(got), len(got)), "items": len(got)}
     unjudged = len(answered(items, predictions)) - len(grades)
     figures |= {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
-    headline = tables["all"]["score"] if grades else None
-    return Scores(headline, "mean grade, %", tables, figures)
+    if self._truths:
+      figures["truths_hash"] = file_hash(self._truths)
+    verdicts = {key: {"score": value} for key, value in grades.items()}
+    return judged(tables["all"]["score"], "mean grade, %", tables, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py)."""
-    texts = {item.id: text for item, text in answered(items, predictions)}
-    return [files.write_json(folder / "mmvet_answers.json", texts, indent=2)]
+    """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py), "" where there
+    is none, since MM-Vet's evaluator looks every question up."""
+    rows = {item.id: text for item, text in texts(items, predictions)}
+    return [files.write_json(folder / "mmvet_answers.json", rows, indent=2)]

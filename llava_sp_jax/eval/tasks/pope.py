@@ -47,7 +47,7 @@ class Pope(Benchmark):
   is not the label's is an error here."""
 
   name = "pope"
-  home = "pope"
+  homes = ("pope",)
   needed = (ASKED, *(LABELS.format(split) for split in SPLITS))
   protocols: ClassVar = {
     "llava": Rules("no/not/No in the first sentence is no, else yes; mean F1 of three splits",
@@ -103,4 +103,5 @@ class Pope(Benchmark):
     if self.lmms:
       return Scores(by_kind["all"]["f1"], "F1 over all splits", by_kind)
     splits = [row["f1"] for kind, row in by_kind.items() if kind != "all"]
-    return Scores(ratio(sum(splits), len(splits)), "mean F1 of the splits", by_kind)
+    of = "the splits" if len(splits) == len(SPLITS) else f"{len(splits)} of {len(SPLITS)} splits"
+    return Scores(ratio(sum(splits), len(splits)), f"mean F1 of {of}", by_kind)

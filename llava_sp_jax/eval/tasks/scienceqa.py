@@ -33,11 +33,25 @@ def of_lmms(row: dict[str, Any]) -> str:
   return f"{hint}{problem['question']}\n{options}\n{LETTER}"
 
 
+def _asks(row: dict[str, Any]) -> bool:
+  match row["conversations"]:
+    case [{"value": str()}, *_]:
+      return True
+  return False
+
+
+def _answered(problem: dict[str, Any]) -> bool:
+  match problem:
+    case {"choices": list(choices), "answer": int(answer)}:
+      return 0 <= answer < min(len(choices), len(LETTERS))
+  return False
+
+
 class ScienceQa(Benchmark):
   """LLaVA asks the whole test split, lmms-eval's scienceqa_img only what has an image."""
 
   name = "scienceqa"
-  home = "scienceqa"
+  homes = ("scienceqa",)
   needed = (ASKED, "problems.json", "pid_splits.json")
   protocols: ClassVar = {
     "llava": Rules("X, `X. ...` or one `The answer is X.`; all of the test split, unanswered is "
@@ -62,6 +76,12 @@ class ScienceQa(Benchmark):
       ((key, problems.get(key)) for key in split),
       ("question", "choices", "answer"),
     )
+    unasked = [str(row["id"]) for row in rows if not _asks(row)]
+    files.refuse(path, unasked, "conversations that begin with a value")
+    strange = [
+      f"{key}: answer {problems[key]['answer']!r}" for key in split if not _answered(problems[key])
+    ]
+    files.refuse(self.folder / "problems.json", strange, "the number of one of at most 5 choices")
     items = []
     for row in rows:
       problem, image = problems[str(row["id"])], row.get("image")

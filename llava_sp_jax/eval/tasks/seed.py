@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from llava_sp_jax.config import lookup
 from llava_sp_jax.eval import files
@@ -12,12 +12,22 @@ from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind, text
 
 ASKED = "llava-seed-bench.jsonl"
 TRUTHS = "SEED-Bench.json"
-SPLITS = {"image": ("image",), "all": ("image", "video")}  # video: the middle frame, as an image
+
+
+class Split(NamedTuple):
+  types: tuple[str, ...]  # of data; video: the middle frame, as an image
+  file: str  # of the submission
+
+
+SPLITS = {
+  "image": Split(("image",), "seed_answers_image.jsonl"),
+  "all": Split(("image", "video"), "seed_answers.jsonl"),
+}
 
 
 class Seed(Benchmark):
   name = "seed"
-  home = "seed_bench"
+  homes = ("seed_bench",)
   needed = (ASKED, TRUTHS)
   options = ("protocol", "split")
   protocols: ClassVar = {
@@ -28,8 +38,9 @@ class Seed(Benchmark):
 
   def __init__(self, folder: str | Path, protocol: str = "llava", split: str = "image"):
     super().__init__(folder, protocol)
-    self._types = lookup("seed split", split, SPLITS)
+    self._types = lookup("seed split", split, SPLITS).types
     self.protocol += f"; split {split}"
+    self.variant["split"] = split
 
   def items(self) -> list[Item]:
     path = self.folder / TRUTHS
@@ -78,10 +89,11 @@ class Seed(Benchmark):
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """`seed_answers.jsonl`: {question_id, prediction} in the annotation's order, "" where there is
-    no answer (the original, scripts/convert_seed_for_submission.py, stops there)."""
+    no answer (the original, scripts/convert_seed_for_submission.py, stops there). Of a split that
+    is not all of SEED, `seed_answers_<split>.jsonl`."""
     rows = (
       {"question_id": i.extra["question_id"],
        "prediction": self.rules.read(text_of(predictions, i) or "")}
       for i in items
     )  # fmt: skip
-    return [files.write_lines(folder / "seed_answers.jsonl", rows)]
+    return [files.write_lines(folder / SPLITS[self.variant["split"]].file, rows)]

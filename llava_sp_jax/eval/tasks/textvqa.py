@@ -47,11 +47,15 @@ def capitalised_ocr(row: dict[str, Any]) -> str:
   return f"{row['truth']['question'].capitalize()}\n{OCR} {tokens}\n{SHORT}"
 
 
+def _answers(row: dict[str, Any]) -> bool:
+  return isinstance(row["answers"], list) and bool(row["answers"])
+
+
 class TextVqa(Benchmark):
   """An answer is matched to its truth by image and question in small letters, as LLaVA does."""
 
   name = "textvqa"
-  home = "textvqa"
+  homes = ("textvqa",)
   needed = (ASKED, TRUTHS)
   protocols: ClassVar = {
     "llava": Rules("with OCR tokens, VQA soft accuracy", LOADER),
@@ -68,6 +72,8 @@ class TextVqa(Benchmark):
     files.check_rows(
       path, ((f"data[{i}]", row) for i, row in enumerate(data)), ("image_id", "question", "answers")
     )
+    bare = [f"data[{i}]: answers {r['answers']!r}" for i, r in enumerate(data) if not _answers(r)]
+    files.refuse(path, bare, "a list of human answers")
     truths = {(row["image_id"], row["question"].lower()): row for row in data}
     rows, items, problems = self.rows(ASKED), [], []
     for row, key in zip(rows, numbered(rows), strict=True):

@@ -25,7 +25,7 @@ class VizWiz(Benchmark):
   """The prompt's hint ("... respond with 'Unanswerable'") is part of LLaVA's file."""
 
   name = "vizwiz"
-  home = "vizwiz"
+  homes = ("vizwiz",)
   needed = (ASKED,)
   protocols: ClassVar = {
     "llava": Rules("answers normalised as EvalAI does", LOADER),

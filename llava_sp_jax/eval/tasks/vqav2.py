@@ -19,7 +19,7 @@ class VqaV2(Benchmark):
   """Questions of test-dev; the submission holds an answer, maybe empty, for all of test2015."""
 
   name = "vqav2"
-  home = "vqav2"
+  homes = ("vqav2",)
   needed = (ASKED, WHOLE)
   protocols: ClassVar = {
     "llava": Rules("answers normalised as EvalAI does, all of test2015 listed", LOADER),
