@@ -194,7 +194,7 @@ def _failures(scores: Mapping[str, Any]) -> Iterable[Element]:
 
 
 def _settings(scores: Mapping[str, Any]) -> Iterable[Element]:
-  names = ("checkpoint", "step", "fingerprint", "generation", "version", "data_hash", "engine",
+  names = ("checkpoint", "step", "fingerprint", "inputs", "model", "generation", "version", "data_hash", "engine",
            "sessions", "seconds", "figures", "submission")  # fmt: skip
   rows = [
     tag("tr", tag("td", name), tag("td", shortened(_text(scores[name]), 4 * LONGEST)))
