@@ -55,12 +55,28 @@ def is_ours(folder: str | Path) -> bool:
   return (place / checkpoint.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
 
+def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
+  """The config of a run with `init` as it is reached from here.
+
+  A relative path was seen from where training ran: this folder, or one that the run lies in.
+  """
+
+  def place(path: str) -> str:
+    if not path or Path(path).exists():
+      return path
+    seen = (above / path for above in Path(folder).absolute().parents)
+    return next((str(there) for there in seen if there.exists()), path)
+
+  init = {name: place(path) for name, path in dataclasses.asdict(config.init).items()}
+  return dataclasses.replace(config, init=config_lib.Init(**init))
+
+
 def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   """The latest checkpoint: what was trained, over the base that its config names.
 
   Raises: CheckpointError when the base is another one than it was trained with (`verify` reads it).
   """
-  config = checkpoint.read_config(folder)
+  config = located(checkpoint.read_config(folder), folder)
   place, about, step = checkpoint.saved(folder)
   trained = stream.Item(place).leaves()
   form = build.quantisation(config.model)

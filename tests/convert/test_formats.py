@@ -16,6 +16,7 @@ from llava_sp_jax.config import ConfigError
 from llava_sp_jax.convert import formats, load, settings
 from llava_sp_jax.convert.formats import Options, open_checkpoint
 from llava_sp_jax.convert.torch_io import FormatError
+from tests.conftest import ConfigMaker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -248,3 +249,17 @@ def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) ->
   assert load.open_own(out).leaves.keys() == source.leaves.keys()
   with pytest.raises(FormatError, match="out: exists; name a new folder"):
     load.write(source, out)
+
+
+def test_a_run_is_opened_from_any_working_folder(
+  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Its config names what it started from as it was seen from where training ran."""
+  run, start = tmp_path / "runs" / "finetune", tmp_path / "runs" / "pretrain"
+  start.mkdir(parents=True)
+  config = tiny_config(init={"checkpoint": "runs/pretrain", "vision_tower": "gone/clip"})
+  monkeypatch.chdir(tmp_path)
+  assert load.located(config, run) == config
+  monkeypatch.chdir("/")
+  found = load.located(config, run).init
+  assert (found.checkpoint, found.vision_tower) == (str(start), "gone/clip")
