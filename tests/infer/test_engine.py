@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_answers_are_those_of_the_uncached_model(
   assert len({len(w) for w in wanted}) > 1, "some answers must end before the others"
   assert len(set(wanted)) > 6
   assert ids(engine.answer(asked)) == wanted
+
+
+def test_a_decode_step_copies_nothing_of_the_cache(engine: Engine, asked: list[Request]) -> None:
+  """The compiler copies a buffer that it cannot see to be read before it is written."""
+  list(engine.answer(asked[:1]))
+  programs = engine._programs
+  for (name, *sizes), compiled in programs._table.items():
+    if name != "decode":
+      continue
+    cache = programs.state(*sizes).cache
+    shapes = "|".join({",".join(map(str, x.shape)) for x in (cache.keys[0], cache.values[0])})
+    text = compiled.as_text()
+    assert re.search(rf"f32\[({shapes})\]", text), "the cache is there by these shapes"
+    assert not re.findall(rf"= f32\[(?:{shapes})\]\S* copy\(", text)
 
 
 LAYOUTS = {
