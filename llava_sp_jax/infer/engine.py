@@ -40,7 +40,7 @@ UNCHECKED = 32  # tokens after which the device reports, though no row may be do
 class Layout:
   """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
-  prefix: int = 16  # positions that are shared, a multiple of this
+  prefix: int = 8  # positions that are shared, a multiple of this
   suffix: int = 16  # positions of a prompt's own, likewise
   slots: int = 64  # of a row of the cache, likewise
   groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B

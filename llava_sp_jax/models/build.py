@@ -93,7 +93,10 @@ def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
   """
   decoder = module.language_model
   attention = dataclasses.replace(decoder.attention, platform=platform, branches=branches)
-  return module.clone(language_model=decoder.clone(attention=attention))
+  return module.clone(
+    language_model=decoder.clone(attention=attention),
+    projector=module.projector.clone(platform=platform),
+  )
 
 
 def _divides(key: str, part: int, name: str, whole: int) -> None:

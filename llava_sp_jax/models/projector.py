@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -287,6 +288,20 @@ def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
   return len(spec.views) * len(sizes) + as_tokens
 
 
+def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
+  """An unpadded convolution as one matmul. [B,G,G,C], [k,k,C,K] -> [B,P,P,K]."""
+  size, step = kernel.shape[0], strides[0]
+  starts = range(0, grid.shape[1] - size + 1, step)
+  patches = [grid[:, y : y + size, x : x + size] for y in starts for x in starts]
+  flat = jnp.stack(patches, axis=1).reshape(len(grid), len(starts), len(starts), -1)
+  return flat @ kernel.reshape(-1, kernel.shape[-1])
+
+
+# How details are convolved, where it is not as the compiler does it: on a CPU that is four times
+# slower for a kernel as large as these.
+CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
+
+
 class DetailInteraction(nn.Module):
   """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
 
@@ -296,6 +311,7 @@ class DetailInteraction(nn.Module):
   kernel_size: int
   width: int
   dtype: jnp.dtype
+  platform: str = ""
 
   def setup(self) -> None:
     norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
@@ -303,6 +319,7 @@ class DetailInteraction(nn.Module):
     self.conv = nn.Conv(
       self.width, (self.kernel_size, self.kernel_size), strides=DETAIL_STRIDE, padding="VALID",
       use_bias=False, dtype=self.dtype, kernel_init=torch_uniform,
+      conv_general_dilated=CONVOLUTIONS.get(self.platform or jax.default_backend()),
     )  # fmt: skip
     self.query_norm, self.query = norm(), dense()
     self.key_norm, self.key = norm(), dense()
@@ -330,7 +347,7 @@ class Projector(nn.Module):
   """Image tokens of the language model: spatial tokens first, then one per patch.
 
   `scales` replaces the row's own view sizes. With `newline` it also holds `image_newline` [D], the
-  token that ends a row of tile patches.
+  token that ends a row of tile patches. `platform` is that of the devices ("": where jax runs).
   """
 
   row: str
@@ -339,6 +356,7 @@ class Projector(nn.Module):
   dtype: jnp.dtype = jnp.float32
   scales: tuple[int, ...] = ()
   newline: bool = False
+  platform: str = ""
 
   def setup(self) -> None:
     if self.newline:
@@ -363,7 +381,9 @@ class Projector(nn.Module):
     row, side = ROWS[self.row], grid.shape[1]
     scales, field = row.scales(side, self.scales), row.detail_field(side, self.scales)
     details = {
-      k: DetailInteraction(detail_size(k, field), self.token_width, self.dtype, name=f"detail_{k}")
+      k: DetailInteraction(
+        detail_size(k, field), self.token_width, self.dtype, self.platform, name=f"detail_{k}"
+      )
       for k in row.detail_kernels
     }
     if row.detail_as_tokens:

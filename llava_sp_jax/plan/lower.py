@@ -55,7 +55,8 @@ def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
 
 def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   """The lowered generation of `config`: prefill of whole rows, then a loop of decode steps."""
-  module = build.model(config.model)
+  platform = device_mesh.devices.flat[0].platform
+  module = build.compiled_for(build.model(config.model), platform, branches=False)
   dtype = jnp.dtype(config.model.dtype)
   stored = flatten_dict(build.abstract(config.model), sep="/")
   cast = {
@@ -71,7 +72,7 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   def run(params: Any, prompt: Any, rng: Any) -> Any:
     return generate.generate(module, params, prompt, rng, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
 
-  options = loop.COMPILER_OPTIONS.get(device_mesh.devices.flat[0].platform)
+  options = loop.COMPILER_OPTIONS.get(platform)
   return jax.jit(run, compiler_options=options).lower(params, prompt, key)
 
 
