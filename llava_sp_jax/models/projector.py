@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -297,9 +298,15 @@ def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__:
   return flat @ kernel.reshape(-1, kernel.shape[-1])
 
 
-# How details are convolved, where it is not as the compiler does it: on a CPU that is four times
+# How details are convolved, where it is not as the compiler does it: one CPU device is four times
 # slower for a kernel as large as these.
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
+
+
+def _convolution(platform: str) -> Callable[..., jax.Array] | None:
+  """On several devices the kernel is divided along its channels, which patches would gather."""
+  devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+  return CONVOLUTIONS.get(platform or jax.default_backend()) if devices == 1 else None
 
 
 class DetailInteraction(nn.Module):
@@ -319,7 +326,7 @@ class DetailInteraction(nn.Module):
     self.conv = nn.Conv(
       self.width, (self.kernel_size, self.kernel_size), strides=DETAIL_STRIDE, padding="VALID",
       use_bias=False, dtype=self.dtype, kernel_init=torch_uniform,
-      conv_general_dilated=CONVOLUTIONS.get(self.platform or jax.default_backend()),
+      conv_general_dilated=_convolution(self.platform),
     )  # fmt: skip
     self.query_norm, self.query = norm(), dense()
     self.key_norm, self.key = norm(), dense()

@@ -83,7 +83,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "one at a time")) for n in LAYOUTS]
+)
 def test_no_answer_depends_on_the_layout(
   name: str, model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:
