@@ -65,8 +65,7 @@ class Programs:
       one = jax.tree.map(self._of_layer, whole[part].get("layers", {}))
       places[part] = {name: whole[part].get(name, one) for name in tree}
     if _on(params, self.mesh):
-      with jax.set_mesh(self.mesh):
-        return jax.jit(build.unstack, out_shardings=places)(params)
+      return self._run("unstack", build.unstack, (params,), out=places)
     host = jax.tree.map(np.asarray, params)
     return jax.tree.map(mesh_lib.put, build.unstack(host), places)
 

@@ -24,7 +24,7 @@ from llava_sp_jax.models import layers
 SAVED = "attention"  # name of the output (and of splash's log-sum-exp) for remat policies
 BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
 LANES = 128  # the kernel's smallest tile
-# So few queries of a key head are multiplied one by one: XLA then reads keys twice as fast.
+# So few queries of a key head are multiplied one by one, where XLA then reads keys faster.
 ALONE = {"cpu": 4}
 
 

@@ -36,8 +36,8 @@ class Past(NamedTuple):
 class Block(nn.Module):
   """One layer; the second value is its new keys and values where there is a cache, else None.
 
-  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or None. `windowed` says whether the layer
-  sees only what `near` allows; both are None without a window.
+  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or None. `windowed` says
+  whether the layer sees only what `near` allows; both are None without a window.
   """
 
   heads: int

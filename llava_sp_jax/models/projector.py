@@ -298,7 +298,7 @@ def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__:
   return flat @ kernel.reshape(-1, kernel.shape[-1])
 
 
-# How details are convolved, where it is not as the compiler does it: one CPU device is four times
+# How details are convolved, where it is not as the compiler does it: on one CPU device that is much
 # slower for a kernel as large as these.
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
 

@@ -166,3 +166,21 @@ def test_dropout_counts_in_the_vector_unit() -> None:
 def test_no_module_is_an_error() -> None:
   with pytest.raises(hlo.HloError, match="ENTRY"):
     hlo.parse("nothing")
+
+
+def test_slices_run_beside_the_schedule() -> None:
+  """What is moved is the slice, not what it is taken from, and nothing waits before its end."""
+  array, part = "bf16[16,8,1024,128]{3,2,1,0}", "bf16[4,8,1024,128]{3,2,1,0:S(1)}"
+  text = f"""HloModule slices, is_scheduled=true
+
+ENTRY %main (p: bf16[16,8,1024,128]) -> bf16[4,8,1024,128] {{
+  %p = {array} parameter(0)
+  %slice-start = (({array}), {part}, s32[]{{:S(2)}}) slice-start(%p), slice={{[12:16], [0:8], [0:1024], [0:128]}}
+  ROOT %slice-done = {part} slice-done(%slice-start)
+}}
+"""
+  found = cost.Predictor(hlo.parse(text), V5E, PLACES).run()
+  moved = 4 * 8 * 1024 * 128 * 2
+  assert found.hbm_bytes == moved
+  assert found.seconds == pytest.approx(moved / V5E.chip.hbm_rate)
+  assert [entry.kind for entry in found.entries] == ["wait:copy"]
