@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval_sides import SIZES, WORKLOADS, Bench, write_images, write_tokenizer
+from eval_sides import SIZES, WORKERS, WORKLOADS, Bench, write_images, write_tokenizer
 
 ROWS = ("none", "pooling", "cropping")
 PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
