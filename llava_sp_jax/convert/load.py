@@ -21,6 +21,8 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.data import conversation, reading
+from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 
@@ -174,6 +176,19 @@ def verify_base(source: formats.Source) -> None:
       f"tower here ({source.base}, {source.tower}) have {found}; name the right ones with --base "
       "and --tower"
     )
+
+
+def verify_template(source: formats.Source) -> None:
+  """Compares the template of a multimodal checkpoint with its tokenizer.
+
+  Raises: FormatError when replies would end in a way that generation does not see.
+  """
+  if "projector" not in source.parts or not source.tokenizer:
+    return
+  name = source.config.data.template
+  config_lib.lookup("--template", name, conversation.TEMPLATES)
+  if why := reading.misfit(name, Tokenizer(source.tokenizer)):
+    raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
 
 
 def write(source: formats.Source, out: Path, dtype: str = "") -> None:

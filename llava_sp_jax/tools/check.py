@@ -43,13 +43,16 @@ def main(argv: list[str]) -> int:
   images = number(given, "images", 1000)
   samples = number(given, "samples", None)
   config = config_lib.override(load_recipe(given["config"]), overrides)
-  from llava_sp_jax.data import anyres, check
+  from llava_sp_jax.data import anyres, check, conversation, reading
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
 
   build.model(config.model)  # unknown names and sizes that do not fit
   tile = anyres.Tile(*build.tile_shape(config.model))
   tokenizer = Tokenizer(config.data.tokenizer)
+  config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
+  if why := reading.misfit(config.data.template, tokenizer):
+    raise config_lib.ConfigError(f"data.{why}")
   progress = Progress(samples)
   report = check.check(config.data, tokenizer, tile, images, samples, progress)
   print(table(report, config.data, time.monotonic() - progress.started))

@@ -56,6 +56,20 @@ def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFi
   assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
 
 
+def test_a_template_that_the_tokenizer_cannot_end(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Refused before a byte is written, with the templates that fit."""
+  out = tmp_path / "ours"
+  wanted = [str(a) for a in ("convert", LORA[0], out, *LORA[1:], "--template", "mpt")]
+  assert cli.main(wanted) == 1
+  said = capsys.readouterr().err
+  assert "template 'mpt': replies end with '<|im_end|>'" in said
+  assert "that fit: v1, vicuna_v1" in said
+  assert "name one with --template" in said
+  assert not out.exists()
+
+
 def test_a_merge_that_changes_the_answers_is_an_error(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
