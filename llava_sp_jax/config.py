@@ -104,6 +104,7 @@ class Model:
   lora: Lora = dataclasses.field(default_factory=Lora)
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations
+  matmul_precision: str = "auto"  # float32: highest; or as models.build.PRECISIONS says
   frozen_dtype: str = "bfloat16"  # of parameters that do not learn
   quantize: str = "none"  # the decoder's frozen kernels: a row of `models.quantize.FORMATS`
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
