@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from llava_sp_jax import __version__
+from llava_sp_jax import __version__, environment
 
 # command: (module under llava_sp_jax with `main(argv)`, what it does)
 COMMANDS = {
@@ -35,6 +35,9 @@ usage: llava-sp <command> [options]      llava-sp <command> --help
 commands:
 {rows}
 
+Compiled programs are kept for the next start in {environment.cache_folder()}
+(or where {environment.FOLDER} says); {environment.NO_CACHE} with any command does without.
+
 example:
   llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
   llava-sp generate --checkpoint runs/finetune --image x.png --question "what shape is present?"
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
   if name not in COMMANDS:
     print(f"llava-sp: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
+  if not {"-h", "--help"} & set(rest):
+    rest = environment.prepare(rest)
   try:
     code: int | None = importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
   except (ValueError, OSError, RuntimeError) as error:

@@ -19,10 +19,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import environment
 
 MEET_SECONDS = 3600
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
+PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
 
 Environment = Mapping[str, str]
 
@@ -51,10 +53,13 @@ def detected(environment: Environment) -> str | None:
   return next((name for name, here in ENVIRONMENTS if here(environment)), None)
 
 
-def start(flags: Mapping[str, str] | None = None, peer_seconds: int = 100) -> None:
+def start(
+  flags: Mapping[str, str] | None = None, peer_seconds: int = 100, shared: str = ""
+) -> None:
   """Joins the other processes: by `flags` (names of FLAGS), or as the environment says; once.
 
   A process that is not heard of for `peer_seconds` is dead, and ends all others with a message.
+  Compiled programs are then kept below `shared`, a folder that all processes see, or not at all.
 
   Raises: ConfigError for flags that do not describe a process, before anything is waited for.
   """
@@ -66,6 +71,22 @@ def start(flags: Mapping[str, str] | None = None, peer_seconds: int = 100) -> No
     jax.distributed.initialize(coordinator, count, index, **waits)  # type: ignore[arg-type]
   elif detected(os.environ):
     jax.distributed.initialize(**waits)  # type: ignore[arg-type]
+  if jax.distributed.is_initialized():
+    _share_programs(shared)
+
+
+def _share_programs(folder: str) -> None:
+  """Replaces the cache of this host's user by one that all processes read alike.
+
+  JAX's first process alone writes. One that reads a program which the others compile would leave
+  them waiting where they tune it together (GPUs). A folder that the user names stays.
+  """
+  if os.environ.get(environment.FOLDER) != str(environment.cache_folder()):
+    return
+  if folder:
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/{PROGRAMS}")
+  else:
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:

@@ -6,5 +6,8 @@
 #   bash scripts/demo.sh --help                all options
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+case " $* " in
+  *" --help "* | *" -h "*) exec python3 scripts/run_easy_vqa.py --help ;;  # needs no environment
+esac
 prepare_environment report,gguf
 exec .venv/bin/python scripts/run_easy_vqa.py "$@"

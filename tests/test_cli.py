@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import llava_sp_jax
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import train as train_tool
@@ -41,6 +43,24 @@ def test_help_is_quick_and_has_an_example(command: str) -> None:
   assert done.stderr == ""
   assert f"llava-sp {command}".strip() in done.stdout.partition("example:")[2]
   assert seconds < HELP_SECONDS
+
+
+def test_the_demo_s_help_needs_no_environment(tmp_path: Path) -> None:
+  shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
+  done = subprocess.run(
+    ["bash", "scripts/demo.sh", "--help"], capture_output=True, text=True, cwd=tmp_path,
+    timeout=20, check=True,
+  )  # fmt: skip
+  assert {"--row", "--seed", "--scale"} <= set(done.stdout.split())
+  assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+def test_the_package_runs_as_a_command_too() -> None:
+  done = subprocess.run(
+    [sys.executable, "-m", "llava_sp_jax", "--version"], capture_output=True, text=True,
+    cwd=REPOSITORY, check=True,
+  )  # fmt: skip
+  assert done.stdout == f"{llava_sp_jax.__version__}\n"
 
 
 def test_help_lists_every_command() -> None:

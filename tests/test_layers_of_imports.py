@@ -23,7 +23,7 @@ LAYERS = (
   ("version", r"__init__"),
   (
     "ground",
-    r"config|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
+    r"config|environment|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
     r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
@@ -34,7 +34,7 @@ LAYERS = (
   ("planning", r"plan\..*"),
   ("evaluating", r"eval\..*"),
   ("tools", r"tools\..*"),
-  ("cli", r"cli"),
+  ("cli", r"cli|__main__"),
 )
 
 # (who, what it does not import): regular expressions over module names.
@@ -45,7 +45,7 @@ EXCLUDING = (
   (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
   (
     r"convert\.(layout|tables|torch_|gguf)",
-    r"config|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
+    r"config|environment|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (
@@ -59,7 +59,7 @@ WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
   (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
-  (r"(config|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
+  (r"(config|environment|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )
 

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax import processes
   from llava_sp_jax.train import loop
 
-  processes.start(process, config.train.peer_seconds)
+  processes.start(process, config.train.peer_seconds, workdir)
   evaluator = None
   if config.evaluate.every:
     from llava_sp_jax.eval import in_loop
