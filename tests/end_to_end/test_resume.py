@@ -183,7 +183,9 @@ def test_what_does_not_change_the_numbers_may_change(
   unbroken: Path, config: config_lib.Config
 ) -> None:
   train = dataclasses.replace(config.train, save_every=5, log_every=2, keep=4)
-  checkpoint.check_config(unbroken, dataclasses.replace(on_eight_devices(config), train=train))
+  data = dataclasses.replace(config.data, threads=config.data.threads + 1, processes=3)
+  changed = dataclasses.replace(on_eight_devices(config), train=train, data=data)
+  checkpoint.check_config(unbroken, changed)
 
 
 @pytest.fixture
