@@ -75,6 +75,17 @@ def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
   assert not (tmp_path / "gone.jsonl").exists()
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
+  """`keep` of them, and one more while it is written: what docs/pods.md sizes the disk by."""
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+  for step in range(1, 6):
+    checkpoints.save(step, {"a": jnp.full(3, step)}, {"b": jnp.zeros(2)}, {"step": step})
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= keep + 1
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path) == list(range(6 - keep, 6))
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
   with pytest.raises(checkpoint.CheckpointError, match=r"not a run folder \(no config.json\)"):
     checkpoint.read_config(tmp_path)

@@ -130,8 +130,10 @@ def _cast(leaf: Leaf, dtype: str) -> Leaf:
   return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
 
 
-def open_any(path: str | Path, options: formats.Options) -> formats.Source:
+def open_any(path: str | Path, options: formats.Options, verify: bool = True) -> formats.Source:
   """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError.
+
+  Without `verify` no values are read, and the base of a run of ours is taken as it is.
 
   A base that was quantised for training comes as the floats that its codes stand for: they are what
   adapters were trained on, and what a merged model must hold to answer alike. Adapters alone go
@@ -139,7 +141,7 @@ def open_any(path: str | Path, options: formats.Options) -> formats.Source:
   """
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
-  own = open_own(path)
+  own = open_own(path, verify)
   parts = tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in own.leaves))
   form = build.quantisation(own.config.model)
   model = build.unquantised(own.config.model)
@@ -149,7 +151,7 @@ def open_any(path: str | Path, options: formats.Options) -> formats.Source:
     base=options.base or own.about.get("base", ""), tower=options.tower or own.about.get("tower", ""),
     fingerprint=own.fingerprint,
   )  # fmt: skip
-  if not form:
+  if not form or not verify:
     return source
   named = dataclasses.replace(source, leaves=own.originals) if source.base else source
   return dataclasses.replace(source, fingerprint=base_fingerprint(named))

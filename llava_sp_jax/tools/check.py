@@ -33,16 +33,7 @@ def main(argv: list[str]) -> int:
   if {"--help", "-h"} & set(argv):
     print(USAGE, end="")
     return 0
-  given = flags(argv)
-  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
-  unknown = sorted(set(given) - {"config", "images", "samples", *overrides})
-  if unknown or not given.get("config"):
-    problems = [] if given.get("config") else ["no --config"]
-    problems += [f"unknown --{name}" for name in unknown]
-    raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
-  images = number(given, "images", 1000)
-  samples = number(given, "samples", None)
-  config = config_lib.override(load_recipe(given["config"]), overrides)
+  config, images, samples = read(argv)
   from llava_sp_jax.data import anyres, check, conversation, reading
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
@@ -57,6 +48,19 @@ def main(argv: list[str]) -> int:
   report = check.check(config.data, tokenizer, tile, images, samples, progress)
   print(table(report, config.data, time.monotonic() - progress.started))
   return 0 if report.passed else 1
+
+
+def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
+  """The config with its overrides, --images and --samples. Raises: ConfigError, FileNotFoundError."""
+  given = flags(argv)
+  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
+  unknown = sorted(set(given) - {"config", "images", "samples", *overrides})
+  if unknown or not given.get("config"):
+    problems = [] if given.get("config") else ["no --config"]
+    problems += [f"unknown --{name}" for name in unknown]
+    raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
+  counts = number(given, "images", 1000), number(given, "samples", None)
+  return config_lib.override(load_recipe(given["config"]), overrides), *counts
 
 
 def number(given: dict[str, str], name: str, default: int | None) -> int | None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llava_sp_jax import cli
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax import checkpoint, cli
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import formats, leaves, load, save, stream
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source
@@ -68,6 +69,30 @@ def test_a_template_that_the_tokenizer_cannot_end(
   assert "that fit: v1, vicuna_v1" in said
   assert "name one with --template" in said
   assert not out.exists()
+
+
+def subclasses(kind: type) -> list[type]:
+  return [kind, *(c for child in kind.__subclasses__() for c in subclasses(child))]
+
+
+def test_inspect_reads_no_values(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Neither of a torch folder, nor of ours, nor of the base of a run; only a fingerprint needs them."""
+  ours, run = tmp_path / "ours", tmp_path / "run"
+  whole = source("pooling")
+  load.write(whole, ours)
+  init = config_lib.Init(checkpoint=str(ours))
+  checkpoint.write_config(run, dataclasses.replace(checkpoint.read_config(ours), init=init))
+  (run / "checkpoints").mkdir()
+  trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
+  stream.write(run, trained, {"fingerprint": "another"}, stream.Progress(1))
+  for kind in subclasses(leaves.Leaf):
+    monkeypatch.setattr(kind, "read", lambda self, index=None: pytest.fail(f"{self.path} is read"))
+  for given in (LORA, [str(ours)], [str(run)]):
+    assert "projector       row " in llava_sp(capsys, "inspect", *given)
+    with pytest.raises(pytest.fail.Exception, match="is read"):
+      cli.main(["inspect", *given, "--fingerprint"])
 
 
 def test_a_merge_that_changes_the_answers_is_an_error(

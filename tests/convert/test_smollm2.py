@@ -177,7 +177,7 @@ def test_every_token_is_the_one_that_transformers_prefers(answers, tokenizer, or
   assert "Paris" in answers[0].text  # the weights mean something
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_greedy_text_equals_transformers_generate(answers, tokenizer, oracle) -> None:
   import torch
 
@@ -294,7 +294,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
   """Two steps of each stage, evaluation and report, through the command line."""
   tokenizer, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"

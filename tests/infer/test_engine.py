@@ -98,7 +98,7 @@ def test_no_answer_depends_on_the_layout(
   [
     (4, 1, 1),
     pytest.param((2, 2, 2), marks=pytest.mark.slow),
-    pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    pytest.param((1, 4, 2), marks=pytest.mark.guard),
   ],
 )
 def test_no_answer_depends_on_the_mesh(

@@ -159,7 +159,7 @@ def test_gradients_of_the_first_step(squares: Any, images: int, dead: list[str])
   assert [line.strip().partition(":")[0] for line in lines] == dead
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_a_dead_decoder_is_refused_and_nothing_is_kept(
   tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:

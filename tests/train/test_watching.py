@@ -72,7 +72,6 @@ def unwatched(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
   return folder
 
 
-@pytest.mark.slow
 def test_watching_changes_no_bit(watched: Path, unwatched: Path) -> None:
   ours, theirs = records(watched), records(unwatched)
   assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
