@@ -19,10 +19,12 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,15 @@ SITES = REPOSITORY / TESTS / "mutations"
 LIMIT = 900  # seconds; a mutation that makes tests hang is noticed
 NOTICED, SURVIVED = "noticed", "not noticed"
 PASSED, FAILED, INTERRUPTED = 0, 1, 2  # of pytest's exit codes
+
+# Processes for tests begin as copies of one that has imported what is slow to import.
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["pytest", "jax", "flax.linen", "optax", "orbax.checkpoint", "grain"]
+ENVIRONMENT = {  # jax reads these when it is imported
+  "JAX_PLATFORMS": "cpu",
+  "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax-tests"),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+}
 
 
 class SiteError(ValueError):
@@ -114,28 +125,41 @@ def copy_tree(target: Path) -> None:
 
 def run_tests(root: Path, tests: Iterable[str], *options: str) -> tuple[int, str]:
   """(pytest's exit code, what it printed); FAILED when it hangs."""
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax-tests"))
-  environment = {**os.environ, "PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": cache}
-  command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *options]
-  files = [f"{TESTS}/{test}" for test in tests]
-  try:
-    done = subprocess.run(
-      [*command, *files], cwd=root, env=environment, text=True, capture_output=True,
-      timeout=LIMIT, check=False,
-    )  # fmt: skip
-  except subprocess.TimeoutExpired:
+  arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *options]
+  arguments += [f"{TESTS}/{test}" for test in tests]
+  log = root.with_suffix(".log")
+  child = FORKS.Process(target=_child, args=(str(root), arguments, str(log)))
+  child.start()
+  child.join(LIMIT)
+  if child.is_alive():
+    os.killpg(child.pid or 0, signal.SIGKILL)
+    child.join()
     return FAILED, f"no end within {LIMIT} s"
-  return done.returncode, done.stdout + done.stderr
+  return child.exitcode or 0, log.read_text(errors="replace")
+
+
+def _child(root: str, arguments: list[str], log: str) -> None:
+  """pytest in a process where the libraries are imported already, and nothing of the package is."""
+  os.setsid()  # so that what it starts can be ended with it
+  os.chdir(root)
+  sys.path.insert(0, root)
+  os.environ["PYTHONPATH"] = root
+  output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  for stream in (1, 2):
+    os.dup2(output, stream)
+  import pytest
+
+  sys.exit(int(pytest.main(arguments)))
 
 
 def judge(code: int, printed: str) -> tuple[str, str]:
-  """(outcome, by) of a run. Raises: RuntimeError when no test ran."""
+  """(outcome, by) of a run. Raises: RuntimeError when no test decided."""
   if code == PASSED:
     return SURVIVED, ""
-  if code not in (FAILED, INTERRUPTED):
+  failed = re.search(r"^(?:FAILED|ERROR) (\S+)|^no end within .*", printed, re.MULTILINE)
+  if code not in (FAILED, INTERRUPTED) or not failed:
     raise RuntimeError(f"pytest ended with {code}:\n{printed[-2000:]}")
-  failed = re.search(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
-  return NOTICED, failed[1] if failed else printed.strip().splitlines()[-1]
+  return NOTICED, failed[1] or failed[0]
 
 
 def attempt(site: Site, root: Path, stamp: float) -> Record:
@@ -158,6 +182,9 @@ def attempt(site: Site, root: Path, stamp: float) -> Record:
 
 def run(chosen: Sequence[Site], jobs: int, baseline: bool) -> Iterable[Record]:
   """Records in the order in which they are ready. Raises: RuntimeError when tests fail unchanged."""
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  FORKS.set_forkserver_preload(PRELOADED)
   with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
     roots: queue.Queue[Path] = queue.Queue()
     for number in range(jobs):
