@@ -235,7 +235,7 @@ def test_what_is_held_out_never_trains(
     rows = iterator.stream.epoch(0)
     seen[part] = [i for row in rows for i in row.samples]
     assert sorted(seen[part]) == list(held_out.samples(held, part, COUNT)) == list(iterator.usable)
-  assert sorted(sum(seen.values(), [])) == list(range(COUNT))
+  assert sorted(i for part in seen.values() for i in part) == list(range(COUNT))
 
 
 def test_what_is_held_out_is_not_augmented(data: config_lib.Data, tokenizer: Tokenizer) -> None:
