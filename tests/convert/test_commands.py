@@ -124,13 +124,14 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
   save.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
   model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-  recipe = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj",
+  recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj",
     "o_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)  # fmt: skip
   adapted = peft.get_peft_model(model, recipe).eval()
   adapted.save_pretrained(tmp_path / "adapter")
   llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")
   opened = load.open_any(tmp_path / "ours", formats.Options())
-  assert opened.config.model.lora.rank == 2
+  lora = opened.config.model.lora
+  assert (lora.rank, lora.alpha) == (2, 5.0)
   whole = source("none", lora=opened.config.model.lora)
   whole = dataclasses.replace(whole, leaves={**whole.leaves, **opened.leaves})
   close(run(whole, TOKENS), adapted(torch.tensor(TOKENS)).logits[0])
