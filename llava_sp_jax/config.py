@@ -34,6 +34,7 @@ class Tower:
   heads: int = 16
   mlp_width: int = 4096
   select_layer: int = -2  # index into the hidden states, as in LLaVA; -2 leaves the last block out
+  initializer_range: float = 0.02  # standard deviation of random class and position embeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

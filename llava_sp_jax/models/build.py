@@ -57,6 +57,7 @@ def model(config: config_lib.Model) -> LlavaSP:
       variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
       width=tower.width, layers=tower.layers, heads=tower.heads, mlp_width=tower.mlp_width,
       select_layer=tower.select_layer, scan_unroll=config.scan_unroll, dtype=dtype,
+      initializer_range=tower.initializer_range,
     ),
     projector=Projector(
       projector.row, projector.token_width, text.width, dtype, view_sizes(config),
