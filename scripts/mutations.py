@@ -18,7 +18,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import queue
@@ -32,6 +31,8 @@ import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from llava_sp_jax import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "llava_sp_jax", "tests"
@@ -241,25 +242,15 @@ def markdown(records: Sequence[Record], commit: str) -> str:
 
 def write(out: Path, records: dict[str, Record]) -> None:
   """OUT.json and OUT.md, in the order of the files."""
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True,
-    check=True,
-  ).stdout.strip()  # fmt: skip
   ordered = sorted(records.values(), key=lambda r: (r.room, r.file, r.line))
-  about = {"commit": commit, "command": " ".join(sys.argv)}
-  values = {**about, "sites": [dataclasses.asdict(r) for r in ordered]}
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
-  out.with_suffix(".md").write_text(markdown(ordered, commit))
+  provenance.write(out, [dataclasses.asdict(r) for r in ordered])
+  out.with_suffix(".md").write_text(markdown(ordered, provenance.commit()))
 
 
 def read(out: Path | None, known: Iterable[Site]) -> dict[str, Record]:
   """Records that OUT.json already has, of sites that still exist, by `file old new`."""
-  path = out.with_suffix(".json") if out else None
-  if not path or not path.is_file():
-    return {}
   keys = {key(site) for site in known}
-  found = (Record(**values) for values in json.loads(path.read_text())["sites"])
+  found = (Record(**values) for values in (provenance.read(out, []) if out else []))
   return {key(record): record for record in found if key(record) in keys}
 
 
