@@ -156,13 +156,13 @@ class Bench:
 
   def torch_answers(self, requests: list[Any], new: int, workers: int) -> dict[str, Any]:
     """The other side asks the same ids."""
-    from llava_sp_jax.data import conversation, example
+    from llava_sp_jax.data import conversation, reading
 
     template = conversation.TEMPLATES[self.config.data.template]
     stop, rows = self.model.tokenizer.stop_ids(template.end), []
     for request in requests:
       pieces = conversation.prompt(f"{conversation.IMAGE}\n{request.question}", template)
-      runs = example.tokenize(pieces, self.model.tokenizer)
+      runs = reading.tokenize(pieces, self.model.tokenizer)
       rows.append({"image": str(request.images[0]), "ids": [i for run in runs for i in run.ids]})
     found = self.torch.do("answers", rows=rows, new=new, workers=workers, stop=list(stop),
                           size=TOWER["image_size"])  # fmt: skip

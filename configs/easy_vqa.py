@@ -1,8 +1,9 @@
 """Small LLaVA-SP from scratch on easy-VQA: llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
 
-Options after the colon, separated by commas: row=none|pooling|cropping, stage=pretrain|finetune,
-init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>, seed=0,
-scale=1 (multiplies the steps of both stages).
+Options after the colon, separated by commas: row=none|pooling|cropping or any other of the
+projector's rows, scales=2+4+8 (sizes of the row's views in patches; empty: its own),
+stage=pretrain|finetune, init=<stage 1's run folder> (finetune), data=<folder of
+scripts/prepare_easy_vqa.py>, seed=0, scale=1 (multiplies the steps of both stages).
 
 No pretrained weights are used: stage 1 also trains the small tower and decoder (in the paper they
 are CLIP and Vicuna, and frozen). Stage 2 is the paper's: LoRA on the decoder's seven linear layers,
@@ -11,17 +12,27 @@ and the projector at a learning rate of its own.
 
 from ml_collections import ConfigDict
 
-from llava_sp_jax.config import lookup, parse_arg
+from llava_sp_jax.config import ConfigError, Model, from_dict, lookup, parse_arg
 
-PATCHES, SPATIAL = 64, 6  # tokens of one image
+TOWER = {"variant": "clip", "image_size": 64, "patch_size": 8, "width": 96, "layers": 3,
+         "heads": 2, "mlp_width": 384, "select_layer": -1}  # fmt: skip
 TURNS = 8  # questions of an image in one row
+BATCH = 8  # rows: their activations fit into the caches of a CPU's core
 
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(
-    arg, row="pooling", stage="pretrain", init="", data="data/easy_vqa", seed=0, scale=1.0
+    arg,
+    row="pooling",
+    scales="",
+    stage="pretrain",
+    init="",
+    data="data/easy_vqa",
+    seed=0,
+    scale=1.0,
   )
-  image_tokens = PATCHES + (0 if arg.row == "none" else SPATIAL)
+  projector = {"row": arg.row, "token_width": 64, "scales": sizes(arg.scales)}
+  image_tokens = tokens_of_an_image(projector)
   stages = {
     "pretrain": {
       "data": {"path": f"{arg.data}/captions.json", "template": "plain",
@@ -29,14 +40,14 @@ def get_config(arg: str = "") -> ConfigDict:
       # The tower learns from scratch through a decoder that does too: a slower decoder helps it.
       "optimizer": {"stage": "pretrain_all", "learning_rate": 5e-4,
                     "projector_learning_rate": 2e-3, "warmup_ratio": 0.05},
-      "train": {"steps": int(1500 * arg.scale), "batch_size": 32},
+      "train": {"steps": int(6000 * arg.scale), "batch_size": BATCH},
       "lora": {"rank": 0},
     },
     "finetune": {
       "data": {"path": f"{arg.data}/train.json", "template": "v1", "turns": "branch",
                "turns_per_row": TURNS, "row_length": image_tokens + 32 + 15 * TURNS},
       "optimizer": {"stage": "finetune", "learning_rate": 2e-3, "projector_learning_rate": 1e-3},
-      "train": {"steps": int(750 * arg.scale), "batch_size": 32},
+      "train": {"steps": int(2000 * arg.scale), "batch_size": BATCH},
       "lora": {"rank": 32, "alpha": 64.0, "dropout": 0.0},
     },
   }  # fmt: skip
@@ -44,17 +55,30 @@ def get_config(arg: str = "") -> ConfigDict:
   return ConfigDict({
     "name": f"easy_vqa-{arg.row}-{arg.stage}",
     "model": {
-      "tower": {"variant": "clip", "image_size": 64, "patch_size": 8, "width": 96, "layers": 3,
-                "heads": 2, "mlp_width": 384, "select_layer": -1},
+      "tower": TOWER,
       "language_model": {"vocab_size": 512, "width": 96, "layers": 2, "heads": 4, "kv_heads": 4,
                          "head_dim": 24, "mlp_width": 256, "initializer_range": 0.1},
-      "projector": {"row": arg.row, "token_width": 64},
+      "projector": projector,
       "lora": stage["lora"],
       "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 8, "remat": "none",
     },
     "data": {"image_folder": f"{arg.data}/images", "tokenizer": f"{arg.data}/tokenizer",
              "augment": "mirror_shift", **stage["data"]},
     "optimizer": {"b2": 0.98, **stage["optimizer"]},
-    "train": {"seed": arg.seed, "log_every": 50, "save_every": 400, **stage["train"]},
+    "train": {"seed": arg.seed, "log_every": 100, "save_every": 1000, **stage["train"]},
     "init": {"checkpoint": arg.init},
   })  # fmt: skip
+
+
+def sizes(text: str) -> list[int]:
+  """`2+4+8` as numbers. Raises: ConfigError."""
+  if not text.replace("+", "").isdigit() and text:
+    raise ConfigError(f"option scales: expected sizes such as 2+4+8, found {text!r}")
+  return [int(size) for size in text.split("+") if size]
+
+
+def tokens_of_an_image(projector: dict) -> int:
+  """Spatial tokens and patches. Raises: ConfigError for a row or sizes that do not exist."""
+  from llava_sp_jax.models import build
+
+  return build.image_token_count(from_dict({"tower": TOWER, "projector": projector}, Model))

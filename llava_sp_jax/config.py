@@ -34,6 +34,7 @@ class Tower:
   heads: int = 16
   mlp_width: int = 4096
   select_layer: int = -2  # index into the hidden states, as in LLaVA; -2 leaves the last block out
+  initializer_range: float = 0.02  # standard deviation of random class and position embeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Model:
   lora: Lora = dataclasses.field(default_factory=Lora)
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations
+  matmul_precision: str = "auto"  # float32: highest; or as models.build.PRECISIONS says
   frozen_dtype: str = "bfloat16"  # of parameters that do not learn
   quantize: str = "none"  # the decoder's frozen kernels: a row of `models.quantize.FORMATS`
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU

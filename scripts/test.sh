@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
 # Makes the environment and passes the tests: format, lint, types, tests. Arguments go to pytest.
 #
-#   bash scripts/test.sh              the default suite
-#   bash scripts/test.sh -m slow      the slow ones
+#   bash scripts/test.sh              the default suite: 15 minutes on two cores
+#   bash scripts/test.sh --guards     the slow tests that hold a promise of README or docs: 25 minutes
+#   bash scripts/test.sh -m slow      the other slow ones: the same promises in more cases
+#
+# --guards comes first where other arguments follow. It installs the TPU compiler, tensorboardX and
+# wandb as well (0.8 GB), and leaves format, lint and types to the default suite.
 set -euo pipefail
+guards=false
+[ "${1:-}" != --guards ] || { guards=true; shift; }
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment test,report,gguf,xlsx
+extras=test,report,gguf,xlsx
+"$guards" && extras+=,guards
+prepare_environment "$extras"
 unset XLA_FLAGS
+# A file of tests stays in one process: what its tests share is made once.
+tests=(.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20 -rs)
+"$guards" && exec "${tests[@]}" -m "guard and not slow" "$@"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-# A file of tests stays in one process: what its tests share is made once.
-.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20 "$@"
+exec "${tests[@]}" "$@"

@@ -105,7 +105,7 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
         "language_model": {"vocab_size": VOCAB_SIZE, "width": 32, "layers": 2, "heads": 4,
                            "kv_heads": 2, "head_dim": 8, "mlp_width": 64},
         "projector": {"row": row, "token_width": 16},
-        "lora": {"rank": 0 if captions else 8, "alpha": 16.0, "dropout": 0.05},
+        "lora": {"rank": 0 if captions else 8, "alpha": 20.0, "dropout": 0.05},
         "dtype": "float32", "frozen_dtype": "float32", "remat": "none",
       },
       "data": {"path": str(tiny_data / f"{'captions' if captions else 'train'}.json"),
@@ -113,7 +113,7 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
                "tokenizer": str(tiny_data / "tokenizer"),
                "template": "plain" if captions else "v1",
                "row_length": 64 if captions else 208, "threads": 2},
-      "optimizer": {"stage": stage, "learning_rate": 1e-2, "projector_learning_rate": 1e-2},
+      "optimizer": {"stage": stage, "learning_rate": 1e-2, "projector_learning_rate": 5e-3},
       "train": {"steps": 4, "batch_size": 8, "log_every": 1, "save_every": 100},
     }  # fmt: skip
     return config_lib.from_dict(merged(values, changes))

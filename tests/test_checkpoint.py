@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llava_sp_jax import checkpoint
+from llava_sp_jax import config as config_lib
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
 
@@ -75,6 +79,17 @@ def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
   assert not (tmp_path / "gone.jsonl").exists()
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
+  """`keep` of them, and one more while it is written: what docs/pods.md sizes the disk by."""
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+  for step in range(1, 6):
+    checkpoints.save(step, {"a": jnp.full(3, step)}, {"b": jnp.zeros(2)}, {"step": step})
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= keep + 1
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path) == list(range(6 - keep, 6))
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
   with pytest.raises(checkpoint.CheckpointError, match=r"not a run folder \(no config.json\)"):
     checkpoint.read_config(tmp_path)
@@ -98,3 +113,82 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(
   config = tiny_config(model={"language_model": {"vocab_size": 64}})
   with pytest.raises(ValueError, match=r"data.tokenizer: \d+ tokens, but .*vocab_size is 64"):
     loop.train(config, tmp_path / "run")
+
+
+# What may be given otherwise when a run goes on; everything else decides its numbers or its files.
+MAY_CHANGE = {
+  "config.train.log_every", "config.train.save_every", "config.train.keep", "config.train.sinks",
+  "config.train.peak_tflops", "config.train.preflight", "config.train.validate_every",
+  "config.train.validate_batches", "config.train.max_nonfinite", "config.train.peer_seconds",
+  "config.train.stall_seconds", "config.data.threads", "config.data.processes",
+  "config.data.validation_path", "config.mesh.data", "config.mesh.fsdp", "config.mesh.tensor",
+  "config.mesh.base", "config.mesh.slices", "config.evaluate.every", "config.evaluate.task",
+  "config.evaluate.data", "config.evaluate.limit", "config.evaluate.batch_size",
+}  # fmt: skip
+
+
+def keys(values: Any, at: str = "config") -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(values):
+    value = getattr(values, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from keys(value, f"{at}.{field.name}")
+    else:
+      yield f"{at}.{field.name}", value
+
+
+def another(value: Any) -> Any:
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, tuple):
+    return (*value, *(value[-1:] or ("x",)))
+  return f"{value}x" if isinstance(value, str) else value + 1
+
+
+def changed(values: Any, key: str, value: Any) -> Any:
+  name, _, rest = key.partition(".")
+  return dataclasses.replace(
+    values, **{name: changed(getattr(values, name), rest, value) if rest else value}
+  )
+
+
+@pytest.mark.parametrize("key", [key for key, _ in keys(config_lib.Config())])
+def test_every_key_is_refused_when_a_run_goes_on_unless_it_is_listed(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+  config = config_lib.Config()
+  checkpoint.write_config(tmp_path, config)
+  old = dict(keys(config))[key]
+  other = changed(config, key.removeprefix("config."), another(old))
+  checkpoint.check_config(tmp_path, other)  # nothing was trained yet
+  monkeypatch.setattr(checkpoint, "steps", lambda folder: [3])
+  checkpoint.check_config(tmp_path, config)
+  if key in MAY_CHANGE:
+    checkpoint.check_config(tmp_path, other)
+    return
+  with pytest.raises(checkpoint.CheckpointError) as error:
+    checkpoint.check_config(tmp_path, other)
+  (line,) = (x.strip() for x in str(error.value).splitlines() if x.startswith("  "))
+  assert line == f"{key}: {another(old)!r} here, {old!r} there"
+
+
+def test_the_list_names_keys_that_there_are() -> None:
+  assert {key for key, _ in keys(config_lib.Config())} >= MAY_CHANGE
+
+
+def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None:
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  made = checkpoint.Checkpoints(tmp_path, keep=3)
+  assert made.latest is None
+  for step in (1, 2, 4):
+    params = {"a/x": jax.device_put(jnp.full(3, float(step)), place)}
+    made.save(step, params, {"m": params["a/x"] + 1}, {"told": step})
+  made.close()
+  made = checkpoint.Checkpoints(tmp_path, keep=3)
+  assert made.latest == 4
+  like = jax.device_put(jnp.zeros(3), place)
+  number, params, moments, about = made.restore({"a/x": like}, {"m": like})
+  assert (number, about) == (4, {"told": 4})
+  np.testing.assert_array_equal(params["a/x"], np.full(3, 4.0))
+  np.testing.assert_array_equal(moments["m"], np.full(3, 5.0))
+  made.close()
+  assert checkpoint.steps(tmp_path) == [1, 2, 4]

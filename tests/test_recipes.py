@@ -145,6 +145,41 @@ def test_every_row_makes_a_step_of_shapes(name: str, row: str) -> None:
   assert (sum(path.startswith("projector/") for path in learning) > patch_mlp) == bool(spatial)
 
 
+PODS = (REPOSITORY / "docs" / "pods.md").read_text()
+SIZE = re.compile(
+  r"^\| (stage .*), 7B / 13B, `(\w+)` \| ([\d,]+) M / ([\d,]+) M \| ([\d.]+) / ([\d.]+) GB \|$",
+  re.M,
+)
+STAGES = {"stage 1": "pretrain", "stage 2 with LoRA": "finetune_lora"}
+
+
+@pytest.mark.parametrize("line", SIZE.findall(PODS), ids=lambda line: f"{line[0]} {line[1]}")
+def test_what_learns_and_what_a_checkpoint_takes(line: tuple[str, ...]) -> None:
+  """The table by which docs/pods.md sizes the disk, from shapes."""
+  stage, row, *figures = line
+  found = []
+  for size in SIZES:
+    config = recipe(STAGES[stage], f"size={size},row={row}")
+    trainable, frozen = jax.eval_shape(
+      functools.partial(state.split, config=config), build.abstract(config.model)
+    )
+    tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
+    start = jax.eval_shape(functools.partial(state.start, tx=tx), trainable, frozen)
+    saved = jax.tree.leaves((start.trainable, start.opt_state))
+    found.append(
+      (sum(x.size for x in trainable.values()), sum(x.size * x.dtype.itemsize for x in saved))
+    )
+  (small, small_bytes), (large, large_bytes) = found
+  assert figures == [
+    f"{small / 1e6:,.0f}", f"{large / 1e6:,.0f}",
+    f"{small_bytes / 1e9:.1f}", f"{large_bytes / 1e9:.1f}",
+  ]  # fmt: skip
+
+
+def test_the_table_of_sizes_is_found() -> None:
+  assert len(SIZE.findall(PODS)) == PODS.count("7B / 13B, `") == 3
+
+
 def lower(name: str, options: str) -> str:
   config = recipe(name, options)
   mesh = mesh_lib.create(MESH, config.train.batch_size)

@@ -21,6 +21,8 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.data import conversation, reading
+from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 
@@ -128,8 +130,10 @@ def _cast(leaf: Leaf, dtype: str) -> Leaf:
   return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
 
 
-def open_any(path: str | Path, options: formats.Options) -> formats.Source:
+def open_any(path: str | Path, options: formats.Options, verify: bool = True) -> formats.Source:
   """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError.
+
+  Without `verify` no values are read, and the base of a run of ours is taken as it is.
 
   A base that was quantised for training comes as the floats that its codes stand for: they are what
   adapters were trained on, and what a merged model must hold to answer alike. Adapters alone go
@@ -137,7 +141,7 @@ def open_any(path: str | Path, options: formats.Options) -> formats.Source:
   """
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
-  own = open_own(path)
+  own = open_own(path, verify)
   parts = tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in own.leaves))
   form = build.quantisation(own.config.model)
   model = build.unquantised(own.config.model)
@@ -147,7 +151,7 @@ def open_any(path: str | Path, options: formats.Options) -> formats.Source:
     base=options.base or own.about.get("base", ""), tower=options.tower or own.about.get("tower", ""),
     fingerprint=own.fingerprint,
   )  # fmt: skip
-  if not form:
+  if not form or not verify:
     return source
   named = dataclasses.replace(source, leaves=own.originals) if source.base else source
   return dataclasses.replace(source, fingerprint=base_fingerprint(named))
@@ -174,6 +178,19 @@ def verify_base(source: formats.Source) -> None:
       f"tower here ({source.base}, {source.tower}) have {found}; name the right ones with --base "
       "and --tower"
     )
+
+
+def verify_template(source: formats.Source) -> None:
+  """Compares the template of a multimodal checkpoint with its tokenizer.
+
+  Raises: FormatError when replies would end in a way that generation does not see.
+  """
+  if "projector" not in source.parts or not source.tokenizer:
+    return
+  name = source.config.data.template
+  config_lib.lookup("--template", name, conversation.TEMPLATES)
+  if why := reading.misfit(name, Tokenizer(source.tokenizer)):
+    raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
 
 
 def write(source: formats.Source, out: Path, dtype: str = "") -> None:

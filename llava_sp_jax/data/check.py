@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import anyres, conversation, example, sources
+from llava_sp_jax.data import anyres, conversation, example, reading, sources
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class Checker:
     self._data, self._tokenizer = data, tokenizer
     self._reader = anyres.Reader(data, tile)
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
-    self._turns = lookup("data.turns", data.turns, conversation.TURNS)
+    lookup("data.turns", data.turns, conversation.TURNS)
     make_source = lookup("data.source", data.source, sources.SOURCES)
     self._folder = Path(data.image_folder)
     self.source = make_source(data.path, data.image_folder, self._reader)
@@ -129,7 +129,7 @@ class Checker:
     """Length of a sample's row before it is cut off, and what is wrong with the row."""
     try:
       turns = conversation.turns_of(sample)
-      runs = example.tokenize(self._turns(turns, self._template), self._tokenizer)
+      runs = reading.dialogue(turns, self._template, self._data.turns, self._tokenizer)
       row = example.layout(runs, plans, self._data.row_length, self._data.images_per_row)
     except SampleError as error:
       return 0, (Problem("cannot be used", str(error)),)

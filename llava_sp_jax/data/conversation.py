@@ -148,9 +148,12 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
+  """Text of one role. `end` is the length of the mark that closes a reply, the last of its text."""
+
   text: str
   learn: bool
   branch: int  # 0 is the trunk, which every branch sees
+  end: int = 0
 
 
 Turns = list[tuple[str, str | None]]
@@ -234,12 +237,14 @@ def branch(turns: Turns, template: Template) -> list[Piece]:
   return pieces
 
 
-def prompt(question: str, template: Template) -> list[Piece]:
+def prompt(question: str, template: Template, images: int = 0) -> list[Piece]:
   """The pieces of one open question, ready for an answer.
 
-  Outer blanks of a question behind its images stay, where training strips them: the original's
+  `images` are put in front of a question that does not say where they stand. Outer blanks of a question behind its images stay, where training strips them: the original's
   `model_vqa*.py` put `<image>` and a newline in front of whatever the file says.
   """
+  if IMAGE not in question:
+    question = f"{IMAGE}\n" * images + question
   leading = _LEADING.match(question)
   text = question[leading.end() :] if leading else question
   if leading and not template.image_only and IMAGE not in text:
@@ -260,7 +265,8 @@ def _asked(question: str, template: Template) -> str:
 
 def _reply(reply: str | None, template: Template, segment: int) -> list[Piece]:
   written = reply is not None and (reply or template.empty_reply)
-  return [Piece(f"{template.answer}{reply}{template.end}", True, segment)] if written else []
+  text = f"{template.answer}{reply}{template.end}"
+  return [Piece(text, True, segment, len(template.end))] if written else []
 
 
 TURNS = {"chain": chain, "branch": branch}

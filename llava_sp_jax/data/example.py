@@ -6,14 +6,12 @@ Shape letters:  T row length . M tiles per row . N tokens per tile . L tokens of
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.data.conversation import IMAGE, Piece, SampleError
-from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.conversation import SampleError
 
 BRANCHES = 1 << 12  # as `models.layers.BRANCHES`; a test holds the two together
 IMAGE_ID = -200  # stands for a whole image in a list of ids, as in LLaVA's data
@@ -58,36 +56,6 @@ class Row:
   def arrays(self) -> dict[str, np.ndarray]:
     names = ("tokens", "targets", "weights", "positions", "segments", "slots")
     return {name: getattr(self, name) for name in names}
-
-
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> list[Run]:
-  """Ids of a dialogue; `<image>` becomes IMAGE_ID; the text between images is tokenised as one.
-
-  As in the original, each such stretch of text is a text of its own to the tokenizer, and only the
-  first has a begin-of-sequence token.
-  """
-  runs = []
-  if tokenizer.bos_id is not None:
-    runs.append(Run((tokenizer.bos_id,), (False,)))
-  for branch, group in itertools.groupby(pieces, key=lambda piece: piece.branch):
-    stretch: list[tuple[str, bool]] = []
-    for piece in group:
-      first, *others = piece.text.split(IMAGE)
-      stretch.append((first, piece.learn))
-      for text in others:
-        runs += [*_encode(stretch, branch, tokenizer), Run((IMAGE_ID,), (False,), branch)]
-        stretch = [(text, piece.learn)]
-    runs += _encode(stretch, branch, tokenizer)
-  return runs
-
-
-def _encode(stretch: list[tuple[str, bool]], branch: int, tokenizer: Tokenizer) -> list[Run]:
-  parts = tokenizer.encode_parts([text for text, _ in stretch])
-  return [
-    Run(ids, (learn,) * len(ids), branch)
-    for ids, (_, learn) in zip(parts, stretch, strict=True)
-    if ids
-  ]
 
 
 def total_length(

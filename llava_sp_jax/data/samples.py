@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import anyres, conversation, example
+from llava_sp_jax.data import anyres, conversation, example, reading
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class Writer:
     """Raises: ConfigError for settings that do not exist."""
     self._tokenizer, self._data = tokenizer, data
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
-    self._turns = lookup("data.turns", data.turns, conversation.TURNS)
+    lookup("data.turns", data.turns, conversation.TURNS)
     self._shorten = lookup("data.too_long", data.too_long, TOO_LONG)
 
   def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
@@ -51,7 +51,7 @@ class Writer:
     limit = self._data.turns_per_row
     if limit and len(turns) > limit:
       turns = draw_turns(turns, limit, rng)
-    return example.tokenize(self._turns(turns, self._template), self._tokenizer)
+    return reading.dialogue(turns, self._template, self._data.turns, self._tokenizer)
 
   def size(self, runs: list[example.Run], plans: Sequence[example.Plan]) -> Size:
     """Raises: SampleError when it fits into no row, or may not be cut."""

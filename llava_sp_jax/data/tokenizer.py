@@ -6,14 +6,12 @@ original's training data; transformers 5 treats leading blanks and `legacy` othe
 
 from __future__ import annotations
 
-import bisect
 import functools
 import hashlib
-import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +24,12 @@ BLANK = "\u2581"  # how sentencepiece writes a blank
 # Protocol buffers merge when joined: these bytes say normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = bytes((0x1A, 2, 0x18, 0))
 
+Spans = tuple[tuple[int, int], ...]  # each token's id, and the index of its last character
+
+
+class TokenizerError(ValueError):
+  """A tokenizer that cannot do what is asked; the message names it and says what to do."""
+
 
 class Backend(Protocol):
   bos_id: int | None  # put in front of a row; None where the tokenizer has none
@@ -33,7 +37,7 @@ class Backend(Protocol):
   special_ids: frozenset[int]
 
   def __len__(self) -> int: ...
-  def encode_parts(self, texts: Sequence[str]) -> list[tuple[int, ...]]: ...
+  def spans(self, text: str, inside: bool) -> Spans: ...
   def decode(self, ids: list[int]) -> str: ...
   def save(self, folder: Path) -> None: ...
 
@@ -70,26 +74,35 @@ class Tokenizer:
 
   def encode(self, text: str) -> tuple[int, ...]:
     """Ids of `text` alone, without a begin-of-sequence token."""
-    return self._backend.encode_parts((text,))[0]
+    return tuple(id_ for id_, _ in self.spans(text))
 
-  def encode_parts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Ids of each of several texts that follow each other without a gap.
+  def spans(self, text: str, inside: bool = False) -> Spans:
+    """Ids of `text` with the index of each token's last character, in the order of the text.
 
-    With sentencepiece the texts are read as one, and a token belongs to the text that its last
-    character is from. Otherwise a border between two texts is always a border between tokens.
+    `inside` says that the text continues another one, so no blank is put in front of it.
+
+    Raises: TokenizerError where the tokenizer cannot continue a text.
     """
-    return self._backend.encode_parts(texts)
+    return self._backend.spans(text, inside)
+
+  def has_special(self, text: str) -> bool:
+    """Whether a special token stands in `text`."""
+    return any(id_ in self._backend.special_ids for id_, _ in self.spans(text))
 
   def decode(self, ids: Any) -> str:
     """Text of `ids` without special tokens."""
     return self._backend.decode([int(i) for i in ids])
+
+  def end_ids(self, end: str) -> tuple[int, ...]:
+    """Ids of the mark `end` behind a reply."""
+    return tuple(id_ for id_, last in self.spans("a" + end) if last)
 
   def stop_ids(self, end: str) -> tuple[int, ...]:
     """Tokens that show that a reply is over, when replies are followed by `end`.
 
     The first special token of `end`, or just its first, and the end of a sequence.
     """
-    ids = self.encode_parts(("a", end))[1]
+    ids = self.end_ids(end)
     mark = next((i for i in ids if i in self._backend.special_ids), ids[0])
     return tuple(sorted({mark} if self.eos_id is None else {mark, self.eos_id}))
 
@@ -138,25 +151,22 @@ class SentencePiece:
   def __len__(self) -> int:
     return max(self._with_blank.vocab_size(), max(self._ids.values()) + 1)
 
-  def encode_parts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """See `Tokenizer.encode_parts`."""
-    return _divide(self._tokens("".join(texts)), texts)
-
-  def _tokens(self, text: str) -> list[tuple[int, int]]:
-    """Each token's id and the index of its last character."""
-    encoder = self._with_blank if self._legacy else self._without
-    blank = "" if self._legacy or not text else BLANK
+  def spans(self, text: str, inside: bool) -> Spans:
+    """See `Tokenizer.spans`."""
+    blank = "" if inside or self._legacy or not text else BLANK
     result, at = [], -len(blank)
-    for stretch in self._split.split(blank + text):
+    for number, stretch in enumerate(self._split.split(blank + text)):
       if stretch in self._ids:
         result.append((self._ids[stretch], at + len(stretch) - 1))
       else:
+        continues = inside and not number
+        encoder = self._with_blank if self._legacy and not continues else self._without
         found = encoder.encode(stretch, return_type="offset_mapping")
         spans = zip(found["ids"], found["offsets"], strict=True)
         result += [(i, max(0, at + max(start, end - 1))) for i, (start, end) in spans]
       at += len(stretch)
     alone = blank and len(result) > 1 and result[0][0] == self._blank
-    return result[1:] if alone and result[1][0] in self.special_ids else result
+    return tuple(result[1:] if alone and result[1][0] in self.special_ids else result)
 
   def decode(self, ids: list[int]) -> str:
     return self._with_blank.decode([i for i in ids if i not in self.special_ids])
@@ -180,26 +190,24 @@ class HuggingFace:
     ids = self._inner("a").input_ids
     adds_bos = bool(ids) and ids[0] == self._inner.bos_token_id
     self.bos_id: int | None = self._inner.bos_token_id if adds_bos else None
-    # A blank in front of every text must not come in front of every part of a text.
-    self._as_one = self._inner.tokenize("a")[0] != "a"
+    self._puts_blank = self._inner.tokenize("a")[0] != "a"  # in front of every text
+    if not self._inner.is_fast:
+      raise TokenizerError(
+        f"{folder}: {type(self._inner).__name__} does not say where its tokens stand in a text; "
+        "expected a tokenizer.json (transformers' `save_pretrained` of a fast tokenizer writes one)"
+      )
 
   def __len__(self) -> int:
     return len(self._inner)
 
-  def _encode(self, text: str, **options: Any) -> Any:
-    return self._inner(text, add_special_tokens=False, **options)
-
-  def encode_parts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """See `Tokenizer.encode_parts`."""
-    if not self._as_one:
-      return [self._encode_alone(text) for text in texts]
-    found = self._encode("".join(texts), return_offsets_mapping=True)
-    spans = zip(found.input_ids, found.offset_mapping, strict=True)
-    return _divide([(i, max(start, end - 1)) for i, (start, end) in spans], texts)
-
   @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - a tokenizer lives as long as its process
-  def _encode_alone(self, text: str) -> tuple[int, ...]:
-    return tuple(self._encode(text).input_ids)
+  def spans(self, text: str, inside: bool) -> Spans:
+    """See `Tokenizer.spans`."""
+    if inside and self._puts_blank:
+      raise TokenizerError(f"the tokenizer puts a blank in front of {text!r:.40}, which has none")
+    found = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = found.offset_mapping
+    return tuple((i, _last(text, *o)) for i, o in zip(found.input_ids, offsets, strict=True))
 
   def decode(self, ids: list[int]) -> str:
     return self._inner.decode(ids, skip_special_tokens=True)
@@ -208,13 +216,11 @@ class HuggingFace:
     self._inner.save_pretrained(str(folder))
 
 
-def _divide(tokens: list[tuple[int, int]], texts: Sequence[str]) -> list[tuple[int, ...]]:
-  """(id, index of the last character) of joined texts -> the ids of each text."""
-  ends = list(itertools.accumulate(map(len, texts)))
-  found: list[list[int]] = [[] for _ in texts]
-  for id_, last in tokens:
-    found[bisect.bisect_right(ends, last)].append(id_)
-  return [tuple(ids) for ids in found]
+def _last(text: str, start: int, end: int) -> int:
+  """The last character of a token from offsets of `tokenizers`, which leave blanks out."""
+  if end > start:
+    return end - 1
+  return start - 1 if start and text[start - 1].isspace() else start
 
 
 def _content(token: Any) -> str:

@@ -33,3 +33,14 @@ def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] 
     "high": float(high), "level": LEVEL,
     "method": f"percentile bootstrap over {len(index)} images, {RESAMPLES} resamples, seed {SEED}",
   }  # fmt: skip
+
+
+def of_mean(values: Sequence[float]) -> dict[str, float | None]:
+  """Mean of independent values and Student's interval around it; None, None for one value."""
+  mean = float(np.mean(values))
+  if len(values) < 2:
+    return {"mean": mean, "low": None, "high": None}
+  from scipy import stats  # comes with jax
+
+  half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+  return {"mean": mean, "low": float(mean - half), "high": float(mean + half)}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_sp_jax.data import anyres, conversation, example
+from llava_sp_jax.data import anyres, conversation, example, reading
 from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.prompts import opened
@@ -71,15 +71,10 @@ class Likelihood:
 
   def _read(self, request: Request, continuation: str) -> Asked:
     pictures = [self._reader(opened(picture)) for picture in request.images]
-    question = request.question
-    if request.images and conversation.IMAGE not in question:
-      question = f"{conversation.IMAGE}\n" * len(request.images) + question
-    said = continuation.removeprefix(" ")
-    answer = said and self._template.answer + said
-    asked = conversation.prompt(question, self._template)
-    return example.tokenize(
-      [*asked, conversation.Piece(answer, True, 0)], self._tokenizer
-    ), pictures
+    runs = reading.question(
+      request.question, len(pictures), self._template, self._tokenizer, request.system, continuation
+    )
+    return runs, pictures
 
   def _batch(self, chunk: list[Asked]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Arrays of always as many rows, and for each one asked the positions before its tokens."""

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, conversation, example, image
+from llava_sp_jax.data import anyres, conversation, example, image, reading
 from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
@@ -173,13 +173,9 @@ class Prompts:
     return Prompt(self._cut(row.tokens, row.slots, tiles))
 
   def _row(self, request: Request, plans: list[example.Plan]) -> example.Row:
-    asked = request.question
-    if conversation.IMAGE not in asked:
-      asked = f"{conversation.IMAGE}\n" * len(plans) + asked
-    template = self._template
-    if request.system is not None:
-      template = dataclasses.replace(template, system=request.system)
-    runs = example.tokenize(conversation.prompt(asked, template), self._tokenizer)
+    runs = reading.question(
+      request.question, len(plans), self._template, self._tokenizer, request.system
+    )
     length = sum(len(run.ids) for run in runs) + sum(len(p.slots) - 1 for p in plans)
     if not length:
       raise SampleError("the prompt is empty: a question, or a template with text, is needed")

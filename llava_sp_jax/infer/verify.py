@@ -47,7 +47,9 @@ def compare(before: Source, after: Source) -> Comparison:
 
 
 def _logits(source: Source) -> jax.Array:
-  model = dataclasses.replace(source.config.model, dtype="float32", remat="none")
+  model = dataclasses.replace(
+    source.config.model, dtype="float32", matmul_precision="auto", remat="none"
+  )
   params = {p: jnp.asarray(leaf.read(), jnp.float32) for p, leaf in source.leaves.items()}
   module = build.model(model)
   rng = np.random.default_rng(0)

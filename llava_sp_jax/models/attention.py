@@ -42,6 +42,7 @@ class Attention:
   branches: bool = True
   window: int = 0  # of every layer; 0: none
   mixed_layers: bool = False  # only some layers have a window
+  precision: str = ""  # `LlavaSP.precision`, under which it is traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,8 @@ def _splash_objections(case: Case) -> list[str]:
     "samples may have branches, which also see their trunk": case.spec.branches,
     "only some layers have a sliding window": case.spec.mixed_layers,
     f"row length {case.length} is not a multiple of {LANES}": case.length % LANES != 0,
+    f"its gradients are not made with matmul_precision {case.spec.precision!r}":
+      bool(case.spec.precision) and case.platform == "tpu",  # a CPU multiplies float32 exactly
     "rows or heads do not divide over their mesh axes": 0 in case.split,
   }  # fmt: skip
   return [reason for reason, found in checks.items() if found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,15 @@ from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantisedDense
 from llava_sp_jax.models.remat import POLICIES
 from llava_sp_jax.models.vit import VARIANTS, VisionTransformer
 
+# Rows of model.matmul_precision: what matrix products and convolutions ask for, in jax's words, by
+# the activations' dtype. "" asks for nothing: then GPUs multiply float32 in TF32, TPUs in bfloat16.
+PRECISIONS: dict[str, Callable[[jnp.dtype], str]] = {
+  "auto": lambda dtype: "highest" if dtype == jnp.float32 else "",
+  "default": lambda dtype: "",
+  "high": lambda dtype: "high",
+  "highest": lambda dtype: "highest",
+}
+
 
 def model(config: config_lib.Model) -> LlavaSP:
   """Builds the module tree.
@@ -36,7 +46,9 @@ def model(config: config_lib.Model) -> LlavaSP:
   config_lib.lookup("model.attention", config.attention, {"auto": None, **IMPLEMENTATIONS})
   _divides("model.tower.heads", tower.heads, "width", tower.width)
   _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
+  ask = config_lib.lookup("model.matmul_precision", config.matmul_precision, PRECISIONS)
   dtype = jnp.dtype(config.dtype)
+  precision = ask(dtype)
   form = quantisation(config)
   base = functools.partial(QuantisedDense, form=form) if form else nn.Dense
   lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
@@ -45,6 +57,7 @@ def model(config: config_lib.Model) -> LlavaSP:
       variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
       width=tower.width, layers=tower.layers, heads=tower.heads, mlp_width=tower.mlp_width,
       select_layer=tower.select_layer, scan_unroll=config.scan_unroll, dtype=dtype,
+      initializer_range=tower.initializer_range,
     ),
     projector=Projector(
       projector.row, projector.token_width, text.width, dtype, view_sizes(config),
@@ -57,8 +70,10 @@ def model(config: config_lib.Model) -> LlavaSP:
       tie_embeddings=text.tie_embeddings, attention_bias=text.attention_bias,
       sliding_window=text.sliding_window, window_from_layer=text.window_from_layer,
       initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
-      remat=config.remat, dtype=dtype, dense=lora.dense(), attention=Attention(config.attention),
+      remat=config.remat, dtype=dtype, dense=lora.dense(),
+      attention=Attention(config.attention, precision=precision),
     ),
+    precision=precision,
   )  # fmt: skip
 
 

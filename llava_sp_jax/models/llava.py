@@ -6,6 +6,9 @@ Shape letters:  B rows . M images per row . N tokens per image . T positions . D
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,11 +26,23 @@ def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 class LlavaSP(nn.Module):
-  """The whole model. Training calls it; inference calls its parts."""
+  """The whole model. Training calls it; inference calls its parts, both through `apply`."""
 
   vision_tower: VisionTransformer
   projector: Projector
   language_model: Decoder
+  precision: str = ""  # of every matrix product and convolution, in jax's words; "": the platform's
+
+  @nn.nowrap
+  def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    """Does what linen's does, at `precision`, whatever method is called from whatever program.
+
+    A product keeps the precision that it was traced with: gradients, scans and recomputation have
+    it as well. What is traced only for a gradient has not (see `attention`, splash).
+    """
+    asked = jax.default_matmul_precision(self.precision) if self.precision else None
+    with asked or contextlib.nullcontext():
+      return super().apply(variables, *args, **kwargs)
 
   def __call__(
     self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, images: jax.Array,

@@ -77,6 +77,7 @@ class VisionTransformer(nn.Module):
   scan_unroll: int = 1
   stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
   dtype: jnp.dtype = jnp.float32
+  initializer_range: float = 0.02  # of class and position embeddings
 
   @property
   def grid(self) -> int:
@@ -89,7 +90,7 @@ class VisionTransformer(nn.Module):
     x = nn.Dense(self.width, use_bias=row.patch_bias, dtype=self.dtype, name="patch_embed")(
       patchify(images, self.patch_size, self.grid)
     )
-    normal = nn.initializers.normal(0.02)
+    normal = nn.initializers.normal(self.initializer_range)
     if row.class_token:
       token = self.param("class_embed", normal, (self.width,)).astype(x.dtype)
       x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)), x], axis=1)

@@ -1,7 +1,7 @@
 """FLOPs of Pallas kernels, which the compiler does not count: a table by the kernel's name.
 
-Splash attention computes only the blocks of the causal triangle. Shapes: queries [.., N, T, H], keys
-[.., K, S, H]. Shares of the peak were read from the kernel's own schedule on v5e.
+Splash attention computes only the tiles that the causal triangle touches. Shapes: queries [.., N, T,
+H], keys [.., K, S, H]. Shares of the peak were read from the kernel's own schedule on v5e.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from llava_sp_jax.plan.hlo import Computation, Op
 # (regex over the name of the traced operation, matmuls of [T, S] x H, share of the peak)
 KERNELS: tuple[tuple[str, int, float], ...] = (
   (r"splash_m[hq]a_fwd", 2, 0.43),
-  (r"splash_m[hq]a_dkv", 4, 0.67),
-  (r"splash_m[hq]a_dq", 3, 0.67),
+  (r"splash_m[hq]a_dkv", 5, 0.67),  # all three gradients, as `models.attention` asks for them
 )
-BLOCK = re.compile(r'block_q\\?": (\d+)')  # in the kernel's metadata
+# Sides of a tile in the kernel's metadata; those of its own pass come first.
+TILE = tuple(re.compile(rf'block_{side}(?:_dkv)?\\?": (\d+)') for side in ("q", "kv"))
 
 
 def is_kernel(op: Op) -> bool:
@@ -33,12 +33,17 @@ def flops(op: Op, computation: Computation) -> tuple[float, float]:
       if len(heads) < 2:
         return 0.0, share
       queries, keys = heads[0].dims, heads[1].dims
-      return 2.0 * matmuls * math.prod(queries) * keys[-2] * _computed(op, keys[-2]), share
+      computed = _computed(op, queries[-2], keys[-2])
+      return 2.0 * matmuls * math.prod(queries) * keys[-2] * computed, share
   return 0.0, 1.0
 
 
-def _computed(op: Op, length: int) -> float:
-  """Share of the square that a causal kernel computes: whole blocks, those on the diagonal too."""
-  block = BLOCK.search(op.attributes)
-  blocks = max(length // int(block.group(1)), 1) if block else 0
-  return (blocks + 1) / (2 * blocks) if blocks else 0.5
+def _computed(op: Op, queries: int, keys: int) -> float:
+  """Share of the square that a causal kernel computes: whole tiles, those on the diagonal too."""
+  sides = [side.search(op.attributes) for side in TILE]
+  if not all(sides):
+    return 0.5
+  rows, columns = (int(side[1]) for side in sides if side)
+  starts = [range(0, n, step) for n, step in ((queries, rows), (keys, columns))]
+  touched = sum(column < row + rows for row in starts[0] for column in starts[1])
+  return touched / (len(starts[0]) * len(starts[1]))

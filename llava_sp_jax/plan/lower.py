@@ -147,13 +147,17 @@ def main(path: str) -> None:
 
 
 def argument_bytes(lowered: Any, compiled: Any) -> dict[str, int]:
-  """Bytes of each argument on one device, by names as `memory.PARTS` matches them."""
+  """Bytes of each argument on one device, by names as `memory.PARTS` matches them.
+
+  One that the program does not read (the dropout's key, without dropout) is not there.
+  """
   named, _ = jax.tree_util.tree_flatten_with_path(lowered.args_info[0])
-  places = jax.tree.leaves(compiled.input_shardings[0])
+  places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda place: place is None)
   return {
     "arguments" + jax.tree_util.keystr(path): math.prod(place.shard_shape(info.shape))
     * info.dtype.itemsize
     for (path, info), place in zip(named, places, strict=True)
+    if place is not None
   }
 
 

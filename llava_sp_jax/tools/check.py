@@ -33,6 +33,25 @@ def main(argv: list[str]) -> int:
   if {"--help", "-h"} & set(argv):
     print(USAGE, end="")
     return 0
+  config, images, samples = read(argv)
+  from llava_sp_jax.data import anyres, check, conversation, reading
+  from llava_sp_jax.data.tokenizer import Tokenizer
+  from llava_sp_jax.models import build
+
+  build.model(config.model)  # unknown names and sizes that do not fit
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  tokenizer = Tokenizer(config.data.tokenizer)
+  config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
+  if why := reading.misfit(config.data.template, tokenizer):
+    raise config_lib.ConfigError(f"data.{why}")
+  progress = Progress(samples)
+  report = check.check(config.data, tokenizer, tile, images, samples, progress)
+  print(table(report, config.data, time.monotonic() - progress.started))
+  return 0 if report.passed else 1
+
+
+def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
+  """The config with its overrides, --images and --samples. Raises: ConfigError, FileNotFoundError."""
   given = flags(argv)
   overrides = {name: text for name, text in given.items() if name.startswith("config.")}
   unknown = sorted(set(given) - {"config", "images", "samples", *overrides})
@@ -40,20 +59,8 @@ def main(argv: list[str]) -> int:
     problems = [] if given.get("config") else ["no --config"]
     problems += [f"unknown --{name}" for name in unknown]
     raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
-  images = number(given, "images", 1000)
-  samples = number(given, "samples", None)
-  config = config_lib.override(load_recipe(given["config"]), overrides)
-  from llava_sp_jax.data import anyres, check
-  from llava_sp_jax.data.tokenizer import Tokenizer
-  from llava_sp_jax.models import build
-
-  build.model(config.model)  # unknown names and sizes that do not fit
-  tile = anyres.Tile(*build.tile_shape(config.model))
-  tokenizer = Tokenizer(config.data.tokenizer)
-  progress = Progress(samples)
-  report = check.check(config.data, tokenizer, tile, images, samples, progress)
-  print(table(report, config.data, time.monotonic() - progress.started))
-  return 0 if report.passed else 1
+  counts = number(given, "images", 1000), number(given, "samples", None)
+  return config_lib.override(load_recipe(given["config"]), overrides), *counts
 
 
 def number(given: dict[str, str], name: str, default: int | None) -> int | None:

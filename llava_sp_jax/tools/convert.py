@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     options.source,
     formats.Options(options.base, options.tower, options.row, options.template),
   )
+  load.verify_template(source)
   load.verify_base(source)
   load.write(source, options.out, options.dtype)
   if jax.process_index():

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.models import build
 
   given = formats.Options(options.base, options.tower, options.row, options.template)
-  source = load.open_any(options.checkpoint, given)
+  source = load.open_any(options.checkpoint, given, verify=options.fingerprint)
   model, data = source.config.model, source.config.data
   print(f"{options.checkpoint}: {source.format}, {source.config.name}")
   if "language_model" in source.parts:

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.anyres import Reader, Tile
 from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -53,6 +54,13 @@ def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
     f"data.tokenizer: {known} tokens, but model.language_model.vocab_size is {rows}; ids beyond it "
     "would silently read another row of the embedding"
   ]
+
+
+def replies_end(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """The tokenizer knows the mark that ends a reply of the template."""
+  config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
+  why = reading.misfit(config.data.template, tokenizer)
+  return [f"data.{why}"] if why else []
 
 
 def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
@@ -103,7 +111,9 @@ def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
 
 Check = Callable[[config_lib.Config, Tokenizer], list[str]]
 ALWAYS: tuple[Check, ...] = (vocabulary,)
-SETTINGS: tuple[Check, ...] = (vocabulary, learning_rates, something_learns, images_fit)
+SETTINGS: tuple[Check, ...] = (
+  vocabulary, replies_end, learning_rates, something_learns, images_fit,
+)  # fmt: skip
 
 
 def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:

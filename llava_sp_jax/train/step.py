@@ -41,7 +41,7 @@ def loss_sums(
   fixed = {p: frozen[p] for p in paths if p in frozen}
 
   def head(params: Flat, h: jax.Array) -> jax.Array:
-    return module.apply({"params": join(params, {})}, h, method="logits")  # type: ignore[return-value]
+    return module.apply({"params": join(params, {})}, h, method="logits")
 
   about_image = measure.about_image(batch)
   total = loss_lib.sums(

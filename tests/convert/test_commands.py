@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llava_sp_jax import cli
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax import checkpoint, cli
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import formats, leaves, load, save, stream
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source
@@ -56,6 +57,44 @@ def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFi
   assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
 
 
+def test_a_template_that_the_tokenizer_cannot_end(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Refused before a byte is written, with the templates that fit."""
+  out = tmp_path / "ours"
+  wanted = [str(a) for a in ("convert", LORA[0], out, *LORA[1:], "--template", "mpt")]
+  assert cli.main(wanted) == 1
+  said = capsys.readouterr().err
+  assert "template 'mpt': replies end with '<|im_end|>'" in said
+  assert "that fit: v1, vicuna_v1" in said
+  assert "name one with --template" in said
+  assert not out.exists()
+
+
+def subclasses(kind: type) -> list[type]:
+  return [kind, *(c for child in kind.__subclasses__() for c in subclasses(child))]
+
+
+def test_inspect_reads_no_values(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Neither of a torch folder, nor of ours, nor of the base of a run; only a fingerprint needs them."""
+  ours, run = tmp_path / "ours", tmp_path / "run"
+  whole = source("pooling")
+  load.write(whole, ours)
+  init = config_lib.Init(checkpoint=str(ours))
+  checkpoint.write_config(run, dataclasses.replace(checkpoint.read_config(ours), init=init))
+  (run / "checkpoints").mkdir()
+  trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
+  stream.write(run, trained, {"fingerprint": "another"}, stream.Progress(1))
+  for kind in subclasses(leaves.Leaf):
+    monkeypatch.setattr(kind, "read", lambda self, index=None: pytest.fail(f"{self.path} is read"))
+  for given in (LORA, [str(ours)], [str(run)]):
+    assert "projector       row " in llava_sp(capsys, "inspect", *given)
+    with pytest.raises(pytest.fail.Exception, match="is read"):
+      cli.main(["inspect", *given, "--fingerprint"])
+
+
 def test_a_merge_that_changes_the_answers_is_an_error(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,13 +124,14 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
   save.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
   model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-  recipe = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj",
+  recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj",
     "o_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)  # fmt: skip
   adapted = peft.get_peft_model(model, recipe).eval()
   adapted.save_pretrained(tmp_path / "adapter")
   llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")
   opened = load.open_any(tmp_path / "ours", formats.Options())
-  assert opened.config.model.lora.rank == 2
+  lora = opened.config.model.lora
+  assert (lora.rank, lora.alpha) == (2, 5.0)
   whole = source("none", lora=opened.config.model.lora)
   whole = dataclasses.replace(whole, leaves={**whole.leaves, **opened.leaves})
   close(run(whole, TOKENS), adapted(torch.tensor(TOKENS)).logits[0])

@@ -24,7 +24,7 @@ from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, gguf, load, settings
-from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.generation import Generation
@@ -118,7 +118,7 @@ def oracle(path: Path, tensors: dict[str, np.ndarray]):
 
 def prompt_ids(question: str, tokenizer: Tokenizer) -> list[int]:
   pieces = conversation.prompt(question, conversation.TEMPLATES["smollm2"])
-  return [i for run in example.tokenize(pieces, tokenizer) for i in run.ids]
+  return [i for run in reading.tokenize(pieces, tokenizer) for i in run.ids]
 
 
 def test_sizes(config: config_lib.Config) -> None:
@@ -177,7 +177,7 @@ def test_every_token_is_the_one_that_transformers_prefers(answers, tokenizer, or
   assert "Paris" in answers[0].text  # the weights mean something
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_greedy_text_equals_transformers_generate(answers, tokenizer, oracle) -> None:
   import torch
 
@@ -233,7 +233,7 @@ def test_template_is_the_models_own(path: Path, tokenizer: Tokenizer) -> None:
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
   template = conversation.TEMPLATES["smollm2"]
   pieces = conversation.chain(turns, template)
-  ours = [i for run in example.tokenize(pieces, tokenizer) for i in run.ids]
+  ours = [i for run in reading.tokenize(pieces, tokenizer) for i in run.ids]
   assert ours == list(tokenizer.encode(rendered.render(messages=messages)))
   system = template.system.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
   spoken = [{"role": "system", "content": system}, *messages]
@@ -294,7 +294,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
   """Two steps of each stage, evaluation and report, through the command line."""
   tokenizer, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"

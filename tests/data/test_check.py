@@ -194,3 +194,10 @@ def test_one_clear_error(arguments: list[str], message: str, capsys: pytest.Capt
   assert cli.main(["check", *arguments]) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith(f"llava-sp check: {message}")
+
+
+def test_a_template_that_the_tokenizer_cannot_end(
+  recipe: str, capsys: pytest.CaptureFixture
+) -> None:
+  assert cli.main(["check", "--config", recipe, "--config.data.template=mpt"]) == 1
+  assert "data.template 'mpt': replies end with '<|im_end|>'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.conversation import TEMPLATES, SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import ConfigMaker
@@ -164,7 +164,7 @@ def test_turns_that_do_not_alternate(messages: object, message: str) -> None:
 
 def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:
   """What carries weight, decoded, is exactly the replies with their end marks."""
-  runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
+  runs = reading.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
   row = example.layout(runs, [example.one_tile(5)], 256)
   groups: list[list[int]] = []
   for i in range(256):
@@ -179,7 +179,7 @@ def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:
 
 
 def test_targets_are_the_next_tokens(tokenizer: Tokenizer) -> None:
-  runs = example.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
+  runs = reading.tokenize(conversation.chain(TURNS, TEMPLATES["v1"]), tokenizer)
   row = example.layout(runs, [example.one_tile(5)], 256)
   end = row.length
   assert row.targets[: end - 1].tolist() == row.tokens[1:end].tolist()

@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.conversation import TEMPLATES, Piece
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
-from tests.conftest import ConfigMaker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXT = json.loads((GOLDEN / "text.json").read_text())
@@ -32,9 +31,7 @@ SETTINGS = {
                     "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
 }  # fmt: skip
 
-PARTS = ["the cat", " sat", "", "\non a mat", "</s>", " é漢🙂"]
-PARTS = ["the cat", " sat", "", "\non a mat", "</s>", " é漢🙂"]
-PARTS = ["the cat", " sat", "", "\non a mat", "</s>", " é漢🙂"]
+TEXT_OF_ALL_KINDS = "the cat sat\non a mat</s> é漢🙂"
 CHATML = ("mpt", "chatml_direct")
 SHORT = (
   "one_turn_image", "image_after", "image_middle", "two_turns_image", "image_second_turn",
@@ -102,7 +99,7 @@ def ids_and_labels(runs: list[example.Run]) -> tuple[list[int], list[int]]:
 )
 def test_text_around_images(tokenizers: dict[str, Tokenizer], key: str, name: str) -> None:
   for entry in TEXT["tokenizer_image_token"]:
-    runs = example.tokenize([Piece(entry["prompt"], False, 0)], tokenizers[name])
+    runs = reading.tokenize([Piece(entry["prompt"], False, 0)], tokenizers[name])
     assert ids_and_labels(runs)[0] == entry[key], entry["prompt"]
 
 
@@ -115,8 +112,9 @@ def test_plain_text_and_back(tokenizers: dict[str, Tokenizer], key: str, name: s
     text = entry["text"]
     assert [tokenizer.bos_id, *tokenizer.encode(text)] == entry[key], text
     assert tokenizer.decode(entry["ids"]) == entry["decoded"]
-    parts = [text[i : i + 3] for i in range(0, len(text), 3)]
-    assert sum(tokenizer.encode_parts(parts), ()) == tokenizer.encode(text)
+    places = [last for _, last in tokenizer.spans(text)]
+    assert places == sorted(places)
+    assert all(0 <= last < len(text) for last in places)
 
 
 @pytest.mark.parametrize("golden", TEXT["templates"]["prompts"], ids=lambda g: g["template"])
@@ -158,7 +156,7 @@ def template_of(entry: dict[str, Any]) -> conversation.Template:
 def ours(entry: dict[str, Any], turns: Any, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
   """Ids and labels of a conversation, cut as the original cuts those without an image."""
   pieces = conversation.chain(conversation.turns_of({"conversations": turns}), template_of(entry))
-  ids, labels = ids_and_labels(example.tokenize(pieces, tokenizer))
+  ids, labels = ids_and_labels(reading.tokenize(pieces, tokenizer))
   has_image = TEXT["conversations"][entry["name"]][0]
   return (ids, labels) if has_image else (ids[:LIMIT], labels[:LIMIT])
 
@@ -220,7 +218,7 @@ def test_exactly_the_replies_are_learned(tokenizers: dict[str, Tokenizer], versi
     template = TEMPLATES[version].training or TEMPLATES[version]
     turns = conversation.turns_of({"conversations": TEXT["conversations"][entry["name"]][1]})
     pieces = conversation.chain(turns, template_of(entry))
-    ids, labels = ids_and_labels(example.tokenize(pieces, tokenizer))
+    ids, labels = ids_and_labels(reading.tokenize(pieces, tokenizer))
     replies = [r for _, r in turns if r is not None and (r or template.empty_reply)]
     wanted = "".join(f"{template.answer}{reply}{template.end}" for reply in replies)
     learned = [i for i in labels if i != -100]
@@ -236,17 +234,12 @@ def test_a_branch_has_the_ids_of_a_sample_of_its_own(
   tokenizers: dict[str, Tokenizer], version: str, name: str
 ) -> None:
   turns: conversation.Turns = [("<image>\nwhat?", "red"), ("is it blue?", " no, red ")]
-  runs = example.tokenize(conversation.branch(turns, TEMPLATES[version]), tokenizers[name])
+  runs = reading.tokenize(conversation.branch(turns, TEMPLATES[version]), tokenizers[name])
   for i, (question, reply) in enumerate(turns):
     alone = [("<image>" + question.replace("<image>", ""), reply)]
-    sample = example.tokenize(conversation.chain(alone, TEMPLATES[version]), tokenizers[name])
+    sample = reading.tokenize(conversation.chain(alone, TEMPLATES[version]), tokenizers[name])
     shared = [run for run in runs if run.branch in (0, i + 1)]
     assert ids_and_labels(shared) == ids_and_labels(sample)
-
-
-def test_parts_of_a_byte_level_tokenizer_are_texts_of_their_own(tiny_config: ConfigMaker) -> None:
-  tokenizer = Tokenizer(tiny_config().data.tokenizer)
-  assert tokenizer.encode_parts(PARTS) == [tokenizer.encode(part) for part in PARTS]
 
 
 STOPS = {
@@ -286,7 +279,7 @@ def test_a_folder_saved_is_the_same_tokenizer(
   for name, tokenizer in tokenizers.items():
     tokenizer.save(tmp_path / name)
     again = Tokenizer(tmp_path / name)
-    assert again.encode_parts(PARTS) == tokenizer.encode_parts(PARTS)
+    assert again.spans(TEXT_OF_ALL_KINDS) == tokenizer.spans(TEXT_OF_ALL_KINDS)
     assert (len(again), again.bos_id, again.eos_id) == (
       len(tokenizer), tokenizer.bos_id, tokenizer.eos_id,
     )  # fmt: skip
@@ -309,15 +302,14 @@ def test_added_tokens_of_older_and_newer_folders(
   assert tokenizer.encode("a<box>b<pad>")[1::2] == (513, 512)
 
 
-def test_a_fast_tokenizer_with_a_blank_in_front_reads_parts_as_one(
+def test_a_fast_tokenizer_with_a_blank_in_front_reads_as_sentencepiece(
   tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
-  """A tokenizer.json made from the same model: no part but the first begins with a blank."""
+  """A tokenizer.json made from the same model."""
   from transformers import AutoTokenizer
 
   AutoTokenizer.from_pretrained(str(tokenizers["legacy_false"].path)).save_pretrained(str(tmp_path))
   assert not (tmp_path / "tokenizer.model").exists()
   fast = Tokenizer(tmp_path)
-  parts = ["USER:", " hello", " there", "\nyou"]
-  assert sum(fast.encode_parts(parts), ()) == fast.encode("".join(parts))
-  assert fast.encode_parts(parts) == tokenizers["legacy_false"].encode_parts(parts)
+  text = "USER: hello there\nyou"
+  assert fast.spans(text) == tokenizers["legacy_false"].spans(text)

@@ -42,7 +42,7 @@ def alone(config: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_told_alone_they_stop_together_and_one_process_goes_on(
   config: config_lib.Config, config_file: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -69,7 +69,7 @@ def test_told_alone_they_stop_together_and_one_process_goes_on(
   )
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> None:
   """`tests/test_processes.py` has this without a model, for either of the two."""
   two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.peer_seconds=20",
@@ -96,10 +96,11 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
   "topology",
-  [Topology(4, 1, (2, 2, 1)), Topology(2, 2, (2, 2, 1)), Topology(2, 1, (1, 1, 2)),
+  [*(pytest.param(Topology(*sizes), marks=pytest.mark.slow)
+     for sizes in ((4, 1, (2, 2, 1)), (2, 2, (2, 2, 1)), (2, 1, (1, 1, 2)))),
    Topology(4, 1, (1, 2, 2))],
   ids=str,
 )  # fmt: skip
@@ -110,15 +111,18 @@ def test_losses_of_one(config_file: Path, alone: Path, tmp_path: Path, topology:
   assert cluster.samples(tmp_path / "run") == cluster.samples(alone)
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_two_slices_train_as_one(config_file: Path, alone: Path, tmp_path: Path) -> None:
   two = Topology(2, 2, (2, 2, 1))
   Cluster(config_file, tmp_path / "run", two, "--config.mesh.slices=2").finish()
   np.testing.assert_allclose(cluster.losses(tmp_path / "run"), cluster.losses(alone), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", kill_trials.RECIPES)
+@pytest.mark.guard
+@pytest.mark.parametrize(
+  "recipe",
+  [pytest.param(r, marks=[pytest.mark.slow] * (i > 0)) for i, r in enumerate(kill_trials.RECIPES)],
+)
 def test_a_kill_trial(
   tiny_data: Path, tiny_config: ConfigMaker, tmp_path: Path, recipe: str
 ) -> None:

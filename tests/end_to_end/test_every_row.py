@@ -19,7 +19,7 @@ from tests.conftest import ConfigMaker
 SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("row", ROWS)
 def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_path: Path) -> None:
   config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})

@@ -25,10 +25,10 @@ from tests.train.test_stages import qlora
 
 GATE = "language_model/layers/gate_proj/kernel"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.guard
 
 
-@pytest.fixture(scope="module", params=["int8", "nf4_double"])
+@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "nf4_double"])
 def form(request: pytest.FixtureRequest) -> str:
   return request.param
 

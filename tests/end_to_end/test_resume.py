@@ -101,7 +101,7 @@ def same_trained_parameters(ours: Path, theirs: Path) -> None:
     np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_killed_between_saves(unbroken: Path, config_file: Path, tmp_path: Path) -> None:
   workdir = tmp_path / "run"
   process = start(config_file, workdir)
@@ -140,11 +140,16 @@ def test_killed_in_the_middle_of_a_save(unbroken: Path, config_file: Path, tmp_p
   assert set(saved(workdir)) != set(whole)
 
 
-def test_asked_to_stop(unbroken: Path, config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.guard)]
+)
+def test_asked_to_stop(
+  unbroken: Path, config_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
   workdir = tmp_path / "run"
   process = start(config_file, workdir)
   assert wait_for(process, lambda: len(metrics(workdir)) >= 2)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   printed, errors = process.communicate(timeout=GRACE)
   assert process.returncode == 75, errors  # not complete: launchers go on
   last = metrics(workdir)[-1]["step"]
@@ -183,7 +188,9 @@ def test_what_does_not_change_the_numbers_may_change(
   unbroken: Path, config: config_lib.Config
 ) -> None:
   train = dataclasses.replace(config.train, save_every=5, log_every=2, keep=4)
-  checkpoint.check_config(unbroken, dataclasses.replace(on_eight_devices(config), train=train))
+  data = dataclasses.replace(config.data, threads=config.data.threads + 1, processes=3)
+  changed = dataclasses.replace(on_eight_devices(config), train=train, data=data)
+  checkpoint.check_config(unbroken, changed)
 
 
 @pytest.fixture
@@ -210,8 +217,8 @@ def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroke
   assert load.open_own(unbroken).step == STEPS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("row", ["none", "pooling"])
+@pytest.mark.guard
+@pytest.mark.parametrize("row", [pytest.param("none", marks=pytest.mark.slow), "pooling"])
 def test_second_stage_starts_from_the_first(
   tiny_config: ConfigMaker, tmp_path: Path, row: str
 ) -> None:
@@ -234,7 +241,7 @@ def test_second_stage_starts_from_the_first(
   assert about["stage"] == "finetune"
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_second_stage_refuses_an_unfinished_first(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   first = tiny_config("pretrain_all", train={"steps": 2})
   loop.train(first, tmp_path / "one")
@@ -245,7 +252,7 @@ def test_second_stage_refuses_an_unfinished_first(tiny_config: ConfigMaker, tmp_
     loop.train(second, tmp_path / "two")
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_second_stage_refuses_another_row(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   """Parameters that stage 1 does not have are all named."""
   loop.train(tiny_config("pretrain_all", "none", train={"steps": 1}), tmp_path / "one")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llava_sp_jax import cli
+from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.eval.tasks import TASKS
+from llava_sp_jax.infer import engine as infer_engine
+from llava_sp_jax.infer import pretrained
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tools import evaluate
 
 
@@ -83,6 +88,36 @@ def test_what_is_wrong_is_said_in_one_line(
   assert found.out == ""
   assert message in found.err
   assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_that_generate_alike_share_one_engine(
+  root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """As many engines as ways to generate, one after the other, whatever the order of the tasks."""
+  engines: list[Any] = []
+  used: dict[str, int] = {}
+
+  class Counted:
+    def __init__(self, loaded: Any, batch_size: int, generation: Generation, devices: Any):
+      self.generation = generation
+      engines.append(self)
+
+  def answer(task: Any, engine: Any, *_: Any) -> dict[str, Any]:
+    assert engine is engines[-1], "an engine of before is still in use"
+    assert engine.generation == task.generation
+    used[task.name] = len(engines)
+    return {"missing": 1, "part": "0/2"}
+
+  monkeypatch.setattr(infer_engine, "Engine", Counted)
+  monkeypatch.setattr(pretrained, "from_any", lambda *_, **__: None)
+  monkeypatch.setattr(run_lib.Model, "of", lambda *_: None)
+  monkeypatch.setattr(run_lib, "run", answer)
+  names = ("pope", "llava_bench", "gqa", "mmvet", "mme")
+  assert run("--checkpoint=x", f"--data={root}", f"--task={','.join(names)}") == 0
+  ways = [{"pope", "gqa", "mme"}, {"llava_bench", "mmvet"}]
+  assert sorted(used) == sorted(names)
+  assert len(engines) == len({e.generation for e in engines}) == len(ways)
+  assert all(len({used[name] for name in way}) == 1 for way in ways)
 
 
 def test_a_judge_has_a_name_and_a_key(

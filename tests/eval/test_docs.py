@@ -1,4 +1,4 @@
-"""What docs/evaluation.md shows works as it stands there."""
+"""What docs/evaluation.md shows works as it stands there (its command lines: tests/test_documents.py)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import evaluate
-from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "evaluation.md").read_text()
@@ -62,23 +60,6 @@ def test_the_script_behind_the_promise_counts_no_errors_as_equal(
     SystemExit, match=r"1 of 2 questions have no answer, question 1: image 1\.png"
   ):
     script.main()
-
-
-def commands(name: str) -> list[list[str]]:
-  text = "\n".join(blocks("bash")).replace("\\\n", " ")
-  lines = [line.split("#")[0] for line in text.splitlines()]
-  return [line.split()[2:] for line in lines if line.startswith(f"llava-sp {name} ")]
-
-
-def test_the_commands_are_understood() -> None:
-  found = commands("eval")
-  assert len(found) == 6
-  for arguments in found:
-    evaluate.parser().parse_args(arguments)
-  (training,) = commands("train")
-  config, _ = train_tool.read_config(training)
-  assert (config.evaluate.every, config.evaluate.limit) == (500, 1000)
-  assert config.evaluate != config_lib.Evaluate()
 
 
 def test_every_option_that_the_page_names_is_there() -> None:

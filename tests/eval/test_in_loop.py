@@ -93,7 +93,7 @@ def test_equals_the_score_of_the_saved_checkpoint(
   assert settings[0] == settings[1], "the same parameters, to the last bit"
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_training_does_not_notice(config: Any, watched: Path, tmp_path: Path) -> None:
   loop.train(config(every=0), tmp_path / "run")
   losses = [[r["loss"] for r in records(folder)] for folder in (watched, tmp_path / "run")]
@@ -101,7 +101,7 @@ def test_training_does_not_notice(config: Any, watched: Path, tmp_path: Path) ->
   assert not (tmp_path / "run" / in_loop.FOLDER).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_a_run_that_goes_on_does_the_step_again(config: Any, watched: Path, tmp_path: Path) -> None:
   """From the checkpoint of step 6, in which step 7 was scored already; other settings are taken."""
   folder = tmp_path / "run"
@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_does_the_step_again(config: Any, watched: Path, tmp_
   assert [r["eval_answered"] for r in scored] == [LIMIT, LIMIT, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_stopping_does_not_wait_for_it(config: Any, tmp_path: Path) -> None:
   """Asked to stop in the middle of an evaluation, it is left out; the run can save at once."""
   settings = config()
@@ -162,7 +162,7 @@ def test_a_task_that_a_server_scores_has_nothing_to_log(
     in_loop.InLoop(config(), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_processes_evaluate_together(config: Any, tiny_data: Path, tmp_path: Path) -> None:
   """Two that share parameters answer as one does, though only the first can read the pictures."""
   data = tmp_path / "data"

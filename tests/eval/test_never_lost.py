@@ -107,7 +107,7 @@ def test_sigkill_loses_no_answer(
   assert "name another folder with --out" in rest[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_two_hosts_answer_a_part_each(
   run_folder: Path, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def test_two_hosts_answer_a_part_each(
   assert scores(out) == scores(unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_processes_that_start_together_divide_the_questions(
   run_folder: Path, data: Path, unbroken: Path, tmp_path: Path
 ) -> None:

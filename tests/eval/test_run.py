@@ -178,6 +178,18 @@ def test_other_settings_are_refused(
   assert engine.asked == []
 
 
+def test_answers_of_another_version_are_refused(
+  tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  task = EasyVqa(tiny_data)
+  run_lib.run(task, Scripted(), tmp_path)
+  monkeypatch.setattr(run_lib, "__version__", "9.9")
+  engine = Scripted()
+  with pytest.raises(EvalError, match=f"version: '9.9' here, '{__version__}' there"):
+    run_lib.run(task, engine, tmp_path)
+  assert engine.asked == []
+
+
 @pytest.mark.parametrize(
   ("part", "key", "value", "message"),
   [("data", "template", "llama_2", "inputs.template: 'llama_2' here, 'v1' there"),

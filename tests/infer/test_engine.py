@@ -35,8 +35,12 @@ def asked(tiny_data: Path) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def wanted(model: Pretrained, asked: list[Request]) -> list[tuple[int, ...]]:
-  oracle = Oracle(model)
+def oracle(model: Pretrained) -> Oracle:
+  return Oracle(model)
+
+
+@pytest.fixture(scope="module")
+def wanted(oracle: Oracle, asked: list[Request]) -> list[tuple[int, ...]]:
   return [oracle.greedy(request, NEW) for request in asked]
 
 
@@ -58,6 +62,48 @@ def test_answers_are_those_of_the_uncached_model(
   assert len({len(w) for w in wanted}) > 1, "some answers must end before the others"
   assert len(set(wanted)) > 6
   assert ids(engine.answer(asked)) == wanted
+
+
+def test_margins_are_the_smallest_lead_of_an_answer(
+  engine: Engine, oracle: Oracle, asked: list[Request], wanted: list[tuple[int, ...]]
+) -> None:
+  """Over all its tokens and its end, where it ends before the limit."""
+  answers = list(engine.answer(asked))
+  margins = [oracle.margin(r, found, NEW) for r, found in zip(asked, wanted, strict=True)]
+  np.testing.assert_allclose([a.margin for a in answers], margins, atol=2e-4)
+  assert () in wanted, "of an answer without a token the end's lead is all there is"
+
+
+def test_another_state_of_the_model_answers_by_itself_alone(
+  engine: Engine, model: Pretrained, oracle: Oracle, asked: list[Request],
+  wanted: list[tuple[int, ...]],
+) -> None:  # fmt: skip
+  """As between the steps of training: neither images nor prefixes of before are taken for it."""
+  some, other = asked[:5], random_model(model.config, seed=2)
+  assert ids(engine.answer(some)) == wanted[:5]
+  compiled = engine.counts.compiles
+  twin = Oracle(other)
+  twin.run = oracle.run
+  theirs = [twin.greedy(request, NEW) for request in some]
+  assert theirs != wanted[:5]
+  engine.load(other)
+  assert ids(engine.answer(some)) == theirs
+  engine.load(model)
+  assert ids(engine.answer(some)) == wanted[:5]
+  assert engine.counts.compiles == compiled
+
+
+def test_a_prompt_may_fill_all_positions_of_the_model(
+  engine: Engine, asked: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  length = engine._prompts(asked[0]).length
+  monkeypatch.setattr(engine, "_longest", length + NEW)
+  assert not next(engine.answer(asked[:1])).error
+  monkeypatch.setattr(engine, "_longest", length + NEW - 1)
+  error = next(engine.answer(asked[:1])).error
+  assert error.startswith(
+    f"the prompt has {length} positions, which with {NEW} new tokens are more"
+  )
 
 
 def test_a_decode_step_copies_nothing_of_the_cache(engine: Engine, asked: list[Request]) -> None:
@@ -98,7 +144,7 @@ def test_no_answer_depends_on_the_layout(
   [
     (4, 1, 1),
     pytest.param((2, 2, 2), marks=pytest.mark.slow),
-    pytest.param((1, 4, 2), marks=pytest.mark.slow),
+    pytest.param((1, 4, 2), marks=pytest.mark.guard),
   ],
 )
 def test_no_answer_depends_on_the_mesh(
@@ -269,8 +315,10 @@ def test_a_stop_string_ends_an_answer_where_it_begins(
   assert "".join(stopped.stream(asked[free.index(long)])) == cut.text
 
 
-def test_beam_search_is_that_of_the_oracle(model: Pretrained, asked: list[Request]) -> None:
-  oracle, count = Oracle(model), 3
+def test_beam_search_is_that_of_the_oracle(
+  model: Pretrained, oracle: Oracle, asked: list[Request]
+) -> None:
+  count = 3
   some = asked[:4]
   engine = Engine(model, 2, dataclasses.replace(GENERATION, num_beams=count))
   wanted = [oracle.beams(r, NEW, count) for r in some]

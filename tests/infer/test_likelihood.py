@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
@@ -46,7 +46,7 @@ def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tu
   template = conversation.TEMPLATES[loaded.config.data.template]
   prompt = conversation.prompt(question, template)
   pieces = [*prompt, conversation.Piece(f" {continuation}", True, 0)]
-  runs = example.tokenize(pieces, loaded.tokenizer)
+  runs = reading.tokenize(pieces, loaded.tokenizer)
   ids = [i for run in runs for i in run.ids]
   first = len(ids) - sum(sum(run.learn) for run in runs)
   module = build.model(loaded.config.model)

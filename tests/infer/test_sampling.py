@@ -55,3 +55,16 @@ def test_the_first_of_equal_tokens_wins_and_margins_count() -> None:
 def test_impossible_settings_are_refused(values: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     Generation(**values)
+
+
+def test_samples_are_drawn_by_request_step_and_key() -> None:
+  """The rule written out: the run's key, folded with the request's number, then with the step."""
+  sampler, key = Sampler(0.8, 12, 0.9), jax.random.key(5)
+  numbers, steps = jnp.asarray([3, 0, 7, 3, 3, 9]), jnp.asarray([0, 0, 2, 1, 0, 5])
+  found = sampler.pick(jnp.asarray(LOGITS), key, numbers, steps)
+  filtered = sampler.filtered(jnp.asarray(LOGITS))
+  for row in range(len(LOGITS)):
+    own = jax.random.fold_in(jax.random.fold_in(key, int(numbers[row])), int(steps[row]))
+    assert int(found[row]) == int(jax.random.categorical(own, filtered[row]))
+  assert len({int(x) for x in found}) > 1
+  assert Sampler.of(Generation(temperature=0.5, top_k=3, top_p=0.7)) == Sampler(0.5, 3, 0.7)

@@ -20,11 +20,11 @@ from llava_sp_jax.models import build
 ROOM = 288  # positions of the oracle's rows
 
 
-def random_model(config: config_lib.Config) -> Pretrained:
+def random_model(config: config_lib.Config, seed: int = 1) -> Pretrained:
   """Weights far from their small beginnings, so that answers differ; some end early."""
   params = jax.jit(lambda r: build.initialise(config.model, r))(jax.random.key(0))
   leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
   noise = [
     0.2 * np.asarray(jax.random.normal(k, x.shape)) for k, x in zip(keys, leaves, strict=True)
   ]
@@ -77,6 +77,14 @@ class Oracle:
         break
       ids = (*ids, token)
     return ids
+
+  def margin(self, request: Request, ids: tuple[int, ...], new: int) -> float:
+    """The smallest lead of an answer's tokens over the next best, that of its end included."""
+    leads = []
+    for length in range(min(len(ids) + 1, new)):
+      best, second = np.sort(self.logits(request, ids[:length]))[:-3:-1]
+      leads.append(float(best - second))
+    return min(leads)
 
   def beams(self, request: Request, new: int, count: int) -> tuple[int, ...]:
     """Beam search over Python lists: transformers' rule, see `infer.beam`."""

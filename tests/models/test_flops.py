@@ -99,3 +99,43 @@ def test_every_row_has_costs(row: str) -> None:
 def test_unknown_parameters_are_an_error() -> None:
   with pytest.raises(KeyError, match="gone/kernel"):
     flops._uses("projector/gone/kernel", flops._Sizes(1, 1, (1,), 1))
+
+
+def by_hand(row: str, tower: bool) -> float:
+  """FLOPs of one image: 48 pixels in patches of 8, width 128, two of three blocks, 4 times as wide."""
+  patches, width = 36, 128
+  tokens, blocks = patches + 1, 2
+  kernels = patches * 8 * 8 * 3 * width  # of patches: nothing below it wants a gradient
+  inner = tokens * blocks * (4 * width**2 + 2 * width * 4 * width)
+  attention = blocks * tokens**2 * width * 2  # scores and weighted values
+  total = 2 * (kernels + inner + attention) + tower * (2 * kernels + 4 * inner + 4 * attention)
+  projector = patches * 128 * 192, patches * 192 * 192
+  total += projector[0] * (6 if tower else 4) + projector[1] * 6
+  for side in (1, 2, 3, 4, 5, 6) if row == "pooling" else ():
+    total += side**2 * 128 * 128 * (6 if tower else 4)
+  return total + (6 * 6 * 128 * 192 if row == "pooling" else 0)
+
+
+@pytest.mark.parametrize("row", ["none", "pooling"])
+@pytest.mark.parametrize("stage", ["pretrain", "pretrain_tower", "finetune", "pretrain_all"])
+def test_an_image_by_hand(stage: str, row: str) -> None:
+  """A frozen tower is computed once; one that learns costs three times its attention as well."""
+  config = wide(row, 4 if stage == "finetune" else 0)
+  found = flops.costs(config, learns(stage)).image
+  assert found == by_hand(row, tower=stage in ("pretrain_tower", "pretrain_all"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_position_and_a_pair_by_hand(tied: bool) -> None:
+  """192 wide, two layers, 4 heads of 48 over 2 key heads, mlp 512, 512 words; adapters of rank 4."""
+  config = wide("none", 4)
+  text = dataclasses.replace(config.language_model, tie_embeddings=tied)
+  config = dataclasses.replace(config, language_model=text)
+  kernels = 2 * (192 * 192 * 2 + 192 * 96 * 2 + 3 * 192 * 512)
+  adapters = 2 * 4 * (4 * 192 + 2 * (192 + 96) + 3 * (192 + 512))
+  head = 192 * 512
+  frozen = flops.costs(config, learns("finetune"))
+  assert frozen.position == 4 * (kernels + head) + 6 * adapters
+  full = flops.costs(config, learns("finetune_full"))
+  assert full.position == 6 * (kernels + head + adapters)
+  assert frozen.pair == full.pair == 12 * 2 * 4 * 48

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import conversation, example
+from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.conversation import TEMPLATES
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.generate import generate
@@ -41,7 +41,7 @@ class Model:
     self.pixels = np.random.default_rng(0).normal(size=(1, 1, side, side, 3)).astype(np.float32)
 
   def row(self, pieces: list, length: int) -> dict[str, np.ndarray]:
-    runs = example.tokenize(pieces, self.tokenizer)
+    runs = reading.tokenize(pieces, self.tokenizer)
     arrays = example.layout(runs, [example.one_tile(self.image_tokens)], length).arrays()
     return {**{k: v[None] for k, v in arrays.items()}, "images": self.pixels}
 

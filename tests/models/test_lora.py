@@ -15,11 +15,11 @@ X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
 @pytest.fixture
 def params() -> dict:
-  return LoraDense(5, rank=2, alpha=4.0).init(jax.random.key(0), X)["params"]
+  return LoraDense(5, rank=2, alpha=3.0).init(jax.random.key(0), X)["params"]
 
 
 def test_fresh_adapters_change_nothing(params: dict) -> None:
-  ours = LoraDense(5, rank=2, alpha=4.0).apply({"params": params}, X)
+  ours = LoraDense(5, rank=2, alpha=3.0).apply({"params": params}, X)
   base = {k: params[k] for k in ("kernel", "bias")}
   np.testing.assert_array_equal(ours, nn.Dense(5).apply({"params": base}, X))
   assert not params["lora_b"].any()
@@ -32,8 +32,8 @@ def test_merged_equals_unmerged(params: dict) -> None:
     **params,
     "lora_b": jnp.asarray(np.random.default_rng(1).normal(size=(2, 5)), "float32"),
   }
-  unmerged = LoraDense(5, rank=2, alpha=4.0).apply({"params": params}, X)
-  kernel = params["kernel"] + 4.0 / 2 * params["lora_a"] @ params["lora_b"]
+  unmerged = LoraDense(5, rank=2, alpha=3.0).apply({"params": params}, X)
+  kernel = params["kernel"] + 3.0 / 2 * params["lora_a"] @ params["lora_b"]
   merged = nn.Dense(5).apply({"params": {"kernel": kernel, "bias": params["bias"]}}, X)
   np.testing.assert_allclose(unmerged, merged, atol=1e-5)
   base = {k: params[k] for k in ("kernel", "bias")}
@@ -100,3 +100,38 @@ def test_dropout_keeps_what_it_should(rate: float) -> None:
     count = kept.size / shape[axis]
     assert np.abs(kept.mean(axis=rest) - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / count)
   np.testing.assert_array_equal(kept, keep(jax.random.key(0), shape, rate))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 6.0])
+def test_adapters_are_scaled_by_alpha_over_rank(params: dict, alpha: float) -> None:
+  rng = np.random.default_rng(1)
+  with_b = {**params, "lora_b": rng.normal(size=(2, 5)).astype(np.float32)}
+  found = LoraDense(5, rank=2, alpha=alpha).apply({"params": with_b}, X)
+  wanted = (
+    X @ params["kernel"] + params["bias"] + alpha / 2 * (X @ params["lora_a"]) @ with_b["lora_b"]
+  )
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+@pytest.mark.parametrize("fused", [False, True])
+def test_dropout_leaves_the_mean_as_it_is(params: dict, rate: float, fused: bool) -> None:
+  """Over many keys the adapter's part is what it is at inference: what is kept is scaled up."""
+  with_b = {**params, "lora_b": np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)}
+  dense = {name: LoraDense(5, rank=2, alpha=3.0, dropout=rate, name=name) for name in "ab"}
+
+  class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+      layers = [m.clone(parent=self) for m in dense.values()]
+      return together(layers, x) if fused else [layer(x) for layer in layers]
+
+  variables = {"params": dict.fromkeys("ab", with_b)}
+  calm = np.stack(Pair().apply(variables, X))
+  keys = jax.random.split(jax.random.key(3), 4000)
+  run = jax.jit(jax.vmap(lambda key: jnp.stack(Pair().apply(variables, X, rngs={"dropout": key}))))
+  drawn = np.asarray(run(keys))
+  error = drawn.std(axis=0) / np.sqrt(len(keys))
+  assert (np.abs(drawn.mean(axis=0) - calm) < 5 * error + 1e-6).all()
+  lost = np.abs(rate * (calm - (X @ params["kernel"] + params["bias"])))  # what no scale would cost
+  assert (lost > 10 * error).any()

@@ -11,20 +11,21 @@ from tests.parity import ladder
 # Cases whose tensors and tokens show all that is their own; what follows is the same code for all.
 SHORT = ("conv224", "dfi_only", "pooling_multiscale_dfi", "siglip27", "tfm336_pool")
 LONG = ("logits_and_losses", "greedy")
-# Ten steps show the same of the optimizer for each case and speed; one is climbed by default.
 SLOW = {
   *itertools.product(SHORT, LONG),
-  ("cropping", "hot_trajectory"),
   ("cropping", "trajectory"),
   ("pooling", "hot_trajectory"),
-  ("pooling", "trajectory"),
   ("tfm336_pool", "features"),
 }
+# Ten steps of the optimizer, which show the same for each case and speed: one of each.
+GUARDS = {("cropping", "hot_trajectory"), ("pooling", "trajectory")}
 CLIMBS = [
-  pytest.param(name, rung, marks=[pytest.mark.slow] * ((name, rung) in SLOW))
+  pytest.param(name, rung, marks=[
+    *[pytest.mark.slow] * ((name, rung) in SLOW), *[pytest.mark.guard] * ((name, rung) in GUARDS)
+  ])
   for rung, (cases, _) in ladder.RUNGS.items()
   for name in cases
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "rung"), CLIMBS)

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,11 +111,48 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     compile_lib.check_installed(topologies.topology("v5e-16"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+@pytest.mark.parametrize(
+  ("options", "fast"), [([], True), (["--full=true"], False), (["--full", "false"], True)]
+)
+def test_full_asks_for_code(
+  options: list[str], fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  asked: list[bool] = []
+
+  def compile_config(config: Any, topology: Any, what: str, keep: Any, fast: bool) -> Any:
+    asked.append(fast)
+    return dataclasses.replace(plan(8 * GIB).compiled, full=not fast)
+
+  monkeypatch.setattr(compile_lib, "compile_config", compile_config)
+  assert cli.main(["plan", f"--config={RECIPE}", "--topology=v5e-16", *options]) == 0
+  assert asked == [fast]
+
+
+LIBTPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason='libtpu is not installed: pip install "jax[tpu]"',
 )
+
+
+@pytest.mark.guard
+@LIBTPU
+def test_full_knows_the_compiler_s_cycles(tiny_config: ConfigMaker) -> None:
+  """The same schedule with code: cycle counts for its matmuls, and another time of the step."""
+  config = tiny_config(model={"dtype": "bfloat16", "frozen_dtype": "bfloat16"})
+  topology = topologies.topology("v5e-4")
+  found = [
+    report.make(config, topology, "train", compile_lib.compile_config(
+      config, topology, "train", fast=fast))
+    for fast in (True, False)
+  ]  # fmt: skip
+  assert [f.compiled.full for f in found] == [False, True]
+  assert found[0].used == found[1].used
+  assert found[0].seconds != found[1].seconds > 0
+  assert "the compiler's cycles" in found[1].record()["predictor"]
+
+
+@pytest.mark.guard
+@LIBTPU
 @pytest.mark.parametrize("what", ["train", "eval"])
 def test_a_real_compile(tiny_config: ConfigMaker, what: str) -> None:
   config = tiny_config(model={"dtype": "bfloat16", "frozen_dtype": "bfloat16"})

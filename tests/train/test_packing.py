@@ -53,7 +53,7 @@ def relative(a: Any, b: Any) -> float:
   return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
-@pytest.mark.parametrize("turns", ["chain", pytest.param("branch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("turns", ["chain", pytest.param("branch", marks=pytest.mark.guard)])
 def test_loss_and_gradients_are_those_of_the_samples_alone(
   config: config_lib.Config, params: Any, turns: str
 ) -> None:
@@ -116,7 +116,7 @@ def test_no_sample_sees_another(config: config_lib.Config, params: Any) -> None:
     assert (np.abs(after - before).max(axis=-1)[rows] * mine[rows]).max(axis=1).min() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
   ("packing", "programs"),
   [("first_fit", {1}), pytest.param("buckets", {1, 2, 3, 4}, marks=pytest.mark.slow)],

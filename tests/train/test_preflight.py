@@ -56,6 +56,13 @@ def test_all_problems_of_the_settings_at_once(tiny_config: ConfigMaker) -> None:
   assert "--config.train.preflight=false" in message
 
 
+def test_a_template_that_the_tokenizer_cannot_end(tiny_config: ConfigMaker) -> None:
+  message = settings(tiny_config("finetune", data={"template": "mpt"}))
+  assert "data.template 'mpt': replies end with '<|im_end|>', which this tokenizer reads" in message
+  assert "that fit: v1, vicuna_v1" in message
+  assert preflight.replies_end in preflight.SETTINGS
+
+
 def test_tiles_that_do_not_fit(tiny_config: ConfigMaker) -> None:
   config = tiny_config(
     data={"image_aspect": "anyres", "grid_pinpoints": ((48, 48), (24, 48)), "images_per_row": 3}
@@ -152,7 +159,7 @@ def test_gradients_of_the_first_step(squares: Any, images: int, dead: list[str])
   assert [line.strip().partition(":")[0] for line in lines] == dead
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_a_dead_decoder_is_refused_and_nothing_is_kept(
   tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_terminal_gets_a_table(
   assert "0.125" in printed
 
 
+@pytest.mark.guard
 def test_tensorboard_writes_an_event_file(tmp_path: Path) -> None:
   pytest.importorskip("tensorboardX")
   sink = sinks.TensorBoard(tmp_path, config())
@@ -65,6 +66,7 @@ def test_tensorboard_writes_an_event_file(tmp_path: Path) -> None:
   assert b"val_loss" in file.read_bytes()
 
 
+@pytest.mark.guard
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   pytest.importorskip("wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")

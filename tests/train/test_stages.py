@@ -32,7 +32,7 @@ def qlora(tiny_config: ConfigMaker, form: str, **changes: Any) -> config_lib.Con
   "form",
   [
     pytest.param("int8", marks=pytest.mark.slow),
-    pytest.param("nf4", marks=pytest.mark.slow),
+    pytest.param("nf4", marks=pytest.mark.guard),
     pytest.param("nf4_double", marks=pytest.mark.slow),
   ],
 )
@@ -69,7 +69,7 @@ def test_quantised_kernels_that_should_learn_are_refused(
   assert not (tmp_path / "run" / checkpoint.CONFIG_FILE).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_full_fine_tuning_moves_all_but_the_tower_on_any_mesh(tiny_config: ConfigMaker) -> None:
   rate = {"learning_rate": 2e-3, "projector_learning_rate": 2e-3}
   changes = merged(FULL, {"optimizer": rate})

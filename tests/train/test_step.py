@@ -44,10 +44,10 @@ def compiled(config: config_lib.Config, sizes: tuple[int, ...]) -> Any:
     return step.lower(state, batch, jax.random.key(0)).compile()
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
   ("stage", "sizes"),
-  [("finetune", (2, 2, 2)), ("pretrain_all", (1, 1, 1))],
+  [("finetune", (2, 2, 2)), pytest.param("pretrain_all", (1, 1, 1), marks=pytest.mark.slow)],
 )
 def test_accumulation_changes_nothing(
   tiny_config: ConfigMaker, stage: str, sizes: tuple[int, ...]
@@ -114,7 +114,7 @@ def big_logits(text: str, rows: int, length: int) -> list[str]:
   return [str(s) for s in shapes if VOCAB_SIZE in s and np.prod(s) >= length * VOCAB_SIZE]
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_logits_of_a_whole_row_never_exist(tiny_config: ConfigMaker) -> None:
   config = tiny_config("finetune", train={"loss_chunk": 16})
   text = compiled(config, (1, 8, 1)).as_text()
@@ -165,7 +165,7 @@ def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker
     assert kernel in str(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_state_is_donated(tiny_config: ConfigMaker, accumulate: int) -> None:
   config = tiny_config("finetune", train={"batch_size": 16, "accumulate": accumulate})
@@ -176,7 +176,7 @@ def test_the_state_is_donated(tiny_config: ConfigMaker, accumulate: int) -> None
   assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_a_replicated_base(tiny_config: ConfigMaker) -> None:
   """The same losses; the base is whole on each device of fsdp, what learns is still divided."""
   runs = {

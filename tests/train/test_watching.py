@@ -72,7 +72,6 @@ def unwatched(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
   return folder
 
 
-@pytest.mark.slow
 def test_watching_changes_no_bit(watched: Path, unwatched: Path) -> None:
   ours, theirs = records(watched), records(unwatched)
   assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
@@ -97,7 +96,7 @@ def test_a_record_adds_up(watched: Path, config: Any) -> None:
   for record in records(watched):
     assert record["learning_rate/base"] == pytest.approx(float(rate(record["step"] - 1)), rel=1e-6)
   assert records(watched)[0]["learning_rate/projector"] == 0.0
-  assert records(watched)[2]["learning_rate/projector"] == pytest.approx(1e-2)
+  assert records(watched)[2]["learning_rate/projector"] == pytest.approx(5e-3)
 
 
 def test_rates_are_those_of_the_batches(unwatched: Path, config: Any) -> None:

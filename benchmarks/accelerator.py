@@ -1,0 +1,70 @@
+"""What llava_sp_jax does on this accelerator, in eight minutes: one JSON object a line.
+
+Usage: python benchmarks/accelerator.py [--seconds 480] [--only rates,train] [--out accelerator]
+       [--checkpoint runs/easy_vqa/pooling-0/finetune --data data/easy_vqa]
+
+For one GPU or TPU; without a network, torch or any weights (random ones, but for the checkpoint).
+Sections, in this order (docs/accelerator.md says what each measures): rates, correct, train, decode,
+prefill, engine, flips, variants. A part that fails says why, and costs nothing else; one for which no
+time is left says so. OUT.json and its page OUT.md are whole after every line. --tiny runs all of it
+on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+
+from accelerator_record import Record
+
+# section: the file and the function that measure it; both are looked up when it is its turn.
+SECTIONS = {
+  "rates": ("accelerator_arithmetic", "rates"),
+  "correct": ("accelerator_arithmetic", "correct"),
+  "train": ("accelerator_training", "train"),
+  "decode": ("accelerator_answers", "decode"),
+  "prefill": ("accelerator_answers", "prefill"),
+  "engine": ("accelerator_answers", "engine"),
+  "flips": ("accelerator_flips", "flips"),
+  "variants": ("accelerator_training", "variants"),
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--seconds", type=float, default=480, help="for all of it (480)")
+  parser.add_argument("--only", default=",".join(SECTIONS), help="sections, divided by commas")
+  parser.add_argument("--out", default="", help="writes OUT.json and OUT.md")
+  parser.add_argument(
+    "--size", default="auto", choices=("auto", "7b", "1b"), help="of the decoder; auto: by memory"
+  )
+  parser.add_argument("--peak", type=float, default=0.0,
+                      help="bf16 TFLOP/s of a device that llava_sp_jax.devices does not know")  # fmt: skip
+  parser.add_argument("--checkpoint", default="", help="run folder of the demo, for flips")
+  parser.add_argument("--data", default="", help="folder of scripts/prepare_easy_vqa.py, for flips")
+  parser.add_argument("--tiny", action="store_true", help="a few seconds a section, on a CPU")
+  options = parser.parse_args(argv)
+  options.only = [name for name in options.only.split(",") if name]
+  if unknown := [name for name in options.only if name not in SECTIONS]:
+    parser.error(f"--only: unknown {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+  if bool(options.checkpoint) != bool(options.data):
+    parser.error("--checkpoint and --data belong together: give both, or neither")
+  return options
+
+
+def main(argv: list[str] | None = None) -> Record:
+  options = arguments(argv)
+  # Read when jax is imported. Its own 75% of a card would hide what fits.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+  record = Record(options)
+  for name in (name for name in SECTIONS if name in options.only):
+    file, function = SECTIONS[name]
+    record.part(name, 0, lambda: getattr(importlib.import_module(file), function)(record))  # noqa: B023
+  return record
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,54 @@
+"""The page of a record of accelerator.py: a table for each section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# section: what a reader must know of its figures.
+SAYS = {
+  "rates": "Square products of 8,192, and one reading of 4 GiB.",
+  "correct": "Errors against float32 on the CPU: norm of the difference / norm of the CPU's.",
+  "train": "A LoRA step of full rows, the most that fit. MFU counts what the model needs; `plan_gib` is "
+  "what `llava-sp plan` counts of the program.",
+  "decode": "`of_memory_limit`: the time to read kernels and cache at the rate above / the time taken.",
+  "prefill": "Whole prompts of text.",
+  "engine": "Random weights, 8 tokens an answer; pictures are read from JPEG files.",
+  "flips": "Greedy answers of the demo's checkpoint with other tokens than float32 on the CPU; margins "
+  "are leads in logits.",
+  "variants": "The step with other settings.",
+}
+
+
+def page(record: Mapping[str, Any]) -> str:
+  """Markdown. A figure that is not known is a dash."""
+  machine, versions = record["machine"], record["versions"]
+  known = [f"{name} {version}" for name, version in versions.items() if version]
+  made_by = f"`{record['command']}`" if record["command"] else \
+    "an earlier form of `benchmarks/accelerator.py`"  # fmt: skip
+  about = [f"Made by {made_by}", f"at commit {record['commit'] or '-'}"]
+  about += [record["when"]] if record["when"] else []
+  runs = ", ".join([str(machine["device"]), *filter(None, [machine.get("runtime")]), *known])
+  lines = ["# On an accelerator", "", f"{', '.join(about)}. {runs}.",
+           "What each section measures: [accelerator.md](../accelerator.md)."]  # fmt: skip
+  for section, rows in record["figures"].items():
+    lines += ["", f"## {section}", "", SAYS[section], "", *_table(rows)]
+  return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Mapping[str, Any]]) -> list[str]:
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  body = [[_cell(row.get(name)) for name in columns] for row in rows]
+  return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *body)]
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, dict):
+    return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
+  if isinstance(value, list):
+    return ", ".join(map(_cell, value))
+  if isinstance(value, str):
+    return value
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,119 @@
+"""What accelerator.py has found so far, and the time that it has left."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerator_page import page
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+DIGITS = 6  # of a figure that is a float
+
+
+class Record:
+  """Lines of each section, printed as they are said and kept in `--out`."""
+
+  def __init__(self, options: argparse.Namespace):
+    self.options = options
+    self.figures: dict[str, list[dict[str, Any]]] = {}
+    self._started = time.monotonic()
+    self._about: dict[str, Any] | None = None
+
+  def left(self) -> float:
+    """Seconds until `--seconds` are over."""
+    return float(self.options.seconds) - (time.monotonic() - self._started)
+
+  def say(self, section: str, **values: Any) -> None:
+    values = {name: _shown(value) for name, value in values.items()}
+    self.figures.setdefault(section, []).append(values)
+    at = round(time.monotonic() - self._started, 1)
+    print(json.dumps({"at": at, "section": section, **values}), flush=True)
+    if self.options.out:
+      self._write(Path(self.options.out))
+
+  def part(
+    self, section: str, seconds: float, run: Callable[[], dict[str, Any] | None], **labels: Any
+  ) -> bool:
+    """Says what `run` returns behind `labels`; whether it ran to its end.
+
+    What needs more than the time that is left (tiny sizes need next to nothing) is skipped, and an
+    exception, whatever a driver or compiler raised, is said and ends this part only.
+    """
+    if self.left() < (seconds if not self.options.tiny else min(seconds, 1)):
+      self.say(section, **labels, skipped=f"{self.left():.0f} s are left, {seconds:.0f} are needed")
+      return False
+    try:
+      found = run()
+    except Exception as error:
+      traceback.print_exc(file=sys.stderr)
+      self.say(section, **labels, error=f"{type(error).__name__}: {str(error)[:600]}")
+      return False
+    if found is not None:
+      self.say(section, **labels, **found)
+    return True
+
+  def last(self, section: str, name: str) -> Any:
+    """The figure of that name that was said last; None where there is none."""
+    lines = [line[name] for line in self.figures.get(section, []) if name in line]
+    return lines[-1] if lines else None
+
+  def _write(self, out: Path) -> None:
+    """The whole record and its page, so that one that is killed has kept all it said."""
+    self._about = self._about or about()
+    record = {**self._about, "figures": self.figures}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page(record))):
+      part = out.with_name(out.name + suffix + ".part")
+      part.write_text(text)
+      part.replace(out.with_name(out.name + suffix))
+
+
+def _shown(value: Any) -> Any:
+  """A figure as JSON has it; None for one that is not finite, or not known."""
+  if not isinstance(value, float):
+    return value
+  return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def about() -> dict[str, Any]:
+  """Commit, command, machine, versions, when; None is what is not known."""
+  import jax
+
+  device = jax.devices()[0]
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {
+    "commit": _commit(),
+    "command": " ".join(["python", *sys.argv]),
+    "machine": {
+      "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
+      "runtime": device.client.platform_version, "cpu": platform.machine(),
+    },
+    "versions": {"python": platform.python_version(), **versions},
+    "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+  }  # fmt: skip
+
+
+def _commit() -> str | None:
+  """Of the clone that this file is in, "+" where files were changed; None outside a clone."""
+  here = Path(__file__).parent
+
+  def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -1,0 +1,156 @@
+"""Where a figure comes from: the commit, a hash of the sources it depends on, versions and machine.
+
+A figure belongs to its commit. What each result depends on stands in docs/results/results.toml,
+beside the command that makes it; `scripts/results.py` says which are older than their sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tokenize
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = Path("docs/results")
+TABLE = RESULTS / "results.toml"
+VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # of packages; Python's is told as well
+EVERYTHING = ("llava_sp_jax",)
+
+
+def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
+  """{name of a result: its row}: command, sources, minutes, and what else the row says."""
+  return tomllib.loads((root / TABLE).read_text())
+
+
+def files(sources: Iterable[str], root: Path = REPOSITORY) -> list[Path]:
+  """Files that `sources` name: files, folders of Python, or patterns, relative to `root`; sorted.
+
+  Raises: FileNotFoundError for a source that matches nothing.
+  """
+  found = set()
+  for source in sources:
+    path = root / source
+    matches = path.rglob("*.py") if path.is_dir() else root.glob(source)
+    here = {match for match in matches if match.is_file()}
+    if not here:
+      raise FileNotFoundError(f"{root / source}: a source of a result, but no such file")
+    found |= here
+  return sorted(found)
+
+
+def fingerprints(sources: Iterable[str], root: Path = REPOSITORY) -> dict[str, str]:
+  """{file: short hash of what it does}; comments and docstrings of Python do not count."""
+  return {str(path.relative_to(root)): fingerprint(path) for path in files(sources, root)}
+
+
+def fingerprint(path: Path) -> str:
+  """A short hash of a file, of Python without comments, docstrings and empty lines."""
+  content = path.read_bytes()
+  if path.suffix == ".py":
+    content = bare(content.decode()).encode()
+  return hashlib.sha256(content).hexdigest()[:12]
+
+
+def bare(source: str) -> str:
+  """Python without comments, docstrings and empty lines; the same under every version of Python."""
+  lines = source.splitlines()
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    if token.type == tokenize.COMMENT:
+      row, column = token.start
+      lines[row - 1] = lines[row - 1][:column]
+  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+      text = node.body[0]
+      lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)  # type: ignore[operator]
+  return "\n".join(filter(None, map(str.rstrip, lines)))
+
+
+def digest(found: dict[str, str]) -> str:
+  """One hash for the fingerprints of a result's sources."""
+  return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) -> dict[str, Any]:
+  """What a record carries beside its figures, for the tree as it stands."""
+  found = fingerprints(sources, root)
+  return {
+    "commit": commit(root),
+    "sources": digest(found),
+    "files": found,
+    "versions": versions(),
+    "machine": machine(),
+    "command": command or shlex.join(["python", *sys.argv]),
+    "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+  }
+
+
+def commit(root: Path = REPOSITORY) -> str:
+  """The commit of the tree, with a `+` where files that git knows differ from it; empty without git."""
+
+  def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+  number = git("rev-parse", "--short=10", "HEAD")
+  changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}")
+  return f"{number}+" if number and changed else number
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that compute."""
+  found = {"python": platform.python_version()}
+  for name in VERSIONS:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+@functools.cache
+def machine() -> str:
+  """Cores and kind of processor of this machine."""
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # only Linux says which of them may be used
+    cores = os.cpu_count() or 1
+  named = [
+    line.partition(":")[2].strip()
+    for line in _lines(Path("/proc/cpuinfo"))
+    if line.startswith("model name")
+  ]
+  return f"{cores} cores {named[0] if named else platform.machine()}, CPU"
+
+
+def _lines(path: Path) -> list[str]:
+  return path.read_text().splitlines() if path.is_file() else []
+
+
+def write(out: Path, figures: Any, root: Path = REPOSITORY) -> None:
+  """Writes `figures` with their stamp to OUT.json.
+
+  The sources are those of the row that has the file's name, or the whole package.
+  """
+  sources = table(root).get(out.stem, {}).get("sources", EVERYTHING)
+  content = {"record": stamp(sources, root=root), "figures": figures}
+  out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(path: Path) -> Any:
+  """The figures of a file that `write` made."""
+  return json.loads(path.with_suffix(".json").read_text())["figures"]

@@ -1,0 +1,227 @@
+"""Variants of the projector against each other on easy-VQA; unattended, goes on where it stopped.
+
+Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.2]
+
+A variant is any row of the projector, with sizes of its views in patches behind an @ if they are
+not its own. Every variant meets the same seeds, so the same initial tower and decoder and the same
+samples in the same order. Runs that OUT.json holds for the sources as they are now are not done
+again. Says what it will cost before it starts; --dry-run says only that.
+Writes OUT.json (a record a run), OUT.md (means, intervals, differences to `none`) and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from run_easy_vqa import Job, command, run
+
+from llava_sp_jax import provenance
+from llava_sp_jax.eval import interval
+
+BASELINE = "none"
+VARIANTS = (BASELINE, "pooling", "cropping", "both", "register")
+KEYS = ("variant", "seed", "scale")
+Record = dict[str, Any]
+
+
+class Book:
+  """The records of OUT.json, each with the commit and the digest of its sources."""
+
+  def __init__(self, out: Path):
+    self.path = out.with_suffix(".json")
+    held = json.loads(self.path.read_text()) if self.path.is_file() else {}
+    self.records: list[Record] = held.get("figures", [])
+    self._files: dict[str, Any] = held.get("sources", {})
+    row = provenance.table().get(out.stem, {})
+    self._sources = row.get("sources", provenance.EVERYTHING)
+    self.digest = provenance.digest(provenance.fingerprints(self._sources))
+
+  def find(self, job: Job) -> Record | None:
+    """The record of a run that was made by the sources as they are now."""
+    wanted = dataclasses.asdict(job)
+    return next((r for r in self.records if {k: r[k] for k in KEYS} == wanted
+                 and r["sources"] == self.digest), None)  # fmt: skip
+
+  def add(self, record: Record) -> None:
+    """Takes the place of an older record of the same run; written at once."""
+    stamp = provenance.stamp(self._sources)
+    self._files[stamp["sources"]] = stamp.pop("files")
+    self.records = [r for r in self.records if any(r[k] != record[k] for k in KEYS)]
+    self.records.append({**record, **stamp})
+    used = {r["sources"] for r in self.records}
+    self._files = {name: found for name, found in self._files.items() if name in used}
+    content = {"figures": self.records, "sources": self._files}
+    part = self.path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(self.path)
+
+
+def cost(todo: list[Job], book: Book, at_once: int) -> str:
+  """What the runs will take, from the records of others by the length of their training."""
+  known = [r["seconds"] / r["scale"] for r in book.records]
+  if not todo or not known:
+    return "" if not todo else "how long a run takes is known after the first"
+  seconds = statistics.median(known) * sum(job.scale for job in todo)
+  return f"about {seconds / 60 / at_once:.0f} minutes, by the records in {book.path}"
+
+
+def summary(records: list[Record]) -> list[dict[str, Any]]:
+  """A row for each variant: mean with its 95% interval, and the paired difference to BASELINE."""
+  by_variant: dict[str, dict[int, float]] = {}
+  for record in records:
+    by_variant.setdefault(record["variant"], {})[record["seed"]] = 100 * record["accuracy"]
+  base, rows = by_variant.get(BASELINE, {}), []
+  for variant, found in by_variant.items():
+    both = sorted(set(found) & set(base)) if variant != BASELINE else []
+    rows.append({
+      "variant": variant, "seeds": len(found), **interval.of_mean(list(found.values())),
+      "lowest": min(found.values()), "highest": max(found.values()),
+      "paired": interval.of_mean([found[s] - base[s] for s in both]) if both else None,
+      "pairs": len(both),
+    })  # fmt: skip
+  return rows
+
+
+def spread(row: dict[str, Any]) -> str:
+  return f"{row['low']:.2f} to {row['high']:.2f}" if row["low"] is not None else "one seed"
+
+
+def page(book: Book, records: list[Record], scale: float, out: Path, called: str) -> str:
+  rows = summary(records)
+  lines = [
+    "# easy-VQA: variants of the projector", "",
+    "Exact match of generated answers over the whole test split (9,673 questions), small LLaVA-SP",
+    f"from scratch, both stages at `--scale {scale:g}`. Intervals are Student's, 95%, over seeds; a",
+    f"difference to `{BASELINE}` is that of runs with the same seed and the same order of samples.",
+    f"Made by `{called}`.", "",
+    f"| variant | seeds | mean | 95% interval | lowest | highest | minus `{BASELINE}` | 95% interval |",
+    "|---|---|---|---|---|---|---|---|",
+  ]  # fmt: skip
+  for row in rows:
+    paired = row["paired"]
+    against = f"{paired['mean']:+.2f} | {spread(paired)}" if paired else "- | -"
+    lines.append(f"| {row['variant']} | {row['seeds']} | {row['mean']:.2f}% | {spread(row)} | "
+                 f"{row['lowest']:.2f}% | {row['highest']:.2f}% | {against} |")  # fmt: skip
+  kinds = sorted({kind for r in records for kind in r["by_kind"]})
+  lines += ["", f"| variant | {' | '.join(kinds)} | seconds of a run, median |",
+            "|---" * (len(kinds) + 2) + "|"]  # fmt: skip
+  for row in rows:
+    mine = [r for r in records if r["variant"] == row["variant"]]
+    means = [f"{100 * statistics.mean(r['by_kind'][kind] for r in mine):.2f}%" for kind in kinds]
+    seconds = statistics.median(r["seconds"] for r in mine)
+    lines.append(f"| {row['variant']} | {' | '.join(means)} | {seconds:.0f} |")
+  commits = sorted({r["commit"] for r in records})
+  machines = sorted({f"{r['machine']}, jax {r['versions']['jax']}" for r in records})
+  lines += ["", f"Commits {', '.join(commits)}; {'; '.join(machines)}.", "",
+            f"![mean and interval of each variant]({out.with_suffix('.png').name})", ""]  # fmt: skip
+  return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], records: list[Record], path: Path) -> None:
+  """Every seed as a point, means with their intervals."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axis = pyplot.subplots(figsize=(1.4 + 1.1 * len(rows), 3.4), layout="constrained")
+  for place, row in enumerate(rows):
+    values = [100 * r["accuracy"] for r in records if r["variant"] == row["variant"]]
+    axis.plot([place] * len(values), values, "o", color="#9bbfb2", markersize=4)
+    low, high = (row["low"], row["high"]) if row["low"] is not None else (row["mean"],) * 2
+    axis.errorbar(place, row["mean"], yerr=[[row["mean"] - low], [high - row["mean"]]], fmt="_",
+                  markersize=16, capsize=4, color="#2a7f62")  # fmt: skip
+  axis.set_xticks(range(len(rows)), [row["variant"] for row in rows], rotation=20)
+  axis.set_ylabel("right answers, %")
+  axis.grid(axis="y", alpha=0.3)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+
+
+def shares(at_once: int) -> list[list[int]]:
+  """The cores of each of the runs that go on at once; all share all if it is one."""
+  cores = sorted(os.sched_getaffinity(0))
+  return [cores[i::at_once] for i in range(at_once)] if at_once > 1 else [[]]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="ROW[@SIZE+SIZE..]")
+  parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, .. of each (%(default)s)")
+  parser.add_argument("--scale", type=float, default=0.2, help="of the steps (%(default)s)")
+  parser.add_argument("--at-once", type=int, default=1,
+                      help="runs at a time, with a share of the cores each (%(default)s)")  # fmt: skip
+  parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="%(default)s")
+  parser.add_argument("--data", default="data/easy_vqa", help="%(default)s")
+  parser.add_argument("--out", type=Path, default=Path("docs/results/easy_vqa_ablation"),
+                      help="path without ending (%(default)s)")  # fmt: skip
+  parser.add_argument("--pictures", type=Path, default=None, metavar="FOLDER",
+                      help="copies the report of the first run there")  # fmt: skip
+  parser.add_argument("--dry-run", action="store_true", help="says what there is to do and ends")
+  return parser.parse_args(argv)
+
+
+def main() -> None:
+  options = parse()
+  book = Book(options.out)
+  jobs = [Job(variant, seed, options.scale) for seed in range(options.seeds)
+          for variant in options.variants]  # fmt: skip
+  todo = [job for job in jobs if not book.find(job)]
+  print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them on record for these sources; "
+        f"{len(todo)} to do{', ' * bool(todo)}{cost(todo, book, options.at_once)}", flush=True)  # fmt: skip
+  if options.dry_run:
+    return
+  command("scripts/prepare_easy_vqa.py", "--out", options.data)
+  free, started, done = shares(options.at_once), time.monotonic(), 0
+
+  def one(job: Job) -> tuple[Job, Path]:
+    cores = free.pop()
+    folder = options.runs / f"scale-{job.scale:g}-{book.digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+      return job, run(job, folder, options.data, cores, folder / f"{job.name}.log")
+    finally:
+      free.append(cores)
+
+  with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
+    for future in concurrent.futures.as_completed([pool.submit(one, job) for job in todo]):
+      job, report = future.result()
+      record = json.loads((report / "record.json").read_text())
+      book.add(record)
+      show(book, options)
+      if options.pictures and job == jobs[0]:
+        shutil.copytree(report, options.pictures, dirs_exist_ok=True)
+      done += 1
+      left = (time.monotonic() - started) / done * (len(todo) - done) / 60
+      print(f"{job.name}: {record['accuracy']:.2%} in {record['seconds']} s; {done} of {len(todo)} "
+            f"done, eta {left:.0f} min", flush=True)  # fmt: skip
+  print(show(book, options))
+
+
+def show(book: Book, options: argparse.Namespace) -> str:
+  """Writes page and picture of the records of this scale; returns the page."""
+  variants = list(dict.fromkeys([*options.variants, *(r["variant"] for r in book.records)]))
+  records = sorted(
+    (r for r in book.records if r["scale"] == options.scale),
+    key=lambda r: (variants.index(r["variant"]), r["seed"]),
+  )
+  if not records:
+    return ""
+  row = provenance.table().get(options.out.stem, {})
+  text = page(book, records, options.scale, options.out, row.get("command", records[-1]["command"]))
+  options.out.with_suffix(".md").write_text(text)
+  picture(summary(records), records, options.out.with_suffix(".png"))
+  return text
+
+
+if __name__ == "__main__":
+  main()

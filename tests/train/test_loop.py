@@ -1,0 +1,117 @@
+"""The loop around a step that only looks: what it is given, what is saved, how a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_sp_jax import checkpoint
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.train import ledger, loop, measure
+from tests.conftest import ConfigMaker
+
+COUNTS = ("loss", "right", "image_loss", "count", "image_count", "positions", "pairs",
+          "image_positions")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Looker:
+  """In place of the compiled step: remembers its arguments, calls `does(step)`, learns nothing."""
+
+  seen: list[tuple[int, Any, Any]] = dataclasses.field(default_factory=list)
+  does: Callable[[int], None] = lambda number: None
+
+  def __call__(self, state: Any, batch: Any, rng: Any) -> Any:
+    number = int(state.step)
+    key = jax.random.key_data(rng).tolist()
+    self.seen.append((number, key, np.asarray(batch["tokens"]).tolist()))
+    self.does(number + 1)
+    sums = dict.fromkeys(COUNTS, jnp.float32(1 + number))
+    metrics = measure.report(sums, {p: jnp.zeros(1) for p in state.trainable})
+    return state.replace(step=state.step + 1), {**metrics, "nonfinite": jnp.float32(0)}
+
+
+@pytest.fixture
+def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
+  made = Looker()
+  monkeypatch.setattr(loop, "compile_step", lambda *_: made)
+  return made
+
+
+def config(tiny_config: ConfigMaker, **train: Any) -> config_lib.Config:
+  values = {"steps": 5, "save_every": 2, "keep": 9, "preflight": False, "sinks": ()}
+  return tiny_config("pretrain", "none", train={**values, **train})
+
+
+def logged(folder: Path) -> list[int]:
+  return [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_key_of_dropout_is_the_run_s_seed(
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker, seed: int
+) -> None:
+  loop.train(config(tiny_config, seed=seed, steps=2), tmp_path / "run")
+  wanted = jax.random.key_data(jax.random.key(seed)).tolist()
+  assert [key for _, key, _ in looker.seen] == [wanted] * 2
+
+
+def test_a_run_that_was_stopped_goes_on_like_one_that_was_not(
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker
+) -> None:
+  """The same steps see the same batches; nothing is logged, saved or read twice."""
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  assert loop.train(config(tiny_config), whole).step == 5
+  assert checkpoint.steps(whole) == [2, 4, 5]
+  wanted, looker.seen = looker.seen, []
+  assert [number for number, *_ in wanted] == [0, 1, 2, 3, 4]
+  assert len({str(tokens) for *_, tokens in wanted}) == 5
+  looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 3 else None
+  assert loop.train(config(tiny_config), parts).step == 3
+  assert checkpoint.steps(parts) == [2, 3]
+  for file in (parts / "metrics.jsonl", parts / ledger.FOLDER / "00000.jsonl"):
+    lines = file.read_text().splitlines()
+    again = json.dumps({**json.loads(lines[-1]), "step": 4})  # of a step that was not saved
+    file.write_text("\n".join([*lines, again]) + "\n")
+  looker.does = lambda number: None
+  assert loop.train(config(tiny_config), parts).step == 5
+  assert looker.seen == wanted
+  assert checkpoint.steps(parts) == [2, 3, 4, 5]
+  assert logged(whole) == logged(parts) == [1, 2, 3, 4, 5]
+  strip = [{k: v for k, v in line.items() if k != "time"} for line in ledger.read(parts)]
+  assert strip == ledger.read(whole)
+  assert checkpoint.saved(parts)[2] == 5
+  assert (parts / "config.json").read_text() == (whole / "config.json").read_text()
+
+
+def test_nothing_is_written_between_the_records_that_are_asked_for(
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker
+) -> None:
+  loop.train(config(tiny_config, log_every=2, save_every=100), tmp_path / "run")
+  assert logged(tmp_path / "run") == [2, 4, 5]
+  assert checkpoint.steps(tmp_path / "run") == [5]
+
+
+def test_another_base_is_refused_before_a_step(
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """As when the folder that config.init names was replaced; only the newest checkpoints are kept."""
+  folder = tmp_path / "run"
+  loop.train(config(tiny_config, save_every=1, keep=2), folder)
+  assert checkpoint.steps(folder) == [4, 5]
+  known = checkpoint.saved(folder)[1]
+  assert (known["stage"], known["name"]) == ("pretrain", "tiny-none-pretrain")
+  looker.seen.clear()
+  monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "another")
+  with pytest.raises(checkpoint.CheckpointError, match=rf"{known['fingerprint']}, .* has another;"):
+    loop.train(config(tiny_config, save_every=1, keep=2), folder)
+  assert not looker.seen
