@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -129,7 +130,11 @@ def test_state_per_device_shrinks_with_the_mesh(runs: dict) -> None:
 
 
 def block_shardings(config: config_lib.Config, mesh: Mesh, monkeypatch: Any) -> list[tuple]:
-  """(shape, shape on one device) of the arrays that decoder blocks hand on, as compiled."""
+  """(shape, shape on one device) of the arrays that decoder blocks hand on, as compiled.
+
+  Looking at an array is an effect. flax traces a scanned body once more to see that what it shares
+  does not depend on the carry; from 0.12.9 on an effect counts as such a use, so that trace is left out.
+  """
   seen: list[tuple] = []
   constrain = nn.with_logical_constraint
 
@@ -142,6 +147,8 @@ def block_shardings(config: config_lib.Config, mesh: Mesh, monkeypatch: Any) -> 
     return x
 
   monkeypatch.setattr(nn, "with_logical_constraint", watch)
+  scan = functools.partial(nn.scan, check_constancy_invariants=False)
+  monkeypatch.setattr(nn, "scan", scan)
   with jax.set_mesh(mesh):
     state, shardings, tx = loop.initial_state(config, mesh)
     step = loop.compile_step(build.model(config.model), tx, config, shardings)
