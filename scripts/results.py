@@ -52,7 +52,8 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
   """What is said of a result."""
   how, changed = state(name, row)
   lines = [f"{name}: {how}"]
-  made = {(r.get("commit", "?"), r.get("machine", "?"), r.get("when", "?")) for r in records(name)}
+  made = {tuple(str(r.get(key) or "?") for key in ("commit", "machine", "when"))
+          for r in records(name)}  # fmt: skip
   lines += [f"  made at {c} on {m}, {w}" for c, m, w in sorted(made)[-1:]]
   if len(made) > 1:
     lines[-1] += f", and {len(made) - 1} more records"
