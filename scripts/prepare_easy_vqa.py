@@ -17,6 +17,7 @@ from pathlib import Path
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 FACTS = {"shape": 4, "color": 2}  # questions told in a caption; shapes are harder to see
+MADE_BY = "made_by.txt"  # this script, as it was when it wrote the folder; written last
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -70,7 +71,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", default="data/easy_vqa")
   out = Path(parser.parse_args().out)
-  if (out / "tokenizer" / "tokenizer.json").is_file():
+  from llava_sp_jax import provenance
+
+  made_by, version = out / MADE_BY, provenance.fingerprint(Path(__file__))
+  if made_by.is_file() and made_by.read_text().strip() == version:
     print(f"{out}: already prepared")
     return
   import easy_vqa
@@ -109,6 +113,7 @@ def main() -> None:
   texts += [f"{v1.system}{v1.before}{v1.after}"] * 1000
   texts += [f"\n{q}{v1.after} {a}" for pairs in train.values() for q, a in pairs]
   train_bpe(texts, out / "tokenizer", vocab_size=512)
+  made_by.write_text(f"{version}\n")
   print(f"{out}: {len(captions)} captions, {len(dialogues)} dialogues, {len(test)} test questions")
 
 
