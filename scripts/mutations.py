@@ -144,6 +144,7 @@ def _child(root: str, arguments: list[str], log: str) -> None:
   os.chdir(root)
   sys.path.insert(0, root)
   os.environ["PYTHONPATH"] = root
+  sys.dont_write_bytecode = False  # what is compiled once serves all runs in this copy
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for stream in (1, 2):
     os.dup2(output, stream)
