@@ -157,7 +157,7 @@ def judge(code: int, printed: str) -> tuple[str, str]:
   """(outcome, by) of a run. Raises: RuntimeError when no test decided."""
   if code == PASSED:
     return SURVIVED, ""
-  failed = re.search(r"^(?:FAILED|ERROR) (\S+)|^no end within .*", printed, re.MULTILINE)
+  failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$|^no end within .*", printed, re.MULTILINE)
   if code not in (FAILED, INTERRUPTED) or not failed:
     raise RuntimeError(f"pytest ended with {code}:\n{printed[-2000:]}")
   return NOTICED, failed[1] or failed[0]
