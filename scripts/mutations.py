@@ -145,6 +145,7 @@ def _child(root: str, arguments: list[str], log: str) -> None:
   os.chdir(root)
   sys.path.insert(0, root)
   os.environ["PYTHONPATH"] = root
+  sys.dont_write_bytecode = False  # what is compiled once serves all runs in this copy
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for stream in (1, 2):
     os.dup2(output, stream)
@@ -157,7 +158,7 @@ def judge(code: int, printed: str) -> tuple[str, str]:
   """(outcome, by) of a run. Raises: RuntimeError when no test decided."""
   if code == PASSED:
     return SURVIVED, ""
-  failed = re.search(r"^(?:FAILED|ERROR) (\S+)|^no end within .*", printed, re.MULTILINE)
+  failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$|^no end within .*", printed, re.MULTILINE)
   if code not in (FAILED, INTERRUPTED) or not failed:
     raise RuntimeError(f"pytest ended with {code}:\n{printed[-2000:]}")
   return NOTICED, failed[1] or failed[0]
