@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def sing(job: Job, folder: Path, data: str) -> list[str]:
   log, options = folder / "log", f"{job.options},data={data}"
 
   def llava_sp(*arguments: str) -> None:
-    command("-m", "llava_sp_jax.cli", *arguments, log=log)
+    # On one core, so that sums are made in one order on a machine of any size.
+    command("-m", "llava_sp_jax.cli", *arguments, cores=[min(os.sched_getaffinity(0))], log=log)
 
   stages = {"pretrain": "", "finetune": f",init={folder}/pretrain"}
   for stage, init in stages.items():

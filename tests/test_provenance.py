@@ -121,6 +121,39 @@ def test_the_list_tells_what_is_older(
   assert "python speed.py    (1 min)" in said
 
 
+def test_a_canary_confirms_sources_that_were_rewritten(
+  results: Any, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  monkeypatch.setattr(provenance, "REPOSITORY", clone)
+  for function in (provenance.table, provenance.fingerprints):
+    monkeypatch.setattr(function, "__defaults__", (clone,))
+  (clone / "canary.py").write_text("import runpy; print(runpy.run_path('code/a.py')['f'](2))\n")
+  file = clone / provenance.TABLE
+  file.write_text(file.read_text() + 'canary = "python canary.py"\n')
+  out = clone / "docs/results/speed"
+  provenance.write(out, {"x": 1.5}, clone)
+  table = provenance.table(clone)
+  before = (clone / "code/a.py").read_text()
+  (clone / "code/a.py").write_text(before.replace("2 * x", "x + x"))
+  with pytest.raises(SystemExit, match="no canary was kept of the sources that made it"):
+    results.confirm("speed", table)
+  (clone / "code/a.py").write_text(before)
+  assert results.confirm("speed", table) == 0, "it is current: the canary is kept"
+  (clone / "code/a.py").write_text(before.replace("2 * x", "x + x"))
+  assert results.state("speed", table["speed"])[0] == results.OLDER
+  assert results.confirm("speed", table) == 0
+  assert results.state("speed", table["speed"])[0] == results.CURRENT
+  (clone / "code/a.py").write_text(before.replace("2 * x", "3 * x"))
+  assert results.confirm("speed", table) == 1
+  assert "computes something else now" in capsys.readouterr().out
+  assert results.state("speed", table["speed"])[0] == results.OLDER
+  held = json.loads(out.with_suffix(".json").read_text())
+  held["confirmed"]["versions"]["jax"] = "0.0.1"
+  out.with_suffix(".json").write_text(json.dumps(held))
+  with pytest.raises(SystemExit, match="bits differ between them"):
+    results.confirm("speed", table)
+
+
 def test_every_row_of_the_table_is_whole() -> None:
   for name, row in provenance.table().items():
     assert {"command", "sources", "minutes"} <= set(row), name
