@@ -96,6 +96,17 @@ def test_a_source_that_is_not_there_is_an_error(clone: Path) -> None:
 
 
 @pytest.fixture
+def here(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  """The clone in place of this repository."""
+  monkeypatch.setattr(provenance, "REPOSITORY", clone)
+  for name in ("table", "fingerprints", "stamp", "write", "commit"):
+    function = getattr(provenance, name)
+    root = (*(function.__defaults__ or ())[:-1], clone)
+    monkeypatch.setattr(function, "__defaults__", root)
+  return clone
+
+
+@pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> Any:
   monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
   import results
@@ -104,16 +115,13 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_list_tells_what_is_older(
-  results: Any, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+  results: Any, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  provenance.write(clone / "docs/results/speed", {"x": 1.5}, clone)
-  monkeypatch.setattr(provenance, "REPOSITORY", clone)
-  monkeypatch.setattr(provenance.table, "__defaults__", (clone,))
-  monkeypatch.setattr(provenance.fingerprints, "__defaults__", (clone,))
+  provenance.write(here / "docs/results/speed", {"x": 1.5})
   monkeypatch.setattr(sys, "argv", ["results.py", "--check"])
   assert results.main() == 0
   assert "speed: current" in capsys.readouterr().out
-  (clone / "code/b.py").write_text("x = 1\n")
+  (here / "code/b.py").write_text("x = 1\n")
   assert results.main() == 1
   said = capsys.readouterr().out
   assert "speed: older than its sources" in said
@@ -122,28 +130,25 @@ def test_the_list_tells_what_is_older(
 
 
 def test_a_canary_confirms_sources_that_were_rewritten(
-  results: Any, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+  results: Any, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  monkeypatch.setattr(provenance, "REPOSITORY", clone)
-  for function in (provenance.table, provenance.fingerprints):
-    monkeypatch.setattr(function, "__defaults__", (clone,))
-  (clone / "canary.py").write_text("import runpy; print(runpy.run_path('code/a.py')['f'](2))\n")
-  file = clone / provenance.TABLE
+  (here / "canary.py").write_text("import runpy; print(runpy.run_path('code/a.py')['f'](2))\n")
+  file = here / provenance.TABLE
   file.write_text(file.read_text() + 'canary = "python canary.py"\n')
-  out = clone / "docs/results/speed"
-  provenance.write(out, {"x": 1.5}, clone)
-  table = provenance.table(clone)
-  before = (clone / "code/a.py").read_text()
-  (clone / "code/a.py").write_text(before.replace("2 * x", "x + x"))
+  out = here / "docs/results/speed"
+  provenance.write(out, {"x": 1.5})
+  table = provenance.table()
+  before = (here / "code/a.py").read_text()
+  (here / "code/a.py").write_text(before.replace("2 * x", "x + x"))
   with pytest.raises(SystemExit, match="no canary was kept of the sources that made it"):
     results.confirm("speed", table)
-  (clone / "code/a.py").write_text(before)
+  (here / "code/a.py").write_text(before)
   assert results.confirm("speed", table) == 0, "it is current: the canary is kept"
-  (clone / "code/a.py").write_text(before.replace("2 * x", "x + x"))
+  (here / "code/a.py").write_text(before.replace("2 * x", "x + x"))
   assert results.state("speed", table["speed"])[0] == results.OLDER
   assert results.confirm("speed", table) == 0
   assert results.state("speed", table["speed"])[0] == results.CURRENT
-  (clone / "code/a.py").write_text(before.replace("2 * x", "3 * x"))
+  (here / "code/a.py").write_text(before.replace("2 * x", "3 * x"))
   assert results.confirm("speed", table) == 1
   assert "computes something else now" in capsys.readouterr().out
   assert results.state("speed", table["speed"])[0] == results.OLDER
