@@ -22,12 +22,13 @@ SAYS = {
 
 def page(record: Mapping[str, Any]) -> str:
   """Markdown. A figure that is not known is a dash."""
-  machine, versions = record["machine"], record["versions"]
+  stamp = record["record"]
+  machine, versions = stamp["machine"], stamp["versions"]
   known = [f"{name} {version}" for name, version in versions.items() if version]
-  made_by = f"`{record['command']}`" if record["command"] else \
+  made_by = f"`{stamp['command']}`" if stamp["command"] else \
     "an earlier form of `benchmarks/accelerator.py`"  # fmt: skip
-  about = [f"Made by {made_by}", f"at commit {record['commit'] or '-'}"]
-  about += [record["when"]] if record["when"] else []
+  about = [f"Made by {made_by}", f"at commit {stamp['commit'] or '-'}"]
+  about += [stamp["when"]] if stamp["when"] else []
   runs = ", ".join([str(machine["device"]), *filter(None, [machine.get("runtime")]), *known])
   lines = ["# On an accelerator", "", f"{', '.join(about)}. {runs}.",
            "What each section measures: [accelerator.md](../accelerator.md)."]  # fmt: skip

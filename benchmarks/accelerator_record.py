@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -18,7 +15,8 @@ from typing import Any
 
 from accelerator_page import page
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+from llava_sp_jax import provenance
+
 DIGITS = 6  # of a figure that is a float
 
 
@@ -72,7 +70,7 @@ class Record:
   def _write(self, out: Path) -> None:
     """The whole record and its page, so that one that is killed has kept all it said."""
     self._about = self._about or about()
-    record = {**self._about, "figures": self.figures}
+    record = {"record": self._about, "figures": self.figures}
     out.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page(record))):
       part = out.with_name(out.name + suffix + ".part")
@@ -88,32 +86,15 @@ def _shown(value: Any) -> Any:
 
 
 def about() -> dict[str, Any]:
-  """Commit, command, machine, versions, when; None is what is not known."""
+  """The stamp of a record, with the device as its machine."""
   import jax
 
   device = jax.devices()[0]
-  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  sources = provenance.table().get("accelerator", {}).get("sources", provenance.EVERYTHING)
   return {
-    "commit": _commit(),
-    "command": " ".join(["python", *sys.argv]),
+    **provenance.stamp(sources),
     "machine": {
       "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
       "runtime": device.client.platform_version, "cpu": platform.machine(),
     },
-    "versions": {"python": platform.python_version(), **versions},
-    "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
   }  # fmt: skip
-
-
-def _commit() -> str | None:
-  """Of the clone that this file is in, "+" where files were changed; None outside a clone."""
-  here = Path(__file__).parent
-
-  def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-  try:
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-  except (OSError, subprocess.CalledProcessError):
-    return None

@@ -70,10 +70,12 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
         seconds = models.best(once)
         break
       except Exception as error:
-        lost = any(x.is_deleted() for x in jax.tree.leaves(held))
-        if "RESOURCE_EXHAUSTED" not in str(error) or lost or attempt == TRIES - 1 or rows <= 2:
+        if "RESOURCE_EXHAUSTED" not in str(error) or attempt == TRIES - 1 or rows <= 2:
           raise
         rows = max(2, int(rows * FEWER))
+        if any(x.is_deleted() for x in jax.tree.leaves(held)):  # the step was given them
+          held = None
+          held, places, tx = models.train_state(config, device_mesh)
     loss = float(once())
   rows_of = size.row_length * rows
   stage = config.optimizer.stage

@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from llava_sp_jax import provenance
+
 SIZES = {  # width, heads, MLP width, layers
   "7b": (4096, 32, 11008, 32),
   "13b": (5120, 40, 13824, 40),
@@ -160,7 +162,7 @@ def main() -> None:
   options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
   records = [{**r, "size": options.size, "layers": options.layers, "machine": machine}
              for r in records]  # fmt: skip
-  options.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+  provenance.write(options.out, records)
   print("\n".join(lines))
   return None
 

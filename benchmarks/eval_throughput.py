@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from eval_sides import SIZES, WORKERS, WORKLOADS, Bench, write_images, write_tokenizer
+
+from llava_sp_jax import provenance
 
 ROWS = ("none", "pooling", "cropping")
 PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
@@ -346,7 +347,7 @@ def main() -> None:
       result["rows"] = first_tokens(benches, options.repeats)
     for each in benches:
       each.torch.close()
-  options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+  provenance.write(options.out, result)
   options.out.with_suffix(".md").write_text(page(result))
   print(f"written: {options.out}.md, {options.out}.json, {time.monotonic() - STARTED:.0f} s")
 

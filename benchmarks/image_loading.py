@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import os
 import platform
 import statistics
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.data import anyres, image
 
 SIZE, PATCH = 336, 14
@@ -142,7 +142,7 @@ def main() -> None:
       print(markdown(records).splitlines()[-3], flush=True)
   out = Path(options.out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+  provenance.write(out, records)
   out.with_suffix(".md").write_text(markdown(records))
 
 

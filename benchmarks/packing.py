@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import time
@@ -24,6 +23,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.data import packing
 
 SHRINK = 8
@@ -225,7 +225,7 @@ def main() -> None:
   text = report(full, small, machine)
   options.out.with_suffix(".md").write_text(text)
   records = {"fill": full, "speed": small, "machine": machine, "samples": options.samples}
-  options.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+  provenance.write(options.out, records)
   print(text)
 
 

@@ -33,7 +33,14 @@ EVERYTHING = ("llava_sp_jax",)
 
 def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
   """{name of a result: its row}: command, sources, minutes, and what else the row says."""
-  return tomllib.loads((root / TABLE).read_text())
+  path = root / TABLE  # an installed package has none
+  rows = tomllib.loads(path.read_text()) if path.is_file() else {}
+  groups = rows.pop("groups", {})
+  for row in rows.values():
+    parts = [groups[s.removeprefix("group:")] if s.startswith("group:") else [s]
+             for s in row["sources"]]  # fmt: skip
+    row["sources"] = [source for part in parts for source in part]
+  return rows
 
 
 def files(sources: Iterable[str], root: Path = REPOSITORY) -> list[Path]:
@@ -148,9 +155,11 @@ def write(out: Path, figures: Any, root: Path = REPOSITORY) -> None:
   """
   sources = table(root).get(out.stem, {}).get("sources", EVERYTHING)
   content = {"record": stamp(sources, root=root), "figures": figures}
+  out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read(path: Path) -> Any:
-  """The figures of a file that `write` made."""
-  return json.loads(path.with_suffix(".json").read_text())["figures"]
+def read(out: Path, without: Any) -> Any:
+  """The figures that `write` put into OUT.json; `without` such a file that value."""
+  path = out.with_suffix(".json")
+  return json.loads(path.read_text())["figures"] if path.is_file() else without

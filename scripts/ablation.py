@@ -1,6 +1,6 @@
 """Variants of the projector against each other on easy-VQA; unattended, goes on where it stopped.
 
-Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.2]
+Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.25]
 
 A variant is any row of the projector, with sizes of its views in patches behind an @ if they are
 not its own. Every variant meets the same seeds, so the same initial tower and decoder and the same
@@ -41,6 +41,7 @@ class Book:
     held = json.loads(self.path.read_text()) if self.path.is_file() else {}
     self.records: list[Record] = held.get("figures", [])
     self._files: dict[str, Any] = held.get("sources", {})
+    self._canary = {k: held[k] for k in ("canary", "confirmed") if k in held}
     row = provenance.table().get(out.stem, {})
     self._sources = row.get("sources", provenance.EVERYTHING)
     self.digest = provenance.digest(provenance.fingerprints(self._sources))
@@ -54,12 +55,14 @@ class Book:
   def add(self, record: Record) -> None:
     """Takes the place of an older record of the same run; written at once."""
     stamp = provenance.stamp(self._sources)
+    if stamp["sources"] not in self._files:
+      self._canary = {}
     self._files[stamp["sources"]] = stamp.pop("files")
     self.records = [r for r in self.records if any(r[k] != record[k] for k in KEYS)]
     self.records.append({**record, **stamp})
     used = {r["sources"] for r in self.records}
     self._files = {name: found for name, found in self._files.items() if name in used}
-    content = {"figures": self.records, "sources": self._files}
+    content = {"figures": self.records, "sources": self._files, **self._canary}
     part = self.path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(self.path)
@@ -157,7 +160,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="ROW[@SIZE+SIZE..]")
   parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, .. of each (%(default)s)")
-  parser.add_argument("--scale", type=float, default=0.2, help="of the steps (%(default)s)")
+  parser.add_argument("--scale", type=float, default=0.25, help="of the steps (%(default)s)")
   parser.add_argument("--at-once", type=int, default=1,
                       help="runs at a time, with a share of the cores each (%(default)s)")  # fmt: skip
   parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="%(default)s")

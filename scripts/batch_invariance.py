@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import provenance
+
 # name: what differs from the first; `layout` are fields of infer.engine.Layout.
 WAYS: dict[str, dict[str, Any]] = {
   "batch 16": {},
@@ -104,11 +106,9 @@ def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
 
 def write(out: Path, report: dict[str, Any]) -> None:
   """Puts a dtype's counts beside those of others in `out`.json, and makes the page `out`.md."""
-  file = out.with_suffix(".json")
-  reports = json.loads(file.read_text()) if file.is_file() else {}
+  reports = provenance.read(out, {})
   reports[report["dtype"]] = report
-  out.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps(reports, indent=1) + "\n")
+  provenance.write(out, reports)
   lines = [
     "# Batch invariance: the same questions, asked in many ways", "",
     "Made by `python scripts/batch_invariance.py`. Changed: answers with other tokens than in the "

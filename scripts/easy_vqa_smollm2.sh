@@ -7,13 +7,13 @@
 #   bash scripts/easy_vqa_smollm2.sh --tower-steps 0 no tower of its own: stage 1 trains it
 #
 # No pretrained vision tower is at hand. So the tower is first trained beside the small decoder of
-# configs/easy_vqa.py, on the captions (--tower-steps 1000), and then frozen as in the paper: stage
+# configs/easy_vqa.py, on the captions (--tower-steps 4000), and then frozen as in the paper: stage
 # 1 trains the projector alone. With --tower-steps 0, stage 1 trains a random tower as well.
 #
 # Other options: --seed 0, --limit 500 (test questions to answer; 0 is all 9,673), --runs FOLDER,
 # --data FOLDER. A killed job goes on where it was when the same command is given again.
 set -euo pipefail
-row=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=1000
+row=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
   case "$1" in

@@ -18,7 +18,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import queue
@@ -32,6 +31,8 @@ import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from llava_sp_jax import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "llava_sp_jax", "tests"
@@ -144,6 +145,7 @@ def _child(root: str, arguments: list[str], log: str) -> None:
   os.chdir(root)
   sys.path.insert(0, root)
   os.environ["PYTHONPATH"] = root
+  sys.dont_write_bytecode = False  # what is compiled once serves all runs in this copy
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for stream in (1, 2):
     os.dup2(output, stream)
@@ -156,7 +158,7 @@ def judge(code: int, printed: str) -> tuple[str, str]:
   """(outcome, by) of a run. Raises: RuntimeError when no test decided."""
   if code == PASSED:
     return SURVIVED, ""
-  failed = re.search(r"^(?:FAILED|ERROR) (\S+)|^no end within .*", printed, re.MULTILINE)
+  failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$|^no end within .*", printed, re.MULTILINE)
   if code not in (FAILED, INTERRUPTED) or not failed:
     raise RuntimeError(f"pytest ended with {code}:\n{printed[-2000:]}")
   return NOTICED, failed[1] or failed[0]
@@ -241,25 +243,15 @@ def markdown(records: Sequence[Record], commit: str) -> str:
 
 def write(out: Path, records: dict[str, Record]) -> None:
   """OUT.json and OUT.md, in the order of the files."""
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True,
-    check=True,
-  ).stdout.strip()  # fmt: skip
   ordered = sorted(records.values(), key=lambda r: (r.room, r.file, r.line))
-  about = {"commit": commit, "command": " ".join(sys.argv)}
-  values = {**about, "sites": [dataclasses.asdict(r) for r in ordered]}
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
-  out.with_suffix(".md").write_text(markdown(ordered, commit))
+  provenance.write(out, [dataclasses.asdict(r) for r in ordered])
+  out.with_suffix(".md").write_text(markdown(ordered, provenance.commit()))
 
 
 def read(out: Path | None, known: Iterable[Site]) -> dict[str, Record]:
   """Records that OUT.json already has, of sites that still exist, by `file old new`."""
-  path = out.with_suffix(".json") if out else None
-  if not path or not path.is_file():
-    return {}
   keys = {key(site) for site in known}
-  found = (Record(**values) for values in json.loads(path.read_text())["sites"])
+  found = (Record(**values) for values in (provenance.read(out, []) if out else []))
   return {key(record): record for record in found if key(record) in keys}
 
 

@@ -16,36 +16,40 @@ import shutil
 from pathlib import Path
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-FACTS = 6  # questions told in a caption
+FACTS = {"shape": 4, "color": 2}  # questions told in a caption; shapes are harder to see
+MADE_BY = "made_by.txt"  # this script, as it was when it wrote the folder; written last
 SHAPES = ("circle", "rectangle", "triangle")
 
 
 def caption(pairs: list[tuple[str, str]]) -> str:
   """What the answers tell of an image, and nothing else: 'not blue yes. a red circle. color red'.
 
-  What is known of its one shape, and up to FACTS of the questions in short, with their answers; in
-  random order, so that a question is learned from the image and not from words before it.
+  What is known of its one shape, and some of the questions in short, with their answers; in random
+  order, so that a question is learned from the image and not from words before it.
   """
   known = {answer for _, answer in pairs} - {"yes", "no"}
-  facts = []
+  facts: dict[str, list[str]] = {"shape": [], "color": []}
   for question, answer in pairs:
     words = question.replace("?", "").split()
     named = [w for w in words if w in COLOURS + SHAPES]
     negated = "not" in words or "no" in words
     if answer not in ("yes", "no"):  # 'what color is the circle?' says that it is a circle
       known.update(named)
-      facts.append(f"{'shape' if answer in SHAPES else 'color'} {answer}")
+      about = "shape" if answer in SHAPES else "color"
+      facts[about].append(f"{about} {answer}")
     else:
-      facts.append(f"{'not ' * negated}{named[0]} {answer}")
+      about = "shape" if named[0] in SHAPES else "color"
+      facts[about].append(f"{'not ' * negated}{named[0]} {answer}")
       if (answer == "yes") != negated:
         known.update(named)
   colour = [w for w in COLOURS if w in known]
   shape = [w for w in SHAPES if w in known]
-  told = " ".join(["a", *colour, *(shape or ["shape"])])
+  told = [" ".join(["a", *colour, *(shape or ["shape"])])]
   draw = random.Random(str(pairs))
-  told_and_asked = [told, *draw.sample(facts, min(FACTS, len(facts)))]
-  draw.shuffle(told_and_asked)
-  return ". ".join(told_and_asked)
+  for about, most in FACTS.items():
+    told += draw.sample(facts[about], min(most, len(facts[about])))
+  draw.shuffle(told)
+  return ". ".join(told)
 
 
 def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -67,7 +71,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--out", default="data/easy_vqa")
   out = Path(parser.parse_args().out)
-  if (out / "tokenizer" / "tokenizer.json").is_file():
+  from llava_sp_jax import provenance
+
+  made_by, version = out / MADE_BY, provenance.fingerprint(Path(__file__))
+  if made_by.is_file() and made_by.read_text().strip() == version:
     print(f"{out}: already prepared")
     return
   import easy_vqa
@@ -106,6 +113,7 @@ def main() -> None:
   texts += [f"{v1.system}{v1.before}{v1.after}"] * 1000
   texts += [f"\n{q}{v1.after} {a}" for pairs in train.values() for q, a in pairs]
   train_bpe(texts, out / "tokenizer", vocab_size=512)
+  made_by.write_text(f"{version}\n")
   print(f"{out}: {len(captions)} captions, {len(dialogues)} dialogues, {len(test)} test questions")
 
 

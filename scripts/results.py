@@ -1,10 +1,13 @@
 """Which results are current: every record under docs/results against the sources it depends on.
 
-Usage: python scripts/results.py [--make NAME] [--check]
+Usage: python scripts/results.py [--make NAME] [--confirm NAME] [--check]
 
 Lists each result of docs/results/results.toml: current, or older than its sources (and which of them
 changed), the commit and machine that made it, its command and what making it costs. --make runs the
 command of one; --check ends with 1 when a result is older and its row gives no reason for it.
+--confirm runs the short canary of a result (scripts/canary.py) instead of making it anew: when every
+bit is that of the sources that made it, the result is current for the sources as they are now. (For a
+result that is current it keeps the canary.)
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import provenance
@@ -23,10 +27,9 @@ MISSING, CURRENT, OLDER = "missing", "current", "older than its sources"
 
 def records(name: str) -> list[dict[str, Any]]:
   """The stamps of a result; each of its figures may have one of its own."""
-  path = provenance.REPOSITORY / provenance.RESULTS / f"{name}.json"
-  if not path.is_file():
+  if not path_of(name).is_file():
     return []
-  held = json.loads(path.read_text())
+  held = json.loads(path_of(name).read_text())
   if not isinstance(held, dict):
     return [{}]
   if "record" in held:
@@ -35,10 +38,56 @@ def records(name: str) -> list[dict[str, Any]]:
   return [{**r, "files": held["sources"].get(r["sources"], {})} for r in stamped]
 
 
+def path_of(name: str) -> Path:
+  return provenance.REPOSITORY / provenance.RESULTS / f"{name}.json"
+
+
+def confirmed(name: str) -> dict[str, Any]:
+  """The stamp of the last sources that were confirmed to compute the same; empty without one."""
+  held = json.loads(path_of(name).read_text()) if path_of(name).is_file() else {}
+  return held.get("confirmed", {}) if isinstance(held, dict) else {}
+
+
+def confirm(name: str, table: dict[str, Any]) -> int:
+  """Compares the canary of the sources as they are with the one that is kept; 1 when it differs."""
+  row = known(name, table)
+  if "canary" not in row:
+    raise SystemExit(f"{name}: its row has no canary; --make makes it anew")
+  held, now = json.loads(path_of(name).read_text()), provenance.stamp(row["sources"])
+  before = (held.get("confirmed") or records(name)[-1])["versions"]
+  if before != now["versions"]:
+    raise SystemExit(
+      f"{name}: made with {before}, here is {now['versions']}; bits differ between them"
+    )
+  if "canary" not in held and state(name, row)[0] != CURRENT:
+    raise SystemExit(
+      f"{name}: no canary was kept of the sources that made it; --make makes it anew"
+    )
+  words = [sys.executable, *shlex.split(row["canary"])[1:]]
+  done = subprocess.run(
+    words, cwd=provenance.REPOSITORY, check=True, capture_output=True, text=True
+  )
+  found = done.stdout.split()[-1]
+  if held.setdefault("canary", found) != found:
+    print(f"{name}: computes something else now (canary {found}, kept {held['canary']}); --make it")
+    return 1
+  path_of(name).write_text(json.dumps({**held, "confirmed": now}, indent=1) + "\n")
+  print(f"{name}: computes the same to the last bit (canary {found})")
+  return 0
+
+
+def known(name: str, table: dict[str, Any]) -> dict[str, Any]:
+  if name not in table:
+    raise SystemExit(f"no result {name!r}; known: {', '.join(table)}")
+  return table[name]  # type: ignore[no-any-return]
+
+
 def state(name: str, row: dict[str, Any]) -> tuple[str, list[str]]:
   """How a result stands, and the files that changed since."""
   now = provenance.fingerprints(row["sources"])
   found = records(name)
+  if found and confirmed(name).get("files") == now:
+    return CURRENT, []
   if not found:
     return MISSING, []
   changed: set[str] = set()
@@ -52,11 +101,14 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
   """What is said of a result."""
   how, changed = state(name, row)
   lines = [f"{name}: {how}"]
-  made = {(r.get("commit", "?"), r.get("machine", "?"), r.get("when", "?")) for r in records(name)}
+  made = {tuple(str(r.get(key) or "?") for key in ("commit", "machine", "when"))
+          for r in records(name)}  # fmt: skip
   lines += [f"  made at {c} on {m}, {w}" for c, m, w in sorted(made)[-1:]]
   if len(made) > 1:
     lines[-1] += f", and {len(made) - 1} more records"
   lines.append(f"  {row['command']}    ({row['minutes']} min)")
+  if same := confirmed(name):
+    lines.append(f"  computes the same at {same['commit']}, {same['when']} (canary)")
   if changed:
     more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
     lines.append(f"  changed since: {', '.join(changed[:4])}{more}")
@@ -66,9 +118,7 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
 
 def make(name: str, table: dict[str, Any]) -> int:
   """Runs the command of a result in the repository's root."""
-  if name not in table:
-    raise SystemExit(f"no result {name!r}; known: {', '.join(table)}")
-  words = shlex.split(table[name]["command"])
+  words = shlex.split(known(name, table)["command"])
   words[0] = sys.executable if words[0] == "python" else words[0]
   return subprocess.run(words, cwd=provenance.REPOSITORY, check=False).returncode
 
@@ -76,11 +126,14 @@ def make(name: str, table: dict[str, Any]) -> int:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--make", metavar="NAME", default="", help="runs the command of a result")
+  parser.add_argument("--confirm", metavar="NAME", default="", help="runs the canary of a result")
   parser.add_argument("--check", action="store_true", help="1 when one is older without a reason")
   options = parser.parse_args()
   table = provenance.table()
   if options.make:
     return make(options.make, table)
+  if options.confirm:
+    return confirm(options.confirm, table)
   for name, row in table.items():
     print("\n".join(line(name, row)), end="\n\n")
   bad = [n for n, row in table.items() if state(n, row)[0] != CURRENT and not row.get("older")]

@@ -15,10 +15,12 @@ extras=test,report,gguf,xlsx
 "$guards" && extras+=,guards
 prepare_environment "$extras"
 unset XLA_FLAGS
-# A file of tests stays in one process: what its tests share is made once.
-tests=(.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20 -rs)
+# A file of tests stays in one process: what its tests share is made once. The longest start first.
+bin="${VENV:-.venv}/bin"
+tests=("$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+       --durations 20 -rs)
 "$guards" && exec "${tests[@]}" -m "guard and not slow" "$@"
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
-.venv/bin/mypy
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
 exec "${tests[@]}" "$@"

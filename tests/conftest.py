@@ -119,3 +119,26 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
     return config_lib.from_dict(merged(values, changes))
 
   return make
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A finished run of two steps, which its readers leave as it is."""
+  from llava_sp_jax.train import loop
+
+  folder = tmp_path_factory.mktemp("run") / "finetune"
+  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
+  return folder
+
+
+# The files that take minutes, longest first: they start first, so that none is left for the end.
+LONGEST = (
+  "test_every_row", "test_distributed", "test_ladder", "test_smollm2", "test_resume", "test_qlora",
+  "test_step", "test_engine", "test_in_loop", "test_never_lost", "test_demo", "test_stages",
+  "test_sharding", "test_watching", "test_llava", "test_recipes",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  places = {name: place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))

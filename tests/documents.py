@@ -14,6 +14,7 @@ from tests.conftest import REPOSITORY
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 RECIPES = tuple(sorted((REPOSITORY / "configs").glob("*.py")))
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
+VARIABLE = re.compile(r"\w+=")  # set for one command: `PYTHONPATH=deps python x.py`
 PROGRAM = re.compile(r"(\S*/)?(llava-sp|python[\d.]*|bash|pip) ")
 
 
@@ -85,6 +86,7 @@ def split(line: str, file: str, number: int, partial: bool = False) -> Iterator[
   for word in [*lexer, ";"]:
     if set(word) <= set("&|;"):
       given = without_dots([w for w in words if w not in ("{", "}")])
+      given = tuple(itertools.dropwhile(VARIABLE.match, given))
       if given:
         yield Command(file, number, given, partial or "..." in words)
       words = []

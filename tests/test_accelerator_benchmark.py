@@ -16,7 +16,7 @@ from llava_sp_jax.infer.prompts import Answer
 from llava_sp_jax.plan import memory
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-KEYS = ["commit", "command", "machine", "versions", "when", "figures"]
+KEYS = ["record", "figures"]
 SPOKEN = {"rates", "correct", "train", "decode", "prefill", "engine", "flips", "variants"}
 
 
@@ -45,7 +45,7 @@ def test_the_record_has_what_a_figure_belongs_to(
   assert [line["product"] for line in said if "tflops" in line] == ["bfloat16", *["float32"] * 2]
   assert all(line["tflops"] > 0 for line in said if "tflops" in line)
   assert said[-1]["read_gb_s"] > 0
-  assert record["versions"]["jax"] == jax.__version__
+  assert record["record"]["versions"]["jax"] == jax.__version__
 
 
 def test_a_part_that_fails_costs_nothing_else(

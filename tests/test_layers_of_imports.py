@@ -23,7 +23,7 @@ LAYERS = (
   ("version", r"__init__"),
   (
     "ground",
-    r"config|environment|devices|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
+    r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
     r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
@@ -45,7 +45,7 @@ EXCLUDING = (
   (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
   (
     r"convert\.(layout|tables|torch_|gguf)",
-    r"config|environment|devices|models\.|data\.|sharding|mesh|checkpoint|train\.",
+    r"config|environment|devices|provenance|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (

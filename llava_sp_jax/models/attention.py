@@ -15,13 +15,17 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
 from llava_sp_jax.models import layers
 
-SAVED = "attention"  # name of the output (and of splash's log-sum-exp) for remat policies
+# What remat policies keep of an implementation, each array once: by this name (the output, and splash's
+# log-sum-exp), or all that this primitive makes (the same of cuDNN, which names nothing).
+SAVED = "attention"
+SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
 LANES = 128  # the kernel's smallest tile
 # So few queries of a key head are multiplied one by one, where XLA then reads keys faster.
@@ -152,7 +156,7 @@ def _ways(axis: str, mesh: dict[str, int]) -> int:
 
 
 def _xla(case: Case, q, k, v, mask, segments) -> jax.Array:
-  return layers.attend(q, k, v, mask)
+  return checkpoint_name(layers.attend(q, k, v, mask), SAVED)
 
 
 def _cudnn(case: Case, q, k, v, mask, segments) -> jax.Array:
@@ -165,6 +169,7 @@ def _cudnn_objections(case: Case) -> list[str]:
     "the keys come from a cache": case.cached,
     f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16":
       jnp.dtype(case.dtype).itemsize != 2,
+    f"row length {case.length} is odd": case.length % 2 != 0,  # its gradients need an even one
     f"head width {case.head_dim} is not a multiple of 8 up to 128":
       case.head_dim % 8 != 0 or case.head_dim > 128,
   }  # fmt: skip

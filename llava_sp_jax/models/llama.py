@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_sp_jax.models import remat
-from llava_sp_jax.models.attention import SAVED, Attention, attend, attend_cached
+from llava_sp_jax.models.attention import Attention, attend, attend_cached
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
 from llava_sp_jax.models.lora import together
@@ -76,7 +76,7 @@ class Block(nn.Module):
       seen = past.seen if past.near is None else past.seen & (past.near | ~windowed)
       out = attend_cached(self.attention, q, cache, seen, new, mask)
     else:
-      out = checkpoint_name(attend(self.attention, q, k, v, mask, segments), SAVED)
+      out = attend(self.attention, q, k, v, mask, segments)
     out = dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     x = checkpoint_name(x + out, "middle")
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)

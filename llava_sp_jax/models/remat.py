@@ -12,9 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from llava_sp_jax.models.attention import SAVED
+from llava_sp_jax.models.attention import SAVED, SAVED_PRIMITIVE
 
-_names = jax.checkpoint_policies.save_only_these_names
+
+def _names(*names: str) -> Callable[..., Any]:
+  """Keeps what has one of these names, and what the attention's primitive makes."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+
+  def policy(primitive: Any, *arrays: Any, **parameters: Any) -> Any:
+    return primitive.name == SAVED_PRIMITIVE or named(primitive, *arrays, **parameters)
+
+  return policy
+
+
 _ATTENTION = ("q", "k", "v", SAVED)
 
 # A row's policy for jax.checkpoint, from what is computed most to what is kept most. Names are given

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import Compiled, PlanError
 from llava_sp_jax.plan.topologies import GIB, Topology
@@ -241,13 +241,12 @@ def _sorted(parts: dict[str, int]) -> list[tuple[str, int]]:
   return sorted(parts.items(), key=lambda item: -item[1])
 
 
-def append(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-  """Puts a record into a JSON list beside the others and returns all; replaces its older self."""
-  records = json.loads(path.read_text()) if path.is_file() else []
+def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+  """Puts a record beside the others in OUT.json and returns all; replaces its older self."""
+  records = provenance.read(out, [])
   mine = [record.get(k) for k in RECORD_KEYS]
   records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != mine] + [record]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(records, indent=1) + "\n")
+  provenance.write(out, records)
   return records
 
 

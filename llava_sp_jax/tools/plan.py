@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
   budget = int(options["search"])
   plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
   if options["out"]:
-    records = report.append(Path(options["out"] + ".json"), plan.record())
+    records = report.append(Path(options["out"]), plan.record())
     Path(options["out"] + ".md").write_text(report.table(records))
   if not plan.fits:
     raise report.refusal(plan)

@@ -162,6 +162,7 @@ def answers(config, params, tokenizer) -> list[Answer]:
   return list(engine.answer(Request(q) for q in QUESTIONS))
 
 
+@pytest.mark.guard
 def test_every_token_is_the_one_that_transformers_prefers(answers, tokenizer, oracle) -> None:
   """Greedy text, checked in one pass a question: each token is torch's best after those before."""
   import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import shutil
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.train import ledger
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.end_to_end import cluster
@@ -215,13 +215,10 @@ def markdown(records: list[Record]) -> str:
 
 def write(out: Path, records: list[Record]) -> None:
   """`out`.md and `out`.json."""
-  out.parent.mkdir(parents=True, exist_ok=True)
-  values = [dataclasses.asdict(record) for record in records]
-  out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+  provenance.write(out, [dataclasses.asdict(record) for record in records])
   out.with_suffix(".md").write_text(markdown(records))
 
 
 def read(out: Path) -> list[Record]:
   """The records that an earlier call has written."""
-  path = out.with_suffix(".json")
-  return [Record(**values) for values in json.loads(path.read_text())] if path.is_file() else []
+  return [Record(**values) for values in provenance.read(out, [])]

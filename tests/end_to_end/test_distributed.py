@@ -83,6 +83,7 @@ def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> N
   assert "stops: failed after step" in said or "JAX distributed service detected" in said
 
 
+@pytest.mark.guard
 def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
   config_file: Path, tmp_path: Path
 ) -> None:

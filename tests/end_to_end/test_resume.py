@@ -140,9 +140,8 @@ def test_killed_in_the_middle_of_a_save(unbroken: Path, config_file: Path, tmp_p
   assert set(saved(workdir)) != set(whole)
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.guard)]
-)
+@pytest.mark.guard
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(
   unbroken: Path, config_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

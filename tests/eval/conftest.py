@@ -1,4 +1,4 @@
-"""A tiny trained run, its engine, and an engine that answers from a script."""
+"""The tiny trained run as it is loaded, its engine, and an engine that answers from a script."""
 
 from __future__ import annotations
 
@@ -16,24 +16,15 @@ from llava_sp_jax.eval import predictions
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.train import loop
-from tests.conftest import ConfigMaker
 from tests.eval import formats
 
 
-@pytest.fixture(scope="package")
-def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  folder = tmp_path_factory.mktemp("run") / "finetune"
-  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
-  return folder
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def loaded(run_folder: Path) -> pretrained.Pretrained:
   return pretrained.from_run(run_folder)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def engine(loaded: pretrained.Pretrained) -> Engine:
   return Engine(loaded, batch_size=4, generation=Generation(max_new_tokens=4))
 
@@ -45,7 +36,7 @@ class Tokenizer:
     return "no tokenizer"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """Evaluation folders of all benchmarks, in the official formats."""
   folder = tmp_path_factory.mktemp("eval")

@@ -321,8 +321,12 @@ def test_beam_search_is_that_of_the_oracle(
   count = 3
   some = asked[:4]
   engine = Engine(model, 2, dataclasses.replace(GENERATION, num_beams=count))
-  wanted = [oracle.beams(r, NEW, count) for r in some]
-  assert ids(engine.answer(some)) == wanted
+  results = [oracle.beams(r, NEW, count) for r in some]
+  wanted = [result[0][1] for result in results]
+  answers = list(engine.answer(some))
+  assert [a.ids for a in answers] == wanted
+  leads = [result[0][0] - result[1][0] for result in results]
+  np.testing.assert_allclose([a.margin for a in answers], leads, atol=2e-4)
   assert wanted != [oracle.greedy(r, NEW) for r in some]
 
 

@@ -11,15 +11,6 @@ from flax.traverse_util import flatten_dict
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
-from llava_sp_jax.train import loop
-from tests.conftest import ConfigMaker
-
-
-@pytest.fixture(scope="module")
-def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  folder = tmp_path_factory.mktemp("run") / "finetune"
-  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
-  return folder
 
 
 def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ class Oracle:
       leads.append(float(best - second))
     return min(leads)
 
-  def beams(self, request: Request, new: int, count: int) -> tuple[int, ...]:
-    """Beam search over Python lists: transformers' rule, see `infer.beam`."""
+  def beams(self, request: Request, new: int, count: int) -> list[tuple[float, tuple[int, ...]]]:
+    """(score, ids) of the results, best first, by beam search over Python lists: transformers' rule, see `infer.beam`."""
     running: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     results: list[tuple[float, tuple[int, ...]]] = []
     for step in range(1, new + 1):
@@ -107,7 +107,7 @@ class Oracle:
       running = [f for f in found if f[1][-1] not in self.prompts.stop_ids][:count]
       if len(results) == count and results[-1][0] >= running[0][0] / step:
         break
-    return results[0][1]
+    return results
 
 
 def questions(folder: Path) -> list[Request]:

@@ -27,6 +27,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.convert import formats, tables
 from llava_sp_jax.data import anyres, example, image
 from llava_sp_jax.infer.generate import generate
@@ -393,7 +394,7 @@ def main() -> None:
   out = Path(parser.parse_args().out)
   rungs = sorted(climb(), key=lambda r: (list(CASES).index(r.case), list(TOLERANCES).index(r.rung)))
   records = [{**dataclasses.asdict(r), "tolerance": r.tolerance} for r in rungs]
-  out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+  provenance.write(out, records)
   lines = [
     "# Parity with the original", "",
     "Largest difference of each rung, divided by the largest magnitude of its tensor, float32 on",

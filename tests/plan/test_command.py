@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax import cli
+from llava_sp_jax import cli, provenance
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import cost, memory, report, topologies
@@ -60,11 +60,13 @@ def test_records_and_their_formula() -> None:
 
 
 def test_records_replace_their_older_selves(tmp_path: Path) -> None:
-  file = tmp_path / "plan.json"
+  file = tmp_path / "plan"
   report.append(file, plan(8 * GIB, 2.0, useful_flops=1.0).record())
   report.append(file, plan(20 * GIB).record() | {"topology": "v5e-64"})
   records = report.append(file, plan(8 * GIB, 1.5, useful_flops=1.0).record())
-  assert json.loads(file.read_text()) == records
+  held = json.loads((tmp_path / "plan.json").read_text())
+  assert held["figures"] == records
+  assert held["record"]["commit"] == provenance.commit()
   assert [(r["topology"], r["step_seconds"]) for r in records] == [
     ("v5e-64", None),
     ("v5e-16", 1.5),

@@ -111,6 +111,23 @@ def test_flops_of_products(name: str, dtype: str) -> None:
   assert seconds == pytest.approx((0.5e12 if dtype == "s8" else 1e12) / (0.93 * 197e12))
 
 
+def test_of_two_branches_the_longer_is_waited_for() -> None:
+  """And a loop's body counts as often as it runs."""
+  body = "\n".join(
+    f"%{name} (x: bf16[1024,512]) -> bf16[{rows},512] {{\n  %x = bf16[1024,512] parameter(0)\n"
+    f"  ROOT %g = bf16[{rows},512] all-gather(%x), {groups}\n}}\n"
+    for name, rows, groups in (("two", 2048, PAIRS), ("four", 4096, GROUPS))
+  )
+  text = (
+    f"HloModule m, is_scheduled=true\n\n{body}\nENTRY %main (p: pred[], x: bf16[1024,512]) -> "
+    "bf16[4096,512] {\n  %p = pred[] parameter(0)\n  %x = bf16[1024,512] parameter(1)\n"
+    "  ROOT %c = bf16[4096,512] conditional(%p, %x, %x), branch_computations={%two, %four}\n}\n"
+  )
+  found = predicted(text)
+  assert found.collectives["all-gather"][0] == 3 * SIZE
+  assert found.seconds == pytest.approx(3 * SIZE / (2 * 4.5e10) + cost.LATENCY)
+
+
 # ---- kernels ----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,128 @@
+"""Where each figure of README and docs comes from: a record under docs/results, or a stated reason.
+
+A figure is a number with a unit in running text or a table of README.md and docs/*.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.conftest import REPOSITORY
+
+PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+UNIT = (
+  r"(?:\s?%|x\b|\s(?:times as|seconds|s|ms|minutes|min|hours|steps/s|tokens/s|samples/s|images/s"
+  r"|questions/s|GB/s|GB|GiB|MB|TFLOP/s)(?![\w/]))"
+)
+SHARE = r"\d[\d,]* of \d[\d,]+(?! [a-z])"
+FIGURE = re.compile(rf"(?<![\w./-])(?:{SHARE}|(?:\d[\d,]*(?:\.\d+)?|\.\d+){UNIT})")
+CODE = re.compile(r"`[^`]*`|\]\([^)]*\)")
+
+
+class Figure(NamedTuple):
+  page: str
+  line: int
+  text: str  # with its unit: "93.4%"
+
+
+def figures(page: Path) -> Iterator[Figure]:
+  """All figures of a page, without those in code and links."""
+  code = False
+  for number, line in enumerate(page.read_text().splitlines(), 1):
+    if line.startswith("```"):
+      code = not code
+    elif not code:
+      for found in FIGURE.finditer(CODE.sub("", line)):
+        yield Figure(str(page.relative_to(REPOSITORY)), number, found.group())
+
+
+def result(name: str) -> Any:
+  """The figures of a record."""
+  return json.loads((REPOSITORY / "docs/results" / f"{name}.json").read_text())["figures"]
+
+
+def plan(model: str, topology: str) -> float:
+  rows = result("plan")
+  return next(r["step_seconds"] for r in rows
+              if (r["model"], r["topology"], r["what"]) == (model, topology, "train"))  # fmt: skip
+
+
+def answered(name: str, variant: str = "pooling") -> list[float]:
+  """Right answers in percent, of each seed."""
+  return [100 * r["accuracy"] for r in result(name) if r["variant"] == variant]
+
+
+def minutes(name: str) -> float:
+  return max(r["seconds"] for r in result(name)) / 60
+
+
+def changed(dtype: str, precision: str, of: int) -> float:
+  """Answers on the accelerator that are not the CPU's."""
+  return next(r["changed"] for r in result("accelerator")["flips"]
+              if (r["dtype"], r["matmul_precision"], r["questions"]) == (dtype, precision, of))  # fmt: skip
+
+
+LORA = "llava-sp-7b-{}-finetune-lora"
+
+# (page, figure as it stands there): what the record says. Compared at the precision that is shown.
+RECORDED: dict[tuple[str, str], Callable[[], float]] = {
+  ("docs/pods.md", "3.636 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
+  ("docs/pods.md", "3.631 s"): lambda: plan(LORA.format("pooling"), "v5e-16"),
+  ("docs/pods.md", "3.622 s"): lambda: plan(LORA.format("none"), "v5e-16"),
+  ("docs/pods.md", "0.4%"): lambda: 100 * (
+    plan(LORA.format("cropping"), "v5e-16") / plan(LORA.format("none"), "v5e-16") - 1),
+  ("docs/training.md", "1 of 9,673"): lambda: changed("float32", "default", 9673),
+  ("docs/training.md", "0 of 6,624"): lambda: changed("float32", "highest", 6624),
+  ("docs/training.md", "14 of 9,673"): lambda: changed("bfloat16", "default", 9673),
+  ("docs/converting.md", "2.4 GB"): lambda: max(
+    r["peak_gb"] for r in result("conversion") if r["way"] == "llava-sp convert"),
+}  # fmt: skip
+
+# Numbers that are no results of ours: (page, figure): what they are instead.
+STATED: dict[tuple[str, str], str] = {
+  ("README.md", "37.3%"): "counted in the data; tests/test_demo.py compares it",
+  ("README.md", "15 minutes"): "what the default suite may take",
+  ("README.md", "25 minutes"): "what the guards may take",
+  ("README.md", "0.8 GB"): "what their packages take on the disk",
+  ("docs/accelerator.md", "40 GiB"): "a limit in benchmarks/accelerator.py",
+  ("docs/accelerator.md", "28 MB"): "the size of wheels",
+  ("docs/evaluation.md", "95%"): "the level of an interval",
+  ("docs/pods.md", "11.2 GB"): "by shapes; tests hold the sizes of checkpoints",
+  ("docs/pods.md", "17.2 GB"): "by shapes; tests hold the sizes of checkpoints",
+  ("docs/pods.md", "6.4 GB"): "by shapes; tests hold the sizes of checkpoints",
+  ("docs/pods.md", "93%"): "an assumption of the predictor",
+  ("docs/pods.md", "4 s"): "an example with assumed numbers",
+  ("docs/pods.md", "8 hours"): "an example with assumed numbers",
+  ("docs/pods.md", "15 minutes"): "an example with assumed numbers",
+  ("docs/pods.md", "10 s"): "an example with assumed numbers",
+  ("docs/pods.md", "6.6%"): "arithmetic on an example",
+  ("docs/pods.md", "900 s"): "arithmetic on an example",
+  ("docs/pods.md", "4.4%"): "arithmetic on an example",
+  ("docs/pods.md", "1.3%"): "arithmetic on an example",
+  ("docs/training.md", "12.1 GiB"): "bits of a value times the kernels of 7B",
+  ("docs/training.md", "6.0 GiB"): "bits of a value times the kernels of 7B",
+  ("docs/training.md", "6.4 GiB"): "bits of a value times the kernels of 7B",
+  ("docs/training.md", "3.4 GiB"): "bits of a value times the kernels of 7B",
+  ("docs/training.md", "3.1 GiB"): "bits of a value times the kernels of 7B",
+  ("docs/training.md", "0.9%"): "tests/models/test_quantize.py holds the errors",
+  ("docs/training.md", "0.6%"): "tests/models/test_quantize.py holds the errors",
+  ("docs/training.md", "9.2%"): "tests/models/test_quantize.py holds the errors",
+}
+
+
+def shown_as(value: float, text: str) -> bool:
+  """Whether `value` is `text` at the precision of `text`."""
+  number = re.match(r"[\d,.]+", text)
+  assert number
+  plain = number.group().replace(",", "")
+  decimals = len(plain.partition(".")[2])
+  return abs(value - float(plain)) <= 0.5 * 10**-decimals * (1 + 1e-9)
+
+
+def seconds(name: str) -> float:
+  return statistics.median(r["seconds"] for r in result(name))

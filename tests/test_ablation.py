@@ -1,0 +1,123 @@
+"""The table over variants and seeds: what it does, what it will cost, what it says; no model trains."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_sp_jax.eval import interval
+from llava_sp_jax.tools.train import load_recipe
+from tests.conftest import REPOSITORY
+
+ACCURACY = {"none": (0.80, 0.82, 0.81), "pooling": (0.83, 0.84, 0.86)}
+Calls = list[tuple[str, int]]
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+  """(ablation, run_easy_vqa, what was trained) with runs that only write their record."""
+  monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+  import ablation
+  import run_easy_vqa
+
+  called: Calls = []
+
+  def run(job: Any, runs: Path, data: str, cores: Any, log: Path) -> Path:
+    called.append((job.variant, job.seed))
+    report = runs / job.name / "report"
+    report.mkdir(parents=True)
+    accuracy = ACCURACY[job.variant][job.seed]
+    record = {"variant": job.variant, "seed": job.seed, "scale": job.scale, "accuracy": accuracy,
+              "by_kind": {"shape": accuracy - 0.1, "colour": 1.0}, "seconds": 100}  # fmt: skip
+    (report / "record.json").write_text(json.dumps(record))
+    return report
+
+  monkeypatch.setattr(ablation, "run", run)
+  monkeypatch.setattr(ablation, "command", lambda *_, **__: None)
+  yield ablation, run_easy_vqa, called
+  for name in ("ablation", "run_easy_vqa"):
+    sys.modules.pop(name, None)
+
+
+def start(ablation: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> None:
+  argv = ["ablation.py", "--variants", "none", "pooling", "--scale", "0.5", "--out",
+          str(folder / "table"), "--runs", str(folder / "runs"), *more]  # fmt: skip
+  monkeypatch.setattr(sys, "argv", argv)
+  ablation.main()
+
+
+def test_it_goes_on_from_its_records(
+  scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  ablation, _, called = scripts
+  start(ablation, monkeypatch, tmp_path, "--seeds", "2", "--dry-run")
+  assert "4 runs, 0 of them on record for these sources; 4 to do" in capsys.readouterr().out
+  assert not called
+  start(ablation, monkeypatch, tmp_path, "--seeds", "2")
+  assert called == [("none", 0), ("pooling", 0), ("none", 1), ("pooling", 1)]
+  start(ablation, monkeypatch, tmp_path, "--seeds", "3", "--dry-run")
+  said = capsys.readouterr().out
+  assert "6 runs, 4 of them on record for these sources; 2 to do, about 3 minutes" in said
+  start(ablation, monkeypatch, tmp_path, "--seeds", "3", "--at-once", "2")
+  assert sorted(called[4:]) == [("none", 2), ("pooling", 2)]
+  held = json.loads((tmp_path / "table.json").read_text())
+  assert len(held["figures"]) == 6
+  assert {"commit", "sources", "versions", "machine", "command", "when"} <= set(held["figures"][0])
+  assert list(held["sources"]) == [held["figures"][0]["sources"]]
+  monkeypatch.setattr(ablation.provenance, "digest", lambda found: "other sources")
+  start(ablation, monkeypatch, tmp_path, "--seeds", "3", "--dry-run")
+  assert "6 runs, 0 of them on record" in capsys.readouterr().out
+
+
+def test_means_and_paired_differences(
+  scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  ablation, _, _ = scripts
+  start(ablation, monkeypatch, tmp_path, "--seeds", "3")
+  page = (tmp_path / "table.md").read_text()
+  assert "| none | 3 | 81.00% | 78.52 to 83.48 | 80.00% | 82.00% | - | - |" in page
+  # 3, 2 and 5 points above: mean 10/3, s = 1.5275, t(2) = 4.3027
+  assert (
+    "| pooling | 3 | 84.33% | 80.54 to 88.13 | 83.00% | 86.00% | +3.33 | -0.46 to 7.13 |" in page
+  )
+  assert "![mean and interval of each variant](table.png)" in page
+  assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_student_s_interval() -> None:
+  assert interval.of_mean([2.0]) == {"mean": 2.0, "low": None, "high": None}
+  found = interval.of_mean([1.0, 2.0, 3.0, 4.0])  # s = 1.2910, t(3) = 3.1824
+  assert found["mean"] == 2.5
+  assert found["low"] == pytest.approx(2.5 - 3.182446 * 1.290994 / 2, abs=1e-5)
+  assert found["high"] == pytest.approx(2.5 + 3.182446 * 1.290994 / 2, abs=1e-5)
+
+
+def test_any_variant_and_any_scales(scripts: Any) -> None:
+  _, run_easy_vqa, _ = scripts
+  for variant, row, scales in (("cropping@2+4+8", "cropping", (2, 4, 8)), ("both", "both", ()),
+                               ("register", "register", ()), ("none", "none", ())):  # fmt: skip
+    job = run_easy_vqa.Job(variant, 3, 0.5)
+    config = load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
+    assert (config.model.projector.row, config.model.projector.scales) == (row, scales)
+    assert config.train.seed == 3
+    assert config.train.steps == 2000
+
+
+def test_the_demo_says_when_it_misses_its_promise(scripts: Any) -> None:
+  _, run_easy_vqa, _ = scripts
+  job, long = run_easy_vqa.Job("pooling", 0, 1.0), run_easy_vqa.Job("pooling", 0, 3.0)
+  assert "62.93% of the answers are right, where README promises at least 90%" in (
+    run_easy_vqa.broken_promise(job, 0.6293)
+  )
+  assert not run_easy_vqa.broken_promise(job, 0.90)
+  assert "at least 99%" in run_easy_vqa.broken_promise(long, 0.985)
+  assert not run_easy_vqa.broken_promise(run_easy_vqa.Job("pooling", 0, 0.2), 0.5)
+  assert not run_easy_vqa.broken_promise(run_easy_vqa.Job("none", 0, 1.0), 0.5)
+  readme = (REPOSITORY / "README.md").read_text()
+  for scale, share in run_easy_vqa.PROMISED:
+    assert f"at least {share:.0%}" in readme, scale

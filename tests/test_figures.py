@@ -1,0 +1,37 @@
+"""README and docs hold no figure of ours that is not in a record under docs/results."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import figures
+
+FOUND = [figure for page in figures.PAGES for figure in figures.figures(page)]
+
+
+def test_every_figure_has_a_record_or_a_reason() -> None:
+  known = {*figures.RECORDED, *figures.STATED}
+  unknown = [f"{f.page}:{f.line}: {f.text}" for f in FOUND if (f.page, f.text) not in known]
+  assert not unknown, "put them into tests/figures.py, with the record that they come from"
+  assert len(FOUND) > 20
+
+
+def test_no_entry_is_left_of_a_figure_that_went() -> None:
+  shown = {(f.page, f.text) for f in FOUND}
+  assert {*figures.RECORDED, *figures.STATED} <= shown
+  assert not set(figures.RECORDED) & set(figures.STATED)
+
+
+@pytest.mark.parametrize("key", figures.RECORDED, ids=" ".join)
+def test_a_figure_is_what_its_record_says(key: tuple[str, str]) -> None:
+  value = figures.RECORDED[key]()
+  assert figures.shown_as(value, key[1]), f"{key[0]} says {key[1]}, its record {value}"
+
+
+def test_figures_are_found_and_compared() -> None:
+  assert figures.FIGURE.findall("92.8% of 1,000 in .5 s, 2.5 GB, 3x, 10 steps, v5.2 GB") == [
+    "92.8%", ".5 s", "2.5 GB", "3x",
+  ]  # fmt: skip
+  assert figures.shown_as(92.84, "92.8%")
+  assert not figures.shown_as(92.86, "92.8%")
+  assert figures.shown_as(1234.4, "1,234 s")
