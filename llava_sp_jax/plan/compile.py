@@ -7,6 +7,7 @@ rest, code generation, takes ten times as long. Only one compile runs at a time.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,10 +30,10 @@ TOO_LARGE = "*jit_run*.oom_intermediate_module.txt"  # in place of the schedule
 CODE = "*jit_run*.after_codegen.txt"
 PATIENCE = 3600  # seconds
 
-# platform: (module that must be there, what to install)
+# platform: (modules of which one must be there, the extra of jax that brings the first)
 NEEDS = {
-  "tpu": ("libtpu", 'pip install "jax[tpu]==0.10.2"'),
-  "cuda": ("jax_cuda12_plugin", 'pip install "jax[cuda12]==0.10.2"'),
+  "tpu": (("libtpu",), "tpu"),
+  "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda13"),
 }
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -61,10 +62,11 @@ class Compiled:
 
 def check_installed(topology: Topology) -> None:
   """Raises: PlanError that says what to install."""
-  module, command = NEEDS[topology.chip.platform]
-  if importlib.util.find_spec(module) is None:
+  modules, extra = NEEDS[topology.chip.platform]
+  if all(importlib.util.find_spec(module) is None for module in modules):
     raise PlanError(
-      f"--topology {topology.name}: its compiler is not installed (no module {module}); {command}"
+      f"--topology {topology.name}: its compiler is not installed (no module {modules[0]}); "
+      f'pip install "jax[{extra}]=={importlib.metadata.version("jax")}"'
     )
 
 

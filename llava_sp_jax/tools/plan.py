@@ -16,7 +16,7 @@ OPTIONS = {"config": "", "topology": "", "what": "train", "out": "", "keep": "",
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
 
 Compiles the real train step (or prefill and decode) for TPUs that are absent, from shapes only, and
-predicts memory and step time. Needs libtpu: pip install "jax[tpu]==0.10.2". A config that does not
+predicts memory and step time. Needs libtpu, which the extra tpu brings. A config that does not
 fit is refused (exit 1) with its largest buffers.
 
   --config FILE[:OPTIONS]  a recipe, as for llava-sp train
