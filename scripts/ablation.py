@@ -68,13 +68,17 @@ class Book:
     part.replace(self.path)
 
 
-def cost(todo: list[Job], book: Book, at_once: int) -> str:
-  """What the runs will take, from the records of others by the length of their training."""
-  known = [r["seconds"] / r["scale"] for r in book.records]
-  if not todo or not known:
-    return "" if not todo else "how long a run takes is known after the first"
+def cost(todo: list[Job], out: Path, at_once: int) -> str:
+  """What the runs will take, from all records of such runs by the length of their training."""
+  files = {out.with_suffix(".json"), *Path("docs/results").glob("easy_vqa_*.json")}
+  known = [r["seconds"] / r["scale"] for path in files if path.is_file()
+           for r in json.loads(path.read_text())["figures"]]  # fmt: skip
+  if not todo:
+    return ""
+  if not known:
+    return ", how long a run takes is known after the first"
   seconds = statistics.median(known) * sum(job.scale for job in todo)
-  return f"about {seconds / 60 / at_once:.0f} minutes, by the records in {book.path}"
+  return f", about {seconds / 60 / at_once:.0f} minutes by the records of {len(known)} runs"
 
 
 def summary(records: list[Record]) -> list[dict[str, Any]]:
@@ -180,7 +184,7 @@ def main() -> None:
           for variant in options.variants]  # fmt: skip
   todo = [job for job in jobs if not book.find(job)]
   print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them on record for these sources; "
-        f"{len(todo)} to do{', ' * bool(todo)}{cost(todo, book, options.at_once)}", flush=True)  # fmt: skip
+        f"{len(todo)} to do{cost(todo, options.out, options.at_once)}", flush=True)  # fmt: skip
   if options.dry_run:
     return
   command("scripts/prepare_easy_vqa.py", "--out", options.data)

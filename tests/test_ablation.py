@@ -38,6 +38,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     return report
 
   monkeypatch.setattr(ablation, "run", run)
+  monkeypatch.chdir(tmp_path)  # no other records
   monkeypatch.setattr(ablation, "command", lambda *_, **__: None)
   yield ablation, run_easy_vqa, called
   for name in ("ablation", "run_easy_vqa"):
@@ -62,7 +63,10 @@ def test_it_goes_on_from_its_records(
   assert called == [("none", 0), ("pooling", 0), ("none", 1), ("pooling", 1)]
   start(ablation, monkeypatch, tmp_path, "--seeds", "3", "--dry-run")
   said = capsys.readouterr().out
-  assert "6 runs, 4 of them on record for these sources; 2 to do, about 3 minutes" in said
+  assert (
+    "6 runs, 4 of them on record for these sources; 2 to do, about 3 minutes by the records of"
+    in said
+  )
   start(ablation, monkeypatch, tmp_path, "--seeds", "3", "--at-once", "2")
   assert sorted(called[4:]) == [("none", 2), ("pooling", 2)]
   held = json.loads((tmp_path / "table.json").read_text())
