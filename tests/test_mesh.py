@@ -121,6 +121,28 @@ def test_rows_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+  ("owners", "process", "held"),
+  [([[[0], [0], [1], [1]]], 1, [4, 5, 6, 7]), ([[[0], [1], [1], [0]]], 0, [0, 1, 6, 7])],
+)
+def test_each_host_puts_its_own_rows(
+  monkeypatch: pytest.MonkeyPatch, owners: Any, process: int, held: list[int]
+) -> None:
+  """What its devices ask for by their places in the whole batch, wherever they lie in its part."""
+  asked: dict[tuple[int, ...], Any] = {}
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  monkeypatch.setattr(mesh_lib, "NamedSharding", lambda *_: None)
+  monkeypatch.setattr(
+    jax, "make_array_from_callback", lambda shape, _, part: asked.setdefault(shape, part)
+  )
+  mesh_lib.put_batch({"x": np.asarray(held) * 10}, fake_mesh(owners))
+  (shape, part), *_ = asked.items()
+  assert shape == (8,)
+  for start in held[::2]:
+    assert part((slice(start, start + 2),)).tolist() == [start * 10, start * 10 + 10]
+
+
+@pytest.mark.parametrize(
   ("text", "sizes"), [("1,1,2", (1, 1, 2)), ("-1,1,4", (2, 1, 4)), ("2,2,1", (2, 2, 1))]
 )
 def test_a_mesh_of_a_command_takes_the_first_devices(text: str, sizes: tuple[int, ...]) -> None:

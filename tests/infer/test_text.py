@@ -31,7 +31,7 @@ def ids(said: str) -> list[int]:
 @pytest.mark.parametrize(
   ("stop", "answer", "count"),
   [(("ab",), "xx", 4), (("zz", "b"), "xxa", 4), (("b", "xa"), "x", 3), ((), "xxabyy", 6),
-   (("yy",), "xxab", 6), (("never",), "xxabyy", 6)],
+   (("yy",), "xxab", 6), (("b", "ab"), "xx", 4), (("never",), "xxabyy", 6)],
 )  # fmt: skip
 def test_an_answer_ends_before_the_first_stop_string(
   stop: tuple[str, ...], answer: str, count: int, step: int
