@@ -148,13 +148,13 @@ def _lines(path: Path) -> list[str]:
   return path.read_text().splitlines() if path.is_file() else []
 
 
-def write(out: Path, figures: Any, root: Path = REPOSITORY) -> None:
-  """Writes `figures` with their stamp to OUT.json.
+def write(out: Path, figures: Any, command: str = "", root: Path = REPOSITORY) -> None:
+  """Writes `figures` with their stamp to OUT.json; `command` if it was not this process's own.
 
   The sources are those of the row that has the file's name, or the whole package.
   """
   sources = table(root).get(out.stem, {}).get("sources", EVERYTHING)
-  content = {"record": stamp(sources, root=root), "figures": figures}
+  content = {"record": stamp(sources, command, root), "figures": figures}
   out.parent.mkdir(parents=True, exist_ok=True)
   out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 

@@ -11,14 +11,15 @@
 # 1 trains the projector alone. With --tower-steps 0, stage 1 trains a random tower as well.
 #
 # Other options: --seed 0, --limit 500 (test questions to answer; 0 is all 9,673), --runs FOLDER,
-# --data FOLDER. A killed job goes on where it was when the same command is given again.
+# --data FOLDER, --publish OUT (copies the report to OUT/ and its figures with their stamp to
+# OUT.json). A killed job goes on where it was when the same command is given again.
 set -euo pipefail
-row=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000
+row=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000 publish=
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
-    --row | --seed | --scale | --limit | --runs | --data)
+    --row | --seed | --scale | --limit | --runs | --data | --publish)
       [ $# -gt 1 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
       printf -v "${1#--}" %s "$2"; shift 2 ;;
     --tower-steps)
@@ -59,3 +60,10 @@ llava_sp train --config="$config:stage=finetune,init=$base/pretrain,$options" \
 llava_sp eval --checkpoint="$base/finetune" --data="$data" --out="$base/eval" --limit="$limit"
 llava_sp report --runs "$base/pretrain" "$base/finetune" --scores="$base/eval" \
   --out="$base/report"
+if [ -n "$publish" ]; then
+  cp -r "$base/report/." "$publish"
+  "$python" -c 'import json, sys; from pathlib import Path; from llava_sp_jax import provenance
+provenance.write(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), command=sys.argv[3])' \
+    "$publish" "$base/report/scores.json" \
+    "bash scripts/easy_vqa_smollm2.sh --row $row --seed $seed --scale $scale --limit $limit"
+fi

@@ -73,7 +73,7 @@ def clone(tmp_path: Path) -> Path:
 
 def test_a_result_carries_its_stamp(clone: Path) -> None:
   out = clone / "docs/results/speed"
-  provenance.write(out, {"x": 1.5}, clone)
+  provenance.write(out, {"x": 1.5}, root=clone)
   held = json.loads(out.with_suffix(".json").read_text())
   stamp = held["record"]
   assert provenance.read(out, None) == held["figures"] == {"x": 1.5}
