@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
       # Small batches learn colors at once, but shapes only at a low rate.
       "optimizer": {"stage": "pretrain_all", "learning_rate": 5e-4,
                     "projector_learning_rate": 7e-4, "warmup_ratio": 0.05},
-      "train": {"steps": int(4000 * arg.scale), "batch_size": BATCH},
+      "train": {"steps": int(7000 * arg.scale), "batch_size": BATCH},
       "lora": {"rank": 0},
     },
     "finetune": {

@@ -109,7 +109,7 @@ def test_any_variant_and_any_scales(scripts: Any) -> None:
     config = load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
     assert (config.model.projector.row, config.model.projector.scales) == (row, scales)
     assert config.train.seed == 3
-    assert config.train.steps == 2000
+    assert config.train.steps == 3500
 
 
 def test_the_demo_says_when_it_misses_its_promise(scripts: Any) -> None:
