@@ -71,8 +71,9 @@ class Book:
 def cost(todo: list[Job], out: Path, at_once: int) -> str:
   """What the runs will take, from all records of such runs by the length of their training."""
   files = {out.with_suffix(".json"), *Path("docs/results").glob("easy_vqa_*.json")}
-  known = [r["seconds"] / r["scale"] for path in files if path.is_file()
-           for r in json.loads(path.read_text())["figures"]]  # fmt: skip
+  held = [json.loads(path.read_text())["figures"] for path in files if path.is_file()]
+  known = [r["seconds"] / r["scale"] for figures in held for r in figures
+           if isinstance(r, dict) and set(KEYS) <= set(r)]  # fmt: skip
   if not todo:
     return ""
   if not known:
