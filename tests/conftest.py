@@ -13,8 +13,11 @@ REPOSITORY = Path(__file__).parents[1]
 # These are read when jax is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
+# Tests compile much and compute little: XLA's own passes are all there, LLVM's are not.
+LEVEL_FLAG = "--xla_backend_optimization_level=0"
+for _flag in (DEVICES_FLAG, LEVEL_FLAG):
+  if _flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
