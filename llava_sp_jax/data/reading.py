@@ -65,11 +65,11 @@ def _stretches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
   """Pieces without images; a stretch ends where an image stands."""
   stretch: list[Piece] = []
   for piece in pieces:
-    first, *others = piece.text.split(IMAGE)
-    stretch.append(dataclasses.replace(piece, text=first))
-    for text in others:
-      yield stretch
-      stretch = [dataclasses.replace(piece, text=text)]
+    *before, last = piece.text.split(IMAGE)
+    for text in before:
+      yield [*stretch, dataclasses.replace(piece, text=text, end=0)]
+      stretch = []
+    stretch.append(dataclasses.replace(piece, text=last))
   yield stretch
 
 
@@ -103,19 +103,37 @@ def _cuts(stretch: list[Piece], tokenizer: Tokenizer) -> list[int]:
 
 
 def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-  """The spans of `text`, read in parts where a token would reach over a cut."""
+  """The spans of `text`, read in parts where a token would reach over a cut.
+
+  What becomes of blanks can depend on what follows them, so a cut behind one always parts the text.
+  """
+  parting = [cut for cut in cuts if text[cut - 1].isspace()]
+  try:
+    parts = [
+      _part(text, start, end, [cut for cut in cuts if start < cut < end], tokenizer)
+      for start, end in itertools.pairwise([0, *parting, len(text)])
+    ]
+  except (
+    TokenizerError
+  ):  # it puts a blank in front of a text, and so never looks at what follows one
+    parts = [_part(text, 0, len(text), cuts, tokenizer)]
+  return [span for part in parts for span in part]
+
+
+def _part(
+  text: str, start: int, end: int, cuts: list[int], tokenizer: Tokenizer
+) -> list[tuple[int, int]]:
+  """The spans of text[start:end], read anew from a cut on that a token reaches over."""
   done: list[tuple[int, int]] = []
-  start, rest = 0, _spans(text, 0, len(text), tokenizer)
+  rest = _spans(text, start, end, tokenizer)
   for cut in cuts:
     count = sum(last < cut for _, last in rest)
-    apart = (rest[count - 1][1] + 1 if count else start) == cut
-    if not apart or text[cut - 1].isspace():  # what becomes of blanks can depend on what follows
+    if (rest[count - 1][1] + 1 if count else start) != cut:
       try:
-        before = _spans(text, start, cut, tokenizer)
-        count, rest = len(before), before + _spans(text, cut, len(text), tokenizer)
+        before, rest = (_spans(text, *ends, tokenizer) for ends in ((start, cut), (cut, end)))
       except TokenizerError as error:
-        if not apart:
-          raise SampleError(f"a reply shares a token with the text before it; {error}") from None
+        raise SampleError(f"a reply shares a token with the text before it; {error}") from None
+      count, rest = len(before), before + rest
     done, rest, start = done + rest[:count], rest[count:], cut
   return done + rest
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ BLANK = "\u2581"  # how sentencepiece writes a blank
 # Protocol buffers merge when joined: these bytes say normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = bytes((0x1A, 2, 0x18, 0))
 
+SHORT = 256  # characters of a text whose ids are kept: questions and answers come again and again
 Spans = tuple[tuple[int, int], ...]  # each token's id, and the index of its last character
 
 
@@ -35,6 +37,7 @@ class Backend(Protocol):
   bos_id: int | None  # put in front of a row; None where the tokenizer has none
   eos_id: int | None
   special_ids: frozenset[int]
+  mark_ids: frozenset[int]  # special tokens that a text can name: not what stands for unknown text
 
   def __len__(self) -> int: ...
   def spans(self, text: str, inside: bool) -> Spans: ...
@@ -86,8 +89,8 @@ class Tokenizer:
     return self._backend.spans(text, inside)
 
   def has_special(self, text: str) -> bool:
-    """Whether a special token stands in `text`."""
-    return any(id_ in self._backend.special_ids for id_, _ in self.spans(text))
+    """Whether a special token stands in `text`, other than that of unknown text."""
+    return any(id_ in self._backend.mark_ids for id_, _ in self.spans(text))
 
   def decode(self, ids: Any) -> str:
     """Text of `ids` without special tokens."""
@@ -103,7 +106,7 @@ class Tokenizer:
     The first special token of `end`, or just its first, and the end of a sequence.
     """
     ids = self.end_ids(end)
-    mark = next((i for i in ids if i in self._backend.special_ids), ids[0])
+    mark = next((i for i in ids if i in self._backend.mark_ids), ids[0])
     return tuple(sorted({mark} if self.eos_id is None else {mark, self.eos_id}))
 
   def save(self, path: str | Path) -> None:
@@ -133,6 +136,9 @@ class SentencePiece:
     self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
     self._blank = self._without.piece_to_id(BLANK)
     self.special_ids = frozenset(self._ids.values())
+    self.mark_ids = self.special_ids - {
+      self._ids[_content(settings.get("unk_token") or "<unk>")]
+    }
     self.eos_id: int | None = self._ids[_content(settings.get("eos_token") or "</s>")]
     bos = self._ids[_content(settings.get("bos_token") or "<s>")]
     self.bos_id: int | None = bos if settings.get("add_bos_token", True) else None
@@ -185,7 +191,9 @@ class HuggingFace:
 
     self._inner: Any = AutoTokenizer.from_pretrained(str(folder))
     self.eos_id: int | None = self._inner.eos_token_id
-    self.special_ids = frozenset(self._inner.all_special_ids)
+    marked = {i for i, token in self._inner.added_tokens_decoder.items() if token.special}
+    self.special_ids = frozenset({*self._inner.all_special_ids, *marked})
+    self.mark_ids = self.special_ids - {self._inner.unk_token_id}
     # By what it does: flags of `transformers` do not know of a post-processor that adds a token.
     ids = self._inner("a").input_ids
     adds_bos = bool(ids) and ids[0] == self._inner.bos_token_id
@@ -200,14 +208,20 @@ class HuggingFace:
   def __len__(self) -> int:
     return len(self._inner)
 
-  @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - a tokenizer lives as long as its process
   def spans(self, text: str, inside: bool) -> Spans:
     """See `Tokenizer.spans`."""
+    return self._kept(text, inside) if len(text) <= SHORT else self._read(text, inside)
+
+  @functools.lru_cache(maxsize=1 << 14)  # noqa: B019 - a tokenizer lives as long as its process
+  def _kept(self, text: str, inside: bool) -> Spans:
+    return self._read(text, inside)
+
+  def _read(self, text: str, inside: bool) -> Spans:
     if inside and self._puts_blank:
       raise TokenizerError(f"the tokenizer puts a blank in front of {text!r:.40}, which has none")
     found = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = found.offset_mapping
-    return tuple((i, _last(text, *o)) for i, o in zip(found.input_ids, offsets, strict=True))
+    lasts = itertools.accumulate((_last(text, *o) for o in found.offset_mapping), max)
+    return tuple(zip(found.input_ids, lasts, strict=True))
 
   def decode(self, ids: list[int]) -> str:
     return self._inner.decode(ids, skip_special_tokens=True)

@@ -272,3 +272,47 @@ def test_a_tokenizer_that_cannot_continue_a_text_says_so(tmp_path: Path) -> None
     fast.spans("red", inside=True)
   with pytest.raises(SampleError, match="a reply shares a token with the text before it"):
     reading._cut("ared", [2], fast)
+
+
+def test_an_image_inside_a_reply_moves_no_border(tokenizer: Tokenizer) -> None:
+  turns: Turns = [(f"{IMAGE}\nwhat is it?", f"a{IMAGE}b")]
+  for name in READ_ALIKE:
+    ids = before_replies(reading.dialogue(turns, TEMPLATES[name], "chain", tokenizer))[0]
+    assert ids == flat(reading.question(turns[0][0], 0, TEMPLATES[name], tokenizer)), name
+
+
+def test_marks_are_special_tokens_that_text_can_name(tmp_path: Path) -> None:
+  """Added special tokens that no setting names are; what stands for unknown text is not."""
+  from tokenizers import AddedToken, models, pre_tokenizers
+  from tokenizers import Tokenizer as Inner
+  from transformers import PreTrainedTokenizerFast
+
+  words = {"<unk>": 0, "</s>": 1, "a": 2}
+  inner = Inner(models.WordLevel(words, unk_token="<unk>"))
+  inner.pre_tokenizer = pre_tokenizers.Whitespace()
+  PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(
+    str(tmp_path / "unknown")
+  )
+  assert "mpt" not in reading.fitting(Tokenizer(tmp_path / "unknown"))
+  inner.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+  PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(
+    str(tmp_path / "added")
+  )
+  assert "smollm2" in reading.fitting(Tokenizer(tmp_path / "added"))
+
+
+def test_a_long_dialogue_is_read_in_time_that_grows_with_it(tmp_path: Path) -> None:
+  """Characters that the tokenizer reads, for a template whose prompts end with a line break."""
+  write_byte_level(tmp_path / "qwen2", *BYTE_LEVEL["qwen2"])
+  tokenizer, read = Tokenizer(tmp_path / "qwen2"), [0]
+  plain = tokenizer._backend.spans
+
+  def counted(text: str, inside: bool) -> Any:
+    read[0] += len(text)
+    return plain(text, inside)
+
+  tokenizer._backend.spans = counted  # type: ignore[method-assign]
+  turns: Turns = [("what is it, and why?", "it is a red circle because it is")] * 40
+  pieces = conversation.chain(turns, TEMPLATES["smollm2"])
+  reading.tokenize(pieces, tokenizer)
+  assert read[0] < 3 * sum(len(piece.text) for piece in pieces)
