@@ -73,14 +73,14 @@ expect "steps of stage 1" "$(steps "$folder/pretrain")" "1 2"
 
 # Stage 2 is asked to stop once it has made two steps, and goes on with the same command.
 stage_2=(train --config "easy_vqa:stage=finetune,init=$folder/pretrain,data=$data"
-  --workdir "$finetune" --config.train.steps=24 "${small[@]}")
+  --workdir "$finetune" --config.train.steps=60 "${small[@]}")
 llava_sp "${stage_2[@]}" &
 until [[ "$(steps "$finetune")" == "1 2"* ]] || ! kill -0 $!; do sleep 1; done
 pkill -TERM -P $! || true  # the command in the background shell
 code=0; wait $! || code=$?
 expect "code of a run that was asked to stop" "$code" 75
 llava_sp "${stage_2[@]}"
-expect "steps of stage 2" "$(steps "$finetune")" "$(seq -s ' ' 24)"
+expect "steps of stage 2" "$(steps "$finetune")" "$(seq -s " " 60)"
 
 llava_sp eval --checkpoint "$finetune" --data "$data" --limit 16 --out "$folder/eval"
 asked=$(wc -l < "$folder/eval/predictions.jsonl")
