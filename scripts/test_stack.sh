@@ -67,20 +67,20 @@ print(*(row["step"] for row in rows if "loss" in row))' "$1/metrics.jsonl"
 expect() { [ "$2" = "$3" ] || { echo "$1: expected $3, found $2" >&2; exit 1; }; }
 
 "$python" scripts/prepare_easy_vqa.py --out "$data"
-llava_sp train --config "configs/easy_vqa.py:stage=pretrain,data=$data" --workdir "$folder/pretrain" \
+llava_sp train --config "easy_vqa:stage=pretrain,data=$data" --workdir "$folder/pretrain" \
   --config.train.steps=2 "${small[@]}"
 expect "steps of stage 1" "$(steps "$folder/pretrain")" "1 2"
 
 # Stage 2 is asked to stop once it has made two steps, and goes on with the same command.
-stage_2=(train --config "configs/easy_vqa.py:stage=finetune,init=$folder/pretrain,data=$data"
-  --workdir "$finetune" --config.train.steps=24 "${small[@]}")
+stage_2=(train --config "easy_vqa:stage=finetune,init=$folder/pretrain,data=$data"
+  --workdir "$finetune" --config.train.steps=60 "${small[@]}")
 llava_sp "${stage_2[@]}" &
-until [[ "$(steps "$finetune")" == "1 2"* ]] || ! kill -0 $!; do sleep 0.2; done
+until [[ "$(steps "$finetune")" == "1 2"* ]] || ! kill -0 $!; do sleep 1; done
 pkill -TERM -P $! || true  # the command in the background shell
 code=0; wait $! || code=$?
 expect "code of a run that was asked to stop" "$code" 75
 llava_sp "${stage_2[@]}"
-expect "steps of stage 2" "$(steps "$finetune")" "$(seq -s ' ' 24)"
+expect "steps of stage 2" "$(steps "$finetune")" "$(seq -s " " 60)"
 
 llava_sp eval --checkpoint "$finetune" --data "$data" --limit 16 --out "$folder/eval"
 asked=$(wc -l < "$folder/eval/predictions.jsonl")
