@@ -136,9 +136,7 @@ class SentencePiece:
     self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
     self._blank = self._without.piece_to_id(BLANK)
     self.special_ids = frozenset(self._ids.values())
-    self.mark_ids = self.special_ids - {
-      self._ids[_content(settings.get("unk_token") or "<unk>")]
-    }
+    self.mark_ids = self.special_ids - {self._ids[_content(settings.get("unk_token") or "<unk>")]}
     self.eos_id: int | None = self._ids[_content(settings.get("eos_token") or "</s>")]
     bos = self._ids[_content(settings.get("bos_token") or "<s>")]
     self.bos_id: int | None = bos if settings.get("add_bos_token", True) else None

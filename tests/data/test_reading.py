@@ -290,14 +290,14 @@ def test_marks_are_special_tokens_that_text_can_name(tmp_path: Path) -> None:
   words = {"<unk>": 0, "</s>": 1, "a": 2}
   inner = Inner(models.WordLevel(words, unk_token="<unk>"))
   inner.pre_tokenizer = pre_tokenizers.Whitespace()
-  PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(
-    str(tmp_path / "unknown")
-  )
+  PreTrainedTokenizerFast(
+    tokenizer_object=inner, unk_token="<unk>", eos_token="</s>"
+  ).save_pretrained(str(tmp_path / "unknown"))
   assert "mpt" not in reading.fitting(Tokenizer(tmp_path / "unknown"))
   inner.add_special_tokens([AddedToken("<|im_end|>", special=True)])
-  PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(
-    str(tmp_path / "added")
-  )
+  PreTrainedTokenizerFast(
+    tokenizer_object=inner, unk_token="<unk>", eos_token="</s>"
+  ).save_pretrained(str(tmp_path / "added"))
   assert "smollm2" in reading.fitting(Tokenizer(tmp_path / "added"))
 
 
