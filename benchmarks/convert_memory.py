@@ -159,7 +159,7 @@ def main() -> None:
       f"{r['peak_gb']:.2f} |" for r in records),
     "", f"Machine: {machine}.",
   ]  # fmt: skip
-  options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+  provenance.named(options.out, "md").write_text("\n".join(lines) + "\n")
   records = [{**r, "size": options.size, "layers": options.layers, "machine": machine}
              for r in records]  # fmt: skip
   provenance.write(options.out, records)

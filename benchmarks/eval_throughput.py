@@ -348,7 +348,7 @@ def main() -> None:
     for each in benches:
       each.torch.close()
   provenance.write(options.out, result)
-  options.out.with_suffix(".md").write_text(page(result))
+  provenance.named(options.out, "md").write_text(page(result))
   print(f"written: {options.out}.md, {options.out}.json, {time.monotonic() - STARTED:.0f} s")
 
 

@@ -143,7 +143,7 @@ def main() -> None:
   out = Path(options.out)
   out.parent.mkdir(parents=True, exist_ok=True)
   provenance.write(out, records)
-  out.with_suffix(".md").write_text(markdown(records))
+  provenance.named(out, "md").write_text(markdown(records))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def main() -> None:
   machine = (f"{os.cpu_count()} cores {platform.machine()}, CPU, Python "
              f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
   text = report(full, small, machine)
-  options.out.with_suffix(".md").write_text(text)
+  provenance.named(options.out, "md").write_text(text)
   records = {"fill": full, "speed": small, "machine": machine, "samples": options.samples}
   provenance.write(options.out, records)
   print(text)

@@ -74,17 +74,29 @@ def fingerprint(path: Path) -> str:
 
 def bare(source: str) -> str:
   """Python without comments, docstrings and empty lines; the same under every version of Python."""
-  lines = source.splitlines()
+  lines, inside = source.split("\n"), set[int]()  # rows of literals, where blanks count
+  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno:
+      inside |= set(range(node.lineno, node.end_lineno))
   for token in tokenize.generate_tokens(io.StringIO(source).readline):
     if token.type == tokenize.COMMENT:
       row, column = token.start
       lines[row - 1] = lines[row - 1][:column]
-  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
       text = node.body[0]
-      lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)  # type: ignore[operator]
-  return "\n".join(filter(None, map(str.rstrip, lines)))
+      first, last = text.lineno, text.end_lineno or text.lineno
+      alone = not lines[first - 1].encode()[: text.col_offset].strip()
+      if alone and not lines[last - 1].encode()[text.end_col_offset :].strip():
+        lines[first - 1 : last] = [""] * (last - first + 1)
+        inside -= set(range(first, last))
+  kept = [
+    line if row in inside else line.rstrip()
+    for row, line in enumerate(lines, 1)
+    if row in inside or line.strip()
+  ]
+  return "\n".join(kept)
 
 
 def digest(found: dict[str, str]) -> str:
@@ -148,18 +160,55 @@ def _lines(path: Path) -> list[str]:
   return path.read_text().splitlines() if path.is_file() else []
 
 
-def write(out: Path, figures: Any, command: str = "", root: Path = REPOSITORY) -> None:
+def write(
+  out: Path, figures: Any, command: str = "", beside: bool = False, root: Path = REPOSITORY
+) -> None:
   """Writes `figures` with their stamp to OUT.json; `command` if it was not this process's own.
 
-  The sources are those of the row that has the file's name, or the whole package.
+  The sources are those of the row that has the file's name, or the whole package. `beside` says that
+  figures of an earlier call are among them: where other sources made those, their stamp stays, so
+  that no figure ever looks newer than it is.
   """
-  sources = table(root).get(out.stem, {}).get("sources", EVERYTHING)
-  content = {"record": stamp(sources, command, root), "figures": figures}
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+  made = stamp(sources_of(out, root), command, root)
+  held = _held(out).get("record") if beside else None
+  if held and held["sources"] != made["sources"]:
+    made = held
+  write_json(named(out, "json"), {"record": made, "figures": figures})
 
 
-def read(out: Path, without: Any) -> Any:
-  """The figures that `write` put into OUT.json; `without` such a file that value."""
-  path = out.with_suffix(".json")
-  return json.loads(path.read_text())["figures"] if path.is_file() else without
+def read(out: Path, without: Any, current: bool = False, root: Path = REPOSITORY) -> Any:
+  """The figures that `write` put into OUT.json; `without` such a file that value.
+
+  `current` figures are only those that the sources as they are now have made.
+  """
+  held = _held(out)
+  if "figures" not in held:
+    return without
+  if current:
+    now = digest(fingerprints(sources_of(out, root), root))
+    return held["figures"] if held["record"]["sources"] == now else without
+  return held["figures"]
+
+
+def named(out: Path, ending: str) -> Path:
+  """OUT.ending; a dot in OUT is a part of its name."""
+  return out.parent / f"{out.name}.{ending}"
+
+
+def sources_of(out: Path, root: Path = REPOSITORY) -> list[str]:
+  return list(table(root).get(out.name, {}).get("sources", EVERYTHING))
+
+
+def write_json(path: Path, content: Any) -> None:
+  """Writes a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f"{path.name}.part")
+  part.write_text(json.dumps(content, indent=1) + "\n")
+  part.replace(path)
+
+
+def _held(out: Path) -> dict[str, Any]:
+  """What stands in OUT.json; a bare list is figures from before there were stamps."""
+  path = named(out, "json")
+  held = json.loads(path.read_text()) if path.is_file() else {}
+  return held if isinstance(held, dict) else {"figures": held}

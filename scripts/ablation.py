@@ -19,6 +19,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Book:
   """The records of OUT.json, each with the commit and the digest of its sources."""
 
   def __init__(self, out: Path):
-    self.path = out.with_suffix(".json")
+    self.path = provenance.named(out, "json")
     held = json.loads(self.path.read_text()) if self.path.is_file() else {}
     self.records: list[Record] = held.get("figures", [])
     self._files: dict[str, Any] = held.get("sources", {})
@@ -45,16 +46,23 @@ class Book:
     row = provenance.table().get(out.stem, {})
     self._sources = row.get("sources", provenance.EVERYTHING)
     self.digest = provenance.digest(provenance.fingerprints(self._sources))
+    # Sources that are known to compute the same: only their records are compared with each other.
+    confirmed = held.get("confirmed", {}).get("sources") == self.digest
+    self.same = {self.digest, *({r["sources"] for r in self.records} if confirmed else ())}
 
   def find(self, job: Job) -> Record | None:
     """The record of a run that was made by the sources as they are now."""
     wanted = dataclasses.asdict(job)
     return next((r for r in self.records if {k: r[k] for k in KEYS} == wanted
-                 and r["sources"] == self.digest), None)  # fmt: skip
+                 and r["sources"] in self.same), None)  # fmt: skip
 
   def add(self, record: Record) -> None:
     """Takes the place of an older record of the same run; written at once."""
     stamp = provenance.stamp(self._sources)
+    if stamp["sources"] != self.digest:
+      raise SystemExit(
+        "the sources have changed while runs went on; what they found is not recorded"
+      )
     if stamp["sources"] not in self._files:
       self._canary = {}
     self._files[stamp["sources"]] = stamp.pop("files")
@@ -63,14 +71,12 @@ class Book:
     used = {r["sources"] for r in self.records}
     self._files = {name: found for name, found in self._files.items() if name in used}
     content = {"figures": self.records, "sources": self._files, **self._canary}
-    part = self.path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(self.path)
+    provenance.write_json(self.path, content)
 
 
 def cost(todo: list[Job], out: Path, at_once: int) -> str:
   """What the runs will take, from all records of such runs by the length of their training."""
-  files = {out.with_suffix(".json"), *Path("docs/results").glob("easy_vqa_*.json")}
+  files = {provenance.named(out, "json"), *Path("docs/results").glob("easy_vqa_*.json")}
   held = [json.loads(path.read_text())["figures"] for path in files if path.is_file()]
   known = [r["seconds"] / r["scale"] for figures in held for r in figures
            if isinstance(r, dict) and set(KEYS) <= set(r)]  # fmt: skip
@@ -130,7 +136,7 @@ def page(book: Book, records: list[Record], scale: float, out: Path, called: str
   commits = sorted({r["commit"] for r in records})
   machines = sorted({f"{r['machine']}, jax {r['versions']['jax']}" for r in records})
   lines += ["", f"Commits {', '.join(commits)}; {'; '.join(machines)}.", "",
-            f"![mean and interval of each variant]({out.with_suffix('.png').name})", ""]  # fmt: skip
+            f"![mean and interval of each variant]({provenance.named(out, 'png').name})", ""]  # fmt: skip
   return "\n".join(lines)
 
 
@@ -191,18 +197,26 @@ def main() -> None:
   command("scripts/prepare_easy_vqa.py", "--out", options.data)
   free, started, done = shares(options.at_once), time.monotonic(), 0
 
-  def one(job: Job) -> tuple[Job, Path]:
+  def one(job: Job) -> Path:
     cores = free.pop()
     folder = options.runs / f"scale-{job.scale:g}-{book.digest}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-      return job, run(job, folder, options.data, cores, folder / f"{job.name}.log")
+      return run(job, folder, options.data, cores, folder / f"{job.name}.log")
     finally:
       free.append(cores)
 
+  failed: list[str] = []
   with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
-    for future in concurrent.futures.as_completed([pool.submit(one, job) for job in todo]):
-      job, report = future.result()
+    futures = {pool.submit(one, job): job for job in todo}
+    for future in finished(pool, futures):
+      job = futures[future]
+      try:
+        report = future.result()
+      except SystemExit as error:
+        failed.append(f"{job.name}: {error}")
+        print(failed[-1], flush=True)
+        continue
       record = json.loads((report / "record.json").read_text())
       book.add(record)
       show(book, options)
@@ -213,21 +227,32 @@ def main() -> None:
       print(f"{job.name}: {record['accuracy']:.2%} in {record['seconds']} s; {done} of {len(todo)} "
             f"done, eta {left:.0f} min", flush=True)  # fmt: skip
   print(show(book, options))
+  if failed:
+    raise SystemExit(f"{len(failed)} of {len(todo)} runs failed: {'; '.join(failed)}")
+
+
+def finished(pool: concurrent.futures.Executor, futures: Iterable[Any]) -> Iterator[Any]:
+  """Futures as they end; where this process is told to stop, none of the others begins."""
+  try:
+    yield from concurrent.futures.as_completed(futures)
+  except KeyboardInterrupt:
+    pool.shutdown(wait=False, cancel_futures=True)
+    raise
 
 
 def show(book: Book, options: argparse.Namespace) -> str:
   """Writes page and picture of the records of this scale; returns the page."""
   variants = list(dict.fromkeys([*options.variants, *(r["variant"] for r in book.records)]))
   records = sorted(
-    (r for r in book.records if r["scale"] == options.scale),
+    (r for r in book.records if r["scale"] == options.scale and r["sources"] in book.same),
     key=lambda r: (variants.index(r["variant"]), r["seed"]),
   )
   if not records:
     return ""
   row = provenance.table().get(options.out.stem, {})
   text = page(book, records, options.scale, options.out, row.get("command", records[-1]["command"]))
-  options.out.with_suffix(".md").write_text(text)
-  picture(summary(records), records, options.out.with_suffix(".png"))
+  provenance.named(options.out, "md").write_text(text)
+  picture(summary(records), records, provenance.named(options.out, "png"))
   return text
 
 

@@ -106,7 +106,7 @@ def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
 
 def write(out: Path, report: dict[str, Any]) -> None:
   """Puts a dtype's counts beside those of others in `out`.json, and makes the page `out`.md."""
-  reports = provenance.read(out, {})
+  reports = provenance.read(out, {}, current=True)
   reports[report["dtype"]] = report
   provenance.write(out, reports)
   lines = [
@@ -124,7 +124,7 @@ def write(out: Path, report: dict[str, Any]) -> None:
       margins = sorted(flip["margin"] for flip in way["changed"])
       shown = f"{margins[len(margins) // 2]:.1e}, {margins[-1]:.1e}" if margins else "-"
       lines.append(f"| {name} | {len(margins)} | {100 * way['right']:.2f}% | {shown} |")
-  out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+  provenance.named(out, "md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:

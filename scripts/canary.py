@@ -1,9 +1,9 @@
-"""A short training whose every bit is kept: whether changed sources still compute the same.
+"""The first steps of a result, bit by bit: whether changed sources still compute the same.
 
 Usage: python scripts/canary.py [--variants none pooling cropping both register] [--scale 0.005]
 
 Trains each variant for some steps of both stages and answers some questions, as scripts/ablation.py
-does at length. Prints a hash of all losses, as written, and of all answers. Where it is the hash that
+does at length. Prints a hash of all losses, as written, and of all answers with their verdicts. Where it is the hash that
 was kept beside a result, on the same kind of machine and with the same versions, sources that were
 renamed, moved or rewritten since compute what the result was made with (`results.py --confirm`).
 """
@@ -24,7 +24,7 @@ QUESTIONS = 200
 SAME = ("step", "loss", "grad_norm", "token_accuracy")  # of a line of metrics: no rates
 
 
-def sing(job: Job, folder: Path, data: str) -> list[str]:
+def short_run(job: Job, folder: Path, data: str) -> list[str]:
   """Losses and answers of one short job, as text."""
   log, options = folder / "log", f"{job.options},data={data}"
 
@@ -44,7 +44,11 @@ def sing(job: Job, folder: Path, data: str) -> list[str]:
       values = json.loads(text)
       lines.append(json.dumps({key: values[key] for key in SAME if key in values}))
   answers = (folder / "eval/predictions.jsonl").read_text().splitlines()
-  return lines + [json.loads(line)["text"] for line in answers]
+  for line in answers:
+    values = json.loads(line)
+    lines.append(json.dumps([values["text"], values["verdict"]]))
+  scores = json.loads((folder / "eval/scores.json").read_text())
+  return [*lines, json.dumps(scores["by_kind"])]
 
 
 def canary(variants: list[str], scale: float, data: str) -> str:
@@ -52,7 +56,7 @@ def canary(variants: list[str], scale: float, data: str) -> str:
   digest = hashlib.sha256()
   for variant in variants:
     with tempfile.TemporaryDirectory() as folder:
-      digest.update("\n".join(sing(Job(variant, 0, scale), Path(folder), data)).encode())
+      digest.update("\n".join(short_run(Job(variant, 0, scale), Path(folder), data)).encode())
   return digest.hexdigest()[:16]
 
 

@@ -245,7 +245,7 @@ def write(out: Path, records: dict[str, Record]) -> None:
   """OUT.json and OUT.md, in the order of the files."""
   ordered = sorted(records.values(), key=lambda r: (r.room, r.file, r.line))
   provenance.write(out, [dataclasses.asdict(r) for r in ordered])
-  out.with_suffix(".md").write_text(markdown(ordered, provenance.commit()))
+  provenance.named(out, "md").write_text(markdown(ordered, provenance.commit()))
 
 
 def read(out: Path | None, known: Iterable[Site]) -> dict[str, Record]:

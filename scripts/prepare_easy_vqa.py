@@ -17,7 +17,9 @@ from pathlib import Path
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 FACTS = {"shape": 4, "color": 2}  # questions told in a caption; shapes are harder to see
-MADE_BY = "made_by.txt"  # this script, as it was when it wrote the folder; written last
+MADE_BY = "made_by.txt"  # the hash of SOURCES when they wrote the folder; written last
+SOURCES = ("scripts/prepare_easy_vqa.py", "llava_sp_jax/data/tokenizer.py",
+           "llava_sp_jax/data/conversation.py")  # fmt: skip
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -73,7 +75,7 @@ def main() -> None:
   out = Path(parser.parse_args().out)
   from llava_sp_jax import provenance
 
-  made_by, version = out / MADE_BY, provenance.fingerprint(Path(__file__))
+  made_by, version = out / MADE_BY, provenance.digest(provenance.fingerprints(SOURCES))
   if made_by.is_file() and made_by.read_text().strip() == version:
     print(f"{out}: already prepared")
     return

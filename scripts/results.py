@@ -22,6 +22,7 @@ from typing import Any
 
 from llava_sp_jax import provenance
 
+PROGRAMS = {"python": [sys.executable], "llava-sp": [sys.executable, "-m", "llava_sp_jax"]}
 MISSING, CURRENT, OLDER = "missing", "current", "older than its sources"
 
 
@@ -65,8 +66,10 @@ def confirm(name: str, table: dict[str, Any]) -> int:
     )
   words = [sys.executable, *shlex.split(row["canary"])[1:]]
   done = subprocess.run(
-    words, cwd=provenance.REPOSITORY, check=True, capture_output=True, text=True
+    words, cwd=provenance.REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
   )
+  if done.returncode:
+    raise SystemExit(f"{name}: its canary ended with code {done.returncode}; its message is above")
   found = done.stdout.split()[-1]
   if held.setdefault("canary", found) != found:
     print(f"{name}: computes something else now (canary {found}, kept {held['canary']}); --make it")
@@ -118,9 +121,9 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
 
 def make(name: str, table: dict[str, Any]) -> int:
   """Runs the command of a result in the repository's root."""
-  words = shlex.split(known(name, table)["command"])
-  words[0] = sys.executable if words[0] == "python" else words[0]
-  return subprocess.run(words, cwd=provenance.REPOSITORY, check=False).returncode
+  first, *words = shlex.split(known(name, table)["command"])
+  program = PROGRAMS.get(first, [first])
+  return subprocess.run([*program, *words], cwd=provenance.REPOSITORY, check=False).returncode
 
 
 def main() -> int:

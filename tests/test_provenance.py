@@ -50,6 +50,36 @@ def test_what_is_computed_counts(old: str, new: str) -> None:
   assert "not a docstring" in kept
 
 
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ('def f(): "doc"', 'def g(): "doc"'),
+    ('def f():\n  "doc"; x = g()', 'def f():\n  "doc"; x = h()'),
+    ('x = \'\'\'a\n\nb\'\'\'', 'x = \'\'\'a\nb\'\'\''),
+    ('x = \'\'\'a \nb\'\'\'', 'x = \'\'\'a\nb\'\'\''),
+  ],
+)  # fmt: skip
+def test_code_beside_docstrings_and_blanks_in_literals_count(old: str, new: str) -> None:
+  assert provenance.bare(old) != provenance.bare(new)
+
+
+def test_older_figures_keep_their_stamp_beside_new_ones(here: Path) -> None:
+  out = here / "docs/results/speed"
+  provenance.write(out, [1])
+  first = json.loads(out.with_suffix(".json").read_text())["record"]
+  (here / "code/a.py").write_text(SOURCE.replace("2 * x", "3 * x"))
+  assert provenance.read(out, None) == [1]
+  assert provenance.read(out, None, current=True) is None
+  provenance.write(out, [1, 2], beside=True)
+  held = json.loads(out.with_suffix(".json").read_text())
+  assert held == {"record": first, "figures": [1, 2]}
+  provenance.write(out, [2])
+  assert provenance.read(out, None, current=True) == [2]
+  out.with_suffix(".json").write_text("[3]")
+  assert provenance.read(out, None) == [3], "as it was written before there were stamps"
+  assert provenance.named(here / "7b-0.5", "json").name == "7b-0.5.json"
+
+
 def git(folder: Path, *arguments: str) -> None:
   named = ["-c", "user.name=x", "-c", "user.email=x@y"]
   subprocess.run(["git", *named, *arguments], cwd=folder, check=True, capture_output=True)
@@ -99,7 +129,7 @@ def test_a_source_that_is_not_there_is_an_error(clone: Path) -> None:
 def here(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   """The clone in place of this repository."""
   monkeypatch.setattr(provenance, "REPOSITORY", clone)
-  for name in ("table", "fingerprints", "stamp", "write", "commit"):
+  for name in ("table", "fingerprints", "stamp", "write", "read", "commit", "sources_of"):
     function = getattr(provenance, name)
     root = (*(function.__defaults__ or ())[:-1], clone)
     monkeypatch.setattr(function, "__defaults__", root)

@@ -246,7 +246,7 @@ def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
   records = provenance.read(out, [])
   mine = [record.get(k) for k in RECORD_KEYS]
   records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != mine] + [record]
-  provenance.write(out, records)
+  provenance.write(out, records, beside=True)
   return records
 
 

@@ -216,9 +216,9 @@ def markdown(records: list[Record]) -> str:
 def write(out: Path, records: list[Record]) -> None:
   """`out`.md and `out`.json."""
   provenance.write(out, [dataclasses.asdict(record) for record in records])
-  out.with_suffix(".md").write_text(markdown(records))
+  provenance.named(out, "md").write_text(markdown(records))
 
 
 def read(out: Path) -> list[Record]:
   """The records that an earlier call has written."""
-  return [Record(**values) for values in provenance.read(out, [])]
+  return [Record(**values) for values in provenance.read(out, [], current=True)]

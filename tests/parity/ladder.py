@@ -403,7 +403,7 @@ def main() -> None:
     "| case | rung | largest difference | tolerance |", "|---|---|---|---|",
     *(f"| {r.case} | {r.rung} | {r.max_abs_diff:.1e} | {r.tolerance:.0e} |" for r in rungs),
   ]  # fmt: skip
-  out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+  provenance.named(out, "md").write_text("\n".join(lines) + "\n")
   print("\n".join(lines))
   failed = [r for r in rungs if not r.max_abs_diff <= r.tolerance]
   if failed:
