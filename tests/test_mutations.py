@@ -124,11 +124,11 @@ def test_records_of_sites_that_are_gone_are_left_out(tmp_path: Path) -> None:
   values = {"room": known.room, "file": known.file, "line": line, "old": known.old,
             "new": known.new, "hurts": known.hurts, "outcome": "noticed", "by": "x", "seconds": 1.0}  # fmt: skip
   gone = {**values, "old": "nothing of the kind"}
-  (tmp_path / "m.json").write_text(json.dumps({"sites": [values, gone]}))
+  (tmp_path / "m.json").write_text(json.dumps({"figures": [values, gone]}))
   found = mutations.read(tmp_path / "m", SITES)
   assert list(found) == [mutations.key(known)]
   mutations.write(tmp_path / "m", found)
-  assert len(json.loads((tmp_path / "m.json").read_text())["sites"]) == 1
+  assert len(json.loads((tmp_path / "m.json").read_text())["figures"]) == 1
   assert mutations.read(None, SITES) == {}
 
 

@@ -71,7 +71,7 @@ def test_margins_are_the_smallest_lead_of_an_answer(
   answers = list(engine.answer(asked))
   margins = [oracle.margin(r, found, NEW) for r, found in zip(asked, wanted, strict=True)]
   np.testing.assert_allclose([a.margin for a in answers], margins, atol=2e-4)
-  assert () in wanted, "of an answer without a token the end's lead is all there is"
+  assert any(len(found) < NEW for found in wanted), "the lead of an end is among them"
 
 
 def test_another_state_of_the_model_answers_by_itself_alone(
@@ -302,8 +302,9 @@ def test_a_stop_string_ends_an_answer_where_it_begins(
   model: Pretrained, engine: Engine, asked: list[Request]
 ) -> None:
   free: list[Answer] = list(engine.answer(asked))
-  long = max(free, key=lambda a: len(a.text))
-  stop = long.text[len(long.text) // 2 :][:3]
+  # Half a character is another text once its other half is there, so it cannot be a stop string.
+  long = max((a for a in free if "\ufffd" not in a.text), key=lambda a: len(a.text))
+  stop = long.text[len(long.text) // 2 :].strip()[:3]  # answers are shown without outer blanks
   assert stop.strip()
   stopped = Engine(model, 4, dataclasses.replace(GENERATION, stop=(stop, "never said")))
   found = list(stopped.answer(asked))
