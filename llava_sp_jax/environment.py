@@ -59,13 +59,19 @@ def cache_folder(environment: Environment = os.environ) -> Path:
   """
   home = environment.get("XDG_CACHE_HOME", "")
   # The XDG specification: a relative path is invalid and is ignored.
-  base = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
+  try:
+    base = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
+  except RuntimeError:  # a user without a home: what mkdir then says is read and told
+    base = Path("/nonexistent/.cache")
   return base / "llava-sp-jax" / f"xla-{platform.machine()}-{_cpu()}"
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
   """Whether this host shows TPU chips."""
-  vendors = (file.read_text().strip() for file in root.glob(TPU_VENDOR_FILES))
+  vendors = []
+  for file in root.glob(TPU_VENDOR_FILES):
+    with contextlib.suppress(OSError):  # a device that may not be looked at
+      vendors.append(file.read_text().strip())
   return TPU_VENDOR in vendors or any(list(root.glob(pattern)) for pattern in TPU_DEVICE_FILES)
 
 

@@ -10,4 +10,4 @@ case " $* " in
   *" --help "* | *" -h "*) exec python3 scripts/run_easy_vqa.py --help ;;  # needs no environment
 esac
 prepare_environment report,gguf
-exec .venv/bin/python scripts/run_easy_vqa.py "$@"
+exec "$VENV/bin/python" scripts/run_easy_vqa.py "$@"

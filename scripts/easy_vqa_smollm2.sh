@@ -31,7 +31,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report,gguf
 
-python=.venv/bin/python
+python=$VENV/bin/python
 config=configs/easy_vqa_smollm2.py
 tokenizer=$data/tokenizer_smollm2
 base=$runs/$row-$seed

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SOURCES = "sources.txt"  # the hash of the package that trained a run
 ATTEMPTS = "attempts.txt"  # seconds of each attempt that did not reach its end
 CONFIG = "configs/easy_vqa.py"
 # (least scale, least share of right answers) of the row `pooling`, over any seed; README says so.
@@ -72,6 +73,7 @@ def run(
   options = f"{job.options},data={data}"
   record, started = base / "report/record.json", time.monotonic()
   base.mkdir(parents=True, exist_ok=True)
+  refuse_older(base, record)
 
   def llava_sp(*arguments: str) -> None:
     try:
@@ -96,6 +98,18 @@ def run(
   }  # fmt: skip
   record.write_text(json.dumps(found) + "\n")
   return base / "report"
+
+
+def refuse_older(base: Path, record: Path) -> None:
+  """Ends where a finished run was made by other sources: its answers are not theirs."""
+  from llava_sp_jax import provenance
+
+  made_by, now = base / SOURCES, provenance.digest(provenance.fingerprints(provenance.EVERYTHING))
+  if record.is_file() and made_by.is_file() and made_by.read_text().strip() != now:
+    raise SystemExit(
+      f"{base}: finished, but by other sources than these; remove it, or give --runs"
+    )
+  made_by.write_text(f"{now}\n")
 
 
 def taken(base: Path, seconds: float) -> int:

@@ -149,6 +149,19 @@ def test_any_variant_and_any_scales(scripts: Any) -> None:
     assert config.train.steps == 3500
 
 
+def test_a_finished_run_of_other_sources_is_not_shown_as_today_s(
+  scripts: Any, tmp_path: Path
+) -> None:
+  _, run_easy_vqa, _ = scripts
+  record = tmp_path / "record.json"
+  run_easy_vqa.refuse_older(tmp_path, record)  # begins
+  record.write_text("{}")
+  run_easy_vqa.refuse_older(tmp_path, record)  # is shown again
+  (tmp_path / run_easy_vqa.SOURCES).write_text("of another commit\n")
+  with pytest.raises(SystemExit, match="finished, but by other sources than these"):
+    run_easy_vqa.refuse_older(tmp_path, record)
+
+
 def test_the_demo_says_when_it_misses_its_promise(scripts: Any) -> None:
   _, run_easy_vqa, _ = scripts
   job, long = run_easy_vqa.Job("pooling", 0, 1.0), run_easy_vqa.Job("pooling", 0, 3.0)

@@ -158,3 +158,13 @@ def test_several_processes_keep_programs_where_all_see_them(
   processes.start(flags, shared=shared)
   assert changed["jax_compilation_cache_dir"] == (folder or default)
   assert changed["jax_enable_compilation_cache"] is enabled
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A command goes on: the folder cannot be made, which is said once."""
+
+  def nowhere(self: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(Path, "expanduser", nowhere)
+  assert environment.cache_folder({}).is_relative_to("/nonexistent")
