@@ -99,7 +99,7 @@ def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None
   assert {str(flat[p].dtype) for p in flat if p.endswith("kernel_q")} <= {"int8", "uint8"}
   assert GATE not in flat
   engine = Engine(model, batch_size=4, generation=Generation(max_new_tokens=3))
-  scores = run_lib.run(EasyVqa(tiny_data), engine, tmp_path / "eval", about={"step": 4})
+  scores = run_lib.run(EasyVqa(tiny_data), engine, tmp_path / "eval")
   assert scores["by_kind"]["all"]["items"] == 12
 
 
