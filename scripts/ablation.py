@@ -43,12 +43,12 @@ class Book:
     self.records: list[Record] = held.get("figures", [])
     self._files: dict[str, Any] = held.get("sources", {})
     self._canary = {k: held[k] for k in ("canary", "confirmed") if k in held}
-    row = provenance.table().get(out.stem, {})
-    self._sources = row.get("sources", provenance.EVERYTHING)
+    self._sources = provenance.sources_of(out)
     self.digest = provenance.digest(provenance.fingerprints(self._sources))
     # Sources that are known to compute the same: only their records are compared with each other.
-    confirmed = held.get("confirmed", {}).get("sources") == self.digest
-    self.same = {self.digest, *({r["sources"] for r in self.records} if confirmed else ())}
+    self._confirmed = held.get("confirmed", {}).get("sources") == self.digest
+    older = {r["sources"] for r in self.records} if self._confirmed else set()
+    self.same = {self.digest, *older}
 
   def find(self, job: Job) -> Record | None:
     """The record of a run that was made by the sources as they are now."""
@@ -63,7 +63,7 @@ class Book:
       raise SystemExit(
         "the sources have changed while runs went on; what they found is not recorded"
       )
-    if stamp["sources"] not in self._files:
+    if stamp["sources"] not in self._files and not self._confirmed:
       self._canary = {}
     self._files[stamp["sources"]] = stamp.pop("files")
     self.records = [r for r in self.records if any(r[k] != record[k] for k in KEYS)]

@@ -130,6 +130,25 @@ def test_records_of_other_sources_are_not_compared(
   assert "| none |" not in page
 
 
+def test_records_that_a_canary_confirmed_stay_beside_new_ones(
+  scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  ablation, _, called = scripts
+  start(ablation, monkeypatch, tmp_path, "--seeds", "1")
+  table = tmp_path / "table.json"
+  held = json.loads(table.read_text())
+  now = held["figures"][0]["sources"]
+  for record in held["figures"]:
+    record["sources"] = "older"
+  held |= {"sources": {"older": {}}, "canary": "abc", "confirmed": {"sources": now}}
+  table.write_text(json.dumps(held))
+  start(ablation, monkeypatch, tmp_path, "--seeds", "2")
+  assert called[2:] == [("none", 1), ("pooling", 1)]
+  held = json.loads(table.read_text())
+  assert (held["canary"], held["confirmed"]) == ("abc", {"sources": now})
+  assert "| pooling | 2 |" in (tmp_path / "table.md").read_text()
+
+
 def test_student_s_interval() -> None:
   assert interval.of_mean([2.0]) == {"mean": 2.0, "low": None, "high": None}
   found = interval.of_mean([1.0, 2.0, 3.0, 4.0])  # s = 1.2910, t(3) = 3.1824

@@ -240,7 +240,8 @@ def branch(turns: Turns, template: Template) -> list[Piece]:
 def prompt(question: str, template: Template, images: int = 0) -> list[Piece]:
   """The pieces of one open question, ready for an answer.
 
-  `images` are put in front of a question that does not say where they stand. Outer blanks of a question behind its images stay, where training strips them: the original's
+  `images` are put in front of a question that does not say where they stand.
+  Outer blanks of a question behind its images stay, where training strips them: the original's
   `model_vqa*.py` put `<image>` and a newline in front of whatever the file says.
   """
   if IMAGE not in question:

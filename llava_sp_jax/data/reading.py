@@ -113,9 +113,7 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, in
       _part(text, start, end, [cut for cut in cuts if start < cut < end], tokenizer)
       for start, end in itertools.pairwise([0, *parting, len(text)])
     ]
-  except (
-    TokenizerError
-  ):  # it puts a blank in front of a text, and so never looks at what follows one
+  except TokenizerError:  # it puts a blank in front of texts, and never looks at what follows one
     parts = [_part(text, 0, len(text), cuts, tokenizer)]
   return [span for part in parts for span in part]
 
