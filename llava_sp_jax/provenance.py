@@ -99,14 +99,30 @@ def bare(source: str) -> str:
   return "\n".join(kept)
 
 
+def changed_since(times: dict[Path, int]) -> set[Path]:
+  """Files of `times` that are gone, or were written at another time (nanoseconds) than it says."""
+  return {path for path, time in times.items() if written(path) != time}
+
+
+def written(path: Path) -> int:
+  """When a file was written, in nanoseconds; -1 without one."""
+  return path.stat().st_mtime_ns if path.is_file() else -1
+
+
 def digest(found: dict[str, str]) -> str:
   """One hash for the fingerprints of a result's sources."""
   return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) -> dict[str, Any]:
-  """What a record carries beside its figures, for the tree as it stands."""
+  """What a record carries beside its figures, for the tree as it stands.
+
+  A source that was written since this process began is no file's state: what it made is never current.
+  """
   found = fingerprints(sources, root)
+  for path in changed_since(AT_START):
+    if (name := os.path.relpath(path, root)) in found:
+      found[name] = "changed while it ran"
   return {
     "commit": commit(root),
     "sources": digest(found),
@@ -212,3 +228,7 @@ def _held(out: Path) -> dict[str, Any]:
   path = named(out, "json")
   held = json.loads(path.read_text()) if path.is_file() else {}
   return held if isinstance(held, dict) else {"figures": held}
+
+
+# When each source of a result was written, as this process finds them.
+AT_START = {path: written(path) for row in table().values() for path in files(row["sources"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -118,6 +119,26 @@ def test_a_result_carries_its_stamp(clone: Path) -> None:
   assert provenance.commit(clone).endswith("+")
   assert provenance.fingerprints(["code"], clone) != stamp["files"]
   assert provenance.read(clone / "nothing", 3) == 3
+
+
+def test_what_changed_while_figures_were_made_is_not_their_source(
+  clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  source = clone / "code/a.py"
+  monkeypatch.setattr(provenance, "AT_START", {source: provenance.written(source)})
+  before = provenance.stamp(["code"], root=clone)
+  os.utime(source, ns=(0, provenance.written(source) + 1))
+  after = provenance.stamp(["code"], root=clone)
+  assert before["files"] == provenance.fingerprints(["code"], clone)
+  assert after["files"] == {"code/a.py": "changed while it ran"}
+  assert after["sources"] != before["sources"]
+
+
+def test_every_source_is_watched() -> None:
+  watched = {
+    path for row in provenance.table().values() for path in provenance.files(row["sources"])
+  }
+  assert watched == set(provenance.AT_START)
 
 
 def test_a_source_that_is_not_there_is_an_error(clone: Path) -> None:
