@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import tokenize
 import tomllib
 from collections.abc import Iterable
@@ -29,6 +30,9 @@ RESULTS = Path("docs/results")
 TABLE = RESULTS / "results.toml"
 VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # of packages; Python's is told as well
 EVERYTHING = ("llava_sp_jax",)
+# CPython 3.11 counts the depth of syntax trees for all threads together: two that parse at once end
+# with a SystemError (python/cpython#106905).
+PARSING = threading.Lock()
 
 
 def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
@@ -68,7 +72,8 @@ def fingerprint(path: Path) -> str:
   """A short hash of a file, of Python without comments, docstrings and empty lines."""
   content = path.read_bytes()
   if path.suffix == ".py":
-    content = bare(content.decode()).encode()
+    with PARSING:
+      content = bare(content.decode()).encode()
   return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -64,6 +64,20 @@ def test_code_beside_docstrings_and_blanks_in_literals_count(old: str, new: str)
   assert provenance.bare(old) != provenance.bare(new)
 
 
+def test_one_thread_at_a_time_reads_syntax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  """Two that do it at once can end with CPython 3.11's `AST constructor recursion depth mismatch`."""
+  inside = []
+
+  def bare(source: str) -> str:
+    inside.append(provenance.PARSING.locked())
+    return source
+
+  monkeypatch.setattr(provenance, "bare", bare)
+  (tmp_path / "a.py").write_text("x = 1\n")
+  provenance.fingerprint(tmp_path / "a.py")
+  assert inside == [True]
+
+
 def test_older_figures_keep_their_stamp_beside_new_ones(here: Path) -> None:
   out = here / "docs/results/speed"
   provenance.write(out, [1])
