@@ -54,7 +54,7 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
       f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
       f"{scores['protocol']}; data {scores['data_hash']}.",
       "",
-      tables.markdown(scores),
+      tables.markdown(*tables.cells(scores)),
       "",
       *filter(None, (tables.interval(scores), tables.coverage(scores))),
       "",

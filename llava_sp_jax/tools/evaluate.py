@@ -22,6 +22,9 @@ EXAMPLES = """example:
   llava-sp eval --checkpoint A --task pope --data D --part 0/2 --out shared/pope     on one host
   llava-sp eval --checkpoint A --task pope --data D --part 1/2 --out shared/pope     on another
   llava-sp eval --merge --task pope --data D --out shared/pope                       when both are done
+  llava-sp eval --list                                                benchmarks and their protocols
+  llava-sp eval --checkpoint A --task vqa_json --data mine.jsonl --protocol contains
+  llava-sp eval --checkpoint A --task benchmark.py:Mine --data FOLDER            a class of your own
 """
 
 
@@ -33,9 +36,11 @@ def parser() -> argparse.ArgumentParser:
   add = result.add_argument
   add("--checkpoint", default="", help="run of llava-sp train, or any format of llava-sp convert")
   source_options(result)
-  add("--task", action="append", help="benchmark; several: a,b or again (default: easy_vqa)")
-  add("--data", required=True, action="append", metavar="[TASK=]FOLDER",
+  add("--task", action="append", help="benchmark, or FILE.py:Class of your own; several: a,b or "
+      "again (default: easy_vqa)")  # fmt: skip
+  add("--data", default=[], action="append", metavar="[TASK=]FOLDER",
       help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
+  add("--list", action="store_true", help="names the benchmarks with their protocols, and ends")
   add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
       "OUT/TASK")  # fmt: skip
   add("--limit", type=int, default=0, metavar="N", help="only the first N questions (0: all)")
@@ -72,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
+  if options.list:
+    from llava_sp_jax.eval import tables
+
+    tables.draw("", *tables.listed())
+    return
   from llava_sp_jax import processes
 
   _check_counts(options)
@@ -79,8 +89,9 @@ def main(argv: list[str]) -> None:
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
   with processes.Watch(0):
-    names = [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n]
-    tasks = {name: _task(name, names, options) for name in names}
+    tasks = _tasks(
+      [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n], options
+    )
     if options.merge:
       _merge(tasks, options)
     else:
@@ -102,20 +113,33 @@ def _check_counts(options: argparse.Namespace) -> None:
     raise ConfigError("; ".join(problems))
 
 
-def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
-  """Raises: ConfigError, FileNotFoundError, before a model is loaded."""
-  from llava_sp_jax import config as config_lib
+def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+  """{name of a task: the task}. Raises: ConfigError, FileNotFoundError, before a model is loaded."""
+  from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import tasks
 
-  make: Any = config_lib.lookup("--task", name, tasks.TASKS)
+  classes = [tasks.find("--task", name) for name in dict.fromkeys(names)]
+  found = {make.name: make for make in classes}
+  if len(found) < len(classes):
+    raise ConfigError(f"--task {','.join(names)}: two of them are named alike")
+  return {name: _task(name, make, list(found), options) for name, make in found.items()}
+
+
+def _task(name: str, make: Any, names: Sequence[str], options: argparse.Namespace) -> Any:
+  """`names` are those of all tasks that are asked for."""
   texts = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
     texts["protocol"] = options.protocol
   given = _options(name, make, texts)
-  if options.judge_url and "judge" in make.options:
+  if options.judge_url and "judge" in _takes(make):
     given["judge"] = _judge(options)
     given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
   return make(_data(name, names, options.data), **given)
+
+
+def _takes(make: Any) -> Sequence[str]:
+  """What a task's class takes beside its data."""
+  return tuple(getattr(make, "options", ()))
 
 
 def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -128,7 +152,7 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
   from llava_sp_jax.config import ConfigError, parse
 
   defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()
-              if k in make.options and p.default is not None}  # fmt: skip
+              if k in _takes(make) and p.default is not None}  # fmt: skip
   if unknown := [key for key in texts if key not in defaults]:
     has = f"it has {', '.join(defaults)}" if defaults else "it has none"
     judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
@@ -182,10 +206,13 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
 
   if not options.out and not options.checkpoint:
     raise ConfigError("--merge: give --out, the folder that the parts wrote to")
+  done = {}
   for name, task in tasks.items():
     out = _out(name, tasks, options)
-    tables.show(run.finish(task, out, options.limit, _compare(name, tasks, options)))
+    done[name] = run.finish(task, out, options.limit, _compare(name, tasks, options))
+    tables.show(done[name])
     _written(out)
+  _together(done, options)
 
 
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
@@ -206,6 +233,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
+  done = {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
@@ -226,8 +254,26 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
       print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
             "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
     else:
+      done[name] = scores
       tables.show(scores)
       _written(out)
+  _together({name: done[name] for name in tasks if name in done}, options)
+
+
+def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
+  """One table of several tasks, in the order in which they were asked for."""
+  from pathlib import Path
+
+  from llava_sp_jax.eval import predictions, tables
+
+  if len(done) < 2:
+    return
+  head, rows = tables.together(list(done.values()))
+  tables.draw("all tasks", head, rows)
+  if options.out:
+    path = Path(options.out) / "scores.md"
+    predictions.replace(path, tables.markdown(head, rows) + "\n")
+    print(f"written: {path}")
 
 
 def _generation(task: Any, options: argparse.Namespace) -> Generation:
