@@ -13,10 +13,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import environment
@@ -27,6 +29,7 @@ FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
 
 Environment = Mapping[str, str]
+Result = TypeVar("Result")
 
 
 def _several(environment: Environment, key: str) -> bool:
@@ -123,6 +126,45 @@ def meet(name: str, seconds: int = 0) -> None:
   """
   limit = 1000 * (seconds or MEET_SECONDS)
   ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
+
+
+class PeerError(RuntimeError):
+  """Another process of this run failed; the message says which and why."""
+
+
+def gather(text: str, name: str) -> list[str]:
+  """`text` of every process, in their order; call it in all of them with the same `name`."""
+  if jax.process_count() == 1:
+    return [text]
+  meet(name)  # a collective waits less patiently
+  mine = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
+  padded = np.zeros(int(sizes.max()) + 1, np.uint8)  # never empty
+  padded[: len(mine)] = mine
+  every = multihost_utils.process_allgather(padded)
+  return [bytes(row[:size]).decode() for row, size in zip(every, sizes, strict=True)]
+
+
+def together(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
+  """Does `work` in all processes, or in process `only`; an error of one is an error of all.
+
+  So none goes on, or waits, alone. Returns what `work` returned here.
+
+  Raises: this process's error, or PeerError with that of the first process that had one.
+  """
+  result, failed = None, None
+  if only is None or only == jax.process_index():
+    try:
+      result = work()
+    except Exception as error:
+      failed = error
+  said = gather(f"{type(failed).__name__}: {failed}" if failed else "", name)
+  if failed:
+    raise failed
+  problems = [f"process {i}: {text}" for i, text in enumerate(said) if text]
+  if problems:
+    raise PeerError(problems[0])
+  return result
 
 
 class Watch(contextlib.AbstractContextManager):

@@ -21,6 +21,7 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 # lower layers and of its own, except across the parts of a layer that EXCLUDING keeps apart.
 LAYERS = (
   ("version", r"__init__"),
+  ("files", r"locks|folders|jsonl"),
   (
     "ground",
     r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
@@ -59,7 +60,7 @@ WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
   (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
-  (r"(config|environment|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
+  (r"(config|environment|recipes|cli|devices|locks|folders|jsonl)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )
 

@@ -6,6 +6,7 @@ past, and every problem is named at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax import checkpoint, folders, processes
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
@@ -193,18 +194,28 @@ def verify_template(source: formats.Source) -> None:
     raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
 
 
-def write(source: formats.Source, out: Path, dtype: str = "") -> None:
+def write(
+  source: formats.Source, out: Path, dtype: str = "", command: str = "convert"
+) -> None:  # fmt: skip
   """Writes a folder of ours with every leaf in it, streamed; call it in every process.
 
-  A folder that an interrupted call left is written anew. Raises: FormatError when `out` holds a
-  whole checkpoint or anything else.
+  It names no other folder, so it can be moved. A folder that an interrupted call of the same
+  `command` left is written anew. Raises: FolderError when `out` holds anything else.
   """
-  if out.exists() and (not is_ours(out) or checkpoint.steps(out)):
-    raise FormatError(f"{out}: exists; name a new folder")
+  makes = (checkpoint.CONFIG_FILE, "checkpoints", "tokenizer")
+  with contextlib.ExitStack() as whole:
+    place = folders.new(out, command, makes)
+    processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
+    _write(source, out, dtype)
+
+
+def _write(source: formats.Source, out: Path, dtype: str) -> None:
   if dtype:
     source = formats.cast(source, dtype)
   data = dataclasses.replace(source.config.data, tokenizer=str(out / "tokenizer"))
-  config = dataclasses.replace(source.config, data=data)
+  # All of it is in the folder, and it is no run that could be unfinished.
+  train = dataclasses.replace(source.config.train, steps=0)
+  config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
   about = {
     "fingerprint": checkpoint.fingerprint({}), "name": config.name, "stage": "convert",
     "parts": list(source.parts), "format": source.format, "base": source.base,
