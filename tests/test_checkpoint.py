@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax import checkpoint, jsonl
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
@@ -73,10 +73,20 @@ def test_order_of_the_names_and_the_mesh_do_not_change_it() -> None:
 def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-  checkpoint.drop_lines_after(path, 2)
+  assert jsonl.cut_after(path, 2) == 0, "the end that a kill cut off is no damage"
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-  checkpoint.drop_lines_after(tmp_path / "gone.jsonl", 2)
+  assert jsonl.cut_after(tmp_path / "gone.jsonl", 2) == 0
   assert not (tmp_path / "gone.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "line", [b"", b'{"step": 1, "lo{"step": 2}', b"5", b"[]", b'{"step": null}', b"\xff", b'{"x": 1}']
+)
+def test_a_line_that_cannot_be_read_is_dropped_and_counted(tmp_path: Path, line: bytes) -> None:
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+  assert jsonl.cut_after(path, 2) == 1
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -115,12 +115,17 @@ def test_two_at_once_are_refused(tmp_path: Path, way: type) -> None:
   assert contents(tmp_path) == {"out/x": "1"}
 
 
+def write_and_fail(way: type, out: Path) -> None:
+  with way(out, "convert") as place:
+    (place / "x").write_text("1")
+    raise OSError("disk full")
+
+
 def test_after_an_error_the_same_command_goes_on(tmp_path: Path) -> None:
   out = tmp_path / "out"
   for way in reversed(WAYS):
-    with pytest.raises(OSError, match="full"), way(out, "convert") as place:
-      (place / "x").write_text("1")
-      raise OSError("disk full")
+    with pytest.raises(OSError, match="full"):
+      write_and_fail(way, out)
   with folders.new(out, "convert", makes=("x",)) as place:
     assert contents(place).keys() == {folders.MARK, locks.FILE}
     (place / "y").write_text("2")

@@ -25,7 +25,7 @@ LAYERS = (
   (
     "ground",
     r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
+    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
@@ -60,7 +60,10 @@ WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
   (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
-  (r"(config|environment|recipes|cli|devices|locks|folders|jsonl)", ("jax", "flax", "numpy", "grain", "orbax")),
+  (
+    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl)",
+    ("jax", "flax", "numpy", "grain", "orbax"),
+  ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )
 

@@ -74,7 +74,7 @@ def test_another_host_that_beats_keeps_its_lock(tmp_path: Path) -> None:
   """In two threads of this process, one of which looks as if it were far away."""
   far = locks.Lock(tmp_path, "llava-sp train")
   far._owner = dataclasses.replace(far._owner, host="far", boot="another kernel")
-  with far, pytest.raises(locks.LockError, match="in use by llava-sp train .process .* on far"):
+  with far, pytest.raises(locks.LockError, match=r"in use by llava-sp train .process .* on far"):
     locks.Lock(tmp_path, "llava-sp train").__enter__()
 
 
@@ -105,7 +105,7 @@ def test_who_lost_it_stops_and_leaves_the_other_s(tmp_path: Path) -> None:
     until = time.monotonic() + 10
     while not lock.lost and time.monotonic() < until:
       time.sleep(0.01)
-    with pytest.raises(locks.LockError, match="taken over by llava-sp train .process .* on far"):
+    with pytest.raises(locks.LockError, match=r"taken over by llava-sp train .process .* on far"):
       lock.check()
   assert locks.read(tmp_path)[0] == other
 

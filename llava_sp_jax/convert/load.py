@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -77,10 +78,12 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
 def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   """The latest checkpoint: what was trained, over the base that its config names.
 
-  Raises: CheckpointError when the base is another one than it was trained with (`verify` reads it).
+  `verify` reads all values: a step whose trained parameters are not what was saved is named, and
+  the one before it is opened. Raises: CheckpointError without such a step, and when the base is
+  another one than it was trained with.
   """
   config = located(checkpoint.read_config(folder), folder)
-  place, about, step = checkpoint.saved(folder)
+  place, about, step = checkpoint.saved(folder, functools.partial(_check_trained, verify=verify))
   trained = stream.Item(place).leaves()
   form = build.quantisation(config.model)
   expected = _abstract(build.unquantised(config.model))
@@ -107,6 +110,21 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   return Checkpoint(
     Path(folder), config, leaves, step, about["fingerprint"], about, originals if form else leaves
   )
+
+
+def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
+  """Opens the parameters of a step, and compares them with its checksums, if it has any.
+
+  They are read leaf by leaf, and so once more when they are used; moments are not read.
+
+  Raises: CheckpointError.
+  """
+  known = checkpoint.checksums(place).get("params", {})
+  with checkpoint.told(f"{place}: cannot be read"):
+    leaves = stream.Item(place / "params").leaves()
+    for path, leaf in leaves.items() if verify and known else ():
+      found = checkpoint.sums({path: jax.numpy.asarray(leaf.read())})
+      checkpoint.compare_sums(found, known, place)
 
 
 class _AsFrozen(Mapping[str, Any]):

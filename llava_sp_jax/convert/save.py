@@ -186,7 +186,9 @@ def _with_tower(model: Source, out: Path) -> tuple[config_lib.Config, str]:
 
 def _final(path: Path) -> str:
   """Where a part of an unfinished export will be."""
-  return str(path.parent.with_name(path.parent.name.removesuffix(folders.PART)).resolve() / path.name)
+  return str(
+    path.parent.with_name(path.parent.name.removesuffix(folders.PART)).resolve() / path.name
+  )
 
 
 def _projector_rows(model: Source) -> tuple[tables.Row, ...]:

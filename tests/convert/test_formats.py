@@ -249,7 +249,7 @@ def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) ->
   (out / MARK).write_text('{"command": "convert"}')
   load.write(source, out)
   assert load.open_own(out).leaves.keys() == source.leaves.keys()
-  with pytest.raises(FolderError, match="out: exists and holds .*; name a new folder"):
+  with pytest.raises(FolderError, match=r"out: exists and holds .*; name a new folder"):
     load.write(source, out)
 
 

@@ -147,7 +147,7 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     save.export(source("pooling", rank=0, language_model=qwen), "llava", tmp_path / "x")
   assert not (tmp_path / "x").exists()
   save.export(plain, "language_model", tmp_path / "y")
-  with pytest.raises(FolderError, match="y: exists and holds .*; name a new folder"):
+  with pytest.raises(FolderError, match=r"y: exists and holds .*; name a new folder"):
     save.export(plain, "language_model", tmp_path / "y")
 
 
