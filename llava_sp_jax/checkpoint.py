@@ -10,12 +10,14 @@ silently used. The place in the data is the number of batches, so any number of 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from llava_sp_jax import folders
 
 CONFIG_FILE = "config.json"
 PLACE = "checkpoints"
+Result = TypeVar("Result")
 
 
 class CheckpointError(RuntimeError):
@@ -112,16 +115,16 @@ class Checkpoints(contextlib.AbstractContextManager):
     if step == self.latest:
       return
     checksums = {"params": sums(params), "optimizer": sums(opt_state)}
-    with told(f"{self.folder}: step {step} or the one before it could not be saved"):
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(params),
-          optimizer=ocp.args.StandardSave(opt_state),
-          about=ocp.args.JsonSave(about),
-          sums=ocp.args.JsonSave(checksums),
-        ),
-      )
+    args = ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      optimizer=ocp.args.StandardSave(opt_state),
+      about=ocp.args.JsonSave(about),
+      sums=ocp.args.JsonSave(checksums),
+    )
+    told(
+      f"{self.folder}: step {step} or the one before it could not be saved",
+      lambda: self._manager.save(step, args=args),
+    )
 
   def restore(
     self, params: Any, opt_state: Any, step: int | None = None
@@ -138,15 +141,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     place = self.folder / PLACE / str(step)
     if problem := trouble(place, ("params", "optimizer", "about")):
       raise CheckpointError(f"{place}: {problem}")
-    with told(f"{place}: cannot be read"):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
-          optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
-          about=ocp.args.JsonRestore(),
-        ),
-      )
+    args = ocp.args.Composite(
+      params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
+      optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
+      about=ocp.args.JsonRestore(),
+    )
+    restored = told(f"{place}: cannot be read", lambda: self._manager.restore(step, args=args))
     known = checksums(place)
     for item in ("params", "optimizer") if known else ():
       compare_sums(sums(restored[item]), known.get(item, {}), place / item)
@@ -161,8 +161,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     if self._closed:
       return
     self._closed = True
-    with told(f"{self.folder}: the last checkpoint could not be saved"):
-      self._manager.close()
+    told(f"{self.folder}: the last checkpoint could not be saved", self._manager.close)
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
     if error is None:
@@ -174,21 +173,31 @@ class Checkpoints(contextlib.AbstractContextManager):
       print(f"llava-sp: {another}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-  """Errors of whatever library inside become a CheckpointError of one line; no memory is none."""
+def told(what: str, work: Callable[[], Result]) -> Result:
+  """What `work` returns. Whatever library fails in it, that is a CheckpointError of one line.
+
+  Its traceback is kept as a note, and not the error itself: what Orbax had begun to read would be
+  told again, at length, when it is thrown away. To have no memory is another matter and is raised.
+  """
   try:
-    yield
+    return work()
   except (MemoryError, CheckpointError):
     raise
   except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = (lines or [type(error).__name__])[0]
-    if "RESOURCE_EXHAUSTED" in said and "No space left" not in str(error):
+    text = str(error)
+    full = "No space left" in text or "quota" in text.lower()
+    if "RESOURCE_EXHAUSTED" in text and not full:
       raise
-    full = "No space left" in str(error) or "quota" in str(error).lower()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     hint = "; free some space and give the same command again" if full else ""
-    raise CheckpointError(f"{what} ({said[:300]}){hint}") from error
+    problem = CheckpointError(f"{what} ({(lines or [type(error).__name__])[0][:300]}){hint}")
+    problem.add_note("".join(traceback.format_exception(error)))
+  before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = before
+  raise problem
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

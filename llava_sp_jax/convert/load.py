@@ -120,11 +120,14 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
   Raises: CheckpointError.
   """
   known = checkpoint.checksums(place).get("params", {})
-  with checkpoint.told(f"{place}: cannot be read"):
+
+  def read() -> None:
     leaves = stream.Item(place / "params").leaves()
     for path, leaf in leaves.items() if verify and known else ():
       found = checkpoint.sums({path: jax.numpy.asarray(leaf.read())})
       checkpoint.compare_sums(found, known, place)
+
+  checkpoint.told(f"{place}: cannot be read", read)
 
 
 class _AsFrozen(Mapping[str, Any]):
