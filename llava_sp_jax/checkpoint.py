@@ -1,26 +1,34 @@
-"""Checkpoints of a run: what learns, optimizer, data position, config, and whose base it fits.
+"""Checkpoints of a run: trainable parameters, optimizer, config, and whose base and data they fit.
 
-A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,about}` (Orbax, written
-asynchronously, visible only when whole), and what the loop logs. The frozen base is not copied; its
-fingerprint is kept, so that another base is refused instead of silently used. The place in the data
-is the number of batches, so any number of processes goes on from it.
+A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,about,sums}` (Orbax, written
+asynchronously, visible only when whole), and what the loop logs. `sums` has the checksum of every
+array, so a flipped bit is found when a step is restored; the newest whole step is used then. The
+frozen base is not copied; its fingerprint is kept, so that another base is refused instead of
+silently used. The place in the data is the number of batches, so any number of processes resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
 
 CONFIG_FILE = "config.json"
+PLACE = "checkpoints"
+Result = TypeVar("Result")
 
 
 class CheckpointError(RuntimeError):
@@ -50,13 +58,46 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(bits * (weight * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-class Checkpoints:
-  """The checkpoints of one run folder."""
+def sums(tree: Any) -> dict[str, int]:
+  """A checksum of each leaf of a tree by its path, as `fingerprint` takes them.
+
+  Reads every value once, where it is: on the devices, sharded or not, in whatever process. The host
+  waits once for all of them.
+  """
+  found = {
+    jax.tree_util.keystr(path, simple=True, separator="."): _checksum(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  return {path: int(number) for path, number in jax.device_get(found).items()}
+
+
+def compare_sums(found: Mapping[str, int], saved: Mapping[str, int], place: Path) -> None:
+  """Raises: CheckpointError that names the leaves whose values are not those that were saved."""
+  wrong = sorted(path for path, number in found.items() if saved.get(path) != number)
+  if wrong:
+    shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    raise CheckpointError(
+      f"{place}: {len(wrong)} arrays are not what was saved (another checksum): {shown}"
+    )
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+  """The checkpoints of one run folder; leaving the block waits until all is written.
+
+  With each step the checksum of every parameter and moment is kept. It costs one pass over them on
+  the devices when they are saved and one when they are restored; no file is read twice.
+  """
 
   def __init__(self, folder: str | Path, keep: int = 2):
+    """Raises: CheckpointError when something else has the name of their folder."""
     self.folder = Path(folder).absolute()
+    place = self.folder / PLACE
+    if place.exists() and not place.is_dir():
+      raise CheckpointError(
+        f"{place}: expected a folder of checkpoints, found a file; move it away"
+      )
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+    self._manager, self._closed = ocp.CheckpointManager(place, options=options), False
 
   @property
   def latest(self) -> int | None:
@@ -67,39 +108,96 @@ class Checkpoints:
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 
   def save(self, step: int, params: Any, opt_state: Any, about: Any) -> None:
-    """Starts writing; earlier steps stay until this one is whole. Call it in every process."""
+    """Starts writing; earlier steps stay until this one is whole. Call it in every process.
+
+    Raises: CheckpointError when this step, or the one before, cannot be written.
+    """
     if step == self.latest:
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        optimizer=ocp.args.StandardSave(opt_state),
-        about=ocp.args.JsonSave(about),
-      ),
+    checksums = {"params": sums(params), "optimizer": sums(opt_state)}
+    args = ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      optimizer=ocp.args.StandardSave(opt_state),
+      about=ocp.args.JsonSave(about),
+      sums=ocp.args.JsonSave(checksums),
+    )
+    told(
+      f"{self.folder}: step {step} or the one before it could not be saved",
+      lambda: self._manager.save(step, args=args),
     )
 
-  def restore(self, params: Any, opt_state: Any) -> tuple[int, Any, Any, Any]:
-    """step, params, opt_state, about of the latest step.
+  def restore(
+    self, params: Any, opt_state: Any, step: int | None = None
+  ) -> tuple[int, Any, Any, Any]:
+    """step, params, opt_state, about of `step`, or of the latest; values are verified.
 
     The arguments are arrays or ShapeDtypeStructs with the shardings to restore to.
+
+    Raises: CheckpointError when the step cannot be read, or is not what was saved.
     """
-    step = self.latest
+    step = self.latest if step is None else step
     if step is None:
       raise CheckpointError(f"{self.folder}: no checkpoint to restore")
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
-        optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
-        about=ocp.args.JsonRestore(),
-      ),
+    place = self.folder / PLACE / str(step)
+    if problem := trouble(place, ("params", "optimizer", "about")):
+      raise CheckpointError(f"{place}: {problem}")
+    args = ocp.args.Composite(
+      params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
+      optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
+      about=ocp.args.JsonRestore(),
     )
+    restored = told(f"{place}: cannot be read", lambda: self._manager.restore(step, args=args))
+    known = checksums(place)
+    for item in ("params", "optimizer") if known else ():
+      compare_sums(sums(restored[item]), known.get(item, {}), place / item)
     return step, restored["params"], restored["optimizer"], restored["about"]
 
+  def reload(self) -> None:
+    """Looks at the folder again, after steps were moved."""
+    self._manager.reload()
+
   def close(self) -> None:
-    """Waits until all is written."""
-    self._manager.close()
+    """Waits until all is written; once. Raises: CheckpointError when it cannot be."""
+    if self._closed:
+      return
+    self._closed = True
+    told(f"{self.folder}: the last checkpoint could not be saved", self._manager.close)
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if error is None:
+      self.close()
+      return
+    try:  # what is being written gets whole, also when a step has failed
+      self.close()
+    except CheckpointError as another:
+      print(f"llava-sp: {another}", file=sys.stderr, flush=True)
+
+
+def told(what: str, work: Callable[[], Result]) -> Result:
+  """What `work` returns. Whatever library fails in it, that is a CheckpointError of one line.
+
+  Its traceback is kept as a note, and not the error itself: what Orbax had begun to read would be
+  told again, at length, when it is thrown away. To have no memory is another matter and is raised.
+  """
+  try:
+    return work()
+  except (MemoryError, CheckpointError):
+    raise
+  except Exception as error:
+    text = str(error)
+    full = "No space left" in text or "quota" in text.lower()
+    if "RESOURCE_EXHAUSTED" in text and not full:
+      raise
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    hint = "; free some space and give the same command again" if full else ""
+    problem = CheckpointError(f"{what} ({(lines or [type(error).__name__])[0][:300]}){hint}")
+    problem.add_note("".join(traceback.format_exception(error)))
+  before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = before
+  raise problem
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -113,7 +211,10 @@ def read_config(folder: str | Path) -> config_lib.Config:
     raise CheckpointError(
       f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run"
     )
-  return config_lib.from_json(path.read_text())
+  try:
+    return config_lib.from_json(path.read_text())
+  except (config_lib.ConfigError, UnicodeDecodeError) as error:
+    raise CheckpointError(f"{path}: not the config of a run ({error})") from None
 
 
 def write_config(folder: Path, config: config_lib.Config) -> None:
@@ -131,6 +232,34 @@ MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train
               "config.train.peer_seconds", "config.train.stall_seconds")  # fmt: skip
 
 
+def check_folder(folder: Path) -> None:
+  """Raises: CheckpointError for a `--workdir` whose files are not those of a training run.
+
+  Other files, such as a launcher's log, may lie in it.
+  """
+  for place in (folder, *folder.absolute().parents):
+    if place.exists() and not place.is_dir():
+      raise CheckpointError(f"--workdir {folder}: {place} is a file; name a folder")
+  other = f"--workdir {folder}: holds {{}}; name a new folder"
+  if (folder / folders.MARK).exists():
+    raise CheckpointError(other.format("what a conversion has not finished"))
+  if not (folder / CONFIG_FILE).exists():
+    if held := [name for name in (PLACE, "tokenizer") if (folder / name).exists()]:
+      raise CheckpointError(other.format(f"{held[0]}, but no {CONFIG_FILE} of a run"))
+    return
+  try:
+    read_config(folder)
+  except CheckpointError as error:
+    said = " ".join(str(error).split())[:240]
+    raise CheckpointError(other.format(f"another {CONFIG_FILE} ({said})")) from None
+  for step in steps(folder)[-1:]:
+    if about(folder / PLACE / str(step)).get("stage") == "convert":
+      raise CheckpointError(
+        f"--workdir {folder}: holds a converted checkpoint; name a new folder, and this one in "
+        "config.init.checkpoint"
+      )
+
+
 def check_config(folder: Path, config: config_lib.Config) -> None:
   """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
   if not (folder / CONFIG_FILE).is_file() or not steps(folder):
@@ -145,38 +274,90 @@ def check_config(folder: Path, config: config_lib.Config) -> None:
     )
 
 
+def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
+  """Why the folder of a step is no whole checkpoint, as far as names tell; empty when it is one."""
+  if not place.is_dir():
+    return "it is no folder"
+  if missing := [item for item in items if not (place / item).is_dir()]:
+    return f"it has no {', '.join(missing)}"
+  try:
+    about(place)
+  except CheckpointError as error:
+    return str(error)
+  bare = [item for item in items if item != "about" and not (place / item / "_METADATA").is_file()]
+  return f"{bare[0]} has no _METADATA" if bare else ""
+
+
+def about(place: Path) -> dict[str, Any]:
+  """What a checkpoint says of itself. Raises: CheckpointError."""
+  return _json(place / "about")
+
+
+def checksums(place: Path) -> dict[str, dict[str, int]]:
+  """The checksums kept in a checkpoint, by item; {} for one of the time before there were any.
+
+  Raises: CheckpointError.
+  """
+  return _json(place / "sums") if (place / "sums").is_dir() else {}
+
+
+def _json(item: Path) -> dict[str, Any]:
+  try:
+    values = json.loads((item / "metadata").read_bytes())
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{item} cannot be read ({error})") from None
+  if not isinstance(values, dict):
+    raise CheckpointError(f"{item} cannot be read (found {values!r:.40})")
+  return values
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+  place = folder.absolute() / PLACE
+  found = place.iterdir() if place.is_dir() else ()
+  return {int(p.name): p for p in found if p.name.isascii() and p.name.isdigit()}
+
+
 def steps(folder: Path) -> list[int]:
   """Steps of the whole checkpoints in a run folder."""
-  place = folder.absolute() / "checkpoints"
-  return sorted(ocp.utils.checkpoint_steps(place)) if place.is_dir() else []
+  return sorted(step for step, place in _numbered(folder).items() if not trouble(place))
 
 
-def saved(folder: str | Path) -> tuple[Path, dict[str, Any], int]:
+def damaged(folder: Path) -> dict[int, str]:
+  """{step: why} of what has the name of a checkpoint and is no whole one."""
+  found = {step: trouble(place) for step, place in sorted(_numbered(folder).items())}
+  return {step: why for step, why in found.items() if why}
+
+
+Accept = Callable[[Path, dict[str, Any]], None]
+
+
+def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[str, Any], int]:
   """Where the latest parameters are saved; what the run says of itself; its step.
 
-  Raises: CheckpointError when there is no whole checkpoint.
+  `accept(place, about)` raises an error for a checkpoint that it cannot use. The next older one is
+  taken then, and a line on stderr says so.
+
+  Raises: CheckpointError when there is no whole checkpoint, with what is wrong with each.
   """
   config = read_config(folder)
-  found = steps(Path(folder))
-  if not found:
-    raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
-  place = Path(folder).absolute() / "checkpoints" / str(found[-1])
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-    about = checkpointer.restore(place / "about")
-  return place / "params", about, found[-1]
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-  """Forgets logged steps that a resumed run is about to do again."""
-  if not path.is_file():
-    return
-  lines = []
-  for line in path.read_text().splitlines():
+  problems = damaged(Path(folder))
+  for step in reversed(steps(Path(folder))):
+    place = Path(folder).absolute() / PLACE / str(step)
     try:
-      if json.loads(line)["step"] <= step:
-        lines.append(line)
-    except (json.JSONDecodeError, KeyError):
-      continue  # a line cut off by the kill
-  temporary = path.with_name(path.name + ".part")
-  temporary.write_text("".join(f"{line}\n" for line in lines))
-  temporary.replace(path)
+      said = about(place)
+      if accept:
+        accept(place, said)
+    except CheckpointError as error:
+      problems[step] = str(error)
+      continue
+    if newer := {number: why for number, why in problems.items() if number > step}:
+      print(f"llava-sp: WARNING: {folder}: {listed(newer)}; step {step} is used instead",
+            file=sys.stderr, flush=True)  # fmt: skip
+    return place / "params", said, step
+  if problems:
+    raise CheckpointError(f"{folder}: no checkpoint can be used: {listed(problems)}")
+  raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
+
+
+def listed(problems: Mapping[int, str]) -> str:
+  return "; ".join(f"step {step} cannot be used: {why}" for step, why in sorted(problems.items()))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
+import traceback
 
 from llava_sp_jax import __version__, environment
+
+TRACEBACK = "--traceback"  # with any command: where an error came from
 
 # command: (module under llava_sp_jax with `main(argv)`, what it does)
 COMMANDS = {
@@ -37,6 +42,7 @@ commands:
 
 Compiled programs are kept for the next start in {environment.cache_folder()}
 (or where {environment.FOLDER} says); {environment.NO_CACHE} with any command does without.
+An error is one line; {TRACEBACK} with any command shows where it came from.
 
 example:
   llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
@@ -58,19 +64,38 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   if not {"-h", "--help"} & set(rest):
     rest = environment.prepare(rest)
+  trace = TRACEBACK in rest
+  rest = [argument for argument in rest if argument != TRACEBACK]
   try:
     code: int | None = importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
-  except (ValueError, OSError, RuntimeError) as error:
-    if not _is_ours(error):
+    sys.stdout.flush()
+  except BrokenPipeError:  # who reads it has seen enough: `llava-sp inspect CKPT | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+  except KeyboardInterrupt:
+    print(f"llava-sp {name}: interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
+  except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    line = _line(error)
+    if not line:
       raise
-    print(f"llava-sp {name}: {error}", file=sys.stderr)
+    if trace:
+      traceback.print_exception(error)
+    print(f"llava-sp {name}: {line}", file=sys.stderr)
     return 1
   return code or 0
 
 
-def _is_ours(error: BaseException) -> bool:
-  """Errors that we raise to be read; anything else keeps its traceback."""
-  return isinstance(error, FileNotFoundError) or type(error).__module__.startswith("llava_sp_jax")
+def _line(error: BaseException) -> str:
+  """What a user reads of an error; empty for one that is a mistake of ours and keeps its traceback."""
+  text = str(error)
+  if type(error).__module__.startswith("llava_sp_jax"):
+    return text
+  if isinstance(error, OSError):  # files, disks, devices: it names the file
+    return text if error.filename is None else f"{error.filename}: {error.strerror or text}"
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return f"out of memory ({(text.splitlines() or ['on the host'])[0][:200]})"
+  return ""
 
 
 if __name__ == "__main__":

@@ -234,6 +234,8 @@ def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
     ConfigError: for unknown keys and wrong types, all of them at once, with the known keys.
   """
   problems: list[str] = []
+  if not hasattr(values, "items"):
+    raise ConfigError(f"{path}: expected a group of keys, found {values!r:.60}")
   result = _build(values, cls, path, problems)
   if problems:
     raise ConfigError("invalid config:\n  " + "\n  ".join(problems))
@@ -281,9 +283,17 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  values = json.loads(text)
+  """The inverse of `to_json`, also of older versions. Raises: ConfigError."""
+  try:
+    values = json.loads(text)
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ConfigError(f"not JSON: {error}") from None
+  if not isinstance(values, dict):
+    raise ConfigError(f"expected groups of keys, found {values!r:.60}")
   model = values.get("model", {})
-  if isinstance(model.get("remat"), bool):  # saved before policies had names
+  if isinstance(model, dict) and isinstance(
+    model.get("remat"), bool
+  ):  # saved before policies had names
     model["remat"] = "full" if model["remat"] else "none"
   return from_dict(values)
 

@@ -7,26 +7,32 @@ a heartbeat of each and passes on a notice of preemption.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import environment
 
 MEET_SECONDS = 3600
+START_SECONDS = 300  # until all processes have found each other
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
 
 Environment = Mapping[str, str]
+Result = TypeVar("Result")
 
 
 def _several(environment: Environment, key: str) -> bool:
@@ -61,18 +67,78 @@ def start(
   A process that is not heard of for `peer_seconds` is dead, and ends all others with a message.
   Compiled programs are then kept below `shared`, a folder that all processes see, or not at all.
 
-  Raises: ConfigError for flags that do not describe a process, before anything is waited for.
+  When the others are not there within START_SECONDS, this process ends with a message and status 1.
+
+  Raises:
+    ConfigError: for flags that do not describe a process, or a port that is in use here.
+    PeerError: when process 0 does not answer.
   """
   if jax.distributed.is_initialized():
     return
-  waits = {"heartbeat_timeout_seconds": peer_seconds, "shutdown_timeout_seconds": peer_seconds}
+  waits: dict[str, Any] = {
+    "heartbeat_timeout_seconds": peer_seconds, "shutdown_timeout_seconds": peer_seconds,
+    "initialization_timeout": START_SECONDS + 60,  # JAX's own end is a fault with a stack
+  }  # fmt: skip
   if flags:
     coordinator, count, index = parse(flags)
-    jax.distributed.initialize(coordinator, count, index, **waits)  # type: ignore[arg-type]
-  elif detected(os.environ):
-    jax.distributed.initialize(**waits)  # type: ignore[arg-type]
+    (_reach if index else _check_free)(coordinator)
+    waits |= {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+  if flags or detected(os.environ):
+    limit = threading.Timer(START_SECONDS, _give_up)
+    limit.daemon = True
+    limit.start()
+    try:
+      jax.distributed.initialize(**waits)
+    finally:
+      limit.cancel()
   if jax.distributed.is_initialized():
     _share_programs(shared)
+
+
+def _give_up() -> None:
+  print(f"llava-sp: the processes of this run did not find each other within {START_SECONDS} s; are "
+        "all of them started, with the same --coordinator and --processes?",
+        file=sys.stderr, flush=True)  # fmt: skip
+  os._exit(1)
+
+
+def _check_free(coordinator: str) -> None:
+  """Raises: ConfigError when the port is in use: JAX's service would end this process by a fault."""
+  host, _, port = coordinator.rpartition(":")
+  for family, anywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+    with contextlib.suppress(OSError), socket.socket(family) as trial:
+      trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      try:
+        trial.bind((anywhere, int(port)))
+      except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+          raise  # no such addresses here
+        raise config_lib.ConfigError(
+          f"--coordinator: port {port} of {host} cannot be used here, where process 0 listens "
+          f"({error.strerror}); give all processes another one"
+        ) from None
+
+
+def _reach(coordinator: str) -> None:
+  """Waits until process 0 listens. Raises: PeerError after START_SECONDS."""
+  host, _, port = coordinator.rpartition(":")
+  begun, told = time.monotonic(), False
+  while True:
+    try:
+      with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+        return
+    except OSError as error:
+      waited = time.monotonic() - begun
+      if waited > START_SECONDS:
+        raise PeerError(
+          f"--coordinator {coordinator}: no answer for {waited:.0f} s ({error}); is process 0 "
+          "running on that host, and may this one reach the port?"
+        ) from None
+      if not told and waited > START_SECONDS / 30:
+        told = True
+        print(f"waiting for process 0 at {coordinator} ({error}), for up to {START_SECONDS} s",
+              flush=True)  # fmt: skip
+      time.sleep(min(1.0, START_SECONDS / 10))
 
 
 def _share_programs(folder: str) -> None:
@@ -93,14 +159,16 @@ def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
   """(HOST:PORT, number of processes, index of this one). Raises: ConfigError with all that is wrong."""
   problems = [f"no --{name}" for name in FLAGS if name not in flags]
   host, _, port = flags.get("coordinator", "host:1").rpartition(":")
-  if not host or not port.isdigit():
+  if not host or not (port.isascii() and port.isdigit()):
     problems.append(f"--coordinator: expected HOST:PORT, found {flags['coordinator']!r}")
+  elif not 0 < int(port) < 1 << 16:
+    problems.append(f"--coordinator: expected a port from 1 to 65535, found {port}")
   numbers = {}
   for name, least in (("processes", 1), ("process", 0)):
     text = flags.get(name, str(least))
-    if not text.isdigit() or int(text) < least:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
       problems.append(f"--{name}: expected a whole number from {least}, found {text!r}")
-    numbers[name] = int(text) if text.isdigit() else least
+    numbers[name] = int(text) if text.isascii() and text.isdigit() else least
   if not problems and numbers["process"] >= numbers["processes"]:
     problems.append(
       f"--process: {numbers['process']} of {numbers['processes']}; they are counted from 0"
@@ -123,6 +191,45 @@ def meet(name: str, seconds: int = 0) -> None:
   """
   limit = 1000 * (seconds or MEET_SECONDS)
   ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
+
+
+class PeerError(RuntimeError):
+  """Another process of this run failed; the message says which and why."""
+
+
+def gather(text: str, name: str) -> list[str]:
+  """`text` of every process, in their order; call it in all of them with the same `name`."""
+  if jax.process_count() == 1:
+    return [text]
+  meet(name)  # a collective waits less patiently
+  mine = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
+  padded = np.zeros(int(sizes.max()) + 1, np.uint8)  # never empty
+  padded[: len(mine)] = mine
+  every = multihost_utils.process_allgather(padded)
+  return [bytes(row[:size]).decode() for row, size in zip(every, sizes, strict=True)]
+
+
+def together(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
+  """Does `work` in all processes, or in process `only`; an error of one is an error of all.
+
+  So none goes on, or waits, alone. Returns what `work` returned here.
+
+  Raises: this process's error, or PeerError with that of the first process that had one.
+  """
+  result, failed = None, None
+  if only is None or only == jax.process_index():
+    try:
+      result = work()
+    except Exception as error:
+      failed = error
+  said = gather(f"{type(failed).__name__}: {failed}" if failed else "", name)
+  if failed:
+    raise failed
+  problems = [f"process {i}: {text}" for i, text in enumerate(said) if text]
+  if problems:
+    raise PeerError(problems[0])
+  return result
 
 
 class Watch(contextlib.AbstractContextManager):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax import checkpoint, jsonl
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
@@ -73,10 +74,20 @@ def test_order_of_the_names_and_the_mesh_do_not_change_it() -> None:
 def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-  checkpoint.drop_lines_after(path, 2)
+  assert jsonl.cut_after(path, 2) == 0, "the end that a kill cut off is no damage"
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-  checkpoint.drop_lines_after(tmp_path / "gone.jsonl", 2)
+  assert jsonl.cut_after(tmp_path / "gone.jsonl", 2) == 0
   assert not (tmp_path / "gone.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "line", [b"", b'{"step": 1, "lo{"step": 2}', b"5", b"[]", b'{"step": null}', b"\xff", b'{"x": 1}']
+)
+def test_a_line_that_cannot_be_read_is_dropped_and_counted(tmp_path: Path, line: bytes) -> None:
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+  assert jsonl.cut_after(path, 2) == 1
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -196,3 +207,66 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   assert checkpoint.saved(tmp_path) == (
     tmp_path / "checkpoints" / "4" / "params", {"told": 4}, 4
   )  # fmt: skip
+
+
+FLIPS = 60
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> None:
+  """Anywhere in the files of a step; some bytes say nothing."""
+  draw = random.Random(0)
+  params = {f"a/{i}": jnp.asarray(RNG.normal(size=(40, 30)).astype("float32")) for i in range(3)}
+  moments = {"m": {k: 2 * v for k, v in params.items()}, "count": jnp.int32(3)}
+  with checkpoint.Checkpoints(tmp_path) as made:
+    made.save(3, params, moments, {})
+  place = tmp_path / "checkpoints/3"
+  files = [p for item in ("params", "optimizer") for p in (place / item).rglob("*") if p.is_file()]
+  found = 0
+  for _ in range(FLIPS):
+    file = draw.choices(files, [p.stat().st_size for p in files])[0]
+    before = file.read_bytes()
+    bit = draw.randrange(8 * len(before))
+    changed = bytearray(before)
+    changed[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(changed)
+    said = ""
+    with checkpoint.Checkpoints(tmp_path) as made:
+      try:
+        _, ours, theirs, _ = made.restore(params, moments)
+      except checkpoint.CheckpointError as error:
+        said = str(error)
+    file.write_bytes(before)
+    if said:
+      found += 1
+      assert str(place) in said
+      assert len(said.splitlines()) == 1
+    else:
+      jax.tree.map(np.testing.assert_array_equal, (ours, theirs), (params, moments))
+  assert found > FLIPS // 2
+
+
+def test_a_newer_step_that_cannot_be_read_is_told_and_an_older_one_opened(
+  tmp_path: Path, tiny_config: ConfigMaker, capsys: pytest.CaptureFixture
+) -> None:
+  checkpoint.write_config(tmp_path, tiny_config())
+  with checkpoint.Checkpoints(tmp_path, keep=3) as made:
+    for step in (1, 2):
+      made.save(step, {"a": jnp.full(3, step)}, {"b": jnp.zeros(2)}, {"step": step})
+  (tmp_path / "checkpoints/7").mkdir()
+
+  def accept(place: Path, about: dict) -> None:
+    if about["step"] == 2:
+      raise checkpoint.CheckpointError("not this one")
+
+  assert checkpoint.damaged(tmp_path) == {7: "it has no params, about"}
+  assert checkpoint.saved(tmp_path, accept)[1:] == ({"step": 1}, 1)
+  said = capsys.readouterr().err
+  assert "WARNING" in said
+  assert "step 2 cannot be used: not this one; step 7 cannot be used: it has no params" in said
+  assert "step 1 is used instead" in said
+  (tmp_path / "checkpoints/1/about/metadata").write_text("[]")
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"no checkpoint can be used: step 1 .* \[\]"
+  ):
+    checkpoint.saved(tmp_path, accept)

@@ -21,10 +21,11 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 # lower layers and of its own, except across the parts of a layer that EXCLUDING keeps apart.
 LAYERS = (
   ("version", r"__init__"),
+  ("files", r"locks|folders|jsonl"),
   (
     "ground",
     r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
+    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
@@ -59,7 +60,10 @@ WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
   (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
-  (r"(config|environment|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
+  (
+    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl)",
+    ("jax", "flax", "numpy", "grain", "orbax"),
+  ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,61 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
   return calls
 
 
-def test_flags_describe_a_process(asked: list[tuple]) -> None:
+def test_flags_describe_a_process(asked: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(processes, "_reach", lambda coordinator: None)
   processes.start(FLAGS, 30)
-  ((arguments, waits),) = asked
-  assert arguments == ("host:1234", 4, 3)
-  assert waits["heartbeat_timeout_seconds"] == 30
+  ((_, given),) = asked
+  names = ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout_seconds")
+  assert [given[name] for name in names] == ["host:1234", 4, 3, 30]
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_port_in_use_is_an_error(asked: list[tuple], family: socket.AddressFamily) -> None:
+  """JAX's service would end the process with a segmentation fault."""
+  with socket.socket(family) as taken:
+    taken.bind(("", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(ConfigError, match=rf"port {port} of localhost cannot be used .*in use"):
+      processes.start({**FLAGS, "coordinator": f"localhost:{port}", "process": "0"})
+  assert not asked
+  processes.start({**FLAGS, "coordinator": f"localhost:{port}", "process": "0"})
+  assert asked
+
+
+def test_a_coordinator_that_does_not_answer_is_waited_for(
+  asked: list[tuple], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  with socket.socket() as late:
+    late.bind(("localhost", 0))
+    address = f"localhost:{late.getsockname()[1]}"
+    monkeypatch.setattr(processes, "START_SECONDS", 0.6)
+    with pytest.raises(processes.PeerError, match=rf"{address}: no answer for \d s .*is process 0"):
+      processes.start({**FLAGS, "coordinator": address})
+    assert f"waiting for process 0 at {address} (" in capsys.readouterr().out
+    assert not asked
+    monkeypatch.setattr(processes, "START_SECONDS", 30)
+    threading.Timer(0.2, late.listen).start()
+    processes.start({**FLAGS, "coordinator": address})
+  assert asked
+
+
+def test_who_is_alone_says_so_within_the_limit(capfd: pytest.CaptureFixture) -> None:
+  """One of two is started; JAX's own end is a fault with a stack of C++."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  code = (
+    "import sys; from llava_sp_jax import processes; processes.START_SECONDS = 3\n"
+    "processes.start({'coordinator': sys.argv[1], 'processes': '2', 'process': '0'})"
+  )
+  done = subprocess.run([sys.executable, "-c", code, address], cwd=REPOSITORY, timeout=60,
+                        capture_output=True, text=True, check=False)  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr == (
+    "llava-sp: the processes of this run did not find each other within 3 s; are all of them "
+    "started, with the same --coordinator and --processes?\n"
+  )
 
 
 @pytest.mark.parametrize(
@@ -44,6 +95,9 @@ def test_flags_describe_a_process(asked: list[tuple]) -> None:
     ({"processes": None, "process": None}, "^no --processes; no --process; several"),
     ({"coordinator": "host"}, "--coordinator: expected HOST:PORT, found 'host'"),
     ({"coordinator": "host:x"}, "--coordinator: expected HOST:PORT, found 'host:x'"),
+    ({"coordinator": "host:0"}, "--coordinator: expected a port from 1 to 65535, found 0"),
+    ({"coordinator": "host:65536"}, "--coordinator: expected a port from 1 to 65535, found 65536"),
+    ({"processes": "²"}, "--processes: expected a whole number from 1, found '²'"),
     ({"processes": "0"}, "--processes: expected a whole number from 1, found '0'"),
     ({"process": "two"}, "--process: expected a whole number from 0, found 'two'"),
     ({"process": "4"}, "--process: 4 of 4; they are counted from 0"),

@@ -6,7 +6,9 @@ past, and every problem is named at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax import checkpoint, folders, processes
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
@@ -76,10 +78,12 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
 def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   """The latest checkpoint: what was trained, over the base that its config names.
 
-  Raises: CheckpointError when the base is another one than it was trained with (`verify` reads it).
+  `verify` reads all values: a step whose trained parameters are not what was saved is named, and
+  the one before it is opened. Raises: CheckpointError without such a step, and when the base is
+  another one than it was trained with.
   """
   config = located(checkpoint.read_config(folder), folder)
-  place, about, step = checkpoint.saved(folder)
+  place, about, step = checkpoint.saved(folder, functools.partial(_check_trained, verify=verify))
   trained = stream.Item(place).leaves()
   form = build.quantisation(config.model)
   expected = _abstract(build.unquantised(config.model))
@@ -106,6 +110,24 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   return Checkpoint(
     Path(folder), config, leaves, step, about["fingerprint"], about, originals if form else leaves
   )
+
+
+def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
+  """Opens the parameters of a step, and compares them with its checksums, if it has any.
+
+  They are read leaf by leaf, and so once more when they are used; moments are not read.
+
+  Raises: CheckpointError.
+  """
+  known = checkpoint.checksums(place).get("params", {})
+
+  def read() -> None:
+    leaves = stream.Item(place / "params").leaves()
+    for path, leaf in leaves.items() if verify and known else ():
+      found = checkpoint.sums({path: jax.numpy.asarray(leaf.read())})
+      checkpoint.compare_sums(found, known, place)
+
+  checkpoint.told(f"{place}: cannot be read", read)
 
 
 class _AsFrozen(Mapping[str, Any]):
@@ -193,18 +215,28 @@ def verify_template(source: formats.Source) -> None:
     raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
 
 
-def write(source: formats.Source, out: Path, dtype: str = "") -> None:
+def write(
+  source: formats.Source, out: Path, dtype: str = "", command: str = "convert"
+) -> None:  # fmt: skip
   """Writes a folder of ours with every leaf in it, streamed; call it in every process.
 
-  A folder that an interrupted call left is written anew. Raises: FormatError when `out` holds a
-  whole checkpoint or anything else.
+  It names no other folder, so it can be moved. A folder that an interrupted call of the same
+  `command` left is written anew. Raises: FolderError when `out` holds anything else.
   """
-  if out.exists() and (not is_ours(out) or checkpoint.steps(out)):
-    raise FormatError(f"{out}: exists; name a new folder")
+  makes = (checkpoint.CONFIG_FILE, "checkpoints", "tokenizer")
+  with contextlib.ExitStack() as whole:
+    place = folders.new(out, command, makes)
+    processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
+    _write(source, out, dtype)
+
+
+def _write(source: formats.Source, out: Path, dtype: str) -> None:
   if dtype:
     source = formats.cast(source, dtype)
   data = dataclasses.replace(source.config.data, tokenizer=str(out / "tokenizer"))
-  config = dataclasses.replace(source.config, data=data)
+  # All of it is in the folder, and it is no run that could be unfinished.
+  train = dataclasses.replace(source.config.train, steps=0)
+  config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
   about = {
     "fingerprint": checkpoint.fingerprint({}), "name": config.name, "stage": "convert",
     "parts": list(source.parts), "format": source.format, "base": source.base,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
 from llava_sp_jax.convert import settings, tables, torch_write
 from llava_sp_jax.convert.formats import NOTE, Source, cast, copy_tokenizer, is_adapter
 from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, to_tensors
@@ -184,12 +184,11 @@ def _with_tower(model: Source, out: Path) -> tuple[config_lib.Config, str]:
   return config, _final(folder)
 
 
-PART = ".part"  # what a folder's name ends in until it is whole
-
-
 def _final(path: Path) -> str:
   """Where a part of an unfinished export will be."""
-  return str(path.parent.with_name(path.parent.name.removesuffix(PART)).resolve() / path.name)
+  return str(
+    path.parent.with_name(path.parent.name.removesuffix(folders.PART)).resolve() / path.name
+  )
 
 
 def _projector_rows(model: Source) -> tuple[tables.Row, ...]:
@@ -250,22 +249,17 @@ def export(model: Source, name: str, out: str | Path, dtype: str = "") -> None:
 
   `dtype` rounds every leaf (float32, bfloat16, float16); empty keeps what is stored.
 
-  Raises: FormatError when the model has no such form or `out` exists.
+  Raises: FormatError when the model has no such form, FolderError when `out` holds anything.
   """
   row, out = config_lib.lookup("--format", name, EXPORTS), Path(out)
   _refuse(model, name, row)
-  if out.exists():
-    raise FormatError(f"{out}: exists; name a new folder")
   if dtype:
     model = cast(model, dtype)
-  temporary = out.with_name(out.name + PART)
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
   if row.folds and model.config.model.lora.rank:
     # What comes out stands on no base that could be checked.
     model = dataclasses.replace(fold(model), fingerprint="")
-  row.write(model, temporary)
-  temporary.rename(out)
+  with folders.renamed(out, "export") as temporary:
+    row.write(model, temporary)
 
 
 def _refuse(model: Source, name: str, row: Export) -> None:

@@ -40,9 +40,10 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   import jax
 
-  from llava_sp_jax import processes
+  from llava_sp_jax import folders, processes
   from llava_sp_jax.convert import formats, load
 
+  folders.check(options.out, "convert")  # before weights are read
   processes.start()
   source = load.open_any(
     options.source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from llava_sp_jax.tools.convert import source_options
 
@@ -33,8 +34,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
+  from llava_sp_jax import folders
   from llava_sp_jax.convert import formats, load, save
 
+  folders.check(Path(options.out), "")  # before weights are read
   given = formats.Options(options.base, options.tower, options.row, options.template)
   source = load.open_any(options.checkpoint, given)
   save.export(source, options.format, options.out, options.dtype)

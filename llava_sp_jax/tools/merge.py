@@ -12,26 +12,29 @@ def parser() -> argparse.ArgumentParser:
   result = argparse.ArgumentParser(
     prog="llava-sp merge",
     description="Writes a folder of ours whose decoder has the adapters in its kernels: the same "
-    "answers without their matrices. --verify compares the logits of both on one prompt.",
-    epilog="example: llava-sp merge runs/finetune merged --verify",
+    "answers without their matrices. The logits of both are compared on one prompt.",
+    epilog="example: llava-sp merge runs/finetune merged",
   )
   result.add_argument("checkpoint", metavar="CKPT")
   result.add_argument("out", metavar="OUT", type=Path, help="new folder")
   source_options(result)
-  result.add_argument("--verify", action="store_true", help="compare logits before and after")
+  result.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
+                      help="open what was written and compare its logits (default)")  # fmt: skip
   return result
 
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
+  from llava_sp_jax import folders
   from llava_sp_jax.convert import formats, load, save
   from llava_sp_jax.convert.torch_io import FormatError
   from llava_sp_jax.infer import verify
 
+  folders.check(options.out, "merge")
   given = formats.Options(options.base, options.tower, options.row, options.template)
   source = load.open_any(options.checkpoint, given)
   merged = save.fold(source)
-  load.write(merged, options.out)
+  load.write(merged, options.out, command="merge")
   print(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:
     found = verify.compare(source, load.open_any(options.out, formats.Options()))

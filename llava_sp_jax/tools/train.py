@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import recipes
+from llava_sp_jax import limits, recipes
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
-FLAGS = ("config", "workdir", "profile")
+FLAGS = ("config", "workdir", "profile", "from-step", "allow-changed")
 USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--profile A:B]
-                      [--config.GROUP.KEY=VALUE]
+                      [--from-step N] [--allow-changed NAMES] [--config.GROUP.KEY=VALUE]
 
 Trains until train.steps. The same command continues a run that was stopped or killed. When it was
 asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and ends with code 75.
@@ -21,6 +22,10 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
                            or the name of one that is installed: easy_vqa:stage=pretrain
   --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
+  --from-step N            goes on from an older checkpoint, 0 from the start; newer ones are kept
+                           in DIR/aside. Without it: the newest whose values are what was saved
+  --allow-changed NAMES    goes on although these are not what they were: data, tokenizer, or both
+                           with a comma
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)
   --coordinator HOST:PORT --processes N --process I
                            several processes; found out on TPU pods, under SLURM, in GKE and MPI
@@ -94,19 +99,23 @@ def main(argv: list[str]) -> int:
     print(USAGE + "\n".join(keys(config_lib.Config())))
     return 0
   config, workdir = read_config(argv)
-  process = {name: text for name, text in flags(argv).items() if name in PROCESS_FLAGS}
+  limits.check(config)
+  given = flags(argv)
+  process = {name: text for name, text in given.items() if name in PROCESS_FLAGS}
   import jax
 
-  from llava_sp_jax import processes
-  from llava_sp_jax.train import loop
+  from llava_sp_jax import checkpoint, processes
+  from llava_sp_jax.train import loop, resume
 
+  wish = resume.Wish.of(given.get("from-step", ""), given.get("allow-changed", ""))
+  checkpoint.check_folder(Path(workdir))
   processes.start(process, config.train.peer_seconds, workdir)
   evaluator = None
   if config.evaluate.every:
     from llava_sp_jax.eval import in_loop
 
     evaluator = in_loop.InLoop(config, workdir)
-  result = loop.train(config, workdir, flags(argv).get("profile", ""), evaluator)
+  result = loop.train(config, workdir, given.get("profile", ""), evaluator, wish)
   if jax.process_index() == 0:
     print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
           f"{result.quarantined} samples quarantined")  # fmt: skip

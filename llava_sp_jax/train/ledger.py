@@ -8,7 +8,6 @@ whose numbers were not finite. Lines after a checkpoint are dropped when the run
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax import jsonl
 
 FOLDER = "ledger"
 
@@ -35,11 +34,14 @@ class Totals:
   trained: int
   quarantined: int
   skipped: int  # in steps that were not finite
+  unreadable: int = 0  # lines of the ledger; what they told is missing in the counts
 
   def __str__(self) -> str:
+    damage = f"; {self.unreadable} lines could not be read, so this is no proof"
     return (
       f"ledger: {self.read} samples read in {self.steps} steps = {self.trained} trained + "
       f"{self.quarantined} quarantined + {self.skipped} in skipped steps"
+      f"{damage if self.unreadable else ''}"
     )
 
 
@@ -68,13 +70,12 @@ class Ledger:
     """Step `number` was not finite: it taught nothing."""
     if self._process == 0:
       self._write(step=number, skipped=True)
-    with_step = [line for line in _lines(self._file) if line["step"] == number]
+    with_step = [line for line in _lines(self._file)[0] if line["step"] == number]
     print(f"step {number}: loss or gradient is not finite, skipped; process {self._process} had "
           f"samples {[i for line in with_step for i in line.get('trained', [])]}", flush=True)  # fmt: skip
 
   def _write(self, **line: Any) -> None:
-    with self._file.open("a") as file:
-      file.write(json.dumps(line, separators=(",", ":")) + "\n")
+    jsonl.append(self._file, line, separators=(",", ":"))
 
   def secure(self) -> None:
     """Makes all lines durable: before a checkpoint whose steps they tell."""
@@ -84,20 +85,44 @@ class Ledger:
 
 
 def drop_after(folder: Path, step: int) -> None:
-  """Forgets the steps that are about to be done again; for one process, while the others wait."""
+  """Forgets the steps that are about to be done again; for one process, while the others wait.
+
+  Lines that cannot be read are told and counted: what they said cannot be proved any more.
+  """
   for file in sorted((folder / FOLDER).glob("*.jsonl")):
-    checkpoint.drop_lines_after(file, step)
+    if bad := jsonl.cut_after(file, step):
+      jsonl.append(file, {"step": step, "unreadable": bad}, separators=(",", ":"))
+      print(f"{file}: {bad} lines could not be read and were dropped; training goes on, but the "
+            "ledger proves less", flush=True)  # fmt: skip
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-  text = file.read_text() if file.is_file() else ""
-  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+  """The entries of a file, and how many lines are none."""
+  records, bad = jsonl.read(file)
+  good = [record for record in records if _is_entry(record)]
+  return good, bad + len(records) - len(good)
+
+
+def _is_entry(record: dict[str, Any]) -> bool:
+  lists = [record.get(name, []) for name in ("rows", "trained", "quarantined")]
+  whole = "rows" not in record or {"trained", "quarantined"} <= record.keys()
+  return whole and isinstance(record.get("step"), int) and all(
+    isinstance(values, list) and all(isinstance(value, int) for value in values)
+    for values in lists
+  )  # fmt: skip
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
+  """All entries, in the order of the steps; how many lines could not be read, now or before."""
+  every = [_lines(file) for file in sorted((folder / FOLDER).glob("*.jsonl"))]
+  lines = sorted((line for found, _ in every for line in found), key=lambda line: line["step"])
+  noted = sum(int(line.get("unreadable", 0)) for line in lines)
+  return [line for line in lines if "unreadable" not in line], noted + sum(bad for _, bad in every)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-  """All lines of all processes, in the order of the steps."""
-  files = sorted((folder / FOLDER).glob("*.jsonl"))
-  return sorted((line for file in files for line in _lines(file)), key=lambda line: line["step"])
+  """All entries of all processes, in the order of the steps."""
+  return _read(folder)[0]
 
 
 def skips(folder: Path) -> set[int]:
@@ -109,14 +134,16 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
   """Adds the ledger of a run up to `steps`.
 
   Every step must have each of its rows once. If the ledger begins with the run, all of `samples`
-  must have been read equally often, up to one: no sample twice or lost.
+  must have been read equally often, up to one: no sample twice or lost. Where lines could not be
+  read, what is missing is no error; the totals say so.
 
   Raises: LedgerError with all that does not add up.
   """
   rows, problems = dict[int, Counter[int]](), list[str]()
   seen, counts = Counter[int](), Counter[str]()
   bad = skips(folder)
-  for line in read(folder):
+  lines, unreadable = _read(folder)
+  for line in lines:
     if "rows" in line:
       rows.setdefault(line["step"], Counter()).update(line["rows"])
       seen.update(line["trained"] + line["quarantined"])
@@ -127,13 +154,14 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
   for step in range(first, steps + 1):
     if (found := rows.get(step, Counter())) != wanted:
       lost, twice = sorted((wanted - found).keys()), sorted((found - wanted).keys())
-      problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
+      if twice or not unreadable:
+        problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
   problems += [f"step {step}: the run ended at {steps}" for step in sorted(rows) if step > steps]
-  if samples and first == 1:
+  if samples and first == 1 and not unreadable:
     least = min(seen[i] for i in samples)
     often = {i: seen[i] for i in samples if seen[i] > least + 1}
     problems += [f"sample {i}: read {n} times, another {least} times" for i, n in often.items()]
   if problems:
     raise LedgerError(f"{folder / FOLDER} does not add up:\n  " + "\n  ".join(problems[:50]))
   return Totals(len(rows), sum(seen.values()), counts["trained"], counts["quarantined"],
-                counts["skipped"])  # fmt: skip
+                counts["skipped"], unreadable)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -13,17 +14,19 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from llava_sp_jax import checkpoint, mesh, processes, sharding
+from llava_sp_jax import checkpoint, jsonl, limits, locks, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.data import anyres, pipeline
+from llava_sp_jax.data import anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import (
   guard,
   ledger,
   optimizer,
+  peers,
   preflight,
+  resume,
   sinks,
   state,
   step,
@@ -103,23 +106,31 @@ class Evaluator(Protocol):
 
 def train(
   config: config_lib.Config, workdir: str | Path, profile: str = "",
-  evaluator: Evaluator | None = None,
+  evaluator: Evaluator | None = None, wish: resume.Wish | None = None,
 ) -> Result:  # fmt: skip
-  """Trains until `config.train.steps`, continuing what `workdir` holds.
+  """Trains until `config.train.steps`, continuing what `workdir` holds as `wish` says.
 
   `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
-  `config.evaluate` says.
+  `config.evaluate` says. The folder is locked while this runs.
 
   Raises:
-    ConfigError, CheckpointError: before anything is computed.
+    ConfigError, CheckpointError, LockError: before anything is computed.
   """
+  limits.check(config)
   if config.evaluate.every and evaluator is None:
     raise config_lib.ConfigError(
       "evaluate.every: nothing to evaluate with; train(..., evaluator=eval.in_loop.InLoop(...))"
     )
   processes.start(peer_seconds=config.train.peer_seconds)
-  with processes.Watch(config.train.stall_seconds) as watch:
-    return _train(config, Path(workdir), profile, watch, evaluator)
+  with processes.Watch(config.train.stall_seconds) as watch, contextlib.ExitStack() as held:
+    lock = locks.Lock(Path(workdir), "llava-sp train")
+
+    def begin() -> None:
+      checkpoint.check_folder(Path(workdir))
+      held.enter_context(lock)
+
+    processes.together("the run folder is locked", begin, only=0)
+    return _train(config, Path(workdir), profile, watch, evaluator, wish or resume.Wish(), lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,20 +147,38 @@ class _Run:
   profiler: trace.Profiler
   book: ledger.Ledger
   watch: processes.Watch
+  lock: locks.Lock
+  wish: resume.Wish
+  inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
+
+
+def _inputs(config: config_lib.Config) -> dict[str, str]:
+  """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, held_out.TRAIN)
+  tokenizer = Tokenizer(config.data.tokenizer)
+  return {"data": source.fingerprint()[:16], "tokenizer": tokenizer.fingerprint()[:16]}
 
 
 def _train(
   config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch,
-  evaluator: Evaluator | None,
+  evaluator: Evaluator | None, wish: resume.Wish, lock: locks.Lock,
 ) -> Result:  # fmt: skip
+  read = functools.cache(functools.partial(_inputs, config))
+  if jax.process_count() > 1:
+    peers.compare(peers.facts(config, read))
   checkpoint.check_config(folder, config)
   sinks.check(config)
-  begun = max(checkpoint.steps(folder), default=0)
+  begun = resume.first(folder, wish)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   tokenizer = Tokenizer(config.data.tokenizer)
   preflight.check_config(config, tokenizer)
+  inputs = read()
+  changed = resume.compare_inputs(folder, begun, inputs, wish.changed)
+  known = resume.about(folder, begun)
+  before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
   quarantine = pipeline.Quarantine(folder / "quarantine.jsonl", jax.process_index())
   iterator = pipeline.make(
@@ -167,30 +196,43 @@ def _train(
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
-      config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book, watch
-    )
+      config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book,
+      watch, lock, wish, {"inputs": inputs, "inputs_before": before},
+    )  # fmt: skip
+    processes.together("the way is free", lambda: resume.make_way(folder, begun), only=0)
     return _steps(run, module, prepared)
 
 
 def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
-  config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
+  config, folder = run.config, run.folder
   train_state, shardings, tx = prepared
   if jax.process_index() == 0:
     print(_summary(config, train_state, run.mesh), flush=True)
   processes.meet("parameters are placed")
   base = checkpoint.fingerprint(train_state.frozen)
-  checkpoints = checkpoint.Checkpoints(folder, config.train.keep)
-  if checkpoints.latest is not None:
-    train_state = _resume(checkpoints, train_state, base, folder)
+  with checkpoint.Checkpoints(folder, config.train.keep) as checkpoints:
+    train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
+    return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
+
+
+def _loop(
+  run: _Run, module: Any, prepared: tuple[Any, Any, Any], base: str,
+  checkpoints: checkpoint.Checkpoints,
+) -> Result:  # fmt: skip
+  config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
+  train_state, shardings, tx = prepared
   first = int(train_state.step)
   if jax.process_index() == 0:
-    checkpoint.drop_lines_after(folder / METRICS_FILE, first)
+    if bad := jsonl.cut_after(folder / METRICS_FILE, first):
+      print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
     ledger.drop_after(folder, first)
   processes.meet("logs are cut off")
   run.iterator.seek(first)
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
-  about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage}
+  about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
+  if run.wish.step is not None:
+    about["from_step"] = run.wish.step
   learns = list(train_state.trainable)
   log = Log(folder, config, learns)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
@@ -227,6 +269,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
       noticed = time.monotonic()
       save = asked or number % config.train.save_every == 0 or number == config.train.steps
       run.watch.beat(number)
+      run.lock.check()
       if save:
         skips.settle()
         book.secure()
@@ -239,7 +282,8 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
     print(f"asked to stop: saved step {number} in {seconds:.1f} s; the same command goes on from "
           "there", flush=True)  # fmt: skip
   if jax.process_index() == 0:
-    samples = [i for i in run.iterator.usable if i not in quarantine]
+    same = not run.inputs["inputs_before"]  # all steps have read the same samples
+    samples = [i for i in run.iterator.usable if i not in quarantine and same]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
   return Result(number, log.seconds, quarantine.count)
 
@@ -248,19 +292,6 @@ def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
   """Whether work between steps may go on; tells the watch that it does."""
   watch.beat(number)
   return not stop.asked
-
-
-def _resume(checkpoints: checkpoint.Checkpoints, fresh: Any, base: str, folder: Path) -> Any:
-  number, trainable, opt_state, about = checkpoints.restore(fresh.trainable, fresh.opt_state)
-  if about["fingerprint"] != base:
-    raise checkpoint.CheckpointError(
-      f"{folder}: its frozen base has fingerprint {about['fingerprint']}, the one named by this "
-      f"config has {base}; give the base it was trained with (config.init)"
-    )
-  if jax.process_index() == 0:
-    print(f"continuing {folder} from step {number}", flush=True)
-  place = jax.device_put(fresh.step + number, fresh.step.sharding)
-  return fresh.replace(step=place, trainable=trainable, opt_state=opt_state)
 
 
 def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import uuid
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import jsonl
 
 METRICS_FILE = "metrics.jsonl"
 Record = Mapping[str, Any]
@@ -31,8 +31,7 @@ class JsonLines:
     self._path = folder / METRICS_FILE
 
   def write(self, record: Record) -> None:
-    with self._path.open("a") as file:
-      file.write(json.dumps(dict(record)) + "\n")
+    jsonl.append(self._path, record)
 
   def close(self) -> None:
     pass

@@ -16,6 +16,7 @@ from llava_sp_jax.config import ConfigError
 from llava_sp_jax.convert import formats, load, settings
 from llava_sp_jax.convert.formats import Options, open_checkpoint
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.folders import MARK, FolderError
 from tests.conftest import ConfigMaker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -245,9 +246,10 @@ def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) ->
   out = tmp_path / "out"
   (out / "checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
   (out / "config.json").write_text("{}")
+  (out / MARK).write_text('{"command": "convert"}')
   load.write(source, out)
   assert load.open_own(out).leaves.keys() == source.leaves.keys()
-  with pytest.raises(FormatError, match="out: exists; name a new folder"):
+  with pytest.raises(FolderError, match=r"out: exists and holds .*; name a new folder"):
     load.write(source, out)
 
 

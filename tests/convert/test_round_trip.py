@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, leaves, load, save
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.folders import FolderError
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import ROWS
 
@@ -146,7 +147,7 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     save.export(source("pooling", rank=0, language_model=qwen), "llava", tmp_path / "x")
   assert not (tmp_path / "x").exists()
   save.export(plain, "language_model", tmp_path / "y")
-  with pytest.raises(FormatError, match="y: exists; name a new folder"):
+  with pytest.raises(FolderError, match=r"y: exists and holds .*; name a new folder"):
     save.export(plain, "language_model", tmp_path / "y")
 
 

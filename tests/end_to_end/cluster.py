@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Cluster:
   """The processes of one run; what they print goes to `<workdir>.<process>.log`."""
 
   def __init__(self, config_file: Path, workdir: Path, topology: Topology = Topology(),
-               *more: str):  # fmt: skip
+               *more: str, last: Sequence[str] = ()):  # fmt: skip
+    """All get the options `more`, the last process also `last`."""
     self.workdir, self.topology = workdir, topology
     flags = os.environ.get("XLA_FLAGS", "").replace(DEVICES_FLAG, "").strip()
     flags += f" --xla_force_host_platform_device_count={topology.devices}"
@@ -67,6 +68,7 @@ class Cluster:
     self.processes = []
     for i, log in enumerate(self.logs):
       joined = ["--coordinator", address, f"--processes={topology.processes}", f"--process={i}"]
+      joined += last if i == topology.processes - 1 else []
       with log.open("w") as out:
         self.processes.append(subprocess.Popen(
           command + joined * (topology.processes > 1), cwd=REPOSITORY, env=environment,

@@ -84,6 +84,45 @@ def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.guard
+def test_processes_that_were_given_other_things_do_not_start(
+  config: config_lib.Config, config_file: Path, tmp_path: Path
+) -> None:
+  """Each difference is named with its processes, in all of them."""
+  data = tmp_path / "captions.json"
+  data.write_text(Path(config.data.path).read_text().replace("yes", "no"))
+  two = Cluster(config_file, tmp_path / "run", TWO, last=[
+    "--config.optimizer.learning_rate=0.5", f"--config.data.path={data}",
+  ])  # fmt: skip
+  assert two.wait() == [1, 1]
+  for process in range(2):
+    said = two.printed(process)
+    assert "the processes of this run were not given the same:" in said
+    assert "config.optimizer.learning_rate: 0.001 in process 0 (" in said
+    assert "; 0.5 in process 1 (" in said
+    assert "\n  data: " in said
+    assert "tokenizer" not in said
+    assert "Traceback" not in said
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.guard
+def test_a_second_run_of_two_processes_on_a_folder_is_refused(
+  config_file: Path, tmp_path: Path
+) -> None:
+  one = Cluster(config_file, tmp_path / "run", TWO, "--config.train.steps=100000")
+  try:
+    assert one.wait_for(lambda: cluster.last_step(one.workdir) >= 1)
+    two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.steps=100000")
+    two.logs = [path.rename(path.with_suffix(".second")) for path in two.logs]
+    assert two.wait() == [1, 1]
+    for process in range(2):
+      assert "run: in use by llava-sp train (process " in two.printed(process)
+    assert [process.poll() for process in one.processes] == [None, None]
+  finally:
+    one.kill()
+
+
+@pytest.mark.guard
 def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
   config_file: Path, tmp_path: Path
 ) -> None:

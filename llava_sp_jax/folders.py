@@ -1,0 +1,127 @@
+"""What an output folder may be: absent, empty, or left unfinished by the same command.
+
+Commands neither remove nor overwrite what they did not make. While a folder is written it holds a
+lock (`locks`) and a mark that names the command; both go when it is whole. So a command that was killed
+runs again, another one is refused, and two at once are refused as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llava_sp_jax import locks
+
+MARK = "unfinished.json"
+PART = ".part"  # what a folder's name ends in until it is whole
+
+
+class FolderError(ValueError):
+  """An output folder that a command would have to overwrite; the message says what is in it."""
+
+
+@contextlib.contextmanager
+def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
+  """Yields `out`, which may be written until the block ends; then it counts as whole.
+
+  Of what a killed call of the same `command` left, the names in `makes` are removed first. After an
+  error the mark stays, and with it the right of the same command to write the folder again.
+
+  Raises:
+    FolderError: when `out` is a file, or holds anything that this command did not make.
+    LockError: when another process writes it.
+  """
+  check(out, command)
+  with locks.Lock(out, f"llava-sp {command}"):
+    check(out, command)
+    if _mark(out) is None:
+      (out / MARK).write_text(json.dumps({"command": command}) + "\n")
+    for name in makes:
+      remove(out / name)
+    yield out
+    (out / MARK).unlink()
+
+
+@contextlib.contextmanager
+def renamed(out: Path, command: str) -> Iterator[Path]:
+  """Yields a folder beside `out` that gets its name when the block ends; removed after an error.
+
+  Raises: FolderError, LockError as `new`, also for the folder beside it.
+  """
+  check(out, "")
+  part = out.with_name(out.name + PART)
+  check(part, command)
+  with locks.Lock(part, f"llava-sp {command}"):
+    check(part, command)
+    _empty(part)  # its mark says that a killed call of this command made it
+    (part / MARK).write_text(json.dumps({"command": command}) + "\n")
+    try:
+      yield part
+    except BaseException:
+      _empty(part)
+      raise
+    (part / MARK).unlink()
+    (part / locks.FILE).unlink(missing_ok=True)  # the whole folder holds what was asked for only
+    check(out, "")
+    if out.exists():
+      out.rmdir()
+    part.rename(out)
+
+
+def check(out: Path, command: str) -> None:
+  """Raises: FolderError when `command` may not write `out`."""
+  if not out.exists() and not out.is_symlink():
+    return
+  if not out.is_dir():
+    raise FolderError(f"{out}: exists and is no folder; name a new folder")
+  held = sorted(path.name for path in out.iterdir() if path.name != locks.FILE)
+  if not held:
+    return
+  mark = _mark(out)
+  if mark == "" and held == [MARK]:  # torn: whoever began it was killed at once
+    return
+  if mark is None:
+    shown = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+    raise FolderError(f"{out}: exists and holds {shown}; name a new folder")
+  if mark != command:
+    raise FolderError(
+      f"{out}: left unfinished by `llava-sp {mark}`; give that command again, or name a new folder"
+    )
+
+
+def remove(path: Path) -> None:
+  """Removes a file or folder that this command made; nothing where there is none."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _mark(out: Path) -> str | None:
+  """The command that has not finished `out`; None without a mark."""
+  try:
+    values = json.loads((out / MARK).read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError:
+    return ""
+  return str(values.get("command", "")) if isinstance(values, dict) else ""
+
+
+def _empty(folder: Path) -> None:
+  for path in folder.iterdir():
+    if path.name != locks.FILE:
+      remove(path)
+
+
+def rename_aside(path: Path, place: Path) -> Path:
+  """Moves `path` below the folder `place`, under a name that is free there; where it is now."""
+  place.mkdir(exist_ok=True)
+  names = (path.name, *(f"{path.name}-{number}" for number in range(2, 1 << 16)))
+  free = next(place / name for name in names if not os.path.lexists(place / name))
+  path.rename(free)
+  return free

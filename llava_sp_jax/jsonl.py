@@ -1,0 +1,62 @@
+"""Files of one JSON object a line: appended to, read, and cut off, whatever a kill or a disk left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, record: Mapping[str, Any], **style: Any) -> None:
+  """Adds one line in one write; `style` goes to `json.dumps`."""
+  with path.open("a") as file:
+    file.write(json.dumps(dict(record), **style) + "\n")
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+  """The objects of a file, none if there is no file; how many lines are none and were skipped.
+
+  The end of a file without a newline is a line that a kill has cut off: it is neither.
+  """
+  if not path.is_file():
+    return [], 0
+  records, bad = [], 0
+  for line in path.read_bytes().split(b"\n")[:-1]:
+    try:
+      record = json.loads(line)
+    except ValueError:
+      record = None
+    if isinstance(record, dict):
+      records.append(record)
+    else:
+      bad += 1
+  return records, bad
+
+
+def cut_after(path: Path, step: int) -> int:
+  """Drops the records of later steps, and lines that cannot be read; returns how many of those.
+
+  Records keep their bytes. The file is replaced when the new one is whole.
+  """
+  if not path.is_file():
+    return 0
+  kept, bad = [], 0
+  for line in path.read_bytes().split(b"\n")[:-1]:
+    number = _step(line)
+    if number is None:
+      bad += 1
+    elif number <= step:
+      kept.append(line + b"\n")
+  part = path.with_name(path.name + ".part")
+  part.write_bytes(b"".join(kept))
+  part.replace(path)
+  return bad
+
+
+def _step(line: bytes) -> int | None:
+  try:
+    number = json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return None
+  return number if isinstance(number, int) else None

@@ -1,0 +1,100 @@
+"""What numbers a config may hold: a row for every numeric key, looked at before any work begins.
+
+Names (of templates, stages, variants) are checked where their tables are. A saved config is read as it
+is: these limits are those of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+  """An interval; `open_ends` names the ends that do not belong to it: "", "low", "high"."""
+
+  low: float = -math.inf
+  high: float = math.inf
+  open_ends: str = ""
+
+  def holds(self, value: float) -> bool:
+    """Whether a finite number lies in it."""
+    above = value > self.low if self.open_ends == "low" else value >= self.low
+    below = value < self.high if self.open_ends == "high" else value <= self.high
+    return math.isfinite(value) and above and below
+
+  def __str__(self) -> str:
+    parts = []
+    if self.low > -math.inf:
+      parts.append(f"{'above' if self.open_ends == 'low' else 'at least'} {self.low:g}")
+    if self.high < math.inf:
+      parts.append(f"{'below' if self.open_ends == 'high' else 'at most'} {self.high:g}")
+    return " and ".join(parts) or "a finite number"
+
+
+COUNT, NATURAL, POSITIVE = Limit(low=1), Limit(low=0), Limit(low=0, open_ends="low")
+SHARE = Limit(0, 1, "high")
+
+# (regex over keys, what their numbers may be); the first match counts, and every key has one.
+LIMITS: tuple[tuple[str, Limit], ...] = (
+  (r"model\.tower\.select_layer", Limit()),
+  (r"model\.lora\.rank", NATURAL),
+  (r"model\.lora\.alpha", POSITIVE),
+  (r"model\.lora\.dropout", SHARE),
+  (r"model\.language_model\.rope_scaling\.factor", POSITIVE),
+  (r"model\.language_model\.rope_scaling\.", NATURAL),
+  (r"model\.language_model\.(sliding_window|window_from_layer)", NATURAL),
+  (r"model\..*\.(rope_theta|norm_eps)", POSITIVE),
+  (r"model\..*\.initializer_range", NATURAL),
+  (r"model\.", COUNT),
+  (r"data\.(turns_per_row|processes|images_per_row)", NATURAL),
+  (r"data\.validation_fraction", SHARE),
+  (r"data\.image_std", POSITIVE),
+  (r"data\.image_mean", Limit()),
+  (r"data\.", COUNT),
+  (r"optimizer\.(b1|b2)", SHARE),
+  (r"optimizer\.warmup_ratio", Limit(0, 1)),
+  (r"optimizer\.(eps|clip_norm)", POSITIVE),
+  (r"optimizer\.", NATURAL),
+  (r"train\.seed", Limit(0, 2**32 - 1)),
+  (r"train\.(peak_tflops|validate_every|stall_seconds)", NATURAL),
+  (r"train\.", COUNT),
+  (r"evaluate\.(every|limit)", NATURAL),
+  (r"evaluate\.", COUNT),
+  (r"mesh\.slices", NATURAL),
+  (r"mesh\.", Limit(low=-1)),
+)
+
+
+def check(config: config_lib.Config) -> None:
+  """Raises: ConfigError that names every number beyond its limits."""
+  problems = [
+    f"{key}: expected {limit}, found {value!r}"
+    for key, value in numbers(config_lib.to_dict(config))
+    if not (limit := limit_of(key)).holds(value)
+  ]
+  if problems:
+    raise config_lib.ConfigError("; ".join(problems))
+
+
+def limit_of(key: str) -> Limit:
+  """The limit of a numeric key, without "config."."""
+  return next(limit for pattern, limit in LIMITS if re.match(pattern, key))
+
+
+def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
+  """(key, number) of all in nested dictionaries; one for each element of a list."""
+  if isinstance(values, dict):
+    for name, value in values.items():
+      yield from numbers(value, f"{key}.{name}" if key else name)
+  elif isinstance(values, list | tuple):
+    for value in values:
+      yield from numbers(value, key)
+  elif isinstance(values, int | float) and not isinstance(values, bool):
+    yield key, values

@@ -1,0 +1,75 @@
+"""What the processes of a run do not agree on is named with its hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.train import peers
+from tests.conftest import ConfigMaker
+
+
+def differ(*configs: config_lib.Config, **inputs: str) -> list[str]:
+  said = [(f"host{i}", peers.facts(config, lambda: inputs)) for i, config in enumerate(configs)]
+  return peers.differences([(host, json.loads(json.dumps(found))) for host, found in said])
+
+
+def test_each_key_that_differs_is_a_line(tiny_config: ConfigMaker) -> None:
+  ours = tiny_config()
+  others = tiny_config(optimizer={"learning_rate": 0.5}, train={"seed": 7})
+  assert differ(ours, ours, ours) == []
+  assert differ(ours, ours, others) == [
+    "config.optimizer.learning_rate: 0.01 in process 0 (host0), 1 (host1); 0.5 in process 2 (host2)",
+    "config.train.seed: 0 in process 0 (host0), 1 (host1); 7 in process 2 (host2)",
+  ]
+  (line, _) = differ(*[ours] * 9, others)
+  assert "0.01 in process 0 (host0), 1 (host1), 2 (host2), 3 (host3) and 5 more; 0.5 in" in line
+
+
+def test_what_a_host_may_choose_is_not_compared(tiny_config: ConfigMaker) -> None:
+  ours = tiny_config()
+  data = dataclasses.replace(ours.data, threads=7, processes=3)
+  assert differ(ours, dataclasses.replace(ours, data=data)) == []
+
+
+def test_inputs_code_and_what_cannot_be_read_are_compared(tiny_config: ConfigMaker) -> None:
+  config = tiny_config()
+
+  def broken() -> dict[str, str]:
+    raise FileNotFoundError("data.path: no file 'x'")
+
+  one = peers.facts(config, lambda: {"data": "1", "tokenizer": "2"})
+  two = peers.facts(config, broken)
+  three = {**one, "code": "other", "version of jax": "0.0"}
+  assert peers.differences([("a", one), ("b", two)]) == [
+    "data: 1 in process 0 (a); FileNotFoundError: data.path: no file 'x' in process 1 (b)",
+    "tokenizer: 2 in process 0 (a); absent in process 1 (b)",
+  ]
+  assert [line.split(":")[0] for line in peers.differences([("a", one), ("b", three)])] == [
+    "code", "version of jax",
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_weights_are_compared_by_names_sizes_and_ends(
+  tiny_config: ConfigMaker, tmp_path: Path, place: int
+) -> None:
+  weights = tmp_path / "llm"
+  weights.mkdir()
+  (weights / "config.json").write_text("{}")
+  content = bytearray(2 * peers.SMALL)
+  (weights / "model.safetensors").write_bytes(content)
+  config = tiny_config(init={"language_model": str(weights)})
+  one = peers.facts(config, dict)
+  content[place] = 1
+  (weights / "model.safetensors").write_bytes(content)
+  two = peers.facts(config, dict)
+  (line,) = peers.differences([("a", one), ("b", two)])
+  assert line.startswith("config.init.language_model (contents): ")
+  (weights / "model.safetensors").rename(weights / "other.safetensors")
+  assert peers.differences([("a", two), ("b", peers.facts(config, dict))])
+  assert peers.of_folder(tmp_path / "gone") == "not there"

@@ -1,0 +1,281 @@
+"""Runs that were damaged, moved on, or given other inputs: named, and they go on where they can."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava_sp_jax import checkpoint, locks
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.train import ledger, loop, resume
+from tests.conftest import ConfigMaker
+from tests.train.test_loop import Looker, config, logged
+
+DATA = frozenset({"data"})
+# What Orbax had begun to read when it failed may end with an error of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
+  made = Looker()
+  monkeypatch.setattr(loop, "compile_step", lambda *_: made)
+  return made
+
+
+@pytest.fixture(scope="module")
+def values(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> config_lib.Config:
+  """Of a run on a copy of the tiny data, which a test may edit."""
+  made = config(tiny_config)
+  copy = tmp_path_factory.mktemp("data") / "captions.json"
+  shutil.copy(made.data.path, copy)
+  return dataclasses.replace(made, data=dataclasses.replace(made.data, path=str(copy)))
+
+
+@pytest.fixture(scope="module")
+def stopped(values: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run of five steps that was stopped after the third; steps 2 and 3 are saved."""
+  folder, made = tmp_path_factory.mktemp("stopped") / "run", Looker()
+  made.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 3 else None
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, "compile_step", lambda *_: made)
+    assert loop.train(values, folder).step == 3
+  assert checkpoint.steps(folder) == [2, 3]
+  assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.json", "tokenizer"}
+  assert not (folder / locks.FILE).exists()
+  return folder
+
+
+@pytest.fixture
+def run(stopped: Path, tmp_path: Path) -> Path:
+  return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def went_on(folder: Path, looker: Looker, first: int) -> None:
+  """The run has ended, and did the steps after `first` again."""
+  assert [number for number, *_ in looker.seen] == list(range(first, 5))
+  assert logged(folder) == [1, 2, 3, 4, 5]
+  assert checkpoint.steps(folder)[-1] == 5
+  assert ledger.check(folder, 5, 8, range(12)).read == 40
+
+
+def flip(place: Path) -> None:
+  """One bit in the middle of the file that has the values."""
+  file = max((place / "d").iterdir(), key=lambda p: p.stat().st_size)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1 << 4
+  file.write_bytes(content)
+
+
+# What happens to the checkpoints of a run: (how, the step that must be named).
+DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
+  "a bit of the parameters": (lambda place: flip(place / "3/params"), 3),
+  "a bit of the moments": (lambda place: flip(place / "3/optimizer"), 3),
+  "a file is gone": (lambda place: (place / "3/params/manifest.ocdbt").unlink(), 3),
+  "torn about": (lambda place: (place / "3/about/metadata").write_text('{"fing'), 3),
+  "an empty newer step": (lambda place: (place / "4").mkdir(), 4),
+  "a file in its way": (lambda place: (place / "5").write_text(""), 5),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_step_that_cannot_be_read_is_named_and_the_newest_whole_one_is_used(
+  run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture, kind: str
+) -> None:
+  damage, step = DAMAGE[kind]
+  damage(run / "checkpoints")
+  assert loop.train(values, run).step == 5
+  printed = capsys.readouterr()
+  (line,) = (x for x in printed.err.splitlines() if "WARNING" in x)
+  assert f"{run}: WARNING: step {step}: " in line
+  assert f"kept in {run / 'aside' / str(step)}" in line
+  assert (run / "aside" / str(step)).exists()
+  assert f"continuing {run} from step {2 if step == 3 else 3}" in printed.out
+  went_on(run, looker, 2 if step == 3 else 3)
+
+
+def test_without_a_step_that_can_be_read_nothing_begins_anew_unasked(
+  run: Path, values: config_lib.Config, looker: Looker
+) -> None:
+  for step in (2, 3):
+    flip(run / f"checkpoints/{step}/params")
+  with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
+    loop.train(values, run)
+  for step in (2, 3):
+    shutil.rmtree(run / f"checkpoints/{step}/params")
+  with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
+    loop.train(values, run)
+  assert not looker.seen
+  assert loop.train(values, run, wish=resume.Wish(0)).step == 5
+  assert sorted(p.name for p in (run / "aside").iterdir()) == ["2", "3"]
+  went_on(run, looker, 0)
+
+
+def test_a_run_goes_back_once_when_asked_and_then_goes_on(
+  run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
+) -> None:
+  """The same command after a kill does not go back again."""
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"--from-step 1: it is not there; .*: 2, 3$"
+  ):
+    loop.train(values, run, wish=resume.Wish(1))
+  assert checkpoint.steps(run) == [2, 3]
+  back = resume.Wish(2)
+  looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 4 else None
+  assert loop.train(values, run, wish=back).step == 4
+  assert checkpoint.steps(run) == [2, 4]
+  assert f"step 3: training goes on from step 2; it is kept in {run / 'aside/3'}" in (
+    capsys.readouterr().err
+  )
+  looker.does = lambda number: None
+  assert loop.train(values, run, wish=back).step == 5
+  assert f"continuing {run} from step 4" in capsys.readouterr().out
+  went_on(run, looker, 2)
+
+
+def test_other_data_are_refused_with_both_values_unless_they_are_allowed(
+  run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
+) -> None:
+  path = Path(values.data.path)
+  whole = path.read_text()
+  known = resume.about(run, 3)["inputs"]["data"]
+  try:
+    path.write_text(json.dumps(json.loads(whole)[:9]))
+    with pytest.raises(checkpoint.CheckpointError) as error:
+      loop.train(values, run)
+    assert not looker.seen
+    assert "data (data.path) has fingerprint " in str(error.value)
+    assert f" here, {known} there. " in str(error.value)
+    assert str(error.value).endswith("--allow-changed data")
+    assert loop.train(values, run, wish=resume.Wish(changed=DATA)).step == 5
+  finally:
+    path.write_text(whole)
+  assert "data is not what it was until step 3, as allowed" in capsys.readouterr().err
+  said = resume.about(run, 5)
+  assert [before["data"] for before in said["inputs_before"]] == [known]
+  assert said["inputs"]["data"] != known
+
+
+def test_checkpoints_of_the_time_before_checksums_still_open(
+  run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
+) -> None:
+  for step in (2, 3):
+    place = run / f"checkpoints/{step}"
+    shutil.rmtree(place / "sums")
+    about = json.loads((place / "about/metadata").read_text())
+    kept = {name: about[name] for name in ("fingerprint", "name", "stage")}
+    (place / "about/metadata").write_text(json.dumps(kept))
+  assert loop.train(values, run).step == 5
+  said = capsys.readouterr().out
+  assert "step 3 does not say what data it was trained on" in said
+  assert "step 3 was saved without checksums; its values are not verified" in said
+  went_on(run, looker, 3)
+
+
+def test_what_is_being_saved_gets_whole_when_a_step_fails(
+  values: config_lib.Config, tmp_path: Path, looker: Looker
+) -> None:
+  def fail(number: int) -> None:
+    if number == 3:
+      raise ZeroDivisionError("a step")
+
+  looker.does = fail
+  with pytest.raises(ZeroDivisionError):
+    loop.train(values, tmp_path / "run")
+  assert checkpoint.steps(tmp_path / "run") == [2]
+  assert not list(tmp_path.rglob("*tmp*"))
+  assert not (tmp_path / "run" / locks.FILE).exists()
+
+
+def test_a_second_training_of_a_folder_is_refused(
+  run: Path, values: config_lib.Config, looker: Looker
+) -> None:
+  before = sorted(run.rglob("*"))
+  with (
+    locks.Lock(run, "llava-sp train"),
+    pytest.raises(locks.LockError, match=f"in use by llava-sp train .process {os.getpid()} on "),
+  ):
+    loop.train(values, run)
+  assert sorted(run.rglob("*")) == before
+  assert not looker.seen
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger/00000.jsonl"])
+def test_a_full_disk_ends_a_run_that_goes_on_afterwards(
+  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
+) -> None:
+  """Linux's /dev/full refuses every write."""
+  run = tmp_path / "run"
+  (run / name).parent.mkdir(parents=True)
+  (run / name).symlink_to("/dev/full")
+  with pytest.raises(OSError, match="No space left on device"):
+    loop.train(values, run)
+  (run / name).unlink()
+  looker.seen.clear()
+  assert loop.train(values, run).step == 5
+  went_on(run, looker, 0)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "ledger", "tokenizer"])
+def test_a_file_in_the_place_of_a_folder_is_named(
+  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
+) -> None:
+  run = tmp_path / "run"
+  run.mkdir()
+  checkpoint.write_config(run, values)
+  (run / name).write_text("in the way")
+  with pytest.raises((OSError, checkpoint.CheckpointError), match=f"{run / name}"):
+    loop.train(values, run)
+  (run / name).unlink()
+  assert loop.train(values, run).step == 5
+
+
+def test_torn_lines_of_logs_are_told_and_the_run_goes_on(
+  run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
+) -> None:
+  for file in (run / "metrics.jsonl", run / ledger.FOLDER / "00000.jsonl"):
+    lines = file.read_text().splitlines()
+    lines[1] = lines[1][:20]
+    file.write_text("\n".join(lines) + "\n")
+  assert loop.train(values, run).step == 5
+  said = capsys.readouterr().out
+  assert "metrics.jsonl: 1 lines could not be read and were dropped" in said
+  assert "00000.jsonl: 1 lines could not be read and were dropped" in said
+  assert "1 lines could not be read, so this is no proof" in said
+  assert logged(run) == [1, 3, 4, 5]
+
+
+FOREIGN = {
+  "config.json": '{"model_type": "llama", "hidden_size": 8}',
+  "checkpoints/3/x": "",
+  "tokenizer/tokenizer.json": "{}",
+  "unfinished.json": '{"command": "convert"}',
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_others_is_no_workdir(
+  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
+) -> None:
+  file = tmp_path / "theirs" / name
+  file.parent.mkdir(parents=True)
+  file.write_text(FOREIGN[name])
+  with pytest.raises(checkpoint.CheckpointError, match=r"--workdir .*theirs: holds .*; name a new"):
+    loop.train(values, tmp_path / "theirs")
+  assert file.read_text() == FOREIGN[name]
+  assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [file]
+
+
+def test_a_file_is_no_workdir(values: config_lib.Config, tmp_path: Path, looker: Looker) -> None:
+  (tmp_path / "file").write_text("mine")
+  for name in ("file", "file/below"):
+    with pytest.raises(checkpoint.CheckpointError, match="file is a file; name a folder"):
+      loop.train(values, tmp_path / name)
+  assert (tmp_path / "file").read_text() == "mine"
