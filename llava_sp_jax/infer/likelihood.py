@@ -16,7 +16,7 @@ import numpy as np
 from llava_sp_jax.data import anyres, conversation, example, reading
 from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.prompts import opened
+from llava_sp_jax.infer.prompts import tiles_of
 from llava_sp_jax.models import build
 
 Asked = tuple[list[example.Run], list[anyres.Picture]]
@@ -70,7 +70,7 @@ class Likelihood:
         yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
 
   def _read(self, request: Request, continuation: str) -> Asked:
-    pictures = [self._reader(opened(picture)) for picture in request.images]
+    pictures = [tiles_of(picture, self._reader) for picture in request.images]
     runs = reading.question(
       request.question, len(pictures), self._template, self._tokenizer, request.system, continuation
     )

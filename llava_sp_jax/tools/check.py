@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
   if why := reading.misfit(config.data.template, tokenizer):
     raise config_lib.ConfigError(f"data.{why}")
   progress = Progress(samples)
-  report = check.check(config.data, tokenizer, tile, images, samples, progress)
+  report = check.check(config.data, tokenizer, tile, images, samples, progress, config.train.seed)
   print(table(report, config.data, time.monotonic() - progress.started))
   return 0 if report.passed else 1
 

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
   from pathlib import Path
 
   from llava_sp_jax import mesh
-  from llava_sp_jax.data import image
+  from llava_sp_jax.data import decode
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
   from llava_sp_jax.infer.generation import Generation
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     setting, found = str(error).split(":", 1)
     parser().error(f"--{setting.replace('_', '-')}:{found}")
   # Read here, so that a picture that is missing is told before a model is loaded.
-  pictures = tuple(image.read(Path(path)) for path in options.image)
+  pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, dtype=options.dtype)
   engine = Engine(loaded, 1, generation, devices)
