@@ -29,7 +29,10 @@ LAYERS = (
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
-  ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
+  (
+    "loading",
+    r"convert\.(settings|leaves|formats|catalog|places|detect|stream|save|load|quantised)",
+  ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),
   ("evaluating", r"eval\..*"),

@@ -1,16 +1,15 @@
-"""Formats in: a table of what people have, told apart by the files of a folder, never by its name.
+"""The door for checkpoints of others.
 
-`identify` finds the row; `open_checkpoint` opens every file it needs, checks all names, shapes and
-settings at once, and returns a `Source`: a checkpoint that is understood, of which no value has
-been read yet.
+`open_checkpoint` opens every file that a checkpoint of the table `catalog.FORMATS` needs, checks all
+names, shapes and settings at once, and returns a `Source`: a checkpoint that is understood, of which
+no value has been read yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,100 +18,24 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import gguf, leaves, settings, tables, torch_io
+from llava_sp_jax.convert import detect, gguf, leaves, places, settings, tables, torch_io
+from llava_sp_jax.convert.catalog import (
+  FORMATS,
+  NOTE,
+  PARTS,
+  Folder,
+  Format,
+  Renames,
+  identify,
+  look,
+)
 from llava_sp_jax.convert.leaves import Leaves
+from llava_sp_jax.convert.places import copy_tokenizer
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
 
-PARTS = ("vision_tower", "projector", "language_model")
-NOTE = "llava_sp.json"  # what our own exports say of themselves, beside the original's files
-Renames = tuple[tuple[str, str], ...]
-
-# Names as they stand in each layout -> the names of `tables`.
-PLAIN: Renames = ()
-ORIGINAL: Renames = (
-  (r"model\.vision_tower\.vision_tower\.(.*)", r"\1"),
-  (r"mm_projector\.(.*)", r"model.mm_projector.\1"),
-)
-LORA_FOLDER: Renames = (
-  (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
-  (r"base_model\.model\.(?!.*\.lora_[AB]\.)(.*)", r"\1"),
-)
-TRANSFORMERS: Renames = (  # the published layout, and the one of transformers >= 4.52
-  (r"(?:model\.)?vision_tower\.(.*)", r"\1"),
-  (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.0.\1"),
-  (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.2.\1"),
-  (r"(?:model\.)?image_newline", r"model.image_newline"),
-  (r"language_model\.(model\..*|lm_head\..*)", r"\1"),
-  (r"model\.language_model\.(.*)", r"model.\1"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-  """A checkpoint's folder (or file) as it is told apart: its files and its config.json."""
-
-  path: Path
-  files: frozenset[str]
-  config: settings.Json
-
-  def has(self, *stems: str) -> bool:
-    return any(name.split(".")[0] in stems for name in self.files if not name.endswith(".json"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-  """One format in. `weights` are the groups of file stems to open, one of each."""
-
-  what: str
-  matches: Callable[[Folder], bool]
-  weights: tuple[tuple[str, ...], ...]
-  parts: tuple[str, ...]
-  renames: Renames = PLAIN
-  base: bool = False  # the language model's weights are in another folder
-
-
-def _is_llava(folder: Folder) -> bool:
-  return "mm_vision_tower" in folder.config
-
-
-FORMATS: dict[str, Format] = {
-  "gguf": Format("a LLaMA in a GGUF file", lambda f: f.path.suffix == ".gguf", (),
-                 ("language_model",)),
-  "llava_lora": Format(
-    "LoRA folder of LLaVA or LLaVA-SP: adapter and non_lora_trainables, needs its base",
-    lambda f: "adapter_config.json" in f.files and f.has("non_lora_trainables"),
-    (("adapter_model",), ("non_lora_trainables",)), PARTS, LORA_FOLDER, base=True,
-  ),
-  "peft": Format(
-    "PEFT adapter alone, needs its base", lambda f: "adapter_config.json" in f.files,
-    (("adapter_model",),), ("language_model",), LORA_FOLDER, base=True,
-  ),
-  "stage1": Format(
-    "stage-1 projector of LLaVA or LLaVA-SP (model.bin or mm_projector.bin), needs its base",
-    lambda f: _is_llava(f) and bool({"model.bin", "mm_projector.bin"} & f.files),
-    (("model", "mm_projector"),), PARTS, ORIGINAL, base=True,
-  ),
-  "llava_hf": Format(
-    "LLaVA in the layout of transformers (llava-hf)",
-    lambda f: "text_config" in f.config and "vision_config" in f.config
-    and str(f.config.get("model_type")).startswith("llava"),
-    (torch_io.WEIGHTS,), PARTS, TRANSFORMERS,
-  ),
-  "llava": Format("LLaVA or LLaVA-SP, merged, in the original layout", _is_llava,
-                  (torch_io.WEIGHTS,), PARTS, ORIGINAL),
-  "vision_tower": Format(
-    "CLIP or SigLIP (the full model or its vision part)",
-    lambda f: f.config.get("model_type") in settings.TOWERS, (torch_io.WEIGHTS,),
-    ("vision_tower",),
-  ),
-  "language_model": Format(
-    "LLaMA-family language model of Hugging Face",
-    lambda f: f.config.get("model_type") in settings.FAMILIES, (torch_io.WEIGHTS,),
-    ("language_model",),
-  ),
-}  # fmt: skip
+__all__ = ["FORMATS", "NOTE", "PARTS", "Options", "Source", "cast", "copy_tokenizer",
+           "identify", "is_adapter", "look", "open_checkpoint"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,27 +83,6 @@ def cast(source: Source, dtype: str) -> Source:
   return dataclasses.replace(source, leaves=cast_leaves, config=config)
 
 
-def look(path: Path) -> Folder:
-  """Raises: FormatError when there is nothing at `path`."""
-  if path.is_file():
-    return Folder(path, frozenset({path.name}), {})
-  if not path.is_dir():
-    raise FormatError(f"{path}: no such folder or file")
-  files = frozenset(p.name for p in path.iterdir())
-  config = settings.read_json(path / "config.json") if "config.json" in files else {}
-  return Folder(path, files, config)
-
-
-def identify(folder: Folder) -> str:
-  """The name of a folder's format. Raises: FormatError that lists the known ones."""
-  for name, row in FORMATS.items():
-    if row.matches(folder):
-      return name
-  known = "\n  ".join(f"{name}: {row.what}" for name, row in FORMATS.items())
-  kind = folder.config.get("model_type", "no config.json with a model_type")
-  raise FormatError(f"{folder.path}: unknown format ({kind}); known:\n  {known}")
-
-
 def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   """Opens any checkpoint of FORMATS with the base and tower it needs.
 
@@ -207,7 +109,9 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   if llm and llm.tie_embeddings:
     tensors.pop("lm_head.weight", None)  # torch does not use it either
   if "projector" in row.parts:
-    model = _with_projector(model, tensors, options.row or said.get("row", ""), str(folder.path))
+    model = detect.with_projector(
+      model, tensors, options.row or said.get("row", ""), str(folder.path)
+    )
   found = leaves.gather(tensors.values(), _names(model, row.parts), problems)
   found = _used_layers(found, model)
   expected = {p: s for p, s in flatten_dict(build.abstract(model), sep="/").items()
@@ -225,8 +129,8 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
     name=folder.path.stem if name == "gguf" else folder.path.name, model=model,
     data=config_lib.Data(**data), train=config_lib.Train(steps=0),
   )  # fmt: skip
-  places = (folder.path, *([base] if base else []))
-  tokenizer = next((p for p in places if _has_tokenizer(p)), None)
+  folders = (folder.path, *([base] if base else []))
+  tokenizer = next((p for p in folders if places.has_tokenizer(p)), None)
   return Source(
     name, config, found, row.parts, tokenizer, base=options.base or _base_name(folder),
     tower=options.tower or folder.config.get("mm_vision_tower", ""),
@@ -250,7 +154,7 @@ def _open_language(
   own = settings.language_model(values, f"{folder.path}/config.json") if values else None
   if not row.base:
     return tensors, own, None
-  base = resolve(options.base or _base_name(folder), folder.path, "--base")
+  base = places.resolve(options.base or _base_name(folder), folder.path, "--base")
   weights, llm, _ = _open_language(look(base), FORMATS[_language_format(base)], options)
   if own and llm:
     odd = config_lib.differences(llm, own, "language_model")
@@ -289,37 +193,13 @@ def _open_tower(
     return folder.path, settings.tower(config, f"{folder.path}/config.json", layer), {}
   if "vision_config" in config and not options.tower:
     return folder.path, settings.tower(folder.config, f"{folder.path}/config.json", layer), {}
-  path = resolve(
+  path = places.resolve(
     options.tower or folder.config.get("mm_vision_tower", ""), folder.path, "--tower"
   )  # fmt: skip
   values = settings.read_json(path / "config.json")
   tower = settings.tower(values, f"{path}/config.json", layer)
   inside = any(name.startswith("vision_model.") for name in tensors)
   return path, tower, {} if inside else torch_io.open_named(path, torch_io.WEIGHTS)
-
-
-def resolve(name: str, beside: Path, flag: str) -> Path:
-  """A local folder: `name` itself, one next to `beside`, or a copy fetched from the hub.
-
-  Raises: FormatError that says which flag names it.
-  """
-  if not name:
-    raise FormatError(f"{beside} does not say what it was trained on; name it with {flag}")
-  for path in (Path(name), beside.parent / name, beside.parent.parent / name):
-    if path.exists():
-      return path
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-    raise FormatError(f"{name}: no such folder, but {beside} needs it; name another with {flag}")
-  from huggingface_hub import snapshot_download
-  from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-  wanted = ["*.json", "*.safetensors", "*.bin", "*.model"]
-  try:
-    return Path(snapshot_download(name, allow_patterns=wanted))
-  except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-    raise FormatError(
-      f"{name}: no such folder, and not fetched from the hub ({error}); name a folder with {flag}"
-    ) from None
 
 
 def _rename(tensors: Tensors, renames: Renames, origin: Path) -> Tensors:
@@ -369,100 +249,8 @@ def _used_layers(found: Leaves, model: config_lib.Model) -> Leaves:
   return result
 
 
-# Where the width of the spatial tokens shows: the first of these leaves that a row has.
-_WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel",
-           r"projector/register_0/token")  # fmt: skip
-
-
-def _with_projector(
-  model: config_lib.Model, tensors: Tensors, wanted: str, origin: str
-) -> config_lib.Model:
-  """`model` with the projector row whose names and shapes are those of the tensors.
-
-  The original's configs do not say which variant they are. Raises: FormatError when no row fits
-  (with what the nearest lacks), or when two do and `wanted` does not decide.
-  """
-  if wanted:
-    config_lib.lookup("--row", wanted, ROWS)
-  mine = [t for t in tensors.values() if not _ELSEWHERE.match(t.name)]
-  fitting, nearest = [], (10**9, 10**9, "", [""])
-  for candidate in _candidates(model, wanted):
-    row, sizes = candidate.projector.row, build.view_sizes(candidate)
-    names = tables.projector(row, model.tower.width, sizes)
-    unexpected: list[str] = []
-    found = leaves.gather(mine, names, unexpected)
-    complete = {p: target.name for p, target in tables.by_path(names).items()
-                if model.image_newline or p != _NEWLINE}  # fmt: skip
-    problems = [f"missing {name}" for p, name in complete.items() if p not in found]
-    if not unexpected and not problems:
-      width = next((found[p].shape[-1] for w in _WIDTHS for p in found if re.fullmatch(w, p)), 512)
-      projector = dataclasses.replace(candidate.projector, token_width=width)
-      candidate = dataclasses.replace(candidate, projector=projector)
-      expected = {p: s for p, s in flatten_dict(build.abstract(candidate), sep="/").items()
-                  if p.startswith("projector/")}  # fmt: skip
-      leaves.fit(found, expected, problems)
-      if not problems:
-        fitting.append(candidate)
-    found_here = (len(unexpected), len(problems), row, unexpected + problems)
-    nearest = min(nearest, found_here, key=lambda n: n[:2])
-  if len(fitting) == 1:
-    return fitting[0]
-  if fitting:
-    rows = " and ".join(c.projector.row for c in fitting)
-    raise FormatError(
-      f"{origin}: its tensors fit the projector rows {rows}, which differ only in how they "
-      "compute; the original's config does not say which it is. Give --row."
-    )
-  *_, row, problems = nearest
-  listed = "\n  ".join(problems)
-  raise FormatError(
-    f"{origin}: its projector is incomplete or of no known row, nothing was converted. The nearest "
-    f"row is {row!r}:\n  {listed}"
-  )
-
-
-_NEWLINE = "projector/image_newline"
-
-
-def _candidates(model: config_lib.Model, wanted: str) -> Iterator[config_lib.Model]:
-  """Every row with its own scales for the tower's grid, and with those of the original's 24 grid."""
-  for row in ROWS:
-    if wanted not in ("", row):
-      continue
-    seen = set()
-    for scales in ((), ROWS[row].scales(24)):
-      projector = config_lib.Projector(row=row, scales=scales)
-      candidate = dataclasses.replace(model, projector=projector)
-      try:
-        sizes = build.view_sizes(candidate)
-      except config_lib.ConfigError:
-        continue  # views larger than this tower's grid
-      if sizes not in seen:
-        seen.add(sizes)
-        yield candidate
-
-
-# Everything that is no projector's; what no row knows among the rest decides against a row.
-_ELSEWHERE = re.compile(
-  r"base_model\.|lm_head\.|model\.(layers|embed_tokens|norm)\.|vision_model\.|text_model\."
-)
-
-
 def _dtype(found: Leaves) -> str:
   """What to compute in and keep frozen parameters in: float32 where the base is stored in it."""
   base = [leaf for p, leaf in found.items() if not p.startswith("projector/") and not is_adapter(p)]
   largest = max(base, key=lambda leaf: leaf.nbytes)
   return "float32" if largest.dtype.itemsize >= 4 else "bfloat16"
-
-
-def copy_tokenizer(folder: Path, out: Path) -> None:
-  """The files of a tokenizer, and no others."""
-  wanted = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
-  out.mkdir(exist_ok=True)
-  for path in sorted(folder.iterdir()):
-    if path.is_file() and path.name.startswith(wanted):
-      shutil.copy(path, out / path.name)
-
-
-def _has_tokenizer(path: Path) -> bool:
-  return any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
