@@ -26,6 +26,7 @@ _DEFAULTS = {  # of transformers' classes: mean and deviation
   "crop": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
   "stretch": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+_OF_TOWERS = {"clip": "crop", "siglip": "stretch"}
 # PIL's numbers of its filters, which processors write.
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -33,16 +34,17 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 def images(
   values: Json, folder: Path, origin: Path, tower: config_lib.Tower | None = None,
-  allow_unknown: bool = False,
+  allow_unknown: bool = False, alone: bool = False,
 ) -> Json:  # fmt: skip
   """Preprocessing as keys of `config.Data`: the model's own choices, then the tower's processor.
 
-  `values` is the LLaVA's config.json, or a tower's; `folder` holds the processor's settings.
+  `values` is the LLaVA's config.json, or a tower's; `folder` holds the processor's settings; `alone`
+  says that there is a tower and nothing else.
 
   Raises: FormatError for settings that are missing, unknown, not computed or of another tower.
   """
   said = llava(values, f"{origin}/config.json", allow_unknown)
-  path, processor = _processor(folder, said, allow_unknown)
+  path, processor = _processor(folder, said, allow_unknown, tower if alone else None)
   result, aspect = _pixels(processor, path, tower)
   hf = is_llava_hf(values)
   if not hf:
@@ -64,9 +66,17 @@ def images(
   return result
 
 
-def _processor(folder: Path, said: Json, allow_unknown: bool) -> tuple[Path, Json]:
-  """The file of a processor's settings, and what is honored of them."""
+def _processor(
+  folder: Path, said: Json, allow_unknown: bool, alone: config_lib.Tower | None
+) -> tuple[Path, Json]:
+  """The file of a processor's settings, and what is honored of them.
+
+  A tower alone may have none: then its class's defaults are taken, as transformers does.
+  """
   path = next((folder / n for n in PROCESSOR_FILES if (folder / n).is_file()), None)
+  if path is None and alone:
+    kind = {fit: name for name, fit in FITS.items()}[_OF_TOWERS[alone.variant]]
+    return folder, {"image_processor_type": kind}
   if path is None:
     raise FormatError(
       f"{folder}: no {' or '.join(PROCESSOR_FILES)}: how pictures are prepared is not said; put "
@@ -78,9 +88,7 @@ def _processor(folder: Path, said: Json, allow_unknown: bool) -> tuple[Path, Jso
     outer = keys.read(read_json(joint), key_tables.PROCESSOR, str(joint), allow_unknown)
     name = "vision_feature_select_strategy"
     if name in said and outer.get(name) not in (None, said[name]):
-      raise FormatError(
-        f"{joint}: {name} is {outer[name]!r}, but config.json says {said[name]!r}"
-      )
+      raise FormatError(f"{joint}: {name} is {outer[name]!r}, but config.json says {said[name]!r}")
   if path == joint or isinstance(values.get("image_processor"), dict):
     values = values.get("image_processor") or {}
     if not values:
@@ -88,9 +96,7 @@ def _processor(folder: Path, said: Json, allow_unknown: bool) -> tuple[Path, Jso
   return path, keys.read(values, key_tables.PROCESSOR_IMAGE, str(path), allow_unknown)
 
 
-def _pixels(
-  processor: Json, path: Path, tower: config_lib.Tower | None
-) -> tuple[Json, str]:
+def _pixels(processor: Json, path: Path, tower: config_lib.Tower | None) -> tuple[Json, str]:
   """Keys of `config.Data`, and the aspect that the processor alone stands for."""
   kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
   kind = (kind or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")

@@ -123,12 +123,10 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   values = filled.rope_parameters
   kind = values.get("rope_type", "default")
   if kind not in ROPE_KEYS:
-    raise FormatError(
-      f"{origin}: not supported: rope {kind!r:.60}; known: {', '.join(ROPE_KEYS)}"
-    )
+    raise FormatError(f"{origin}: not supported: rope {kind!r:.60}; known: {', '.join(ROPE_KEYS)}")
   if "factor" in ROPE_KEYS[kind] and not values.get("factor"):
     raise FormatError(f"{origin}: rope {kind!r} without a factor: expected a number from 1 on")
-  known = {
+  known: dict[str, Any] = {
     "factor": values.get("factor"),
     "original_length": values.get("original_max_position_embeddings")
     or filled.max_position_embeddings,
@@ -138,12 +136,9 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
     "beta_slow": values.get("beta_slow"),
     "attention_factor": values.get("attention_factor"),
   }
-  whole = ("original_length",)
-  return config_lib.RopeScaling(
-    kind=kind,
-    **{k: v if k in whole else float(v) for k, v in known.items()
-       if v is not None and kind != "default"},
-  )  # fmt: skip
+  said = {k: v for k, v in known.items() if v is not None and kind != "default"}
+  numbers: dict[str, Any] = {k: v if k == "original_length" else float(v) for k, v in said.items()}
+  return config_lib.RopeScaling(kind=kind, **numbers)
 
 
 ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
@@ -157,7 +152,6 @@ ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
            "attention_factor": "attention_factor",
            "original_max_position_embeddings": "original_length"},
 }  # fmt: skip
-
 
 
 def tower(
