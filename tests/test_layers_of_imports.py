@@ -25,12 +25,15 @@ LAYERS = (
   (
     "ground",
     r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint|limits"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
-  ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
+  (
+    "loading",
+    r"convert\.(settings|settings_out|processors|adapters|leaves|formats|catalog|places|detect|stream|save|load|quantised)",
+  ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),
   ("evaluating", r"eval\..*"),
@@ -59,7 +62,7 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
-  (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
+  (r"convert\.(layout|tables|keys|key_tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
   (
     r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl)",
     ("jax", "flax", "numpy", "grain", "orbax"),
