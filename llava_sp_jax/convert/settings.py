@@ -5,11 +5,11 @@ Values that a file leaves out are the defaults of transformers' own config class
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import json_files
 from llava_sp_jax.convert.torch_io import FormatError
 
 # `model_type` of a config.json -> the family whose decoder it is.
@@ -32,15 +32,7 @@ Json = dict[str, Any]
 
 def read_json(path: Path) -> Json:
   """A JSON object. Raises: FormatError."""
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise FormatError(f"{path}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise FormatError(f"{path}: not JSON ({error})") from None
-  if not isinstance(values, dict):
-    raise FormatError(f"{path}: expected a JSON object, found {type(values).__name__}")
-  return values
+  return json_files.read_object(path)
 
 
 def _filled(family: str, values: Json) -> Any:
@@ -192,7 +184,9 @@ def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
   """Canvas sizes of anyres; the original also writes them as a text. Raises: FormatError."""
   try:
     pairs = (
-      json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+      json_files.parse(value.replace("(", "[").replace(")", "]").encode(), str(origin))
+      if isinstance(value, str)
+      else value
     )
     return tuple((int(width), int(height)) for width, height in pairs)
   except (ValueError, TypeError):
