@@ -15,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from llava_sp_jax import files, json_files
+
 Row = TypeVar("Row")
 
 
@@ -286,15 +288,11 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> Config:
   """The inverse of `to_json`, also of older versions. Raises: ConfigError."""
   try:
-    values = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ConfigError(f"not JSON: {error}") from None
-  if not isinstance(values, dict):
-    raise ConfigError(f"expected groups of keys, found {values!r:.60}")
+    values = json_files.parse_object(text.encode(), "config.json")
+  except files.FormatError as error:
+    raise ConfigError(str(error)) from None
   model = values.get("model", {})
-  if isinstance(model, dict) and isinstance(
-    model.get("remat"), bool
-  ):  # saved before policies had names
+  if isinstance(model, dict) and isinstance(model.get("remat"), bool):  # of before they had names
     model["remat"] = "full" if model["remat"] else "none"
   return from_dict(values)
 
