@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits, recipes
@@ -34,19 +32,9 @@ example:
   llava-sp train --config configs/easy_vqa.py:stage=pretrain,row=cropping --workdir runs/pretrain \\
     --config.train.steps=200
 
-keys and defaults:
+keys with their defaults, what they mean, and what they allow:
 """
 STOPPED_EARLY = 75  # sysexits.h: temporary failure, try again; launchers then go on
-
-
-def keys(values: Any, prefix: str = "config") -> list[str]:
-  """One line for each key of the config."""
-  lines = []
-  for field in dataclasses.fields(values):
-    value = getattr(values, field.name)
-    name = f"{prefix}.{field.name}"
-    lines += keys(value, name) if dataclasses.is_dataclass(value) else [f"  --{name}={value!r}"]
-  return lines
 
 
 def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:
@@ -96,7 +84,9 @@ def load_recipe(value: str) -> config_lib.Config:
 def main(argv: list[str]) -> int:
   """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command goes on."""
   if {"--help", "-h"} & set(argv):
-    print(USAGE + "\n".join(keys(config_lib.Config())))
+    from llava_sp_jax.tools import config_help
+
+    print(USAGE + config_help.text())
     return 0
   config, workdir = read_config(argv)
   limits.check(config)

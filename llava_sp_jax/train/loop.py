@@ -234,6 +234,8 @@ def _loop(
   if run.wish.step is not None:
     about["from_step"] = run.wish.step
   learns = list(train_state.trainable)
+  if not jax.process_index() and first < config.train.steps:
+    print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
   log = Log(folder, config, learns)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
