@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import traceback
 
-from llava_sp_jax import __version__, environment
+from llava_sp_jax import __version__, console, environment, errors
 
 TRACEBACK = "--traceback"  # with any command: where an error came from
 
@@ -70,13 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     code: int | None = importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
     sys.stdout.flush()
   except BrokenPipeError:  # who reads it has seen enough: `llava-sp inspect CKPT | head`
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    console.silence(sys.stdout)
     return 128 + signal.SIGPIPE
   except KeyboardInterrupt:
     print(f"llava-sp {name}: interrupted", file=sys.stderr)
     return 128 + signal.SIGINT
   except (ValueError, OSError, RuntimeError, MemoryError) as error:
-    line = _line(error)
+    line = errors.line(error)
     if not line:
       raise
     if trace:
@@ -84,18 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"llava-sp {name}: {line}", file=sys.stderr)
     return 1
   return code or 0
-
-
-def _line(error: BaseException) -> str:
-  """What a user reads of an error; empty for one that is a mistake of ours and keeps its traceback."""
-  text = str(error)
-  if type(error).__module__.startswith("llava_sp_jax"):
-    return text
-  if isinstance(error, OSError):  # files, disks, devices: it names the file
-    return text if error.filename is None else f"{error.filename}: {error.strerror or text}"
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-    return f"out of memory ({(text.splitlines() or ['on the host'])[0][:200]})"
-  return ""
 
 
 if __name__ == "__main__":

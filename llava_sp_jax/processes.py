@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import environment
+from llava_sp_jax import environment, errors
 
 MEET_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
@@ -232,6 +232,11 @@ def together(name: str, work: Callable[[], Result], only: int | None = None) -> 
   return result
 
 
+def _full(error: BaseException) -> bool:
+  """A disk that takes no more; errors of connections are the system's as well, and tell less."""
+  return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 class Watch(contextlib.AbstractContextManager):
   """Ends this process when it fails or stands still, so that the others do not wait for it for ever.
 
@@ -264,8 +269,11 @@ class Watch(contextlib.AbstractContextManager):
     self._done.set()
     if error is None or jax.process_count() == 1:
       return
-    if type(error).__module__.startswith("llava_sp_jax"):  # written to be read
-      self._end(f"{type(error).__name__}: {error}")
+    if isinstance(error, KeyboardInterrupt):
+      self._end("interrupted")
+      return
+    if type(error).__module__.startswith("llava_sp_jax") or _full(error):
+      self._end(f"{type(error).__name__}: {errors.line(error)}")
       return
     traceback.print_exception(error)
     self._end(

@@ -21,7 +21,7 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 # lower layers and of its own, except across the parts of a layer that EXCLUDING keeps apart.
 LAYERS = (
   ("version", r"__init__"),
-  ("files", r"locks|folders|jsonl"),
+  ("files", r"locks|folders|jsonl|errors|console"),
   (
     "ground",
     r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
@@ -68,7 +68,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl|files|json_files)",
+    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl|files|json_files|errors|console)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),

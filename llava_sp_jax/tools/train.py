@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import limits, recipes
+from llava_sp_jax import console, limits, recipes
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
 FLAGS = ("config", "workdir", "profile", "from-step", "allow-changed")
@@ -99,14 +99,15 @@ def main(argv: list[str]) -> int:
 
   wish = resume.Wish.of(given.get("from-step", ""), given.get("allow-changed", ""))
   checkpoint.check_folder(Path(workdir))
-  processes.start(process, config.train.peer_seconds, workdir)
-  evaluator = None
-  if config.evaluate.every:
-    from llava_sp_jax.eval import in_loop
+  with console.patient():
+    processes.start(process, config.train.peer_seconds, workdir)
+    evaluator = None
+    if config.evaluate.every:
+      from llava_sp_jax.eval import in_loop
 
-    evaluator = in_loop.InLoop(config, workdir)
-  result = loop.train(config, workdir, given.get("profile", ""), evaluator, wish)
-  if jax.process_index() == 0:
-    print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
-          f"{result.quarantined} samples quarantined")  # fmt: skip
+      evaluator = in_loop.InLoop(config, workdir)
+    result = loop.train(config, workdir, given.get("profile", ""), evaluator, wish)
+    if jax.process_index() == 0:
+      print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
+            f"{result.quarantined} samples quarantined")  # fmt: skip
   return 0 if result.step >= config.train.steps else STOPPED_EARLY

@@ -14,6 +14,7 @@ import pytest
 
 from llava_sp_jax import checkpoint, locks
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import load
 from llava_sp_jax.train import ledger, loop, resume
 from tests.conftest import ConfigMaker
 from tests.train.test_loop import Looker, config, logged
@@ -279,3 +280,16 @@ def test_a_file_is_no_workdir(values: config_lib.Config, tmp_path: Path, looker:
     with pytest.raises(checkpoint.CheckpointError, match="file is a file; name a folder"):
       loop.train(values, tmp_path / name)
   assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_damaged_step_is_not_what_a_run_is_opened_with(
+  run: Path, capsys: pytest.CaptureFixture
+) -> None:
+  assert load.open_own(run).step == 3
+  flip(run / "checkpoints/3/params")
+  assert load.open_own(run).step == 2
+  said = capsys.readouterr().err
+  assert f"WARNING: {run}: step 3 cannot be used: {run / 'checkpoints/3'}: " in said
+  assert "step 2 is used instead" in said
+  with pytest.raises(checkpoint.CheckpointError, match="stopped at step 2 of 5; finish it first"):
+    load.finished(run, "init.checkpoint")
