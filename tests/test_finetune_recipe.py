@@ -26,7 +26,7 @@ def test_sizes_and_reading_are_the_checkpoint_s(run_folder: Path, tiny_data: Pat
   assert dataclasses.asdict(config.model)["tower"] == base["model"]["tower"]
   assert config.model.lora.rank == 8, "its adapters go on learning"
   assert config.data.template == base["data"]["template"]
-  assert config.data.tokenizer == base["data"]["tokenizer"]
+  assert config.data.tokenizer == str(run_folder / "tokenizer"), "its own copy"
   assert config.train.steps == 5, "3 epochs of 12 samples in batches of 8"
   assert config.data.row_length == 96
   assert (config.optimizer.stage, config.optimizer.learning_rate) == ("finetune", 2e-4)
