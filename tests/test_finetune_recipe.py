@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import cli
+from llava_sp_jax.checkpoint import CheckpointError
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.train import loop
@@ -39,13 +40,13 @@ def test_a_converted_checkpoint_is_trained_on(
   merged = tmp_path / "merged"
   assert cli.main(["merge", str(run_folder), str(merged)]) == 0
   options = (
-    f"init={merged},data={tiny_data}/train.json,images={tiny_data}/images,batch=4,row_length=128"
+    f"init={merged},data={tiny_data}/train.json,images={tiny_data}/images,batch=8,row_length=128"
   )
   whole = load_recipe(f"{RECIPE}:{options},rank=0")
   assert (whole.optimizer.stage, whole.optimizer.learning_rate) == ("finetune_full", 2e-5)
   assert cli.main([
     "train", f"--config={RECIPE}:{options},rank=4", f"--workdir={tmp_path}/run",
-    "--config.train.steps=2", "--config.mesh.fsdp=1",
+    "--config.train.steps=2",
   ]) == 0  # fmt: skip
   config = json.loads((tmp_path / "run/config.json").read_text())
   assert config["model"]["lora"] == {"rank": 4, "alpha": 8.0, "dropout": 0.05}
@@ -63,7 +64,7 @@ def test_a_converted_checkpoint_is_trained_on(
   ],
 )
 def test_what_is_missing_is_said(run_folder: Path, options: str, said: str) -> None:
-  with pytest.raises((ConfigError, FileNotFoundError, ValueError), match=said):
+  with pytest.raises((ConfigError, FileNotFoundError, CheckpointError), match=said):
     load_recipe(f"{RECIPE}:{options.format(run=run_folder)}")
 
 
