@@ -108,7 +108,7 @@ def test_adapters_over_a_merged_llava(tmp_path: Path) -> None:
   """Decoder, tower, and what the LoRA folder lacks come from the base; the rest stands on top."""
   base = exported(tmp_path / "llava-v1.5-7b", "pooling", 0.5)
   task = exported(tmp_path / "task-lora", "pooling", 1.0, "llava_lora", rank=2)
-  change_json(task / "config.json", _name_or_path=base.name)
+  change_json(task / "config.json", _name_or_path=base.name, mm_vision_tower=str(base / "clip-vit"))
   change_json(task / "adapter_config.json", base_model_name_or_path=base.name)
   rewrite(task, lambda kept: [kept.pop(n) for n in list(kept) if "mm_projector" not in n])
   opened = formats.open_checkpoint(task, formats.Options(select_layer=-1))
