@@ -139,6 +139,7 @@ class Data:
   augment: str = "none"
   image_aspect: str = "pad"  # the original's image_aspect_ratio: pad, square, anyres
   image_fit: str = "crop"  # how a picture becomes square: crop (CLIP), stretch (SigLIP)
+  image_resample: str = "bicubic"  # how it is interpolated then: a row of data.image.RESAMPLES
   grid_pinpoints: tuple[tuple[int, int], ...] = (  # anyres: canvases (width, height) in pixels
     (336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008),
   )  # fmt: skip

@@ -24,14 +24,14 @@ LAYERS = (
   (
     "ground",
     r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|tensor|torch_\w+|safetensors_file|gguf\w*)|sharding|mesh|processes|checkpoint"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|tensor|torch_\w+|safetensors_file|gguf\w*)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   (
     "loading",
-    r"convert\.(settings|leaves|formats|catalog|places|detect|stream|save|load|quantised)",
+    r"convert\.(settings|settings_out|processors|adapters|leaves|formats|catalog|places|detect|stream|save|load|quantised)",
   ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),
@@ -61,7 +61,10 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
-  (r"convert\.(layout|tables|tensor|torch_|safetensors_|gguf)", ("jax", "flax", "optax", "orbax")),
+  (
+    r"convert\.(layout|tables|keys|key_tables|tensor|torch_|safetensors_|gguf)",
+    ("jax", "flax", "optax", "orbax"),
+  ),
   (r"(config|environment|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )

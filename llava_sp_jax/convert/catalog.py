@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,21 +16,29 @@ Renames = tuple[tuple[str, str], ...]
 
 # Names as they stand in each layout -> the names of `tables`.
 PLAIN: Renames = ()
+TOWER: Renames = (  # transformers from 5.0 on leaves out the tower's own prefix
+  (r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)", r"vision_model.\1"),
+)
 ORIGINAL: Renames = (
   (r"model\.vision_tower\.vision_tower\.(.*)", r"\1"),
   (r"mm_projector\.(.*)", r"model.mm_projector.\1"),
+  *TOWER,
 )
-LORA_FOLDER: Renames = (
-  (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
-  (r"base_model\.model\.(?!.*\.lora_[AB]\.)(.*)", r"\1"),
-)
-TRANSFORMERS: Renames = (  # the published layout, and the one of transformers >= 4.52
+TRANSFORMERS: Renames = (  # the published layout, and the one in memory of transformers >= 4.52
   (r"(?:model\.)?vision_tower\.(.*)", r"\1"),
   (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.0.\1"),
   (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.2.\1"),
   (r"(?:model\.)?image_newline", r"model.image_newline"),
   (r"language_model\.(model\..*|lm_head\..*)", r"\1"),
   (r"model\.language_model\.(.*)", r"model.\1"),
+  *TOWER,
+)
+LORA_FOLDER: Renames = (  # adapters keep their prefix; `adapters.place` looks at what they adapt
+  (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
+  (r"base_model\.model\.(?!.*\.lora_[AB]\.)(.*)", r"\1"),
+  (r"(.*)\.modules_to_save(?:\.default)?\.(weight|bias)", r"\1.\2"),
+  *ORIGINAL,
+  *TRANSFORMERS,
 )
 
 
@@ -58,7 +67,7 @@ class Format:
 
 
 def _is_llava(folder: Folder) -> bool:
-  return "mm_vision_tower" in folder.config
+  return settings.is_llava(folder.config)
 
 
 FORMATS: dict[str, Format] = {
@@ -80,8 +89,7 @@ FORMATS: dict[str, Format] = {
   ),
   "llava_hf": Format(
     "LLaVA in the layout of transformers (llava-hf)",
-    lambda f: "text_config" in f.config and "vision_config" in f.config
-    and str(f.config.get("model_type")).startswith("llava"),
+    lambda f: "vision_config" in f.config and settings.is_llava_hf(f.config),
     (torch_io.WEIGHTS,), PARTS, TRANSFORMERS,
   ),
   "llava": Format("LLaVA or LLaVA-SP, merged, in the original layout", _is_llava,
@@ -89,7 +97,7 @@ FORMATS: dict[str, Format] = {
   "vision_tower": Format(
     "CLIP or SigLIP (the full model or its vision part)",
     lambda f: f.config.get("model_type") in settings.TOWERS, (torch_io.WEIGHTS,),
-    ("vision_tower",),
+    ("vision_tower",), TOWER,
   ),
   "language_model": Format(
     "LLaMA-family language model of Hugging Face",
@@ -97,6 +105,14 @@ FORMATS: dict[str, Format] = {
     ("language_model",),
   ),
 }  # fmt: skip
+
+
+def rename(name: str, renames: Renames) -> str:
+  """A tensor's name in `tables`."""
+  for pattern, target in renames:
+    if re.fullmatch(pattern, name):
+      name = re.sub(pattern, target, name)
+  return name
 
 
 def look(path: Path) -> Folder:

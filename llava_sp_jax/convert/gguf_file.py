@@ -33,7 +33,19 @@ MAX_TEXTS = 1 << 20  # tokens and merges together
 MAX_AXES = 4
 
 # type -> (struct, numpy); texts and arrays are read otherwise
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+  0: "B",
+  1: "b",
+  2: "H",
+  3: "h",
+  4: "I",
+  5: "i",
+  6: "f",
+  7: "?",
+  10: "Q",
+  11: "q",
+  12: "d",
+}
 _BOOL, _TEXT, _ARRAY = 7, 8, 9
 
 
@@ -123,7 +135,9 @@ class _Reader:
         raise MalformedError(f"{place.name} overlaps another tensor or is not aligned")
       end = place.start + place.size
       if end > self.file.size:
-        raise MalformedError(f"{place.name} needs {end:,} bytes, but the file has {self.file.size:,}")
+        raise MalformedError(
+          f"{place.name} needs {end:,} bytes, but the file has {self.file.size:,}"
+        )
 
   # ---- parts of the head -------------------------------------------------------------------------
 
@@ -179,5 +193,7 @@ class _Reader:
       raise MalformedError(f"{name} is stored as the unknown type {kind:,}")
     values, size = blocks[kind]
     if shape[-1] % values:
-      raise MalformedError(f"{name} has rows of {shape[-1]:,}, which are no whole blocks of {values}")
+      raise MalformedError(
+        f"{name} has rows of {shape[-1]:,}, which are no whole blocks of {values}"
+      )
     return Place(name, shape, kind, start, math.prod(shape) // values * size)

@@ -59,7 +59,19 @@ class Cast(Leaf):
   inner: Leaf
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    return self.inner.read(index).astype(self.dtype)
+    return rounded(self.inner.read(index), self.dtype, self.path)
+
+
+def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+  """Values in another dtype. Raises: FormatError where float16 is too small for them."""
+  if dtype != np.float16 or values.dtype == np.float16:
+    return values.astype(dtype)
+  largest = float(np.abs(values).max(initial=0))
+  if largest >= 65520:  # rounds up to infinity
+    raise FormatError(
+      f"{path}: {largest:g} is too large for float16, which ends at 65504; take bfloat16 or float32"
+    )
+  return values.astype(dtype)
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Leaves:

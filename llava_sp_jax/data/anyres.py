@@ -54,6 +54,7 @@ class Reader:
     """Raises: ConfigError for settings that do not exist or do not fit the tile."""
     self._aspect = lookup("data.image_aspect", data.image_aspect, ASPECTS)
     lookup("data.image_fit", data.image_fit, image_lib.FITS)
+    lookup("data.image_resample", data.image_resample, image_lib.RESAMPLES)
     lookup("data.patch_merge", data.patch_merge, MERGES)
     if data.patch_merge == "spatial_unpad" and not tile.newline:
       raise ConfigError("data.patch_merge: 'spatial_unpad' needs model.image_newline=true")
@@ -67,7 +68,7 @@ class Reader:
     if data.image_aspect == "anyres" and data.augment != "none":
       raise ConfigError(f"data.augment: {data.augment!r} would move the tiles of one image apart")
     self.preprocess = image_lib.Preprocess(
-      tile.size, data.image_mean, data.image_std, data.image_fit
+      tile.size, data.image_mean, data.image_std, data.image_fit, data.image_resample
     )
     self.tile, self.pinpoints, self._merge = tile, data.grid_pinpoints, data.patch_merge
     areas = [w * h // tile.size**2 for w, h in self.pinpoints]

@@ -23,30 +23,40 @@ LONGEST = 200  # times its width or height: more is a line, which "crop" would e
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """What a vision tower expects of a picture. `fit` names a row of FITS; `size` in pixels."""
+  """What a vision tower expects of a picture; `size` in pixels.
+
+  `fit` names a row of FITS, `resample` one of RESAMPLES.
+  """
 
   size: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
   fit: str = "crop"
+  resample: str = "bicubic"
 
   @property
   def pad_colour(self) -> tuple[int, ...]:
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """Pads to a square with the mean colour, resizes (bicubic), normalises. -> [size, size, 3]."""
+    """Pads to a square with the mean colour, resizes, normalises. -> [size, size, 3]."""
     return self.square(pad_to_square(image.convert("RGB"), self.pad_colour))
 
   def square(self, image: Image.Image) -> np.ndarray:
     """An RGB picture of any shape, made square as `fit` says. -> [size, size, 3] float32."""
     if image.size != (self.size, self.size):
-      image = FITS[self.fit](image, self.size)
+      image = FITS[self.fit](image, self.size, RESAMPLES[self.resample])
     scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
     return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
-def crop(image: Image.Image, size: int) -> Image.Image:
+# What processors of others may name; LLaVA's is bicubic, SigLIP 2's bilinear.
+RESAMPLES = {kind.name.lower(): kind for kind in Image.Resampling}
+
+
+def crop(
+  image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
   """The shorter side becomes `size`, the middle of the longer one is kept (CLIP)."""
   short, long = sorted(image.size)
   if long > LONGEST * short:
@@ -54,13 +64,15 @@ def crop(image: Image.Image, size: int) -> Image.Image:
   enlarged = int(size * long / short)
   width, height = (size, enlarged) if image.width <= image.height else (enlarged, size)
   left, top = (width - size) // 2, (height - size) // 2
-  image = image.resize((width, height), Image.Resampling.BICUBIC)
+  image = image.resize((width, height), resample)
   return image.crop((left, top, left + size, top + size))
 
 
-def stretch(image: Image.Image, size: int) -> Image.Image:
+def stretch(
+  image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
   """Both sides become `size` (SigLIP)."""
-  return image.resize((size, size), Image.Resampling.BICUBIC)
+  return image.resize((size, size), resample)
 
 
 FITS = {"crop": crop, "stretch": stretch}

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.convert import source_options, to_options
 from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 DESCRIPTION = """\
@@ -191,7 +191,6 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.convert import formats
   from llava_sp_jax.eval import predictions, run, tables
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
@@ -202,7 +201,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   for name, task in tasks.items():  # before a model is loaded, and before hours of answering
     run.check(task, _compare(name, tasks, options))
   generations = {name: _generation(task, options) for name, task in tasks.items()}
-  given = formats.Options(options.base, options.tower, options.row, options.template)
+  given = to_options(options)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
