@@ -201,10 +201,10 @@ def _config(container: Container, allow_unknown: bool) -> Json:
 
 def _stretched(said: Json) -> Json:
   """llama.cpp stretches positions linearly by the factor, if there is one and nothing else is said."""
-  factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 0.0))
+  factor = float(said.get("rope.scaling.factor", said.get("rope.scale_linear")) or 0)
   if said.get("rope.scaling.type") == "none" or factor in (0, 1):
     return {}
-  return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
+  return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
 
 
 def _plain(value: Any) -> Any:
@@ -226,7 +226,7 @@ def write_tokenizer(path: Path, out: Path) -> None:
   if (pre := _text(container, "tokenizer.ggml.pre")) != "smollm":
     raise FormatError(f"{path}: knows the pre-tokenizer 'smollm', found {pre!a:.60}")
   tokens, merges = _texts(container, "tokens"), _texts(container, "merges")
-  pairs = [tuple(m.split(" ")) for m in merges]
+  pairs: Any = [tuple(m.split(" ")) for m in merges]
   kinds, control = container.values.get("tokenizer.ggml.token_type"), 3
   if (
     len(set(tokens)) < len(tokens) or not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens)
