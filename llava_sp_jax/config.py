@@ -15,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from llava_sp_jax import json_files
+
 Row = TypeVar("Row")
 
 
@@ -282,7 +284,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  values = json.loads(text)
+  values = json_files.parse_object(text.encode(), "config.json")
   model = values.get("model", {})
   if isinstance(model.get("remat"), bool):  # saved before policies had names
     model["remat"] = "full" if model["remat"] else "none"

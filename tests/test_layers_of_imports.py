@@ -23,8 +23,8 @@ LAYERS = (
   ("version", r"__init__"),
   (
     "ground",
-    r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|keys|key_tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
+    r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|tensor|torch_\w+|safetensors_file|gguf\w*)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),
@@ -47,7 +47,7 @@ EXCLUDING = (
   (r"data\.", r"(models|train|infer|eval|convert)\.|sharding|mesh|checkpoint"),
   (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
   (
-    r"convert\.(layout|tables|torch_|gguf)",
+    r"convert\.(layout|tables|tensor|torch_|safetensors_|gguf)",
     r"config|environment|devices|provenance|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
@@ -61,7 +61,10 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
-  (r"convert\.(layout|tables|keys|key_tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
+  (
+    r"convert\.(layout|tables|keys|key_tables|tensor|torch_|safetensors_|gguf)",
+    ("jax", "flax", "optax", "orbax"),
+  ),
   (r"(config|environment|recipes|cli|devices)", ("jax", "flax", "numpy", "grain", "orbax")),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
 )

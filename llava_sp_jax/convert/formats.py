@@ -183,7 +183,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   """Settings first, then names and shapes of the tensors; no values."""
   row, path, allow = FORMATS[name], folder.path, options.allow_unknown
   if name == "gguf":
-    llm = settings.language_model(gguf.config(path), str(path), allow)
+    llm = settings.language_model(gguf.config(path, allow), str(path), allow)
     return _Opened(gguf.open_gguf(path), row.parts, (path,), {}, path, {}, llm)
   origin = f"{path}/config.json"
   said = settings.llava(folder.config, origin, allow)

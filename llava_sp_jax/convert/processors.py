@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import json_files
 from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.settings import is_llava_hf, llava, read_json
@@ -167,7 +167,9 @@ def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
   """Canvas sizes of anyres; the original also writes them as a text. Raises: FormatError."""
   try:
     pairs = (
-      json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
+      json_files.parse(value.replace("(", "[").replace(")", "]").encode(), str(origin))
+      if isinstance(value, str)
+      else value
     )
     return tuple((int(width), int(height)) for width, height in pairs)
   except (ValueError, TypeError):

@@ -6,13 +6,13 @@ transformers' own config classes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import json_files
 from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError
@@ -35,15 +35,7 @@ TOWERS = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip",
 
 def read_json(path: Path) -> Json:
   """A JSON object. Raises: FormatError."""
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise FormatError(f"{path}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise FormatError(f"{path}: not JSON ({error})") from None
-  if not isinstance(values, dict):
-    raise FormatError(f"{path}: expected a JSON object, found {type(values).__name__}")
-  return values
+  return json_files.read_object(path)
 
 
 def _filled(family: str, values: Json, origin: str) -> Any:
