@@ -31,7 +31,7 @@ LAYERS = (
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   (
     "loading",
-    r"convert\.(settings|settings_out|processors|adapters|leaves|formats|catalog|places|detect|stream|save|save_hf|load|quantised)",
+    r"convert\.(settings|settings_out|processors|adapters|weights|leaves|formats|catalog|places|detect|stream|save|save_hf|load|quantised)",
   ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),

@@ -166,7 +166,7 @@ LLAVA: Table = {  # what the original's config.json has beside its decoder's key
   "tokenizer_padding_side": only("rows are padded on the right", "right", "left"),
   "use_mm_proj": idle("says that there is a projector; its tensors do"),
   **rows(_OF_TRAINING, "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_projector_lr",
-    "freeze_backbone", "mm_tunable_parts", "mm_vision_tower_lr", "unfreeze_mm_vision_tower",
+    "freeze_backbone", "tune_mm_vision_tower", "mm_tunable_parts", "mm_vision_tower_lr", "unfreeze_mm_vision_tower",
     "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "freeze_mm_vision_tower",
     "pretrain_mm_mlp_adapter", "vision_tower_pretrained", "group_by_modality_length",
     "unfreeze_language_model", "mm_perceiver_depth", "mm_perceiver_latents",
@@ -218,6 +218,7 @@ _VISION: Table = {
   **rows(idle("spread of new weights"), "initializer_range", "initializer_factor"),
   **rows(idle("of the other half of CLIP and SigLIP"), "projection_dim", "vocab_size",
     "vision_use_head", "text_config_dict", "num_image_tokens", "projector_hidden_act"),
+  "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 TOWERS: dict[str, Table] = {  # by `models.vit.VARIANTS`
   "clip": {**_VISION,
@@ -235,6 +236,7 @@ WHOLE_TOWER: Table = {  # config.json of the full CLIP or SigLIP
   **rows(idle("of the other half of CLIP and SigLIP"), "text_config", "text_config_dict",
     "vision_config_dict", "projection_dim", "logit_scale_init_value", "initializer_factor",
     "initializer_range", "hidden_size"),
+  "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 
 _NO_BASE = ("it changes the base's weights when PEFT loads it; save it as a plain LoRA (PEFT: "
