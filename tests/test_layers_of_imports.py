@@ -24,7 +24,7 @@ LAYERS = (
   (
     "ground",
     r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|keys|key_tables|tensor|torch_\w+|safetensors_file|gguf\w*)|sharding|mesh|processes|checkpoint"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
   ),

@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.convert import adapters, key_tables, keys, places, processors, settings
+from llava_sp_jax.convert import (
+  adapters,
+  key_tables,
+  keys,
+  keys_page,
+  places,
+  processors,
+  settings,
+)
 from llava_sp_jax.convert.torch_io import FormatError
+from tests.conftest import REPOSITORY
 from tests.convert.test_settings import SIZES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -41,6 +50,11 @@ def test_every_row_says_what_becomes_of_its_key(name: str) -> None:
     assert row.why, key
     assert (row.values is not None) == (row.place == keys.REFUSED), key
     assert keys.problem(key, None, row) == "" or row.place == keys.HONORED, key
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+  """`python -m llava_sp_jax.convert.keys_page > docs/foreign_settings.md` makes it anew."""
+  assert (REPOSITORY / "docs/foreign_settings.md").read_text() == keys_page.page()
 
 
 def test_keys_that_transformers_writes_all_have_a_place() -> None:
