@@ -25,7 +25,7 @@ LAYERS = (
   (
     "ground",
     r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|keys|key_tables|tensor|torch_\w+|safetensors_file|gguf\w*)"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)"
     r"|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
     r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
@@ -33,7 +33,7 @@ LAYERS = (
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   (
     "loading",
-    r"convert\.(settings|settings_out|processors|adapters|leaves|formats|catalog|places|detect|stream|save|load|quantised)",
+    r"convert\.(settings|settings_out|processors|adapters|weights|leaves|formats|catalog|places|detect|stream|save|save_hf|load|quantised)",
   ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),

@@ -8,7 +8,6 @@ no value has been read yet.
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,13 +28,13 @@ from llava_sp_jax.convert import (
   settings_out,
   tables,
   torch_io,
+  weights,
 )
 from llava_sp_jax.convert.catalog import (
   FORMATS,
   NOTE,
   PARTS,
   Folder,
-  Format,
   identify,
   look,
   rename,
@@ -44,7 +43,7 @@ from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.places import copy_tokenizer
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
-from llava_sp_jax.data import anyres
+from llava_sp_jax.data import anyres, conversation
 from llava_sp_jax.models import build
 
 __all__ = ["FORMATS", "NOTE", "PARTS", "Options", "Source", "cast", "copy_tokenizer",
@@ -103,6 +102,8 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   Raises: FormatError that lists all that is missing, unexpected, mis-shaped or contradictory;
   ConfigError for settings that no config of ours may have.
   """
+  if options.template:
+    config_lib.lookup("--template", options.template, conversation.TEMPLATES)
   folder = look(places.local(str(path)))
   name = identify(folder)
   row, opened = FORMATS[name], _open(folder, name, options)
@@ -183,7 +184,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   """Settings first, then names and shapes of the tensors; no values."""
   row, path, allow = FORMATS[name], folder.path, options.allow_unknown
   if name == "gguf":
-    llm = settings.language_model(gguf.config(path), str(path), allow)
+    llm = settings.language_model(gguf.config(path, allow), str(path), allow)
     return _Opened(gguf.open_gguf(path), row.parts, (path,), {}, path, {}, llm)
   origin = f"{path}/config.json"
   said = settings.llava(folder.config, origin, allow)
@@ -200,7 +201,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   if row.base:
     base = _open_base(folder, recipe, options)
     _same_decoder(own, base, path)
-  tensors = _tensors(folder, row)
+  tensors = weights.named(folder, row)
   hints = tuple(n for n in (*names, _base_name(folder, recipe)) if n)
   if base is None:
     return _Opened(tensors, row.parts, (path,), folder.config, path, said, own, recipe, hints)
@@ -284,48 +285,11 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.Tower, Te
     values = settings.read_json(path / "config.json")
     origin = f"{path}/config.json"
   tower = settings.tower(values, origin, layer, allow)
-  weights: Tensors = {}
+  found: Tensors = {}
   if path != opened.home and (not inside or torch_io.find(path, torch_io.WEIGHTS)):
-    weights = _tensors(look(path), FORMATS["vision_tower"])
+    found = weights.named(look(path), FORMATS["vision_tower"])
   data = processors.images(config, path, opened.home, tower, allow, alone=alone)
-  return tower, weights, data
-
-
-# Names of what quantizers put beside or in place of a weight.
-_QUANTIZED = re.compile(
-  r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format"
-  r"|qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|input_scale)"
-)
-
-
-def _tensors(folder: Folder, row: Format) -> Tensors:
-  """A folder's own tensors under the names of `tables`.
-
-  Raises: FormatError when two get one name, or when they hold no values that can be used.
-  """
-  result: Tensors = {}
-  for stems in row.weights:
-    opened = torch_io.open_named(folder.path, stems)
-    packed = [name for name in opened if _QUANTIZED.fullmatch(name)]
-    if packed:
-      raise FormatError(
-        f"{folder.path}: quantized weights ({packed[0]} and {len(packed) - 1} more such tensors) are "
-        "not read; give the folder that they were made from, or save it dequantized (transformers: "
-        "model.dequantize(), then save_pretrained)"
-      )
-    empty = [t.name for t in opened.values() if 0 in t.shape]
-    if empty:
-      raise FormatError(
-        f"{folder.path}: {len(empty)} tensors have no values (shape [0]: {empty[0]}): they were "
-        "saved while DeepSpeed ZeRO-3 had them divided over processes; gather them with its "
-        "zero_to_fp32.py, or save with stage3_gather_16bit_weights_on_model_save"
-      )
-    for name, tensor in opened.items():
-      new = rename(name, row.renames)
-      if new in result:
-        raise FormatError(f"{folder.path}: two tensors are {new}: {result[new].name}, {name}")
-      result[new] = tensor.renamed(new)
-  return result
+  return tower, found, data
 
 
 def _names(model: config_lib.Model, parts: tuple[str, ...]) -> tuple[tables.Row, ...]:

@@ -156,15 +156,17 @@ LLAVA: Table = {  # what the original's config.json has beside its decoder's key
   "mm_projector_type": only("the projector's MLP has two layers", "mlp2x_gelu"),
   **rows(only("an image is surrounded by no marks here", False), "mm_use_im_start_end"),
   "mm_use_im_patch_token": only("images have no token of the vocabulary here", False),
-  "image_aspect_ratio": honored(maybe(TEXT), "how a picture becomes square"),
+  "image_aspect_ratio": honored(maybe(choice("pad", "square", "anyres")),
+    "how a picture becomes square, or tiles"),
   "image_grid_pinpoints": honored(maybe(either(TEXT, listing(listing(SIZE, 2, 2)))),
     "canvases of anyres, (width, height)"),
-  "mm_patch_merge_type": honored(maybe(TEXT), "order of an image's tokens"),
+  "mm_patch_merge_type": honored(maybe(choice("flat", "spatial", "spatial_unpad")),
+    "order of the tokens of anyres"),
   "tokenizer_model_max_length": honored(whole(8, 1 << 24), "tokens of a row in training"),
   "tokenizer_padding_side": only("rows are padded on the right", "right", "left"),
   "use_mm_proj": idle("says that there is a projector; its tensors do"),
   **rows(_OF_TRAINING, "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_projector_lr",
-    "freeze_backbone", "mm_tunable_parts", "mm_vision_tower_lr", "unfreeze_mm_vision_tower",
+    "freeze_backbone", "tune_mm_vision_tower", "mm_tunable_parts", "mm_vision_tower_lr", "unfreeze_mm_vision_tower",
     "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "freeze_mm_vision_tower",
     "pretrain_mm_mlp_adapter", "vision_tower_pretrained", "group_by_modality_length",
     "unfreeze_language_model", "mm_perceiver_depth", "mm_perceiver_latents",
@@ -216,6 +218,7 @@ _VISION: Table = {
   **rows(idle("spread of new weights"), "initializer_range", "initializer_factor"),
   **rows(idle("of the other half of CLIP and SigLIP"), "projection_dim", "vocab_size",
     "vision_use_head", "text_config_dict", "num_image_tokens", "projector_hidden_act"),
+  "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 TOWERS: dict[str, Table] = {  # by `models.vit.VARIANTS`
   "clip": {**_VISION,
@@ -233,6 +236,7 @@ WHOLE_TOWER: Table = {  # config.json of the full CLIP or SigLIP
   **rows(idle("of the other half of CLIP and SigLIP"), "text_config", "text_config_dict",
     "vision_config_dict", "projection_dim", "logit_scale_init_value", "initializer_factor",
     "initializer_range", "hidden_size"),
+  "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 
 _NO_BASE = ("it changes the base's weights when PEFT loads it; save it as a plain LoRA (PEFT: "

@@ -73,6 +73,7 @@ SIZE = whole(1, 1 << 24)
 LAYERS = whole(1, 4096)
 POSITIVE = real(1e-30, 1e30)
 
+NOTHING: tuple[Any, ...] = (False, 0, "", [], {})  # how a file says that something is not there
 HONORED, IDLE, REFUSED = "honored", "without effect", "refused"
 
 
@@ -106,7 +107,7 @@ def only(why: str, *values: Any) -> Key:
 
 def never(why: str) -> Key:
   """Refused unless it says nothing: null, false, 0, or empty."""
-  return Key(REFUSED, why, values=(False, 0, "", [], {}))
+  return Key(REFUSED, why, values=NOTHING)
 
 
 def rows(key: Key, *names: str) -> dict[str, Key]:

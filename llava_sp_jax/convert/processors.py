@@ -62,6 +62,7 @@ def images(
       result["grid_pinpoints"] = tuple((width, height) for height, width in listed)
   elif listed:
     result["grid_pinpoints"] = pinpoints(listed, origin)
+  if not hf and aspect == "anyres":  # one square has one order, whatever its config names
     result["patch_merge"] = said.get("mm_patch_merge_type") or "flat"
   return result
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
-from llava_sp_jax.convert import settings_out, tables, torch_write
+from llava_sp_jax.convert import save_hf, settings_out, tables, torch_write
 from llava_sp_jax.convert.formats import NOTE, Source, cast, copy_tokenizer, is_adapter
 from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, rounded, to_tensors
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
@@ -130,30 +130,9 @@ def _llava_lora(model: Source, out: Path) -> None:
 
 def _llava_hf(model: Source, out: Path) -> None:
   """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
-  config = model.config
-  tensors = [t.renamed(f"language_model.{t.name}")
-             for t in to_tensors(model.part("language_model"), tables.LLAMA)]  # fmt: skip
-  tensors += [t.renamed(f"vision_tower.{t.name}") for t in _tower_tensors(model)]
-  for tensor in to_tensors(model.part("projector"), _projector_rows(model)):
-    layer = {"0": "linear_1", "2": "linear_2"}[tensor.name.split(".")[2]]
-    kind = tensor.name.rsplit(".", 1)[1]
-    tensors.append(tensor.renamed(f"multi_modal_projector.{layer}.{kind}"))
-  torch_write.save_safetensors(tensors, out)
-  text = settings_out.language_model_json(config.model.language_model, config.model.frozen_dtype)
-  vision = settings_out.tower_json(config.model.tower, build.tower_layers(config.model))
-  count = build.image_token_count(config.model)
-  _json(out / "config.json", {
-    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
-    "text_config": text, "vision_config": vision, "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1, "vision_feature_select_strategy": "default" if
-    config.model.tower.variant == "clip" else "full", "image_seq_length": count,
-    "image_token_index": config.model.language_model.vocab_size - 1, "torch_dtype":
-    config.model.frozen_dtype, "tie_word_embeddings": config.model.language_model.tie_embeddings,
-  })  # fmt: skip
-  _json(out / "preprocessor_config.json",
-        settings_out.processor_json(config.data, config.model.tower.image_size))  # fmt: skip
-  if model.tokenizer:
-    copy_tokenizer(model.tokenizer, out)
+  projector = to_tensors(model.part("projector"), _projector_rows(model))
+  save_hf.write(model, out, _tower_tensors(model), projector)
+  _note(model, out)
 
 
 def _tower_tensors(model: Source) -> list[Tensor]:
@@ -279,8 +258,5 @@ def _refuse(model: Source, name: str, row: Export) -> None:
     raise FormatError(f"--format {name} needs {', '.join(lacking)}, which this checkpoint lacks")
   if not row.folds and not model.config.model.lora.rank:
     raise FormatError(f"--format {name}: this checkpoint has no adapters; export 'llava' instead")
-  if name == "llava_hf" and model.config.model.projector.row != "none":
-    raise FormatError(
-      f"--format llava_hf: transformers has no spatial tokens (row {model.config.model.projector.row}"
-      "); export 'llava' for the original code, or 'language_model' for the decoder alone"
-    )
+  if name == "llava_hf":
+    save_hf.refuse(model)

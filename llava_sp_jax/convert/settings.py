@@ -116,8 +116,6 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   kind = values.get("rope_type", "default")
   if kind not in ROPE_KEYS:
     raise FormatError(f"{origin}: not supported: rope {kind!r:.60}; known: {', '.join(ROPE_KEYS)}")
-  if "factor" in ROPE_KEYS[kind] and not values.get("factor"):
-    raise FormatError(f"{origin}: rope {kind!r} without a factor: expected a number from 1 on")
   known: dict[str, Any] = {
     "factor": values.get("factor"),
     "original_length": values.get("original_max_position_embeddings")

@@ -29,6 +29,12 @@ class Pretrained:
   fingerprint: str = ""  # of the frozen base
 
 
+def padded_from(model: Pretrained) -> int:
+  """The first id that the tokenizer does not have though the model has a row for it; 0: none."""
+  known, rows = len(model.tokenizer), model.config.model.language_model.vocab_size
+  return known if known < rows else 0
+
+
 def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
   """Loads the latest checkpoint of a training run.
 
