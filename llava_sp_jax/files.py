@@ -53,10 +53,20 @@ def read(path: Path, limit: int) -> bytes:
     size = os.fstat(file.fileno()).st_size
     if size > limit:
       raise FormatError(f"{path}: {size:,} bytes, expected at most {limit:,}")
-    try:
-      return file.read(limit)
-    except OSError as error:
-      raise FormatError(f"{path}: cannot be read ({_reason(error)})") from None
+    # Not to the end: what /proc shows has no size, and may have no end.
+    return read_at(file, path, 0, size)
+
+
+def read_at(file: BinaryIO, path: Path, start: int, count: int) -> bytes:
+  """At most `count` bytes, fewer at the file's end. Raises: FormatError when it cannot be read."""
+  parts = []
+  try:
+    while count and (part := os.pread(file.fileno(), min(count, 1 << 30), start)):
+      parts.append(part)
+      start, count = start + len(part), count - len(part)
+  except OSError as error:
+    raise FormatError(f"{path}: cannot be read ({_reason(error)})") from None
+  return b"".join(parts)
 
 
 def _reason(error: Exception) -> str:

@@ -86,7 +86,7 @@ class DataFile:
     """Raises: FormatError."""
     with files.open_regular(path) as file:
       about = os.fstat(file.fileno())
-      if os.pread(file.fileno(), len(_POINTER), 0) == _POINTER:
+      if files.read_at(file, path, 0, len(_POINTER)) == _POINTER:
         raise FormatError(
           f"{path}: a pointer of Git LFS, not the file itself; git lfs pull brings it"
         )
@@ -98,13 +98,10 @@ class DataFile:
       raise MalformedError("the file ends too early")
     with files.open_regular(self.path) as file:
       self._same(os.fstat(file.fileno()))
-      parts, left = [], count
-      while left and (part := os.pread(file.fileno(), min(left, 1 << 30), start)):
-        parts.append(part)
-        start, left = start + len(part), left - len(part)
-    if left:
+      data = files.read_at(file, self.path, start, count)
+    if len(data) < count:
       raise MalformedError("the file ends too early")
-    return b"".join(parts)
+    return data
 
   def map(self, dtype: np.dtype, start: int, count: int, big_endian: bool = False) -> np.ndarray:
     """`count` items as the machine orders their bytes; a view of the file where that can be.
@@ -116,7 +113,10 @@ class DataFile:
     with files.open_regular(self.path) as file:
       self._same(os.fstat(file.fileno()))
       stored = np.dtype(f"{'>' if big_endian else '<'}u{dtype.itemsize}")
-      mapped = np.memmap(file, stored, "r", start, (count,))
+      try:
+        mapped = np.memmap(file, stored, "r", start, (count,))
+      except OSError as error:
+        raise FormatError(f"{self.path}: cannot be mapped ({error.strerror})") from None
     native = stored.newbyteorder("=")
     if stored != native or start % dtype.itemsize:
       return mapped.astype(native).view(dtype)

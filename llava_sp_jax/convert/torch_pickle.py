@@ -219,7 +219,7 @@ class _Machine:
 
   def name(self, module: Any, name: Any) -> None:
     if (module, name) not in NAMES:
-      shown = f"{module}.{name}".encode("ascii", "backslashreplace").decode()[:120]
+      shown = ascii(f"{module}.{name}"[:120])[1:-1]
       raise MalformedError(f"refuses {shown}: only tensors are read")
     self.push(NAMES[module, name])
 

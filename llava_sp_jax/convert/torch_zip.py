@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -54,8 +53,9 @@ def members(file: DataFile) -> dict[str, Member]:
   with files.open_regular(file.path) as opened:
     for raw, crc, length, place in sorted(entries, key=lambda entry: entry[3]):
       name = raw.decode("utf-8", "backslashreplace")
-      header = os.pread(opened.fileno(), _LOCAL.size + len(raw), place)
-      if place < end or len(header) < _LOCAL.size + len(raw):
+      beside = place < end or place > start
+      header = b"" if beside else files.read_at(opened, file.path, place, _LOCAL.size + len(raw))
+      if len(header) < _LOCAL.size + len(raw):
         raise MalformedError(f"member {_shown(name)} overlaps another or is truncated")
       magic, *_, name_length, extra_length = _LOCAL.unpack(header[: _LOCAL.size])
       if magic != b"PK\3\4" or header[_LOCAL.size :] != raw or name_length != len(raw):

@@ -68,7 +68,7 @@ def test_the_watchdog_bites(what: str) -> None:
   harm = {
     "hang": "while True: pass",
     "sleep": "import time; time.sleep(100)",
-    "memory": "bytearray(fuzz.MEMORY)",
+    "memory": "bytearray(2 * fuzz.MEMORY)",
   }[what]
   code = f"""
 from tests.convert import fuzz

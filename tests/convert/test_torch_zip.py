@@ -129,6 +129,36 @@ def test_sizes_beyond_32_bits(tmp_path: Path) -> None:
   np.testing.assert_array_equal(open_bin(tmp_path / "x.bin")["a"].array(), SIX.reshape(2, 3))
 
 
+def with_wide(path: Path, size: int, place: int) -> Path:
+  """The last entry with its size and place in 64 bits."""
+  content = path.read_bytes()
+  at, end = content.rindex(ENTRY), len(content) - 22
+  old = bytearray(content[at:end])
+  extra = struct.pack("<HHQQQ", 1, 24, size, size, place)
+  struct.pack_into("<LL", old, 20, 0xFFFFFFFF, 0xFFFFFFFF)
+  struct.pack_into("<H", old, 30, len(extra))
+  struct.pack_into("<L", old, 42, 0xFFFFFFFF)
+  last = bytearray(content[end:])
+  struct.pack_into("<L", last, 12, struct.unpack_from("<L", last, 12)[0] + len(extra))
+  path.write_bytes(content[:at] + old + extra + last)
+  return path
+
+
+def test_places_beyond_32_bits(tmp_path: Path) -> None:
+  content = save(tmp_path / "x.bin").read_bytes()
+  place = content.index(b"archive/data/0") - 30
+  good = with_wide(tmp_path / "x.bin", 24, place)
+  np.testing.assert_array_equal(open_bin(good)["a"].array(), SIX.reshape(2, 3))
+  for size, odd in (
+    (24, 2**64 - 1),
+    (24, 2**63),
+    (2**64 - 1, place),
+    (24, place + 1),
+    (2**40, place),
+  ):
+    refused(with_wide(save(tmp_path / "x.bin"), size, odd), "member archive/data/0 ")
+
+
 def test_a_zip_without_a_checkpoint_and_a_text(tmp_path: Path) -> None:
   with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
     archive.writestr("hello", "x")
