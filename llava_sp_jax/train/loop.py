@@ -16,7 +16,7 @@ import jax
 from llava_sp_jax import checkpoint, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.data import anyres, pipeline
+from llava_sp_jax.data import ahead, anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import (
@@ -196,9 +196,18 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
+  run.iterator.stopped = lambda: stop.asked
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
-      batch = log.waiting(run.iterator)
+      try:
+        batch = log.waiting(run.iterator)
+      except ahead.Stopped:  # the step before this one is the last
+        number, asked, noticed = number - 1, True, time.monotonic()
+        if number > first:
+          skips.settle()
+          book.secure()
+          checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
+        break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
       if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
@@ -215,7 +224,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
       held_out: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
-          held_out |= run.validator(train_state)
+          held_out |= run.validator(train_state, lambda: stop.asked)
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
           held_out |= run.evaluator(
@@ -236,8 +245,8 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   checkpoints.close()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
-    print(f"asked to stop: saved step {number} in {seconds:.1f} s; the same command goes on from "
-          "there", flush=True)  # fmt: skip
+    done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
+    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
   if jax.process_index() == 0:
     samples = [i for i in run.iterator.usable if i not in quarantine]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
