@@ -26,7 +26,7 @@ LAYERS = (
     r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
     r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
-    r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
+    r"|eval\.(__init__|task|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
@@ -49,7 +49,7 @@ EXCLUDING = (
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (
-    r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)",
+    r"eval\.(task|scoring|files|judge|web|benchmark|choices|sheet)",
     r"infer\.(?!generation|__init__)|train\.|models\.",
   ),
 )
