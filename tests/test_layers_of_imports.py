@@ -28,7 +28,7 @@ LAYERS = (
     r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)"
     r"|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
-    r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
+    r"|eval\.(__init__|task|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   (
@@ -54,7 +54,7 @@ EXCLUDING = (
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (
-    r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)",
+    r"eval\.(task|scoring|files|judge|web|benchmark|choices|sheet)",
     r"infer\.(?!generation|__init__)|train\.|models\.",
   ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+SHOWN = 3  # rows that were left out, and are named
 COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
 # Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
 SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio", "anls"})
@@ -37,15 +38,21 @@ def interval(scores: Mapping[str, Any]) -> str:
 def coverage(scores: Mapping[str, Any]) -> str:
   """Over how many questions the headline was taken, and why over no more."""
   total, failed = scores["by_kind"]["all"], len(scores["failures"])
-  unjudged = scores["figures"].get("unjudged")
+  unjudged, bad = scores["figures"].get("unjudged"), scores.get("left_out", ())
   whole = scores.get("questions", scores["asked"])
   limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
   said = [
     f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
     f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
+    f"{len(bad)} left out, whose truth or options are not understood: {_shown(bad)}" if bad else "",
   ]
   return "; ".join(filter(None, said)) + "."
+
+
+def _shown(rows: Sequence[Mapping[str, str]]) -> str:
+  more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+  return ", ".join(f"{row['id']} ({row['error']})" for row in rows[:SHOWN]) + more
 
 
 def figures(scores: Mapping[str, Any]) -> list[str]:

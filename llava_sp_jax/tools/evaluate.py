@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
   add("--option", action="append", default=[], metavar="KEY=VALUE", help="any other of the task's")
   add("--compare", default="", help="results of another run on the same data: shows what flipped; "
       "with several tasks: COMPARE/TASK")  # fmt: skip
+  add("--allow-missing", action="store_true", help="end with code 0 although questions have no "
+      "answer (an image that cannot be read); else with 1")  # fmt: skip
   add("--retry", action="store_true", help="ask again what has no answer yet (images put back)")
 
   hosts = result.add_argument_group("several hosts")
@@ -75,13 +78,14 @@ def parser() -> argparse.ArgumentParser:
   return result
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+  """Evaluates. Returns 1 when questions were left without an answer, unless that is allowed."""
   options = parser().parse_args(argv)
   if options.list:
     from llava_sp_jax.eval import tables
 
     tables.draw("", *tables.listed())
-    return
+    return 0
   from llava_sp_jax import processes
 
   _check_counts(options)
@@ -92,12 +96,25 @@ def main(argv: list[str]) -> None:
     tasks = _tasks(
       [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n], options
     )
-    if options.merge:
-      _merge(tasks, options)
-    else:
-      _evaluate(tasks, options)
+    found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
     # The first to leave would end the others, whose questions may take hours longer.
     processes.meet("answers are written", processes.WITHOUT_LIMIT)
+  lines = [line for name, scores in found.items() if (line := _unanswered(name, scores))]
+  for line in lines:
+    print(f"llava-sp eval: {line}", file=sys.stderr)
+  return 1 if lines and not options.allow_missing else 0
+
+
+def _unanswered(name: str, scores: Mapping[str, Any]) -> str:
+  """What to tell of questions without an answer; empty when all have one, or parts are not there."""
+  failures = scores.get("failures", ())
+  if not failures:
+    return ""
+  first = failures[0]
+  return (
+    f"{name}: {len(failures)} of {scores['asked']} questions have no answer, first {first['id']} "
+    f"({first['error']}); --retry asks them again, --allow-missing takes the scores as they are"
+  )
 
 
 def _check_counts(options: argparse.Namespace) -> None:
@@ -200,22 +217,25 @@ def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> 
   return f"{options.compare}/{name}" if several else options.compare
 
 
-def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+  """The scores of each task."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import run, tables
 
   if not options.out and not options.checkpoint:
     raise ConfigError("--merge: give --out, the folder that the parts wrote to")
-  done = {}
+  found = {}
   for name, task in tasks.items():
     out = _out(name, tasks, options)
-    done[name] = run.finish(task, out, options.limit, _compare(name, tasks, options))
-    tables.show(done[name])
+    found[name] = run.finish(task, out, options.limit, _compare(name, tasks, options))
+    tables.show(found[name])
     _written(out)
-  _together(done, options)
+  _together(found, options)
+  return found
 
 
-def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+  """The scores of each task, or which parts are not there yet."""
   from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import predictions, run, tables
@@ -232,7 +252,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
-  done = {}
+  found = {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
@@ -249,14 +269,15 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
       options.retry,
       _compare(name, tasks, options),
     )
+    found[name] = scores
     if "missing" in scores:
       print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
             "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
     else:
-      done[name] = scores
       tables.show(scores)
       _written(out)
-  _together({name: done[name] for name in tasks if name in done}, options)
+  _together({n: found[n] for n in tasks if "missing" not in found[n]}, options)
+  return found
 
 
 def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:

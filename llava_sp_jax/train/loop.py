@@ -17,7 +17,7 @@ import jax
 from llava_sp_jax import checkpoint, jsonl, limits, locks, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.data import anyres, held_out, pipeline
+from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import (
@@ -240,9 +240,18 @@ def _loop(
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
+  run.iterator.stopped = lambda: stop.asked
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
-      batch = log.waiting(run.iterator)
+      try:
+        batch = log.waiting(run.iterator)
+      except ahead.Stopped:  # the step before this one is the last
+        number, asked, noticed = number - 1, True, time.monotonic()
+        if number > first:
+          skips.settle()
+          book.secure()
+          checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
+        break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
       if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
@@ -259,7 +268,7 @@ def _loop(
       held_out: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
-          held_out |= run.validator(train_state)
+          held_out |= run.validator(train_state, lambda: stop.asked)
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
           held_out |= run.evaluator(
@@ -281,8 +290,8 @@ def _loop(
   checkpoints.close()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
-    print(f"asked to stop: saved step {number} in {seconds:.1f} s; the same command goes on from "
-          "there", flush=True)  # fmt: skip
+    done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
+    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
