@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,4 +122,7 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
       print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
             f"{result.quarantined} samples quarantined")  # fmt: skip
+    if result.waiting and jax.process_count() == 1:
+      sys.stdout.flush()
+      os._exit(STOPPED_EARLY)  # all is written; Python would wait for the threads that still read
   return 0 if result.step >= config.train.steps else STOPPED_EARLY

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,7 @@ from llava_sp_jax.train.metrics import Log
 from llava_sp_jax.train.validation import Validator
 
 METRICS_FILE = sinks.METRICS_FILE
+Waited = TypeVar("Waited")
 
 # Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
 # permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
@@ -60,6 +61,7 @@ class Result:
   step: int
   seconds: float
   quarantined: int
+  waiting: bool = False  # it was asked while it waited for data, which threads still read
 
 
 def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
@@ -237,10 +239,21 @@ def _loop(
   log = Log(folder, config, learns)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
-  number, metrics, asked, noticed = first, None, False, 0.0
+  number, metrics, asked, noticed, waiting = first, None, False, 0.0, False
+
+  def save(step: int) -> None:
+    skips.settle()
+    book.secure()
+    checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
-      batch = log.waiting(run.iterator)
+      batch = stop.unless_asked(lambda: log.waiting(run.iterator))
+      if batch is None:  # asked while there was none
+        asked, noticed, waiting, number = True, time.monotonic(), True, number - 1
+        if number > first:
+          save(number)
+        break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
       if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
@@ -267,13 +280,10 @@ def _loop(
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()
-      save = asked or number % config.train.save_every == 0 or number == config.train.steps
       run.watch.beat(number)
       run.lock.check()
-      if save:
-        skips.settle()
-        book.secure()
-        checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
+      if asked or number % config.train.save_every == 0 or number == config.train.steps:
+        save(number)
       if asked:
         break
   checkpoints.close()
@@ -285,7 +295,7 @@ def _loop(
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
-  return Result(number, log.seconds, quarantine.count)
+  return Result(number, log.seconds, quarantine.count, waiting)
 
 
 def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
@@ -305,6 +315,10 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
   )
 
 
+class _AskedError(Exception):
+  """A stop was asked for in the middle of a wait."""
+
+
 class StopRequest:
   """Notices SIGTERM (and ctrl-C) and lets the step finish.
 
@@ -313,7 +327,7 @@ class StopRequest:
   """
 
   def __init__(self, several: bool = False) -> None:
-    self.asked, self._several = False, several
+    self.asked, self._several, self._waits = False, several, False
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> StopRequest:
@@ -328,6 +342,23 @@ class StopRequest:
       signal.raise_signal(signal.SIGTERM)
     else:
       self.asked = True
+      if self._waits:
+        raise _AskedError
+
+  def unless_asked(self, wait: Callable[[], Waited]) -> Waited | None:
+    """What `wait` returns; None as soon as a stop is asked for. Nothing may have been computed."""
+    try:
+      return self._wait(wait)
+    except _AskedError:
+      self._waits = False  # it may have come before `_wait` could
+      return None
+
+  def _wait(self, wait: Callable[[], Waited]) -> Waited | None:
+    try:
+      self._waits = True
+      return None if self.asked else wait()
+    finally:
+      self._waits = False
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._before.items():
