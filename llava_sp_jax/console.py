@@ -48,6 +48,6 @@ def silence(stream: TextIO) -> None:
 def patient() -> Iterator[None]:
   """Work in the block is not ended by a closed pipe: `llava-sp train ... | head` trains on."""
   out, err = Patient(sys.stdout), Patient(sys.stderr)
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     yield
     out.flush()

@@ -42,7 +42,12 @@ def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
       (out / MARK).write_text(json.dumps({"command": command}) + "\n")
     for name in makes:
       remove(out / name)
-    yield out
+    try:
+      yield out
+    except BaseException:
+      if not {path.name for path in out.iterdir()} - {MARK, locks.FILE}:
+        (out / MARK).unlink()  # nothing was begun
+      raise
     (out / MARK).unlink()
 
 

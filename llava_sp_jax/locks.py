@@ -83,7 +83,8 @@ class Lock(contextlib.AbstractContextManager):
     self._made = missing
     try:
       while not self._created():
-        self._take_over(self._dead())
+        if dead := self._dead():
+          self._take_over(dead)
     except BaseException:
       self._tidy()
       raise
@@ -95,8 +96,7 @@ class Lock(contextlib.AbstractContextManager):
     self._done.set()
     if self._thread:
       self._thread.join(BEAT)
-    owner, _beats = read(self._folder)
-    if owner == self._owner:
+    if read(self._folder) == self._owner:
       self._path.unlink(missing_ok=True)
     self._tidy()
 
@@ -117,53 +117,66 @@ class Lock(contextlib.AbstractContextManager):
       place = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
       return False
-    with os.fdopen(place, "wb") as file:
-      file.write(self._content())
+    try:
+      with os.fdopen(place, "wb") as file:
+        file.write(self._content())
+    except OSError:  # the disk is full
+      self._path.unlink()
+      raise
     return True
 
-  def _dead(self) -> Owner | None:
-    """The owner of the lock that is there, if it is dead. Raises: LockError when it is alive."""
-    owner, seen = read(self._folder)
-    began, told = time.monotonic(), False
-    while True:
-      alive = owner.alive() if owner else None
-      if owner and alive is not None:
-        if alive:
-          raise LockError(_used(self._folder, owner))
-        return owner
-      waited = time.monotonic() - began
-      if waited > (PATIENCE if owner else TORN) or not self._path.exists():
-        return owner
-      if owner and not told:
-        told = True
-        print(f"{self._folder}: locked by {owner}, which this host cannot see; looking for up to "
-              f"{PATIENCE:.0f} s whether it is alive", flush=True)  # fmt: skip
-      time.sleep(min(BEAT, TORN) / 4)
-      now, beats = read(self._folder)
-      if now and owner and (now, beats) != (owner, seen):
-        raise LockError(_used(self._folder, now))
-      if now:
-        owner, seen = now, beats
+  def _dead(self) -> _Seen | None:
+    """The lock that is there, if nobody holds it; None when it goes by itself.
 
-  def _take_over(self, dead: Owner | None) -> None:
-    """Moves the lock of `dead` away, and puts it back if another newcomer was quicker."""
-    aside = self._path.with_name(f"{FILE}.{self._owner.token}")
+    Raises: LockError when its owner is alive.
+    """
+    seen = _look(self._path)
+    began, told = time.monotonic(), False
+    while seen:
+      alive = seen.owner.alive() if seen.owner else None
+      if seen.owner and alive is not None:
+        if alive:
+          raise LockError(_used(self._folder, seen.owner))
+        return seen
+      if time.monotonic() - began > (PATIENCE if seen.owner else TORN):
+        return seen
+      if seen.owner and not told:
+        told = True
+        print(f"{self._folder}: locked by {seen.owner}, which this host cannot see; looking for up "
+              f"to {PATIENCE:.0f} s whether it is alive", flush=True)  # fmt: skip
+      time.sleep(min(BEAT, TORN) / 4)
+      now = _look(self._path)
+      if now and now.owner and seen.owner and (now.owner, now.beats) != (seen.owner, seen.beats):
+        raise LockError(_used(self._folder, now.owner))
+      if now is None or now.owner or not seen.owner:  # a beat may be half written
+        began = time.monotonic() if now and not now.owner and now != seen else began
+        seen = now
+    return None
+
+  def _take_over(self, dead: _Seen) -> None:
+    """Removes a dead lock, one newcomer after the other: the next sees that it is another by then."""
+    guard = self._path.with_name(f"{FILE}.next")
     try:
-      self._path.rename(aside)
-    except FileNotFoundError:
+      os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+      time.sleep(TORN / 10)
+      with contextlib.suppress(OSError):  # whoever made it was killed, or has just removed it
+        if time.time() - guard.stat().st_mtime > 2 * PATIENCE:
+          guard.unlink()
       return
-    found = _parsed(aside)[0]
-    if found != dead:
-      with contextlib.suppress(FileExistsError):
-        os.link(aside, self._path)
-    elif dead:
-      print(f"{self._folder}: the lock of {dead} was left behind and is taken over", flush=True)
-    aside.unlink()
+    try:
+      if _look(self._path) == dead:
+        self._path.unlink()
+        if dead.owner:
+          print(f"{self._folder}: the lock of {dead.owner} was left behind and is taken over",
+                flush=True)  # fmt: skip
+    finally:
+      guard.unlink(missing_ok=True)
 
   def _beat(self) -> None:
     while not self._done.wait(BEAT):
       with contextlib.suppress(OSError):  # a disk that is away for a while
-        owner, _beats = read(self._folder)
+        owner = read(self._folder)
         if owner and owner != self._owner:
           self.lost = str(owner)
           return
@@ -177,19 +190,39 @@ class Lock(contextlib.AbstractContextManager):
         folder.rmdir()
 
 
-def read(folder: Path) -> tuple[Owner | None, int]:
-  """Who has the lock of a folder, and its beats; (None, 0) without a lock that can be read."""
-  return _parsed(folder / FILE)
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+  """A lock as it was read; two that cannot be read differ by their files."""
+
+  owner: Owner | None
+  beats: int
+  file: tuple[int, int]  # inode, time of the last change in ns
 
 
-def _parsed(path: Path) -> tuple[Owner | None, int]:
+def read(folder: Path) -> Owner | None:
+  """Who has the lock of a folder; None without a lock that can be read."""
+  seen = _look(folder / FILE)
+  return seen.owner if seen else None
+
+
+def _look(path: Path) -> _Seen | None:
+  """None where there is no lock."""
   try:
-    values = json.loads(path.read_bytes())
+    with path.open("rb") as file:
+      content, about = file.read(2 * SIZE), os.fstat(file.fileno())
+  except FileNotFoundError:
+    return None
+  except OSError:  # a folder, or a disk that is away
+    return _Seen(None, 0, (0, 0))
+  place = (about.st_ino, about.st_mtime_ns)
+  try:
+    values = json.loads(content)
     beats = int(values.pop("beats"))
     owner = Owner(**values)
-  except (OSError, ValueError, TypeError, KeyError, AttributeError):
-    return None, 0
-  return (owner, beats) if isinstance(owner.process, int) and owner.process > 0 else (None, 0)
+  except (ValueError, TypeError, KeyError, AttributeError):
+    return _Seen(None, 0, place)
+  whole = isinstance(owner.process, int) and owner.process > 0
+  return _Seen(owner, beats, place) if whole else _Seen(None, 0, place)
 
 
 def _used(folder: Path, owner: Owner) -> str:

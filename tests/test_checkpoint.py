@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +270,31 @@ def test_a_newer_step_that_cannot_be_read_is_told_and_an_older_one_opened(
     checkpoint.CheckpointError, match=r"no checkpoint can be used: step 1 .* \[\]"
   ):
     checkpoint.saved(tmp_path, accept)
+
+
+def failing(error: Exception) -> Callable[[], None]:
+  def fail() -> None:
+    raise error
+
+  return fail
+
+
+@pytest.mark.parametrize(
+  ("error", "line"),
+  [
+    (ValueError("long\n\nand more"), "x: not read (long)"),
+    (KeyError(), "x: not read (KeyError)"),
+    (OSError(28, "No space left on device"), "x: not read ([Errno 28] No space left on device); free "
+     "some space and give the same command again"),
+  ],
+)  # fmt: skip
+def test_whatever_a_library_raises_is_one_line_with_its_traceback_as_a_note(
+  error: Exception, line: str
+) -> None:
+  with pytest.raises(checkpoint.CheckpointError) as raised:
+    checkpoint.told("x: not read", failing(error))
+  assert str(raised.value) == line
+  assert "in fail" in raised.value.__notes__[0]
+  for other in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")):
+    with pytest.raises(type(other)):
+      checkpoint.told("x: not read", failing(other))

@@ -132,6 +132,13 @@ def test_after_an_error_the_same_command_goes_on(tmp_path: Path) -> None:
   assert contents(tmp_path) == {"out/y": "2"}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_before_anything_is_written_leaves_nothing(tmp_path: Path, way: type) -> None:
+  with pytest.raises(ZeroDivisionError), way(tmp_path / "a/out", "convert"):
+    raise ZeroDivisionError
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_mark_that_was_torn_is_an_empty_folder(tmp_path: Path) -> None:
   (tmp_path / folders.MARK).write_text('{"comm')
   with folders.new(tmp_path, "merge"):

@@ -13,9 +13,11 @@ def main(argv: list[str]) -> None:
     epilog="example: llava-sp tokenizer SmolLM2-135M-Instruct.Q4_1.gguf data/smollm2",
   )
   parser.add_argument("gguf", type=Path)
-  parser.add_argument("out", type=Path)
+  parser.add_argument("out", type=Path, help="new folder")
   options = parser.parse_args(argv)
+  from llava_sp_jax import folders
   from llava_sp_jax.convert import gguf
 
-  gguf.write_tokenizer(options.gguf, options.out)
+  with folders.new(options.out, "tokenizer"):
+    gguf.write_tokenizer(options.gguf, options.out)
   print(f"written: {options.out}/tokenizer.json")

@@ -241,6 +241,12 @@ def _loop(
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
   run.iterator.stopped = lambda: stop.asked
+
+  def save(step: int) -> None:
+    skips.settle()
+    book.secure()
+    checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
       try:
@@ -248,9 +254,7 @@ def _loop(
       except ahead.Stopped:  # the step before this one is the last
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
-          skips.settle()
-          book.secure()
-          checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
+          save(number)
         break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
@@ -278,13 +282,10 @@ def _loop(
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()
-      save = asked or number % config.train.save_every == 0 or number == config.train.steps
       run.watch.beat(number)
       run.lock.check()
-      if save:
-        skips.settle()
-        book.secure()
-        checkpoints.save(number, train_state.trainable, train_state.opt_state, about)
+      if asked or number % config.train.save_every == 0 or number == config.train.steps:
+        save(number)
       if asked:
         break
   checkpoints.close()

@@ -139,7 +139,7 @@ class Wandb:
     import wandb
 
     file = folder / "wandb_id.txt"
-    if not file.is_file():
+    if not file.is_file() or not file.read_text().strip():  # torn by a kill
       file.write_text(uuid.uuid4().hex[:12])
     self._run = wandb.init(
       id=file.read_text().strip(), resume="allow", name=config.name, dir=str(folder),
