@@ -344,15 +344,3 @@ NOTE: Table = {  # llava_sp.json of our own exports
   "base_dtype": honored(choice("float32", "bfloat16", "float16"), "of the base in training"),
   "version": idle("of the writer", ANYTHING),
 }  # fmt: skip
-
-# Every table by the file it reads; tests and docs go through them.
-FILES: dict[str, Table] = {
-  "config.json of a LLaMA": DECODERS["llama"], "config.json of a Mistral": DECODERS["mistral"],
-  "config.json of a Qwen2": DECODERS["qwen2"], "rope_parameters, rope_scaling": ROPE,
-  "config.json of LLaVA, beside its decoder's keys": LLAVA,
-  "config.json of llava-hf": LLAVA_HF, "vision_config of CLIP": TOWERS["clip"],
-  "vision_config of SigLIP": TOWERS["siglip"], "config.json of CLIP and SigLIP": WHOLE_TOWER,
-  "adapter_config.json": ADAPTER, "preprocessor_config.json": PROCESSOR_IMAGE,
-  "processor_config.json": PROCESSOR, "tokenizer_config.json": TOKENIZER,
-  "generation_config.json": GENERATION, "llava_sp.json": NOTE,
-}  # fmt: skip
