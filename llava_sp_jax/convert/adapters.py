@@ -78,8 +78,14 @@ def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
   return Recipe(path, said)
 
 
-def refuse_unfinished(folder: Path, files: frozenset[str]) -> None:
-  """Raises: FormatError for an adapter that LLaVA's trainer saved on its way, without projector."""
+def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> None:
+  """Raises: FormatError for an adapter of a LLaVA that its trainer saved without the projector."""
+  if is_llava:
+    raise FormatError(
+      f"{folder}: an adapter without its projector: config.json says that it is a LLaVA's, but "
+      "non_lora_trainables.bin, where LLaVA's trainer puts the projector, is not there; get that "
+      "file as well"
+    )
   states = sorted(n for n in files if n.startswith("global_step"))
   arguments = folder / "training_args.bin"
   of_llava = False

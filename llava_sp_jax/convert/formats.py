@@ -195,7 +195,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
     names = [values.get("model_type"), values.get("_name_or_path"),
              folder.config.get("_name_or_path")]  # fmt: skip
   if name == "peft":
-    adapters.refuse_unfinished(path, folder.files)
+    adapters.refuse_unfinished(path, folder.files, settings.is_llava(folder.config))
   recipe = adapters.recipe(path, allow)
   base = None
   if row.base:

@@ -50,7 +50,7 @@ GENERATION: Table = {  # generation_config.json
   **rows(idle("what another program gives back"), "output_attentions", "output_hidden_states",
     "output_logits", "output_scores", "return_dict_in_generate"),
   **rows(idle("says who wrote the file"), "transformers_version", "_from_model_config",
-    "generation_kwargs"),
+    "generation_kwargs", "chat_format", "trust_remote_code", "attn_implementation"),
 }  # fmt: skip
 
 _GRAPH = "a part that decoders and towers here do not have"
@@ -332,7 +332,8 @@ TOKENIZER: Table = {  # tokenizer_config.json
     "special_tokens_map_file", "trust_remote_code", "errors", "use_fast", "model_input_names",
     "transformers_version", "tokenizer_type", "unk_id", "max_length", "stride", "pad_to_multiple_of",
     "pad_token_type_id", "truncation_strategy", "return_tensors", "padding", "verbose",
-    "device_map", "cache_dir", "vocab_file", "merges_file", "init_inputs", "use_auth_token"),
+    "device_map", "cache_dir", "vocab_file", "merges_file", "init_inputs", "use_auth_token",
+    "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "is_fast"),
 }  # fmt: skip
 
 NOTE: Table = {  # llava_sp.json of our own exports
@@ -342,16 +343,4 @@ NOTE: Table = {  # llava_sp.json of our own exports
   "base_fingerprint": honored(TEXT, "of the base that adapters were trained on"),
   "base_dtype": honored(choice("float32", "bfloat16", "float16"), "of the base in training"),
   "version": idle("of the writer", ANYTHING),
-}  # fmt: skip
-
-# Every table by the file it reads; tests and docs go through them.
-FILES: dict[str, Table] = {
-  "config.json of a LLaMA": DECODERS["llama"], "config.json of a Mistral": DECODERS["mistral"],
-  "config.json of a Qwen2": DECODERS["qwen2"], "rope_parameters, rope_scaling": ROPE,
-  "config.json of LLaVA, beside its decoder's keys": LLAVA,
-  "config.json of llava-hf": LLAVA_HF, "vision_config of CLIP": TOWERS["clip"],
-  "vision_config of SigLIP": TOWERS["siglip"], "config.json of CLIP and SigLIP": WHOLE_TOWER,
-  "adapter_config.json": ADAPTER, "preprocessor_config.json": PROCESSOR_IMAGE,
-  "processor_config.json": PROCESSOR, "tokenizer_config.json": TOKENIZER,
-  "generation_config.json": GENERATION, "llava_sp.json": NOTE,
 }  # fmt: skip

@@ -146,7 +146,8 @@ def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) ->
   if unknown and not allow_unknown:
     listed = ", ".join(unknown[:12]) + (f" and {len(unknown) - 12} more" if unknown[12:] else "")
     problems.append(
-      f"unknown key {listed}: what it changes is not known here; {ALLOW} passes unknown keys over"
+      f"unknown key {listed}: what it changes is not known here; llava-sp convert {ALLOW} passes "
+      "unknown keys over"
     )
   if problems:
     raise FormatError(f"{origin}: {'; '.join(problems)}")

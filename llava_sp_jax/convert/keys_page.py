@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from llava_sp_jax.convert import keys
-from llava_sp_jax.convert.key_tables import FILES
+from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Key, Table
+
+# Every table by the file it reads; tests and docs go through them.
+FILES: dict[str, Table] = {
+  "config.json of a LLaMA": key_tables.DECODERS["llama"], "config.json of a Mistral": key_tables.DECODERS["mistral"],
+  "config.json of a Qwen2": key_tables.DECODERS["qwen2"], "rope_parameters, rope_scaling": key_tables.ROPE,
+  "config.json of LLaVA, beside its decoder's keys": key_tables.LLAVA,
+  "config.json of llava-hf": key_tables.LLAVA_HF, "vision_config of CLIP": key_tables.TOWERS["clip"],
+  "vision_config of SigLIP": key_tables.TOWERS["siglip"], "config.json of CLIP and SigLIP": key_tables.WHOLE_TOWER,
+  "adapter_config.json": key_tables.ADAPTER, "preprocessor_config.json": key_tables.PROCESSOR_IMAGE,
+  "processor_config.json": key_tables.PROCESSOR, "tokenizer_config.json": key_tables.TOKENIZER,
+  "generation_config.json": key_tables.GENERATION, "llava_sp.json": key_tables.NOTE,
+}  # fmt: skip
 
 HEAD = f"""\
 # Settings of others, key by key

@@ -41,7 +41,10 @@ class Folded(Leaf):
     a = self.lora_a.read((layers, rows, whole)).astype(np.float32)
     b = self.lora_b.read((layers, whole, columns)).astype(np.float32)
     for i in range(len(kernel)):  # layer by layer: the product is as large as the kernel
-      sum_ = kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])
+      with np.errstate(over="ignore", invalid="ignore"):
+        sum_ = kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])
+      if not np.isfinite(sum_).all():
+        raise FormatError(f"{self.path}: its adapter at scale {self.scale:g} is too large to fold")
       kernel[i] = rounded(sum_, self.dtype, self.path)
     return kernel
 

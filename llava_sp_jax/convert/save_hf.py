@@ -19,9 +19,10 @@ from llava_sp_jax.convert import settings_out, tables, torch_write
 from llava_sp_jax.convert.formats import Source, copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
-from llava_sp_jax.data import conversation
+from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.conversation import IMAGE, Template
-from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.example import IMAGE_ID
+from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
 from llava_sp_jax.models import build
 
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # what has a row for each id
@@ -84,29 +85,65 @@ class _Tokens:
       ours = Tokenizer(place)
       stops = ours.stop_ids(conversation.TEMPLATES[template].end)
       theirs: Any = AutoTokenizer.from_pretrained(place, padding_side="left")
-    _same_ids(ours, theirs, conversation.TEMPLATES[template], folder)
     new = IMAGE not in theirs.get_vocab()
     if new:
       theirs.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if theirs.pad_token is None:
       theirs.pad_token = theirs.unk_token or theirs.eos_token
     theirs.chat_template = None  # written beside it
-    theirs.save_pretrained(out)
     image = theirs.convert_tokens_to_ids(IMAGE)
+    _read_alike(ours, theirs, image, conversation.TEMPLATES[template], folder)
+    theirs.save_pretrained(out)
+    settings = json.loads((out / SETTINGS_FILE).read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # others build their own tokenizer.json
+    (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     return cls(image, new, stops, ours.bos_id, theirs.pad_token_id, tuple(range(len(theirs), rows)))
 
 
-def _same_ids(ours: Tokenizer, theirs: Any, template: Template, folder: Path) -> None:
-  """Raises: FormatError where transformers reads the text of a prompt otherwise."""
-  for text in (
-    template.system + (template.first or template.before),
-    f"\nWhat is it?{template.after}",
-  ):
-    if text and tuple(theirs(text, add_special_tokens=False).input_ids) != ours.encode(text):
-      raise FormatError(
-        f"{folder}: transformers reads {text!r:.60} as other ids than training did, so its answers "
-        "would differ; export 'llava' for the original code, or 'language_model'"
-      )
+def _read_alike(ours: Tokenizer, theirs: Any, image: int, template: Template, folder: Path) -> None:
+  """Makes transformers read prompts as training does, which reads the text behind an image anew.
+
+  Raises: FormatError where it cannot.
+  """
+  before = template.system + (template.first or template.before)
+  one = f"{before}{IMAGE}\nWhat is it?{template.after}"
+  two = f"{one}{template.answer}it is{template.end}{template.before}And?{template.after}"
+
+  def agrees(text: str) -> bool:
+    runs = reading.tokenize([conversation.Piece(text, False, 0)], ours)
+    wanted = [image if i == IMAGE_ID else i for run in runs for i in run.ids]
+    return wanted == list(theirs(text).input_ids)
+
+  inner = theirs.backend_tokenizer
+  normalizer, splitter = inner.normalizer, inner.pre_tokenizer
+  for texts in ((one, two), (one,)):
+    for change in _BLANKS:
+      change(inner)
+      if all(map(agrees, texts)):
+        return
+      inner.normalizer, inner.pre_tokenizer = normalizer, splitter
+  raise FormatError(
+    f"{folder}: transformers reads a prompt of this tokenizer as other ids than training did, so its "
+    "answers would differ; export 'llava' for the original code, or 'language_model'"
+  )
+
+
+def _blank_behind_images(inner: Any) -> None:
+  from tokenizers import Regex, normalizers
+
+  line = normalizers.Replace(Regex(r"\A\n"), " \n")
+  inner.normalizer = normalizers.Sequence([line, *([inner.normalizer] if inner.normalizer else [])])
+
+
+def _blank_in_front_of_every_text(inner: Any) -> None:
+  from tokenizers import pre_tokenizers
+
+  if isinstance(inner.pre_tokenizer, pre_tokenizers.Metaspace):
+    inner.pre_tokenizer.prepend_scheme = "always"
+
+
+# Where sentencepiece puts blanks that transformers does not.
+_BLANKS = (lambda inner: None, _blank_behind_images, _blank_in_front_of_every_text)
 
 
 def _with_row(tensor: Tensor, row: int) -> Tensor:

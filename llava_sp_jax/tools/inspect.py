@@ -46,7 +46,9 @@ def main(argv: list[str]) -> None:
     row = model.projector
     print(f"projector       row {row.row}, views {build.view_sizes(model)}, token width "
           f"{row.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
-    print(f"images          {data.image_aspect}, {data.image_fit}; template {data.template}")
+    print(
+      f"images          {data.image_aspect}, {data.image_fit}, {data.image_resample}; template {data.template}"
+    )
   fingerprint = load.base_fingerprint(source) if options.fingerprint else source.fingerprint
   print(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")
   print(f"\n{'part':<16}{'parameters':>16}{'GB':>10}  dtypes")

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, leaves, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
@@ -29,6 +30,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "i
           "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+LLAMA = {"model_type": "llava_llama", **TEXT}
 IMAGE, SIZE, PATCHES = 63, 28, 4  # the image's token, pixels, tokens of a tile
 PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "resample": 3,
           "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE},
@@ -166,6 +168,10 @@ def test_an_adapter_of_a_training_on_its_way_lacks_the_projector(llm: Path, tmp_
   (folder / "training_args.bin").write_bytes(b"..llava.train.train TrainingArguments")
   with pytest.raises(FormatError, match=r"without its projector.*is in no file of this folder"):
     formats.open_checkpoint(folder, formats.Options(base=str(llm)))
+  (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "clip", **LLAMA}))
+  with pytest.raises(FormatError, match=r"config.json says .* non_lora_trainables.bin, where"):
+    formats.open_checkpoint(folder, formats.Options(base=str(llm)))
+  (folder / "config.json").unlink()
   (folder / "global_step500").mkdir()
   with pytest.raises(FormatError, match=r"is in global_step500/ .*non_lora_trainables.bin"):
     formats.open_checkpoint(folder, formats.Options(base=str(llm)))
@@ -302,6 +308,13 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
   with pytest.raises(FormatError, match="fc1/kernel: 70000 is too large for float16"):
     save.export(ours, "llava", tmp_path / "x", dtype="float16")
   assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_that_overflows_is_not_folded(tmp_path: Path) -> None:
+  ours = source("none", lora=config_lib.Lora(rank=2, alpha=1e6))
+  ours.leaves["language_model/layers/q_proj/lora_a"].read()[...] *= np.float32(1e34)
+  with pytest.raises(FormatError, match="q_proj/kernel: its adapter at scale 500000 is too large"):
+    save.fold(ours).leaves["language_model/layers/q_proj/kernel"].read()
 
 
 def test_files_have_the_mode_of_files(tmp_path: Path) -> None:

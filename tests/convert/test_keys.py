@@ -43,9 +43,9 @@ def write(folder: Path, name: str, values: Any) -> Path:
   return folder
 
 
-@pytest.mark.parametrize("name", key_tables.FILES)
+@pytest.mark.parametrize("name", keys_page.FILES)
 def test_every_row_says_what_becomes_of_its_key(name: str) -> None:
-  for key, row in key_tables.FILES[name].items():
+  for key, row in keys_page.FILES[name].items():
     assert row.place in (keys.HONORED, keys.IDLE, keys.REFUSED), key
     assert row.why, key
     assert (row.values is not None) == (row.place == keys.REFUSED), key

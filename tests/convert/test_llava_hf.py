@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from PIL import Image
 
 from llava_sp_jax.convert import formats, leaves, save, save_hf
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.data import conversation, reading
+from llava_sp_jax.data.example import IMAGE_ID
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
@@ -116,10 +117,21 @@ def test_the_export_comes_back(model: Pretrained, exported: Path) -> None:
 
 
 def test_a_sentencepiece_tokenizer_reads_prompts_alike(tmp_path: Path) -> None:
+  """It puts a blank in front of the text behind an image, which transformers leaves out."""
+  from transformers import AutoTokenizer
+
+  ours = Tokenizer(GOLDEN / "base-llm")
   tokens = save_hf._Tokens.of(GOLDEN / "base-llm", "v1", 512, tmp_path)
   assert tokens.new
-  assert tokens.image == len(Tokenizer(GOLDEN / "base-llm")) == 512
-  assert json.loads((tmp_path / "tokenizer_config.json").read_text())["padding_side"] == "left"
+  assert tokens.image == len(ours) == 512
+  theirs = AutoTokenizer.from_pretrained(tmp_path)
+  assert theirs.padding_side == "left"
+  said = "USER: <image>\nwhat shape? ASSISTANT: a circle</s>USER: and <image>\nthis? ASSISTANT:"
+  runs = reading.tokenize([conversation.Piece(said, False, 0)], ours)
+  wanted = [512 if i == IMAGE_ID else i for run in runs for i in run.ids]
+  assert theirs(said).input_ids == wanted
+  back = reading.tokenize([conversation.Piece(said, False, 0)], Tokenizer(tmp_path))
+  assert [run.ids for run in back] == [run.ids for run in runs]
 
 
 def test_what_transformers_does_not_compute(tmp_path: Path) -> None:
