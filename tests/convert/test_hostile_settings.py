@@ -51,15 +51,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attempt(folder: Path) -> str:
-  """The line that refuses the checkpoint; empty when it opens."""
+  """What refuses the checkpoint; empty when it opens.
+
+  Sizes that are good by themselves and contradict the tensors are listed, all of them at once.
+  """
   begin, line = time.process_time(), ""
   try:
     open_checkpoint(folder / LORA)
   except (FormatError, ConfigError) as error:
     line = str(error)
   assert time.process_time() - begin < 5
-  assert "\n" not in line
-  assert len(line.replace(str(folder), "")) < 600, line
+  first, *more = line.replace(str(folder), "").split("\n")
+  assert len(first) < 600, line
+  assert not more or "not fit the model" in first or "is not the base of" in first, line
   return line
 
 
@@ -86,7 +90,8 @@ def test_a_hostile_file_is_named(folder: Path, name: str, what: str) -> None:
     remove(path)
     if good is not None:
       path.write_bytes(good)
-  assert path.name in line, line
+  assert path.name in line
+  assert "\n" not in line
 
 
 @pytest.mark.guard
@@ -101,8 +106,11 @@ def test_a_hostile_value_is_right_or_refused(folder: Path, name: str) -> None:
       for turn in range(2):
         value = VALUES[(2 * number + turn) % len(VALUES)]
         path.write_text(json.dumps({**held, key: value}))
-        refused += bool(attempt(folder))
+        try:
+          refused += bool(attempt(folder))
+        except Exception as error:
+          pytest.fail(f"{key}={value!r:.60}: {error!r:.300}")
   finally:
     path.write_bytes(good)
-  assert refused, "no value was refused"
+  assert refused or path.name == "generation_config.json", "no value was refused"
   assert not attempt(folder), "the good one opens"
