@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from llava_sp_jax import files
 from llava_sp_jax.convert import settings, torch_io
 from llava_sp_jax.convert.torch_io import FormatError
 
@@ -115,15 +117,29 @@ def rename(name: str, renames: Renames) -> str:
   return name
 
 
+_READ = (".json", *torch_io.OPENERS)  # endings of files that are opened
+
+
 def look(path: Path) -> Folder:
-  """Raises: FormatError when there is nothing at `path`."""
-  if path.is_file():
+  """A folder's files and its config.json.
+
+  Raises: FormatError when there is nothing at `path`, or a pipe or a dead link among what is read.
+  """
+  if files.is_regular(path):
     return Folder(path, frozenset({path.name}), {})
-  if not path.is_dir():
-    raise FormatError(f"{path}: no such folder or file")
-  files = frozenset(p.name for p in path.iterdir())
-  config = settings.read_json(path / "config.json") if "config.json" in files else {}
-  return Folder(path, files, config)
+  try:
+    names = frozenset(os.listdir(path))
+  except (FileNotFoundError, NotADirectoryError):
+    raise FormatError(f"{path}: no such folder or file") from None
+  except (OSError, ValueError) as error:
+    raise FormatError(f"{str(path)[:200]!a}: cannot be read ({error!s:.100})") from None
+  for name in sorted(names):
+    if name.endswith(_READ) and not files.is_regular(path / name):
+      files.open_regular(path / name).close()  # says what it is
+  config = settings.read_json(path / "config.json") if "config.json" in names else {}
+  if not isinstance(config.get("model_type", ""), str):
+    raise FormatError(f"{path}/config.json: model_type: expected a text")
+  return Folder(path, names, config)
 
 
 def identify(folder: Folder) -> str:
@@ -131,6 +147,8 @@ def identify(folder: Folder) -> str:
   for name, row in FORMATS.items():
     if row.matches(folder):
       return name
-  known = "\n  ".join(f"{name}: {row.what}" for name, row in FORMATS.items())
-  kind = folder.config.get("model_type", "no config.json with a model_type")
-  raise FormatError(f"{folder.path}: unknown format ({kind}); known:\n  {known}")
+  kind = folder.config.get("model_type")
+  said = ascii(kind[:60])[1:-1] if kind else "no config.json with a model_type"
+  raise FormatError(
+    f"{folder.path}: unknown format ({said}); known: {', '.join(FORMATS)} (docs/converting.md)"
+  )

@@ -103,7 +103,7 @@ def _pixels(processor: Json, path: Path, tower: config_lib.Tower | None) -> tupl
   kind = (kind or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")
   if kind not in _PROCESSORS:
     known = ", ".join(_PROCESSORS)
-    raise FormatError(f"{path}: unknown image processor {kind!r}; known: {known}")
+    raise FormatError(f"{path}: unknown image processor {kind!a:.60}; known: {known}")
   fit, aspect = _PROCESSORS[kind]
   if aspect == "pad" and not processor.get("do_pad", True):
     aspect = "square"

@@ -196,9 +196,9 @@ def select_layer(values: Json, origin: str) -> int:
       found = values[name]
       if isinstance(found, list) and len(found) == 1:
         found = found[0]
-      if isinstance(found, list):
+      if isinstance(found, list) or found == 0:
         raise FormatError(
-          f"{origin}: not supported: {name}={found!r:.60}: features of one layer are computed"
+          f"{origin}: not supported: {name}={found!r:.60}: features behind one layer are computed"
         )
       return int(found)
   return -2
