@@ -99,12 +99,22 @@ def _message(number: int, turn: Any) -> _Message:
     role = known.get(who)
     if isinstance(role, str) and role in ROLES and what in known:
       text, images = _content(number, known[what])
+      _check_text(f"turn {number}", text)
       if media := [key for key in known if _holds_media(known, key)]:
         raise SampleError(f"turn {number}: `{media[0]}` is not read within a turn")
       return _Message(ROLES[role], text, images, turn)
   raise SampleError(
     f"turn {number}: expected a text from one of {', '.join(ROLES)}, found {_shown(turn)}"
   )
+
+
+def _check_text(where: str, text: str) -> None:
+  """Raises: SampleError for what is no Unicode: some tokenizers refuse it, others read anything."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    found = text[error.start : error.end]
+    raise SampleError(f"{where}: half of a surrogate pair, {found!r}, at {error.start}") from None
 
 
 def _content(number: int, content: Any) -> tuple[str, tuple[Image, ...]]:
@@ -179,6 +189,7 @@ def _system(sample: dict[str, Any], messages: list[_Message]) -> tuple[str | Non
   key, first = sample.get("system"), messages[0]
   if key is not None and not isinstance(key, str):
     raise SampleError(f"`system` must be a text, found {_shown(key)}")
+  _check_text("`system`", key or "")
   if first.role != SYSTEM:
     return key or None, messages
   if key and key != first.text:

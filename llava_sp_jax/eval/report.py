@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import textwrap
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.data import decode
+from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.eval import gallery, predictions, tables
 
 RIGHT, INK = "#2a7f62", "#222222"
@@ -132,18 +135,18 @@ def score_bars(scores: dict[str, Any], path: Path) -> bool:
 def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
   """Test images with question, answer and truth: from the whole split, some mistakes among them.
   Answers that nobody scored stand in grey. False without an image in a file of its own."""
-  from PIL import Image
-
   on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
-  chosen = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
+  rows = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
+  pictures = [attempt(functools.partial(decode.read, row["images"][0])) for row in rows]
+  found = zip(rows, pictures, strict=True)
+  chosen = [(row, picture) for row, picture in found if not isinstance(picture, SampleError)]
   if not chosen:
     return False
   figure, axes = _figure(2.1 * SHEET[1], 2.8 * SHEET[0], *SHEET)
   for axis in axes.flat:
     axis.axis("off")
-  for axis, row in zip(axes.flat, chosen, strict=False):
-    with Image.open(row["images"][0]) as picture:
-      axis.imshow(picture.convert("RGB"))
+  for axis, (row, picture) in zip(axes.flat, chosen, strict=False):
+    axis.imshow(picture)
     right = gallery.is_right(row)
     answer = f"{row['text']}  (truth: {row['truth']})" if right is False else row["text"]
     axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)

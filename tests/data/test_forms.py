@@ -103,6 +103,11 @@ LOST: dict[str, tuple[Any, str]] = {
   "two systems": (
     {"conversations": [{"from": "system", "value": "x"}, *BARE], "system": "y"}, "two system texts"),
   "system that is none": ({"conversations": BARE, "system": ["x"]}, "`system` must be a text"),
+  "half a pair": (
+    {"conversations": [BARE[0], {"from": "gpt", "value": "red \ud83d car"}]},
+    r"turn 1: half of a surrogate pair, '\\ud83d', at 4"),
+  "half a pair in the system text": (
+    {"conversations": BARE, "system": "\ud83d"}, "`system`: half of a surrogate pair"),
   "base64": (
     {"conversations": TALK, "image": "iVBORw0KGgo" * 1000}, "found 11,000 characters .* base64 to files"),
   "a data URI": ({"conversations": TALK, "image": "data:image/png;base64,AA"}, "must be a file name"),

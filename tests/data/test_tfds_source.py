@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -84,6 +85,36 @@ def test_a_broken_image_is_an_error_of_its_sample(tmp_path: Path) -> None:
   tfds._folder, tfds._read = tmp_path, PREPROCESS
   with pytest.raises(SampleError, match="sample 's0': cannot be decoded"):
     tfds.images({**source[0], "image": b"not a picture"})
+
+
+def test_other_keys_go_the_same_way(tmp_path: Path) -> None:
+  """Messages as a sequence of dictionaries, several images, a system text; media that are not read."""
+  file = io.BytesIO()
+  Image.new("RGB", (4, 4)).save(file, "PNG")
+  turns = {"role": [b"user", b"assistant"], "content": [b"a <image> b <image>?", b"c"]}
+  record = {"id": b"x", "messages": turns, "images": [file.getvalue()] * 2, "system": b"Be terse."}
+  tfds = object.__new__(sources.Tfds)
+  tfds._folder, tfds._read = tmp_path, PREPROCESS
+  tfds._records = [record, {**record, "video": np.zeros((2, 4, 4, 3), np.uint8)}]
+  talk = forms.read(tfds[0])
+  assert (talk.turns, talk.system) == ([("a <image> b <image>?", "c")], "Be terse.")
+  assert [pixels.shape for pixels in tfds.images(tfds[0])] == [(8, 8, 3)] * 2
+  assert tfds.sizes(tfds[0]) == [(4, 4)] * 2
+  with pytest.raises(SampleError, match=r"`video` .* is not read"):
+    forms.read(tfds[1])
+
+
+def test_a_record_that_cannot_be_read_is_an_error_of_its_sample(tmp_path: Path) -> None:
+  """A shard with a damaged record: whatever the reader raises."""
+
+  class Records:
+    def __getitem__(self, index: int) -> None:
+      raise RuntimeError("crc mismatch")
+
+  tfds = object.__new__(sources.Tfds)
+  tfds._records = Records()
+  with pytest.raises(SampleError, match="RuntimeError: crc mismatch"):
+    forms.read(tfds[0])
 
 
 def test_no_data_set_is_one_clear_error(tmp_path: Path) -> None:
