@@ -27,7 +27,7 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
-from llava_sp_jax.data import anyres, image
+from llava_sp_jax.data import anyres, decode
 
 SIZE, PATCH = 336, 14
 
@@ -51,7 +51,7 @@ def ours(paths: list[Path], workers: int) -> Iterator[np.ndarray]:
   data = config_lib.Data(image_aspect="pad")
   reader = anyres.Reader(data, anyres.Tile(SIZE, SIZE // PATCH, 0, False))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    for picture in pool.map(lambda path: reader(image.read(path)), paths):
+    for picture in pool.map(lambda path: reader(decode.read(path)), paths):
       yield picture.tiles[0]
 
 

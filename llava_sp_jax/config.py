@@ -15,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from llava_sp_jax import files, json_files
+
 Row = TypeVar("Row")
 
 
@@ -26,13 +28,13 @@ class ConfigError(ValueError):
 class Tower:
   """Vision transformer. `variant` names a row of `models.vit.VARIANTS`; image sizes in pixels."""
 
-  variant: str = "clip"
-  image_size: int = 336
-  patch_size: int = 14
-  width: int = 1024
-  layers: int = 24
-  heads: int = 16
-  mlp_width: int = 4096
+  variant: str = "clip"  # architecture
+  image_size: int = 336  # pixels of a side
+  patch_size: int = 14  # pixels of a side
+  width: int = 1024  # of hidden states
+  layers: int = 24  # blocks
+  heads: int = 16  # of attention
+  mlp_width: int = 4096  # hidden units of each MLP
   select_layer: int = -2  # index into the hidden states, as in LLaVA; -2 leaves the last block out
   initializer_range: float = 0.02  # standard deviation of random class and position embeddings
 
@@ -44,13 +46,13 @@ class RopeScaling:
   Words and defaults are those of Hugging Face's `rope_parameters`; a kind reads what it needs.
   """
 
-  kind: str = "default"
-  factor: float = 1.0
+  kind: str = "default"  # how positions are stretched
+  factor: float = 1.0  # times the trained length
   original_length: int = 0  # positions in training; dynamic, llama3 and yarn need it
   low_frequency: float = 1.0  # llama3: turns within that length below which all is stretched
-  high_frequency: float = 4.0  # and above which nothing is
-  beta_fast: float = 32.0  # yarn's two bounds, likewise
-  beta_slow: float = 1.0
+  high_frequency: float = 4.0  # llama3: turns above which nothing is stretched
+  beta_fast: float = 32.0  # yarn: turns from which on nothing is stretched
+  beta_slow: float = 1.0  # yarn: turns up to which all is stretched
   attention_factor: float = 0.0  # yarn; 0: its own, 0.1 ln(factor) + 1
 
 
@@ -58,21 +60,21 @@ class RopeScaling:
 class LanguageModel:
   """LLaMA-family decoder sizes, named as in the field."""
 
-  vocab_size: int = 32000
-  width: int = 4096
-  layers: int = 32
-  heads: int = 32
-  kv_heads: int = 32
-  head_dim: int = 128
-  mlp_width: int = 11008
-  rope_theta: float = 10000.0
+  vocab_size: int = 32000  # rows of the embedding
+  width: int = 4096  # of hidden states
+  layers: int = 32  # decoder layers
+  heads: int = 32  # of queries
+  kv_heads: int = 32  # of keys and values; fewer than heads: grouped queries
+  head_dim: int = 128  # of one head
+  mlp_width: int = 11008  # hidden units of each MLP
+  rope_theta: float = 10000.0  # base of rotary positions
   rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
   attention_bias: bool = False  # on queries, keys and values, as in Qwen2
   sliding_window: int = 0  # positions that a query sees, its own included; 0: all (Mistral)
   window_from_layer: int = 0  # layers before this one see all (Qwen2's max_window_layers)
   max_positions: int = 4096  # the checkpoint's own limit; only handed on
-  norm_eps: float = 1e-5
-  tie_embeddings: bool = False
+  norm_eps: float = 1e-5  # added to variances in RMS norms
+  tie_embeddings: bool = False  # the head's kernel is the embedding
   initializer_range: float = 0.02  # standard deviation of random weights
 
 
@@ -83,18 +85,18 @@ class Projector:
   `scales` are the sizes of the views in patches, small to large; empty: the row's own for the grid.
   """
 
-  row: str = "cropping"
-  token_width: int = 512
-  scales: tuple[int, ...] = ()
+  row: str = "cropping"  # design of the spatial tokens
+  token_width: int = 512  # of spatial tokens before the projector; the paper's 512
+  scales: tuple[int, ...] = ()  # views in patches, small to large; empty: the row's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
   """Adapters on the decoder's seven linear layers; rank 0 means none."""
 
-  rank: int = 0
-  alpha: float = 256.0
-  dropout: float = 0.05
+  rank: int = 0  # of the adapters; 0: none
+  alpha: float = 256.0  # adapters are scaled by alpha / rank
+  dropout: float = 0.05  # of what adapters read, in training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,13 @@ class Model:
   projector: Projector = dataclasses.field(default_factory=Projector)
   lora: Lora = dataclasses.field(default_factory=Lora)
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
-  dtype: str = "bfloat16"  # of activations
-  matmul_precision: str = "auto"  # float32: highest; or as models.build.PRECISIONS says
-  frozen_dtype: str = "bfloat16"  # of parameters that do not learn
-  quantize: str = "none"  # the decoder's frozen kernels: a row of `models.quantize.FORMATS`
+  dtype: str = "bfloat16"  # of activations: float32 or bfloat16
+  matmul_precision: str = "auto"  # of products; auto: highest where dtype is float32
+  frozen_dtype: str = "bfloat16"  # of parameters that do not learn, likewise
+  quantize: str = "none"  # the decoder's frozen kernels
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
-  remat: str = "projections"  # what a layer keeps for its backward pass: models.remat.POLICIES
-  attention: str = "auto"  # by platform, or a row of models.attention.IMPLEMENTATIONS
+  remat: str = "projections"  # what a layer keeps for its backward pass
+  attention: str = "auto"  # how it is computed; auto: by platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,29 +123,30 @@ class Data:
   `patch_merge` one of `data.anyres.MERGES`; `template` and `turns` one of `data.conversation`.
   """
 
-  source: str = "llava_json"
-  path: str = ""
-  image_folder: str = ""
-  tokenizer: str = ""
-  template: str = "v1"
-  turns: str = "chain"  # chain: one dialogue; branch: every turn alone with the image
+  source: str = "llava_json"  # how samples are stored
+  path: str = ""  # the file or folder of samples
+  image_folder: str = ""  # image names start from it
+  tokenizer: str = ""  # folder
+  template: str = "v1"  # how a dialogue is written
+  turns: str = "chain"  # of a dialogue: one after another, or each alone with the image
   turns_per_row: int = 0  # 0: all; otherwise a random subset on each visit
-  row_length: int = 2048
-  packing: str = "none"  # a row of data.packing.PACKINGS: none, first_fit, buckets
+  row_length: int = 2048  # tokens of text and images in a row
+  packing: str = "none"  # how samples share rows
   bucket_lengths: tuple[int, ...] = ()  # buckets: their row lengths; none: quarters of row_length
-  too_long: str = "cut"  # of samples.TOO_LONG: cut (as the original), quarantine
+  too_long: str = "cut"  # for a row: cut (as the original), or quarantine
   processes: int = 0  # that measure samples before they are packed; 0: one for each core
   images_per_row: int = 1  # counts tiles: an anyres image has 1 + the tiles of its canvas
-  augment: str = "none"
-  image_aspect: str = "pad"  # the original's image_aspect_ratio: pad, square, anyres
-  image_fit: str = "crop"  # how a picture becomes square: crop (CLIP), stretch (SigLIP)
+  augment: str = "none"  # random changes to pictures, in training
+  image_aspect: str = "pad"  # the original's image_aspect_ratio
+  image_fit: str = "crop"  # how a picture becomes square: as CLIP's or as SigLIP's
+  image_resample: str = "bicubic"  # how it is interpolated then
   grid_pinpoints: tuple[tuple[int, int], ...] = (  # anyres: canvases (width, height) in pixels
     (336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008),
   )  # fmt: skip
-  patch_merge: str = "flat"  # order of an image's tokens: flat, spatial, spatial_unpad
-  image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-  image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-  threads: int = 4
+  patch_merge: str = "flat"  # order of an image's tokens
+  image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of each channel, in [0, 1]
+  image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # of each channel
+  threads: int = 4  # that read and decode samples
   validation_path: str = ""  # samples of the same source that are held out
   validation_fraction: float = 0.0  # without such a path: this share of the samples is held out
 
@@ -152,29 +155,29 @@ class Data:
 class Optimizer:
   """AdamW with a cosine schedule; `stage` names a row of `train.optimizer.STAGES`."""
 
-  stage: str = "finetune"
-  learning_rate: float = 2e-4
-  projector_learning_rate: float = 2e-5
-  warmup_ratio: float = 0.03
-  weight_decay: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  clip_norm: float = 1.0
+  stage: str = "finetune"  # what learns
+  learning_rate: float = 2e-4  # peak, of all but the projector
+  projector_learning_rate: float = 2e-5  # peak, of the projector
+  warmup_ratio: float = 0.03  # share of the steps with a rising rate
+  weight_decay: float = 0.0  # of kernels
+  b1: float = 0.9  # decay of the first moment
+  b2: float = 0.999  # decay of the second moment
+  eps: float = 1e-8  # added to the root of the second moment
+  clip_norm: float = 1.0  # largest norm of a step's gradient
   moment_dtype: str = "float32"  # of AdamW's first moment; bfloat16 saves 2 bytes per parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
-  steps: int = 1000
+  steps: int = 1000  # of the optimizer, in all
   batch_size: int = 128  # rows over all devices
-  seed: int = 0
-  log_every: int = 10
-  save_every: int = 500
-  keep: int = 2
+  seed: int = 0  # of weights, order, dropout, augmentation
+  log_every: int = 10  # steps between two records
+  save_every: int = 500  # steps between two checkpoints
+  keep: int = 2  # checkpoints that stay
   accumulate: int = 1  # micro-batches of a step; their gradients are added up
   loss_chunk: int = 512  # positions per slice of the loss, so that [B, T, V] never exists
-  sinks: tuple[str, ...] = ("terminal",)  # rows of train.sinks.SINKS; metrics.jsonl is always there
+  sinks: tuple[str, ...] = ("terminal",)  # beside metrics.jsonl, which is always there
   peak_tflops: float = 0.0  # bf16 peak of one chip for the MFU; 0: as devices.PEAKS knows it
   preflight: bool = True  # refuse, before anything is kept, a run that cannot learn
   validate_every: int = 0  # steps; 0: never
@@ -189,19 +192,19 @@ class Evaluate:
   """Scores a benchmark by generated text between the steps; `task` names a row of `eval.tasks`."""
 
   every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
-  task: str = "easy_vqa"
+  task: str = "easy_vqa"  # benchmark, or FILE.py:Class
   data: str = ""  # folder of the benchmark's files; not those that are reported in the end
   limit: int = 0  # only the first questions; 0: all
-  batch_size: int = 16
+  batch_size: int = 16  # questions at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
   """Devices along each axis; -1 takes what is left. `base` names a row of `sharding.PRESETS`."""
 
-  data: int = 1
-  fsdp: int = -1
-  tensor: int = 1
+  data: int = 1  # copies of the model, each with rows of its own
+  fsdp: int = -1  # parts of parameters and rows; -1: the devices that are left
+  tensor: int = 1  # parts of heads and hidden units
   base: str = "shard"  # the frozen base over `fsdp`; "replicate": a copy on each, without gathers
   slices: int = 0  # groups joined by the slow network, along data; 0: as the devices say
 
@@ -210,14 +213,14 @@ class Mesh:
 class Init:
   """Where parameters come from before training; empty means random."""
 
-  language_model: str = ""
-  vision_tower: str = ""
-  checkpoint: str = ""
+  language_model: str = ""  # folder of a torch language model
+  vision_tower: str = ""  # folder of a torch vision tower
+  checkpoint: str = ""  # a run, or a converted checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  name: str = "llava-sp"
+  name: str = "llava-sp"  # of the run, for sinks
   model: Model = dataclasses.field(default_factory=Model)
   data: Data = dataclasses.field(default_factory=Data)
   optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -285,15 +288,11 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> Config:
   """The inverse of `to_json`, also of older versions. Raises: ConfigError."""
   try:
-    values = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ConfigError(f"not JSON: {error}") from None
-  if not isinstance(values, dict):
-    raise ConfigError(f"expected groups of keys, found {values!r:.60}")
+    values = json_files.parse_object(text.encode(), "config.json")
+  except files.FormatError as error:
+    raise ConfigError(str(error)) from None
   model = values.get("model", {})
-  if isinstance(model, dict) and isinstance(
-    model.get("remat"), bool
-  ):  # saved before policies had names
+  if isinstance(model, dict) and isinstance(model.get("remat"), bool):  # of before they had names
     model["remat"] = "full" if model["remat"] else "none"
   return from_dict(values)
 

@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import tokenize
 import tomllib
 from collections.abc import Iterable
@@ -29,6 +30,9 @@ RESULTS = Path("docs/results")
 TABLE = RESULTS / "results.toml"
 VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # of packages; Python's is told as well
 EVERYTHING = ("llava_sp_jax",)
+# CPython 3.11 counts the depth of syntax trees for all threads together: two that parse at once end
+# with a SystemError (python/cpython#106905).
+PARSING = threading.Lock()
 
 
 def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
@@ -68,7 +72,8 @@ def fingerprint(path: Path) -> str:
   """A short hash of a file, of Python without comments, docstrings and empty lines."""
   content = path.read_bytes()
   if path.suffix == ".py":
-    content = bare(content.decode()).encode()
+    with PARSING:
+      content = bare(content.decode()).encode()
   return hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -99,14 +104,30 @@ def bare(source: str) -> str:
   return "\n".join(kept)
 
 
+def changed_since(times: dict[Path, int]) -> set[Path]:
+  """Files of `times` that are gone, or were written at another time (nanoseconds) than it says."""
+  return {path for path, time in times.items() if written(path) != time}
+
+
+def written(path: Path) -> int:
+  """When a file was written, in nanoseconds; -1 without one."""
+  return path.stat().st_mtime_ns if path.is_file() else -1
+
+
 def digest(found: dict[str, str]) -> str:
   """One hash for the fingerprints of a result's sources."""
   return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) -> dict[str, Any]:
-  """What a record carries beside its figures, for the tree as it stands."""
+  """What a record carries beside its figures, for the tree as it stands.
+
+  A source that was written since this process began is no file's state: what it made is never current.
+  """
   found = fingerprints(sources, root)
+  for path in changed_since(AT_START):
+    if (name := os.path.relpath(path, root)) in found:
+      found[name] = "changed while it ran"
   return {
     "commit": commit(root),
     "sources": digest(found),
@@ -212,3 +233,7 @@ def _held(out: Path) -> dict[str, Any]:
   path = named(out, "json")
   held = json.loads(path.read_text()) if path.is_file() else {}
   return held if isinstance(held, dict) else {"figures": held}
+
+
+# When each source of a result was written, as this process finds them.
+AT_START = {path: written(path) for row in table().values() for path in files(row["sources"])}

@@ -196,11 +196,14 @@ def main() -> None:
     return
   command("scripts/prepare_easy_vqa.py", "--out", options.data)
   free, started, done = shares(options.at_once), time.monotonic(), 0
+  folder = options.runs / f"scale-{options.scale:g}-{book.digest}"
+  folder.mkdir(parents=True, exist_ok=True)
 
   def one(job: Job) -> Path:
+    report = folder / job.name / "report"
+    if (report / "record.json").is_file():  # of a command that was stopped before it was recorded
+      return report
     cores = free.pop()
-    folder = options.runs / f"scale-{job.scale:g}-{book.digest}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
       return run(job, folder, options.data, cores, folder / f"{job.name}.log")
     finally:
@@ -232,12 +235,11 @@ def main() -> None:
 
 
 def finished(pool: concurrent.futures.Executor, futures: Iterable[Any]) -> Iterator[Any]:
-  """Futures as they end; where this process is told to stop, none of the others begins."""
+  """Futures as they end; where whoever takes them stops, none of the others begins."""
   try:
     yield from concurrent.futures.as_completed(futures)
-  except KeyboardInterrupt:
+  finally:
     pool.shutdown(wait=False, cancel_futures=True)
-    raise
 
 
 def show(book: Book, options: argparse.Namespace) -> str:

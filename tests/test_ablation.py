@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,35 @@ def test_a_run_that_fails_costs_no_other(
     start(ablation, monkeypatch, tmp_path, "--seeds", "2")
   held = json.loads((tmp_path / "table.json").read_text())
   assert len(held["figures"]) == len(called) == 3
+
+
+def test_where_a_record_cannot_be_kept_no_other_run_begins(
+  scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  """And a run that ended without its record is recorded by the next command, not done again."""
+  ablation, _, called = scripts
+  begun, whole = threading.Event(), ablation.run
+
+  def run(job: Any, *rest: Any) -> Path:
+    report = whole(job, *rest)
+    if len(called) > 1:  # the second goes on while the first is recorded
+      begun.set()
+      time.sleep(1)
+    return report
+
+  def full(*_: object) -> None:
+    begun.wait()
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(ablation, "run", run)
+  with monkeypatch.context() as patched:
+    patched.setattr(ablation.Book, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+      start(ablation, monkeypatch, tmp_path, "--seeds", "3")
+  assert called == [("none", 0), ("pooling", 0)], "four more would have begun"
+  start(ablation, monkeypatch, tmp_path, "--seeds", "1")
+  assert len(called) == 2
+  assert len(json.loads((tmp_path / "table.json").read_text())["figures"]) == 2
 
 
 def test_records_of_other_sources_are_not_compared(

@@ -29,7 +29,7 @@ from tests.conftest import REPOSITORY
 from tests.documents import PAGES, Command
 
 # Programs of others that the pages call: their options are not ours to know.
-OTHERS = ("[", "gcloud", "lmms-eval", "mkdir", "mount", "mountpoint", "sudo")
+OTHERS = ("[", "gcloud", "hf", "lmms-eval", "mkdir", "mount", "mountpoint", "sudo", "unzip", "wget")
 # What a part of a command leaves out.
 REST = {"config": "configs/finetune_lora.py", "workdir": "runs/x", "topology": "v5e-16"}
 

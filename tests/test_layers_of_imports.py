@@ -24,13 +24,17 @@ LAYERS = (
   ("files", r"locks|folders|jsonl|errors|console"),
   (
     "ground",
-    r"config|environment|devices|provenance|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|torch_io|torch_write|gguf)|sharding|mesh|processes|checkpoint|limits"
+    r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|projector|lora|quantize|cache)|data\.(?!pipeline).*"
+    r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)"
+    r"|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
-    r"|eval\.(__init__|task|scoring|files|judge|benchmark|choices|sheet|tasks\..*)",
+    r"|eval\.(__init__|task|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
-  ("loading", r"convert\.(settings|leaves|formats|stream|save|load|quantised)"),
+  (
+    "loading",
+    r"convert\.(settings|settings_out|processors|adapters|weights|leaves|formats|catalog|places|detect|stream|save|save_hf|load|quantised)",
+  ),
   ("running", r"train\..*|infer\..*"),
   ("planning", r"plan\..*"),
   ("evaluating", r"eval\..*"),
@@ -45,12 +49,12 @@ EXCLUDING = (
   (r"data\.", r"(models|train|infer|eval|convert)\.|sharding|mesh|checkpoint"),
   (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
   (
-    r"convert\.(layout|tables|torch_|gguf)",
+    r"convert\.(layout|tables|tensor|torch_|safetensors_|gguf)",
     r"config|environment|devices|provenance|models\.|data\.|sharding|mesh|checkpoint|train\.",
   ),
   (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
   (
-    r"eval\.(task|scoring|files|judge|benchmark|choices|sheet)",
+    r"eval\.(task|scoring|files|judge|web|benchmark|choices|sheet)",
     r"infer\.(?!generation|__init__)|train\.|models\.",
   ),
 )
@@ -59,9 +63,12 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
-  (r"convert\.(layout|tables|torch_|gguf)", ("jax", "flax", "optax", "orbax")),
   (
-    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl|errors|console)",
+    r"convert\.(layout|tables|keys|key_tables|tensor|torch_|safetensors_|gguf)",
+    ("jax", "flax", "optax", "orbax"),
+  ),
+  (
+    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl|files|json_files|errors|console)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -63,6 +64,20 @@ def test_code_beside_docstrings_and_blanks_in_literals_count(old: str, new: str)
   assert provenance.bare(old) != provenance.bare(new)
 
 
+def test_one_thread_at_a_time_reads_syntax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  """Two that do it at once can end with CPython 3.11's `AST constructor recursion depth mismatch`."""
+  inside = []
+
+  def bare(source: str) -> str:
+    inside.append(provenance.PARSING.locked())
+    return source
+
+  monkeypatch.setattr(provenance, "bare", bare)
+  (tmp_path / "a.py").write_text("x = 1\n")
+  provenance.fingerprint(tmp_path / "a.py")
+  assert inside == [True]
+
+
 def test_older_figures_keep_their_stamp_beside_new_ones(here: Path) -> None:
   out = here / "docs/results/speed"
   provenance.write(out, [1])
@@ -118,6 +133,26 @@ def test_a_result_carries_its_stamp(clone: Path) -> None:
   assert provenance.commit(clone).endswith("+")
   assert provenance.fingerprints(["code"], clone) != stamp["files"]
   assert provenance.read(clone / "nothing", 3) == 3
+
+
+def test_what_changed_while_figures_were_made_is_not_their_source(
+  clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  source = clone / "code/a.py"
+  monkeypatch.setattr(provenance, "AT_START", {source: provenance.written(source)})
+  before = provenance.stamp(["code"], root=clone)
+  os.utime(source, ns=(0, provenance.written(source) + 1))
+  after = provenance.stamp(["code"], root=clone)
+  assert before["files"] == provenance.fingerprints(["code"], clone)
+  assert after["files"] == {"code/a.py": "changed while it ran"}
+  assert after["sources"] != before["sources"]
+
+
+def test_every_source_is_watched() -> None:
+  watched = {
+    path for row in provenance.table().values() for path in provenance.files(row["sources"])
+  }
+  assert watched == set(provenance.AT_START)
 
 
 def test_a_source_that_is_not_there_is_an_error(clone: Path) -> None:

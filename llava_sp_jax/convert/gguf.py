@@ -1,17 +1,24 @@
 """LLaMA weights and tokenizer from a GGUF file, under Hugging Face's names; dequantised in numpy.
 
-Source: the GGUF specification; llama.cpp's `convert_hf_to_gguf.py` permutes q and k rows, undone here.
+Source: the GGUF specification; llama.cpp's `convert_hf_to_gguf.py` permutes q and k rows, undone here;
+what a file leaves out is what llama.cpp's loader takes.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
+from llava_sp_jax.convert import keys
+from llava_sp_jax.convert.gguf_file import Container, Place, open_container
+from llava_sp_jax.convert.keys import FLAG, LAYERS, POSITIVE, SIZE, Json, Table
+from llava_sp_jax.convert.tensor import BFLOAT16, Tensor, Tensors
+from llava_sp_jax.files import FormatError
 
 NAMES = (
   (r"token_embd\.weight", "model.embed_tokens.weight"),
@@ -23,41 +30,82 @@ NAMES = (
   (r"blk\.(\d+)\.attn_([qkv])\.weight", r"model.layers.\1.self_attn.\2_proj.weight"),
   (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 )
+_EMBEDDING = "token_embd.weight"
+
+# Our names for the keys that decide something -> how the file calls them, and what they may be.
+_ONE_TO_ONE = {
+  "hidden_size": ("embedding_length", SIZE),
+  "num_hidden_layers": ("block_count", LAYERS),
+  "num_attention_heads": ("attention.head_count", SIZE),
+  "intermediate_size": ("feed_forward_length", SIZE),
+  "rms_norm_eps": ("attention.layer_norm_rms_epsilon", keys.real(0.0, 1.0)),
+  "vocab_size": ("vocab_size", SIZE),
+  "num_key_value_heads": ("attention.head_count_kv", SIZE),
+  "max_position_embeddings": ("context_length", SIZE),
+  "rope_theta": ("rope.freq_base", POSITIVE),
+  "head_dim": ("attention.key_length", SIZE),
+}
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "rms_norm_eps")  # fmt: skip
+_SCALED = keys.real(0.0, 1e6)
+METADATA: Table = {
+  **{key: keys.honored(kind, ours) for ours, (key, kind) in _ONE_TO_ONE.items()},
+  "attention.value_length": keys.honored(SIZE, "width of a head"),
+  "rope.dimension_count": keys.honored(SIZE, "width of a head, all of which is rotated"),
+  "rope.scaling.type": keys.honored(keys.choice("none", "linear"), "how positions are stretched"),
+  "rope.scaling.factor": keys.honored(_SCALED, "by how much"),
+  "rope.scale_linear": keys.honored(_SCALED, "older name of rope.scaling.factor"),
+  "rope.scaling.original_context_length": keys.idle("for yarn, which is refused"),
+  "rope.scaling.finetuned": keys.idle("says how the model was made", FLAG),
+  "attention.layer_norm_epsilon": keys.idle("for norms that LLaMA does not have"),
+  "attention.causal": keys.only("a token sees those before it", True),
+  "tensor_data_layout": keys.idle("rows of q and k are always in llama.cpp's order"),
+  **keys.rows(keys.never("a mixture of experts is not computed here"), "expert_count",
+    "expert_used_count"),
+  **keys.rows(keys.never("not computed here"), "attention.sliding_window", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention.scale",
+    "attention.clamp_kqv", "attention.max_alibi_bias", "embedding_scale", "residual_scale"),
+}  # fmt: skip
+_FREE = ("general.", "tokenizer.", "quantize.")  # about the file and its texts, not the numbers
 
 
-def _open(path: Path) -> Any:
-  if not path.is_file():
-    raise FormatError(f"{path}: no such file; expected a .gguf of the LLaMA architecture")
+def _open(path: Path) -> Container:
+  """The container of a LLaMA. Raises: FormatError."""
   import gguf
 
-  try:
-    reader = gguf.GGUFReader(path)
-  except (ValueError, OSError) as error:
-    raise FormatError(f"{path}: cannot be read as GGUF: {error}") from None
-  kind = reader.fields["general.architecture"].contents()
+  container = open_container(path, {int(k): v for k, v in gguf.GGML_QUANT_SIZES.items()})
+  kind = _text(container, "general.architecture")
   if kind != "llama":
-    raise FormatError(f"{path}: expected the architecture 'llama', found {kind!r}")
-  return reader
+    raise FormatError(f"{path}: expected the architecture 'llama', found {kind!a:.60}")
+  parts = container.values.get("split.count", 1)
+  if type(parts) is not int or parts > 1:
+    raise FormatError(f"{path}: one part of several; join them with llama-gguf-split --merge")
+  return container
+
+
+def _text(container: Container, key: str) -> str:
+  try:
+    return container.values[key].decode()
+  except (KeyError, AttributeError, UnicodeDecodeError):
+    raise FormatError(f"{container.file.path}: no text under the key {key}") from None
 
 
 def open_gguf(path: Path) -> Tensors:
   """Weights in torch's orientation, dequantised to float32 when they are read. Raises: FormatError."""
-  import gguf
-
-  reader = _open(path)
-  sizes = _config(reader)
+  container = _open(path)
+  sizes = _config(container, allow_unknown=True)
   heads = {"q": sizes["num_attention_heads"], "k": sizes["num_key_value_heads"]}
   result: Tensors = {}
-  for tensor in reader.tensors:
-    name = _name(tensor.name, path)
+  for place in container.tensors:
+    name = _name(place.name, path)
+    read = _reader(container, place)
     projection = re.search(r"\.([qk])_proj\.", name)
-
-    def read(tensor: Any = tensor, projection: Any = projection) -> np.ndarray:
-      array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-      return _unpermute(array, heads[projection.group(1)]) if projection else array
-
-    shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF counts the fastest axis first
-    result[name] = Tensor(name, str(path), shape, np.dtype(np.float32), read)
+    if projection:
+      count = heads[projection.group(1)]
+      if len(place.shape) != 2 or place.shape[0] % (2 * count):
+        raise FormatError(f"{path}: {place.name} has shape {place.shape}, expected {count} heads")
+      read = functools.partial(_unpermuted, read, count)
+    result[name] = Tensor(name, str(path), place.shape, np.dtype(np.float32), read)
   return result
 
 
@@ -65,69 +113,158 @@ def _name(name: str, path: Path) -> str:
   for pattern, target in NAMES:
     if re.fullmatch(pattern, name):
       return re.sub(pattern, target, name)
-  raise FormatError(f"{path}: unexpected tensor {name}")
+  raise FormatError(f"{path}: unexpected tensor {name:.100}")
 
 
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
+  """A function that gives a tensor's values as float32. Raises: FormatError."""
+  import gguf
+
+  kinds, file = gguf.GGMLQuantizationType, container.file
+  kind, plain = kinds(place.kind), {
+    kinds.F32: np.dtype(np.float32), kinds.F16: np.dtype(np.float16), kinds.BF16: BFLOAT16,
+  }  # fmt: skip
+  if kind in plain:
+    dtype = plain[kind]
+    count = place.size // dtype.itemsize
+    return lambda: (
+      file.map(dtype, place.start, count, container.big_endian)
+      .reshape(place.shape)
+      .astype(np.float32, copy=False)
+    )
+  if container.big_endian:
+    raise FormatError(f"{file.path}: quantised and big-endian ({place.name}), which is not read")
+  if not _can_dequantise(kind):
+    raise FormatError(f"{file.path}: {place.name} is stored as {kind.name}, which is not read")
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  rows = (*place.shape[:-1], place.shape[-1] // block * size)
+
+  def read() -> np.ndarray:
+    stored = file.map(np.dtype(np.uint8), place.start, place.size).reshape(rows)
+    with np.errstate(all="ignore"):  # what is not finite is refused by who reads it
+      return gguf.quants.dequantize(stored, kind).astype(np.float32, copy=False)
+
+  return read
+
+
+@functools.cache
+def _can_dequantise(kind: Any) -> bool:
+  import gguf
+
+  try:
+    gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+  except NotImplementedError:
+    return False
+  return True
+
+
+def _unpermuted(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
   """Rows from llama.cpp's interleaved rotary order back to Hugging Face's half-split order."""
+  weight = read()
   rows, columns = weight.shape
   return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def config(path: Path) -> dict[str, Any]:
+def config(path: Path, allow_unknown: bool = False) -> Json:
   """What a Hugging Face `config.json` would say. Raises: FormatError."""
-  return _config(_open(path))
+  return _config(_open(path), allow_unknown)
 
 
-def _config(reader: Any) -> dict[str, Any]:
-  def value(key: str) -> Any:
-    return reader.fields[f"llama.{key}"].contents()
-
+def _config(container: Container, allow_unknown: bool) -> Json:
+  path, tensors = container.file.path, {place.name: place for place in container.tensors}
+  given = {
+    name.removeprefix("llama."): _plain(value)
+    for name, value in container.values.items()
+    if not name.startswith(_FREE) and not name.startswith("split.")
+  }
+  said = keys.read(given, METADATA, str(path), allow_unknown)
+  result = {ours: said[key] for ours, (key, _) in _ONE_TO_ONE.items() if key in said}
+  missing = [_ONE_TO_ONE[name][0] for name in _REQUIRED if name not in result]
+  if missing or _EMBEDDING not in tensors:
+    raise FormatError(f"{path}: without {', '.join(missing) or _EMBEDDING}, which every LLaMA has")
+  heads = result["num_attention_heads"]
+  head = result.get("head_dim") or result["hidden_size"] // heads
+  for key in ("attention.value_length", "rope.dimension_count"):
+    if said.get(key, head) != head:
+      raise FormatError(f"{path}: not supported: {key}={said[key]} (known: {head}, a head's width)")
   return {
     "model_type": "llama",
-    "vocab_size": value("vocab_size"),
-    "hidden_size": value("embedding_length"),
-    "num_hidden_layers": value("block_count"),
-    "num_attention_heads": value("attention.head_count"),
-    "num_key_value_heads": value("attention.head_count_kv"),
-    "intermediate_size": value("feed_forward_length"),
-    "max_position_embeddings": value("context_length"),
-    "rope_theta": float(value("rope.freq_base")),
-    "rms_norm_eps": round(float(value("attention.layer_norm_rms_epsilon")), 9),
-    "tie_word_embeddings": "output.weight" not in {t.name for t in reader.tensors},
-  }
+    "vocab_size": tensors[_EMBEDDING].shape[0],
+    "num_key_value_heads": heads,
+    "rope_theta": 10000.0,
+    **result,
+    **_stretched(said),
+    "rms_norm_eps": round(float(result["rms_norm_eps"]), 9),
+    "tie_word_embeddings": "output.weight" not in tensors,
+  }  # fmt: skip
+
+
+def _stretched(said: Json) -> Json:
+  """llama.cpp stretches positions linearly by the factor, if there is one and nothing else is said."""
+  factor = float(said.get("rope.scaling.factor", said.get("rope.scale_linear")) or 0)
+  if said.get("rope.scaling.type") == "none" or factor in (0, 1):
+    return {}
+  return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+
+
+def _plain(value: Any) -> Any:
+  """A value of the container as JSON would have it."""
+  if isinstance(value, bytes):
+    return value.decode("utf-8", "backslashreplace")
+  return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def write_tokenizer(path: Path, out: Path) -> None:
   """Rebuilds SmolLM's byte-level BPE from the GGUF's metadata as a Hugging Face folder.
 
-  Raises: FormatError for a pre-tokenizer other than `smollm`.
+  Raises: FormatError for a pre-tokenizer other than `smollm`, and where its parts do not fit.
   """
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  fields = _open(path).fields
-
-  def value(key: str) -> Any:
-    return fields[f"tokenizer.ggml.{key}"].contents()
-
-  if value("pre") != "smollm":
-    raise FormatError(f"{path}: knows the pre-tokenizer 'smollm', found {value('pre')!r}")
-  tokens, control = value("tokens"), 3
-  merges = [tuple(m.split(" ")) for m in value("merges")]
-  bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False)
+  container = _open(path)
+  if (pre := _text(container, "tokenizer.ggml.pre")) != "smollm":
+    raise FormatError(f"{path}: knows the pre-tokenizer 'smollm', found {pre!a:.60}")
+  tokens, merges = _texts(container, "tokens"), _texts(container, "merges")
+  pairs: Any = [tuple(m.split(" ")) for m in merges]
+  kinds, control = container.values.get("tokenizer.ggml.token_type"), 3
+  if (
+    len(set(tokens)) < len(tokens) or not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens)
+  ):
+    raise FormatError(
+      f"{path}: tokenizer.ggml: a token twice, or not one token_type for each token"
+    )
+  try:
+    bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, fuse_unk=False)
+  except Exception as error:  # whatever the library raises for merges of other tokens
+    raise FormatError(
+      f"{path}: tokenizer.ggml: its merges do not fit its tokens ({error})"
+    ) from None
   tokenizer = Tokenizer(bpe)
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
   )
   tokenizer.decoder = decoders.ByteLevel()
-  kinds = value("token_type")
   special = [t for t, k in zip(tokens, kinds, strict=True) if k == control]
   tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-  fast = PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer,
-    bos_token=tokens[value("bos_token_id")],
-    eos_token=tokens[value("eos_token_id")],
-    unk_token=tokens[value("unknown_token_id")],
-  )
-  fast.save_pretrained(str(out))
+  named = {
+    f"{name}_token": _token(container, tokens, f"{long}_token_id")
+    for name, long in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"))
+  }
+  PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(str(out))
+
+
+def _texts(container: Container, key: str) -> list[str]:
+  try:
+    return [text.decode() for text in container.values[f"tokenizer.ggml.{key}"]]
+  except (KeyError, AttributeError, TypeError, UnicodeDecodeError):
+    raise FormatError(
+      f"{container.file.path}: no list of UTF-8 texts under tokenizer.ggml.{key}"
+    ) from None
+
+
+def _token(container: Container, tokens: list[str], key: str) -> str:
+  number = container.values.get(f"tokenizer.ggml.{key}")
+  if type(number) is not int or not 0 <= number < len(tokens):
+    raise FormatError(f"{container.file.path}: tokenizer.ggml.{key} is no token: {number!a:.40}")
+  return tokens[number]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from llava_sp_jax.convert import tables
 from llava_sp_jax.convert.layout import Layout, contiguous
 from llava_sp_jax.convert.torch_io import BFLOAT16, FormatError, Tensor
 
+SHOWN = 40  # missing layers that an error lists
 Index = tuple[slice, ...]
 Leaves = dict[str, "Leaf"]
 
@@ -59,7 +61,19 @@ class Cast(Leaf):
   inner: Leaf
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    return self.inner.read(index).astype(self.dtype)
+    return rounded(self.inner.read(index), self.dtype, self.path)
+
+
+def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+  """Values in another dtype. Raises: FormatError where float16 is too small for them."""
+  if dtype != np.float16 or values.dtype == np.float16:
+    return values.astype(dtype)
+  largest = float(np.abs(values).max(initial=0))
+  if largest >= 65520:  # rounds up to infinity
+    raise FormatError(
+      f"{path}: {largest:g} is too large for float16, which ends at 65504; take bfloat16 or float32"
+    )
+  return values.astype(dtype)
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Leaves:
@@ -139,7 +153,11 @@ def gather(tensors: Iterable[Tensor], rows: tuple[tables.Row, ...], problems: li
     if match is None:
       problems.append(f"unexpected tensor {tensor.name} {tensor.shape} in {tensor.origin}")
     else:
-      found.setdefault(match.path, {})[match.layer] = (tensor, match.layout)
+      parts = found.setdefault(match.path, {})
+      if match.layer in parts:
+        twice = parts[match.layer][0].name
+        problems.append(f"two tensors are {match.path}: {twice} and {tensor.name}")
+      parts[match.layer] = (tensor, match.layout)
   leaves: Leaves = {}
   for path, parts in found.items():
     leaf = _leaf(path, parts, problems)
@@ -160,9 +178,10 @@ def _leaf(
   if None in parts:
     return InTensors(path, shape, first.dtype, (first,), layout, stacked=False)
   numbers = sorted(n for n in parts if n is not None)
-  gaps = sorted(set(range(numbers[-1] + 1)) - set(numbers))
+  gaps = list(itertools.islice((n for n in range(numbers[-1]) if n not in parts), SHOWN))
   if gaps:
-    problems.append(f"{path}: layers {gaps} are missing")
+    more = numbers[-1] + 1 - len(numbers) - len(gaps)
+    problems.append(f"{path}: layers {gaps}{f' and {more:,} more' if more else ''} are missing")
     return None
   tensors = tuple(parts[n][0] for n in numbers)
   odd = [t for t in tensors if (t.shape, t.dtype) != (first.shape, first.dtype)]

@@ -15,9 +15,9 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
-from llava_sp_jax.convert import settings, tables, torch_write
+from llava_sp_jax.convert import save_hf, settings_out, tables, torch_write
 from llava_sp_jax.convert.formats import NOTE, Source, cast, copy_tokenizer, is_adapter
-from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, to_tensors
+from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, rounded, to_tensors
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
 from llava_sp_jax.models import build
 
@@ -41,7 +41,8 @@ class Folded(Leaf):
     a = self.lora_a.read((layers, rows, whole)).astype(np.float32)
     b = self.lora_b.read((layers, whole, columns)).astype(np.float32)
     for i in range(len(kernel)):  # layer by layer: the product is as large as the kernel
-      kernel[i] = (kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])).astype(self.dtype)
+      sum_ = kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])
+      kernel[i] = rounded(sum_, self.dtype, self.path)
     return kernel
 
 
@@ -73,7 +74,7 @@ def _language_model(model: Source, out: Path) -> None:
   text = model.config.model.language_model
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
   torch_write.save_safetensors(tensors, out)
-  values = settings.language_model_json(text, _dtype(tensors))
+  values = settings_out.language_model_json(text, _dtype(tensors))
   _json(out / "config.json", values)
   if model.tokenizer:
     copy_tokenizer(model.tokenizer, out)
@@ -83,9 +84,9 @@ def _vision_tower(model: Source, out: Path) -> None:
   """The vision part alone, with the layers that are used; the select layer counts from its end."""
   tower = model.config.model.tower
   torch_write.save_safetensors(_tower_tensors(model), out)
-  _json(out / "config.json", settings.tower_json(tower, build.tower_layers(model.config.model)))
+  _json(out / "config.json", settings_out.tower_json(tower, build.tower_layers(model.config.model)))
   _json(out / "preprocessor_config.json",
-        settings.processor_json(model.config.data, tower.image_size))  # fmt: skip
+        settings_out.processor_json(model.config.data, tower.image_size))  # fmt: skip
 
 
 def _llava(model: Source, out: Path) -> None:
@@ -94,7 +95,7 @@ def _llava(model: Source, out: Path) -> None:
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
   tensors += to_tensors(model.part("projector"), _projector_rows(model))
   torch_write.save_safetensors(tensors, out)
-  _json(out / "config.json", settings.llava_json(config, tower))
+  _json(out / "config.json", settings_out.llava_json(config, tower))
   _note(model, out)
   if model.tokenizer:
     copy_tokenizer(model.tokenizer, out)
@@ -121,7 +122,7 @@ def _llava_lora(model: Source, out: Path) -> None:
     "target_modules": names, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": True, "modules_to_save": None,
   })  # fmt: skip
-  _json(out / "config.json", {**settings.llava_json(config, tower), "_name_or_path": base})
+  _json(out / "config.json", {**settings_out.llava_json(config, tower), "_name_or_path": base})
   _note(model, out)
   if model.tokenizer:
     copy_tokenizer(model.tokenizer, out)
@@ -129,30 +130,9 @@ def _llava_lora(model: Source, out: Path) -> None:
 
 def _llava_hf(model: Source, out: Path) -> None:
   """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
-  config = model.config
-  tensors = [t.renamed(f"language_model.{t.name}")
-             for t in to_tensors(model.part("language_model"), tables.LLAMA)]  # fmt: skip
-  tensors += [t.renamed(f"vision_tower.{t.name}") for t in _tower_tensors(model)]
-  for tensor in to_tensors(model.part("projector"), _projector_rows(model)):
-    layer = {"0": "linear_1", "2": "linear_2"}[tensor.name.split(".")[2]]
-    kind = tensor.name.rsplit(".", 1)[1]
-    tensors.append(tensor.renamed(f"multi_modal_projector.{layer}.{kind}"))
-  torch_write.save_safetensors(tensors, out)
-  text = settings.language_model_json(config.model.language_model, config.model.frozen_dtype)
-  vision = settings.tower_json(config.model.tower, build.tower_layers(config.model))
-  count = build.image_token_count(config.model)
-  _json(out / "config.json", {
-    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
-    "text_config": text, "vision_config": vision, "projector_hidden_act": "gelu",
-    "vision_feature_layer": -1, "vision_feature_select_strategy": "default" if
-    config.model.tower.variant == "clip" else "full", "image_seq_length": count,
-    "image_token_index": config.model.language_model.vocab_size - 1, "torch_dtype":
-    config.model.frozen_dtype, "tie_word_embeddings": config.model.language_model.tie_embeddings,
-  })  # fmt: skip
-  _json(out / "preprocessor_config.json",
-        settings.processor_json(config.data, config.model.tower.image_size))  # fmt: skip
-  if model.tokenizer:
-    copy_tokenizer(model.tokenizer, out)
+  projector = to_tensors(model.part("projector"), _projector_rows(model))
+  save_hf.write(model, out, _tower_tensors(model), projector)
+  _note(model, out)
 
 
 def _tower_tensors(model: Source) -> list[Tensor]:
@@ -260,6 +240,15 @@ def export(model: Source, name: str, out: str | Path, dtype: str = "") -> None:
     model = dataclasses.replace(fold(model), fingerprint="")
   with folders.renamed(out, "export") as temporary:
     row.write(model, temporary)
+    _as_the_umask_says(temporary)
+
+
+def _as_the_umask_says(folder: Path) -> None:
+  """Gives files the mode of those that are simply opened; some writers make theirs private."""
+  mode = (folder / "config.json").stat().st_mode
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.chmod(mode)
 
 
 def _refuse(model: Source, name: str, row: Export) -> None:
@@ -269,8 +258,5 @@ def _refuse(model: Source, name: str, row: Export) -> None:
     raise FormatError(f"--format {name} needs {', '.join(lacking)}, which this checkpoint lacks")
   if not row.folds and not model.config.model.lora.rank:
     raise FormatError(f"--format {name}: this checkpoint has no adapters; export 'llava' instead")
-  if name == "llava_hf" and model.config.model.projector.row != "none":
-    raise FormatError(
-      f"--format llava_hf: transformers has no spatial tokens (row {model.config.model.projector.row}"
-      "); export 'llava' for the original code, or 'language_model' for the decoder alone"
-    )
+  if name == "llava_hf":
+    save_hf.refuse(model)

@@ -1,15 +1,20 @@
 """What the JSON files of a torch checkpoint say, as groups of our config.
 
-Values that a file leaves out are the defaults of transformers' own config classes.
+Every key goes through a table of `key_tables`. Values that a file leaves out are the defaults of
+transformers' own config classes.
 """
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import json_files
+from llava_sp_jax.convert import key_tables, keys
+from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError
 
 # `model_type` of a config.json -> the family whose decoder it is.
@@ -27,68 +32,69 @@ FAMILIES = {
 TOWERS = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip",
           "siglip_vision_model": "siglip"}  # fmt: skip
 
-Json = dict[str, Any]
-
 
 def read_json(path: Path) -> Json:
   """A JSON object. Raises: FormatError."""
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise FormatError(f"{path}: no such file") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise FormatError(f"{path}: not JSON ({error})") from None
-  if not isinstance(values, dict):
-    raise FormatError(f"{path}: expected a JSON object, found {type(values).__name__}")
-  return values
+  return json_files.read_object(path)
 
 
-def _filled(family: str, values: Json) -> Any:
+def _filled(family: str, values: Json, origin: str) -> Any:
   """transformers' config of a family with the given values over its defaults."""
   from transformers import CONFIG_MAPPING  # slow to import
 
-  own = {k: v for k, v in values.items() if k not in ("model_type", "transformers_version")}
-  return CONFIG_MAPPING[family](**own)
+  own = {k: v for k, v in values.items() if k not in ("model_type", "_name_or_path")}
+  try:
+    return CONFIG_MAPPING[family](**own)
+  except Exception as error:  # its own checks raise what they like
+    said = " ".join(str(error).split())
+    raise FormatError(f"{origin}: transformers refuses these settings: {said:.200}") from None
 
 
-def _require(origin: str, values: Any, wanted: Json) -> None:
-  """Raises: FormatError for settings that the model does not compute, all at once."""
-  odd = [f"{key}={getattr(values, key)!r} (known: {known!r})" for key, known in wanted.items()
-         if getattr(values, key, known) != known]  # fmt: skip
-  if odd:
-    raise FormatError(f"{origin}: not supported: {', '.join(odd)}")
+def is_llava(values: Json) -> bool:
+  """Whether a config.json is one of the original's LLaVA."""
+  return "mm_vision_tower" in values
 
 
-def language_model(values: Json, origin: str) -> config_lib.LanguageModel:
+def is_llava_hf(values: Json) -> bool:
+  """Whether it is one of transformers' Llava or LlavaNext."""
+  return "text_config" in values and str(values.get("model_type")).startswith("llava")
+
+
+def language_model(
+  values: Json, origin: str, allow_unknown: bool = False
+) -> config_lib.LanguageModel:
   """Sizes of a LLaMA-family decoder. Raises: FormatError for what the decoder does not do."""
-  kind = values.get("model_type", "llama")
-  if kind not in FAMILIES:
+  kind = values.get("model_type", "llama") if isinstance(values, dict) else "llama"
+  if not isinstance(kind, str) or kind not in FAMILIES:
     known = ", ".join(sorted(FAMILIES))
-    raise FormatError(f"{origin}: model_type {kind!r} is no LLaMA-family decoder; known: {known}")
+    raise FormatError(
+      f"{origin}: model_type {kind!r:.60} is no LLaMA-family decoder; known: {known}"
+    )
   family = FAMILIES[kind]
-  filled = _filled(family, values)
-  _require(origin, filled, {"hidden_act": "silu", "mlp_bias": False})
+  table = dict(key_tables.DECODERS[family])
+  if is_llava(values) or kind.startswith("llava"):
+    table |= key_tables.LLAVA
+  said = keys.read(values, table, origin, allow_unknown)
+  said = {k: v for k, v in said.items() if k not in key_tables.LLAVA}
+  for name in ("rope_scaling", "rope_parameters"):
+    if said.get(name):
+      keys.read(said[name], key_tables.ROPE, f"{origin}: {name}", allow_unknown)
+  filled = _filled(family, said, origin)
   heads = filled.num_attention_heads
   window = _window(filled, origin)
   return config_lib.LanguageModel(
     vocab_size=filled.vocab_size, width=filled.hidden_size, layers=filled.num_hidden_layers,
     heads=heads, kv_heads=filled.num_key_value_heads or heads,
     head_dim=getattr(filled, "head_dim", None) or filled.hidden_size // heads,
-    mlp_width=filled.intermediate_size, norm_eps=filled.rms_norm_eps,
+    mlp_width=filled.intermediate_size, norm_eps=float(filled.rms_norm_eps),
     rope_theta=float(filled.rope_parameters["rope_theta"]),
     rope_scaling=_rope(filled, origin), sliding_window=window,
-    window_from_layer=_window_start(filled) if window else 0, attention_bias=_bias(family, filled, origin),
+    window_from_layer=_window_start(filled) if window else 0,
+    attention_bias=family == "qwen2",  # Qwen2 always has biases on q, k, v
     max_positions=filled.max_position_embeddings,
-    tie_embeddings=filled.tie_word_embeddings, initializer_range=filled.initializer_range,
+    tie_embeddings=filled.tie_word_embeddings,
+    initializer_range=float(filled.initializer_range),
   )  # fmt: skip
-
-
-def _bias(family: str, filled: Any, origin: str) -> bool:
-  """Qwen2 always has biases on q, k, v; LLaMA's `attention_bias` also means one on o."""
-  if family == "qwen2":
-    return True
-  _require(origin, filled, {"attention_bias": False})
-  return False
 
 
 def _window(filled: Any, origin: str) -> int:
@@ -107,13 +113,10 @@ def _window_start(filled: Any) -> int:
 
 def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   values = filled.rope_parameters
-  kind, unknown = values.get("rope_type", "default"), ("mscale", "mscale_all_dim", "truncate")
-  odd = [f"{k}={values[k]!r}" for k in unknown if values.get(k) not in (None, True)]
-  if odd or kind not in _ROPE_KEYS:
-    raise FormatError(
-      f"{origin}: not supported: rope {kind!r} {' '.join(odd)}; known: {', '.join(_ROPE_KEYS)}"
-    )
-  known = {
+  kind = values.get("rope_type", "default")
+  if kind not in ROPE_KEYS:
+    raise FormatError(f"{origin}: not supported: rope {kind!r:.60}; known: {', '.join(ROPE_KEYS)}")
+  known: dict[str, Any] = {
     "factor": values.get("factor"),
     "original_length": values.get("original_max_position_embeddings")
     or filled.max_position_embeddings,
@@ -123,121 +126,12 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
     "beta_slow": values.get("beta_slow"),
     "attention_factor": values.get("attention_factor"),
   }
-  return config_lib.RopeScaling(
-    kind=kind, **{k: v for k, v in known.items() if v is not None and kind != "default"}
-  )
+  said = {k: v for k, v in known.items() if v is not None and kind != "default"}
+  numbers: dict[str, Any] = {k: v if k == "original_length" else float(v) for k, v in said.items()}
+  return config_lib.RopeScaling(kind=kind, **numbers)
 
 
-def tower(folder_config: Json, origin: str, select_layer: int) -> config_lib.Tower:
-  """Sizes of a CLIP or SigLIP tower, from a full model's config or the vision part's.
-
-  Raises: FormatError for another kind of tower.
-  """
-  values = folder_config.get("vision_config", folder_config)
-  kind = values.get("model_type", folder_config.get("model_type", "clip_vision_model"))
-  if kind not in TOWERS:
-    raise FormatError(f"{origin}: unknown vision tower {kind!r}; known: {', '.join(TOWERS)}")
-  variant = TOWERS[kind]
-  filled = _filled(f"{variant}_vision_model", values)
-  acts = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
-  _require(origin, filled, {"hidden_act": acts[variant], "num_channels": 3})
-  return config_lib.Tower(
-    variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,
-    width=filled.hidden_size, layers=filled.num_hidden_layers, heads=filled.num_attention_heads,
-    mlp_width=filled.intermediate_size, select_layer=select_layer,
-  )  # fmt: skip
-
-
-# Image processor of transformers -> how it makes a picture square (`data.image.FITS`).
-FITS = {"CLIPImageProcessor": "crop", "SiglipImageProcessor": "stretch"}
-
-
-# What the original could be told and never was in its recipes -> the values that are computed.
-ONLY: dict[str, tuple[Any, ...]] = {
-  "mm_use_im_start_end": (False,),
-  "mm_use_im_patch_token": (False,),
-  "mm_projector_type": ("mlp2x_gelu",),
-  "mm_vision_select_feature": ("patch", "cls_patch"),  # the same without a class token (SigLIP)
-}
-
-
-def images(values: Json, tower_folder: Path, origin: Path) -> dict[str, Any]:
-  """Preprocessing as keys of `config.Data`: the model's own choices, then the tower's processor.
-
-  Raises: FormatError when a file is missing or a processor is unknown.
-  """
-  odd = [f"{k}={values[k]!r}" for k, known in ONLY.items() if values.get(k) not in (None, *known)]
-  if odd:
-    raise FormatError(f"{origin}/config.json: not supported: {', '.join(odd)}")
-  path = tower_folder / "preprocessor_config.json"
-  processor = read_json(path)
-  processor = processor.get("image_processor", processor)
-  kind = str(processor.get("image_processor_type", "CLIPImageProcessor"))
-  kind = kind.removesuffix("Fast").removesuffix("Pil")
-  if kind not in FITS:
-    raise FormatError(f"{path}: unknown image processor {kind!r}; known: {', '.join(FITS)}")
-  result: dict[str, Any] = {
-    "image_aspect": values.get("image_aspect_ratio") or "square",
-    "image_fit": FITS[kind],
-    "image_mean": tuple(float(v) for v in processor["image_mean"]),
-    "image_std": tuple(float(v) for v in processor["image_std"]),
-  }
-  if values.get("image_grid_pinpoints"):
-    result["grid_pinpoints"] = pinpoints(values["image_grid_pinpoints"], origin)
-    result["patch_merge"] = values.get("mm_patch_merge_type", "flat")
-  return result
-
-
-def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
-  """Canvas sizes of anyres; the original also writes them as a text. Raises: FormatError."""
-  try:
-    pairs = (
-      json.loads(value.replace("(", "[").replace(")", "]")) if isinstance(value, str) else value
-    )
-    return tuple((int(width), int(height)) for width, height in pairs)
-  except (ValueError, TypeError):
-    raise FormatError(
-      f"{origin}: image_grid_pinpoints {value!r:.80} is no list of (width, height)"
-    ) from None
-
-
-# ---- the way back: our config as the JSON files of others -------------------------------------------
-
-
-def family(model: config_lib.LanguageModel) -> str:
-  """The value of FAMILIES whose decoder this is."""
-  return "qwen2" if model.attention_bias else "mistral" if model.sliding_window else "llama"
-
-
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                  "qwen2": "Qwen2ForCausalLM"}  # fmt: skip
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-
-
-def language_model_json(model: config_lib.LanguageModel, dtype: str) -> Json:
-  """A `config.json` that transformers reads (keys that versions 4 and 5 both know)."""
-  kind = family(model)
-  values: Json = {
-    "model_type": kind, "architectures": [_ARCHITECTURES[kind]], "vocab_size": model.vocab_size,
-    "hidden_size": model.width, "num_hidden_layers": model.layers,
-    "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
-    "head_dim": model.head_dim, "intermediate_size": model.mlp_width, "hidden_act": "silu",
-    "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
-    "rope_scaling": _rope_json(model.rope_scaling),
-    "max_position_embeddings": model.max_positions,
-    "tie_word_embeddings": model.tie_embeddings, "initializer_range": model.initializer_range,
-    "torch_dtype": DTYPES[dtype], "use_cache": True,
-  }  # fmt: skip
-  windowed: Json = {"sliding_window": model.sliding_window or None}
-  return values | {
-    "llama": {"attention_bias": False},
-    "mistral": windowed,
-    "qwen2": windowed | {"use_sliding_window": bool(model.sliding_window),
-                         "max_window_layers": model.window_from_layer},
-  }[kind]  # fmt: skip
-
-
-_ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
+ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
   "default": {},
   "linear": {"factor": "factor"},
   "dynamic": {"factor": "factor"},
@@ -250,60 +144,81 @@ _ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
 }  # fmt: skip
 
 
-def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
-  values = {theirs: getattr(rope, ours) for theirs, ours in _ROPE_KEYS[rope.kind].items()}
-  values = {k: v for k, v in values.items() if not (k == "attention_factor" and not v)}
-  return {"type": rope.kind, "rope_type": rope.kind, **values} if values else None
+def tower(
+  folder_config: Json, origin: str, select_layer: int, allow_unknown: bool = False
+) -> config_lib.Tower:
+  """Sizes of a CLIP or SigLIP tower, from a full model's config or the vision part's.
+
+  Raises: FormatError for another kind of tower, or a layer that it does not have.
+  """
+  values = folder_config.get("vision_config", folder_config)
+  outer = folder_config.get("model_type", "clip_vision_model")
+  kind = values.get("model_type", outer) if isinstance(values, dict) else None
+  if is_llava_hf(folder_config) and isinstance(values, dict):
+    kind = values.get("model_type", "clip_vision_model")
+  if not isinstance(kind, str) or kind not in TOWERS:
+    raise FormatError(f"{origin}: unknown vision tower {kind!r:.60}; known: {', '.join(TOWERS)}")
+  variant = TOWERS[kind]
+  if values is not folder_config and not is_llava_hf(folder_config):
+    keys.read(folder_config, key_tables.WHOLE_TOWER, origin, allow_unknown)
+  said = keys.read(values, key_tables.TOWERS[variant], origin, allow_unknown)
+  filled = _filled(f"{variant}_vision_model", said, origin)
+  count = filled.num_hidden_layers
+  if not -count - 1 <= select_layer <= count:
+    raise FormatError(f"{origin}: layer {select_layer} is selected of a tower with {count} layers")
+  return config_lib.Tower(
+    variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,
+    width=filled.hidden_size, layers=count, heads=filled.num_attention_heads,
+    mlp_width=filled.intermediate_size, select_layer=select_layer,
+  )  # fmt: skip
 
 
-def tower_json(tower: config_lib.Tower, layers: int) -> Json:
-  """Config of the vision part alone, with as many layers as are used."""
-  acts = {"clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
-          "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6)}  # fmt: skip
-  kind, architecture, act, eps = acts[tower.variant]
-  return {
-    "model_type": kind, "architectures": [architecture], "image_size": tower.image_size,
-    "patch_size": tower.patch_size, "hidden_size": tower.width, "num_hidden_layers": layers,
-    "num_attention_heads": tower.heads, "intermediate_size": tower.mlp_width, "hidden_act": act,
-    "layer_norm_eps": eps, "num_channels": 3,
-  }  # fmt: skip
+def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
+  """What a LLaVA's config.json says beside its decoder and tower; {} of any other.
+
+  Raises: FormatError.
+  """
+  if is_llava_hf(values):
+    return keys.read(values, key_tables.LLAVA_HF, origin, allow_unknown)
+  if not is_llava(values):
+    return {}
+  kind = values.get("model_type", "llama")
+  family = FAMILIES.get(kind, "llama") if isinstance(kind, str) else "llama"
+  table = {**key_tables.DECODERS[family], **key_tables.LLAVA}
+  said = keys.read(values, table, origin, allow_unknown)
+  return {k: v for k, v in said.items() if k in key_tables.LLAVA}
 
 
-def processor_json(data: config_lib.Data, size: int) -> Json:
-  """A `preprocessor_config.json` that gives the same pixels."""
-  kind = {fit: name for name, fit in FITS.items()}[data.image_fit]
-  square = {"height": size, "width": size}
-  crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
-  return {
-    "image_processor_type": kind, "do_resize": True, "resample": 3, "do_rescale": True,
-    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(data.image_mean),
-    "image_std": list(data.image_std), "do_convert_rgb": True,
-    **(crop if data.image_fit == "crop" else {"size": square}),
-  }  # fmt: skip
+def select_layer(values: Json, origin: str) -> int:
+  """The hidden state that a LLaVA reads; LLaVA's -2 where it does not say. Raises: FormatError."""
+  for name in ("mm_vision_select_layer", "vision_feature_layer"):
+    if name in values:
+      found = values[name]
+      if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+      if isinstance(found, list):
+        raise FormatError(
+          f"{origin}: not supported: {name}={found!r:.60}: features of one layer are computed"
+        )
+      return int(found)
+  return -2
 
 
-def llava_json(config: config_lib.Config, tower: str) -> Json:
-  """The original's `config.json`. Raises: FormatError for a decoder that the original lacks."""
-  kinds = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-           "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}  # fmt: skip
-  model, data = config.model, config.data
-  if family(model.language_model) not in kinds:
-    raise FormatError(
-      f"the original code has no LLaVA on {family(model.language_model)}; export the format "
-      "llava_hf or language_model"
-    )
-  kind, architecture = kinds[family(model.language_model)]
-  anyres = {"image_grid_pinpoints": [list(p) for p in data.grid_pinpoints],
-            "mm_patch_merge_type": data.patch_merge}  # fmt: skip
-  return {
-    **language_model_json(model.language_model, model.frozen_dtype),
-    "model_type": kind, "architectures": [architecture], "mm_vision_tower": tower,
-    "mm_hidden_size": model.tower.width, "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": model.tower.select_layer, "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
-    "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
-    "mm_projector_lr": config.optimizer.projector_learning_rate,
-    "image_aspect_ratio": data.image_aspect, "mm_patch_merge_type": "flat",
-    "tokenizer_model_max_length": data.row_length, "tokenizer_padding_side": "right",
-    **(anyres if data.image_aspect == "anyres" else {}),
-  }  # fmt: skip
+# Names of decoders that were not trained on template v1 -> the original's choice for them.
+_OTHER_TEMPLATES = (
+  (r"yi-?\d|hermes|34b", "chatml_direct"),
+  (r"mistral|mixtral|zephyr", "mistral_instruct"),
+  (r"qwen", "chatml_direct"),
+  (r"llama-?2.*chat|llama_2", "llava_llama_2"),
+  (r"mpt", "mpt"),
+  (r"llama-?3|phi|gemma|smollm|internlm|baichuan|stablelm|tinyllama|falcon|opt-|pythia", ""),
+)
+
+
+def other_template(names: Sequence[str]) -> tuple[str, str] | None:
+  """(the name that speaks against template v1, what the original takes for it or ""), or None."""
+  for name in names:
+    for pattern, choice in _OTHER_TEMPLATES:
+      if re.search(pattern, name.lower()):
+        return name, choice
+  return None

@@ -256,7 +256,7 @@ def _pattern(template: str) -> str:
   out = []
   for part in parts:
     if part == "{layer}":
-      out.append(r"(?P<layer>\d+)")
+      out.append(r"(?P<layer>0|[1-9][0-9]{0,5})")  # one way to write each
     elif part.startswith("{"):
       name, words = part[1:-1].split(":")
       out.append(f"(?P<{name}>{words})")

@@ -19,6 +19,7 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
+from llava_sp_jax.data import decode
 from llava_sp_jax.data import image as image_lib
 from llava_sp_jax.data.example import NEWLINE, Plan
 
@@ -54,6 +55,7 @@ class Reader:
     """Raises: ConfigError for settings that do not exist or do not fit the tile."""
     self._aspect = lookup("data.image_aspect", data.image_aspect, ASPECTS)
     lookup("data.image_fit", data.image_fit, image_lib.FITS)
+    lookup("data.image_resample", data.image_resample, image_lib.RESAMPLES)
     lookup("data.patch_merge", data.patch_merge, MERGES)
     if data.patch_merge == "spatial_unpad" and not tile.newline:
       raise ConfigError("data.patch_merge: 'spatial_unpad' needs model.image_newline=true")
@@ -67,7 +69,7 @@ class Reader:
     if data.image_aspect == "anyres" and data.augment != "none":
       raise ConfigError(f"data.augment: {data.augment!r} would move the tiles of one image apart")
     self.preprocess = image_lib.Preprocess(
-      tile.size, data.image_mean, data.image_std, data.image_fit
+      tile.size, data.image_mean, data.image_std, data.image_fit, data.image_resample
     )
     self.tile, self.pinpoints, self._merge = tile, data.grid_pinpoints, data.patch_merge
     areas = [w * h // tile.size**2 for w, h in self.pinpoints]
@@ -75,20 +77,28 @@ class Reader:
 
   def __call__(self, image: Image.Image) -> Picture:
     """Raises: SampleError for a picture that the settings cannot show."""
-    image = image.convert("RGB")
-    views = self._aspect.views(self, image)
-    return Picture(np.stack([self.preprocess.square(v) for v in views]), self.plan(image.size))
+    plan = self.plan(image.size)
+    views = self._aspect.views(self, decode.rgb(image))
+    return Picture(np.stack([self.preprocess.square(v) for v in views]), plan)
 
   def plan(self, size: Size) -> Plan:
-    """The tokens of a picture of that size, which need not be decoded for it."""
+    """The tokens of a picture of that size, which need not be decoded for it.
+
+    Raises: SampleError for a size that the settings cannot show.
+    """
+    self._aspect.check(self, size)
     return plan(self.tile, size, self._aspect.canvas(self, size), self._merge)
 
 
 @dataclasses.dataclass(frozen=True)
 class Aspect:
-  """How a picture is shown: the pictures of its tiles, and the canvas of all of them but tile 0."""
+  """How a picture is shown: the pictures of its tiles, and the canvas of all of them but tile 0.
+
+  `check` refuses a picture by its size.
+  """
 
   views: Callable[[Reader, Image.Image], list[Image.Image]]
+  check: Callable[[Reader, Size], None]
   canvas: Callable[[Reader, Size], Size | None] = lambda reader, size: None
 
 
@@ -110,12 +120,16 @@ def _canvas(reader: Reader, size: Size) -> Size:
   return best_resolution(size, reader.pinpoints)
 
 
+def _check_fit(reader: Reader, size: Size) -> None:
+  image_lib.FITS[reader.preprocess.fit].check(size)
+
+
 # The original's `image_aspect_ratio`. Its "square" is what the tower's own processor does: CLIP
 # cuts a square out of the middle, SigLIP stretches.
 ASPECTS = {
-  "pad": Aspect(_padded),
-  "square": Aspect(_as_it_is),
-  "anyres": Aspect(_tiled, _canvas),
+  "pad": Aspect(_padded, lambda reader, size: decode.check_size(size, padded=True)),
+  "square": Aspect(_as_it_is, _check_fit),
+  "anyres": Aspect(_tiled, lambda reader, size: None, _canvas),
 }
 
 

@@ -1,7 +1,8 @@
 """Looks through a data set, without a model, for all that training would leave out or cut off.
 
-Every sample is laid out as the pipeline does it; files are only looked for, and as many pictures as
-asked for are decoded. Folders are those of the images' names, e.g. `coco/train2017`.
+Every sample goes through what training puts it through: `forms`, `samples.Writer`, the sizes of its
+pictures from the heads of their files, `example.layout`. As many pictures as asked for are decoded.
+Folders are those of the images' names, e.g. `coco/train2017`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import anyres, conversation, example, reading, sources
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import anyres, example, forms, sources
+from llava_sp_jax.data import decode as decode_lib
+from llava_sp_jax.data import samples as samples_lib
+from llava_sp_jax.data.failure import SampleError, attempt, of_one_sample, shortened
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 # What can be wrong with a sample; True: it is lost to training, so a check does not pass with it.
@@ -83,78 +86,62 @@ class Found:
 class Checker:
   """Checks samples one by one; safe to call from several threads."""
 
-  def __init__(self, data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile):
-    """Raises: ConfigError, FileNotFoundError for data that cannot be opened at all."""
-    self._data, self._tokenizer = data, tokenizer
-    self._reader = anyres.Reader(data, tile)
-    self._template = lookup("data.template", data.template, conversation.TEMPLATES)
-    lookup("data.turns", data.turns, conversation.TURNS)
+  def __init__(self, data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0):
+    """`seed` is the run's: it draws turns as the first epoch does.
+
+    Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
+    """
+    self._data, self._seed = data, seed
+    self._reader, self._writer = anyres.Reader(data, tile), samples_lib.Writer(tokenizer, data)
     make_source = lookup("data.source", data.source, sources.SOURCES)
-    self._folder = Path(data.image_folder)
     self.source = make_source(data.path, data.image_folder, self._reader)
 
   def __call__(self, index: int, decode: bool) -> Found:
     """Checks one sample; its pictures are decoded when `decode` is set."""
-    sample = self.source[index]
+    sample = attempt(lambda: self.source[index])
+    images = attempt(lambda: forms.read(sample).images)
+    if isinstance(images, SampleError):
+      return Found(0, (), (Problem("cannot be used", str(images)),))
+    folders = tuple(folder_of(name) for name in images if isinstance(name, str))
+    files = zip(images, self.source.files(sample), strict=True)
+    plans = [self._plan(image, *file) for image, file in files]
+    if bad := tuple(plan for plan in plans if isinstance(plan, Problem)):
+      return Found(0, folders, bad)
+    if decode and images:
+      found = attempt(lambda: self.source.images(sample))
+      if isinstance(found, SampleError):
+        return Found(0, folders, (Problem("unreadable image", str(found)),))
+    tokens, problems = self._lay_out(index, sample, plans)
+    return Found(tokens, folders, problems, len(images) if decode else 0)
+
+  def _plan(self, image: forms.Image, file: Any, name: str) -> example.Plan | Problem:
+    """The tokens of an image, or what is wrong with its file."""
+    folder = folder_of(image) if isinstance(image, str) else ""
     try:
-      if not isinstance(sample, dict):
-        raise SampleError(f"expected a dictionary, found {sample!r:.60}")
-      names, inside = images_of(sample)
+      with of_one_sample():
+        return self._reader.plan(decode_lib.read_size(file, name))
+    except decode_lib.MissingImageError:
+      return Problem("missing image", shortened(str(image)), folder)
     except SampleError as error:
-      return Found(0, (), (Problem("cannot be used", str(error)),))
-    folders = tuple(folder_of(name) for name in names)
-    gone = [name for name in names if not (self._folder / name).is_file()]
-    if gone:
-      problems = tuple(Problem("missing image", name, folder_of(name)) for name in gone)
-      return Found(0, folders, problems)
-    count = len(names) + inside
-    plans, decoded = [self._plan_of_one_tile] * count, 0
-    if count and (decode or self._reader.max_tiles > 1):
-      try:
-        plans = [picture.plan for picture in self.source.images(sample)]
-      except SampleError as error:
-        return Found(0, folders, (Problem("unreadable image", str(error)),))
-      decoded = count
-    tokens, problems = self._lay_out(sample, plans)
-    return Found(tokens, folders, problems, decoded)
+      return Problem("unreadable image", str(error), folder)
 
-  @property
-  def _plan_of_one_tile(self) -> example.Plan:
-    side = self._reader.tile.size
-    return anyres.plan(self._reader.tile, (side, side), None, self._data.patch_merge)
-
-  def _lay_out(
-    self, sample: dict[str, Any], plans: list[example.Plan]
-  ) -> tuple[int, tuple[Problem, ...]]:
+  def _lay_out(self, index: int, sample: Any, plans: list[Any]) -> tuple[int, tuple[Problem, ...]]:
     """Length of a sample's row before it is cut off, and what is wrong with the row."""
+    limit = self._data.row_length
     try:
-      turns = conversation.turns_of(sample)
-      runs = reading.dialogue(turns, self._template, self._data.turns, self._tokenizer)
-      row = example.layout(runs, plans, self._data.row_length, self._data.images_per_row)
+      with of_one_sample():
+        runs = self._writer.runs(sample, samples_lib.rng_of(self._seed, 0, index))
+        size = self._writer.size(runs, plans)
+        row = example.layout(runs, plans, limit, self._data.images_per_row)
     except SampleError as error:
       return 0, (Problem("cannot be used", str(error)),)
-    text = sum(len(run.ids) for run in runs) - len(plans)
-    length, limit = text + sum(len(plan.slots) for plan in plans), self._data.row_length
+    cut = size.total > limit
     if not row.weights.any():
-      cut = f" in the first {limit} of its {length} tokens" if length > limit else ""
-      return length, (Problem("nothing to learn", f"no reply{cut}"),)
-    if length > limit and not self._data.turns_per_row:
-      return length, (Problem("cut off", f"{length} tokens, data.row_length is {limit}"),)
-    return length, ()
-
-
-def images_of(sample: dict[str, Any]) -> tuple[list[str], int]:
-  """The file names of a sample's images, and how many images are in the sample itself (bytes).
-
-  Raises: SampleError when `image` is something else.
-  """
-  value = sample.get("image", [])
-  if isinstance(value, bytes):
-    return [], 1
-  names = [value] if isinstance(value, str) else value
-  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise SampleError(f"`image` must be a file name or a list of them, found {names!r:.60}")
-  return names, 0
+      where = f" in the first {limit} of its {size.total} tokens" if cut else ""
+      return size.total, (Problem("nothing to learn", f"no reply{where}"),)
+    if cut:
+      return size.total, (Problem("cut off", f"{size.total} tokens, data.row_length is {limit}"),)
+    return size.total, ()
 
 
 def folder_of(name: str) -> str:
@@ -164,18 +151,20 @@ def folder_of(name: str) -> str:
 def check(
   data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
   samples: int | None = None, progress: Callable[[Report], None] = lambda report: None,
+  seed: int = 0,
 ) -> Report:  # fmt: skip
   """Checks a data set.
 
   Args:
-    images: how many samples have their pictures decoded, drawn at random; None: all. With
-      `data.image_aspect="anyres"` all are, as an image's tokens depend on its size.
+    images: how many samples have their pictures decoded, drawn at random; None: all. Of the others
+      the heads of the files are read.
     samples: how many samples are checked, drawn at random; None: all.
     progress: called with the report after every few samples.
+    seed: the run's, with which turns are drawn.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
   """
-  checker = Checker(data, tokenizer, tile)
+  checker = Checker(data, tokenizer, tile, seed)
   total, draw = len(checker.source), random.Random(0)
   chosen = range(total) if samples is None or samples >= total else sorted(
     draw.sample(range(total), samples)

@@ -10,21 +10,21 @@ Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the 
 from __future__ import annotations
 
 import dataclasses
-import re
-from typing import Any
+import functools
+from collections.abc import Callable
+
+from llava_sp_jax.data.failure import SampleError
 
 IMAGE = "<image>"
-# Images in front of a text: each on a line of its own, or all on one line, as lmms-eval has them.
-_LEADING = re.compile(rf"(?:{IMAGE}(?:\n| (?={IMAGE})))+")
-
-
-class SampleError(ValueError):
-  """One sample that cannot be used; the message says what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """The text around the turns: system, `before` question `after` + `answer` reply `end`."""
+  """The text around the turns: system, `before` question `after` + `answer` reply `end`.
+
+  `with_system` makes the same template around another system text; None where there is no place for
+  one.
+  """
 
   system: str
   before: str
@@ -37,6 +37,7 @@ class Template:
   image_only: bool = False  # the question is reduced to its image
   empty_reply: bool = False  # an empty reply is written and learned, not left out
   training: Template | None = None  # what training writes, where the original prompts otherwise
+  with_system: Callable[[str], Template] | None = dataclasses.field(default=None, compare=False)
 
 
 # The original's separator styles, as functions of what its templates vary.
@@ -47,25 +48,29 @@ def single(system: str, example: str = "", image: str = IMAGE) -> Template:
   trained = Template(f"{system}\n\n### ", "Human: ", "\n### Assistant:", " ", "\n### ",
                      unanswered="\n### ", image=image, empty_reply=True)  # fmt: skip
   return Template(f"{system}###{example}", "Human: ", "###Assistant:", " ", "###", image=image,
-                  training=trained)  # fmt: skip
+                  training=trained,
+                  with_system=functools.partial(single, example=example, image=image))  # fmt: skip
 
 
 def two(system: str, image: str = IMAGE) -> Template:
   """A blank ends a question, `</s>` an answer."""
-  return Template(f"{system} ", "USER: ", " ASSISTANT:", " ", "</s>", unanswered=" ", image=image)
+  return Template(f"{system} ", "USER: ", " ASSISTANT:", " ", "</s>", unanswered=" ", image=image,
+                  with_system=functools.partial(two, image=image))  # fmt: skip
 
 
 def chatml(system: str, gap: str = "") -> Template:
   """`<|im_end|>` and `gap` end every turn."""
   end = f"<|im_end|>{gap}"
   return Template(f"<|im_start|>system\n{system}{end}", "<|im_start|>user\n",
-                  f"{end}<|im_start|>assistant\n", "", end, unanswered=end)  # fmt: skip
+                  f"{end}<|im_start|>assistant\n", "", end, unanswered=end,
+                  with_system=functools.partial(chatml, gap=gap))  # fmt: skip
 
 
 def llama_2(system: str, start: str) -> Template:
   """`[INST]` around a question; the system text stands inside the first."""
   first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
-  return Template("", f"{start}[INST] ", " [/INST]", " ", " </s>", first=first)
+  return Template("", f"{start}[INST] ", " [/INST]", " ", " </s>", first=first,
+                  with_system=functools.partial(llama_2, start=start))  # fmt: skip
 
 
 def plain() -> Template:
@@ -156,45 +161,27 @@ class Piece:
   end: int = 0
 
 
-Turns = list[tuple[str, str | None]]
+Turns = list[tuple[str, str | None]]  # (question, reply); reply None: open
 
 
-def turns_of(sample: Any) -> Turns:
-  """The (question, reply) pairs of LLaVA's `conversations` list; an open last turn has reply None.
-
-  A greeting in front of the first question is left out, as in the original.
-
-  Raises:
-    SampleError: when the turns do not alternate human, gpt.
-  """
-  messages = sample.get("conversations")
-  if not isinstance(messages, list) or not messages:
-    raise SampleError("`conversations` must be a list of {from, value} with at least one turn")
-  greets = len(messages) > 1 and isinstance(messages[0], dict) and messages[0].get("from") == "gpt"
-  pairs: Turns = []
-  for i, message in enumerate(messages[greets:]):
-    wanted = ("human", "gpt")[i % 2]
-    known = message if isinstance(message, dict) else {}
-    if known.get("from") != wanted or not isinstance(known.get("value"), str):
-      raise SampleError(
-        f"turn {i + greets}: expected a text from {wanted!r}, found {message!r:.80}"
-      )
-    if i % 2:
-      pairs[-1] = (pairs[-1][0], message["value"])
-    else:
-      pairs.append((message["value"], None))
-  return pairs
+def saying(template: Template, system: str | None) -> Template:
+  """`template` with another system text (None: its own). Raises: SampleError where none can stand."""
+  if system is None:
+    return template
+  if template.with_system is None:
+    raise SampleError(f"the template has no place for a system text, found {system[:80]!r}")
+  return template.with_system(system)
 
 
 def image_first(question: str, image: str = IMAGE) -> str:
-  """Images of a turn go to its front, each on a line of its own, written as `image`.
+  """A question with its images written as `image`: a single one goes to the front, on a line of its
+  own, as in the original; several stay where the text puts them, as in LLaVA-NeXT.
 
-  The original keeps only one of them, so its text no longer fits a sample of several images.
+  The original keeps only one of several, so its text no longer fits the sample.
   """
-  count = question.count(IMAGE)
-  if not count:
-    return question
-  return ((image + "\n") * count + question.replace(IMAGE, "").strip()).strip()
+  if question.count(IMAGE) == 1:
+    return f"{image}\n{question.replace(IMAGE, '').strip()}".strip()
+  return question.replace(IMAGE, image)
 
 
 def write(turns: Turns, template: Template, open_end: str | None = None) -> list[Piece]:
@@ -241,15 +228,14 @@ def prompt(question: str, template: Template, images: int = 0) -> list[Piece]:
   """The pieces of one open question, ready for an answer.
 
   `images` are put in front of a question that does not say where they stand.
-  Outer blanks of a question behind its images stay, where training strips them: the original's
+  Outer blanks of a question behind its image stay, where training strips them: the original's
   `model_vqa*.py` put `<image>` and a newline in front of whatever the file says.
   """
   if IMAGE not in question:
     question = f"{IMAGE}\n" * images + question
-  leading = _LEADING.match(question)
-  text = question[leading.end() :] if leading else question
-  if leading and not template.image_only and IMAGE not in text:
-    asked = (template.image + "\n") * leading[0].count(IMAGE) + text
+  leading = f"{IMAGE}\n"
+  if question.startswith(leading) and question.count(IMAGE) == 1 and not template.image_only:
+    asked = f"{template.image}\n{question.removeprefix(leading)}"
   else:
     asked = _asked(question, template)
   return write([(asked, None)], template)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.failure import SampleError
 
 BRANCHES = 1 << 12  # as `models.layers.BRANCHES`; a test holds the two together
 IMAGE_ID = -200  # stands for a whole image in a list of ids, as in LLaVA's data

@@ -1,4 +1,4 @@
-"""Images: decoding and preprocessing, equal to the last bit to the original's (PIL, not torch).
+"""Preprocessing of pictures, equal to the last bit to the original's (PIL, not torch).
 
 The original guesses from an array's shape where the channels are: it fails on a picture one pixel
 high and misreads one of three. Here such pictures are computed like all others.
@@ -7,102 +7,98 @@ Source: `expand2square` in `llava/mm_utils.py`; Hugging Face's CLIP and SigLIP i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import decode
+from llava_sp_jax.data.failure import SampleError
 
 LONGEST = 200  # times its width or height: more is a line, which "crop" would enlarge past memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """What a vision tower expects of a picture. `fit` names a row of FITS; `size` in pixels."""
+  """What a vision tower expects of a picture; `size` in pixels.
+
+  `fit` names a row of FITS, `resample` one of RESAMPLES.
+  """
 
   size: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
   fit: str = "crop"
+  resample: str = "bicubic"
 
   @property
   def pad_colour(self) -> tuple[int, ...]:
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """Pads to a square with the mean colour, resizes (bicubic), normalises. -> [size, size, 3]."""
-    return self.square(pad_to_square(image.convert("RGB"), self.pad_colour))
+    """Pads to a square with the mean colour, resizes, normalises. -> [size, size, 3]."""
+    return self.square(pad_to_square(decode.rgb(image), self.pad_colour))
 
   def square(self, image: Image.Image) -> np.ndarray:
     """An RGB picture of any shape, made square as `fit` says. -> [size, size, 3] float32."""
     if image.size != (self.size, self.size):
-      image = FITS[self.fit](image, self.size)
+      image = FITS[self.fit].make(image, self.size, RESAMPLES[self.resample])
     scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
     return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
-def crop(image: Image.Image, size: int) -> Image.Image:
+# What processors of others may name; LLaVA's is bicubic, SigLIP 2's bilinear.
+RESAMPLES = {kind.name.lower(): kind for kind in Image.Resampling}
+
+
+def crop(
+  image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
   """The shorter side becomes `size`, the middle of the longer one is kept (CLIP)."""
+  check_crop(image.size)
   short, long = sorted(image.size)
-  if long > LONGEST * short:
-    raise SampleError(f"an image of {image.width}x{image.height} pixels is too long to be cropped")
   enlarged = int(size * long / short)
   width, height = (size, enlarged) if image.width <= image.height else (enlarged, size)
   left, top = (width - size) // 2, (height - size) // 2
-  image = image.resize((width, height), Image.Resampling.BICUBIC)
+  image = image.resize((width, height), resample)
   return image.crop((left, top, left + size, top + size))
 
 
-def stretch(image: Image.Image, size: int) -> Image.Image:
+def check_crop(size: tuple[int, int]) -> None:
+  """Raises: SampleError for a line."""
+  if max(size) > LONGEST * min(size):
+    raise SampleError(f"an image of {size[0]}x{size[1]} pixels is too long to be cropped")
+
+
+def stretch(
+  image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
   """Both sides become `size` (SigLIP)."""
-  return image.resize((size, size), Image.Resampling.BICUBIC)
+  return image.resize((size, size), resample)
 
 
-FITS = {"crop": crop, "stretch": stretch}
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """How a picture becomes a square; `check` refuses, by its size, one that cannot."""
+
+  make: Callable[[Image.Image, int, Image.Resampling], Image.Image]
+  check: Callable[[tuple[int, int]], None] = lambda size: None
+
+
+FITS = {"crop": Fit(crop, check_crop), "stretch": Fit(stretch)}
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-  """Centres the image on a square of its longer side."""
+  """Centres the image on a square of its longer side. Raises: SampleError for one too large."""
   width, height = image.size
   if width == height:
     return image
+  decode.check_size(image.size, padded=True)
   side = max(width, height)
   square = Image.new("RGB", (side, side), colour)
   square.paste(image, ((side - width) // 2, (side - height) // 2))
   return square
-
-
-def read(file: Path | BinaryIO, name: str = "") -> Image.Image:
-  """Decodes a file, which messages call `name` (its path if empty).
-
-  Raises:
-    SampleError: names the file and says whether it is missing or not an image.
-  """
-  with _opened(file, name) as image:
-    return image.convert("RGB")
-
-
-def read_size(file: Path | BinaryIO, name: str = "") -> tuple[int, int]:
-  """Width and height in pixels, from the head of a file. Raises: SampleError like `read`."""
-  with _opened(file, name) as image:
-    return image.size
-
-
-@contextlib.contextmanager
-def _opened(file: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
-  try:
-    with Image.open(file) as image:
-      yield image
-  except FileNotFoundError:
-    raise SampleError(f"image {name or file}: no such file") from None
-  except Exception as error:  # Pillow raises nearly anything for a damaged file
-    why = str(error) or type(error).__name__
-    raise SampleError(f"image {name or file}: cannot be decoded ({why})") from None
 
 
 def _no_change(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, samples, sources
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -162,12 +162,17 @@ def _measurer(
 def _chunk(measure: samples.Measurer, chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
   found: list[Found] = []
   for index, sample in enumerate(chunk, first):
-    try:
-      size = measure(sample, epoch, index)
-      found.append((size.length, size.total, size.tiles, ""))
-    except SampleError as error:
-      found.append((0, 0, 0, str(error)))
+    found.append(_found(measure, sample, epoch, index))
   return found
+
+
+def _found(measure: samples.Measurer, sample: Any, epoch: int, index: int) -> Found:
+  try:
+    with of_one_sample():
+      size = measure(sample, epoch, index)
+  except SampleError as error:
+    return 0, 0, 0, str(error)
+  return size.length, size.total, size.tiles, ""
 
 
 _process: list[samples.Measurer] = []  # of a process that `_start` has prepared

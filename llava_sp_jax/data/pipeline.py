@@ -6,8 +6,7 @@ Shape letters:  B rows . T row length . M tiles per row
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,14 @@ import numpy as np
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.data import anyres, example, held_out, image, packing, samples, sources
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.ahead import Ahead
+from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.data.lengths import Lengths, Say
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
-ENDLESS = 1 << 60  # rows
+AHEAD = 64  # rows that are made before they are asked for
 SAMPLES = "samples"  # in a batch: for each row, a list of Held; for the host, no array
 
 
@@ -69,25 +69,30 @@ class RowMaker:
   def _sample(
     self, epoch: int, index: int, segment: int, first: int, left: int
   ) -> tuple[example.Row, list[np.ndarray]] | None:
+    made = attempt(lambda: self._made(epoch, index, segment, first, left))
+    if isinstance(made, SampleError):
+      self._quarantine.add(index, attempt(lambda: self._source[index]), made)
+      self._give_up_if_hopeless(index, made)
+      return None
+    self._any_good = True
+    return made
+
+  def _made(
+    self, epoch: int, index: int, segment: int, first: int, left: int
+  ) -> tuple[example.Row, list[np.ndarray]]:
     sample = self._source[index]
     rng = samples.rng_of(self._seed, epoch, index)
-    try:
-      runs = self._writer.runs(sample, rng)
-      pictures = self._source.images(sample)
-      plans = [picture.plan for picture in pictures]
-      size = self._writer.size(runs, plans)
-      if size.length > left or first + size.tiles > self._data.images_per_row:
-        raise SampleError(
-          f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
-          "images have changed since, remove lengths-*.npz from the run's folder and start anew"
-        )
-      limit, room = self._data.row_length, self._data.images_per_row
-      part = example.layout(runs, plans, limit, room, segment, first)
-      self._any_good = True
-    except SampleError as error:
-      self._quarantine.add(index, sample, error)
-      self._give_up_if_hopeless(index, error)
-      return None
+    runs = self._writer.runs(sample, rng)
+    pictures = self._source.images(sample)
+    plans = [picture.plan for picture in pictures]
+    size = self._writer.size(runs, plans)
+    if size.length > left or first + size.tiles > self._data.images_per_row:
+      raise SampleError(
+        f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
+        "images have changed since, remove lengths-*.npz from the run's folder and start anew"
+      )
+    limit, room = self._data.row_length, self._data.images_per_row
+    part = example.layout(runs, plans, limit, room, segment, first)
     return part, [self._augment(tile, rng) for picture in pictures for tile in picture.tiles]
 
   def _give_up_if_hopeless(self, index: int, error: SampleError) -> None:
@@ -104,7 +109,10 @@ class Batches(grain.DatasetIterator):
 
   Batch s holds rows s*B .. (s+1)*B-1 of the stream; each process makes some of them. So what is
   trained at a step depends neither on the number of processes nor on what was read before, and a
-  step's number is all the state there is.
+  step's number is all the state there is. `stopped` is asked while a batch is waited for.
+
+  Rows are made by threads of our own: those of grain's pools cannot be left behind by a process that
+  is asked to end while one hangs in a file system.
   """
 
   def __init__(
@@ -114,8 +122,15 @@ class Batches(grain.DatasetIterator):
     """`usable` samples are in each epoch."""
     super().__init__()
     self.stream, self.usable = stream, usable
-    self._row_maker, self._size, self._rows = row_maker, batch_size, rows
-    self._threads = threads
+    self.stopped: Callable[[], bool] = lambda: False
+    self._count, self._threads = len(rows), threads
+    self._ahead: Ahead | None = None
+
+    def row(number: int) -> dict[str, Any]:  # of those that this process makes
+      step, place = divmod(number, len(rows))
+      return row_maker(*stream[step * batch_size + int(rows[place])])
+
+    self._row = row
     self.seek(0)
 
   @property
@@ -126,17 +141,20 @@ class Batches(grain.DatasetIterator):
   def seek(self, step: int) -> None:
     """The next batch is that of step `step` + 1, as if `step` batches had been read."""
     self._position = step
-    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=64)
-    mine = grain.MapDataset.range(step * len(self._rows), ENDLESS).map(self._row)
-    self._iterator = iter(mine.to_iter_dataset(options))
+    if self._ahead:
+      self._ahead.close()
+    self._ahead = None
 
-  def _row(self, number: int) -> dict[str, Any]:
-    """Row `number` of those that this process makes."""
-    step, row = divmod(number, len(self._rows))
-    return self._row_maker(*self.stream[step * self._size + int(self._rows[row])])
+  def close(self) -> None:
+    """Ends the threads."""
+    self.seek(self._position)
+    super().close()
 
   def __next__(self) -> dict[str, Any]:
-    rows = list(itertools.islice(self._iterator, len(self._rows)))
+    """Raises: Stopped when `stopped()` before the batch is there; the position is then unknown."""
+    if self._ahead is None:
+      self._ahead = Ahead(self._row, self._position * self._count, self._threads, AHEAD)
+    rows = [self._ahead.take(self.stopped) for _ in range(self._count)]
     self._position += 1
     held = [row.pop(SAMPLES) for row in rows]
     return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}

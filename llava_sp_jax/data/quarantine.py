@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.data.failure import reason, shortened
+
 
 class Quarantine:
   """Counts samples that could not be used and writes each to a file, once in the life of a run."""
@@ -15,10 +17,12 @@ class Quarantine:
   def __init__(self, path: Path | None = None, process: int = 0):
     """Each process writes a file of its own; `path` is the first one's."""
     self._lock, self._seen, self._path = threading.Lock(), set[int](), path
+    self._torn = False  # whether the file ends within a line
     if path:
       self._path = path.with_stem(f"{path.stem}-{process:05d}") if process else path
       for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
         self._seen |= _indices(file)
+      self._torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
 
   def __contains__(self, index: int) -> bool:
     return index in self._seen
@@ -32,18 +36,24 @@ class Quarantine:
       if index in self._seen:
         return
       self._seen.add(index)
-      name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
-      line = {"index": index, "id": name, "error": str(error)}
+      line = {"index": index, "id": _name(sample), "error": reason(error)}
       if self._path:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
-          file.write(json.dumps(line) + "\n")
+          file.write("\n" * self._torn + json.dumps(line) + "\n")
+        self._torn = False
+
+
+def _name(sample: Any) -> Any:
+  """The id of a sample, as short as a line wants it."""
+  name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
+  return name if isinstance(name, int | None) else shortened(str(name))
 
 
 def _indices(path: Path) -> set[int]:
   """Samples that an earlier call has written; a line cut off by a kill does not count."""
   found = set()
-  for line in path.read_text().splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
+  for line in path.read_text(errors="replace").split("\n"):
+    with contextlib.suppress(ValueError, TypeError, KeyError):
       found.add(int(json.loads(line)["index"]))
   return found

@@ -13,16 +13,21 @@ import itertools
 from collections.abc import Iterator
 
 from llava_sp_jax.data import conversation
-from llava_sp_jax.data.conversation import IMAGE, Piece, SampleError, Template, Turns
+from llava_sp_jax.data.conversation import IMAGE, Piece, Template, Turns
 from llava_sp_jax.data.example import IMAGE_ID, Run
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 
 
-def dialogue(turns: Turns, template: Template, layout: str, tokenizer: Tokenizer) -> list[Run]:
+def dialogue(
+  turns: Turns, template: Template, layout: str, tokenizer: Tokenizer, system: str | None = None
+) -> list[Run]:
   """Ids of a dialogue to learn from; `layout` names a row of `conversation.TURNS`.
 
-  Raises: SampleError for turns that do not fit the layout.
+  `system` stands in place of the template's own text. Raises: SampleError for turns that do not fit
+  the layout, and for a system text that has no place.
   """
+  template = conversation.saying(template, system)
   return tokenize(conversation.TURNS[layout](turns, template), tokenizer)
 
 
@@ -32,11 +37,11 @@ def question(
 ) -> list[Run]:  # fmt: skip
   """Ids of one open question, as training would have them in front of its reply.
 
-  `images` stand in front of a question that does not place them, `system` replaces the template's.
-  A `reply` is read as the beginning of the answer: its ids are learned, and no end mark follows.
+  `images` stand in front of a question that does not place them, `system` in place of the template's
+  own text. A `reply` is read as the beginning of the answer: its ids are learned, and no end mark
+  follows. Raises: SampleError for a system text that has no place.
   """
-  if system is not None:
-    template = dataclasses.replace(template, system=system)
+  template = conversation.saying(template, system)
   pieces = conversation.prompt(text, template, images)
   said = reply.removeprefix(" ")  # the template's own blank stands there
   if said:

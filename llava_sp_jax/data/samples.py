@@ -14,8 +14,9 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import anyres, conversation, example, reading
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import anyres, conversation, example, forms, reading
+from llava_sp_jax.data.conversation import Turns
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 
@@ -45,13 +46,12 @@ class Writer:
 
   def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
     """Raises: SampleError for what is not a dialogue."""
-    if not isinstance(sample, dict):
-      raise SampleError(f"expected a dictionary, found {sample!r:.60}")
-    turns = conversation.turns_of(sample)
-    limit = self._data.turns_per_row
+    talk = forms.read(sample)
+    turns, limit = talk.turns, self._data.turns_per_row
     if limit and len(turns) > limit:
       turns = draw_turns(turns, limit, rng)
-    return reading.dialogue(turns, self._template, self._data.turns, self._tokenizer)
+    layout = self._data.turns
+    return reading.dialogue(turns, self._template, layout, self._tokenizer, talk.system)
 
   def size(self, runs: list[example.Run], plans: Sequence[example.Plan]) -> Size:
     """Raises: SampleError when it fits into no row, or may not be cut."""
@@ -72,11 +72,21 @@ def _refused(total: int, limit: int) -> int:
 TOO_LONG = {"cut": _cut, "quarantine": _refused}
 
 
-def draw_turns(turns: list, limit: int, rng: np.random.Generator) -> list:
-  """A random subset of the turns, in their order; the image stays in the first of them."""
+def draw_turns(turns: Turns, limit: int, rng: np.random.Generator) -> Turns:
+  """A random subset of the turns, in their order; the images stay in the first of them.
+
+  Several images within a text stay there when its turn is drawn, and stand in front of the first
+  turn that is drawn otherwise. Raises: SampleError for an image in a later turn, which might not be
+  drawn.
+  """
+  if any(conversation.IMAGE in question for question, _ in turns[1:]):
+    raise SampleError("data.turns_per_row draws turns, so images must stand in the first turn")
   image_count = turns[0][0].count(conversation.IMAGE)
   plain = [(q.replace(conversation.IMAGE, "").strip(), a) for q, a in turns]
-  chosen = [plain[i] for i in sorted(rng.choice(len(turns), limit, replace=False))]
+  places = sorted(rng.choice(len(turns), limit, replace=False))
+  chosen = [plain[i] for i in places]
+  if places[0] == 0 and image_count > 1:
+    return [turns[0], *chosen[1:]]
   first = (conversation.IMAGE + "\n") * image_count + chosen[0][0]
   return [(first, chosen[0][1]), *chosen[1:]]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
+
+from llava_sp_jax import json_files
 
 MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer_config.json"
 SIDE_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
@@ -241,7 +242,7 @@ def _content(token: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.is_file() else {}
+  return json_files.read_object(path) if path.is_file() else {}
 
 
 def train_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:

@@ -105,6 +105,14 @@ def unique(items: list[Item], path: Path) -> list[Item]:
   return items
 
 
+def settled(items: list[Item], path: Path) -> list[Item]:
+  """The items, each once. Raises: BenchmarkError when none of them can be scored."""
+  bad = [f"{item.id}: {item.problem}" for item in items if item.problem]
+  if bad and len(bad) == len(items):
+    files.refuse(path, bad, "questions that can be scored")
+  return unique(items, path)
+
+
 def numbered(rows: list[dict[str, Any]]) -> list[str]:
   """Ids for rows whose `question_id` names an image: `im#1`, `im#2`, ... in their order."""
   counts: dict[str, int] = {}
@@ -142,8 +150,8 @@ def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]
 
 
 def answered(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
-  """The items that have an answer, with it."""
-  pairs = [(item, text_of(predictions, item)) for item in items]
+  """The items that have an answer and can be scored, with it."""
+  pairs = [(item, text_of(predictions, item)) for item in items if not item.problem]
   return [(item, text) for item, text in pairs if text is not None]
 
 

@@ -75,7 +75,8 @@ def circular_score(
   """A group (one question, all orders of its options) is right when each of its answers is.
 
   A group with a wrong answer is wrong and needs no judge. One with an answer missing, or that the
-  judge failed to read, is not counted (the original draws an option at random there).
+  judge failed to read, is not counted (the original draws an option at random there), nor is one
+  that holds a question with a problem.
   """
   groups: dict[int, list[Item]] = {}
   for item in items:
@@ -87,7 +88,9 @@ def circular_score(
     right: bool | None = None
     texts = [text_of(predictions, item) for item in members]
     found = [verdict(i, t) for i, t in zip(members, texts, strict=True) if t is not None]
-    if any(v.get("score") == 0 for v in found):
+    if any(item.problem for item in members):
+      pass  # nobody can say
+    elif any(v.get("score") == 0 for v in found):
       right = False
     elif None in texts:
       counts["unanswered"] += 1

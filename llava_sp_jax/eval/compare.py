@@ -55,7 +55,7 @@ def check(mine: Mapping[str, Any], there: Path) -> None:
   run of these settings."""
   other = predictions.read_settings(there)["settings"]
   if different := [
-    f"{k}: {mine[k]!r} here, {other[k]!r} there" for k in SAME if mine[k] != other[k]
+    f"{k}: {mine[k]!r} here, {other.get(k)!r} there" for k in SAME if mine[k] != other.get(k)
   ]:
     raise EvalError(f"--compare {there}: answers to other questions ({'; '.join(different)})")
 

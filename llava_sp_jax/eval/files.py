@@ -69,24 +69,48 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
 
   Raises: BenchmarkError that tells the first problems, with their lines, and how many there are.
   """
-  rows, problems = [], []
-  for number, line in enumerate(read_text(path).split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      problems.append(f"line {number}: not JSON ({error})")
-      continue
+  lines, problems = _json_lines(path)
+  rows = []
+  for number, row in lines:
     if not isinstance(row, dict) or (absent := [key for key in keys if key not in row]):
       found = f"without {', '.join(absent)}" if isinstance(row, dict) else "no object"
-      problems.append(f"line {number}: {found}")
+      problems.append((number, found))
     else:
       rows.append(row)
-  refuse(path, problems, f"JSON lines with {', '.join(keys)}")
-  if not rows:
-    raise BenchmarkError(f"{path}: empty; expected JSON lines with {', '.join(keys)}")
+  told = [f"line {number}: {found}" for number, found in sorted(problems)]
+  _refuse_empty(path, told, rows, f"JSON lines with {', '.join(keys)}")
   return rows
+
+
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+  """(number from 1, value) of a JSON list, or of the lines of JSON lines; blank lines are skipped.
+
+  Raises: BenchmarkError for what is neither.
+  """
+  if read_text(path).lstrip().startswith("["):
+    return list(enumerate(read_json(path, list), 1))
+  rows, problems = _json_lines(path)
+  told = [f"line {number}: {found}" for number, found in problems]
+  _refuse_empty(path, told, rows, "a JSON list, or JSON lines")
+  return rows
+
+
+def _json_lines(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, str]]]:
+  """(line, value) of the lines that are JSON, and (line, problem) of the others."""
+  rows, problems = [], []
+  for number, line in enumerate(read_text(path).split("\n"), 1):
+    if line.strip():
+      try:
+        rows.append((number, json.loads(line)))
+      except ValueError as error:
+        problems.append((number, f"not JSON ({error})"))
+  return rows, problems
+
+
+def _refuse_empty(path: Path, problems: list[str], rows: Sequence[Any], expected: str) -> None:
+  refuse(path, problems, expected)
+  if not rows:
+    raise BenchmarkError(f"{path}: empty; expected {expected}")
 
 
 def check_rows(path: Path, rows: Iterable[tuple[str, Any]], keys: Sequence[str]) -> None:

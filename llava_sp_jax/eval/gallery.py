@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava_sp_jax.data import image as image_lib
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import decode
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.eval.predictions import Record
 
 SIDE = 168  # pixels of the longer side of a thumbnail
@@ -46,7 +46,7 @@ def thumbnail(picture: Path | bytes | str) -> str | None:
   """A small picture as a `data:` URI; None when it cannot be read."""
   try:
     file = io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)
-    small: Any = image_lib.read(file, "")
+    small: Any = decode.read(file, "")
   except SampleError:
     return None
   small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -37,7 +37,7 @@ class InLoop:
       )
     self._config, self._settings = config, settings
     self._folder = Path(workdir) / FOLDER
-    make = config_lib.lookup("evaluate.task", settings.task, tasks.TASKS)
+    make = tasks.find("evaluate.task", settings.task)
     self._task: Task = make(settings.data)
     items = self._task.items()[: settings.limit or None]
     if not items or self._task.score(items, {}).headline is None:

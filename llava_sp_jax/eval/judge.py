@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.eval import web
+
 PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
 SHOWN = 300  # characters of what a server says beside its status
+LONGEST_WAIT = 120.0  # seconds before another try, whatever the server asks for
+LARGEST = 4 << 20  # bytes of an answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,16 +51,23 @@ class Endpoint:
   """A judge behind an OpenAI-compatible `/chat/completions`.
 
   `url` is the API's base (`https://api.openai.com/v1`). The key is read from the environment
-  variable `key` at each call (`key=""`: the server asks for none) and appears in no message. Calls
-  that may pass are repeated `tries` times with doubling pauses, or when the server says so.
+  variable `key` at each call (`key=""`: the server asks for none) and appears in no message. It goes
+  to that address alone: redirects are not followed. A call has `seconds` in all and LARGEST bytes.
+  Calls that may pass are repeated `tries` times with doubling pauses, or when the server says so,
+  after LONGEST_WAIT at most.
   """
 
   def __init__(
     self, url: str, model: str, key: str = "OPENAI_API_KEY", tries: int = 5, seconds: float = 60.0,
     pause: Callable[[float], Any] = time.sleep,
   ):  # fmt: skip
-    """Raises: JudgeError when the variable is not set, or holds what cannot be a key."""
+    """Raises: JudgeError for what is no address of a web server, and when the variable is not set,
+    or holds what cannot be a key."""
     self.name = model
+    if not url.lower().startswith(("http://", "https://")):
+      raise JudgeError(
+        f"judge {model}: expected an address http://... or https://..., found {url!r}"
+      )
     self._url, self._key, self._tries = url.rstrip("/") + "/chat/completions", key, tries
     self._seconds, self._pause = seconds, pause
     self._secret()
@@ -88,23 +98,24 @@ class Endpoint:
     if secret:
       headers["Authorization"] = f"Bearer {secret}"
     for attempt in range(self._tries):
-      request = urllib.request.Request(self._url, json.dumps(asked).encode(), headers)
       wait = 2.0**attempt * random.uniform(0.75, 1.25)
       try:
-        with urllib.request.urlopen(request, timeout=self._seconds) as answer:
-          return _content(json.loads(answer.read()))
-      except urllib.error.HTTPError as error:
-        with error:
-          body = _hidden(error.read(1 << 16).decode(errors="replace"), secret)  # before it is cut
-          problem = f"status {error.code}: {body[:SHOWN]}"
-        if error.code not in PASSING:
+        body = json.dumps(asked).encode()
+        found = web.post(self._url, body, headers, self._seconds, LARGEST)
+        if 200 <= found.status < 300:
+          return _content(json.loads(found.body))
+        said = _hidden(found.body.decode(errors="replace"), secret)  # before it is cut
+        problem = f"status {found.status}: {found.moved or said[:SHOWN]}"
+        if found.status not in PASSING:
           break
-        told = error.headers.get("Retry-After", "")
-        wait = float(told) if told.isdigit() else wait
-      except (OSError, ValueError, JudgeError) as error:
+        wait = found.wait(wait)
+      except web.TooLargeError as error:
+        problem = str(error)
+        break
+      except (OSError, http.client.HTTPException, ValueError, RecursionError, JudgeError) as error:
         problem = f"{type(error).__name__}: {error}"
       if attempt + 1 < self._tries:
-        self._pause(wait)
+        self._pause(min(wait, LONGEST_WAIT))
     raise JudgeError(f"{self._url} ({self.name}): {_hidden(problem, secret)}")
 
 
@@ -136,12 +147,13 @@ class Reviews:
     self._kept: dict[str, Review] = {}
     self._told: set[str] = set()  # keys of what this run has asked
     if self._file and self._file.is_file():
-      for line in self._file.read_text(encoding="utf-8").split("\n"):
+      for line in self._file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
           row = json.loads(line)
-          self._kept[row["key"]] = Review(row["text"])
+          if isinstance(row["text"], str):
+            self._kept[row["key"]] = Review(row["text"])
         except (ValueError, KeyError, TypeError):
-          continue  # a line that was cut off: the answer is asked again
+          continue  # a line that was cut off or damaged: the answer is asked again
 
   def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
     """The kept or a new answer; a judge that raises makes a review with an error.

@@ -136,7 +136,7 @@ def _flips(flips: Flips | None, pictures: Pictures) -> Iterable[Element]:
   if flips is None:
     return
   yield tag("h2", "Flips")
-  yield tag("p", tables.flips(flips))
+  yield tag("p", tables.flips(flips.counts()))
   for note in flips.notes:
     yield tag("p", note, class_="note")
   groups = (("Fixed", flips.fixed), ("Broken", flips.broken), ("Changed", flips.changed))

@@ -26,6 +26,8 @@ FILE, SETTINGS = "predictions.jsonl", "settings.json"
 PARTS = "predictions*.jsonl"
 
 Record = dict[str, Any]
+# What a line of predictions must hold.
+FIELDS = {"id": str, "question": str, "images": list, "text": str, "error": str, "verdict": dict}
 
 
 class EvalError(RuntimeError):
@@ -89,9 +91,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / SETTINGS
   wanted = json.loads(json.dumps({"settings": settings, "about": about}))
-  begun = [] if path.is_file() else sorted(folder.glob(PARTS))
-  if not path.is_file():  # looked at again: another part writes its settings before its answers
-    if begun:
+  begun = _begun(folder)
+  new = not path.is_file() or (not begun and not _whole(path))  # one that nothing was answered with
+  if new:  # looked at again: another part writes its settings before its answers
+    if begun and not path.is_file():
       raise EvalError(
         f"{begun[0]}: predictions without {SETTINGS}, so nobody knows what they were made with; "
         "name another folder with --out, or move them away"
@@ -107,12 +110,62 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
     )
 
 
+def _begun(folder: Path) -> list[Path]:
+  """The files of predictions that hold something."""
+  return [path for path in sorted(folder.glob(PARTS)) if path.stat().st_size]
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-  """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none."""
+  """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none, or damaged."""
   path = folder / SETTINGS
   if not path.is_file():
     raise EvalError(f"{folder}: no {SETTINGS}; give the --out of llava-sp eval")
-  return json.loads(path.read_text())
+  if not _whole(path):
+    raise EvalError(
+      f"{path}: damaged, so nobody knows what the answers beside it were made with; put it back from "
+      "a copy, or name another folder with --out"
+    )
+  return json.loads(path.read_bytes())
+
+
+def _whole(path: Path) -> bool:
+  """Whether a file of settings can be read."""
+  found = read_json(path) or {}
+  return all(isinstance(found.get(key), dict) for key in ("settings", "about"))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+  """The JSON object of a file, None for anything else."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
+  """What the sessions of a folder tell of themselves, and how many lines could not be read."""
+  found, torn = [], 0
+  for path in sorted(folder.glob("sessions*.jsonl")):
+    for line in path.read_bytes().split(b"\n"):
+      try:
+        session = json.loads(line or b"null")
+        if session is not None:
+          found.append({"seconds": float(session["seconds"]), "engine": {
+            name: int(count) for name, count in session["engine"].items()}})  # fmt: skip
+      except (ValueError, KeyError, TypeError, AttributeError):
+        torn += 1
+  if torn:
+    print(f"{folder}: {torn} lines of sessions*.jsonl could not be read and are left out of `engine` "
+          "and `seconds`", flush=True)  # fmt: skip
+  return found, torn
+
+
+def append(path: Path, record: Record) -> None:
+  """Appends a line, behind a torn one on a line of its own."""
+  torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+  with path.open("a") as file:
+    file.write("\n" * torn + json.dumps(record) + "\n")
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
@@ -148,12 +201,14 @@ def read_file(path: Path) -> list[Record]:
   for number, line in enumerate(lines, 1):
     try:
       record = json.loads(line)
-      record["id"], record["error"], record["text"]
-    except (ValueError, KeyError, TypeError):
+      whole = all(isinstance(record[key], kind) for key, kind in FIELDS.items())
+    except (ValueError, KeyError, TypeError, RecursionError):
+      whole = False
+    if not whole:
       raise EvalError(
-        f"{path}, line {number}: expected an answer with id, text and error, found "
+        f"{path}, line {number}: expected an answer with {', '.join(FIELDS)}, found "
         f"{line[:60]!r}; take this line out, and its question is asked again"
-      ) from None
+      )
     records.append(record)
   return records
 

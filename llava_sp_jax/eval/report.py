@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import textwrap
@@ -17,7 +18,16 @@ SHEET = (4, 6)  # rows, columns of the sheet of answers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  """The records of a run; lines that were torn or damaged are left out. Raises: EvalError for none."""
+  found = []
+  for line in path.read_bytes().split(b"\n"):
+    with contextlib.suppress(ValueError):
+      record = json.loads(line)
+      if isinstance(record, dict):
+        found.append(record)
+  if not found:
+    raise predictions.EvalError(f"{path}: no record that can be read; a run writes one at each log")
+  return found
 
 
 def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
@@ -36,7 +46,11 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
       f"no {', '.join(missing)}; --runs are folders of llava-sp train, --scores of llava-sp eval"
     )
   folder.mkdir(parents=True, exist_ok=True)
-  scores = json.loads((source / "scores.json").read_text())
+  scores = predictions.read_json(source / "scores.json")
+  if scores is None:
+    raise predictions.EvalError(
+      f"{source / 'scores.json'}: damaged; llava-sp eval --merge --out {source} writes it anew"
+    )
   records = [r for r in predictions.read_file(source / predictions.FILE) if not r["error"]]
   if source.resolve() != folder.resolve():
     shutil.copy(source / "scores.json", folder / "scores.json")
@@ -54,7 +68,7 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
       f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
       f"{scores['protocol']}; data {scores['data_hash']}.",
       "",
-      tables.markdown(scores),
+      tables.markdown(*tables.cells(scores)),
       "",
       *filter(None, (tables.interval(scores), tables.coverage(scores))),
       "",

@@ -117,8 +117,7 @@ def run(
     _ask(task, engine, mine, places, writer, each or Progress(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
                "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
-    with (folder / part.named("sessions")).open("a") as file:
-      file.write(json.dumps(session) + "\n")
+    predictions.append(folder / part.named("sessions"), session)
   missing = len(_missing(items, predictions.read(folder)))
   if missing:
     return {"part": str(part), "answered": len(items) - missing, "missing": missing}
@@ -178,8 +177,13 @@ def record(task: Task, item: Item, answer: Answer) -> Record:
     "id": item.id, "question": item.question, "images": list(predictions.image_names(item)),
     "kind": item.kind, "truth": item.truth, "text": answer.text, "error": answer.error,
     "margin": round(answer.margin, 4) if math.isfinite(answer.margin) else None,
-    "verdict": {} if answer.error else task.verdict(item, answer.text),
+    "verdict": {} if answer.error else _verdict(task, item, answer.text),
   }  # fmt: skip
+
+
+def _verdict(task: Task, item: Item, text: str) -> dict[str, Any]:
+  """What the task says of an answer; with `problem`, why nobody can say whether it is right."""
+  return {"problem": item.problem} if item.problem else task.verdict(item, text)
 
 
 class Progress:
@@ -254,7 +258,7 @@ def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
 
 def _known(task: Task, item: Item, record: Record, result: Scores) -> Record:
   """A record with what is known by now: a judge or the truths may have come after the answer."""
-  verdict = {} if record["error"] else task.verdict(item, record["text"])
+  verdict = {} if record["error"] else _verdict(task, item, record["text"])
   verdict |= result.verdicts.get(item.id, {})
   return {**record, "kind": item.kind, "truth": item.truth, "verdict": verdict}
 
@@ -265,11 +269,7 @@ def _score(
 ) -> dict[str, Any]:  # fmt: skip
   answers = predictions.as_predictions(records)
   judged = [r for r in records if not r["error"] and "score" in r["verdict"]]
-  sessions = [
-    json.loads(line)
-    for path in sorted(folder.glob("sessions*.jsonl"))
-    for line in path.read_text().splitlines()
-  ]
+  sessions, torn = predictions.read_sessions(folder)
   engine: Counter[str] = Counter()
   for session in sessions:
     engine.update(session["engine"])
@@ -288,10 +288,11 @@ def _score(
                                    [" ".join(r["images"]) or r["id"] for r in judged]),
     "asked": len(records), "answered": sum(not r["error"] for r in records),
     "failures": [{"id": r["id"], "error": r["error"]} for r in records if r["error"]],
+    "left_out": [{"id": item.id, "error": item.problem} for item in items if item.problem],
     **saved["about"],
     **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol")},
     "engine": {**engine, **_ratio(engine)},
-    "sessions": len(sessions),
+    "sessions": len(sessions), **({"sessions_damaged": torn} if torn else {}),
     "seconds": round(math.fsum(session["seconds"] for session in sessions), 1),
     "submission": [str(path.relative_to(folder)) for path in files],
   }  # fmt: skip

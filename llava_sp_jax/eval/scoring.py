@@ -113,6 +113,43 @@ def plain_match(text: str, answer: str) -> bool:
   return text.lower().translate(bare) == answer.lower().translate(bare)
 
 
+def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> bool:
+  """ChartQA's relaxed correctness (arXiv 2203.10244): a number may be off by 5% of the answer;
+  what is no number has to be equal without case. A percent sign divides by 100."""
+  given, right = _figure(text), _figure(answer)
+  if given is not None and right:  # an answer of 0 is compared as text, as there
+    return abs(given - right) <= tolerance * abs(right)
+  return text.lower() == answer.lower()
+
+
+def _figure(text: str) -> float | None:
+  percent = text.endswith("%")
+  try:
+    value = float(text.rstrip("%"))
+  except ValueError:
+    return None
+  return value / 100 if percent else value
+
+
+def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+  """Average normalised Levenshtein similarity of one text (arXiv 1905.13648): the largest of 1 -
+  distance / longer length over the answers, without case and outer blanks; below 0.5 it is 0, as
+  DocVQA's scorer has it."""
+  given = " ".join(text.strip().lower().split())
+  found = [_similarity(given, " ".join(a.strip().lower().split())) for a in answers]
+  best = max(found, default=0.0)
+  return best if best >= threshold else 0.0
+
+
+def _similarity(a: str, b: str) -> float:
+  row = list(range(len(b) + 1))  # distances of the letters of `a` so far to each beginning of `b`
+  for i, letter in enumerate(a, 1):
+    before, row[0] = row[0], i
+    for j, other in enumerate(b, 1):
+      before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != other))
+  return 1 - row[-1] / max(len(a), len(b), 1)
+
+
 _AROUND = (
   ("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
   (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),

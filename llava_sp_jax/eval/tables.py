@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_sp_jax.eval.compare import Flips
-
+SHOWN = 3  # rows that were left out, and are named
 COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
 # Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
-SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio"})
+SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio", "anls"})
 
 
 def number(value: float, name: str) -> str:
@@ -39,15 +38,21 @@ def interval(scores: Mapping[str, Any]) -> str:
 def coverage(scores: Mapping[str, Any]) -> str:
   """Over how many questions the headline was taken, and why over no more."""
   total, failed = scores["by_kind"]["all"], len(scores["failures"])
-  unjudged = scores["figures"].get("unjudged")
+  unjudged, bad = scores["figures"].get("unjudged"), scores.get("left_out", ())
   whole = scores.get("questions", scores["asked"])
   limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
   said = [
     f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
     f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
+    f"{len(bad)} left out, whose truth or options are not understood: {_shown(bad)}" if bad else "",
   ]
   return "; ".join(filter(None, said)) + "."
+
+
+def _shown(rows: Sequence[Mapping[str, str]]) -> str:
+  more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+  return ", ".join(f"{row['id']} ({row['error']})" for row in rows[:SHOWN]) + more
 
 
 def figures(scores: Mapping[str, Any]) -> list[str]:
@@ -91,35 +96,70 @@ def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   return ["questions", "answered", "asked", *names], rows
 
 
-def markdown(scores: Mapping[str, Any]) -> str:
-  head, rows = cells(scores)
+def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+  """Head and rows of one table of several tasks' scores."""
+  rows = []
+  for scores in several:
+    total, found = scores["by_kind"]["all"], scores["interval"]
+    spread = f"{100 * found['low']:.2f}% to {100 * found['high']:.2f}%" if found else ""
+    rows.append([
+      scores["task"], scores["variant"].get("protocol", ""), headline(scores), spread,
+      f"{total['items']} of {total['asked']}",
+    ])  # fmt: skip
+  return ["task", "protocol", "score", "95% interval", "scored"], rows
+
+
+def listed() -> tuple[list[str], list[list[str]]]:
+  """Head and rows of the table of all benchmarks: a row for each protocol."""
+  from llava_sp_jax.eval.tasks import TASKS
+
+  rows = []
+  for name, task in TASKS.items():
+    others = [o for o in task.options if o not in ("protocol", "judge", "reviews")]
+    reads = ", ".join(getattr(task, "needed", ())) or (task.__init__.__doc__ or "").split(".")[0]
+    protocols = getattr(task, "protocols", None)
+    said = (
+      {key: rules.says for key, rules in protocols.items()} if protocols else {"": task.protocol}
+    )
+    for place, (key, says) in enumerate(said.items()):
+      first = [name, ", ".join(others), reads] if not place else [""] * 3
+      rows.append([first[0], key, says, *first[1:]])
+  return ["task", "protocol", "which", "--option", "reads"], rows
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def flips(found: Flips) -> str:
+def flips(found: Mapping[str, Any]) -> str:
+  """What `compare.Flips.counts` counted, in words."""
   return (
-    f"Against {found.folder}, of {found.both} questions that both answered: {len(found.fixed)} fixed, "
-    f"{len(found.broken)} broken, {len(found.changed)} in other words with the same score "
-    f"(McNemar's exact test: p = {found.p_value:.2g})."
+    f"Against {found['folder']}, of {found['both']} questions that both answered: {found['fixed']} "
+    f"fixed, {found['broken']} broken, {found['changed']} in other words with the same score "
+    f"(McNemar's exact test: p = {found['p_value']:.2g})."
   )
 
 
-def show(scores: Mapping[str, Any]) -> None:
-  """Prints the table: drawn on a terminal, as markdown elsewhere."""
+def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+  """Prints a table: drawn on a terminal, as markdown elsewhere."""
   from rich.console import Console
   from rich.table import Table
 
-  title = f"{scores['task']} ({scores['protocol']}): {headline(scores)}"
   console = Console()
   if not console.is_terminal:
-    print(f"{title}\n\n{markdown(scores)}\n")
-  else:
-    head, rows = cells(scores)
-    table = Table(*head, title=title)
-    for row in rows:
-      table.add_row(*row)
-    console.print(table)
-  for line in (interval(scores), coverage(scores)):
+    print(f"{title}\n\n{markdown(head, rows)}\n" if title else markdown(head, rows))
+    return
+  table = Table(*head, title=title or None)
+  for row in rows:
+    table.add_row(*row)
+  console.print(table)
+
+
+def show(scores: Mapping[str, Any]) -> None:
+  """Prints the scores of one task, and what flipped against another run where one was compared."""
+  draw(f"{scores['task']} ({scores['protocol']}): {headline(scores)}", *cells(scores))
+  compared = scores.get("compared")
+  for line in (interval(scores), coverage(scores), flips(compared) if compared else ""):
     if line:
       print(line)

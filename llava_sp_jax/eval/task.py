@@ -21,6 +21,7 @@ class Item:
   kind: str  # category for the report
   truth: Any  # JSON-able; None where only a server knows
   extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a task's own rules need
+  problem: str = ""  # why no answer to it can be scored: its truth, or its options, say nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,15 @@ def mean_by_kind(
 ) -> dict[str, dict[str, float]]:
   """{kind: {metric, items, asked}}, "all" first: means of `score` over the answered items.
 
-  With `missing`, an item without an answer scores that and counts among `items`, as some originals
+  An item with a `problem` is asked and never scored. With `missing`, an item without an answer scores that and counts among `items`, as some originals
   have it. A kind of which nothing was answered has the metric 0.0 over 0 items.
   """
   groups: dict[str, list[float | None]] = {"all": []}
   for item in items:
     text = text_of(predictions, item)
-    score = missing if text is None else float(verdict(item, text)["score"])
+    score = None
+    if not item.problem:
+      score = missing if text is None else float(verdict(item, text)["score"])
     groups["all"].append(score)
     groups.setdefault(item.kind, []).append(score)
   result = {}

@@ -63,7 +63,8 @@ class Beams:
   ) -> tuple[BeamAnswers, jax.Array]:
     count, longest = self.rule.lanes, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]
-    scores = jax.nn.log_softmax(logits).reshape(-1, count, vocabulary) + rows.scores[..., None]
+    possible = self.rule.possible(logits)
+    scores = jax.nn.log_softmax(possible).reshape(-1, count, vocabulary) + rows.scores[..., None]
     # So many that n of them go on, whatever ends.
     wanted = max(2, 1 + len(self.rule.stop_ids)) * count
     flat = scores.reshape(len(every), -1)

@@ -55,6 +55,14 @@ class Rule:
   max_new_tokens: int
   sampler: Sampler = GREEDY
   lanes: int = 1  # beams, where there are several
+  vocabulary: int = 0  # ids that the tokenizer has, where the model has more; 0: all
+
+  def possible(self, logits: jax.Array) -> jax.Array:
+    """-inf for ids that no text stands for: rows that an embedding is padded with. [B, V]."""
+    if not 0 < self.vocabulary < logits.shape[-1]:
+      return logits
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(index < self.vocabulary, logits, -jnp.inf)
 
   def is_stop(self, token: jax.Array) -> jax.Array:
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
@@ -109,7 +117,7 @@ class Single:
     return self.choose(rows, logits, key)[0]
 
   def choose(self, rows: Choice, logits: jax.Array, key: jax.Array) -> tuple[Choice, None]:
-    going = ~rows.done
+    going, logits = ~rows.done, self.rule.possible(logits)
     token = self.rule.sampler.pick(logits, key, rows.number, rows.made)
     least = jnp.minimum(rows.margin, margin(logits, token))
     counts = going & ~self.rule.is_stop(token)

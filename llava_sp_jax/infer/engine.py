@@ -21,7 +21,7 @@ from llava_sp_jax.infer import decode, together
 from llava_sp_jax.infer.beam import Beams
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
-from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.prompts import Answer, ImageFile, Piece, Prompt, Prompts, Request
 from llava_sp_jax.infer.sampling import Sampler
@@ -88,7 +88,7 @@ class Engine:
     self._longest = config.model.language_model.max_positions
     rule = decode.Rule(
       self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
-      generation.num_beams,
+      generation.num_beams, padded_from(pretrained),
     )  # fmt: skip
     way: decode.Way = Beams(rule) if rule.lanes > 1 else decode.Single(rule)
     self._programs = Programs(config, pretrained.params, way, generation.seed, mesh, self.counts)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.data import anyres, conversation, example, reading
+from llava_sp_jax.infer.decode import Rule
 from llava_sp_jax.infer.engine import Request
-from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.prompts import opened
+from llava_sp_jax.infer.pretrained import Pretrained, padded_from
+from llava_sp_jax.infer.prompts import tiles_of
 from llava_sp_jax.models import build
 
 Asked = tuple[list[example.Run], list[anyres.Picture]]
@@ -33,6 +34,7 @@ class Likelihood:
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
     module = build.model(config.model)
+    rule = Rule((), 0, vocabulary=padded_from(pretrained))
 
     def score(params: Any, batch: dict[str, jax.Array], at: jax.Array) -> Any:
       """`at` [B, K]: positions before each token of the continuation. -> [B, K] twice."""
@@ -45,7 +47,7 @@ class Likelihood:
       logits: Any = module.apply(variables, picked, method="logits")
       targets = jnp.take_along_axis(batch["targets"], at, axis=1)
       chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-      most_likely = jnp.argmax(logits, axis=-1) == targets
+      most_likely = jnp.argmax(rule.possible(logits), axis=-1) == targets
       return chosen - jax.nn.logsumexp(logits, axis=-1), most_likely
 
     self._score = jax.jit(score)
@@ -70,7 +72,7 @@ class Likelihood:
         yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())
 
   def _read(self, request: Request, continuation: str) -> Asked:
-    pictures = [self._reader(opened(picture)) for picture in request.images]
+    pictures = [tiles_of(picture, self._reader) for picture in request.images]
     runs = reading.question(
       request.question, len(pictures), self._template, self._tokenizer, request.system, continuation
     )

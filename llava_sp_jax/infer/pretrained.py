@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.convert import formats, load, places, save
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -29,6 +29,12 @@ class Pretrained:
   fingerprint: str = ""  # of the frozen base
 
 
+def padded_from(model: Pretrained) -> int:
+  """The first id that the tokenizer does not have though the model has a row for it; 0: none."""
+  known, rows = len(model.tokenizer), model.config.model.language_model.vocab_size
+  return known if known < rows else 0
+
+
 def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
   """Loads the latest checkpoint of a training run.
 
@@ -38,6 +44,11 @@ def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrai
   Raises: CheckpointError.
   """
   run: Any = load.open_own(folder)
+  present = {leaf.split("/")[0] for leaf in run.leaves}
+  if lacking := [part for part in formats.PARTS if part not in present]:
+    raise FormatError(
+      f"{folder}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
+    )
   if merge and run.config.model.quantize == NONE:
     run = save.fold(run)
   model = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
@@ -53,7 +64,8 @@ def from_any(
 
   Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
   """
-  if load.is_ours(path) or not Path(path).exists():
+  path = places.local(str(path))
+  if load.is_ours(path) or not path.exists():
     return from_run(path, merge, dtype)
   source = load.open_any(path, options or formats.Options())
   if lacking := [part for part in formats.PARTS if part not in source.parts]:

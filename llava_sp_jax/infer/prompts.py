@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, conversation, example, image, reading
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import anyres, conversation, decode, example, reading
+from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 
@@ -31,7 +31,8 @@ class Request:
   """One question.
 
   `images` are files, encoded files as bytes, or decoded pictures. `<image>` in the question stands
-  for one of them; without any, all come before the question. `system` replaces the template's text.
+  for one of them; without any, all come before the question. `system` stands in place of the
+  template's own system text.
   Samples are drawn by `number` (from 0; None: by the place among the requests), so that with one a
   question is answered alike whatever else is asked.
   """
@@ -100,13 +101,18 @@ def key_of(picture: ImageFile) -> str:
   return f"bytes {hashlib.sha256(picture).hexdigest()}"
 
 
-def opened(picture: ImageFile) -> Image.Image:
-  """Raises: SampleError when it cannot be read."""
+def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
+  """What the reader makes of a picture. Raises: SampleError when it cannot be read."""
   if isinstance(picture, SampleError):
     raise picture
+  if isinstance(picture, Image.Image):
+    return reader(picture)
   if isinstance(picture, bytes):
-    return image.read(io.BytesIO(picture), f"of {len(picture)} bytes")
-  return picture if isinstance(picture, Image.Image) else image.read(Path(picture))
+    opened = decode.picture(io.BytesIO(picture), f"of {len(picture)} bytes")
+  else:
+    opened = decode.picture(picture)
+  with opened as pixels:
+    return reader(pixels)
 
 
 def keys_of(request: Request) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ class Pictures:
     return self._read(picture).tiles if tiles is None else tiles
 
   def _read(self, picture: ImageFile) -> anyres.Picture:
-    return self._reader(opened(picture))
+    return tiles_of(picture, self._reader)
 
 
 class Prompts:
@@ -165,7 +171,11 @@ class Prompts:
     self.stop_ids = tokenizer.stop_ids(self._template.end)
 
   def __call__(self, request: Request) -> Prompt:
-    """Raises: SampleError for images that cannot be used, or that the question does not fit."""
+    """Raises: SampleError, whatever the reason: an image, or a text that the tokenizer refuses."""
+    with of_one_sample():
+      return self._prompt(request)
+
+  def _prompt(self, request: Request) -> Prompt:
     keys = keys_of(request)
     plans = [self.pictures.plan(k, p) for k, p in zip(keys, request.images, strict=True)]
     row = self._row(request, plans)

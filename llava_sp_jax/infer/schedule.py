@@ -12,7 +12,7 @@ import concurrent.futures
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.prompts import Prompt, Prompts, Request, keys_of
 
 
@@ -65,7 +65,7 @@ class Schedule:
       self._fill()
       try:
         self._front = Ready(*waiting, future.result(), "")
-      except (SampleError, OSError) as error:
+      except SampleError as error:
         self._front = Ready(*waiting, None, str(error))
     return self._front
 
@@ -98,7 +98,5 @@ class Schedule:
 
 
 def _group(request: Request) -> tuple[str, ...]:
-  try:
-    return keys_of(request)
-  except (SampleError, OSError):
-    return ("unknown",)  # an image that is none: making its prompt says so
+  keys = attempt(lambda: keys_of(request))
+  return ("unknown",) if isinstance(keys, SampleError) else keys  # making its prompt says why

@@ -18,7 +18,8 @@ from flax import serialization
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import decode
+from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.prompts import ImageFile, Request
 
 AT_ONCE = 16  # requests that are sent together
@@ -63,13 +64,16 @@ def _request(packed: dict[str, Any]) -> Request:
 
 def _bytes(picture: ImageFile) -> bytes | SampleError:
   """A file's bytes, or why there are none."""
-  try:
+
+  def found() -> bytes:
     if isinstance(picture, str | Path):
-      return Path(picture).read_bytes()
+      return decode.read_bytes(picture)
     if isinstance(picture, Image.Image):
       file = io.BytesIO()
       picture.save(file, "PNG")
       return file.getvalue()
-  except OSError as error:
-    return SampleError(str(error))
-  return picture
+    if isinstance(picture, SampleError):
+      raise picture
+    return picture
+
+  return attempt(found)

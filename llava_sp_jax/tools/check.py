@@ -15,6 +15,7 @@ USAGE = """usage: llava-sp check --config FILE[:OPTIONS] [--images N|all] [--sam
 Reads the samples that a recipe would train on and lays each out as training does, without a model
 and without an accelerator. Reports images that are missing (by folder) or cannot be decoded, samples
 that training would leave out, samples without a reply to learn from, and text that would be cut off.
+Of every image the head is read, which tells its format and its size.
 
   --images N|all   samples whose images are also decoded, drawn at random (default 1000)
   --samples N|all  samples to check, drawn at random (default all)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
   if why := reading.misfit(config.data.template, tokenizer):
     raise config_lib.ConfigError(f"data.{why}")
   progress = Progress(samples)
-  report = check.check(config.data, tokenizer, tile, images, samples, progress)
+  report = check.check(config.data, tokenizer, tile, images, samples, progress, config.train.seed)
   print(table(report, config.data, time.monotonic() - progress.started))
   return 0 if report.passed else 1
 

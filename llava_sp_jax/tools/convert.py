@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from llava_sp_jax.convert import formats
 
 EXAMPLES = """example:
   llava-sp convert llava-sp-cropping-lora checkpoints/llava-sp
@@ -17,7 +21,52 @@ def source_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--base", default="", help="folder of the base language model of a LoRA")
   parser.add_argument("--tower", default="", help="folder of the vision tower")
   parser.add_argument("--row", default="", help="projector row, where names do not tell it")
-  parser.add_argument("--template", default="", help="conversation template (default: v1)")
+  parser.add_argument("--template", default="",
+                      help="conversation template (default: v1, where nothing speaks against it)")  # fmt: skip
+  parser.add_argument("--allow-unknown", action="store_true",
+                      help="pass over keys of settings files whose effect is not known here")  # fmt: skip
+
+
+def to_options(arguments: argparse.Namespace) -> formats.Options:
+  """What was said with `source_options`."""
+  from llava_sp_jax.convert import formats
+
+  return formats.Options(
+    arguments.base, arguments.tower, arguments.row, arguments.template,
+    allow_unknown=arguments.allow_unknown,
+  )  # fmt: skip
+
+
+def described(source: formats.Source) -> list[str]:
+  """What was taken from a checkpoint: lines for the terminal."""
+  from llava_sp_jax.models import build
+
+  model, data, lines = source.config.model, source.config.data, []
+  if "language_model" in source.parts:
+    text, lora = model.language_model, model.lora
+    lines.append(
+      f"decoder     width {text.width}, {text.layers} layers, vocabulary {text.vocab_size}"
+    )
+    lines.append(
+      f"adapters    rank {lora.rank}, alpha {lora.alpha:g}" if lora.rank else "adapters    none"
+    )
+  if "vision_tower" in source.parts:
+    tower, grid = model.tower, build.patch_grid(model)
+    lines.append(f"tower       {tower.variant}, layer {tower.select_layer} of {tower.layers}, "
+                 f"grid {grid}x{grid} of {tower.image_size} px")  # fmt: skip
+    lines.append(f"pictures    {data.image_aspect}, {data.image_fit}, {data.image_resample}, mean "
+                 f"{_numbers(data.image_mean)}, std {_numbers(data.image_std)}")  # fmt: skip
+  if "projector" in source.parts:
+    lines.append(f"variant     {model.projector.row}, views {build.view_sizes(model)}, "
+                 f"{build.image_token_count(model)} tokens an image")  # fmt: skip
+    lines.append(f"template    {data.template}")
+  else:
+    lines.append(f"parts       {', '.join(source.parts)}: no projector, so no pictures on its own")
+  return lines
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+  return " ".join(f"{v:.4g}" for v in values)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     "streamed, so memory stays far below the size of the model.",
     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
-  result.add_argument("source", metavar="IN", help="folder, or a .gguf file")
+  result.add_argument(
+    "source", metavar="IN", help="folder, .gguf file, or hf:organization/name of the hub"
+  )
   result.add_argument("out", metavar="OUT", type=Path, help="new folder")
   source_options(result)
   result.add_argument("--dtype", default="", choices=("", "float32", "bfloat16", "float16"),
@@ -45,15 +96,13 @@ def main(argv: list[str]) -> None:
 
   folders.check(options.out, "convert")  # before weights are read
   processes.start()
-  source = load.open_any(
-    options.source,
-    formats.Options(options.base, options.tower, options.row, options.template),
-  )
+  source = load.open_any(options.source, to_options(options))
   load.verify_template(source)
   load.verify_base(source)
   load.write(source, options.out, options.dtype)
   if jax.process_index():
     return
   size = sum(leaf.nbytes for leaf in source.leaves.values())
+  print("\n".join(described(source)))
   print(f"{options.out}: {formats.FORMATS[source.format].what}, row "
         f"{source.config.model.projector.row}, {size / 1e9:.2f} GB")  # fmt: skip

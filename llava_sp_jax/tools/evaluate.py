@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.convert import source_options, to_options
 from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 DESCRIPTION = """\
@@ -22,6 +23,9 @@ EXAMPLES = """example:
   llava-sp eval --checkpoint A --task pope --data D --part 0/2 --out shared/pope     on one host
   llava-sp eval --checkpoint A --task pope --data D --part 1/2 --out shared/pope     on another
   llava-sp eval --merge --task pope --data D --out shared/pope                       when both are done
+  llava-sp eval --list                                                benchmarks and their protocols
+  llava-sp eval --checkpoint A --task vqa_json --data mine.jsonl --protocol contains
+  llava-sp eval --checkpoint A --task benchmark.py:Mine --data FOLDER            a class of your own
 """
 
 
@@ -33,9 +37,11 @@ def parser() -> argparse.ArgumentParser:
   add = result.add_argument
   add("--checkpoint", default="", help="run of llava-sp train, or any format of llava-sp convert")
   source_options(result)
-  add("--task", action="append", help="benchmark; several: a,b or again (default: easy_vqa)")
-  add("--data", required=True, action="append", metavar="[TASK=]FOLDER",
+  add("--task", action="append", help="benchmark, or FILE.py:Class of your own; several: a,b or "
+      "again (default: easy_vqa)")  # fmt: skip
+  add("--data", default=[], action="append", metavar="[TASK=]FOLDER",
       help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
+  add("--list", action="store_true", help="names the benchmarks with their protocols, and ends")
   add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
       "OUT/TASK")  # fmt: skip
   add("--limit", type=int, default=0, metavar="N", help="only the first N questions (0: all)")
@@ -43,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
   add("--option", action="append", default=[], metavar="KEY=VALUE", help="any other of the task's")
   add("--compare", default="", help="results of another run on the same data: shows what flipped; "
       "with several tasks: COMPARE/TASK")  # fmt: skip
+  add("--allow-missing", action="store_true", help="end with code 0 although questions have no "
+      "answer (an image that cannot be read); else with 1")  # fmt: skip
   add("--retry", action="store_true", help="ask again what has no answer yet (images put back)")
 
   hosts = result.add_argument_group("several hosts")
@@ -70,8 +78,14 @@ def parser() -> argparse.ArgumentParser:
   return result
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+  """Evaluates. Returns 1 when questions were left without an answer, unless that is allowed."""
   options = parser().parse_args(argv)
+  if options.list:
+    from llava_sp_jax.eval import tables
+
+    tables.draw("", *tables.listed())
+    return 0
   from llava_sp_jax import processes
 
   _check_counts(options)
@@ -79,14 +93,28 @@ def main(argv: list[str]) -> None:
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
   with processes.Watch(0):
-    names = [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n]
-    tasks = {name: _task(name, names, options) for name in names}
-    if options.merge:
-      _merge(tasks, options)
-    else:
-      _evaluate(tasks, options)
+    tasks = _tasks(
+      [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n], options
+    )
+    found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
     # The first to leave would end the others, whose questions may take hours longer.
     processes.meet("answers are written", processes.WITHOUT_LIMIT)
+  lines = [line for name, scores in found.items() if (line := _unanswered(name, scores))]
+  for line in lines:
+    print(f"llava-sp eval: {line}", file=sys.stderr)
+  return 1 if lines and not options.allow_missing else 0
+
+
+def _unanswered(name: str, scores: Mapping[str, Any]) -> str:
+  """What to tell of questions without an answer; empty when all have one, or parts are not there."""
+  failures = scores.get("failures", ())
+  if not failures:
+    return ""
+  first = failures[0]
+  return (
+    f"{name}: {len(failures)} of {scores['asked']} questions have no answer, first {first['id']} "
+    f"({first['error']}); --retry asks them again, --allow-missing takes the scores as they are"
+  )
 
 
 def _check_counts(options: argparse.Namespace) -> None:
@@ -102,20 +130,33 @@ def _check_counts(options: argparse.Namespace) -> None:
     raise ConfigError("; ".join(problems))
 
 
-def _task(name: str, names: Sequence[str], options: argparse.Namespace) -> Any:
-  """Raises: ConfigError, FileNotFoundError, before a model is loaded."""
-  from llava_sp_jax import config as config_lib
+def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+  """{name of a task: the task}. Raises: ConfigError, FileNotFoundError, before a model is loaded."""
+  from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import tasks
 
-  make: Any = config_lib.lookup("--task", name, tasks.TASKS)
+  classes = [tasks.find("--task", name) for name in dict.fromkeys(names)]
+  found = {make.name: make for make in classes}
+  if len(found) < len(classes):
+    raise ConfigError(f"--task {','.join(names)}: two of them are named alike")
+  return {name: _task(name, make, list(found), options) for name, make in found.items()}
+
+
+def _task(name: str, make: Any, names: Sequence[str], options: argparse.Namespace) -> Any:
+  """`names` are those of all tasks that are asked for."""
   texts = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
     texts["protocol"] = options.protocol
   given = _options(name, make, texts)
-  if options.judge_url and "judge" in make.options:
+  if options.judge_url and "judge" in _takes(make):
     given["judge"] = _judge(options)
     given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
   return make(_data(name, names, options.data), **given)
+
+
+def _takes(make: Any) -> Sequence[str]:
+  """What a task's class takes beside its data."""
+  return tuple(getattr(make, "options", ()))
 
 
 def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -128,7 +169,7 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
   from llava_sp_jax.config import ConfigError, parse
 
   defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()
-              if k in make.options and p.default is not None}  # fmt: skip
+              if k in _takes(make) and p.default is not None}  # fmt: skip
   if unknown := [key for key in texts if key not in defaults]:
     has = f"it has {', '.join(defaults)}" if defaults else "it has none"
     judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
@@ -176,22 +217,27 @@ def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> 
   return f"{options.compare}/{name}" if several else options.compare
 
 
-def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+  """The scores of each task."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import run, tables
 
   if not options.out and not options.checkpoint:
     raise ConfigError("--merge: give --out, the folder that the parts wrote to")
+  found = {}
   for name, task in tasks.items():
     out = _out(name, tasks, options)
-    tables.show(run.finish(task, out, options.limit, _compare(name, tasks, options)))
+    found[name] = run.finish(task, out, options.limit, _compare(name, tasks, options))
+    tables.show(found[name])
     _written(out)
+  _together(found, options)
+  return found
 
 
-def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
+def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+  """The scores of each task, or which parts are not there yet."""
   from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.convert import formats
   from llava_sp_jax.eval import predictions, run, tables
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
@@ -202,10 +248,11 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
   for name, task in tasks.items():  # before a model is loaded, and before hours of answering
     run.check(task, _compare(name, tasks, options))
   generations = {name: _generation(task, options) for name, task in tasks.items()}
-  given = formats.Options(options.base, options.tower, options.row, options.template)
+  given = to_options(options)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)
+  found = {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
@@ -222,12 +269,31 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> None:
       options.retry,
       _compare(name, tasks, options),
     )
+    found[name] = scores
     if "missing" in scores:
       print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
             "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
     else:
       tables.show(scores)
       _written(out)
+  _together({n: found[n] for n in tasks if "missing" not in found[n]}, options)
+  return found
+
+
+def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
+  """One table of several tasks, in the order in which they were asked for."""
+  from pathlib import Path
+
+  from llava_sp_jax.eval import predictions, tables
+
+  if len(done) < 2:
+    return
+  head, rows = tables.together(list(done.values()))
+  tables.draw("all tasks", head, rows)
+  if options.out:
+    path = Path(options.out) / "scores.md"
+    predictions.replace(path, tables.markdown(head, rows) + "\n")
+    print(f"written: {path}")
 
 
 def _generation(task: Any, options: argparse.Namespace) -> Generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.convert import source_options, to_options
 
 EXAMPLES = """example:
   llava-sp export runs/finetune out --format llava_lora --base vicuna-7b-v1.5
@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
-  from llava_sp_jax.convert import formats, load, save
+  from llava_sp_jax.convert import load, save
 
   folders.check(Path(options.out), "")  # before weights are read
-  given = formats.Options(options.base, options.tower, options.row, options.template)
+  given = to_options(options)
   source = load.open_any(options.checkpoint, given)
   save.export(source, options.format, options.out, options.dtype)
   print(f"{options.out}: {save.EXPORTS[options.format].what}")

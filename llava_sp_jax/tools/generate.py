@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from llava_sp_jax.tools.convert import source_options, to_options
+
 MESH = (
   "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
 )
@@ -18,7 +20,9 @@ def parser() -> argparse.ArgumentParser:
     epilog='example: llava-sp generate --checkpoint runs/finetune --image x.png --question "what '
     'shape is in the image?"',
   )
-  result.add_argument("--checkpoint", required=True, help="run folder of llava-sp train")
+  result.add_argument("--checkpoint", required=True,
+                      help="run of llava-sp train, or any format of llava-sp convert")  # fmt: skip
+  source_options(result)
   result.add_argument("--image", action="append", default=[], help="picture file; may be repeated")
   result.add_argument("--question", required=True, help="<image> in it stands for a picture")
   result.add_argument("--stream", action="store_true", help="print the answer as it comes")
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
   from pathlib import Path
 
   from llava_sp_jax import mesh
-  from llava_sp_jax.data import image
+  from llava_sp_jax.data import decode
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
   from llava_sp_jax.infer.generation import Generation
@@ -56,9 +60,9 @@ def main(argv: list[str]) -> int:
     setting, found = str(error).split(":", 1)
     parser().error(f"--{setting.replace('_', '-')}:{found}")
   # Read here, so that a picture that is missing is told before a model is loaded.
-  pictures = tuple(image.read(Path(path)) for path in options.image)
+  pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
-  loaded = pretrained.from_any(options.checkpoint, dtype=options.dtype)
+  loaded = pretrained.from_any(options.checkpoint, to_options(options), dtype=options.dtype)
   engine = Engine(loaded, 1, generation, devices)
   request = Request(options.question, pictures)
   if options.stream:

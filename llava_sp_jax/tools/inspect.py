@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 
-from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.convert import source_options, to_options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,16 +24,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
-  from llava_sp_jax.convert import formats, load, settings
+  from llava_sp_jax.convert import formats, load, settings_out
   from llava_sp_jax.models import build
 
-  given = formats.Options(options.base, options.tower, options.row, options.template)
+  given = to_options(options)
   source = load.open_any(options.checkpoint, given, verify=options.fingerprint)
   model, data = source.config.model, source.config.data
   print(f"{options.checkpoint}: {source.format}, {source.config.name}")
   if "language_model" in source.parts:
     text = model.language_model
-    print(f"language model  {settings.family(text)}: width {text.width}, {text.layers} layers, "
+    print(f"language model  {settings_out.family(text)}: width {text.width}, {text.layers} layers, "
           f"{text.heads} heads ({text.kv_heads} kv), vocabulary {text.vocab_size}, rope "
           f"{text.rope_scaling.kind} at {text.rope_theta:g}")  # fmt: skip
     print(f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from llava_sp_jax.tools.convert import source_options
+from llava_sp_jax.tools.convert import source_options, to_options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.infer import verify
 
   folders.check(options.out, "merge")
-  given = formats.Options(options.base, options.tower, options.row, options.template)
+  given = to_options(options)
   source = load.open_any(options.checkpoint, given)
   merged = save.fold(source)
   load.write(merged, options.out, command="merge")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import os
-import sys
 from pathlib import Path
-from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, limits, recipes
@@ -36,19 +32,9 @@ example:
   llava-sp train --config configs/easy_vqa.py:stage=pretrain,row=cropping --workdir runs/pretrain \\
     --config.train.steps=200
 
-keys and defaults:
+keys with their defaults, what they mean, and what they allow:
 """
 STOPPED_EARLY = 75  # sysexits.h: temporary failure, try again; launchers then go on
-
-
-def keys(values: Any, prefix: str = "config") -> list[str]:
-  """One line for each key of the config."""
-  lines = []
-  for field in dataclasses.fields(values):
-    value = getattr(values, field.name)
-    name = f"{prefix}.{field.name}"
-    lines += keys(value, name) if dataclasses.is_dataclass(value) else [f"  --{name}={value!r}"]
-  return lines
 
 
 def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:
@@ -98,7 +84,9 @@ def load_recipe(value: str) -> config_lib.Config:
 def main(argv: list[str]) -> int:
   """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command goes on."""
   if {"--help", "-h"} & set(argv):
-    print(USAGE + "\n".join(keys(config_lib.Config())))
+    from llava_sp_jax.tools import config_help
+
+    print(USAGE + config_help.text())
     return 0
   config, workdir = read_config(argv)
   limits.check(config)
@@ -122,7 +110,4 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
       print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
             f"{result.quarantined} samples quarantined")  # fmt: skip
-    if result.waiting and jax.process_count() == 1:
-      sys.stdout.flush()
-      os._exit(STOPPED_EARLY)  # all is written; Python would wait for the threads that still read
   return 0 if result.step >= config.train.steps else STOPPED_EARLY

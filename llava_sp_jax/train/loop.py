@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ import jax
 from llava_sp_jax import checkpoint, jsonl, limits, locks, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.data import anyres, held_out, pipeline
+from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import (
@@ -36,7 +36,6 @@ from llava_sp_jax.train.metrics import Log
 from llava_sp_jax.train.validation import Validator
 
 METRICS_FILE = sinks.METRICS_FILE
-Waited = TypeVar("Waited")
 
 # Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
 # permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
@@ -61,7 +60,6 @@ class Result:
   step: int
   seconds: float
   quarantined: int
-  waiting: bool = False  # it was asked while it waited for data, which threads still read
 
 
 def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
@@ -236,10 +234,13 @@ def _loop(
   if run.wish.step is not None:
     about["from_step"] = run.wish.step
   learns = list(train_state.trainable)
+  if not jax.process_index() and first < config.train.steps:
+    print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
   log = Log(folder, config, learns)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
-  number, metrics, asked, noticed, waiting = first, None, False, 0.0, False
+  number, metrics, asked, noticed = first, None, False, 0.0
+  run.iterator.stopped = lambda: stop.asked
 
   def save(step: int) -> None:
     skips.settle()
@@ -248,9 +249,10 @@ def _loop(
 
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
-      batch = stop.unless_asked(lambda: log.waiting(run.iterator))
-      if batch is None:  # asked while there was none
-        asked, noticed, waiting, number = True, time.monotonic(), True, number - 1
+      try:
+        batch = log.waiting(run.iterator)
+      except ahead.Stopped:  # the step before this one is the last
+        number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
           save(number)
         break
@@ -270,7 +272,7 @@ def _loop(
       held_out: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
-          held_out |= run.validator(train_state)
+          held_out |= run.validator(train_state, lambda: stop.asked)
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
           held_out |= run.evaluator(
@@ -289,13 +291,13 @@ def _loop(
   checkpoints.close()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
-    print(f"asked to stop: saved step {number} in {seconds:.1f} s; the same command goes on from "
-          "there", flush=True)  # fmt: skip
+    done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
+    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
-  return Result(number, log.seconds, quarantine.count, waiting)
+  return Result(number, log.seconds, quarantine.count)
 
 
 def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
@@ -315,10 +317,6 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
   )
 
 
-class _AskedError(Exception):
-  """A stop was asked for in the middle of a wait."""
-
-
 class StopRequest:
   """Notices SIGTERM (and ctrl-C) and lets the step finish.
 
@@ -327,7 +325,7 @@ class StopRequest:
   """
 
   def __init__(self, several: bool = False) -> None:
-    self.asked, self._several, self._waits = False, several, False
+    self.asked, self._several = False, several
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> StopRequest:
@@ -342,23 +340,6 @@ class StopRequest:
       signal.raise_signal(signal.SIGTERM)
     else:
       self.asked = True
-      if self._waits:
-        raise _AskedError
-
-  def unless_asked(self, wait: Callable[[], Waited]) -> Waited | None:
-    """What `wait` returns; None as soon as a stop is asked for. Nothing may have been computed."""
-    try:
-      return self._wait(wait)
-    except _AskedError:
-      self._waits = False  # it may have come before `_wait` could
-      return None
-
-  def _wait(self, wait: Callable[[], Waited]) -> Waited | None:
-    try:
-      self._waits = True
-      return None if self.asked else wait()
-    finally:
-      self._waits = False
 
   def __exit__(self, *_: Any) -> None:
     for number, handler in self._before.items():

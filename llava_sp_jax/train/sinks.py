@@ -67,7 +67,10 @@ LINE: tuple[tuple[str, str], ...] = (
 
 
 class Terminal:
-  """Lines; on a terminal, a bar with the latest record as a table above them."""
+  """Lines; on a terminal, the latest record as a line over a bar, and all of its figures below.
+
+  A terminal that is too small loses figures from the end, never the line.
+  """
 
   def __init__(self, folder: Path, config: config_lib.Config):
     from rich.console import Console
@@ -105,7 +108,7 @@ def _table(record: Record, steps: int) -> Any:
     if name != "step"
   ]
   bar = ProgressBar(total=steps, completed=record["step"])
-  return Group(Columns(numbers, equal=True), bar, Text(line(record, steps), no_wrap=True))
+  return Group(Text(line(record, steps)), bar, Columns(numbers, equal=True))
 
 
 class TensorBoard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh, sharding
-from llava_sp_jax.data import anyres, held_out, pipeline
+from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.train import state, step
@@ -60,13 +61,22 @@ class Validator:
     every = self._train.validate_every
     return bool(every) and (number % every == 0 or number == self._train.steps)
 
-  def __call__(self, train_state: state.TrainState) -> dict[str, float]:
-    """`val_loss` and `val_token_accuracy`, means over the learned tokens of all batches."""
+  def __call__(
+    self, train_state: state.TrainState, stopped: Callable[[], bool] = lambda: False
+  ) -> dict[str, float]:
+    """`val_loss` and `val_token_accuracy`, means over the learned tokens of all batches.
+
+    Gives up, with {}, when `stopped()` while data are waited for.
+    """
     assert self._iterator is not None
     self._iterator.set_state(self._start)
+    self._iterator.stopped = stopped
     total: dict[str, float] = {"loss": 0.0, "right": 0.0, "count": 0.0}
     for _ in range(self._count):
-      batch = next(self._iterator)
+      try:
+        batch = next(self._iterator)
+      except ahead.Stopped:
+        return {}
       batch.pop(pipeline.SAMPLES)
       batch = mesh.put_batch(batch, self._mesh)
       found = self._sums(train_state.trainable, train_state.frozen, batch)

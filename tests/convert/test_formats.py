@@ -111,7 +111,7 @@ def test_an_adapter_whose_rank_disagrees_with_its_config(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-  ("key", "value"), [("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 2})]
+  ("key", "value"), [("use_dora", True), ("lora_bias", True), ("rank_pattern", {"q_proj": 2})]
 )
 def test_recipes_of_peft_that_are_not_computed(folder: Path, key: str, value: Any) -> None:
   change_json(folder / "cropping/llava-lora/adapter_config.json", **{key: value})

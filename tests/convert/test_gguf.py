@@ -23,10 +23,25 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
   return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write(path: Path, architecture: str = "llama", extra: str = "") -> dict[str, np.ndarray]:
+REQUIRED = {
+  "embedding_length": WIDTH, "block_count": 1, "attention.head_count": HEADS,
+  "feed_forward_length": MLP, "attention.layer_norm_rms_epsilon": 1e-5,
+}  # fmt: skip
+OPTIONAL = {
+  "vocab_size": VOCAB, "attention.head_count_kv": KV_HEADS, "context_length": 64,
+  "rope.freq_base": 5000.0,
+}  # fmt: skip
+
+
+def write(
+  path: Path, architecture: str = "llama", extra: str = "",
+  metadata: dict[str, Any] | None = None, endian: Any = gguf.GGUFEndian.LITTLE,
+) -> dict[str, np.ndarray]:  # fmt: skip
   """A file of one layer; returns its tensors as Hugging Face names and orders them."""
+  said = REQUIRED | OPTIONAL if metadata is None else metadata
+  kv_heads = said.get("attention.head_count_kv", HEADS)
   rng = np.random.default_rng(0)
-  kv = KV_HEADS * WIDTH // HEADS
+  kv = kv_heads * WIDTH // HEADS
   block = "model.layers.0."
   shapes = {
     "token_embd": ("model.embed_tokens", (VOCAB, WIDTH)),
@@ -41,21 +56,16 @@ def write(path: Path, architecture: str = "llama", extra: str = "") -> dict[str,
     "blk.0.ffn_up": (block + "mlp.up_proj", (MLP, WIDTH)),
     "blk.0.ffn_down": (block + "mlp.down_proj", (WIDTH, MLP)),
   }
-  writer = gguf.GGUFWriter(path, architecture)
-  writer.add_vocab_size(VOCAB)
-  writer.add_embedding_length(WIDTH)
-  writer.add_block_count(1)
-  writer.add_head_count(HEADS)
-  writer.add_head_count_kv(KV_HEADS)
-  writer.add_feed_forward_length(MLP)
-  writer.add_context_length(64)
-  writer.add_rope_freq_base(5000.0)
-  writer.add_layer_norm_rms_eps(1e-5)
+  writer = gguf.GGUFWriter(path, architecture, endianess=endian)
+  add: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32,
+                          bool: writer.add_bool, str: writer.add_string}  # fmt: skip
+  for key, value in said.items():
+    add[type(value)](f"llama.{key}" if not key.startswith("split.") else key, value)
   result = {}
   for name, (torch_name, shape) in shapes.items():
     array = rng.normal(size=shape).astype(np.float32)
     result[f"{torch_name}.weight"] = array
-    heads = {"blk.0.attn_q": HEADS, "blk.0.attn_k": KV_HEADS}.get(name)
+    heads = {"blk.0.attn_q": HEADS, "blk.0.attn_k": kv_heads}.get(name)
     writer.add_tensor(f"{name}.weight", permute(array, heads) if heads else array)
   if extra:
     writer.add_tensor(extra, np.zeros(4, np.float32))
@@ -87,8 +97,64 @@ def test_sizes(tmp_path: Path) -> None:
   assert model.tie_embeddings
 
 
+def test_what_a_file_leaves_out_is_what_the_format_says(tmp_path: Path) -> None:
+  write(tmp_path / "x.gguf", metadata=REQUIRED)
+  model = settings.language_model(ours.config(tmp_path / "x.gguf"), "x.gguf")
+  assert (model.vocab_size, model.kv_heads, model.rope_theta) == (VOCAB, HEADS, 10000.0)
+  assert model.max_positions == 2048
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_what_has_no_default_is_named(tmp_path: Path, key: str) -> None:
+  write(tmp_path / "x.gguf", metadata={k: v for k, v in (REQUIRED | OPTIONAL).items() if k != key})
+  with pytest.raises(FormatError, match=f"x.gguf: without {key}, which every LLaMA has"):
+    ours.config(tmp_path / "x.gguf")
+
+
+def test_positions_are_stretched_as_the_file_says(tmp_path: Path) -> None:
+  scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+  for more, wanted in (({}, None), ({"rope.scale_linear": 4.0}, 4.0), (scaled, 4.0),
+                       (scaled | {"rope.scaling.type": "none"}, None)):  # fmt: skip
+    write(tmp_path / "x.gguf", metadata=REQUIRED | OPTIONAL | more)
+    found = ours.config(tmp_path / "x.gguf").get("rope_scaling", {})
+    assert found.get("factor") == wanted
+
+
+ODD = {
+  "another head": ({"rope.dimension_count": 2}, "not supported: rope.dimension_count=2"),
+  "experts": ({"expert_count": 8}, "not supported: expert_count=8"),
+  "yarn": ({"rope.scaling.type": "yarn"}, "rope.scaling.type: expected one of none, linear"),
+  "unknown": ({"attention.magic": 1}, "unknown key attention.magic"),
+  "no heads": ({"attention.head_count": 0}, "attention.head_count: expected a whole number"),
+  "huge": ({"vocab_size": (1 << 32) - 1}, "vocab_size: expected a whole number from 1"),
+  "NaN": ({"rope.freq_base": float("nan")}, "rope.freq_base: expected a number"),
+  "a text": ({"context_length": "64"}, "context_length: expected a whole number"),
+  "one of several": ({"split.count": 2}, "one part of several"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_metadata_are_refused_by_name(tmp_path: Path, what: str) -> None:
+  more, message = ODD[what]
+  write(tmp_path / "x.gguf", metadata=REQUIRED | OPTIONAL | more)
+  with pytest.raises(FormatError, match=f"x.gguf: {message}"):
+    ours.config(tmp_path / "x.gguf")
+
+
+def test_an_unknown_key_can_be_passed_over(tmp_path: Path) -> None:
+  write(tmp_path / "x.gguf", metadata=REQUIRED | OPTIONAL | {"attention.magic": 1})
+  assert ours.config(tmp_path / "x.gguf", allow_unknown=True)["vocab_size"] == VOCAB
+
+
+def test_big_endian_files(tmp_path: Path) -> None:
+  wanted = write(tmp_path / "x.gguf", endian=gguf.GGUFEndian.BIG)
+  assert (tmp_path / "x.gguf").read_bytes()[4:8] == b"\0\0\0\3"
+  for name, tensor in ours.open_gguf(tmp_path / "x.gguf").items():
+    np.testing.assert_array_equal(tensor.array(), wanted[name], err_msg=name)
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-  with pytest.raises(FormatError, match=r"gone.gguf: no such file; expected a .gguf"):
+  with pytest.raises(FormatError, match=r"gone.gguf: no such file"):
     ours.open_gguf(tmp_path / "gone.gguf")
   (tmp_path / "text.gguf").write_text("this is no model, but long enough for a header of numbers")
   with pytest.raises(FormatError, match=r"text.gguf: cannot be read as GGUF"):

@@ -85,7 +85,16 @@ def test_layouts_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
   save.export(ours, name, tmp_path / "out")
   back = formats.open_checkpoint(tmp_path / "out", formats.Options(select_layer=-1))
   kept = {p: leaf for p, leaf in ours.leaves.items() if p.split("/")[0] in back.parts}
-  assert_same(dataclasses.replace(ours, leaves=kept), back)
+  assert_same(dataclasses.replace(ours, leaves=kept), without_image_row(back))
+
+
+def without_image_row(model: formats.Source) -> formats.Source:
+  """Without the rows that llava_hf puts behind an embedding for its `<image>`."""
+  rows = TEXT.vocab_size
+  cut = {"language_model/token_embed/embedding": np.s_[:rows],
+         "language_model/lm_head/kernel": np.s_[:, :rows]}  # fmt: skip
+  kept = {p: model.leaves[p].read()[index] for p, index in cut.items() if p in model.leaves}
+  return dataclasses.replace(model, leaves={**model.leaves, **leaves.in_memory(kept)})
 
 
 def test_folding_adds_the_scaled_product() -> None:

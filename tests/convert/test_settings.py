@@ -13,7 +13,7 @@ import pytest
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, load, save, settings
+from llava_sp_jax.convert import formats, load, processors, save, settings, settings_out
 from llava_sp_jax.convert.torch_io import FormatError
 from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import source
@@ -48,7 +48,7 @@ def test_a_decoder_s_sizes(kind: str, theirs: dict[str, Any], ours: dict[str, An
   """There, and back again as a config.json."""
   found = settings.language_model({"model_type": kind, **SIZES, **theirs}, "x")
   assert found == dataclasses.replace(OURS, **ours)
-  said = settings.language_model_json(found, "bfloat16")
+  said = settings_out.language_model_json(found, "bfloat16")
   assert settings.language_model(said, "y") == found
   assert (said["model_type"], said["torch_dtype"]) == (kind, "bfloat16")
 
@@ -57,7 +57,7 @@ def test_a_decoder_s_sizes(kind: str, theirs: dict[str, Any], ours: dict[str, An
 def test_a_tower_s_sizes(variant: str) -> None:
   ours = config_lib.Tower(variant=variant, image_size=60, patch_size=12, width=32, layers=7, heads=4,
                           mlp_width=56, select_layer=-3)  # fmt: skip
-  said = settings.tower_json(ours, 7)
+  said = settings_out.tower_json(ours, 7)
   assert settings.tower(said, "x", -3) == ours
   assert said["layer_norm_eps"] == {"clip": 1e-5, "siglip": 1e-6}[variant]
 
@@ -67,16 +67,16 @@ def test_how_pictures_are_read(tmp_path: Path) -> None:
   processor = {"image_processor_type": "SiglipImageProcessorFast", "image_mean": mean,
                "image_std": std}  # fmt: skip
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-  anyres = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(20, 40), (40, 20)]",
+  anyres = {"mm_vision_tower": "clip", "image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(20, 40), (40, 20)]",
             "mm_patch_merge_type": "spatial_unpad"}  # fmt: skip
-  found = settings.images(anyres, tmp_path, tmp_path)
+  found = processors.images(anyres, tmp_path, tmp_path)
   assert found == {
     "image_aspect": "anyres", "image_fit": "stretch", "image_mean": tuple(mean),
-    "image_std": tuple(std), "grid_pinpoints": ((20, 40), (40, 20)),
+    "image_resample": "bicubic", "image_std": tuple(std), "grid_pinpoints": ((20, 40), (40, 20)),
     "patch_merge": "spatial_unpad",
   }  # fmt: skip
-  assert settings.images({}, tmp_path, tmp_path)["image_aspect"] == "square"
-  back = settings.processor_json(config_lib.Data(**found), 36)
+  assert processors.images({}, tmp_path, tmp_path)["image_aspect"] == "square"
+  back = settings_out.processor_json(config_lib.Data(**found), 36)
   assert (back["image_mean"], back["image_std"]) == (mean, std)
   assert back["image_processor_type"] == "SiglipImageProcessor"
 

@@ -14,8 +14,8 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.data import anyres, example, pipeline
 from llava_sp_jax.data.anyres import Reader, Tile, plan
-from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.example import IMAGE_ID, NEWLINE, Run, layout
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import IMAGE_SIZE, PATCH_SIZE, ConfigMaker
 

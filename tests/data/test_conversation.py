@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llava_sp_jax.data import conversation, example, reading
-from llava_sp_jax.data.conversation import TEMPLATES, SampleError
+from llava_sp_jax.data import conversation, example, forms, reading
+from llava_sp_jax.data.conversation import TEMPLATES
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import ConfigMaker
 
@@ -26,16 +27,39 @@ def text_of(pieces: list[conversation.Piece]) -> str:
 
 
 @pytest.mark.parametrize("text", [" what? ", "what?\n", "\nwhat?", "what?", ""])
-@pytest.mark.parametrize("images", ["<image>\n", "<image>\n<image>\n", "<image> <image>\n"])
-def test_an_open_question_keeps_its_blanks(images: str, text: str) -> None:
+def test_an_open_question_keeps_its_blanks(text: str) -> None:
   """model_vqa.py of LLaVA: `<image>`, a newline and the file's text; training strips the text."""
-  count = images.count("<image>")
   for name, written in (("v1", "<image>\n"), ("v1_mmtag", "<Image><image></Image>\n")):
     template = TEMPLATES[name]
-    asked = text_of(conversation.prompt(images + text, template))
-    assert asked == template.system + "USER: " + written * count + text + " ASSISTANT:"
-    trained = text_of(conversation.chain([(images + text, "x")], template))
-    assert f"USER: {(written * count + text.strip()).strip()} ASSISTANT: x" in trained
+    asked = text_of(conversation.prompt("<image>\n" + text, template))
+    assert asked == template.system + "USER: " + written + text + " ASSISTANT:"
+    trained = text_of(conversation.chain([("<image>\n" + text, "x")], template))
+    assert f"USER: {(written + text.strip()).strip()} ASSISTANT: x" in trained
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "first: <image> second: <image> which is taller?",
+    "<image>\n<image>\nwhich is taller?",
+    "<image> <image>\n which? ",
+    "which is taller,\n<image> or <image>",
+  ],
+)
+def test_several_images_stay_where_the_text_puts_them(text: str) -> None:
+  """As in LLaVA-NeXT, in training and in a prompt; the original keeps one of them."""
+  for name, written in (("v1", "<image>"), ("v1_mmtag", "<Image><image></Image>")):
+    template = TEMPLATES[name]
+    wanted = f"{template.system}USER: {text.replace('<image>', written)} ASSISTANT:"
+    assert text_of(conversation.prompt(text, template)) == wanted
+    assert text_of(conversation.chain([(text, "x")], template)) == f"{wanted} x</s>"
+
+
+def test_each_turn_places_its_images() -> None:
+  turns = [("a <image> b <image>", "x"), ("and <image> here?", "y")]
+  text = text_of(conversation.chain(turns, TEMPLATES["v1"]))
+  assert "USER: a <image> b <image> ASSISTANT: x</s>" in text
+  assert "USER: <image>\nand  here? ASSISTANT: y</s>" in text
 
 
 def learned(pieces: list[conversation.Piece]) -> list[str]:
@@ -108,15 +132,15 @@ def test_an_empty_reply_teaches_nothing_but_where_the_original_writes_it() -> No
 def test_a_greeting_is_left_out() -> None:
   turns = [("gpt", "welcome"), ("human", "hi"), ("gpt", "hello")]
   messages = [{"from": who, "value": text} for who, text in turns]
-  assert conversation.turns_of({"conversations": messages}) == [("hi", "hello")]
+  assert forms.read({"conversations": messages}).turns == [("hi", "hello")]
   with pytest.raises(SampleError, match="turn 1: expected a text from 'human'"):
-    conversation.turns_of({"conversations": [messages[0], messages[0]]})
+    forms.read({"conversations": [messages[0], messages[0]]})
 
 
 def test_tags_around_an_image() -> None:
   for name in ("v0_mmtag", "v1_mmtag"):
-    pieces = conversation.prompt("what <image> <image>", TEMPLATES[name])
-    assert "<Image><image></Image>\n<Image><image></Image>\nwhat" in text_of(pieces)
+    pieces = conversation.prompt("what <image>", TEMPLATES[name])
+    assert "<Image><image></Image>\nwhat" in text_of(pieces)
 
 
 def test_plain_keeps_only_image_and_caption() -> None:
@@ -127,7 +151,7 @@ def test_plain_keeps_only_image_and_caption() -> None:
 
 def test_an_image_in_the_middle_goes_to_the_front() -> None:
   assert conversation.image_first("look <image> here") == "<image>\nlook  here"
-  assert conversation.image_first("a<image>b<image>") == "<image>\n<image>\nab"
+  assert conversation.image_first("a<image>b<image>") == "a<image>b<image>"
   assert conversation.image_first("no picture ") == "no picture "
   assert conversation.image_first(" <image>\n") == "<image>"
 
@@ -153,13 +177,13 @@ def test_branches_need_one_image_in_the_first_turn(first: str, second: str) -> N
     ([], "`conversations` must be a list"),
     ([{"from": "gpt", "value": "x"}], "turn 0: expected a text from 'human'"),
     ([{"from": "human", "value": "x"}] * 2, "turn 1: expected a text from 'gpt'"),
-    ([{"from": "human", "value": 3}], "turn 0: expected a text from 'human'"),
-    (["x"], "turn 0: expected a text from 'human'"),
+    ([{"from": "human", "value": 3}], "turn 0: expected a text or a list of parts, found 3"),
+    (["x"], "turn 0: expected a text from one of human, user, .*, found 'x'"),
   ],
 )
 def test_turns_that_do_not_alternate(messages: object, message: str) -> None:
   with pytest.raises(SampleError, match=message):
-    conversation.turns_of({"conversations": messages})
+    forms.read({"conversations": messages})
 
 
 def test_labels_fall_on_answers_only(tokenizer: Tokenizer) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_sp_jax.data.conversation import SampleError
 from llava_sp_jax.data.example import BRANCHES, IMAGE_ID, Run, from_labels, layout, one_tile
+from llava_sp_jax.data.failure import SampleError
 
 
 def test_an_image_takes_its_slots_in_order() -> None:

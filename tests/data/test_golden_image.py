@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, image
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data import anyres, decode, image
+from llava_sp_jax.data.failure import SampleError
 
 FOLDER = Path(__file__).parents[1] / "golden" / "imageproc"
 GOLDEN = json.loads((FOLDER / "image.json").read_text())
@@ -39,7 +39,7 @@ def digest(picture: Image.Image) -> str:
 
 
 def opened(name: str) -> Image.Image:
-  return image.read(FOLDER / f"{name}.png")
+  return decode.read(FOLDER / f"{name}.png")
 
 
 @pytest.mark.parametrize("name", GOLDEN["images"])
@@ -91,7 +91,7 @@ def test_a_picture_of_few_rows_keeps_its_channels(height: int, fit: str) -> None
   pixels = np.random.default_rng(0).integers(0, 256, (height, 8, 3), dtype=np.uint8)
   found = image.Preprocess(28, (0.0,) * 3, (1.0,) * 3, fit).square(Image.fromarray(pixels))
   for channel in range(3):
-    alone = image.FITS[fit](Image.fromarray(np.ascontiguousarray(pixels[..., channel])), 28)
+    alone = image.FITS[fit].make(Image.fromarray(np.ascontiguousarray(pixels[..., channel])), 28)
     np.testing.assert_array_equal(np.rint(found[..., channel] * 255), np.asarray(alone))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.data import conversation, example, reading
+from llava_sp_jax.data import conversation, example, forms, reading
 from llava_sp_jax.data.conversation import TEMPLATES, Piece
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
 
@@ -155,7 +155,7 @@ def template_of(entry: dict[str, Any]) -> conversation.Template:
 
 def ours(entry: dict[str, Any], turns: Any, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
   """Ids and labels of a conversation, cut as the original cuts those without an image."""
-  pieces = conversation.chain(conversation.turns_of({"conversations": turns}), template_of(entry))
+  pieces = conversation.chain(forms.read({"conversations": turns}).turns, template_of(entry))
   ids, labels = ids_and_labels(reading.tokenize(pieces, tokenizer))
   has_image = TEXT["conversations"][entry["name"]][0]
   return (ids, labels) if has_image else (ids[:LIMIT], labels[:LIMIT])
@@ -216,7 +216,7 @@ def test_exactly_the_replies_are_learned(tokenizers: dict[str, Tokenizer], versi
   for entry in (e for e in ENTRIES if e["version"] == version):
     tokenizer = tokenizers[entry["tokenizer"]]
     template = TEMPLATES[version].training or TEMPLATES[version]
-    turns = conversation.turns_of({"conversations": TEXT["conversations"][entry["name"]][1]})
+    turns = forms.read({"conversations": TEXT["conversations"][entry["name"]][1]}).turns
     pieces = conversation.chain(turns, template_of(entry))
     ids, labels = ids_and_labels(reading.tokenize(pieces, tokenizer))
     replies = [r for _, r in turns if r is not None and (r or template.empty_reply)]

@@ -144,7 +144,7 @@ def test_bad_samples_are_counted_once_and_written_down(
   assert "expected a dictionary" in errors["not a dictionary"]
   assert errors["two"] == "2 images, but data.images_per_row is 1"
   assert "must be a file name or a list of them" in errors["number"]
-  assert "turn 0: expected a text from 'human'" in errors["texts"]
+  assert "turn 0: expected a text from one of human, user, " in errors["texts"]
   assert errors["without"] == "the text has 0 <image> but the sample has 1 images"
   assert {line["index"] for line in lines} == set(range(12, 19))
   for batch in batches:  # the row of a bad sample stays empty

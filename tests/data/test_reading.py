@@ -5,7 +5,6 @@ Every template, both layouts, six tokenizers, no, one and two images, one to fou
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import random
 import shutil
@@ -17,8 +16,9 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import conversation, reading, samples
-from llava_sp_jax.data.conversation import IMAGE, TEMPLATES, SampleError, Turns
+from llava_sp_jax.data.conversation import IMAGE, TEMPLATES, Turns
 from llava_sp_jax.data.example import IMAGE_ID, Run
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer, TokenizerError, train_bpe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "base-llm"
@@ -223,12 +223,19 @@ def test_a_likelihood_reads_a_continuation_as_a_reply(tokenizer: Tokenizer) -> N
     assert asked[-1].learn == (True,) * len(asked[-1].ids)
 
 
-def test_the_system_text_can_be_replaced(tokenizer: Tokenizer) -> None:
-  template = TEMPLATES["v1"]
-  other = dataclasses.replace(template, system="Answer briefly. ")
-  asked = reading.question("why?", 0, template, tokenizer, system="Answer briefly. ")
-  assert asked == reading.question("why?", 0, other, tokenizer)
-  assert asked != reading.question("why?", 0, template, tokenizer)
+def test_a_system_text_of_its_own(tokenizer: Tokenizer) -> None:
+  """A prompt has the ids that training has in front of the reply, and they hold the text."""
+  for name in READ_ALIKE:
+    template = TEMPLATES[name]
+    if template.with_system is None:
+      with pytest.raises(SampleError, match="no place for a system text, found 'Be"):
+        reading.question("why?", 0, template, tokenizer, system="Be terse.")
+      continue
+    asked = flat(reading.question("why?", 0, template, tokenizer, system="Be terse."))
+    trained = reading.dialogue([("why?", "so")], template, "chain", tokenizer, "Be terse.")
+    assert flat(trained)[: len(asked)] == asked, name
+    assert "Be terse." in tokenizer.decode(asked)
+    assert asked != flat(reading.question("why?", 0, template, tokenizer))
 
 
 def test_training_takes_this_way(tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import held_out, image, lengths, packing, pipeline, samples, sources
 from llava_sp_jax.data.anyres import Reader, Tile
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.packing import Shape, Sizes
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.data import conversation, sources
+from llava_sp_jax.data import forms, sources
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.image import Preprocess
 
 PREPROCESS = Preprocess(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -66,7 +68,9 @@ def test_reads_what_llava_json_reads(tmp_path: Path, layout: str, with_text_only
   by_id = {found[i]["id"]: found[i] for i in range(len(found))}  # TFDS shuffles when it writes
   for i in range(len(wanted)):
     sample, other = wanted[i], by_id[wanted[i]["id"]]
-    assert conversation.turns_of(other) == conversation.turns_of(sample)
+    assert forms.read(other) == dataclasses.replace(
+      forms.read(sample), images=forms.read(other).images
+    )
     pixels, others = wanted.images(sample), found.images(other)
     assert len(others) == len(pixels)
     for ours, theirs in zip(pixels, others, strict=True):
@@ -77,8 +81,8 @@ def test_a_broken_image_is_an_error_of_its_sample(tmp_path: Path) -> None:
   path = write_samples(tmp_path, with_text_only=False)
   source = sources.LlavaJson(str(path), str(tmp_path), PREPROCESS)
   tfds = object.__new__(sources.Tfds)
-  tfds._read = PREPROCESS
-  with pytest.raises(conversation.SampleError, match="sample 's0': cannot be decoded"):
+  tfds._folder, tfds._read = tmp_path, PREPROCESS
+  with pytest.raises(SampleError, match="sample 's0': cannot be decoded"):
     tfds.images({**source[0], "image": b"not a picture"})
 
 

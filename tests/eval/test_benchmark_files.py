@@ -91,18 +91,10 @@ DAMAGE = [
   ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"question_id": 2', '"question_id": 1',
    "1 ids stand more than once, 1"),
   ("vizwiz", "vizwiz/llava_test.jsonl", "{", "", "line 1: not JSON"),
-  ("gqa", "gqa/data/testdev_balanced_questions.json", '"201"', '"9"', "201: without answer"),
   ("scienceqa", "scienceqa/pid_splits.json", '"5"', '"6"', "2 questions .* 5, 6"),
   ("scienceqa", "scienceqa/problems.json", '"choices"', '"options"', "0: without choices"),
-  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": 5', "1: answer 5"),
-  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": "B"', "1: answer 'B'"),
-  ("scienceqa", "scienceqa/problems.json", '"answer": 1', '"answer": -1', "1: answer -1"),
   ("scienceqa", "scienceqa/llava_test_CQM-A.json", '"value"', '"text"',
    "expected conversations that begin with a value; 0"),
-  ("gqa", "gqa/data/testdev_balanced_questions.json", '"structural"', '"shape"',
-   "200: types: without structural"),
-  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '["7:30", "7:30", "7:30", "noon", "noon", "noon", '
-   '"noon", "noon", "noon", "noon"]', "[]", r"expected a list of human answers; data\[1\]"),
   ("textvqa", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "BRAND", "maker",
    r"1 questions have no annotation .* im0#1"),
   ("textvqa", "textvqa/TextVQA_0.5.1_val.json", '"answers"', '"x"', r"data\[0\]: without answers"),
@@ -110,17 +102,13 @@ DAMAGE = [
    "question 3 is of COCO_9.jpg, expected COCO_2.jpg"),
   ("pope", "pope/llava_pope_test.jsonl", '"category": "random"', '"category": "popular"',
    "4 labels for 5 questions"),
-  ("mme", "MME/MME_Benchmark_release_version/count/b.txt", "\tYes", " Yes",
-   r"expected a question, a tab and Yes or No.*count/b.png#1: no answer to"),
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "hint", "help", "no column hint"),
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tdev", "", "row 1: fewer fields"),
   ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\n3\t", "\nthree\t", "index .'three'."),
-  ("mmbench", "mmbench/mmbench_dev_20230712.tsv", "\tcat\t", "\t\t", "no option A in 1 rows, index 3"),
   ("seed", "seed_bench/llava-seed-bench.jsonl", '"question_id": 2', '"question_id": 7',
    "without 1 questions of SEED-Bench.json: 2"),
   ("llava_bench", "llava-bench-in-the-wild/context.jsonl", "001.jpg", "009.jpg",
    "1: no image 001.jpg in context.jsonl; 3: no image"),
-  ("mmvet", "mm-vet/mm-vet.json", "v1_1", "v1_7", "v1_1: without question"),
 ]  # fmt: skip
 
 
@@ -149,7 +137,7 @@ def test_files_that_are_no_utf_8_are_named(own: Path, name: str, file: str) -> N
   assert str(own / file) in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[4:5]])
+@pytest.mark.parametrize(("name", "file", "old", "new"), [d[:4] for d in DAMAGE[:1] + DAMAGE[3:4]])
 def test_the_hash_follows_questions_and_truths(
   own: Path, name: str, file: str, old: str, new: str
 ) -> None:

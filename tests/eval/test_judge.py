@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,17 @@ KEY = "sk-secret-123"
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """Answers with what `script` holds, one (status, body) a call; then with "fine"."""
+  """Answers with what `script` holds, one (status, body) a call; then with "fine".
+
+  A body that is a function of the handler writes itself, as a server that misbehaves.
+  """
+
+  daemon_threads = True
 
   def __init__(self) -> None:
     super().__init__(("127.0.0.1", 0), Handler)
     self.script: list[tuple[int, Any]] = []
+    self.headers: dict[str, str] = {}
     self.seen: list[tuple[str, str | None, dict[str, Any]]] = []
 
 
@@ -32,10 +40,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.server.seen.append((self.path, self.headers.get("Authorization"), body))
     fine = {"choices": [{"message": {"content": "fine"}}]}
     status, answer = self.server.script.pop(0) if self.server.script else (200, fine)
+    if callable(answer):
+      with contextlib.suppress(OSError):  # the judge has gone away
+        answer(self)
+      return
     text = answer if isinstance(answer, str) else json.dumps(answer)
     self.send_response(status)
     if status == 429:
       self.send_header("Retry-After", "7")
+    for name, value in self.server.headers.items():
+      self.send_header(name, value)
     self.end_headers()
     self.wfile.write(text.encode())
 
@@ -106,6 +120,105 @@ def test_failures_are_told_without_the_key(
   assert message in str(caught.value)
   assert KEY[:6] not in str(caught.value)
   assert len(server.seen) == calls
+
+
+def test_no_redirect_is_followed(server: Server, endpoint: Endpoint) -> None:
+  """The key would travel to whatever host the answer names."""
+  with Server() as other:
+    thread = threading.Thread(target=other.serve_forever, args=(0.01,))
+    thread.start()
+    address = f"http://127.0.0.1:{other.server_address[1]}/v1/chat/completions"
+    server.headers = {"Location": address}
+    for status in (301, 302, 303, 307, 308):
+      server.script = [(status, "")]
+      with pytest.raises(
+        JudgeError, match=rf"status {status}: a redirect to '{address}', which is"
+      ):
+        endpoint(Ask(prompt="p"))
+    other.shutdown()
+    thread.join()
+  assert len(server.seen) == 5  # and none is asked twice
+  assert not other.seen
+
+
+def drips(handler: Handler) -> None:
+  """A byte now and then, for ever: no read waits long."""
+  handler.send_response(200)
+  handler.end_headers()
+  while True:
+    handler.wfile.write(b" ")
+    handler.wfile.flush()
+    time.sleep(0.01)
+
+
+def drips_headers(handler: Handler) -> None:
+  handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+  while True:
+    handler.wfile.write(b"x")
+    handler.wfile.flush()
+    time.sleep(0.01)
+
+
+def floods(handler: Handler) -> None:
+  handler.send_response(200)
+  handler.end_headers()
+  while True:
+    handler.wfile.write(b" " * (1 << 20))
+
+
+def closes_early(handler: Handler) -> None:
+  handler.send_response(200)
+  handler.send_header("Content-Length", "1000")
+  handler.end_headers()
+  handler.wfile.write(b'{"choices": [')
+
+
+def closes_at_once(handler: Handler) -> None:
+  handler.connection.close()
+
+
+@pytest.mark.parametrize(
+  ("body", "calls", "message"),
+  [
+    (drips, 2, "no whole answer within 0.3 s"),
+    (drips_headers, 2, "no whole answer within 0.3 s"),
+    (floods, 1, "an answer of more than 4,194,304 bytes"),
+    (closes_early, 2, "IncompleteRead"),
+    (closes_at_once, 2, "RemoteDisconnected"),
+  ],
+)
+def test_a_server_that_misbehaves_is_bounded(
+  server: Server, monkeypatch: pytest.MonkeyPatch, body: Any, calls: int, message: str
+) -> None:
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+  seconds = 5 if body is floods else 0.3
+  judge = Endpoint(url, "grader", "JUDGE_KEY", 2, seconds, pause=lambda seconds: None)
+  server.script, started = [(200, body)] * 2, time.monotonic()
+  with pytest.raises(JudgeError, match=message):
+    judge(Ask(prompt="p"))
+  assert time.monotonic() - started < 10
+  assert len(server.seen) == calls
+  if body is not floods:  # and what can be tried again is
+    server.script = [(200, body)]
+    assert judge(Ask(prompt="p")) == "fine"
+
+
+@pytest.mark.parametrize(
+  ("asked", "waited"), [("1000000000", 120), ("9" * 400, 120), ("3", 3), ("-5", None), ("²", None)]
+)
+def test_what_a_server_asks_to_wait_is_bounded(
+  server: Server, endpoint: Endpoint, waits: list[float], asked: str, waited: float | None
+) -> None:
+  server.headers, server.script = {"retry-after": asked}, [(503, "later")]
+  assert endpoint(Ask(prompt="p")) == "fine"
+  assert waits[0] == waited or (waited is None and waits[0] < 2)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000/v1", "", "ftp://x"])
+def test_only_web_servers_are_asked(url: str) -> None:
+  with pytest.raises(JudgeError, match=r"expected an address http://\.\.\. or https"):
+    Endpoint(url, "grader", key="")
 
 
 def test_no_server_is_an_error_too(waits: list[float]) -> None:

@@ -285,4 +285,4 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
   assert "scored by a server (submission/upload.json)" in "".join(found.texts)
   assert found.classes["unsaid"] == 12
   assert found.tags["rect"] == 0
-  assert tables.markdown(scores).splitlines()[-1] == "| all | 300 | 300 |"
+  assert tables.markdown(*tables.cells(scores)).splitlines()[-1] == "| all | 300 | 300 |"

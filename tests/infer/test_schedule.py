@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.data.conversation import SampleError
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prompts import Request
 from llava_sp_jax.infer.schedule import Ready, Schedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def test_a_terminal_gets_a_table(
   assert "\x1b[" in printed
   assert "grad_norm/spatial" in printed
   assert "0.125" in printed
+
+
+@pytest.mark.parametrize(("columns", "lines"), [("80", "24"), ("40", "12")])
+def test_a_small_terminal_shows_step_loss_and_eta(
+  tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, columns: str,
+  lines: str,
+) -> None:  # fmt: skip
+  """Though a run has more figures than it has lines."""
+  for name, value in {
+    "FORCE_COLOR": "1",
+    "TERM": "xterm",
+    "COLUMNS": columns,
+    "LINES": lines,
+  }.items():
+    monkeypatch.setenv(name, value)
+  sink = sinks.Terminal(tmp_path, config())
+  sink.write({**RECORD, **{f"grad_norm/part_{i}": 0.125 for i in range(60)}})
+  shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+  sink.close()
+  shown = " ".join(shown.split())
+  for part in ("step 3/100", "loss 1.5000", "eta 0:03:14"):
+    assert part in shown
 
 
 @pytest.mark.guard

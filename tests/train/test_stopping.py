@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 
 from llava_sp_jax.tools import train as train_tool
 from llava_sp_jax.train import ledger, loop
-from tests.conftest import REPOSITORY, ConfigMaker
+from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
 
 
@@ -54,49 +51,3 @@ def test_the_second_signal_does_not_wait(number: signal.Signals) -> None:
     assert stop.asked
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(number)
-
-
-# Trains until the images of step 3 are read, which takes for ever; argv: config file, run folder.
-SLOW = """
-import sys, time
-from llava_sp_jax import cli
-from llava_sp_jax.data import image
-read, count = image.read, [0]
-def slowly(*arguments):
-  count[0] += 1
-  if count[0] > 30:
-    print("waits", flush=True)
-    time.sleep(600)
-  return read(*arguments)
-image.read = slowly
-sys.exit(cli.main(["train", f"--config={sys.argv[1]}", f"--workdir={sys.argv[2]}"]))
-"""
-
-
-@pytest.mark.guard
-def test_a_wait_for_data_ends_when_asked(tiny_config: ConfigMaker, tmp_path: Path) -> None:
-  """At once, with what was learned; a thread that reads from a disk that is away holds up nothing."""
-  config = tiny_config("pretrain", "none", train={"steps": 9, "preflight": False, "batch_size": 4},
-                       mesh={"fsdp": 4, "tensor": -1}, data={"threads": 1})  # fmt: skip
-  file, workdir = cluster.write_config(config, tmp_path / "c.py"), tmp_path / "run"
-  one = subprocess.Popen([sys.executable, "-c", SLOW, str(file), str(workdir)], cwd=REPOSITORY,
-                         stdout=subprocess.PIPE, text=True)  # fmt: skip
-  deadline = time.monotonic() + 300
-  while cluster.last_step(workdir) < 7:
-    assert one.poll() is None
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  time.sleep(1)
-  one.send_signal(signal.SIGTERM)
-  said, _ = one.communicate(timeout=30)
-  assert one.returncode == 75
-  assert "asked to stop: saved step 7 in " in said
-  assert cluster.saved(workdir) == [7]
-
-
-def test_a_stop_that_was_asked_before_waits_for_nothing() -> None:
-  with loop.StopRequest() as stop:
-    assert stop.unless_asked(lambda: 5) == 5
-    assert stop.unless_asked(lambda: signal.raise_signal(signal.SIGTERM) or 6) is None
-    assert stop.asked
-    assert stop.unless_asked(lambda: 7) is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.eval.tasks.gqa import Gqa
 from llava_sp_jax.eval.tasks.llava_bench import LlavaBench
@@ -16,6 +19,7 @@ from llava_sp_jax.eval.tasks.scienceqa import ScienceQa
 from llava_sp_jax.eval.tasks.seed import Seed
 from llava_sp_jax.eval.tasks.textvqa import TextVqa
 from llava_sp_jax.eval.tasks.vizwiz import VizWiz
+from llava_sp_jax.eval.tasks.vqa_json import VqaJson
 from llava_sp_jax.eval.tasks.vqav2 import VqaV2
 
 # The twelve of the paper, in the order of its table.
@@ -25,4 +29,33 @@ BENCHMARKS = (
 
 # name -> class, called with the folder of the data and the options that its `options` names
 # (protocol, split, circular, judge, reviews).
-TASKS: dict[str, Any] = {task.name: task for task in (EasyVqa, *BENCHMARKS)}
+TASKS: dict[str, Any] = {task.name: task for task in (EasyVqa, *BENCHMARKS, VqaJson)}
+
+# What a task of a file of yours has to have: see eval.task.Task.
+MEMBERS = ("name", "protocol", "generation", "items", "data_hash", "verdict", "score", "submission")
+ON_CLASS = tuple(member for member in MEMBERS if member != "protocol")  # it may depend on options
+
+
+def find(key: str, name: str) -> Any:
+  """The class of a task: one of TASKS, or FILE.py:Class. `key` is where the name was given.
+
+  Raises: ConfigError for an unknown name, a file that cannot be run, or a class that is no task.
+  """
+  path, colon, wanted = name.rpartition(":")
+  if not (colon and path.endswith(".py")):
+    return lookup(key, name, TASKS)
+  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  if spec is None or spec.loader is None or not Path(path).is_file():
+    raise ConfigError(f"{key} {name}: no file {path}")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ConfigError(f"{key} {name}: {path} ends with {type(error).__name__}: {error}") from error
+  found = getattr(module, wanted, None)
+  if not isinstance(found, type):
+    classes = [k for k, v in vars(module).items() if isinstance(v, type)]
+    raise ConfigError(f"{key} {name}: no class {wanted!r}; it has {', '.join(classes) or 'none'}")
+  if absent := [member for member in ON_CLASS if not hasattr(found, member)]:
+    raise ConfigError(f"{key} {name}: no task: without {', '.join(absent)} (see eval.task.Task)")
+  return found

@@ -14,8 +14,8 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   ratio,
   served,
+  settled,
   texts,
-  unique,
 )  # fmt: skip
 from llava_sp_jax.eval.scoring import plain_match
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by_kind
@@ -23,6 +23,13 @@ from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by
 ASKED = "llava_gqa_testdev_balanced.jsonl"
 TRUTHS = "testdev_balanced_questions.json"
 PLACES = tuple(f"data/{below}{TRUTHS}" for below in ("", "questions1.2/", "questions/"))
+
+
+def _understood(truth: Any) -> bool:
+  match truth:
+    case {"answer": str(), "types": {"structural": str()}}:
+      return True
+  return False
 
 
 def gqa_text(text: str) -> str:
@@ -48,14 +55,10 @@ class Gqa(Benchmark):
   def items(self) -> list[Item]:
     rows, path = self.rows(ASKED), self._truths()
     truths: dict[str, dict[str, Any]] = files.read_json(path) if path else {}
-    if path:
-      named = [(str(row["question_id"]), truths.get(str(row["question_id"]))) for row in rows]
-      files.check_rows(path, named, ("answer", "types"))
-      kinds = [(f"{key}: types", truth["types"]) for key, truth in named if truth]
-      files.check_rows(path, kinds, ("structural",))
     items = []
     for row in rows:
-      truth = truths.get(str(row["question_id"]), {})
+      given = truths.get(str(row["question_id"]))
+      truth = given if _understood(given) else None
       kind = truth["types"]["structural"] if truth else row.get("category", "default")
       items.append(
         Item(
@@ -63,14 +66,16 @@ class Gqa(Benchmark):
           question=row["text"],
           images=(self.folder / "data" / "images" / row["image"],),
           kind=kind,
-          truth=truth.get("answer"),
+          truth=truth["answer"] if truth else None,
           extra={"semantic": truth["types"].get("semantic")} if truth else {},
+          problem=f"no truth that is understood in {path.name}: {given!r:.80}"
+          if path and not truth else "",
         )
-      )
-    return unique(items, self.folder / ASKED)
+      )  # fmt: skip
+    return settled(items, path or self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    if item.truth is None:
+    if item.truth is None or item.problem:
       return {}
     if self.lmms:
       return {"score": float(plain_match(text, item.truth))}
@@ -80,7 +85,7 @@ class Gqa(Benchmark):
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Accuracy; figures hold eval.py's `binary` and `open` (questions of structure `query`), the
     means by semantic type, and the hash of the truths."""
-    if any(item.truth is None for item in items):
+    if all(item.truth is None for item in items):
       more = f"; with {TRUTHS} in {self.folder / 'data'}, --merge scores it here"
       return served(items, predictions, f"GQA's eval.py{more}")
     by_kind = mean_by_kind(items, predictions, self.verdict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,18 +19,18 @@ from llava_sp_jax.eval.benchmark import (
   LONG,
   Benchmark,
   Rules,
-  answered,
   judged,
   served,
-  unique,
+  settled,
 )
 from llava_sp_jax.eval.choices import circular_score, empty, of_llava, of_lmms
 from llava_sp_jax.eval.judge import Judge, Reviews
 from llava_sp_jax.eval.scoring import choice
-from llava_sp_jax.eval.task import Item, Predictions, Scores
+from llava_sp_jax.eval.task import Item, Predictions, Scores, text_of
 from llava_sp_jax.infer.generation import Generation
 
 SERVER = "https://mmbench.opencompass.org.cn"
+LETTERS = "ABCDE"
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
@@ -64,34 +65,28 @@ class MmBench(Benchmark):
     self.protocol += f"; {self.split}" + ("; circular" if circular else "")
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
     self.variant["split"] = self.split
-    self._circular = circular
+    self._circular, self._answers = circular, False
 
   def items(self) -> list[Item]:
     path = self.folder / self.needed[0]
     rows = files.read_tsv(path, COLUMNS)
-    if bad := [row["index"] for row in rows if not row["index"].isdigit()]:
+    if bad := [row["index"] for row in rows if not row["index"].isdecimal()]:
       raise files.BenchmarkError(f"{path}: index {bad[: files.SHOWN]}; expected whole numbers")
-    if bare := [row["index"] for row in rows if empty(row["A"])]:
-      raise files.BenchmarkError(
-        f"{path}: no option A in {len(bare)} rows, index {', '.join(bare[: files.SHOWN])}; expected "
-        "options from A on. Fetch the file again."
-      )
     images = {row["index"]: row["image"] for row in rows}
+    self._answers = any(not empty(row.get("answer", "")) for row in rows)  # other splits keep them
+    problems = {row["index"]: self._problem(row) for row in rows}
+    by_group = {_group(index): problem for index, problem in problems.items() if problem}
     items = []
     for row in rows:
       image = _decoded(images.get(row["image"], row["image"]))
-      texts = []
-      for letter in "ABCDE" if self.lmms and "E" in row else "ABCD":
-        if empty(row[letter]):
-          break
-        texts.append(row[letter])
-      letters = "ABCDE"[: len(texts)]
-      places = {letter: i for i, letter in enumerate(letters)}
-      place = places.get(row.get("answer", ""))  # None in splits that keep their answers
+      texts = self._texts(row)
+      letters = LETTERS[: len(texts)]
+      answer = row.get("answer", "")
+      place = letters.index(answer) if self._answers and answer in list(letters) else -1
       kept = {k: v for k, v in row.items() if k not in DROPPED}
-      for turn in range(len(texts) if self._circular else 1):
+      for turn in range(max(1, len(texts)) if self._circular else 1):
         options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
-        truth = None if place is None else letters[(place - turn) % len(letters)]
+        truth = None if place < 0 else letters[(place - turn) % len(letters)]
         items.append(
           Item(
             id=f"{row['index']}/{turn}" if turn else row["index"],
@@ -100,25 +95,47 @@ class MmBench(Benchmark):
             kind=row.get("category") or "default",
             truth=truth,
             extra={
-              "group": int(row["index"]) % 1_000_000, "round": turn, "options": options,
+              "group": _group(row["index"]), "round": turn, "options": options,
               "asked": row["question"], "row": kept,
             },
+            problem=problems[row["index"]] or by_group.get(_group(row["index"]), ""),
           )
         )  # fmt: skip
-    return unique(items, path)
+    return settled(items, path)
+
+  def _texts(self, row: dict[str, str]) -> list[str]:
+    """The options up to the first empty cell, as LLaVA and lmms-eval read them."""
+    texts = (row[letter] for letter in self._columns(row))
+    return list(itertools.takewhile(lambda text: not empty(text), texts))
+
+  def _columns(self, row: dict[str, str]) -> str:
+    return LETTERS if self.lmms and "E" in row else LETTERS[:4]
+
+  def _problem(self, row: dict[str, str]) -> str:
+    """Why nobody can say whether an answer to this row is right; empty where it can be said."""
+    texts, columns = self._texts(row), self._columns(row)
+    if len(texts) < 2:
+      return f"{len(texts)} options; expected two at least, from A on"
+    if gap := [letter for letter in columns[len(texts) :] if not empty(row[letter])]:
+      return f"option {gap[0]} stands behind an empty one, {columns[len(texts)]}"
+    answer = row.get("answer", "")
+    if self._answers and answer not in list(columns[: len(texts)]):
+      options = ", ".join(columns[: len(texts)])
+      return f"the answer {answer!r:.40} is none of the options {options}"
+    return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     """`read`: the option that MMBench's rules find, "" for none; no score without a truth, or
     where a judge is to read the answer."""
     read = choice(text, item.extra["options"])
-    if item.truth is None or (self._judge and not read):
+    if item.truth is None or item.problem or (self._judge and not read):
       return {"read": read}
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """lmms: the share of questions of which all orders are right. llava: the server's; where the
     file has answers, that share by rules alone is a figure, `local`."""
-    if not items or any(item.truth is None for item in items):
+    if not items or all(item.truth is None for item in items):
       return served(items, predictions, SERVER)
     local = circular_score(items, predictions, self.verdict, self._judge)
     if self.lmms:
@@ -135,7 +152,7 @@ class MmBench(Benchmark):
     (scripts/convert_mmbench_for_submission.py). Only the first order of options is handed in (the
     original, given all rounds, keeps the last, whose letters mean other options)."""
     first = [item for item in items if not item.extra["round"]]
-    texts = {item.id: text for item, text in answered(first, predictions)}
+    texts = {item.id: text_of(predictions, item) for item in first}
     table: list[list[Any]] = []
     for item in first:
       row = item.extra["row"]
@@ -144,6 +161,11 @@ class MmBench(Benchmark):
     names = list(first[0].extra["row"]) if first else []
     header = [*names[:6], "prediction", *names[6:]]
     return [sheet.write(folder / f"{self.split}.xlsx", header, table)]
+
+
+def _group(index: str) -> int:
+  """All orders of one question's options: the files have them under index + 1,000,000 x n."""
+  return int(index) % 1_000_000
 
 
 def _decoded(text: str) -> bytes:

@@ -15,6 +15,7 @@ from llava_sp_jax.eval.benchmark import (
   answered,
   numbered,
   ratio,
+  settled,
   texts,
 )
 from llava_sp_jax.eval.scoring import mme_answer, mme_answer_lmms
@@ -56,20 +57,26 @@ class Mme(Benchmark):
 
   def items(self) -> list[Item]:
     truths: dict[tuple[str, str, str], str] = {}
+    strange: dict[tuple[str, str], str] = {}  # (category, image's stem): what is not understood
     problems = []
     for path in self._answers():
       category = path.relative_to(self.folder / RELEASE).parts[0]
       for line in files.read_text(path).strip().split("\n"):
         question, tab, answer = line.strip().partition("\t")
         if not tab or answer.lower() not in ("yes", "no"):
-          problems.append(f"{path}: expected a question, a tab and Yes or No, found {line!r}")
+          said = f"expected a question, a tab and Yes or No, found {line!r:.80}"
+          strange[category, path.stem] = f"{path.name}: {said}"
         truths[category, path.stem, question] = answer
     rows, items = self.rows(ASKED), []
     for row, key in zip(rows, numbered(rows), strict=True):
       category, name = row["question_id"].split("/")[0], row["question_id"].split("/")[-1]
       plain = row["text"].replace(SHORT, "").strip()
       forms = (plain,) if YES_NO.strip() in plain else (plain + YES_NO, f"{plain} {YES_NO}")
-      found = [form for form in forms if (category, name.split(".")[0], form) in truths]
+      stem = name.split(".")[0]
+      found = [form for form in forms if (category, stem, form) in truths]
+      problem = strange.get((category, stem), "")  # of one question: the pair cannot be scored
+      if not found and problem:
+        found = [forms[0]]
       if not found:
         problems.append(f"{ASKED}: {key}: no answer to {forms[0]!r} in {RELEASE}/{category}")
         continue
@@ -79,8 +86,9 @@ class Mme(Benchmark):
           question=self.question(row),
           images=(self.folder / RELEASE / row["image"],),
           kind=category,
-          truth=truths[category, name.split(".")[0], found[0]],
-          extra={"pair": row["question_id"], "file": f"{name.split('.')[0]}.txt", "line": found[0]},
+          truth=truths.get((category, stem, found[0]), ""),
+          extra={"pair": row["question_id"], "file": f"{stem}.txt", "line": found[0]},
+          problem=problem,
         )
       )
     if problems:
@@ -88,7 +96,7 @@ class Mme(Benchmark):
         f"{self.folder}: {len(problems)} problems: {'; '.join(problems[: files.SHOWN])}. "
         "Fetch the release and LLaVA's eval.zip again."
       )
-    return items
+    return settled(items, self.folder / RELEASE)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     read = self.rules.read(text)

@@ -16,8 +16,8 @@ from llava_sp_jax.eval.benchmark import (
   judged,
   ratio,
   served,
+  settled,
   texts,
-  unique,
 )
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash
@@ -95,6 +95,13 @@ def grade(review: str) -> float | None:
   return value if 0.0 <= value <= 1.0 else None
 
 
+def _understood(truth: Any) -> bool:
+  match truth:
+    case {"question": str(), "answer": str(), "capability": list()}:
+      return True
+  return False
+
+
 class MmVet(Benchmark):
   """The truths (`mm-vet.json` of the release) are needed by a judge only."""
 
@@ -124,13 +131,11 @@ class MmVet(Benchmark):
   def items(self) -> list[Item]:
     rows = self.rows(ASKED)
     truths = files.read_json(self._truths) if self._truths else {}
-    if self._truths:
-      named = [(f"v1_{r['question_id']}", truths.get(f"v1_{r['question_id']}")) for r in rows]
-      files.check_rows(self._truths, named, ("question", "answer", "capability"))
     images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]
     items = []
     for row in rows:
-      truth: dict[str, Any] = truths.get(f"v1_{row['question_id']}", {})
+      given = truths.get(f"v1_{row['question_id']}")
+      truth: dict[str, Any] = given if given and _understood(given) else {}
       items.append(
         Item(
           id=f"v1_{row['question_id']}",
@@ -139,9 +144,11 @@ class MmVet(Benchmark):
           kind="+".join(sorted(truth.get("capability", ["default"]))),
           truth=truth.get("answer"),
           extra={"asked": truth.get("question"), "capability": truth.get("capability", [])},
+          problem=f"no truth that is understood in {self._truths.name}: {given!r:.80}"
+          if self._truths and not truth else "",
         )
-      )
-    return unique(items, self.folder / ASKED)
+      )  # fmt: skip
+    return settled(items, self._truths or self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
     how = self._grader

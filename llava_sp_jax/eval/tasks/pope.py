@@ -6,7 +6,7 @@ import collections
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LOADER, Benchmark, Rules, answered, ratio, unique
+from llava_sp_jax.eval.benchmark import LOADER, Benchmark, Rules, answered, ratio, settled
 from llava_sp_jax.eval.scoring import pope_answer
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
@@ -74,7 +74,7 @@ class Pope(Benchmark):
             f"{path}: the label for question {row['question_id']} is of {label['image']}, expected "
             f"{row['image']} as in {ASKED}. Fetch the version that docs/benchmarks.md names."
           )
-        truths[row["question_id"]] = "no" if label["label"] == "no" else "yes"
+        truths[row["question_id"]] = label["label"]
     if strange := {row["category"] for row in rows} - set(SPLITS):
       raise files.BenchmarkError(f"{self.folder / ASKED}: unknown category {sorted(strange)}")
     items = [
@@ -84,10 +84,12 @@ class Pope(Benchmark):
         images=(self.folder / "val2014" / row["image"],),
         kind=row["category"],
         truth=truths[row["question_id"]],
+        problem="" if truths[row["question_id"]] in ("yes", "no")
+        else f"the label {truths[row['question_id']]!r:.40} is neither 'yes' nor 'no'",
       )
       for row in rows
-    ]
-    return unique(items, self.folder / ASKED)
+    ]  # fmt: skip
+    return settled(items, self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     read = self.rules.read(text)

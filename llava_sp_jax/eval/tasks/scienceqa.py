@@ -13,7 +13,7 @@ from llava_sp_jax.eval.benchmark import (
   Rules,
   answered,
   ratio,
-  unique,
+  settled,
 )
 from llava_sp_jax.eval.scoring import sqa_letter, sqa_letter_lmms
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
@@ -29,7 +29,7 @@ def of_llava(row: dict[str, Any]) -> str:
 def of_lmms(row: dict[str, Any]) -> str:
   problem = row["problem"]
   hint = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
-  options = "\n".join(f"{x}. {c}" for x, c in zip(LETTERS, problem["choices"], strict=False))
+  options = "\n".join(f"{x}. {c}" for x, c in zip(LETTERS, _choices(problem), strict=False))
   return f"{hint}{problem['question']}\n{options}\n{LETTER}"
 
 
@@ -38,6 +38,10 @@ def _asks(row: dict[str, Any]) -> bool:
     case [{"value": str()}, *_]:
       return True
   return False
+
+
+def _choices(problem: dict[str, Any]) -> list[Any]:
+  return problem["choices"] if isinstance(problem["choices"], list) else []
 
 
 def _answered(problem: dict[str, Any]) -> bool:
@@ -78,10 +82,6 @@ class ScienceQa(Benchmark):
     )
     unasked = [str(row["id"]) for row in rows if not _asks(row)]
     files.refuse(path, unasked, "conversations that begin with a value")
-    strange = [
-      f"{key}: answer {problems[key]['answer']!r}" for key in split if not _answered(problems[key])
-    ]
-    files.refuse(self.folder / "problems.json", strange, "the number of one of at most 5 choices")
     items = []
     for row in rows:
       problem, image = problems[str(row["id"])], row.get("image")
@@ -93,11 +93,13 @@ class ScienceQa(Benchmark):
           question=self.question({**row, "problem": problem}),
           images=(self.folder / "images" / "test" / image,) if image else (),
           kind="image" if image else "text",
-          truth=LETTERS[problem["answer"]],
-          extra={"choices": len(problem["choices"]), "subject": problem.get("subject", "")},
+          truth=LETTERS[problem["answer"]] if _answered(problem) else None,
+          extra={"choices": len(_choices(problem)), "subject": problem.get("subject", "")},
+          problem="" if _answered(problem)
+          else f"the answer {problem['answer']!r:.40} is none of at most 5 choices",
         )
-      )
-    return unique(items, path)
+      )  # fmt: skip
+    return settled(items, path)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     """`index`: the choice that was read, -1 where none was or it lies beyond the choices."""

@@ -7,11 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from llava_sp_jax.config import lookup
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LMMS_LONG, LOADER, Benchmark, Rules, unique
+from llava_sp_jax.eval.benchmark import LMMS_LONG, LOADER, Benchmark, Rules, settled
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind, text_of
 
 ASKED = "llava-seed-bench.jsonl"
 TRUTHS = "SEED-Bench.json"
+LETTERS = ("A", "B", "C", "D")
 
 
 class Split(NamedTuple):
@@ -67,10 +68,12 @@ class Seed(Benchmark):
         kind=names.get(truth["question_type_id"], str(truth["question_type_id"])),
         truth=truth["answer"],
         extra={"question_id": truth["question_id"], "data_type": truth["data_type"]},
+        problem="" if truth["answer"] in LETTERS
+        else f"the answer {truth['answer']!r:.40} is none of {', '.join(LETTERS)}",
       )
       for truth in wanted
-    ]
-    return unique(items, path)
+    ]  # fmt: skip
+    return settled(items, path)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     read = self.rules.read(text)

@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
-from llava_sp_jax.eval.benchmark import LMMS_LONG, LOADER, SHORT, Benchmark, Rules, numbered
+from llava_sp_jax.eval.benchmark import (
+  LMMS_LONG,
+  LOADER,
+  SHORT,
+  Benchmark,
+  Rules,
+  numbered,
+  settled,
+)
 from llava_sp_jax.eval.scoring import vqa_accuracy, vqa_normal
 from llava_sp_jax.eval.task import Item
 
@@ -48,7 +56,10 @@ def capitalised_ocr(row: dict[str, Any]) -> str:
 
 
 def _answers(row: dict[str, Any]) -> bool:
-  return isinstance(row["answers"], list) and bool(row["answers"])
+  match row["answers"]:
+    case [str(), *others]:
+      return all(isinstance(other, str) for other in others)
+  return False
 
 
 class TextVqa(Benchmark):
@@ -72,8 +83,6 @@ class TextVqa(Benchmark):
     files.check_rows(
       path, ((f"data[{i}]", row) for i, row in enumerate(data)), ("image_id", "question", "answers")
     )
-    bare = [f"data[{i}]: answers {r['answers']!r}" for i, r in enumerate(data) if not _answers(r)]
-    files.refuse(path, bare, "a list of human answers")
     truths = {(row["image_id"], row["question"].lower()): row for row in data}
     rows, items, problems = self.rows(ASKED), [], []
     for row, key in zip(rows, numbered(rows), strict=True):
@@ -88,8 +97,11 @@ class TextVqa(Benchmark):
           question=self.question({**row, "truth": truth}),
           images=(self.folder / "train_images" / row["image"],),
           kind=row.get("category", "default"),
-          truth=list(truth["answers"]),
+          truth=truth["answers"],
           extra={"question_id": row["question_id"]},
+          problem=""
+          if _answers(truth)
+          else f"no list of human answers, but {truth['answers']!r:.80}",
         )
       )
     if problems:
@@ -97,7 +109,7 @@ class TextVqa(Benchmark):
         f"{self.folder / ASKED}: {len(problems)} questions have no annotation in {path.name}: "
         f"{'; '.join(problems[: files.SHOWN])}. Fetch both files again."
       )
-    return items
+    return settled(items, path)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     return {"score": vqa_accuracy(text, item.truth), "read": vqa_normal(text)}

@@ -1,0 +1,136 @@
+"""The table of what people have: formats told apart by the files of a folder, never by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_sp_jax.convert import settings, torch_io
+from llava_sp_jax.convert.torch_io import FormatError
+
+PARTS = ("vision_tower", "projector", "language_model")
+NOTE = "llava_sp.json"  # what our own exports say of themselves, beside the original's files
+Renames = tuple[tuple[str, str], ...]
+
+# Names as they stand in each layout -> the names of `tables`.
+PLAIN: Renames = ()
+TOWER: Renames = (  # transformers from 5.0 on leaves out the tower's own prefix
+  (r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)", r"vision_model.\1"),
+)
+ORIGINAL: Renames = (
+  (r"model\.vision_tower\.vision_tower\.(.*)", r"\1"),
+  (r"mm_projector\.(.*)", r"model.mm_projector.\1"),
+  *TOWER,
+)
+TRANSFORMERS: Renames = (  # the published layout, and the one in memory of transformers >= 4.52
+  (r"(?:model\.)?vision_tower\.(.*)", r"\1"),
+  (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.0.\1"),
+  (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.2.\1"),
+  (r"(?:model\.)?image_newline", r"model.image_newline"),
+  (r"language_model\.(model\..*|lm_head\..*)", r"\1"),
+  (r"model\.language_model\.(.*)", r"model.\1"),
+  *TOWER,
+)
+LORA_FOLDER: Renames = (  # adapters keep their prefix; `adapters.place` looks at what they adapt
+  (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
+  (r"base_model\.model\.(?!.*\.lora_[AB]\.)(.*)", r"\1"),
+  (r"(.*)\.modules_to_save(?:\.default)?\.(weight|bias)", r"\1.\2"),
+  *ORIGINAL,
+  *TRANSFORMERS,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A checkpoint's folder (or file) as it is told apart: its files and its config.json."""
+
+  path: Path
+  files: frozenset[str]
+  config: settings.Json
+
+  def has(self, *stems: str) -> bool:
+    return any(name.split(".")[0] in stems for name in self.files if not name.endswith(".json"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """One format in. `weights` are the groups of file stems to open, one of each."""
+
+  what: str
+  matches: Callable[[Folder], bool]
+  weights: tuple[tuple[str, ...], ...]
+  parts: tuple[str, ...]
+  renames: Renames = PLAIN
+  base: bool = False  # the language model's weights are in another folder
+
+
+def _is_llava(folder: Folder) -> bool:
+  return settings.is_llava(folder.config)
+
+
+FORMATS: dict[str, Format] = {
+  "gguf": Format("a LLaMA in a GGUF file", lambda f: f.path.suffix == ".gguf", (),
+                 ("language_model",)),
+  "llava_lora": Format(
+    "LoRA folder of LLaVA or LLaVA-SP: adapter and non_lora_trainables, needs its base",
+    lambda f: "adapter_config.json" in f.files and f.has("non_lora_trainables"),
+    (("adapter_model",), ("non_lora_trainables",)), PARTS, LORA_FOLDER, base=True,
+  ),
+  "peft": Format(
+    "PEFT adapter alone, needs its base", lambda f: "adapter_config.json" in f.files,
+    (("adapter_model",),), ("language_model",), LORA_FOLDER, base=True,
+  ),
+  "stage1": Format(
+    "stage-1 projector of LLaVA or LLaVA-SP (model.bin or mm_projector.bin), needs its base",
+    lambda f: _is_llava(f) and bool({"model.bin", "mm_projector.bin"} & f.files),
+    (("model", "mm_projector"),), PARTS, ORIGINAL, base=True,
+  ),
+  "llava_hf": Format(
+    "LLaVA in the layout of transformers (llava-hf)",
+    lambda f: "vision_config" in f.config and settings.is_llava_hf(f.config),
+    (torch_io.WEIGHTS,), PARTS, TRANSFORMERS,
+  ),
+  "llava": Format("LLaVA or LLaVA-SP, merged, in the original layout", _is_llava,
+                  (torch_io.WEIGHTS,), PARTS, ORIGINAL),
+  "vision_tower": Format(
+    "CLIP or SigLIP (the full model or its vision part)",
+    lambda f: f.config.get("model_type") in settings.TOWERS, (torch_io.WEIGHTS,),
+    ("vision_tower",), TOWER,
+  ),
+  "language_model": Format(
+    "LLaMA-family language model of Hugging Face",
+    lambda f: f.config.get("model_type") in settings.FAMILIES, (torch_io.WEIGHTS,),
+    ("language_model",),
+  ),
+}  # fmt: skip
+
+
+def rename(name: str, renames: Renames) -> str:
+  """A tensor's name in `tables`."""
+  for pattern, target in renames:
+    if re.fullmatch(pattern, name):
+      name = re.sub(pattern, target, name)
+  return name
+
+
+def look(path: Path) -> Folder:
+  """Raises: FormatError when there is nothing at `path`."""
+  if path.is_file():
+    return Folder(path, frozenset({path.name}), {})
+  if not path.is_dir():
+    raise FormatError(f"{path}: no such folder or file")
+  files = frozenset(p.name for p in path.iterdir())
+  config = settings.read_json(path / "config.json") if "config.json" in files else {}
+  return Folder(path, files, config)
+
+
+def identify(folder: Folder) -> str:
+  """The name of a folder's format. Raises: FormatError that lists the known ones."""
+  for name, row in FORMATS.items():
+    if row.matches(folder):
+      return name
+  known = "\n  ".join(f"{name}: {row.what}" for name, row in FORMATS.items())
+  kind = folder.config.get("model_type", "no config.json with a model_type")
+  raise FormatError(f"{folder.path}: unknown format ({kind}); known:\n  {known}")

@@ -1,0 +1,93 @@
+"""Which row of the projector's table a checkpoint is, by the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import leaves, tables
+from llava_sp_jax.convert.torch_io import FormatError, Tensors
+from llava_sp_jax.models import build
+from llava_sp_jax.models.projector import ROWS
+
+# Where the width of the spatial tokens shows: the first of these leaves that a row has.
+_WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel",
+           r"projector/register_0/token")  # fmt: skip
+
+
+def with_projector(
+  model: config_lib.Model, tensors: Tensors, wanted: str, origin: str
+) -> config_lib.Model:
+  """`model` with the projector row whose names and shapes are those of the tensors.
+
+  The original's configs do not say which variant they are. Raises: FormatError when no row fits
+  (with what the nearest lacks), or when two do and `wanted` does not decide.
+  """
+  if wanted:
+    config_lib.lookup("--row", wanted, ROWS)
+  mine = [t for t in tensors.values() if not _ELSEWHERE.match(t.name)]
+  fitting, nearest = [], (10**9, 10**9, "", [""])
+  for candidate in _candidates(model, wanted):
+    row, sizes = candidate.projector.row, build.view_sizes(candidate)
+    names = tables.projector(row, model.tower.width, sizes)
+    unexpected: list[str] = []
+    found = leaves.gather(mine, names, unexpected)
+    complete = {p: target.name for p, target in tables.by_path(names).items()
+                if model.image_newline or p != _NEWLINE}  # fmt: skip
+    problems = [f"missing {name}" for p, name in complete.items() if p not in found]
+    if not unexpected and not problems:
+      width = next((found[p].shape[-1] for w in _WIDTHS for p in found if re.fullmatch(w, p)), 512)
+      projector = dataclasses.replace(candidate.projector, token_width=width)
+      candidate = dataclasses.replace(candidate, projector=projector)
+      expected = {p: s for p, s in flatten_dict(build.abstract(candidate), sep="/").items()
+                  if p.startswith("projector/")}  # fmt: skip
+      leaves.fit(found, expected, problems)
+      if not problems:
+        fitting.append(candidate)
+    found_here = (len(unexpected), len(problems), row, unexpected + problems)
+    nearest = min(nearest, found_here, key=lambda n: n[:2])
+  if len(fitting) == 1:
+    return fitting[0]
+  if fitting:
+    rows = " and ".join(c.projector.row for c in fitting)
+    raise FormatError(
+      f"{origin}: its tensors fit the projector rows {rows}, which differ only in how they "
+      "compute; the original's config does not say which it is. Give --row."
+    )
+  *_, row, problems = nearest
+  listed = "\n  ".join(problems)
+  raise FormatError(
+    f"{origin}: its projector is incomplete or of no known row, nothing was converted. The nearest "
+    f"row is {row!r}:\n  {listed}"
+  )
+
+
+_NEWLINE = "projector/image_newline"
+
+
+def _candidates(model: config_lib.Model, wanted: str) -> Iterator[config_lib.Model]:
+  """Every row with its own scales for the tower's grid, and with those of the original's 24 grid."""
+  for row in ROWS:
+    if wanted not in ("", row):
+      continue
+    seen = set()
+    for scales in ((), ROWS[row].scales(24)):
+      projector = config_lib.Projector(row=row, scales=scales)
+      candidate = dataclasses.replace(model, projector=projector)
+      try:
+        sizes = build.view_sizes(candidate)
+      except config_lib.ConfigError:
+        continue  # views larger than this tower's grid
+      if sizes not in seen:
+        seen.add(sizes)
+        yield candidate
+
+
+# Everything that is no projector's; what no row knows among the rest decides against a row.
+_ELSEWHERE = re.compile(
+  r"base_model\.|lm_head\.|model\.(layers|embed_tokens|norm)\.|vision_model\.|text_model\."
+)

@@ -1,0 +1,153 @@
+"""What a key of a foreign settings file means here: honored, without effect, or refused.
+
+A table names every key that its file may hold. `read` checks types and ranges, refuses values that
+are not computed and keys that no table knows, all of a file in one message, and returns what is
+honored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llava_sp_jax.convert.torch_io import FormatError
+
+Json = dict[str, Any]
+ALLOW = "--allow-unknown"  # the switch that passes unknown keys over
+SHOWN = 60  # characters of a value in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A type with its range, and its name in messages."""
+
+  what: str
+  holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(low: int, high: int) -> Kind:
+  return Kind(
+    f"a whole number from {low} to {high}",
+    lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
+  )
+
+
+def real(low: float, high: float) -> Kind:
+  return Kind(
+    f"a number from {low:g} to {high:g}",
+    lambda v: _is_number(v) and low <= v <= high and math.isfinite(v),
+  )
+
+
+def choice(*names: str) -> Kind:
+  return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
+
+
+def maybe(kind: Kind) -> Kind:
+  return Kind(f"{kind.what}, or null", lambda v: v is None or kind.holds(v))
+
+
+def either(*kinds: Kind) -> Kind:
+  return Kind(" or ".join(k.what for k in kinds), lambda v: any(k.holds(v) for k in kinds))
+
+
+def listing(kind: Kind, least: int = 1, most: int = 4096) -> Kind:
+  count = f"{least}" if least == most else f"{least} to {most}"
+  return Kind(
+    f"a list of {count} items, each {kind.what}",
+    lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(kind.holds, v)),
+  )
+
+
+ANYTHING = Kind("anything", lambda v: True)
+TEXT = Kind("a text", lambda v: isinstance(v, str) and len(v) <= 1 << 20)
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+GROUP = Kind("a group of keys", lambda v: isinstance(v, dict))
+SIZE = whole(1, 1 << 24)
+LAYERS = whole(1, 4096)
+POSITIVE = real(1e-30, 1e30)
+
+NOTHING: tuple[Any, ...] = (False, 0, "", [], {})  # how a file says that something is not there
+HONORED, IDLE, REFUSED = "honored", "without effect", "refused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """One row: what happens to a key, and why. `values` are the only ones that are computed."""
+
+  place: str  # HONORED, IDLE or REFUSED
+  why: str
+  kind: Kind = ANYTHING
+  values: tuple[Any, ...] | None = None
+
+
+Table = Mapping[str, Key]
+
+
+def honored(kind: Kind, how: str) -> Key:
+  """Its value decides something here."""
+  return Key(HONORED, how, kind)
+
+
+def idle(why: str, kind: Kind = ANYTHING) -> Key:
+  """No number here depends on it."""
+  return Key(IDLE, why, kind)
+
+
+def only(why: str, *values: Any) -> Key:
+  """Without effect at these values, and where it is null; refused at all others."""
+  return Key(REFUSED, why, values=values)
+
+
+def never(why: str) -> Key:
+  """Refused unless it says nothing: null, false, 0, or empty."""
+  return Key(REFUSED, why, values=NOTHING)
+
+
+def rows(key: Key, *names: str) -> dict[str, Key]:
+  """Several keys with one meaning."""
+  return dict.fromkeys(names, key)
+
+
+def problem(name: str, value: Any, key: Key) -> str:
+  """What is wrong with a value; empty if nothing."""
+  if key.values is not None:
+    if value is None or any(type(value) is type(v) and value == v for v in key.values):
+      return ""
+    known = ", ".join(repr(v) for v in key.values)
+    return f"not supported: {name}={_short(value)} (known: {known}; {key.why})"
+  if not key.kind.holds(value):
+    return f"{name}: expected {key.kind.what}, found {_short(value)}"
+  return ""
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= SHOWN else text[:SHOWN] + ".."
+
+
+def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) -> Json:
+  """The honored keys of a settings file.
+
+  Raises: FormatError, in one line, that names every key whose value is wrong or not computed, and
+  every key that the table lacks unless `allow_unknown` passes those over.
+  """
+  if not isinstance(values, dict):
+    raise FormatError(f"{origin}: expected a group of keys, found {_short(values)}")
+  found = [problem(name, values[name], key) for name, key in table.items() if name in values]
+  problems = [text for text in found if text]
+  unknown = [_short(name)[1:-1] for name in values if name not in table]
+  if unknown and not allow_unknown:
+    listed = ", ".join(unknown[:12]) + (f" and {len(unknown) - 12} more" if unknown[12:] else "")
+    problems.append(
+      f"unknown key {listed}: what it changes is not known here; {ALLOW} passes unknown keys over"
+    )
+  if problems:
+    raise FormatError(f"{origin}: {'; '.join(problems)}")
+  return {n: v for n, v in values.items() if n in table and table[n].place == HONORED}

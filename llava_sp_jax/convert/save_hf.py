@@ -1,0 +1,187 @@
+"""LLaVA for transformers: a folder that AutoProcessor and LlavaForConditionalGeneration open.
+
+Its tokenizer has `<image>`, its embedding a row for it, its processor prepares the same pixels, and
+its generation settings end and choose as the engine here does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import settings_out, tables, torch_write
+from llava_sp_jax.convert.formats import Source, copy_tokenizer
+from llava_sp_jax.convert.leaves import to_tensors
+from llava_sp_jax.convert.torch_io import FormatError, Tensor
+from llava_sp_jax.data import conversation
+from llava_sp_jax.data.conversation import IMAGE, Template
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.models import build
+
+_ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # what has a row for each id
+
+
+def refuse(model: Source) -> None:
+  """Raises: FormatError for what transformers' Llava does not compute."""
+  row, data = model.config.model.projector.row, model.config.data
+  if row != "none":
+    raise FormatError(
+      f"--format llava_hf: transformers has no spatial tokens (row {row}); export 'llava' for the "
+      "original code, or 'language_model' for the decoder alone"
+    )
+  if data.image_aspect == "anyres" or model.config.model.image_newline:
+    raise FormatError("--format llava_hf: tiles (anyres) are not written; export 'llava'")
+
+
+def write(model: Source, out: Path, tower: list[Tensor], projector: list[Tensor]) -> None:
+  """Writes tensors, settings and tokenizer of a model without adapters."""
+  config = model.config
+  rows = config.model.language_model.vocab_size
+  tokens = _Tokens.of(model.tokenizer, config.data.template, rows, out)
+  tensors = []
+  for tensor in to_tensors(model.part("language_model"), tables.LLAMA):
+    if tensor.name in _ROWS and tokens.new:
+      tensor = _with_row(tensor, tokens.image)
+    tensors.append(tensor.renamed(f"language_model.{tensor.name}"))
+  tensors += [t.renamed(f"vision_tower.{t.name}") for t in tower]
+  for tensor in projector:
+    layer = {"0": "linear_1", "2": "linear_2"}[tensor.name.split(".")[2]]
+    kind = tensor.name.rsplit(".", 1)[1]
+    tensors.append(tensor.renamed(f"multi_modal_projector.{layer}.{kind}"))
+  torch_write.save_safetensors(tensors, out)
+  for name, values in _settings(config, tokens, max(rows, tokens.image + 1)).items():
+    (out / name).write_text(json.dumps(values, indent=2) + "\n")
+  if template := chat_template(conversation.TEMPLATES[config.data.template]):
+    (out / "chat_template.jinja").write_text(template)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+  """Ids that transformers needs; `new` says that the image's was not in the tokenizer before."""
+
+  image: int
+  new: bool
+  stops: tuple[int, ...] = ()
+  bos: int | None = None
+  pad: int | None = None
+  padded: tuple[int, ...] = ()  # rows of the embedding that no text stands for
+
+  @classmethod
+  def of(cls, folder: Path | None, template: str, rows: int, out: Path) -> _Tokens:
+    """Writes the tokenizer with `<image>` in it. Without one the image has a row behind all."""
+    if folder is None:
+      return cls(rows, True)
+    from transformers import AddedToken, AutoTokenizer  # slow to import
+
+    with tempfile.TemporaryDirectory() as place:  # it would read a model's config beside the files
+      copy_tokenizer(folder, Path(place))
+      ours = Tokenizer(place)
+      stops = ours.stop_ids(conversation.TEMPLATES[template].end)
+      theirs: Any = AutoTokenizer.from_pretrained(place, padding_side="left")
+    _same_ids(ours, theirs, conversation.TEMPLATES[template], folder)
+    new = IMAGE not in theirs.get_vocab()
+    if new:
+      theirs.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    if theirs.pad_token is None:
+      theirs.pad_token = theirs.unk_token or theirs.eos_token
+    theirs.chat_template = None  # written beside it
+    theirs.save_pretrained(out)
+    image = theirs.convert_tokens_to_ids(IMAGE)
+    return cls(image, new, stops, ours.bos_id, theirs.pad_token_id, tuple(range(len(theirs), rows)))
+
+
+def _same_ids(ours: Tokenizer, theirs: Any, template: Template, folder: Path) -> None:
+  """Raises: FormatError where transformers reads the text of a prompt otherwise."""
+  for text in (
+    template.system + (template.first or template.before),
+    f"\nWhat is it?{template.after}",
+  ):
+    if text and tuple(theirs(text, add_special_tokens=False).input_ids) != ours.encode(text):
+      raise FormatError(
+        f"{folder}: transformers reads {text!r:.60} as other ids than training did, so its answers "
+        "would differ; export 'llava' for the original code, or 'language_model'"
+      )
+
+
+def _with_row(tensor: Tensor, row: int) -> Tensor:
+  """The tensor [V, D] with the mean of its rows as `row`, behind the last or in its place.
+
+  The mean of all logits is never the largest, so that the row is not chosen.
+  """
+
+  def read() -> np.ndarray:
+    values = tensor.array()
+    mean = values.astype(np.float32).mean(0, keepdims=True).astype(values.dtype)
+    return np.concatenate([values[:row], mean, values[row + 1 :]])
+
+  shape = (max(tensor.shape[0], row + 1), *tensor.shape[1:])
+  return dataclasses.replace(tensor, shape=shape, array=read)
+
+
+def _settings(config: config_lib.Config, tokens: _Tokens, rows: int) -> dict[str, Any]:
+  """The JSON files beside the tensors."""
+  model, data = config.model, config.data
+  clip = model.tower.variant == "clip"
+  language_model = dataclasses.replace(model.language_model, vocab_size=rows)
+  strategy = "default" if clip else "full"
+  ends = list(tokens.stops)
+  ids = {"bos_token_id": tokens.bos, "eos_token_id": ends or None, "pad_token_id": tokens.pad}
+  text = settings_out.language_model_json(language_model, model.frozen_dtype)
+  whole = {
+    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": {**text, **ids, "eos_token_id": ends[0] if ends else None},
+    "vision_config": settings_out.tower_json(model.tower, build.tower_layers(model)),
+    "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+    "vision_feature_layer": -1, "vision_feature_select_strategy": strategy,
+    "image_seq_length": build.image_token_count(model), "image_token_index": tokens.image,
+    "torch_dtype": model.frozen_dtype, "tie_word_embeddings": language_model.tie_embeddings,
+  }  # fmt: skip
+  processor = {
+    "processor_class": "LlavaProcessor", "patch_size": model.tower.patch_size,
+    "vision_feature_select_strategy": strategy, "image_token": IMAGE,
+    "num_additional_image_tokens": int(clip),
+  }  # fmt: skip
+  generation = {**ids, "do_sample": False, "suppress_tokens": [tokens.image, *tokens.padded]}
+  pixels = settings_out.processor_json(data, model.tower.image_size)
+  if data.image_aspect == "pad":
+    crop = pixels.get("do_center_crop", False)  # of a square: the same either way
+    pixels |= {
+      "image_processor_type": "LlavaImageProcessor",
+      "do_pad": True,
+      "do_center_crop": crop,
+    }
+  pixels["processor_class"] = "LlavaProcessor"
+  return {
+    "config.json": whole, "processor_config.json": processor,
+    "preprocessor_config.json": pixels, "generation_config.json": generation,
+  }  # fmt: skip
+
+
+_CHAT = """\
+{{{{ {system} }}}}{{% for message in messages %}}\
+{{% set text = namespace(images='', said='') %}}\
+{{% if message['content'] is string %}}{{% set text.said = message['content'] %}}{{% else %}}\
+{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}\
+{{% set text.images = text.images + {image} %}}{{% elif part['type'] == 'text' %}}\
+{{% set text.said = text.said + part['text'] %}}{{% endif %}}{{% endfor %}}{{% endif %}}\
+{{% if message['role'] == 'user' %}}\
+{{{{ ({first} if loop.first else {before}) + text.images + text.said + {after} }}}}\
+{{% elif message['role'] == 'assistant' %}}{{{{ {answer} + text.said + {end} }}}}{{% endif %}}\
+{{% endfor %}}"""
+
+
+def chat_template(template: Template) -> str:
+  """A template as transformers' `apply_chat_template` takes it; "" of one that prompts no turns."""
+  if template.image_only:
+    return ""
+  first = template.before if template.first is None else template.first
+  values = {"system": template.system, "first": first, "before": template.before,
+            "after": template.after, "answer": template.answer, "end": template.end,
+            "image": f"{template.image}\n"}  # fmt: skip
+  return _CHAT.format(**{name: json.dumps(text) for name, text in values.items()})

@@ -1,0 +1,131 @@
+"""A named array in a foreign file, and the file behind it: sizes are compared before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llava_sp_jax import files
+from llava_sp_jax.files import FormatError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_AXES = 32
+MAX_NAME = 1024  # characters
+MAX_TENSORS = 1 << 16  # of one file
+SHARED = 8  # tensors may share bytes: all together are at most so many times the file's size
+_POINTER = b"version https://git-lfs"
+SMALL = 1 << 20  # bytes of all tensors that need no justification
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A named array in a file; `array()` gives its values, mapped from the file where possible."""
+
+  name: str
+  origin: str  # the file, for messages
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  array: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def renamed(self, name: str) -> Tensor:
+    return dataclasses.replace(self, name=name)
+
+
+Tensors = dict[str, Tensor]
+
+
+class MalformedError(ValueError):
+  """What is wrong with a file, still without its name; only inside the readers."""
+
+
+def check_name(name: Any) -> str:
+  """Raises: MalformedError for what is no text that an error could print in one line."""
+  if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+    raise MalformedError(f"a tensor's name is no printable text of at most {MAX_NAME:,} characters")
+  return name
+
+
+def check_shape(shape: Iterable[Any], itemsize: int) -> tuple[int, ...]:
+  """A copy that nothing can change any more. Raises: MalformedError for what no array can have."""
+  sizes = tuple(shape)
+  if len(sizes) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
+    raise MalformedError("a tensor's shape is no list of non-negative integers")
+  if math.prod(max(n, 1) for n in sizes) * itemsize >= 1 << 62:
+    raise MalformedError("a tensor's shape is larger than any array")
+  return sizes
+
+
+def check_total(tensors: Iterable[Tensor], size: int) -> None:
+  """Raises: MalformedError when the tensors stand for far more bytes than the file has."""
+  total = sum(tensor.nbytes for tensor in tensors)
+  if total > max(SHARED * size, SMALL):
+    raise MalformedError(f"its tensors stand for {total:,} bytes, but the file has {size:,}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+  """A regular file as it was when it was opened; later readings refuse a file that has changed."""
+
+  path: Path
+  size: int
+  stamp: tuple[int, ...]
+
+  @classmethod
+  def open(cls, path: Path) -> DataFile:
+    """Raises: FormatError."""
+    with files.open_regular(path) as file:
+      about = os.fstat(file.fileno())
+      if files.read_at(file, path, 0, len(_POINTER)) == _POINTER:
+        raise FormatError(
+          f"{path}: a pointer of Git LFS, not the file itself; git lfs pull brings it"
+        )
+    return cls(path, about.st_size, _stamp(about))
+
+  def read(self, start: int, count: int) -> bytes:
+    """Raises: MalformedError when the file ends before; FormatError when it has changed."""
+    if start < 0 or count < 0 or start + count > self.size:
+      raise MalformedError("the file ends too early")
+    with files.open_regular(self.path) as file:
+      self._same(os.fstat(file.fileno()))
+      data = files.read_at(file, self.path, start, count)
+    if len(data) < count:
+      raise MalformedError("the file ends too early")
+    return data
+
+  def map(self, dtype: np.dtype, start: int, count: int, big_endian: bool = False) -> np.ndarray:
+    """`count` items as the machine orders their bytes; a view of the file where that can be.
+
+    Raises: FormatError when the file has changed since it was opened.
+    """
+    if not count:
+      return np.zeros(0, dtype)
+    with files.open_regular(self.path) as file:
+      self._same(os.fstat(file.fileno()))
+      stored = np.dtype(f"{'>' if big_endian else '<'}u{dtype.itemsize}")
+      try:
+        mapped = np.memmap(file, stored, "r", start, (count,))
+      except OSError as error:
+        raise FormatError(f"{self.path}: cannot be mapped ({error.strerror})") from None
+    native = stored.newbyteorder("=")
+    if stored != native or start % dtype.itemsize:
+      return mapped.astype(native).view(dtype)
+    return mapped.view(dtype)
+
+  def _same(self, about: os.stat_result) -> None:
+    if _stamp(about) != self.stamp:
+      raise FormatError(f"{self.path}: has changed since it was opened; start again")
+
+
+def _stamp(about: os.stat_result) -> tuple[int, ...]:
+  return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns

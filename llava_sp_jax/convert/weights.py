@@ -1,0 +1,45 @@
+"""A folder's own tensors under the names of `tables`, if they are values that can be used."""
+
+from __future__ import annotations
+
+import re
+
+from llava_sp_jax.convert import torch_io
+from llava_sp_jax.convert.catalog import Folder, Format, rename
+from llava_sp_jax.convert.torch_io import FormatError, Tensors
+
+# Names of what quantizers put beside or in place of a weight.
+_QUANTIZED = re.compile(
+  r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format"
+  r"|qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|input_scale)"
+)
+
+
+def named(folder: Folder, row: Format) -> Tensors:
+  """A folder's own tensors under the names of `tables`.
+
+  Raises: FormatError when two get one name, or when they hold no values that can be used.
+  """
+  result: Tensors = {}
+  for stems in row.weights:
+    opened = torch_io.open_named(folder.path, stems)
+    packed = [name for name in opened if _QUANTIZED.fullmatch(name)]
+    if packed:
+      raise FormatError(
+        f"{folder.path}: quantized weights ({packed[0]} and {len(packed) - 1} more such tensors) are "
+        "not read; give the folder that they were made from, or save it dequantized (transformers: "
+        "model.dequantize(), then save_pretrained)"
+      )
+    empty = [t.name for t in opened.values() if 0 in t.shape]
+    if empty:
+      raise FormatError(
+        f"{folder.path}: {len(empty)} tensors have no values (shape [0]: {empty[0]}): they were "
+        "saved while DeepSpeed ZeRO-3 had them divided over processes; gather them with its "
+        "zero_to_fp32.py, or save with stage3_gather_16bit_weights_on_model_save"
+      )
+    for name, tensor in opened.items():
+      new = rename(name, row.renames)
+      if new in result:
+        raise FormatError(f"{folder.path}: two tensors are {new}: {result[new].name}, {name}")
+      result[new] = tensor.renamed(new)
+  return result

@@ -1,0 +1,79 @@
+"""A file of samples: a JSON list, or JSON lines, in UTF-8, UTF-16 or UTF-32."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.data import forms
+from llava_sp_jax.data.failure import SampleError, shortened
+
+EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
+
+
+def read(path: str | Path) -> list[Any]:
+  """The samples; a line that is no JSON is a SampleError in the sample's place.
+
+  Raises: FileNotFoundError; ConfigError, in one line that names the file, when it holds no samples.
+  """
+  if not Path(path).is_file():
+    raise FileNotFoundError(f"data.path: no file {str(path)!r}; {EXPECTED}")
+  return _read(str(path), Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: str, changed: int) -> list[Any]:
+  """Kept, since training and validation may read the same large file."""
+  try:
+    found = _parsed(Path(path).read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    raise ConfigError(f"data.path: {path} {shortened(why or '')}; {EXPECTED}") from None
+  return found
+
+
+def _parsed(data: bytes) -> list[Any]:
+  """Raises: ValueError that says what the file is."""
+  text = _decoded(data)
+  try:
+    found = json.loads(text)
+  except RecursionError:
+    raise ValueError("is not a list of samples (nested too deeply)") from None
+  except ValueError as error:
+    lines = [] if text.lstrip()[:1] == "[" else _lines(text)
+    if not any(isinstance(line, dict) for line in lines):
+      why = error if text.strip() else "it is empty"
+      raise ValueError(f"is not JSON ({why})") from None
+    return lines
+  if isinstance(found, dict) and any(key in found for key in forms.DIALOGUES):
+    return [found]
+  if isinstance(found, list) and found:
+    return found
+  keys = f" with keys {', '.join(map(repr, found)) or 'none'}" if isinstance(found, dict) else ""
+  raise ValueError(f"is not a list with at least one sample, but a {type(found).__name__}{keys}")
+
+
+def _decoded(data: bytes) -> str:
+  encoding = json.detect_encoding(data)
+  try:
+    # Half a surrogate pair is the failure of the sample that has it, not of the file.
+    return data.decode(encoding, "surrogatepass")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"is not {encoding} text (byte {data[error.start]:#04x} at {error.start}); save it as UTF-8"
+    ) from None
+
+
+def _lines(text: str) -> list[Any]:
+  lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+  return [_line(number, line) for number, line in lines]
+
+
+def _line(number: int, line: str) -> Any:
+  try:
+    return json.loads(line)
+  except (ValueError, RecursionError) as error:
+    return SampleError(f"line {number} is not JSON ({error})")

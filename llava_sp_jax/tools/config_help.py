@@ -1,0 +1,85 @@
+"""What each key of a config means and allows, for `llava-sp train --help`.
+
+The meaning is the comment beside a field in config.py; what numbers may be stands in limits.py, and
+names are the rows of the table that reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import limits
+
+# key -> (module, table) whose rows are its values.
+TABLES = {
+  "model.tower.variant": ("models.vit", "VARIANTS"),
+  "model.language_model.rope_scaling.kind": ("models.layers", "ROPES"),
+  "model.projector.row": ("models.projector", "ROWS"),
+  "model.matmul_precision": ("models.build", "PRECISIONS"),
+  "model.quantize": ("models.quantize", "FORMATS"),
+  "model.remat": ("models.remat", "POLICIES"),
+  "model.attention": ("models.attention", "IMPLEMENTATIONS"),
+  "data.source": ("data.sources", "SOURCES"),
+  "data.template": ("data.conversation", "TEMPLATES"),
+  "data.turns": ("data.conversation", "TURNS"),
+  "data.packing": ("data.packing", "PACKINGS"),
+  "data.too_long": ("data.samples", "TOO_LONG"),
+  "data.augment": ("data.image", "AUGMENTS"),
+  "data.image_aspect": ("data.anyres", "ASPECTS"),
+  "data.image_fit": ("data.image", "FITS"),
+  "data.image_resample": ("data.image", "RESAMPLES"),
+  "data.patch_merge": ("data.anyres", "MERGES"),
+  "optimizer.stage": ("train.optimizer", "STAGES"),
+  "optimizer.moment_dtype": ("train.optimizer", "MOMENT_DTYPES"),
+  "train.sinks": ("train.sinks", "SINKS"),
+  "evaluate.task": ("eval.tasks", "TASKS"),
+  "mesh.base": ("sharding", "PRESETS"),
+}
+BESIDES = {"model.attention": ("auto",)}  # values that no row of a table stands for
+FIELD = re.compile(r"  (\w+): .*?  # (.+)")
+
+
+def fields(values: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+  """(key, default, meaning) of all keys; "" where nothing is said."""
+  said = meanings(type(values))
+  for field in dataclasses.fields(values):
+    value, key = getattr(values, field.name), f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(value):
+      yield from fields(value, f"{key}.")
+    else:
+      yield key, value, said.get(field.name, "")
+
+
+def meanings(cls: type) -> dict[str, str]:
+  """{field: the comment beside it}."""
+  lines = inspect.getsource(cls).splitlines()
+  return {match[1]: match[2] for line in lines if (match := FIELD.match(line))}
+
+
+def allowed(key: str, default: Any) -> str:
+  """The values that a key may have, in words; empty where only its use can tell."""
+  if key in TABLES:
+    module, table = TABLES[key]
+    rows = getattr(importlib.import_module(f"llava_sp_jax.{module}"), table)
+    return ", ".join(map(str, (*BESIDES.get(key, ()), *rows)))
+  if isinstance(default, bool):
+    return "true, false"
+  numbers = [number for _, number in limits.numbers(default, key)]
+  if numbers or isinstance(default, tuple):
+    return str(limits.limit_of(key))
+  return ""
+
+
+def text() -> str:
+  """A block for each key: its flag with the default, what it means, what it allows."""
+  lines = []
+  for key, default, meaning in fields(config_lib.Config()):
+    lines.append(f"  --config.{key}={default!r}")
+    lines += [f"      {line}" for line in (meaning, allowed(key, default)) if line]
+  return "\n".join(lines)

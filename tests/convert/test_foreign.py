@@ -1,0 +1,311 @@
+"""Folders that transformers and PEFT save today open here and compute what they compute there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from llava_sp_jax.convert import formats, leaves, save
+from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.data import anyres
+from llava_sp_jax.models import build
+from tests.convert.test_exports_in_torch import close, run
+from tests.convert.test_formats import change_json
+from tests.convert.test_round_trip import source
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "image_size": 28,
+          "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+IMAGE, SIZE, PATCHES = 63, 28, 4  # the image's token, pixels, tokens of a tile
+PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "resample": 3,
+          "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE},
+          "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
+TOKENS = np.random.default_rng(1).integers(0, TEXT["vocab_size"] - 1, (1, 10))
+
+
+def randomized(model: Any, seed: int = 0) -> Any:
+  """Weights far from their beginnings, norms and biases included."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+  return model.eval()
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  folder = tmp_path_factory.mktemp("llm")
+  randomized(LlamaForCausalLM(LlamaConfig(**TEXT))).save_pretrained(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Saved by the pinned transformers, with processor_config.json alone."""
+  from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+  folder = tmp_path_factory.mktemp("llava")
+  config = LlavaConfig(vision_config={"model_type": "clip_vision_model", **VISION},
+                       text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE)  # fmt: skip
+  randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+  said = {"image_processor": PIXELS, "patch_size": 14, "image_token": "<image>",
+          "vision_feature_select_strategy": "default", "processor_class": "LlavaProcessor"}  # fmt: skip
+  (folder / "processor_config.json").write_text(json.dumps(said))
+  return folder
+
+
+def loaded(folder: Path) -> Any:
+  from transformers import LlavaForConditionalGeneration
+
+  return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def completed(opened: formats.Source) -> formats.Source:
+  """A decoder alone with parts of zeros beside it, for `run`."""
+  from flax.traverse_util import flatten_dict
+
+  model = dataclasses.replace(opened.config.model, tower=source("none").config.model.tower)
+  tree = flatten_dict(build.abstract(model), sep="/")
+  rest = {p: np.zeros(x.shape, np.float32) for p, x in tree.items() if p not in opened.leaves}
+  config = dataclasses.replace(opened.config, model=model)
+  return dataclasses.replace(
+    opened, config=config, leaves={**leaves.in_memory(rest), **opened.leaves}
+  )
+
+
+def asked(count: int = PATCHES) -> tuple[np.ndarray, np.ndarray]:
+  """Ids with the places of an image, and our slots for them."""
+  ids = np.concatenate([[3], np.full(count, IMAGE), [5, 7, 9]])[None]
+  return ids, np.where(ids == IMAGE, np.arange(ids.shape[1]) - 1, -1)
+
+
+def same_logits(opened: formats.Source, theirs: Any) -> None:
+  """Of a prompt with one square picture."""
+  ids, slots = asked()
+  pixels = np.random.default_rng(2).normal(size=(SIZE, SIZE, 3)).astype(np.float32)
+  with torch.no_grad():
+    found = theirs(
+      input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels.transpose(2, 0, 1)[None])
+    ).logits[0]
+  close(run(opened, np.where(ids == IMAGE, 0, ids), pixels[None, None], slots), found)
+
+
+# ---- adapters on a part of the modules and layers ---------------------------------------------------
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+  "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+  "queries and values": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+  "one layer": {"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1]},
+  "a pattern": {"target_modules": r".*layers\.0\.mlp\.down_proj"},
+  "and an embedding": {
+    "target_modules": ["o_proj"],
+    "modules_to_save": ["embed_tokens", "lm_head"],
+  },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_modules_without_an_adapter_have_none(llm: Path, tmp_path: Path, name: str) -> None:
+  from transformers import AutoModelForCausalLM
+
+  base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+  recipe = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **RECIPES[name])
+  adapted = randomized(peft.get_peft_model(base, recipe))
+  adapted.save_pretrained(tmp_path / "adapter")
+  # PEFT's own reading is the reference: what it does not save is the base's.
+  again = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+  theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+  opened = formats.open_checkpoint(tmp_path / "adapter", formats.Options(base=str(llm)))
+  with torch.no_grad():
+    close(run(completed(opened), TOKENS), theirs(torch.tensor(TOKENS)).logits[0])
+
+
+def adapter(llm: Path, folder: Path, **changes: Any) -> Path:
+  from transformers import AutoModelForCausalLM
+
+  base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+  recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"])
+  peft.get_peft_model(base, recipe).save_pretrained(folder)
+  change_json(folder / "adapter_config.json", **changes)
+  return folder
+
+
+def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Path) -> None:
+  promised = adapter(llm, tmp_path / "a", target_modules=["q_proj", "v_proj", "up_proj"])
+  with pytest.raises(
+    FormatError, match=r"adapters are missing .*layers\.0\.mlp\.up_proj, .*1\.mlp"
+  ):
+    formats.open_checkpoint(promised, formats.Options(base=str(llm)))
+  path = promised / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file({k: v for k, v in tensors.items() if "lora" not in k}, path)
+  with pytest.raises(FormatError, match="no adapters in it"):
+    formats.open_checkpoint(promised, formats.Options(base=str(llm)))
+
+
+def test_an_adapter_of_a_training_on_its_way_lacks_the_projector(llm: Path, tmp_path: Path) -> None:
+  folder = adapter(llm, tmp_path / "checkpoint-500")
+  (folder / "trainer_state.json").write_text("{}")
+  formats.open_checkpoint(folder, formats.Options(base=str(llm)))  # a plain decoder's training
+  (folder / "training_args.bin").write_bytes(b"..llava.train.train TrainingArguments")
+  with pytest.raises(FormatError, match=r"without its projector.*is in no file of this folder"):
+    formats.open_checkpoint(folder, formats.Options(base=str(llm)))
+  (folder / "global_step500").mkdir()
+  with pytest.raises(FormatError, match=r"is in global_step500/ .*non_lora_trainables.bin"):
+    formats.open_checkpoint(folder, formats.Options(base=str(llm)))
+
+
+# ---- transformers' LLaVA ----------------------------------------------------------------------------
+
+
+def test_llava_as_transformers_saves_it(llava: Path) -> None:
+  names = safetensors.numpy.load_file(llava / "model.safetensors")
+  assert "vision_tower.pre_layrnorm.weight" in names  # not under vision_model
+  opened = formats.open_checkpoint(llava)
+  assert opened.config.data.image_mean == (0.4, 0.5, 0.6)
+  same_logits(opened, loaded(llava))
+
+
+@pytest.mark.parametrize(
+  "targets", [["q_proj", "v_proj", "linear_1"], r".*language_model.*up_proj"]
+)
+def test_an_adapter_trained_on_llava_hf(llava: Path, tmp_path: Path, targets: Any) -> None:
+  """q_proj and v_proj are also the tower's: these go into its kernels."""
+  recipe = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, target_modules=targets)
+  adapted = peft.get_peft_model(loaded(llava), recipe).eval()
+  adapted.save_pretrained(tmp_path / "adapter")
+  opened = formats.open_checkpoint(tmp_path / "adapter", formats.Options(base=str(llava)))
+  assert opened.parts == formats.PARTS
+  assert opened.config.model.lora.rank == 2
+  same_logits(opened, adapted)
+
+
+def test_llava_next(tmp_path: Path) -> None:
+  """Canvases are (height, width) there; its pictures are read as those of anyres."""
+  from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+  grid = [[SIZE, 2 * SIZE], [3 * SIZE, SIZE]]
+  config = LlavaNextConfig(vision_config={"model_type": "clip_vision_model", **VISION},
+                           text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE,
+                           image_grid_pinpoints=grid)  # fmt: skip
+  theirs = randomized(LlavaNextForConditionalGeneration(config))
+  theirs.save_pretrained(tmp_path)
+  said = {**PIXELS, "image_processor_type": "LlavaNextImageProcessor", "do_pad": True,
+          "image_grid_pinpoints": grid}  # fmt: skip
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+  opened = formats.open_checkpoint(tmp_path)
+  data, model = opened.config.data, opened.config.model
+  assert data.grid_pinpoints == ((2 * SIZE, SIZE), (SIZE, 3 * SIZE))
+  assert (data.image_aspect, data.patch_merge, model.image_newline) == (
+    "anyres", "spatial_unpad", True,
+  )  # fmt: skip
+  reader = anyres.Reader(data, anyres.Tile(*build.tile_shape(model)))
+  rng = np.random.default_rng(3)
+  picture = reader(Image.fromarray(rng.integers(0, 256, (34, 70, 3), dtype=np.uint8)))
+  count = len(picture.plan.slots)
+  ids, _ = asked(count)
+  slots = np.full(ids.shape, -1)
+  newline = len(picture.tiles) * PATCHES
+  slots[ids == IMAGE] = np.where(picture.plan.slots < 0, newline, picture.plan.slots)
+  tiles = torch.tensor(picture.tiles.transpose(0, 3, 1, 2)[None])
+  with torch.no_grad():
+    found = theirs(
+      input_ids=torch.tensor(ids), pixel_values=tiles, image_sizes=torch.tensor([[34, 70]])
+    ).logits[0]
+  close(run(opened, np.where(ids == IMAGE, 0, ids), picture.tiles[None], slots), found)
+
+
+@pytest.mark.parametrize("kind", ["CLIPVision", "SiglipVision", "Siglip"])
+def test_towers_as_transformers_saves_them(tmp_path: Path, kind: str) -> None:
+  """Their last hidden state but one, through the tower alone; SigLIP 2 is bilinear."""
+  import transformers
+
+  values: Any = VISION
+  if kind == "Siglip":
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 24, "vocab_size": 32}  # fmt: skip
+    values = {"vision_config": VISION, "text_config": small}
+  theirs = randomized(
+    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values))
+  )
+  theirs.save_pretrained(tmp_path)
+  if kind == "Siglip":
+    said = {"image_processor_type": "SiglipImageProcessor", "resample": 2, "do_convert_rgb": None,
+            "size": {"height": SIZE, "width": SIZE}}  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+  opened = formats.open_checkpoint(tmp_path)
+  assert opened.config.data.image_resample == ("bilinear" if kind == "Siglip" else "bicubic")
+  pixels = np.random.default_rng(2).normal(size=(1, SIZE, SIZE, 3)).astype(np.float32)
+  inner = getattr(theirs, "vision_model", theirs)
+  with torch.no_grad():
+    states = inner(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
+  wanted = states.hidden_states[-2][0]
+  if kind == "CLIPVision":
+    wanted = wanted[1:]
+  whole = completed_tower(opened)
+  close(whole(pixels)[0].reshape(-1, VISION["hidden_size"]), wanted)
+
+
+def completed_tower(opened: formats.Source) -> Any:
+  from flax.traverse_util import unflatten_dict
+
+  tree = unflatten_dict({p.split("/", 1)[1]: x.read() for p, x in opened.leaves.items()}, sep="/")
+  module = build.model(opened.config.model).vision_tower
+  return lambda pixels: np.asarray(module.apply({"params": tree}, pixels))
+
+
+# ---- what is no whole model -------------------------------------------------------------------------
+
+
+def test_quantized_weights_are_one_line(llm: Path, tmp_path: Path) -> None:
+  tensors = safetensors.numpy.load_file(llm / "model.safetensors")
+  name = "model.layers.0.mlp.up_proj.weight"
+  tensors[f"{name}.absmax"] = np.zeros(3, np.float32)
+  tensors[f"{name}.quant_map"] = np.zeros(16, np.float32)
+  safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text((llm / "config.json").read_text())
+  with pytest.raises(FormatError, match=r"quantized weights .*absmax and 1 more") as error:
+    formats.open_checkpoint(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_what_zero_3_saved_in_parts_is_named(tmp_path: Path) -> None:
+  save.export(source("none"), "llava_lora", tmp_path / "x")
+  path = tmp_path / "x/adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  first = sorted(tensors)[0]
+  tensors[first] = np.zeros((0,), np.float32)
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(FormatError, match=r"1 tensors have no values \(shape \[0\].*ZeRO-3"):
+    formats.open_checkpoint(tmp_path / "x")
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+  ours = source("none", rank=0)
+  ours.leaves["projector/fc1/kernel"].read()[3, 2] = 7e4
+  with pytest.raises(FormatError, match="fc1/kernel: 70000 is too large for float16"):
+    save.export(ours, "llava", tmp_path / "x", dtype="float16")
+  assert not (tmp_path / "x").exists()
+
+
+def test_files_have_the_mode_of_files(tmp_path: Path) -> None:
+  save.export(source("none", rank=0), "language_model", tmp_path / "x")
+  (tmp_path / "plain").write_text("")
+  wanted = (tmp_path / "plain").stat().st_mode
+  assert {p.stat().st_mode for p in (tmp_path / "x").iterdir()} == {wanted}

@@ -1,0 +1,129 @@
+"""Each form of a sample that is read, and each that costs the sample, with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llava_sp_jax.data import forms
+from llava_sp_jax.data.failure import REASON, SampleError
+from llava_sp_jax.data.forms import Talk
+
+ASK, REPLY = {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}
+TALK = [ASK, REPLY]
+CHAT = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
+TURNS = [("<image>\nwhat?", "red")]
+BARE = [{"from": "human", "value": "what?"}, REPLY]
+ONE = {"image": "a.png"}
+
+
+READ: dict[str, tuple[dict[str, Any], Talk]] = {
+  "llava": ({"conversations": TALK, **ONE}, Talk(TURNS, ("a.png",))),
+  "text alone": ({"conversations": BARE}, Talk([("what?", "red")])),
+  "several": ({"conversations": TALK, "image": ["a", "b"]}, Talk(TURNS, ("a", "b"))),
+  "images": ({"conversations": TALK, "images": ["a", "b"]}, Talk(TURNS, ("a", "b"))),
+  "images, one": ({"conversations": TALK, "images": "a"}, Talk(TURNS, ("a",))),
+  "said twice": ({"conversations": TALK, "image": "a", "images": ["a"]}, Talk(TURNS, ("a",))),
+  "messages": ({"messages": CHAT, "images": ["a"]}, Talk(TURNS, ("a",))),
+  "roles in conversations": ({"conversations": CHAT, **ONE}, Talk(TURNS, ("a.png",))),
+  "nothing in a key": (
+    {"conversations": BARE, "image": None, "images": [], "video": "", "system": "", "messages": []},
+    Talk([("what?", "red")]),
+  ),
+  "system": ({"conversations": BARE, "system": "Be terse."}, Talk([("what?", "red")], (), "Be terse.")),
+  "system turn": (
+    {"conversations": [{"from": "system", "value": "Be terse."}, *BARE]},
+    Talk([("what?", "red")], (), "Be terse."),
+  ),
+  "system twice": (
+    {"messages": [{"role": "system", "content": "X"}, *CHAT], "system": "X", **ONE},
+    Talk(TURNS, ("a.png",), "X"),
+  ),
+  "greeting": ({"conversations": [REPLY, *BARE]}, Talk([("what?", "red")])),
+  "open": ({"conversations": [*BARE, BARE[0]]}, Talk([("what?", "red"), ("what?", None)])),
+  "parts": (
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                  CHAT[1]], "images": ["a"]},
+    Talk(TURNS, ("a",)),
+  ),
+  "parts that name images": (
+    {"messages": [{"role": "user", "content": [
+      {"type": "text", "text": "see"}, {"type": "image", "image": "a"},
+      {"type": "image", "image": "b"}]}, CHAT[1]]},
+    Talk([("see\n<image>\n<image>", "red")], ("a", "b")),
+  ),
+  "where a picture is from": (
+    {"conversations": TALK, **ONE, "image_url": "http://x/a.png", "image_id": 3, "video_frames": 0},
+    Talk(TURNS, ("a.png",)),
+  ),
+  "a text about marks": (
+    {"conversations": [{"from": "human", "value": "what does <video> mean in HTML?"}, REPLY]},
+    Talk([("what does <video> mean in HTML?", "red")]),
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_read(name: str) -> None:
+  sample, wanted = READ[name]
+  assert forms.read(sample) == wanted
+
+
+VIDEO = {"conversations": [{"from": "human", "value": "<video>\nwhat happens?"}, REPLY]}
+LOST: dict[str, tuple[Any, str]] = {
+  "no dictionary": ("x", "expected a dictionary, found 'x'"),
+  "a line that is none": (SampleError("line 3 is not JSON"), "line 3 is not JSON"),
+  "no dialogue": ({"prompt": "x"}, "`conversations` must be a list .* found keys 'prompt'"),
+  "an empty one": ({"messages": []}, "must be a list .* at least one turn"),
+  "one that is a text": ({"messages": "hello"}, "`messages` must be a list .* found .*'hello'"),
+  "two dialogues": ({"conversations": TALK, "messages": BARE}, "both `conversations` and `messages`"),
+  "two images": ({"conversations": TALK, "image": "a", "images": ["b"]}, "both `image` and `images`"),
+  "images twice": (
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}, CHAT[1]],
+     "images": ["b"]}, "in the turns and beside them"),
+  "video": ({**VIDEO, "video": "v.mp4"}, "`video` 'v.mp4' is not read; images are read from image"),
+  "video beside an image": ({"conversations": TALK, **ONE, "videos": ["v.mp4"]}, "`videos` .*not read"),
+  "audio": ({"conversations": BARE, "audio": {"path": "x.wav"}}, "`audio` .*is not read"),
+  "image under another key": ({"conversations": BARE, "image_path": "a.png"}, "`image_path` 'a.png' is"),
+  "another one": ({"conversations": BARE, "img": "a.png"}, "`img` 'a.png' is not read"),
+  "a medium's mark": (VIDEO, "turn 0: <video> is not read"),
+  "a mark behind": (
+    {"conversations": [{"from": "human", "value": "listen\n<audio>"}, REPLY]}, "<audio> is not read"),
+  "media within a turn": (
+    {"conversations": [{**BARE[0], "image": "a.png"}, REPLY]}, "turn 0: `image` is not read within"),
+  "parts of another kind": (
+    {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}, CHAT[1]]},
+    "turn 0: expected parts of type text, image, found"),
+  "no text": ({"messages": [{"role": "user", "content": None}]}, "turn 0: expected a text or a list"),
+  "another role": ({"messages": [{"role": "tool", "content": "x"}]}, "one of human, user, .*'tool'"),
+  "system late": (
+    {"conversations": [*BARE, {"from": "system", "value": "x"}]}, "turn 2: expected a text from 'human'"),
+  "only system": ({"conversations": [{"from": "system", "value": "x"}]}, "no turn from 'human'"),
+  "two systems": (
+    {"conversations": [{"from": "system", "value": "x"}, *BARE], "system": "y"}, "two system texts"),
+  "system that is none": ({"conversations": BARE, "system": ["x"]}, "`system` must be a text"),
+  "base64": (
+    {"conversations": TALK, "image": "iVBORw0KGgo" * 1000}, "found 11,000 characters .* base64 to files"),
+  "a data URI": ({"conversations": TALK, "image": "data:image/png;base64,AA"}, "must be a file name"),
+  "an image that is none": ({"conversations": TALK, "image": {"path": "a"}}, "must be a file name or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_costs_the_sample(name: str) -> None:
+  sample, message = LOST[name]
+  with pytest.raises(SampleError, match=message) as raised:
+    forms.read(sample)
+  assert len(str(raised.value)) <= REASON
+
+
+def test_a_reason_is_one_line_that_can_be_printed() -> None:
+  error = SampleError(f"image {'a' * 500}\n\ud83d\x00: no such file")
+  assert len(str(error)) == REASON
+  assert str(error).endswith("aaa \\ud83d\\x00: no such file")
+  assert str(error).startswith("image aaa")
+  assert " ... " in str(error)
+  str(error).encode()
+  long = SampleError("x" * (1 << 20) + "y")
+  assert (len(str(long)), str(long)[-1]) == (REASON, "y")

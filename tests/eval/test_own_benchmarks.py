@@ -1,0 +1,218 @@
+"""Benchmarks that users bring: vqa_json by its rules, classes from a file, and the command's tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_sp_jax import cli
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.eval import run, scoring, tasks
+from llava_sp_jax.eval.files import BenchmarkError
+from llava_sp_jax.eval.tasks.vqa_json import RULES, VqaJson
+from tests.eval.conftest import Scripted
+
+ROWS: list[dict[str, Any]] = [
+  {"question": "what is it?", "image": "0.png", "answer": "a circle", "kind": "shape"},
+  {"id": "b", "text": "how many?", "image": ["1.png", "2.png"], "answers": ["2", "two"]},
+  {"question": "no picture: 1+1?", "answers": 2},
+]
+
+
+@pytest.fixture
+def file(tiny_data: Path, tmp_path: Path) -> Path:
+  path = tmp_path / "mine.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+  return path
+
+
+def test_rows_become_items(file: Path, tiny_data: Path) -> None:
+  """From lines and from a list alike; an image's name starts from the folder that is given."""
+  task = VqaJson(file, images=str(tiny_data / "images"), suffix="In one word.")
+  first, second, third = task.items()
+  assert (first.id, first.kind, first.truth) == ("1", "shape", ["a circle"])
+  assert first.question == "what is it?\nIn one word."
+  assert first.images == (tiny_data / "images/0.png",)
+  assert second.id == "b"
+  assert len(second.images) == 2
+  assert (third.images, third.truth) == ((), ["2"])
+  beside = file.with_name("mine.json")
+  beside.write_text(json.dumps(ROWS))
+  assert VqaJson(beside).items()[0].question.endswith("single word or phrase.")
+  assert VqaJson(beside).items()[0].images == (file.parent / "0.png",)
+
+
+@pytest.mark.parametrize(
+  ("rule", "text", "answers", "score"),
+  [
+    ("exact", " A circle. ", ["a circle"], 1),
+    ("exact", "circle", ["a circle"], 0),
+    ("contains", "It is a red circle.", ["Circle"], 1),
+    ("contains", "It is red.", ["circle"], 0),
+    ("vqa", "red", ["red", "red", "red", "blue"], (2 / 3 * 3 + 1) / 4),
+    ("relaxed", "104", ["100"], 1),
+    ("relaxed", "106", ["100"], 0),
+    ("relaxed", "50%", ["0.5"], 1),
+    ("relaxed", "Yes", ["yes"], 1),
+    ("relaxed", "0.0", ["0"], 0),
+    ("anls", "kitten", ["sitting", "kitchen"], 1 - 2 / 7),
+    ("anls", "abcd", ["abxy"], 0.5),
+    ("anls", "abc", ["xyz"], 0),
+    ("anls", "", [""], 1),
+  ],
+)
+def test_rules(rule: str, text: str, answers: list[str], score: float) -> None:
+  assert RULES[rule].score(text, answers) == pytest.approx(score)
+
+
+def test_the_distance_equals_a_recursive_one() -> None:
+  def slow(a: str, b: str) -> int:
+    if not a or not b:
+      return len(a) + len(b)
+    if a[0] == b[0]:
+      return slow(a[1:], b[1:])
+    return 1 + min(slow(a[1:], b), slow(a, b[1:]), slow(a[1:], b[1:]))
+
+  for a, b in (("flaw", "lawn"), ("", "abc"), ("gumbo", "gambol"), ("aab", "baa"), ("xx", "xx")):
+    assert scoring._similarity(a, b) == pytest.approx(1 - slow(a, b) / max(len(a), len(b), 1))
+
+
+def test_options_are_asked_and_read(tmp_path: Path) -> None:
+  path = tmp_path / "choices.json"
+  row = {"question": "which colour?", "options": ["red", "blue"]}
+  path.write_text(json.dumps([{**row, "answer": "blue"}, {**row, "answer": "A"}]))
+  task = VqaJson(path, "choice")
+  first, second = task.items()
+  assert first.question.startswith(
+    "which colour?\nA. red\nB. blue\nAnswer with the option's letter"
+  )
+  assert task.verdict(first, "B.") == {"score": 1.0, "chosen": "B"}
+  assert task.verdict(first, "it is blue") == {"score": 1.0, "chosen": "B"}
+  assert task.verdict(second, "B")["score"] == 0.0
+
+
+@pytest.mark.parametrize(
+  ("row", "rule", "said"),
+  [
+    ({"image": "x", "answer": "y"}, "exact", "row 2: expected a question, found None"),
+    ({"question": "q"}, "exact", "row 2: expected at least 1 answers, found 0"),
+    ({"question": "q", "answer": {"a": 1}}, "exact", "row 2: expected texts under answers, found {'a': 1}"),
+    ({"question": "q", "answer": True}, "exact", "row 2: expected texts under answers, found True"),
+    ({"question": "q", "answer": "y", "image": [None]}, "exact",
+     "row 2: expected texts under image, found None"),
+    ({"question": "q", "answers": ["y"]}, "vqa", "row 2: expected at least 4 answers, found 1"),
+    ({"question": "q", "answer": "y"}, "choice", "row 2: expected 2 to 5 options, found 0"),
+    ({"question": "q", "answer": "y", "options": ["a", "b"]}, "choice",
+     "row 2: expected an answer that is one of the options, found 'y'"),
+    ([], "exact", r"row 2: expected an object, found \[\]"),
+    ({"question": "q", "answer": "y", "id": 1}, "exact", "1 ids stand more than once, 1"),
+  ],
+)  # fmt: skip
+def test_rows_that_are_not_understood_are_named(
+  tmp_path: Path, row: Any, rule: str, said: str
+) -> None:
+  good = {"id": 1, "question": "q", "answers": ["a"] * 4, "options": ["a", "b"]}
+  path = tmp_path / "rows.json"
+  good = good if rule != "choice" else {**good, "answers": ["a"]}
+  path.write_text(json.dumps([good, row]))
+  with pytest.raises(BenchmarkError, match=said) as error:
+    VqaJson(path, rule)
+  assert str(path) in str(error.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+  with pytest.raises(FileNotFoundError, match="expected a JSON list or JSON lines with question"):
+    VqaJson(tmp_path / "gone.json")
+  (tmp_path / "x").write_text('{"question": "q", "answer": "a"}\nnot json\n')
+  with pytest.raises(BenchmarkError, match="line 2: not JSON"):
+    VqaJson(tmp_path / "x")
+  (tmp_path / "y").write_text("\n")
+  with pytest.raises(BenchmarkError, match="empty; expected a JSON list"):
+    VqaJson(tmp_path / "y")
+  with pytest.raises(ConfigError, match="unknown 'fuzzy'; known: anls, choice, contains, exact"):
+    VqaJson(tmp_path / "x", "fuzzy")
+
+
+def test_scores_by_kind(file: Path, tmp_path: Path) -> None:
+  rows = [{**row, "image": f"{place}.png"} for place, row in enumerate(ROWS)]
+  file.write_text("\n".join(map(json.dumps, rows)))
+  scores = run.run(VqaJson(file), Scripted(texts=["2", "A circle", "three"]), tmp_path / "out")
+  assert scores["headline"] == pytest.approx(2 / 3)
+  assert scores["by_kind"]["shape"]["accuracy"] == 1.0
+  assert scores["variant"] == {"protocol": "exact"}
+
+
+OWN = """
+from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
+
+class Louder(EasyVqa):
+  name = "louder"
+  protocol = "exact match in capitals"
+
+  def verdict(self, item, text):
+    return {"score": float(text.strip().upper() == item.truth.upper())}
+
+class Nothing:
+  name = "nothing"
+"""
+
+
+def test_a_class_of_a_file_is_a_task(tmp_path: Path, tiny_data: Path) -> None:
+  path = tmp_path / "own.py"
+  path.write_text(OWN)
+  task = tasks.find("--task", f"{path}:Louder")(tiny_data)
+  assert task.verdict(task.items()[0], task.items()[0].truth.upper()) == {"score": 1.0}
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("own.py:Other", "no class 'Other'; it has EasyVqa, Louder, Nothing"),
+    ("own.py:Nothing", "no task: without generation, items"),
+    ("gone.py:Louder", "no file gone.py"),
+    ("broken.py:Louder", "broken.py ends with ZeroDivisionError: division by zero"),
+    ("other", "--task: unknown 'other'; known: easy_vqa"),
+  ],
+)
+def test_what_is_no_task_is_said(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+  monkeypatch.chdir(tmp_path)
+  Path("own.py").write_text(OWN)
+  Path("broken.py").write_text("1 / 0\n")
+  with pytest.raises(ConfigError, match=said):
+    tasks.find("--task", name)
+
+
+def test_the_list_names_all_tasks_and_protocols(capsys: pytest.CaptureFixture[str]) -> None:
+  assert cli.main(["eval", "--list"]) == 0
+  printed = capsys.readouterr().out
+  for name, task in tasks.TASKS.items():
+    assert f"| {name} |" in printed
+    for protocol in getattr(task, "protocols", {}):
+      assert f"| {protocol} |" in printed
+
+
+def test_several_tasks_end_in_one_table(
+  run_folder: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """And a comparison says its result; a task of a file stands beside those of the package."""
+  (tmp_path / "own.py").write_text(OWN)
+  arguments = [
+    "eval",
+    f"--task=easy_vqa,{tmp_path}/own.py:Louder",
+    f"--data={tiny_data}",
+    "--limit=3",
+  ]
+  first = tmp_path / "first"
+  assert cli.main([*arguments, f"--checkpoint={run_folder}", f"--out={first}"]) == 0
+  printed = capsys.readouterr().out
+  table = (first / "scores.md").read_text()
+  assert table in printed
+  assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| easy_vqa", "| louder"]
+  assert cli.main([*arguments, "--merge", f"--out={first}", f"--compare={first}"]) == 0
+  assert (f"Against {first}/easy_vqa, of 3 questions that both answered: 0 fixed, 0 broken, 0 in other "
+          "words") in capsys.readouterr().out  # fmt: skip
