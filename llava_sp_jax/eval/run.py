@@ -28,8 +28,8 @@ SCORES, SUBMISSION = "scores.json", "submission"
 
 # Of `config.data`: what a question and its pictures become before the model reads them.
 INPUTS = (
-  "template", "image_aspect", "image_fit", "grid_pinpoints", "patch_merge", "image_mean",
-  "image_std",
+  "template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
+  "image_mean", "image_std",
 )  # fmt: skip
 # Of `config.model`: how fast it computes, or what only training reads; all else decides answers.
 NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")

@@ -25,8 +25,8 @@ from tests.test_checkpoint import another, changed, keys
 
 # Of the model, what answers do not depend on; of the data, what they do.
 FASTER = {"frozen_dtype", "scan_unroll", "remat", "attention"}
-READS = {"template", "image_aspect", "image_fit", "grid_pinpoints", "patch_merge", "image_mean",
-         "image_std"}  # fmt: skip
+READS = {"template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
+         "image_mean", "image_std"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
