@@ -219,9 +219,9 @@ def test_the_demo_says_when_it_misses_its_promise(scripts: Any) -> None:
     run_easy_vqa.broken_promise(job, 0.6293)
   )
   assert not run_easy_vqa.broken_promise(job, 0.90)
-  assert run_easy_vqa.broken_promise(long, 0.899)
+  assert "promises at least 99%" in run_easy_vqa.broken_promise(long, 0.98)
   assert not run_easy_vqa.broken_promise(run_easy_vqa.Job("pooling", 0, 0.2), 0.5)
   assert not run_easy_vqa.broken_promise(run_easy_vqa.Job("none", 0, 1.0), 0.5)
   readme = (REPOSITORY / "README.md").read_text()
   for scale, share in run_easy_vqa.PROMISED:
-    assert f"at least {share:.0%}" in readme, scale
+    assert f"at least {share:.0%}" in " ".join(readme.split()), scale
