@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -9,6 +10,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from llava_sp_jax import checkpoint
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import sample_file
 from tests.conftest import REPOSITORY
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -33,6 +39,15 @@ class Command:
   @property
   def program(self) -> str:
     return re.sub(r"[\d.]+$", "", Path(self.words[0]).name)
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+  """In place of the checkpoint and the data file that a recipe reads: default sizes, ten samples."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "read_config", lambda folder: config_lib.Config())
+    patch.setattr(sample_file, "read", lambda path: [{}] * 10)
+    yield
 
 
 def commands() -> list[Command]:

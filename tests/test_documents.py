@@ -105,7 +105,8 @@ def export(words: list[str], partial: bool) -> None:
 
 
 def train(words: list[str], partial: bool) -> None:
-  train_tool.read_config(flags(words, partial, "config", "workdir"))
+  with documents.stand_ins():
+    train_tool.read_config(flags(words, partial, "config", "workdir"))
 
 
 def plan_(words: list[str], partial: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Key, Table
 
@@ -59,4 +61,5 @@ def _values(key: Key) -> str:
 
 
 if __name__ == "__main__":
+  argparse.ArgumentParser(description="Prints docs/foreign_settings.md.").parse_args()
   print(page(), end="")

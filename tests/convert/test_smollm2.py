@@ -109,7 +109,7 @@ def oracle(path: Path, tensors: dict[str, np.ndarray]):
   sizes = {k: v for k, v in gguf.config(path).items() if k != "model_type"}
   with torch.device("meta"):  # no random weights first
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=False))
-  weights = {name: torch.from_numpy(array) for name, array in tensors.items()}
+  weights = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
   weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
   model.load_state_dict(weights, assign=True, strict=True)
   model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
@@ -211,9 +211,10 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 def test_tokenizer_agrees_with_the_merges(path: Path, tokenizer: Tokenizer) -> None:
   """A byte-pair encoder written out here gives the same ids for each word."""
-  fields = gguf._open(path).fields
-  vocabulary = {t: i for i, t in enumerate(fields["tokenizer.ggml.tokens"].contents())}
-  ranks = {tuple(m.split(" ")): i for i, m in enumerate(fields["tokenizer.ggml.merges"].contents())}
+  values = gguf._open(path).values
+  vocabulary = {t.decode(): i for i, t in enumerate(values["tokenizer.ggml.tokens"])}
+  merges = [merge.decode() for merge in values["tokenizer.ggml.merges"]]
+  ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
   for word in ("rectangle", " rectangle", " triangle", " teal", " extraordinarily", "assistant"):
     parts = list(word.replace(" ", "Ġ"))
     while pairs := [p for p in itertools.pairwise(parts) if p in ranks]:
@@ -226,7 +227,7 @@ def test_tokenizer_agrees_with_the_merges(path: Path, tokenizer: Tokenizer) -> N
 def test_template_is_the_models_own(path: Path, tokenizer: Tokenizer) -> None:
   """`TEMPLATES["smollm2"]`, piece by piece, gives the ids of the GGUF's chat template."""
   jinja2 = pytest.importorskip("jinja2")
-  source = gguf._open(path).fields["tokenizer.chat_template"].contents()
+  source = gguf._open(path).values["tokenizer.chat_template"].decode()
   rendered = jinja2.Template(source)
   turns = [("what is the blue shape?", "circle"), ("how many are 12 and 7?", "19, I think.")]
   messages = []

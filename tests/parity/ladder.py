@@ -29,7 +29,7 @@ from flax.traverse_util import unflatten_dict
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.convert import formats, tables
-from llava_sp_jax.data import anyres, example, image
+from llava_sp_jax.data import anyres, decode, example
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
 from llava_sp_jax.train import loop, optimizer, state, step
@@ -143,7 +143,7 @@ class Case:
 
   @functools.cache  # noqa: B019 - a case lives as long as its test
   def picture(self, name: str) -> anyres.Picture:
-    return self.reader(image.read(GOLDEN / "images" / f"{name}.png"))
+    return self.reader(decode.read(GOLDEN / "images" / f"{name}.png"))
 
   def batch(self, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Right-padded rows of the given samples, as the original's collator makes them."""
@@ -241,7 +241,7 @@ def anyres_features(case: Case) -> Iterator[Rung]:
     data = dataclasses.replace(case.source.config.data, patch_merge=merge)
     reader = case.reader_of(data)
     for name in ("wide", "tall", "big"):
-      picture = reader(image.read(GOLDEN / "images" / f"{name}.png"))
+      picture = reader(decode.read(GOLDEN / "images" / f"{name}.png"))
       found = inserted(case, picture)
       assert found.shape == tuple(z[f"merge_{merge}_{name}_shape"]), (merge, name)
       differences.append(difference(probe(found, 256), z[f"merge_{merge}_{name}_probe"]))
