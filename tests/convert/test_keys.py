@@ -288,8 +288,9 @@ def test_the_layer_that_is_read() -> None:
   assert settings.select_layer({}, "x") == -2
   assert settings.select_layer({"mm_vision_select_layer": -1}, "x") == -1
   assert settings.select_layer({"vision_feature_layer": [-3]}, "x") == -3
-  with pytest.raises(FormatError, match=r"vision_feature_layer=\[-2, -5\]: features of one layer"):
-    settings.select_layer({"vision_feature_layer": [-2, -5]}, "x")
+  for found in ([-2, -5], 0, [0]):
+    with pytest.raises(FormatError, match=r"vision_feature_layer=.*: features behind one layer"):
+      settings.select_layer({"vision_feature_layer": found}, "x")
 
 
 @pytest.mark.parametrize(
