@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import figures
+from tests.conftest import REPOSITORY
 
 FOUND = [figure for page in figures.PAGES for figure in figures.figures(page)]
 
@@ -26,6 +27,21 @@ def test_no_entry_is_left_of_a_figure_that_went() -> None:
 def test_a_figure_is_what_its_record_says(key: tuple[str, str]) -> None:
   value = figures.RECORDED[key]()
   assert figures.shown_as(value, key[1]), f"{key[0]} says {key[1]}, its record {value}"
+
+
+def test_the_table_of_variants_is_that_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+  """With the differences to `none` and their intervals, which have no unit."""
+  monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+  import ablation
+
+  readme = (REPOSITORY / "README.md").read_text()
+  for row in ablation.summary(figures.result("easy_vqa_ablation")):
+    against = ["", ""]
+    if paired := row["paired"]:
+      against = [f"{paired['mean']:+.1f}", f"{paired['low']:+.1f} to {paired['high']:+.1f}"]
+    cells = [f"`{row['variant']}`", f"{row['mean']:.1f}%", *against]
+    line = " ".join(f"| {' | '.join(cells)} |".split())  # an empty cell is one blank
+    assert line in readme, line
 
 
 def test_figures_are_found_and_compared() -> None:
