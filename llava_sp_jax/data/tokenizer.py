@@ -40,7 +40,7 @@ class Backend(Protocol):
   special_ids: frozenset[int]
   mark_ids: frozenset[int]  # special tokens that a text can name: not what stands for unknown text
 
-  def __len__(self) -> int: ...
+  def __len__(self) -> int: ...  # one more than the largest id
   def spans(self, text: str, inside: bool) -> Spans: ...
   def decode(self, ids: list[int]) -> str: ...
   def save(self, folder: Path) -> None: ...
@@ -66,6 +66,7 @@ class Tokenizer:
     self.bos_id, self.eos_id = self._backend.bos_id, self._backend.eos_id
 
   def __len__(self) -> int:
+    """One more than the largest id: the rows that an embedding needs."""
     return len(self._backend)
 
   def fingerprint(self) -> str:
@@ -197,6 +198,8 @@ class HuggingFace:
     ids = self._inner("a").input_ids
     adds_bos = bool(ids) and ids[0] == self._inner.bos_token_id
     self.bos_id: int | None = self._inner.bos_token_id if adds_bos else None
+    # Not how many there are: some leave gaps in front of what was added.
+    self._count = max(self._inner.get_vocab().values()) + 1
     self._puts_blank = self._inner.tokenize("a")[0] != "a"  # in front of every text
     if not self._inner.is_fast:
       raise TokenizerError(
@@ -205,7 +208,7 @@ class HuggingFace:
       )
 
   def __len__(self) -> int:
-    return len(self._inner)
+    return self._count
 
   def spans(self, text: str, inside: bool) -> Spans:
     """See `Tokenizer.spans`."""

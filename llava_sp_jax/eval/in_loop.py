@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import limits
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.eval import predictions, run, tables, tasks
 from llava_sp_jax.eval.predictions import Record
@@ -30,11 +31,7 @@ class InLoop:
   def __init__(self, config: config_lib.Config, workdir: str | Path):
     """Opens the benchmark. Raises: ConfigError, FileNotFoundError, before anything is computed."""
     settings = config.evaluate
-    if settings.limit < 0 or settings.batch_size < 1:
-      raise config_lib.ConfigError(
-        f"evaluate: expected limit >= 0 and batch_size >= 1, found {settings.limit} and "
-        f"{settings.batch_size}"
-      )
+    limits.check(config)
     self._config, self._settings = config, settings
     self._folder = Path(workdir) / FOLDER
     make = tasks.find("evaluate.task", settings.task)

@@ -98,20 +98,14 @@ def test_options_are_asked_and_read(tmp_path: Path) -> None:
   ("row", "rule", "said"),
   [
     ({"image": "x", "answer": "y"}, "exact", "row 2: expected a question, found None"),
-    ({"question": "q"}, "exact", "row 2: expected at least 1 answers, found 0"),
-    ({"question": "q", "answer": {"a": 1}}, "exact", "row 2: expected texts under answers, found {'a': 1}"),
-    ({"question": "q", "answer": True}, "exact", "row 2: expected texts under answers, found True"),
     ({"question": "q", "answer": "y", "image": [None]}, "exact",
      "row 2: expected texts under image, found None"),
-    ({"question": "q", "answers": ["y"]}, "vqa", "row 2: expected at least 4 answers, found 1"),
     ({"question": "q", "answer": "y"}, "choice", "row 2: expected 2 to 5 options, found 0"),
-    ({"question": "q", "answer": "y", "options": ["a", "b"]}, "choice",
-     "row 2: expected an answer that is one of the options, found 'y'"),
     ([], "exact", r"row 2: expected an object, found \[\]"),
     ({"question": "q", "answer": "y", "id": 1}, "exact", "1 ids stand more than once, 1"),
   ],
 )  # fmt: skip
-def test_rows_that_are_not_understood_are_named(
+def test_rows_that_cannot_be_asked_are_named(
   tmp_path: Path, row: Any, rule: str, said: str
 ) -> None:
   good = {"id": 1, "question": "q", "answers": ["a"] * 4, "options": ["a", "b"]}
@@ -121,6 +115,32 @@ def test_rows_that_are_not_understood_are_named(
   with pytest.raises(BenchmarkError, match=said) as error:
     VqaJson(path, rule)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("row", "rule", "said"),
+  [
+    ({}, "exact", "expected at least 1 answers, found 0"),
+    ({"answer": {"a": 1}}, "exact", "expected texts under answers, found {'a': 1}"),
+    ({"answer": True}, "exact", "expected texts under answers, found True"),
+    ({"answers": ["y"]}, "vqa", "expected at least 4 answers, found 1"),
+    ({"answer": "y"}, "choice", "expected an answer that is one of the options, found 'y'"),
+  ],
+)
+def test_a_row_whose_answers_say_nothing_is_asked_and_left_out(
+  tmp_path: Path, row: dict[str, Any], rule: str, said: str
+) -> None:
+  options = {"question": "q", "image": "x.png", "options": ["a", "b"]}
+  good = {**options, "answers": ["a"] * 4}
+  path = tmp_path / "rows.json"
+  path.write_text(json.dumps([good, {**options, **row}]))
+  texts = ["x", "A" if rule == "choice" else "a"]  # the second is said first
+  scores = run.run(VqaJson(path, rule), Scripted(texts=texts), tmp_path / "out")
+  assert scores["left_out"] == [{"id": "2", "error": said}]
+  assert (scores["headline"], scores["by_kind"]["all"]["items"]) == (1.0, 1)
+  path.write_text(json.dumps([{**options, **row}]))
+  with pytest.raises(BenchmarkError, match="expected questions that can be scored; 1: "):
+    VqaJson(path, rule)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_sp_jax.config import lookup
 from llava_sp_jax.eval import files, scoring
-from llava_sp_jax.eval.benchmark import LETTER, LONG, SHORT, unique
+from llava_sp_jax.eval.benchmark import LETTER, LONG, SHORT, settled
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by_kind
 from llava_sp_jax.infer.generation import Generation
 
@@ -69,7 +69,7 @@ class VqaJson:
       suffix: what is put below each question; "rule" for what the rule asks.
 
     Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError that tells the rows
-      that are not understood.
+      that cannot be asked, or that none can be scored.
     """
     self._file = Path(file)
     self._rule = lookup(f"{self.name} protocol", protocol, RULES)
@@ -93,34 +93,41 @@ class VqaJson:
         items.append(self._item(number, row))
       except (ValueError, KeyError, TypeError) as error:
         problems.append(f"row {number}: {error.args[0]}")
-    files.refuse(self._file, problems, "rows with question, image and answers")
-    return unique(items, self._file)
+    files.refuse(self._file, problems, "rows with a question, and images by their names")
+    return settled(items, self._file)
 
   def _item(self, number: int, row: Any) -> Item:
-    """Raises: ValueError that says what is wrong with the row."""
+    """Raises: ValueError that says why the row cannot be asked. One that can, but whose answers are
+    not understood, is asked and left out of the scores."""
     if not isinstance(row, dict):
       raise ValueError(f"expected an object, found {row!r:.40}")
     question = row.get("question", row.get("text"))
     if not isinstance(question, str) or not question.strip():
       raise ValueError(f"expected a question, found {question!r:.40}")
     names = _list(row.get("image", row.get("images")), "image")
-    answers = _list(row.get("answers", row.get("answer")), "answers")
-    if len(answers) < self._rule.least:
-      raise ValueError(f"expected at least {self._rule.least} answers, found {len(answers)}")
-    lines, extra = [question], {}
-    if self._choice:
-      options = _options(row)
-      answers = [_option(answer, options) for answer in answers]
-      lines += [f"{letter}. {text}" for letter, text in options.items()]
-      extra["options"] = options
+    options = _options(row) if self._choice else {}
+    answers, problem = [], ""
+    try:
+      answers = self._answers(row, options)
+    except ValueError as error:
+      problem = str(error)
+    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
     return Item(
       id=str(row.get("id", row.get("question_id", number))),
       question="\n".join(filter(None, [*lines, self._suffix])),
       images=tuple(self._images / name for name in names),
       kind=str(row.get("kind", row.get("category", "default"))),
       truth=answers,
-      extra=extra,
+      extra={"options": options} if options else {},
+      problem=problem,
     )
+
+  def _answers(self, row: dict[str, Any], options: dict[str, str]) -> list[str]:
+    """Raises: ValueError for what the rule cannot compare with."""
+    found = _list(row.get("answers", row.get("answer")), "answers")
+    if len(found) < self._rule.least:
+      raise ValueError(f"expected at least {self._rule.least} answers, found {len(found)}")
+    return [_option(answer, options) for answer in found] if options else found
 
   def items(self) -> list[Item]:
     return self._items
