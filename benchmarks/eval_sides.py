@@ -80,7 +80,9 @@ def config_of(row: str, size: str, tokenizer: Path) -> Any:
 def weights(config: Any, folder: Path, like: Any = None) -> Any:
   """Random parameters as a `Pretrained`, written to `folder` as torch opens them.
 
-  Tower and decoder are those of `like` if given; only the projector is written then.
+  Tower and decoder are those of `like` if given; only the projector is written then. Rows of the
+  vocabulary that the tokenizer does not have are zeros, as in published models that are padded: torch
+  does not choose them then, and the engine never does.
   """
   import numpy as np
   from flax.traverse_util import flatten_dict, unflatten_dict
@@ -90,7 +92,7 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
   from llava_sp_jax.infer.pretrained import Pretrained
   from llava_sp_jax.models import build
 
-  rng = np.random.default_rng(0)
+  rng, tokenizer = np.random.default_rng(0), Tokenizer(config.data.tokenizer)
   flat = {}
   for path, leaf in flatten_dict(build.abstract(config.model), sep="/").items():
     same = flatten_dict(like.params, sep="/").get(path) if like else None
@@ -99,13 +101,17 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
       leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.02
     )
     flat[path] = values + wide if same is None or "projector" in path else same
+    if path == "language_model/token_embed/embedding":
+      flat[path][len(tokenizer) :] = 0
+    if path == "language_model/lm_head/kernel":
+      flat[path][:, len(tokenizer) :] = 0
   source = formats.Source("memory", config, leaves.in_memory(flat), formats.PARTS, None)
   if like is None:
     save.export(source, "vision_tower", folder / "tower")
     save.export(source, "language_model", folder / "text")
   projector = {k.removeprefix("projector/"): v for k, v in flat.items() if "projector/" in k}
   np.savez(folder / f"{config.model.projector.row}.npz", **projector)
-  return Pretrained(config, unflatten_dict(flat, sep="/"), Tokenizer(config.data.tokenizer))
+  return Pretrained(config, unflatten_dict(flat, sep="/"), tokenizer)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -4,6 +4,7 @@ Usage: python benchmarks/eval_throughput.py [--minutes 20] [--repeats 3] [--out 
 
 Random weights at sizes where shapes matter: a CLIP tower with a 24x24 grid and a decoder with the
 shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`).
+Ends with 1 when the two sides do not answer the same: their seconds are not those of one task then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -309,7 +311,7 @@ def page(result: dict[str, Any]) -> str:
 STARTED = time.monotonic()
 
 
-def main() -> None:
+def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--size", choices=SIZES, default="smol", help="of the decoder (%(default)s)")
   parser.add_argument("--repeats", type=int, default=3, help="medians of so many (%(default)s)")
@@ -350,7 +352,17 @@ def main() -> None:
   provenance.write(options.out, result)
   provenance.named(options.out, "md").write_text(page(result))
   print(f"written: {options.out}.md, {options.out}.json, {time.monotonic() - STARTED:.0f} s")
+  return differing(result["records"])
+
+
+def differing(records: list[dict[str, Any]]) -> int:
+  """1, and a sentence, when answers differ between the two sides."""
+  asked = sum(r["questions"] for r in records)
+  same = sum(r["same_answers"] for r in records)
+  if same < asked:
+    print(f"{asked - same} of {asked} answers are not those of torch", file=sys.stderr)
+  return int(same < asked)
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())
