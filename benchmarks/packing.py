@@ -197,9 +197,9 @@ def report(full: list[dict[str, Any]], small: list[dict[str, Any]], machine: str
     "|---|---|---|---|---|---|",
     *(f"| {r['way']} | {r['row_length']} | {r['images_per_row']} | {r['fill']:.1%} | "
       f"{'' if r['bound'] is None else format(r['bound'], '.1%')} | {r['rows']:,} |" for r in full),
-    "", f"The package's train step (LoRA, float32), a small model, all lengths divided by {SHRINK}. On a CPU",
-    "attention computes whole rows, so longer ones cost more; on TPUs its kernel skips what the",
-    "samples of a row do not see of each other.",
+    "", f"The package's train step (LoRA, float32), a small model, all lengths divided by {SHRINK}.",
+    "Attention computes whole rows, so longer ones cost more; the TPU kernel too masks what the",
+    "samples of a row do not see of each other, and does not skip it.",
     "", "| | tokens a second, no padding | against plain padding | places used | programs | steps |",
     "|---|---|---|---|---|---|",
     *(f"| {r['way']} | {r['tokens_per_second']:,.0f} | {r['tokens_per_second'] / plain:.2f} | "
