@@ -49,17 +49,41 @@ example:
 """
 
 
+# What is told of the command itself.
+ABOUT = {
+  **dict.fromkeys(("-h", "--help", "help"), usage),
+  "--version": lambda: __version__,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-  arguments = sys.argv[1:] if argv is None else argv
-  if not arguments or arguments[0] in ("-h", "--help", "help"):
-    print(usage())
+  """Runs a command; returns its exit code. What a user can cause is one line on standard error."""
+  console.open_streams()
+  code = 0
+  try:
+    try:
+      code = _run(sys.argv[1:] if argv is None else argv)
+    finally:
+      console.flush()  # here, where what goes wrong can still be told
+  except BrokenPipeError:  # who reads it has seen enough: `llava-sp inspect CKPT | head`
+    console.silence(sys.stdout)
+    return 128 + signal.SIGPIPE
+  except console.StreamError as error:
+    console.silence(sys.stdout)
+    if not code:  # else its cause was told
+      print(f"llava-sp: {errors.line(error)}", file=sys.stderr)
+    return code or 1
+  return code
+
+
+def _run(arguments: list[str]) -> int:
+  if not arguments or arguments[0] in ABOUT:
+    console.say(ABOUT[arguments[0]]() if arguments else usage())
     return 0
   name, rest = arguments[0], arguments[1:]
-  if name == "--version":
-    print(__version__)
-    return 0
   if name not in COMMANDS:
-    print(f"llava-sp: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+    known = ", ".join(COMMANDS)
+    print(f"llava-sp: no command {console.one_line(repr(name))}; known: {known}", file=sys.stderr)
     return 2
   if not {"-h", "--help"} & set(rest):
     rest = environment.prepare(rest)
@@ -67,14 +91,12 @@ def main(argv: list[str] | None = None) -> int:
   rest = [argument for argument in rest if argument != TRACEBACK]
   try:
     code: int | None = importlib.import_module(f"llava_sp_jax.{COMMANDS[name][0]}").main(rest)
-    sys.stdout.flush()
-  except BrokenPipeError:  # who reads it has seen enough: `llava-sp inspect CKPT | head`
-    console.silence(sys.stdout)
-    return 128 + signal.SIGPIPE
+  except BrokenPipeError:
+    raise
   except KeyboardInterrupt:
     print(f"llava-sp {name}: interrupted", file=sys.stderr)
     return 128 + signal.SIGINT
-  except (ValueError, OSError, RuntimeError, MemoryError) as error:
+  except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
     line = errors.line(error)
     if not line:
       raise

@@ -1,12 +1,80 @@
-"""Standard output whose reader may go away while a command works on."""
+"""What reaches a terminal: text that drives none, through streams that may be closed, full or ASCII."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+# What a terminal obeys instead of showing it (control characters, C0 and C1, but for tab and newline),
+# what turns the direction of text around or ends a line unseen, and halves of surrogate pairs.
+_OBEYED = re.compile(
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def safe(text: str) -> str:
+  """`text` with all that a terminal would obey written as escapes; tabs and newlines stay."""
+  return _OBEYED.sub(lambda found: _escape(found[0]), text)
+
+
+def one_line(text: object) -> str:
+  """A text, such as a name out of a file, on one line that a terminal shows and does not obey.
+
+  Lines are joined by semicolons, or by nothing but a blank behind a colon.
+  """
+  lines = [part for line in str(text).split("\n") if (part := line.strip())]
+  return safe("; ".join(lines).replace(":; ", ": ").replace("\t", " "))
+
+
+def say(text: object, *, error: bool = False, end: str = "\n") -> None:
+  """Prints a text of several lines at once; what came out of files in it drives no terminal.
+
+  Raises: BrokenPipeError, StreamError.
+  """
+  with _taking():
+    print(safe(str(text)), file=sys.stderr if error else sys.stdout, end=end, flush=True)
+
+
+def _escape(character: str) -> str:
+  return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def open_streams() -> None:
+  """Makes standard output and standard error writable, whatever the shell made of them.
+
+  A closed one takes what is written and drops it. What a stream's encoding cannot hold is escaped.
+  """
+  for name in ("stdout", "stderr"):
+    stream: Any = getattr(sys, name)
+    if stream is None:
+      setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="backslashreplace")
+
+
+class StreamError(RuntimeError):
+  """Standard output takes no more."""
+
+
+def flush() -> None:
+  """Hands on what standard output holds back. Raises: BrokenPipeError, StreamError."""
+  with _taking():
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _taking() -> Iterator[None]:
+  """Raises: BrokenPipeError, and StreamError in place of what else a stream fails with."""
+  try:
+    yield
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise StreamError(f"standard output: {error.strerror or error}") from None
 
 
 class Patient:

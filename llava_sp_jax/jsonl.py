@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
   """
   if not path.is_file():
     return [], 0
-  records, bad = [], 0
-  for line in path.read_bytes().split(b"\n")[:-1]:
-    try:
-      record = json.loads(line)
-    except ValueError:
-      record = None
-    if isinstance(record, dict):
-      records.append(record)
-    else:
-      bad += 1
-  return records, bad
+  return objects(path.read_bytes().split(b"\n")[:-1])
 
 
 def cut_after(path: Path, step: int) -> int:
@@ -60,3 +50,34 @@ def _step(line: bytes) -> int | None:
   except (ValueError, KeyError, TypeError):
     return None
   return number if isinstance(number, int) else None
+
+
+class LineError(ValueError):
+  """A line that is no JSON; stands where its value would."""
+
+
+def values(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
+  """(number from 1, value) of the lines that are not blank, a LineError for one that is no JSON.
+
+  What becomes of such a line is the reader's to say: refused, left out and counted, or told.
+  """
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      yield number, value_of(line)
+
+
+def objects(lines: Iterable[bytes | str]) -> tuple[list[dict[str, Any]], int]:
+  """The objects among the lines, and how many that are not blank hold none."""
+  found = [value for _, value in values(lines)]
+  records = [value for value in found if isinstance(value, dict)]
+  return records, len(found) - len(records)
+
+
+def value_of(text: bytes | str) -> Any:
+  """What JSON says, or a LineError that says why it is none."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    return LineError("not JSON (nested too deeply)")
+  except ValueError as error:
+    return LineError(f"not JSON ({error})")

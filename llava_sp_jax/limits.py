@@ -14,6 +14,8 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
+MOST = (1 << 31) - 1  # of a whole number: steps and positions are counted in 32 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
@@ -23,11 +25,17 @@ class Limit:
   high: float = math.inf
   open_ends: str = ""
 
+  @property
+  def most(self) -> float:
+    """The largest whole number."""
+    return MOST if self.high == math.inf else self.high
+
   def holds(self, value: float) -> bool:
-    """Whether a finite number lies in it."""
+    """Whether a finite number lies in it; a whole one is at most `most`."""
     above = value > self.low if self.open_ends == "low" else value >= self.low
     below = value < self.high if self.open_ends == "high" else value <= self.high
-    return math.isfinite(value) and above and below
+    within = abs(value) <= self.most if isinstance(value, int) else math.isfinite(value)
+    return within and above and below
 
   def __str__(self) -> str:
     parts = []
@@ -75,7 +83,7 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
 def check(config: config_lib.Config) -> None:
   """Raises: ConfigError that names every number beyond its limits."""
   problems = [
-    f"{key}: expected {limit}, found {value!r}"
+    f"{key}: expected {limit}{_most(limit, value)}, found {value!r:.40}"
     for key, value in numbers(config_lib.to_dict(config))
     if not (limit := limit_of(key)).holds(value)
   ]
@@ -98,3 +106,8 @@ def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
       yield from numbers(value, key)
   elif isinstance(values, int | float) and not isinstance(values, bool):
     yield key, values
+
+
+def _most(limit: Limit, value: float) -> str:
+  beyond = isinstance(value, int) and value > limit.most
+  return f", at most {limit.most:,.0f}" if beyond else ""

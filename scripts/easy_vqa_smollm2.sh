@@ -28,6 +28,8 @@ while [ $# -gt 0 ]; do
     *) echo "unknown option $1; see --help" >&2; exit 2 ;;
   esac
 done
+[[ $tower_steps =~ ^[0-9]{1,9}$ ]] ||
+  { echo "--tower-steps: expected a whole number, found ${tower_steps@Q}; see --help" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment report,gguf
 

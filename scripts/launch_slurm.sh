@@ -38,6 +38,10 @@ for option in nodes gpus_per_node time config workdir; do
   [ -n "${!option}" ] || missing+=("--${option//_/-}")
 done
 [ ${#missing[@]} -eq 0 ] || fail "missing ${missing[*]}"
+for option in nodes gpus_per_node cpus grace; do
+  [[ ${!option} =~ ^[1-9][0-9]{0,8}$ ]] ||
+    fail "--${option//_/-}: expected a whole number from 1, found ${!option@Q}"
+done
 [ -f "${config%%:*}" ] || fail "--config: no file ${config%%:*} in $PWD"
 
 printf -v train ' %q' .venv/bin/llava-sp train --config "$config" --workdir "$workdir" "${train_flags[@]}"

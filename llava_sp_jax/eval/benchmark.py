@@ -106,7 +106,9 @@ def unique(items: list[Item], path: Path) -> list[Item]:
 
 
 def settled(items: list[Item], path: Path) -> list[Item]:
-  """The items, each once. Raises: BenchmarkError when none of them can be scored."""
+  """The items, each once. Raises: BenchmarkError for none at all, or none that can be scored."""
+  if not items:
+    raise files.BenchmarkError(f"{path}: no questions; expected one at least")
   bad = [f"{item.id}: {item.problem}" for item in items if item.problem]
   if bad and len(bad) == len(items):
     files.refuse(path, bad, "questions that can be scored")

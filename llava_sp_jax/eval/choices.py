@@ -78,7 +78,7 @@ def circular_score(
   judge failed to read, is not counted (the original draws an option at random there), nor is one
   that holds a question with a problem.
   """
-  groups: dict[int, list[Item]] = {}
+  groups: dict[int | str, list[Item]] = {}
   for item in items:
     groups.setdefault(item.extra["group"], []).append(item)
   by_kind: dict[str, dict[str, float]] = {}

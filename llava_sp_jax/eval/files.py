@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from llava_sp_jax import files as regular
+from llava_sp_jax import jsonl
 
 SHOWN = 5  # problems of one file that an error tells
+LARGEST = 1 << 36  # bytes of a file
 
 Row = dict[str, Any]
+
+# What these keys of a question hold, in whatever benchmark's file.
+TYPES: dict[str, tuple[type, ...]] = {
+  **dict.fromkeys(("image", "text", "question", "category"), (str,)),
+  **dict.fromkeys(("question_id", "id"), (str, int)),
+}
+_NAMES = {str: "a text", int: "a whole number"}
 
 
 class BenchmarkError(ValueError):
@@ -43,20 +56,26 @@ def refuse(path: Path, problems: list[str], expected: str) -> None:
     )
 
 
+def is_text(value: Any) -> TypeGuard[str]:
+  """Whether a value is a text that says something: what a truth is compared with is one."""
+  return isinstance(value, str) and bool(value.strip())
+
+
 def read_text(path: Path) -> str:
-  """The text of a UTF-8 file. Raises: BenchmarkError for another encoding."""
+  """The text of a regular UTF-8 file. Raises: BenchmarkError for another encoding, FormatError."""
   try:
-    return path.read_text(encoding="utf-8-sig")
+    return regular.read(path, LARGEST).decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise BenchmarkError(f"{path}: not UTF-8 text ({error}); fetch the file again") from None
+    raise BenchmarkError(
+      f"{path}: not UTF-8 text (byte {error.start}); fetch the file again"
+    ) from None
 
 
 def read_json(path: Path, expected: type = dict) -> Any:
   """The JSON of a file. Raises: BenchmarkError when it is broken or of another type."""
-  try:
-    value = json.loads(read_text(path))
-  except json.JSONDecodeError as error:
-    raise BenchmarkError(f"{path}: not JSON ({error}); fetch the file again") from None
+  value = jsonl.value_of(read_text(path))
+  if isinstance(value, jsonl.LineError):
+    raise BenchmarkError(f"{path}: {value}; fetch the file again")
   if not isinstance(value, expected):
     raise BenchmarkError(
       f"{path}: expected a JSON {expected.__name__}, found {type(value).__name__}"
@@ -69,58 +88,73 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
 
   Raises: BenchmarkError that tells the first problems, with their lines, and how many there are.
   """
-  lines, problems = _json_lines(path)
-  rows = []
-  for number, row in lines:
-    if not isinstance(row, dict) or (absent := [key for key in keys if key not in row]):
-      found = f"without {', '.join(absent)}" if isinstance(row, dict) else "no object"
-      problems.append((number, found))
-    else:
-      rows.append(row)
-  told = [f"line {number}: {found}" for number, found in sorted(problems)]
-  _refuse_empty(path, told, rows, f"JSON lines with {', '.join(keys)}")
-  return rows
+  rows = [(f"line {number}", row) for number, row in jsonl.values(read_text(path).split("\n"))]
+  check_rows(path, rows, keys, f"JSON lines with {', '.join(keys)}")
+  return [row for _, row in rows]
+
+
+def read_truths(path: Path) -> list[Row]:
+  """Rows of a file of JSON lines as they stand, {} for one that is none: it tells no truth, and
+  what has none is left out by name."""
+  rows = [row for _, row in jsonl.values(read_text(path).split("\n"))]
+  return [row if isinstance(row, dict) else {} for row in rows]
 
 
 def read_rows(path: Path) -> list[tuple[int, Any]]:
   """(number from 1, value) of a JSON list, or of the lines of JSON lines; blank lines are skipped.
 
-  Raises: BenchmarkError for what is neither.
+  A line that is no JSON is a LineError in the row's place. Raises: BenchmarkError for a file
+  without rows.
   """
-  if read_text(path).lstrip().startswith("["):
-    return list(enumerate(read_json(path, list), 1))
-  rows, problems = _json_lines(path)
-  told = [f"line {number}: {found}" for number, found in problems]
-  _refuse_empty(path, told, rows, "a JSON list, or JSON lines")
+  text = read_text(path)
+  if text.lstrip().startswith("["):
+    rows = list(enumerate(read_json(path, list), 1))
+  else:
+    rows = list(jsonl.values(text.split("\n")))
+  if not rows:
+    raise BenchmarkError(f"{path}: empty; expected a JSON list, or JSON lines")
   return rows
 
 
-def _json_lines(path: Path) -> tuple[list[tuple[int, Any]], list[tuple[int, str]]]:
-  """(line, value) of the lines that are JSON, and (line, problem) of the others."""
-  rows, problems = [], []
-  for number, line in enumerate(read_text(path).split("\n"), 1):
-    if line.strip():
-      try:
-        rows.append((number, json.loads(line)))
-      except ValueError as error:
-        problems.append((number, f"not JSON ({error})"))
-  return rows, problems
+def check_rows(
+  path: Path, rows: Sequence[tuple[str, Any]], keys: Sequence[str], expected: str = ""
+) -> None:
+  """(name, row) pairs must be objects with `keys`, of the types of TYPES.
 
-
-def _refuse_empty(path: Path, problems: list[str], rows: Sequence[Any], expected: str) -> None:
-  refuse(path, problems, expected)
+  Raises: BenchmarkError with all that are not, or that there is none.
+  """
+  expected = expected or f"entries with {', '.join(keys)}"
+  refuse(path, [f"{name}: {why}" for name, row in rows if (why := misses(row, keys))], expected)
   if not rows:
     raise BenchmarkError(f"{path}: empty; expected {expected}")
 
 
-def check_rows(path: Path, rows: Iterable[tuple[str, Any]], keys: Sequence[str]) -> None:
-  """(name, row) pairs must be objects with `keys`. Raises: BenchmarkError with all that are not."""
-  problems = []
-  for name, row in rows:
-    absent = keys if not isinstance(row, dict) else [key for key in keys if key not in row]
-    if absent:
-      problems.append(f"{name}: without {', '.join(absent)}")
-  refuse(path, problems, f"entries with {', '.join(keys)}")
+def misses(row: Any, keys: Sequence[str]) -> str:
+  """Why a row is none with `keys`; empty where it is one."""
+  if isinstance(row, jsonl.LineError):
+    return str(row)
+  if not isinstance(row, dict):
+    return "no object"
+  if absent := [key for key in keys if key not in row]:
+    return f"without {', '.join(absent)}"
+  wrong = [key for key, kinds in TYPES.items() if key in row and not _is(row[key], kinds)]
+  return "; ".join(
+    f"{key} {row[key]!r:.40}, expected {' or '.join(_NAMES[kind] for kind in TYPES[key])}"
+    for key in wrong
+  )
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+  return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def of_number(value: float) -> str | None:
+  """A number as people write it, whole ones without a period; None for what is none."""
+  if isinstance(value, float):
+    if not math.isfinite(value):
+      return None
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else str(value)
+  return None if isinstance(value, bool) else str(value)
 
 
 def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
@@ -129,7 +163,8 @@ def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
   Raises: BenchmarkError for what is no such text, a header without `keys`, lines of another width.
   """
   csv.field_size_limit(sys.maxsize)
-  with path.open(encoding="utf-8-sig", newline="") as file:
+  raw: Any = regular.open_regular(path)
+  with io.TextIOWrapper(io.BufferedReader(raw), encoding="utf-8-sig", newline="") as file:
     reader = csv.DictReader(file, delimiter="\t")
     try:
       header, rows = reader.fieldnames or [], list(reader)

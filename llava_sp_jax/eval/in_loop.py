@@ -92,4 +92,5 @@ class InLoop:
     metric = tables.figure(scores)
     kinds = {f"eval_score/{kind}": row[metric] for kind, row in scores["by_kind"].items()
              if metric in row and kind != "all"}  # fmt: skip
-    return {"eval_score": scores["headline"], "eval_answered": scores["answered"], **kinds}
+    score = {} if scores["headline"] is None else {"eval_score": scores["headline"]}
+    return {**score, "eval_answered": scores["answered"], **kinds}

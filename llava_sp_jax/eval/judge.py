@@ -8,11 +8,16 @@ import http.client
 import json
 import os
 import random
+import re
+import socket
+import ssl
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import jsonl
 from llava_sp_jax.eval import web
 
 PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
@@ -64,11 +69,7 @@ class Endpoint:
     """Raises: JudgeError for what is no address of a web server, and when the variable is not set,
     or holds what cannot be a key."""
     self.name = model
-    if not url.lower().startswith(("http://", "https://")):
-      raise JudgeError(
-        f"judge {model}: expected an address http://... or https://..., found {url!r}"
-      )
-    self._url, self._key, self._tries = url.rstrip("/") + "/chat/completions", key, tries
+    self._url, self._key, self._tries = _address(model, url), key, tries
     self._seconds, self._pause = seconds, pause
     self._secret()
 
@@ -114,9 +115,38 @@ class Endpoint:
         break
       except (OSError, http.client.HTTPException, ValueError, RecursionError, JudgeError) as error:
         problem = f"{type(error).__name__}: {error}"
+        if _lasts(error):
+          break
       if attempt + 1 < self._tries:
         self._pause(min(wait, LONGEST_WAIT))
     raise JudgeError(f"{self._url} ({self.name}): {_hidden(problem, secret)}")
+
+
+def _address(model: str, url: str) -> str:
+  """Where chats are completed below an API's base. Raises: JudgeError for what is no such address."""
+  expected = (
+    f"judge {model}: expected an address http://... or https://..., without a user or a query"
+  )
+  if "@" in url:  # what stands before it may be a password
+    raise JudgeError(f"{expected}, found one with a user; a key is read from a variable")
+  try:
+    parts = urllib.parse.urlsplit(url)
+    fits = (
+      parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0
+      and not (parts.query or parts.fragment) and url.isascii() and not re.search(r"[\x00-\x20]", url)
+    )  # fmt: skip
+  except ValueError:  # no port, or no address of six
+    fits = False
+  if not fits:
+    raise JudgeError(f"{expected}, found {url!r}")
+  return url.rstrip("/") + "/chat/completions"
+
+
+def _lasts(error: BaseException) -> bool:
+  """Whether another try would fail alike: a host of no such name, or that is not who it says."""
+  cause = getattr(error, "reason", error)  # urllib wraps what a socket raises
+  unknown = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
+  return unknown or isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _hidden(text: str, secret: str) -> str:
@@ -127,7 +157,8 @@ def _content(answer: Any) -> str:
   try:
     text = answer["choices"][0]["message"]["content"]
   except (KeyError, IndexError, TypeError):
-    raise JudgeError("an answer without choices[0].message.content") from None
+    said = json.dumps(answer)
+    raise JudgeError(f"an answer without choices[0].message.content: {said:.{SHOWN}}") from None
   if not isinstance(text, str) or not text.strip():
     raise JudgeError("an empty answer")
   return text
@@ -147,13 +178,10 @@ class Reviews:
     self._kept: dict[str, Review] = {}
     self._told: set[str] = set()  # keys of what this run has asked
     if self._file and self._file.is_file():
-      for line in self._file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-          row = json.loads(line)
-          if isinstance(row["text"], str):
-            self._kept[row["key"]] = Review(row["text"])
-        except (ValueError, KeyError, TypeError):
-          continue  # a line that was cut off or damaged: the answer is asked again
+      rows, _ = jsonl.objects(self._file.read_bytes().split(b"\n"))
+      for row in rows:  # what was cut off or damaged is asked again
+        if isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
+          self._kept[row["key"]] = Review(row["text"])
 
   def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
     """The kept or a new answer; a judge that raises makes a review with an error.

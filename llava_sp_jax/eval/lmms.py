@@ -55,7 +55,7 @@ class LlavaSp(Base):
     unknown = [name for name in more if name not in ("device", "max_batch_size")]  # it always gives
     if unknown:
       raise EvalError(f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size")
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
       raise EvalError(f"--batch_size: expected a number from 1, found {batch_size!r}")
     if Base is object:
       raise EvalError("lmms-eval is not installed; pip install lmms-eval, and start it from there")

@@ -18,16 +18,28 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from llava_sp_jax import jsonl
 from llava_sp_jax.eval.task import Item, Prediction
 
 FILE, SETTINGS = "predictions.jsonl", "settings.json"
 PARTS = "predictions*.jsonl"
 
 Record = dict[str, Any]
+NUMBER = object()  # a finite one
+LARGEST = 1e300  # of a figure; what is beyond is damage
 # What a line of predictions must hold.
-FIELDS = {"id": str, "question": str, "images": list, "text": str, "error": str, "verdict": dict}
+FIELDS = {"id": str, "question": str, "images": [str], "kind": str, "truth": object, "text": str,
+          "error": str, "verdict": dict}  # fmt: skip
+# What scores.json must hold to be shown.
+INTERVAL = {"of": str, "method": str, **dict.fromkeys(("mean", "low", "high", "level"), NUMBER)}
+SCORES = {
+  **dict.fromkeys(("task", "protocol", "metric", "data_hash"), str), "headline": (NUMBER, NoneType),
+  "by_kind": {"all": {"items": NUMBER, "asked": NUMBER}}, "figures": dict, "asked": int,
+  "interval": (INTERVAL, NoneType), "failures": [{"id": str, "error": str}], "submission": [str],
+}  # fmt: skip
 
 
 class EvalError(RuntimeError):
@@ -69,7 +81,7 @@ class Part:
 
 def parse_part(text: str) -> Part:
   """`0/2`. Raises: EvalError."""
-  found = re.fullmatch(r"(\d+)/(\d+)", text)
+  found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
   if not found:
     raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
   return Part(int(found[1]), int(found[2]))
@@ -81,6 +93,15 @@ def image_names(item: Item) -> tuple[str, ...]:
     f"sha256:{hashlib.sha256(image).hexdigest()[:16]}" if isinstance(image, bytes) else str(image)
     for image in item.images
   )
+
+
+def check_folder(folder: Path) -> None:
+  """Raises: EvalError when results could not be written there."""
+  place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not place.is_dir():
+    raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
+  if not os.access(place, os.W_OK | os.X_OK):
+    raise EvalError(f"{folder}: nothing can be written in {place}; name another one with --out")
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -105,8 +126,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
   if lines:
     raise EvalError(
       f"{folder} holds answers made with other settings ('here' is what you ask for, 'there' the "
-      "folder's):\n  " + "\n  ".join(lines) + "\nGo on with the folder's settings, or name another "
-      "folder with --out (or delete this one)."
+      f"folder's): {'; '.join(lines)}. Go on with the folder's settings, or name another folder with "
+      "--out (or delete this one)."
     )
 
 
@@ -143,17 +164,46 @@ def read_json(path: Path) -> dict[str, Any] | None:
   return found if isinstance(found, dict) else None
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+  """The scores in a file. Raises: EvalError when it is damaged, or holds no scores."""
+  found = read_json(path)
+  if found is None or not _fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
+    raise EvalError(f"{path}: damaged; llava-sp eval --merge --out {path.parent} writes it anew")
+  return found
+
+
+def _row(row: Any) -> bool:
+  """Whether a row of `by_kind` holds figures."""
+  counted = {"items": NUMBER, "asked": NUMBER}
+  return _fits(row, counted) and all(_fits(value, NUMBER) for value in row.values())
+
+
+def _fits(value: Any, kind: Any) -> Any:
+  """Whether a value is what a table says: a type, one of several kinds, a list of one, keys."""
+  if kind is NUMBER:
+    return isinstance(value, int | float) and -LARGEST < value < LARGEST
+  if isinstance(kind, tuple):
+    return any(_fits(value, one) for one in kind)
+  if isinstance(kind, list):
+    return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
+  if isinstance(kind, dict):
+    return isinstance(value, dict) and all(
+      key in value and _fits(value[key], one) for key, one in kind.items()
+    )
+  return isinstance(value, kind)
+
+
 def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
   """What the sessions of a folder tell of themselves, and how many lines could not be read."""
   found, torn = [], 0
   for path in sorted(folder.glob("sessions*.jsonl")):
-    for line in path.read_bytes().split(b"\n"):
-      try:
-        session = json.loads(line or b"null")
-        if session is not None:
-          found.append({"seconds": float(session["seconds"]), "engine": {
-            name: int(count) for name, count in session["engine"].items()}})  # fmt: skip
-      except (ValueError, KeyError, TypeError, AttributeError):
+    for _, value in jsonl.values(path.read_bytes().split(b"\n")):
+      if _fits(value, {"seconds": NUMBER, "engine": dict}) and all(
+        _fits(count, NUMBER) for count in value["engine"].values()
+      ):
+        counts = {name: int(count) for name, count in value["engine"].items()}
+        found.append({"seconds": float(value["seconds"]), "engine": counts})
+      else:
         torn += 1
   if torn:
     print(f"{folder}: {torn} lines of sessions*.jsonl could not be read and are left out of `engine` "
@@ -196,18 +246,12 @@ def read(folder: Path) -> dict[str, Record]:
 
 def read_file(path: Path) -> list[Record]:
   """The whole lines of one file."""
-  lines = path.read_bytes().split(b"\n")[:-1]  # behind the last newline: nothing, or a torn line
   records = []
-  for number, line in enumerate(lines, 1):
-    try:
-      record = json.loads(line)
-      whole = all(isinstance(record[key], kind) for key, kind in FIELDS.items())
-    except (ValueError, KeyError, TypeError, RecursionError):
-      whole = False
-    if not whole:
+  for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
+    if not _fits(record, FIELDS) or not _fits(record["verdict"].get("score", 0), NUMBER):
       raise EvalError(
         f"{path}, line {number}: expected an answer with {', '.join(FIELDS)}, found "
-        f"{line[:60]!r}; take this line out, and its question is asked again"
+        f"{record!r:.60}; take this line out, and its question is asked again"
       )
     records.append(record)
   return records
@@ -266,5 +310,5 @@ def replace(path: Path, text: str) -> None:
   """Writes a file so that nobody ever sees half of it."""
   # Hosts that share a folder may share process ids (containers count from 1).
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
   temporary.replace(path)

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import console, jsonl
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.eval import gallery, predictions, tables
 
 RIGHT, INK = "#2a7f62", "#222222"
 COLOURS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
+RECORD = ("step", "loss")  # what a record of a run must hold
 SHEET = (4, 6)  # rows, columns of the sheet of answers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
   """The records of a run; lines that were torn or damaged are left out. Raises: EvalError for none."""
-  found = []
-  for line in path.read_bytes().split(b"\n"):
-    with contextlib.suppress(ValueError):
-      record = json.loads(line)
-      if isinstance(record, dict):
-        found.append(record)
+  records, _ = jsonl.objects(path.read_bytes().split(b"\n"))
+  found = [r for r in records if all(isinstance(r.get(key), int | float) for key in RECORD)]
   if not found:
     raise predictions.EvalError(f"{path}: no record that can be read; a run writes one at each log")
   return found
@@ -49,11 +45,7 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
       f"no {', '.join(missing)}; --runs are folders of llava-sp train, --scores of llava-sp eval"
     )
   folder.mkdir(parents=True, exist_ok=True)
-  scores = predictions.read_json(source / "scores.json")
-  if scores is None:
-    raise predictions.EvalError(
-      f"{source / 'scores.json'}: damaged; llava-sp eval --merge --out {source} writes it anew"
-    )
+  scores = predictions.read_scores(source / "scores.json")
   records = [r for r in predictions.read_file(source / predictions.FILE) if not r["error"]]
   if source.resolve() != folder.resolve():
     shutil.copy(source / "scores.json", folder / "scores.json")
@@ -66,22 +58,24 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   drawn = [f"![{what}]({name})" for what, draw, data, name in pictures if draw(data, folder / name)]
   page = "\n".join(
     [
-      f"# {scores['task']}: {tables.headline(scores)}",
+      console.one_line(f"# {scores['task']}: {tables.headline(scores)}"),
       "",
-      f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
-      f"{scores['protocol']}; data {scores['data_hash']}.",
+      console.one_line(
+        f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
+        f"{scores['protocol']}; data {scores['data_hash']}."
+      ),
       "",
       tables.markdown(*tables.cells(scores)),
       "",
-      *filter(None, (tables.interval(scores), tables.coverage(scores))),
+      *map(console.one_line, filter(None, (tables.interval(scores), tables.coverage(scores)))),
       "",
-      *(_run_line(name, lines) for name, lines in curves.items()),
+      *(console.one_line(_run_line(name, lines)) for name, lines in curves.items()),
       "",
       *drawn,
       "",
     ]
   )
-  (folder / "report.md").write_text(page)
+  (folder / "report.md").write_text(page, encoding="utf-8")
   return page
 
 
@@ -89,7 +83,7 @@ def _run_line(name: str, lines: list[dict[str, Any]]) -> str:
   last = lines[-1]
   return (
     f"- `{name}`: {last['step']} steps, last loss {last['loss']:.4f}, "
-    f"{last.get('steps_per_second', 0.0):.2f} steps/s, {last['quarantined']} samples quarantined"
+    f"{last.get('steps_per_second', 0.0):.2f} steps/s, {last.get('quarantined', 0)} samples quarantined"
   )
 
 
@@ -97,6 +91,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any
   import matplotlib
 
   matplotlib.use("Agg")
+  matplotlib.rcParams["text.parse_math"] = False  # a dollar in a question is a dollar
   from matplotlib import pyplot
 
   return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")

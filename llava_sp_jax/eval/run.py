@@ -101,7 +101,7 @@ def run(
   model = model or Model.of(engine.pretrained)
   about = {"checkpoint": model.checkpoint, "step": model.step}
   predictions.check_settings(folder, settings(task, engine, model), about)
-  items = task.items()[: limit or None]
+  items = questions(task)[: limit or None]
   places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
   mine = [
@@ -135,6 +135,18 @@ def check(task: Task, compare: str | Path = "") -> None:
     getattr(task, "check_submission", lambda: None)()  # no member that every task must have
   except ModuleNotFoundError as error:
     raise EvalError(str(error)) from None
+
+
+def questions(task: Task) -> list[Item]:
+  """The items of a task. Raises: EvalError when an id is no text, or two are the same."""
+  items = task.items()
+  counts = Counter(item.id if isinstance(item.id, str) else repr(item.id) for item in items)
+  odd = [key for key, count in counts.items() if count > 1]
+  odd += [repr(item.id) for item in items if not isinstance(item.id, str)]
+  if odd:
+    raise EvalError(f"{task.name}: ids that are no text, or stand more than once: "
+                    f"{', '.join(odd[:3])}; an answer is found by its item's id")  # fmt: skip
+  return items
 
 
 def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
@@ -227,7 +239,7 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
   folder = Path(out)
   saved = predictions.read_settings(folder)
   _same_task(task, folder, saved["settings"])
-  everything = task.items()
+  everything = questions(task)
   items = everything[: limit or None]
   with predictions.alone(folder):
     records = predictions.read(folder)
@@ -236,7 +248,7 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
         f"{folder}: {len(missing)} of {len(items)} questions were not asked yet "
         f"({', '.join(missing[:3])}, ...); run the parts that are missing, then merge again"
       )
-    result = task.score(items, predictions.as_predictions(records[item.id] for item in items))
+    result = _told(task.score(items, predictions.as_predictions(records[i.id] for i in items)))
     chosen = [_known(task, item, records[item.id], result) for item in items]
     predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
     flips = compare_lib.compare(folder, Path(compare)) if compare else None
@@ -246,6 +258,15 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
     predictions.replace(folder / SCORES, json.dumps(scores, indent=2) + "\n")
     page.write(folder, scores, chosen, {item.id: item.images for item in items}, flips)
   return scores
+
+
+def _told(result: Scores) -> Scores:
+  """Scores without a headline where nothing was scored: 0.0 over no answers is no result."""
+  total = result.by_kind["all"]
+  if result.headline is None or total["items"]:
+    return result
+  why = f"no score: none of {total['asked']} questions has an answer that can be scored"
+  return dataclasses.replace(result, headline=None, metric=why)
 
 
 def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ NUMBERS = {
 }  # fmt: skip
 ARTICLES = ("a", "an", "the")
 MARKS = ';/[]"{}()=+\\_-><@`!'  # commas and question marks are gone before these are looked at
+HUMANS = 4  # answers that the soft accuracy takes at least: with fewer none reaches 1
 PERIODS = 32  # sic: the original hands a flag to re.sub as the count
 
 
@@ -107,10 +109,14 @@ def sqa_letter_lmms(text: str) -> str:
   return text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text
 
 
+def plain(text: str) -> str:
+  """Without case and ASCII punctuation."""
+  return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+
 def plain_match(text: str, answer: str) -> bool:
   """Equal without case and ASCII punctuation, blanks counting (lmms-eval's exact_match)."""
-  bare = str.maketrans("", "", string.punctuation)
-  return text.lower().translate(bare) == answer.lower().translate(bare)
+  return plain(text) == plain(answer)
 
 
 def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> bool:
@@ -123,12 +129,22 @@ def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> bool:
 
 
 def _figure(text: str) -> float | None:
+  """None for what is no number, and for infinities, which everything would be near to."""
   percent = text.endswith("%")
   try:
     value = float(text.rstrip("%"))
   except ValueError:
     return None
+  if not math.isfinite(value):
+    return None
   return value / 100 if percent else value
+
+
+def plain_number(text: str) -> float | None:
+  """A decimal number in ASCII, blanks around it or not; None for all else that `float` would read
+  (`nan`, `1_0`, digits of other scripts)."""
+  found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", text, re.ASCII)
+  return float(found[1]) if found else None
 
 
 def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_sp_jax import console
+
 SHOWN = 3  # rows that were left out, and are named
 COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
 # Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
@@ -44,10 +46,19 @@ def coverage(scores: Mapping[str, Any]) -> str:
   said = [
     f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
-    f"{unjudged} unjudged: the judge failed or said nothing that can be read" if unjudged else "",
+    f"{unjudged} unjudged: the judge failed or said nothing that can be read{_failed(scores)}"
+    if unjudged
+    else "",
     f"{len(bad)} left out, whose truth or options are not understood: {_shown(bad)}" if bad else "",
   ]
   return "; ".join(filter(None, said)) + "."
+
+
+def _failed(scores: Mapping[str, Any]) -> str:
+  """What a judge first failed with."""
+  reviews = scores["figures"].get("reviews", ())
+  first = next((review for review in reviews if review["error"]), None)
+  return f", first at {first['id']} ({first['error']:.300})" if first else ""
 
 
 def _shown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -128,8 +139,13 @@ def listed() -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table; names in it, which come out of files, stay in their cells."""
   lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+  return console.one_line(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def flips(found: Mapping[str, Any]) -> str:
@@ -145,15 +161,16 @@ def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None
   """Prints a table: drawn on a terminal, as markdown elsewhere."""
   from rich.console import Console
   from rich.table import Table
+  from rich.text import Text
 
-  console = Console()
-  if not console.is_terminal:
+  drawn, title = Console(), console.one_line(title)
+  if not drawn.is_terminal:
     print(f"{title}\n\n{markdown(head, rows)}\n" if title else markdown(head, rows))
     return
-  table = Table(*head, title=title or None)
+  table = Table(*head, title=Text(title) if title else None)
   for row in rows:
-    table.add_row(*row)
-  console.print(table)
+    table.add_row(*(Text(console.one_line(cell)) for cell in row))  # no markup of rich's
+  drawn.print(table)
 
 
 def show(scores: Mapping[str, Any]) -> None:
@@ -162,4 +179,4 @@ def show(scores: Mapping[str, Any]) -> None:
   compared = scores.get("compared")
   for line in (interval(scores), coverage(scores), flips(compared) if compared else ""):
     if line:
-      print(line)
+      print(console.one_line(line))

@@ -107,7 +107,8 @@ def mean_by_kind(
     if not item.problem:
       score = missing if text is None else float(verdict(item, text)["score"])
     groups["all"].append(score)
-    groups.setdefault(item.kind, []).append(score)
+    if item.kind != "all":  # a kind of that name would count twice
+      groups.setdefault(item.kind, []).append(score)
   result = {}
   for kind, scores in groups.items():
     answered = [s for s in scores if s is not None]

@@ -113,12 +113,18 @@ def _read(answer: Any, largest: int) -> bytes:
 
 
 def _watched(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
-  """A connection that tells a deadline of its socket."""
+  """A connection that tells a deadline of its socket, before a proxy or TLS is spoken to and after."""
 
   class Watched(kind):  # type: ignore[misc, valid-type]
     def __init__(self, *arguments: Any, deadline: _Deadline, **options: Any):
       super().__init__(*arguments, **options)
       self._deadline = deadline
+      self._create_connection = self._open
+
+    def _open(self, *arguments: Any) -> socket.socket:
+      connected = socket.create_connection(*arguments)
+      self._deadline.watch(connected)
+      return connected
 
     def connect(self) -> None:
       super().connect()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+MOST = 1 << 20  # tokens, beams and the like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,13 +25,14 @@ class Generation:
 
   def __post_init__(self) -> None:
     bounds = (
-      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-      ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-      ("top_k", self.top_k >= 0, "0 (all) or more"),
+      ("max_new_tokens", 1 <= self.max_new_tokens <= MOST, f"from 1 to {MOST}"),
+      ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+      ("top_k", 0 <= self.top_k <= MOST, f"0 (all) or more, at most {MOST}"),
       ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-      ("num_beams", self.num_beams >= 1, "at least 1"),
+      ("num_beams", 1 <= self.num_beams <= MOST, f"from 1 to {MOST}"),
       ("num_beams", self.num_beams == 1 or self.temperature == 0, "1 where temperature > 0"),
       ("stop", all(self.stop), "texts that are not empty"),
+      ("seed", 0 <= self.seed < 1 << 32, f"0 to {(1 << 32) - 1}"),
     )
     for name, holds, expected in bounds:
       if not holds:

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
+
 if TYPE_CHECKING:
   from llava_sp_jax.convert import formats
 
@@ -70,7 +73,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp convert",
     description="Reads a torch checkpoint (its format is found out) and writes a folder that "
     "train, eval, generate and export take. All names and shapes are checked first; values are "
@@ -103,6 +106,6 @@ def main(argv: list[str]) -> None:
   if jax.process_index():
     return
   size = sum(leaf.nbytes for leaf in source.leaves.values())
-  print("\n".join(described(source)))
-  print(f"{options.out}: {formats.FORMATS[source.format].what}, row "
+  console.say("\n".join(described(source)))
+  console.say(f"{options.out}: {formats.FORMATS[source.format].what}, row "
         f"{source.config.model.projector.row}, {size / 1e9:.2f} GB")  # fmt: skip

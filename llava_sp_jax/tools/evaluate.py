@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from llava_sp_jax import console
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
@@ -30,7 +31,7 @@ EXAMPLES = """example:
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp eval", description=DESCRIPTION, epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )  # fmt: skip
@@ -93,15 +94,13 @@ def main(argv: list[str]) -> int:
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
   with processes.Watch(0):
-    tasks = _tasks(
-      [n for text in options.task or ["easy_vqa"] for n in text.split(",") if n], options
-    )
+    tasks = _tasks(_names(options), options)
     found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
     # The first to leave would end the others, whose questions may take hours longer.
     processes.meet("answers are written", processes.WITHOUT_LIMIT)
   lines = [line for name, scores in found.items() if (line := _unanswered(name, scores))]
   for line in lines:
-    print(f"llava-sp eval: {line}", file=sys.stderr)
+    console.say(f"llava-sp eval: {console.one_line(line)}", error=True)
   return 1 if lines and not options.allow_missing else 0
 
 
@@ -128,6 +127,16 @@ def _check_counts(options: argparse.Namespace) -> None:
     if value < least
   ]:
     raise ConfigError("; ".join(problems))
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+  """The tasks that are asked for. Raises: ConfigError for none."""
+  from llava_sp_jax.config import ConfigError
+
+  given = options.task or ["easy_vqa"]
+  if names := [name for text in given for name in text.split(",") if name]:
+    return names
+  raise ConfigError(f"--task: expected a benchmark, found {','.join(given)!r}; see --list")
 
 
 def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -236,6 +245,8 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
 
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
   """The scores of each task, or which parts are not there yet."""
+  from pathlib import Path
+
   from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import predictions, run, tables
@@ -247,6 +258,8 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   part = predictions.parse_part(options.part) if options.part else None
   for name, task in tasks.items():  # before a model is loaded, and before hours of answering
     run.check(task, _compare(name, tasks, options))
+    predictions.check_folder(Path(_out(name, tasks, options)))
+    run.questions(task)
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = to_options(options)
   devices = mesh.local(options.mesh)
@@ -271,7 +284,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
     )
     found[name] = scores
     if "missing" in scores:
-      print(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
+      console.say(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
             "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
     else:
       tables.show(scores)
@@ -293,7 +306,7 @@ def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
   if options.out:
     path = Path(options.out) / "scores.md"
     predictions.replace(path, tables.markdown(head, rows) + "\n")
-    print(f"written: {path}")
+    console.say(f"written: {path}")
 
 
 def _generation(task: Any, options: argparse.Namespace) -> Generation:
@@ -320,4 +333,4 @@ def _judge(options: argparse.Namespace) -> Any:
 
 
 def _written(out: str) -> None:
-  print(f"written: {out}/predictions.jsonl, {out}/scores.json, {out}/index.html")
+  console.say(f"written: {out}/predictions.jsonl, {out}/scores.json, {out}/index.html")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 EXAMPLES = """example:
@@ -15,7 +17,7 @@ EXAMPLES = """example:
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp export",
     description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
     "llava_lora (adapter and non_lora_trainables.bin of the original code), llava (its merged "
@@ -41,4 +43,4 @@ def main(argv: list[str]) -> None:
   given = to_options(options)
   source = load.open_any(options.checkpoint, given)
   save.export(source, options.format, options.out, options.dtype)
-  print(f"{options.out}: {save.EXPORTS[options.format].what}")
+  console.say(f"{options.out}: {save.EXPORTS[options.format].what}")

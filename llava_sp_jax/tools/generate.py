@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 MESH = (
@@ -14,7 +16,7 @@ DTYPE = "what the model computes in (default: the checkpoint's config)"
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp generate",
     description="Answers a question about images (or about nothing, without --image).",
     epilog='example: llava-sp generate --checkpoint runs/finetune --image x.png --question "what '
@@ -42,7 +44,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
   options = parser().parse_args(argv)
-  import sys
   from pathlib import Path
 
   from llava_sp_jax import mesh
@@ -68,15 +69,15 @@ def main(argv: list[str]) -> int:
   if options.stream:
     try:
       for text in engine.stream(request):
-        print(text, end="", flush=True)
+        console.say(text, end="")
     except ValueError as error:
-      print(f"llava-sp generate: {error}", file=sys.stderr)
+      console.say(f"llava-sp generate: {console.one_line(error)}", error=True)
       return 1
-    print()
+    console.say("")
     return 0
   answer = next(engine.answer([request]))
   if answer.error:
-    print(f"llava-sp generate: {answer.error}", file=sys.stderr)
+    console.say(f"llava-sp generate: {console.one_line(answer.error)}", error=True)
     return 1
-  print(answer.text)
+  console.say(answer.text)
   return 0

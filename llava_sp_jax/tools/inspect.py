@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import collections
 
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp inspect",
     description="Prints format, projector row, families, sizes, dtypes, fingerprint and parameter "
     "counts of a run, a converted checkpoint, or anything that convert reads.",
@@ -30,32 +32,32 @@ def main(argv: list[str]) -> None:
   given = to_options(options)
   source = load.open_any(options.checkpoint, given, verify=options.fingerprint)
   model, data = source.config.model, source.config.data
-  print(f"{options.checkpoint}: {source.format}, {source.config.name}")
+  console.say(f"{options.checkpoint}: {source.format}, {source.config.name}")
   if "language_model" in source.parts:
     text = model.language_model
-    print(f"language model  {settings_out.family(text)}: width {text.width}, {text.layers} layers, "
+    console.say(f"language model  {settings_out.family(text)}: width {text.width}, {text.layers} layers, "
           f"{text.heads} heads ({text.kv_heads} kv), vocabulary {text.vocab_size}, rope "
           f"{text.rope_scaling.kind} at {text.rope_theta:g}")  # fmt: skip
-    print(f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"
+    console.say(f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"
           if model.lora.rank else "adapters        none")  # fmt: skip
   if "vision_tower" in source.parts:
     tower = model.tower
-    print(f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
+    console.say(f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
           f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}")  # fmt: skip
   if "projector" in source.parts:
     row = model.projector
-    print(f"projector       row {row.row}, views {build.view_sizes(model)}, token width "
+    console.say(f"projector       row {row.row}, views {build.view_sizes(model)}, token width "
           f"{row.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
-    print(
+    console.say(
       f"images          {data.image_aspect}, {data.image_fit}, {data.image_resample}; template {data.template}"
     )
   fingerprint = load.base_fingerprint(source) if options.fingerprint else source.fingerprint
-  print(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")
-  print(f"\n{'part':<16}{'parameters':>16}{'GB':>10}  dtypes")
+  console.say(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")
+  console.say(f"\n{'part':<16}{'parameters':>16}{'GB':>10}  dtypes")
   for part in formats.PARTS:
     leaves = [leaf for path, leaf in source.leaves.items() if path.startswith(part + "/")]
     if leaves:
       count = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in leaves)
       size = sum(leaf.nbytes for leaf in leaves) / 1e9
       kinds = collections.Counter(str(leaf.dtype) for leaf in leaves)
-      print(f"{part:<16}{count:>16,}{size:>10.3f}  {', '.join(sorted(kinds))}")
+      console.say(f"{part:<16}{count:>16,}{size:>10.3f}  {', '.join(sorted(kinds))}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 
 def parser() -> argparse.ArgumentParser:
-  result = argparse.ArgumentParser(
+  result = arguments.Parser(
     prog="llava-sp merge",
     description="Writes a folder of ours whose decoder has the adapters in its kernels: the same "
     "answers without their matrices. The logits of both are compared on one prompt.",
@@ -35,9 +37,9 @@ def main(argv: list[str]) -> None:
   source = load.open_any(options.checkpoint, given)
   merged = save.fold(source)
   load.write(merged, options.out, command="merge")
-  print(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
+  console.say(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:
     found = verify.compare(source, load.open_any(options.out, formats.Options()))
     if not found.within_bounds:
       raise FormatError(f"{options.out}: does not compute what it was merged from: {found}")
-    print(found)
+    console.say(found)

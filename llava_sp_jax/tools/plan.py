@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.tools import train
+from llava_sp_jax.tools import arguments, train
 
 OPTIONS = {"config": "", "topology": "", "what": "train", "out": "", "keep": "", "top": "15",
            "full": "false", "search": "0", "write": ""}  # fmt: skip
@@ -107,7 +107,8 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
   given = train.flags(argv)
   overrides = {name: text for name, text in given.items() if name.startswith("config.")}
   problems = [f"no --{name}" for name in ("config", "topology") if not given.get(name)]
-  problems += [f"unknown --{n}" for n in given if n not in OPTIONS and n not in overrides]
+  if unknown := [f"--{n}" for n in given if n not in OPTIONS and n not in overrides]:
+    problems.append(arguments.unknown_options(unknown, [f"--{name}" for name in OPTIONS]))
   if problems:
     raise config_lib.ConfigError(
       f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --topology NAME "
@@ -116,6 +117,6 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
   options = {**OPTIONS, **{n: text for n, text in given.items() if n in OPTIONS}}
   config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
   for name in ("top", "search"):
-    if not options[name].isdigit():
+    if not options[name].isdecimal():
       raise config_lib.ConfigError(f"--{name}: expected a number, found {options[name]!r}")
   return options, config_lib.override(train.load_recipe(options["config"]), overrides)

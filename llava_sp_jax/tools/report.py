@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     prog="llava-sp report",
     description="Writes report.md, loss.png, accuracy.png and answers.png.",
     epilog="example: llava-sp report --runs runs/pretrain runs/finetune "
@@ -18,4 +19,4 @@ def main(argv: list[str]) -> None:
   options = parser.parse_args(argv)
   from llava_sp_jax.eval import report
 
-  print(report.write(options.runs, options.scores, options.out))
+  console.say(report.write(options.runs, options.scores, options.out))

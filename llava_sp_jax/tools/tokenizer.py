@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from llava_sp_jax import console
+from llava_sp_jax.tools import arguments
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
+  parser = arguments.Parser(
     prog="llava-sp tokenizer",
     description="Writes tokenizer.json and tokenizer_config.json from the metadata of a GGUF.",
     epilog="example: llava-sp tokenizer SmolLM2-135M-Instruct.Q4_1.gguf data/smollm2",
@@ -20,4 +22,4 @@ def main(argv: list[str]) -> None:
 
   with folders.new(options.out, "tokenizer"):
     gguf.write_tokenizer(options.gguf, options.out)
-  print(f"written: {options.out}/tokenizer.json")
+  console.say(f"written: {options.out}/tokenizer.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, limits, recipes
+from llava_sp_jax.tools import arguments
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
 FLAGS = ("config", "workdir", "profile", "from-step", "allow-changed")
@@ -42,7 +43,10 @@ def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:
   given = {name: text for name, text in flags(argv).items() if name not in PROCESS_FLAGS}
   overrides = {name: text for name, text in given.items() if name.startswith("config.")}
   problems = [f"no --{name}" for name in ("config", "workdir") if not given.get(name)]
-  problems += [f"unknown --{n}" for n in given if n not in (*FLAGS, *overrides)]
+  if unknown := [f"--{name}" for name in given if name not in (*FLAGS, *overrides)]:
+    problems.append(
+      arguments.unknown_options(unknown, [f"--{n}" for n in (*FLAGS, *PROCESS_FLAGS)])
+    )
   if problems:
     raise config_lib.ConfigError(
       f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --workdir DIR "
@@ -68,17 +72,27 @@ def flags(argv: list[str]) -> dict[str, str]:
 
 
 def load_recipe(value: str) -> config_lib.Config:
-  """The config of `RECIPE[:OPTIONS]`, a file or a known name; what it leaves out has its default."""
+  """The config of `RECIPE[:OPTIONS]`, a file or a known name; what it leaves out has its default.
+
+  Raises: ConfigError, also for whatever a recipe ends with.
+  """
   name, _, options = value.partition(":")
   file = str(recipes.find(name))
   spec = importlib.util.spec_from_file_location("recipe", file)
   if spec is None or spec.loader is None:
     raise config_lib.ConfigError(f"--config: {file!r} is not a Python file (.py)")
   recipe = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(recipe)
-  if not hasattr(recipe, "get_config"):
-    raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
-  return config_lib.from_dict(recipe.get_config(*filter(None, [options])).to_dict())
+  try:
+    spec.loader.exec_module(recipe)
+    if not hasattr(recipe, "get_config"):
+      raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
+    values = recipe.get_config(*filter(None, [options])).to_dict()
+  except (config_lib.ConfigError, OSError):
+    raise
+  except Exception as error:
+    why = f"{type(error).__name__}: {error}"
+    raise config_lib.ConfigError(f"--config: {file} ends with {why}") from error
+  return config_lib.from_dict(values)
 
 
 def main(argv: list[str]) -> int:

@@ -21,32 +21,69 @@ from tests.eval.formats import RIGHT, answers, damage
 
 GQA, SQA = "gqa/data/testdev_balanced_questions.json", "scienceqa/problems.json"
 MME, MMB = "MME/MME_Benchmark_release_version/count/b.txt", "mmbench/mmbench_dev_20230712.tsv"
+TEXT, ASKED = "textvqa/TextVQA_0.5.1_val.json", "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+RANDOM, SEED = "pope/coco/coco_pope_random.json", "seed_bench/SEED-Bench.json"
+WILD, MMVET = "llava-bench-in-the-wild", "mm-vet/mm-vet.json"
 NOON = '["7:30", "7:30", "7:30", "noon", "noon", "noon", "noon", "noon", "noon", "noon"]'
+PAIR = {"count/b.png#1", "count/b.png#2"}  # of MME: it is scored as a whole
 
 # benchmark, file, what becomes what in it, the items that cannot be scored, and why
 ROWS: list[tuple[str, str, str, str, set[str], str]] = [
   ("gqa", GQA, '"201"', '"9"', {"201"}, "no truth that is understood in testdev_.*: None"),
   ("gqa", GQA, '"answer": "yes"', '"answer": null', {"201"}, "no truth that is understood"),
+  ("gqa", GQA, '"answer": "yes"', '"answer": " "', {"201"}, "no truth that is understood"),
+  ("gqa", GQA, '"answer": "yes"', '"answer": NaN', {"201"}, "no truth that is understood"),
+  ("gqa", GQA, '"answer": "yes"', '"answer": ["yes"]', {"201"}, "no truth that is understood"),
   ("gqa", GQA, '"structural"', '"shape"', {"200"}, "no truth that is understood .*'shape'"),
-  ("scienceqa", SQA, '"answer": 1', '"answer": 5', {"1"}, "the answer 5 is none of at most 5 cho"),
+  ("scienceqa", SQA, '"answer": 1', '"answer": 5', {"1"}, "the answer 5 is none of 0 to 2, its cho"),
+  ("scienceqa", SQA, '"answer": 1', '"answer": 3', {"1"}, "the answer 3 is none of 0 to 2"),
   ("scienceqa", SQA, '"answer": 1', '"answer": "B"', {"1"}, "the answer 'B' is none of"),
   ("scienceqa", SQA, '"answer": 1', '"answer": -1', {"1"}, "the answer -1 is none of"),
-  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", NOON, "[]", {"im0#2"}, r"no list of .* but \[\]"),
-  ("textvqa", "textvqa/TextVQA_0.5.1_val.json", NOON, '["7:30", 7]', {"im0#2"}, "no list of human"),
-  ("pope", "pope/coco/coco_pope_random.json", '"label": "no"', '"label": "perhaps"', {"2"},
+  ("scienceqa", SQA, '"answer": 1', '"answer": true', {"1"}, "the answer True is none of"),
+  ("scienceqa", SQA, '"answer": 1', '"answer": 1.0', {"1"}, "the answer 1.0 is none of"),
+  ("scienceqa", SQA, '"choices"', '"options"', {"0"}, "without choices in problems.json"),
+  ("scienceqa", SQA, '["ice", "fire"]', '["ice", null]', {"0"}, "choices that are not understood"),
+  ("scienceqa", SQA, '["ice", "fire"]', "[]", {"0"}, "choices that are not understood"),
+  ("scienceqa", SQA, '"0": {', '"00": {', {"0"}, "without question, choices, answer"),
+  ("textvqa", TEXT, NOON, "[]", {"im0#2"}, r"no list of 4 or more .* but \[\]"),
+  ("textvqa", TEXT, NOON, '["7:30", "7:30", "7:30", 7]', {"im0#2"}, "no list of 4 or more human"),
+  ("textvqa", TEXT, NOON, '["7:30", "7:30", "7:30"]', {"im0#2"}, "no list of 4 or more human"),
+  ("textvqa", TEXT, '"answers"', '"x"', {"im0#1"}, "human answers, but None"),
+  ("textvqa", TEXT, '"What BRAND is it?"', "7", {"im0#1"}, "no annotation of this image and quest"),
+  ("textvqa", ASKED, "BRAND", "maker", {"im0#1"}, "no annotation of this image and question in Te"),
+  ("textvqa", ASKED, "it?\\n", "it?\\n\\n", {"im0#1"}, "expected a question, .* in lines, found 'What"),
+  ("pope", RANDOM, '"label": "no"', '"label": "perhaps"', {"2"},
    "the label 'perhaps' is neither 'yes' nor 'no'"),
-  ("pope", "pope/coco/coco_pope_random.json", '"label": "no"', '"label": null', {"2"}, "label None"),
-  ("seed", "seed_bench/SEED-Bench.json", '"answer": "B"', '"answer": "F"', {"1"}, "'F' is none of A,"),
-  ("seed", "seed_bench/SEED-Bench.json", '"answer": "B"', '"answer": null', {"1"}, "None is none of"),
-  # A pair of MME is scored as a whole.
-  ("mme", MME, "\tYes", "\tPerhaps", {"count/b.png#1", "count/b.png#2"}, "b.txt: expected a quest"),
-  ("mme", MME, "\tYes", " Yes", {"count/b.png#1", "count/b.png#2"}, "a tab and Yes or No, found"),
+  ("pope", RANDOM, '"label": "no"', '"label": null', {"2"}, "label None"),
+  ("pope", RANDOM, '"label": "no"', '"label": "No"', {"2"}, "label 'No' is neither"),
+  ("pope", RANDOM, '"label": "no"', '"truth": "no"', {"2"}, "label None"),
+  ("pope", RANDOM, '{"question_id": 2', '{"question_id" 2', {"2"}, "label None"),
+  ("seed", SEED, '"answer": "B"', '"answer": "F"', {"1"}, "'F' is none of A, B, C, D"),
+  ("seed", SEED, '"answer": "B"', '"answer": "b"', {"1"}, "'b' is none of A, B, C, D"),
+  ("seed", SEED, '"answer": "B"', '"answer": null', {"1"}, "None is none of"),
+  ("seed", SEED, '"answer": "B"', '"truth": "B"', {"1"}, "None is none of"),
+  ("seed", SEED, '"data_type": "image"', '"data_type": "Image"', {"0"}, "'Image' is none of image"),
+  ("mme", MME, "\tYes", "\tPerhaps", PAIR, "b.txt: expected a quest"),
+  ("mme", MME, "\tYes", " Yes", PAIR, "a tab and Yes or No, found"),
+  ("mme", MME, "Is b two?", "Is b three?", PAIR, "no answer to 'Is b two.* in MME_Bench.*/count"),
+  ("mme", MME, "Is b two?  ", "Is b one? ", PAIR, "b.txt: Yes and No to 'Is b one"),
   ("mmbench", MMB, "\tcat\t", "\t\t", {"3"}, "0 options; expected two at least"),
   ("mmbench", MMB, "\tdog\t", "\t\t", {"3"}, "1 options; expected two at least"),
   ("mmbench", MMB, "\t2\t3\t", "\t2\tnan\t", {"9"}, "option D stands behind an empty one, C"),
   ("mmbench", MMB, "\tB\tanimals", "\tD\tanimals", {"3"}, "'D' is none of the options A, B, C"),
   ("mmbench", MMB, "\tB\tanimals", "\tAB\tanimals", {"3"}, "'AB' is none of the options"),
+  ("mmbench", MMB, "\tB\tanimals", "\tb\tanimals", {"3"}, "'b' is none of the options"),
   ("mmbench", MMB, "\tB\tanimals", "\t\tanimals", {"3"}, "the answer '' is none of"),
+  ("llava_bench", f"{WILD}/context.jsonl", "001.jpg", "009.jpg", {"1", "3"},
+   "no caption of the image 001.jpg in context.jsonl"),
+  ("llava_bench", f"{WILD}/context.jsonl", '"A dog."', "7", {"1", "3"}, "no caption of the image"),
+  ("llava_bench", f"{WILD}/answers_gpt4.jsonl", '"truth 1"', "null", {"1"}, "no answer that is und"),
+  ("llava_bench", f"{WILD}/answers_gpt4.jsonl", '"question_id": 1', '"question_id" 1', {"1"},
+   "no answer that is understood in answers_gpt4.jsonl: None"),
+  ("llava_bench", f"{WILD}/questions.jsonl", '"detail"', '"other"', {"1"}, "'other' is none of conv"),
+  ("mmvet", MMVET, '"here"', '""', {"v1_2"}, "no truth that is understood in mm-vet.json"),
+  ("mmvet", MMVET, '["math", "ocr"]', '["math", 7]', {"v1_0"}, "no truth that is understood"),
+  ("mmvet", MMVET, '"v1_1"', '"v2_1"', {"v1_1"}, "no truth that is understood in .*: None"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +96,67 @@ def test_options_are_asked_and_read(tmp_path: Path) -> None:
   assert task.verdict(second, "B")["score"] == 0.0
 
 
-@pytest.mark.parametrize(
-  ("row", "rule", "said"),
-  [
-    ({"image": "x", "answer": "y"}, "exact", "row 2: expected a question, found None"),
-    ({"question": "q", "answer": "y", "image": [None]}, "exact",
-     "row 2: expected texts under image, found None"),
-    ({"question": "q", "answer": "y"}, "choice", "row 2: expected 2 to 5 options, found 0"),
-    ([], "exact", r"row 2: expected an object, found \[\]"),
-    ({"question": "q", "answer": "y", "id": 1}, "exact", "1 ids stand more than once, 1"),
-  ],
-)  # fmt: skip
-def test_rows_that_cannot_be_asked_are_named(
+ODD: list[tuple[Any, str, str]] = [
+  ({"image": "x", "answer": "y"}, "exact", "expected a question, found None"),
+  ({"question": " ", "answer": "y"}, "exact", "expected a question, found ' '"),
+  ({"question": ["q"], "answer": "y"}, "exact", r"expected a question, found \['q'\]"),
+  ({"question": "q", "answer": "y", "image": [None]}, "exact",
+   "expected texts under image, found None"),
+  ({"question": "q", "answer": "y", "image": ""}, "exact", "expected texts under image, found ''"),
+  ({"question": "q", "answer": "y"}, "choice", "expected 2 to 5 options, found 0"),
+  ([], "exact", r"expected an object, found \[\]"),
+  (None, "exact", "expected an object, found None"),
+  ({"question": "q", "answer": math.nan}, "exact", "expected texts under answers, found nan"),
+  ({"question": "q", "answer": math.inf}, "relaxed", "expected texts under answers, found inf"),
+  ({"question": "q", "answer": "?!"}, "exact", r"nothing is left of the answer '\?!' when"),
+  ({"question": "q", "answer": "the"}, "contains", "nothing is left of the answer 'the' when"),
+  ({"question": "q", "answers": ["a", "."]}, "contains", "nothing is left of the answer 'a' when"),
+  ({"question": "q", "answer": "b", "options": ["x", "y"]}, "choice",
+   "one of the options, found 'b'"),
+  ({"question": "q", "answer": "x", "options": ["x", "x"]}, "choice",
+   "one of the options, found 'x'"),
+  ({"question": "q", "answer": 2, "options": ["x", "y"]}, "choice", "one of the options, found '2'"),
+  ({"question": "q", "answer": "A", "options": ["x", None]}, "choice",
+   "expected texts under options, found None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "rule", "said"), ODD)
+def test_a_row_that_is_not_understood_is_left_out_by_its_name(
   tmp_path: Path, row: Any, rule: str, said: str
 ) -> None:
-  good = {"id": 1, "question": "q", "answers": ["a"] * 4, "options": ["a", "b"]}
+  good = {"id": "good", "question": "q", "answer": "b", "options": ["x", "b"]}
   path = tmp_path / "rows.json"
-  good = good if rule != "choice" else {**good, "answers": ["a"]}
   path.write_text(json.dumps([good, row]))
-  with pytest.raises(BenchmarkError, match=said) as error:
-    VqaJson(path, rule)
+  first, second = VqaJson(path, rule).items()
+  assert (first.id, first.problem) == ("good", "")
+  assert second.id == "2"
+  assert re.search(said, second.problem)
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path: Path) -> None:
+  path = tmp_path / "rows.json"
+  row = {"question": "q", "answer": "a"}
+  path.write_text(json.dumps([{**row, "id": 1}, {**row, "id": "1"}]))
+  with pytest.raises(BenchmarkError, match="1 ids stand more than once, 1") as error:
+    VqaJson(path)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("answer", "text", "rule"),
+  [(3.0, "3", "exact"), (3, "3.", "exact"), (" red ", "Red", "exact"), (2.5, "2.4", "relaxed"),
+   ("Infinity", "infinity", "relaxed"), ("1e400", "1E400", "relaxed"), (-0.5, "-50%", "relaxed")],
+)  # fmt: skip
+def test_answers_are_read_as_people_write_them(
+  tmp_path: Path, answer: Any, text: str, rule: str
+) -> None:
+  path = tmp_path / "rows.json"
+  path.write_text(json.dumps([{"question": "q", "answer": answer}]))
+  task = VqaJson(path, rule)
+  (item,) = task.items()
+  assert task.verdict(item, text) == {"score": 1.0}
+  assert task.verdict(item, "30") == {"score": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -147,8 +189,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
   with pytest.raises(FileNotFoundError, match="expected a JSON list or JSON lines with question"):
     VqaJson(tmp_path / "gone.json")
   (tmp_path / "x").write_text('{"question": "q", "answer": "a"}\nnot json\n')
-  with pytest.raises(BenchmarkError, match="line 2: not JSON"):
-    VqaJson(tmp_path / "x")
+  first, second = VqaJson(tmp_path / "x").items()
+  assert (first.problem, second.problem[:10]) == ("", "not JSON (")
   (tmp_path / "y").write_text("\n")
   with pytest.raises(BenchmarkError, match="empty; expected a JSON list"):
     VqaJson(tmp_path / "y")

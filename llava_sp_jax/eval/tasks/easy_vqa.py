@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.eval import files
+from llava_sp_jax.eval.benchmark import settled
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by_kind
 from llava_sp_jax.infer.generation import Generation
 
@@ -29,18 +30,23 @@ class EasyVqa:
       )
 
   def items(self) -> list[Item]:
-    rows = json.loads(self._file.read_text())
-    images = self._folder / "images"
-    return [
-      Item(
-        id=r["id"],
-        question=r["question"],
-        images=(images / r["image"],),
-        kind=KINDS.get(r["answer"], "colour"),
-        truth=r["answer"],
-      )
-      for r in rows
-    ]
+    """Raises: BenchmarkError for rows that cannot be asked, or when none can be scored."""
+    rows = files.read_json(self._file, list)
+    named = [(f"[{i}]", row) for i, row in enumerate(rows)]
+    files.check_rows(self._file, named, ("id", "question", "image"))
+    return settled([self._item(row) for row in rows], self._file)
+
+  def _item(self, row: dict[str, Any]) -> Item:
+    truth: Any = row.get("answer")
+    understood = files.is_text(truth) and truth == truth.strip()  # else no answer is equal to it
+    return Item(
+      id=str(row["id"]),
+      question=row["question"],
+      images=(self._folder / "images" / row["image"],),
+      kind=KINDS.get(truth, "colour") if understood else "unknown",
+      truth=truth,
+      problem="" if understood else f"expected an answer without outer blanks, found {truth!r:.80}",
+    )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     return {"score": float(text.strip() == item.truth)}

@@ -27,8 +27,8 @@ PLACES = tuple(f"data/{below}{TRUTHS}" for below in ("", "questions1.2/", "quest
 
 def _understood(truth: Any) -> bool:
   match truth:
-    case {"answer": str(), "types": {"structural": str()}}:
-      return True
+    case {"answer": answer, "types": {"structural": str()}}:
+      return files.is_text(answer)
   return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,14 +14,16 @@ from llava_sp_jax.eval.benchmark import (
   judged,
   ratio,
   served,
+  settled,
   texts,
-  unique,
 )
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
+from llava_sp_jax.eval.scoring import plain_number
 from llava_sp_jax.eval.task import Item, Predictions, Scores
 
 ASKED, CONTEXT, REFERENCE = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
 CATEGORIES = ("conv", "detail", "complex")
+BEST = 10.0  # of the scale that the rule asks for
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 # The rule of llava/eval/table/rule.json, the same for the three categories, word for word: a score
 # depends on it.
@@ -41,12 +42,13 @@ RULE = (
 
 
 def pair(review: str) -> tuple[float, float] | None:
-  """The two scores of a review's first line (blanks or commas between), None for anything else."""
-  try:
-    scores = [float(word) for word in review.split("\n")[0].replace(",", " ").split(" ")]
-  except ValueError:
-    return None
-  return (scores[0], scores[1]) if len(scores) == 2 and all(map(math.isfinite, scores)) else None
+  """The two scores, from 0 to 10, of a review's first line (blanks or commas between), None for
+  anything else."""
+  scores = [plain_number(word) for word in review.split("\n")[0].replace(",", " ").split(" ")]
+  match scores:
+    case [float(first), float(second)] if 0 <= first <= BEST and 0 <= second <= BEST:
+      return first, second
+  return None
 
 
 class LlavaBench(Benchmark):
@@ -70,35 +72,34 @@ class LlavaBench(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    captions = {row["image"]: row["caption"] for row in self.rows(CONTEXT, ("image", "caption"))}
-    reference = {r["question_id"]: r["text"] for r in self.rows(REFERENCE, ("question_id", "text"))}
+    captions = {str(r.get("image")): r.get("caption") for r in self._told(CONTEXT)}
+    reference = {str(r.get("question_id")): r.get("text") for r in self._told(REFERENCE)}
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
-    problems = [
-      f"{row['question_id']}: no {what}"
-      for row in rows
-      for what, holds in (
-        (f"answer in {REFERENCE}", row["question_id"] in reference),
-        (f"image {row['image']} in {CONTEXT}", row["image"] in captions),
-        (f"category among {', '.join(CATEGORIES)}", row["category"] in CATEGORIES),
+    items = []
+    for row in rows:
+      caption = _joined(captions.get(row["image"]))
+      truth = reference.get(str(row["question_id"]))
+      problems = (
+        ("" if files.is_text(truth) else f"no answer that is understood in {REFERENCE}: {truth!r:.40}"),
+        ("" if caption.strip() else f"no caption of the image {row['image']} in {CONTEXT}"),
+        ("" if row["category"] in CATEGORIES
+         else f"the category {row['category']!r:.40} is none of {', '.join(CATEGORIES)}"),
+      )  # fmt: skip
+      items.append(
+        Item(
+          id=str(row["question_id"]),
+          question=row["text"],
+          images=(self.folder / "images" / row["image"],),
+          kind=row["category"],
+          truth=truth,
+          extra={"question_id": row["question_id"], "caption": caption},
+          problem="; ".join(filter(None, problems)),
+        )
       )
-      if not holds
-    ]
-    if problems:
-      raise files.BenchmarkError(
-        f"{self.folder / ASKED}: {'; '.join(problems[: files.SHOWN])}. Fetch the folder again."
-      )
-    items = [
-      Item(
-        id=str(row["question_id"]),
-        question=row["text"],
-        images=(self.folder / "images" / row["image"],),
-        kind=row["category"],
-        truth=reference[row["question_id"]],
-        extra={"question_id": row["question_id"], "caption": _joined(captions[row["image"]])},
-      )
-      for row in rows
-    ]
-    return unique(items, self.folder / ASKED)
+    return settled(items, self.folder / ASKED)
+
+  def _told(self, name: str) -> list[dict[str, Any]]:
+    return files.read_truths(self.folder / name)
 
   def ask(self, item: Item, text: str) -> Ask:
     """What LLaVA's eval_gpt_review_bench.py sends."""
@@ -152,4 +153,6 @@ class LlavaBench(Benchmark):
 
 
 def _joined(caption: Any) -> str:
-  return caption if isinstance(caption, str) else "\n".join(caption)
+  """A caption, or its lines, as one text; "" for what is neither."""
+  lines = caption if isinstance(caption, list) else [caption]
+  return "\n".join(lines) if all(isinstance(line, str) for line in lines) else ""

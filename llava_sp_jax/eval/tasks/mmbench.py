@@ -7,9 +7,8 @@ MMBench's own rule counts a question only when every order of its options was an
 from __future__ import annotations
 
 import base64
-import binascii
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from llava_sp_jax.infer.generation import Generation
 
 SERVER = "https://mmbench.opencompass.org.cn"
 LETTERS = "ABCDE"
+DIGITS = 18  # of an index at most
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
@@ -70,35 +70,35 @@ class MmBench(Benchmark):
   def items(self) -> list[Item]:
     path = self.folder / self.needed[0]
     rows = files.read_tsv(path, COLUMNS)
-    if bad := [row["index"] for row in rows if not row["index"].isdecimal()]:
-      raise files.BenchmarkError(f"{path}: index {bad[: files.SHOWN]}; expected whole numbers")
     images = {row["index"]: row["image"] for row in rows}
     self._answers = any(not empty(row.get("answer", "")) for row in rows)  # other splits keep them
-    problems = {row["index"]: self._problem(row) for row in rows}
-    by_group = {_group(index): problem for index, problem in problems.items() if problem}
+    problems = [self._problem(row) for row in rows]
+    groups = [_group(row["index"]) for row in rows]
+    by_group = {group: problem for group, problem in zip(groups, problems, strict=True) if problem}
     items = []
-    for row in rows:
-      image = _decoded(images.get(row["image"], row["image"]))
+    for number, (row, group) in enumerate(zip(rows, groups, strict=True), 1):
+      image = _picture(row["image"], images)
       texts = self._texts(row)
       letters = LETTERS[: len(texts)]
       answer = row.get("answer", "")
       place = letters.index(answer) if self._answers and answer in list(letters) else -1
       kept = {k: v for k, v in row.items() if k not in DROPPED}
+      name = row["index"].strip() or f"row {number}"
       for turn in range(max(1, len(texts)) if self._circular else 1):
         options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
         truth = None if place < 0 else letters[(place - turn) % len(letters)]
         items.append(
           Item(
-            id=f"{row['index']}/{turn}" if turn else row["index"],
+            id=f"{name}/{turn}" if turn else name,
             question=(self.rules.prompt or of_llava(LETTER))(row, options),
             images=(image,),
             kind=row.get("category") or "default",
             truth=truth,
             extra={
-              "group": _group(row["index"]), "round": turn, "options": options,
-              "asked": row["question"], "row": kept,
+              "group": group, "round": turn, "options": options, "asked": row["question"],
+              "row": kept,
             },
-            problem=problems[row["index"]] or by_group.get(_group(row["index"]), ""),
+            problem=problems[number - 1] or by_group.get(group, ""),
           )
         )  # fmt: skip
     return settled(items, path)
@@ -113,6 +113,8 @@ class MmBench(Benchmark):
 
   def _problem(self, row: dict[str, str]) -> str:
     """Why nobody can say whether an answer to this row is right; empty where it can be said."""
+    if not _is_index(row["index"]):
+      return f"the index {row['index']!r:.40} is no whole number"
     texts, columns = self._texts(row), self._columns(row)
     if len(texts) < 2:
       return f"{len(texts)} options; expected two at least, from A on"
@@ -156,21 +158,40 @@ class MmBench(Benchmark):
     table: list[list[Any]] = []
     for item in first:
       row = item.extra["row"]
-      values = [int(v) if k == "index" else None if empty(v) else v for k, v in row.items()]
+      values = [_cell(key, value) for key, value in row.items()]
       table.append([*values[:6], texts.get(item.id), *values[6:]])
     names = list(first[0].extra["row"]) if first else []
     header = [*names[:6], "prediction", *names[6:]]
     return [sheet.write(folder / f"{self.split}.xlsx", header, table)]
 
 
-def _group(index: str) -> int:
-  """All orders of one question's options: the files have them under index + 1,000,000 x n."""
-  return int(index) % 1_000_000
+def _is_index(text: str) -> bool:
+  return text.isdecimal() and len(text) <= DIGITS
 
 
-def _decoded(text: str) -> bytes:
-  """The encoded image; what is no base64 becomes nothing, which the engine reports as unreadable."""
+def _group(index: str) -> int | str:
+  """All orders of one question's options: the files have them under index + 1,000,000 x n. What is
+  no number stands by itself."""
+  return int(index) % 1_000_000 if _is_index(index) else index
+
+
+def _picture(text: str, images: Mapping[str, str]) -> bytes:
+  """The encoded image of a cell, which may hold the index of the row that has it; what is neither
+  becomes nothing, which the engine reports as unreadable."""
+  seen = set()
+  while text in images and text not in seen:
+    seen.add(text)
+    text = images[text]
+  if _is_index(text):  # of a row that is not there, or of one that leads back here
+    return b""
   try:
     return base64.b64decode(text, validate=True)
-  except binascii.Error:
+  except ValueError:
     return b""
+
+
+def _cell(key: str, value: str) -> int | str | None:
+  """What the sheet holds of one of the file's cells."""
+  if key == "index" and _is_index(value):
+    return int(value)
+  return None if empty(value) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ from llava_sp_jax.eval.task import Item, Predictions, Scores
 ASKED = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
 POINTS = 200  # of a subtask
+Line = tuple[str, str, str]  # category, image without its ending, question
 YES_NO = " Please answer yes or no."
 PARTS = {
   "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -55,48 +58,56 @@ class Mme(Benchmark):
   def hashed(self) -> list[Path]:
     return [self.folder / ASKED, *self._answers()]
 
-  def items(self) -> list[Item]:
-    truths: dict[tuple[str, str, str], str] = {}
-    strange: dict[tuple[str, str], str] = {}  # (category, image's stem): what is not understood
-    problems = []
+  def _truths(self) -> tuple[dict[Line, str], dict[tuple[str, str], str]]:
+    """Answers by (category, image's stem, question); by (category, stem), why they say nothing."""
+    truths: dict[Line, str] = {}
+    strange: dict[tuple[str, str], str] = {}
     for path in self._answers():
-      category = path.relative_to(self.folder / RELEASE).parts[0]
-      for line in files.read_text(path).strip().split("\n"):
+      place = path.relative_to(self.folder / RELEASE).parts[0], path.stem
+      try:
+        lines = files.read_text(path).strip().split("\n")
+      except ValueError as error:
+        strange[place] = str(error)
+        continue
+      for line in lines:
         question, tab, answer = line.strip().partition("\t")
+        before = truths.setdefault((*place, question), answer)
         if not tab or answer.lower() not in ("yes", "no"):
           said = f"expected a question, a tab and Yes or No, found {line!r:.80}"
-          strange[category, path.stem] = f"{path.name}: {said}"
-        truths[category, path.stem, question] = answer
-    rows, items = self.rows(ASKED), []
+          strange[place] = f"{path.name}: {said}"
+        elif before.lower() != answer.lower():
+          strange[place] = f"{path.name}: {before} and {answer} to {question!r:.80}"
+    return truths, strange
+
+  def items(self) -> list[Item]:
+    truths, strange = self._truths()
+    rows = self.rows(ASKED)
+    counts = collections.Counter(str(row["question_id"]) for row in rows)
+    items = []
     for row, key in zip(rows, numbered(rows), strict=True):
-      category, name = row["question_id"].split("/")[0], row["question_id"].split("/")[-1]
+      pair = str(row["question_id"])
+      category, stem = pair.split("/")[0], pair.split("/")[-1].split(".")[0]
       plain = row["text"].replace(SHORT, "").strip()
       forms = (plain,) if YES_NO.strip() in plain else (plain + YES_NO, f"{plain} {YES_NO}")
-      stem = name.split(".")[0]
-      found = [form for form in forms if (category, stem, form) in truths]
+      line = next((form for form in forms if (category, stem, form) in truths), forms[0])
+      truth = truths.get((category, stem, line))
       problem = strange.get((category, stem), "")  # of one question: the pair cannot be scored
-      if not found and problem:
-        found = [forms[0]]
-      if not found:
-        problems.append(f"{ASKED}: {key}: no answer to {forms[0]!r} in {RELEASE}/{category}")
-        continue
+      if not problem and truth is None:
+        problem = f"no answer to {line!r:.80} in {RELEASE}/{category}"
+      if not problem and counts[pair] != 2:
+        problem = f"{counts[pair]} questions about this image; expected a pair"
       items.append(
         Item(
           id=key,
           question=self.question(row),
           images=(self.folder / RELEASE / row["image"],),
           kind=category,
-          truth=truths.get((category, stem, found[0]), ""),
-          extra={"pair": row["question_id"], "file": f"{stem}.txt", "line": found[0]},
+          truth=truth or "",
+          extra={"pair": pair, "file": f"{stem}.txt", "line": line},
           problem=problem,
         )
       )
-    if problems:
-      raise files.BenchmarkError(
-        f"{self.folder}: {len(problems)} problems: {'; '.join(problems[: files.SHOWN])}. "
-        "Fetch the release and LLaVA's eval.zip again."
-      )
-    return settled(items, self.folder / RELEASE)
+    return settled(_whole_pairs(items), self.folder / RELEASE)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     read = self.rules.read(text)
@@ -137,5 +148,14 @@ class Mme(Benchmark):
       lines.setdefault(item.kind, []).append("\t".join(fields) + "\n")
     (folder / "mme").mkdir(parents=True, exist_ok=True)
     for kind, rows in lines.items():
-      (folder / "mme" / f"{kind}.txt").write_text("".join(rows), encoding="utf-8")
+      (folder / "mme" / f"{kind}.txt").write_text("".join(rows), encoding="utf-8", errors="replace")
     return [folder / "mme" / f"{kind}.txt" for kind in lines]
+
+
+def _whole_pairs(items: list[Item]) -> list[Item]:
+  """The items; what is wrong with one is wrong with both of a pair."""
+  problems = {item.extra["pair"]: item.problem for item in items if item.problem}
+  return [
+    dataclasses.replace(item, problem=item.problem or problems.get(item.extra["pair"], ""))
+    for item in items
+  ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from llava_sp_jax.eval import files
 from llava_sp_jax.eval.benchmark import (
@@ -20,6 +20,7 @@ from llava_sp_jax.eval.benchmark import (
   texts,
 )
 from llava_sp_jax.eval.judge import Ask, Judge, Reviews
+from llava_sp_jax.eval.scoring import plain_number
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash
 
 ASKED = "llava-mm-vet.jsonl"
@@ -88,17 +89,14 @@ GRADERS = {
 
 def grade(review: str) -> float | None:
   """The first word as a number from 0 to 1, None for anything else."""
-  try:
-    value = float(review.split(" ")[0].strip())
-  except ValueError:
-    return None
-  return value if 0.0 <= value <= 1.0 else None
+  value = plain_number(review.split(" ")[0])
+  return value if value is not None and 0.0 <= value <= 1.0 else None
 
 
-def _understood(truth: Any) -> bool:
+def _understood(truth: Any) -> TypeGuard[dict[str, Any]]:
   match truth:
-    case {"question": str(), "answer": str(), "capability": list()}:
-      return True
+    case {"question": str(), "answer": answer, "capability": list(names)}:
+      return files.is_text(answer) and all(isinstance(name, str) for name in names)
   return False
 
 
@@ -135,7 +133,7 @@ class MmVet(Benchmark):
     items = []
     for row in rows:
       given = truths.get(f"v1_{row['question_id']}")
-      truth: dict[str, Any] = given if given and _understood(given) else {}
+      truth: dict[str, Any] = given if _understood(given) else {}
       items.append(
         Item(
           id=f"v1_{row['question_id']}",
@@ -181,7 +179,7 @@ class MmVet(Benchmark):
           break
     groups: dict[str, list[Item]] = {"all": items}
     capabilities = sorted({c for item in items for c in item.extra["capability"]})
-    for kind in sorted({item.kind for item in items}):
+    for kind in sorted({item.kind for item in items} - {"all"}):
       groups[kind] = [item for item in items if item.kind == kind]
     tables = {
       name: {"score": 100 * ratio(sum(got), len(got)), "items": len(got), "asked": len(mine)}

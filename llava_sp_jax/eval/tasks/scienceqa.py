@@ -19,6 +19,7 @@ from llava_sp_jax.eval.scoring import sqa_letter, sqa_letter_lmms
 from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
 
 ASKED = "llava_test_CQM-A.json"
+TRUTHS, SPLITS = "problems.json", "pid_splits.json"
 LETTERS = "ABCDE"
 
 
@@ -41,14 +42,21 @@ def _asks(row: dict[str, Any]) -> bool:
 
 
 def _choices(problem: dict[str, Any]) -> list[Any]:
-  return problem["choices"] if isinstance(problem["choices"], list) else []
+  choices = problem.get("choices")
+  return choices if isinstance(choices, list) else []
 
 
-def _answered(problem: dict[str, Any]) -> bool:
-  match problem:
-    case {"choices": list(choices), "answer": int(answer)}:
-      return 0 <= answer < min(len(choices), len(LETTERS))
-  return False
+def _problem(problem: dict[str, Any]) -> str:
+  """Why nobody can say whether an answer is right; empty where it can be said."""
+  if absent := [key for key in ("question", "choices", "answer") if key not in problem]:
+    return f"without {', '.join(absent)} in {TRUTHS}"
+  choices, answer = _choices(problem), problem["answer"]
+  if not choices or not all(isinstance(choice, str) for choice in choices):
+    return f"choices that are not understood: {problem['choices']!r:.80}"
+  most = min(len(choices), len(LETTERS))
+  if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < most:
+    return f"the answer {answer!r:.40} is none of 0 to {most - 1}, its choices"
+  return ""
 
 
 class ScienceQa(Benchmark):
@@ -56,7 +64,7 @@ class ScienceQa(Benchmark):
 
   name = "scienceqa"
   homes = ("scienceqa",)
-  needed = (ASKED, "problems.json", "pid_splits.json")
+  needed = (ASKED, TRUTHS, SPLITS)
   protocols: ClassVar = {
     "llava": Rules("X, `X. ...` or one `The answer is X.`; all of the test split, unanswered is "
                    "wrong; the headline takes questions with an image", LONG, sqa_letter, of_llava),
@@ -67,39 +75,34 @@ class ScienceQa(Benchmark):
   def items(self) -> list[Item]:
     path = self.folder / ASKED
     rows = files.read_json(path, list)
-    files.check_rows(path, ((f"[{i}]", r) for i, r in enumerate(rows)), ("id", "conversations"))
-    problems = files.read_json(self.folder / "problems.json")
-    split = files.read_json(self.folder / "pid_splits.json").get("test", [])
-    if different := sorted({str(row["id"]) for row in rows} ^ set(split)):
-      raise files.BenchmarkError(
-        f"{path}: {len(different)} questions are here or in the test split of pid_splits.json but "
-        f"not in both: {', '.join(different[: files.SHOWN])}. Fetch both files again."
-      )
-    files.check_rows(
-      self.folder / "problems.json",
-      ((key, problems.get(key)) for key in split),
-      ("question", "choices", "answer"),
-    )
+    files.check_rows(path, [(f"[{i}]", r) for i, r in enumerate(rows)], ("id", "conversations"))
     unasked = [str(row["id"]) for row in rows if not _asks(row)]
     files.refuse(path, unasked, "conversations that begin with a value")
-    items = []
-    for row in rows:
-      problem, image = problems[str(row["id"])], row.get("image")
-      if self.lmms and not image:
-        continue
-      items.append(
-        Item(
-          id=str(row["id"]),
-          question=self.question({**row, "problem": problem}),
-          images=(self.folder / "images" / "test" / image,) if image else (),
-          kind="image" if image else "text",
-          truth=LETTERS[problem["answer"]] if _answered(problem) else None,
-          extra={"choices": len(_choices(problem)), "subject": problem.get("subject", "")},
-          problem="" if _answered(problem)
-          else f"the answer {problem['answer']!r:.40} is none of at most 5 choices",
-        )
-      )  # fmt: skip
-    return settled(items, path)
+    truths = files.read_json(self.folder / TRUTHS)
+    split = files.read_json(self.folder / SPLITS).get("test")
+    if not isinstance(split, list):
+      raise files.BenchmarkError(f"{self.folder / SPLITS}: expected a list of questions under test")
+    if different := sorted({str(row["id"]) for row in rows} ^ set(map(str, split))):
+      raise files.BenchmarkError(
+        f"{path}: {len(different)} questions are here or in the test split of {SPLITS} but "
+        f"not in both: {', '.join(different[: files.SHOWN])}. Fetch both files again."
+      )
+    asked = [row for row in rows if row.get("image") or not self.lmms]
+    return settled([self._item(row, truths.get(str(row["id"]))) for row in asked], path)
+
+  def _item(self, row: dict[str, Any], told: Any) -> Item:
+    truth, image = told if isinstance(told, dict) else {}, row.get("image")
+    problem = _problem(truth)
+    asked = self.rules.prompt or of_llava
+    return Item(
+      id=str(row["id"]),
+      question=(of_llava if problem else asked)({**row, "problem": truth}),
+      images=(self.folder / "images" / "test" / image,) if image else (),
+      kind="image" if image else "text",
+      truth=None if problem else LETTERS[truth["answer"]],
+      extra={"choices": len(_choices(truth)), "subject": truth.get("subject", "")},
+      problem=problem,
+    )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     """`index`: the choice that was read, -1 where none was or it lies beyond the choices."""
@@ -121,5 +124,7 @@ class ScienceQa(Benchmark):
         right = self.verdict(item, text)["score"]
         subjects.setdefault(f"subject {item.extra['subject']}", []).append(right)
     figures = {name: ratio(sum(values), len(values)) for name, values in sorted(subjects.items())}
-    headline = by_kind["image"]["accuracy"] if "image" in by_kind else 0.0
+    if "image" not in by_kind:
+      return Scores(None, "no score: no question has an image", by_kind, figures)
+    headline = by_kind["image"]["accuracy"]
     return Scores(headline, "accuracy on questions with an image", by_kind, figures)

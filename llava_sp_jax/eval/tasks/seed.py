@@ -45,35 +45,44 @@ class Seed(Benchmark):
 
   def items(self) -> list[Item]:
     path = self.folder / TRUTHS
-    data = files.read_json(path)
-    files.check_rows(path, [("the file", data)], ("questions", "question_type"))
-    names = {number: name for name, number in data["question_type"].items()}
-    files.check_rows(
-      path,
-      ((f"questions[{i}]", row) for i, row in enumerate(data["questions"])),
-      ("question_id", "question_type_id", "data_type", "answer"),
-    )
+    match files.read_json(path):
+      case {"questions": list(questions), "question_type": dict(types)}:
+        names = {str(number): name for name, number in types.items()}
+      case _:
+        raise files.BenchmarkError(f"{path}: expected a list of questions and their question_type")
+    named = [(f"questions[{i}]", row) for i, row in enumerate(questions)]
+    files.check_rows(path, named, ("question_id",))
     rows = {str(row["question_id"]): row for row in self.rows(ASKED)}
-    wanted = [row for row in data["questions"] if row["data_type"] in self._types]
+    elsewhere = [kind for kind in SPLITS["all"].types if kind not in self._types]
+    wanted = [row for row in questions if row.get("data_type") not in elsewhere]
     if missing := [str(r["question_id"]) for r in wanted if str(r["question_id"]) not in rows]:
       raise files.BenchmarkError(
         f"{self.folder / ASKED}: without {len(missing)} questions of {TRUTHS}: "
         f"{', '.join(missing[: files.SHOWN])}. Fetch both files again."
       )
-    items = [
-      Item(
-        id=str(truth["question_id"]),
-        question=rows[str(truth["question_id"])]["text"],
-        images=(self.folder / rows[str(truth["question_id"])]["image"],),
-        kind=names.get(truth["question_type_id"], str(truth["question_type_id"])),
-        truth=truth["answer"],
-        extra={"question_id": truth["question_id"], "data_type": truth["data_type"]},
-        problem="" if truth["answer"] in LETTERS
-        else f"the answer {truth['answer']!r:.40} is none of {', '.join(LETTERS)}",
+    items = []
+    for truth in wanted:
+      row, number = rows[str(truth["question_id"])], str(truth.get("question_type_id"))
+      items.append(
+        Item(
+          id=str(truth["question_id"]),
+          question=row["text"],
+          images=(self.folder / row["image"],),
+          kind=names.get(number, number),
+          truth=truth.get("answer"),
+          extra={"question_id": truth["question_id"], "data_type": truth.get("data_type")},
+          problem=self._problem(truth),
+        )
       )
-      for truth in wanted
-    ]  # fmt: skip
     return settled(items, path)
+
+  def _problem(self, truth: dict[str, Any]) -> str:
+    """Why nobody can say whether an answer is right; empty where it can be said."""
+    if truth.get("answer") not in LETTERS:
+      return f"the answer {truth.get('answer')!r:.40} is none of {', '.join(LETTERS)}"
+    if truth.get("data_type") not in self._types:
+      return f"the data_type {truth.get('data_type')!r:.40} is none of {', '.join(self._types)}"
+    return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     read = self.rules.read(text)

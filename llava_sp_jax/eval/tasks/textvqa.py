@@ -6,6 +6,7 @@ without: the two are protocols of their own.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp_jax.eval import files
@@ -18,7 +19,7 @@ from llava_sp_jax.eval.benchmark import (
   numbered,
   settled,
 )
-from llava_sp_jax.eval.scoring import vqa_accuracy, vqa_normal
+from llava_sp_jax.eval.scoring import HUMANS, vqa_accuracy, vqa_normal
 from llava_sp_jax.eval.task import Item
 
 ASKED = "llava_textvqa_val_v051_ocr.jsonl"
@@ -39,11 +40,11 @@ def asked(prompt: str) -> str:
     return lines[1] if prompt.startswith(OCR) else lines[0]
   if len(lines) == 2:
     return lines[0]
-  raise ValueError(f"expected a question, {OCR!r} and a request in lines, found {prompt!r}")
+  raise ValueError(f"expected a question, {OCR!r} and a request in lines, found {prompt!r:.80}")
 
 
 def without_ocr(row: dict[str, Any]) -> str:
-  return f"{asked(row['text'])}\n{SHORT}"
+  return f"{row['asked']}\n{SHORT}"
 
 
 def capitalised(row: dict[str, Any]) -> str:
@@ -51,15 +52,20 @@ def capitalised(row: dict[str, Any]) -> str:
 
 
 def capitalised_ocr(row: dict[str, Any]) -> str:
-  tokens = ", ".join(row["truth"].get("ocr_tokens", ()))
+  given = row["truth"].get("ocr_tokens")
+  tokens = ", ".join(map(str, given if isinstance(given, list) else ()))
   return f"{row['truth']['question'].capitalize()}\n{OCR} {tokens}\n{SHORT}"
 
 
-def _answers(row: dict[str, Any]) -> bool:
-  match row["answers"]:
-    case [str(), *others]:
-      return all(isinstance(other, str) for other in others)
+def _answers(truth: dict[str, Any]) -> bool:
+  match truth.get("answers"):
+    case list(answers):
+      return len(answers) >= HUMANS and all(isinstance(answer, str) for answer in answers)
   return False
+
+
+def _key(image: Any, question: str) -> tuple[str, str]:
+  return str(image), question.lower()
 
 
 class TextVqa(Benchmark):
@@ -79,37 +85,40 @@ class TextVqa(Benchmark):
 
   def items(self) -> list[Item]:
     path = self.folder / TRUTHS
-    data = files.read_json(path).get("data", [])
-    files.check_rows(
-      path, ((f"data[{i}]", row) for i, row in enumerate(data)), ("image_id", "question", "answers")
-    )
-    truths = {(row["image_id"], row["question"].lower()): row for row in data}
-    rows, items, problems = self.rows(ASKED), [], []
-    for row, key in zip(rows, numbered(rows), strict=True):
-      try:
-        truth = truths[row["question_id"], asked(row["text"]).lower()]
-      except (KeyError, ValueError) as error:
-        problems.append(f"{key}: {error}")
-        continue
-      items.append(
-        Item(
-          id=key,
-          question=self.question({**row, "truth": truth}),
-          images=(self.folder / "train_images" / row["image"],),
-          kind=row.get("category", "default"),
-          truth=truth["answers"],
-          extra={"question_id": row["question_id"]},
-          problem=""
-          if _answers(truth)
-          else f"no list of human answers, but {truth['answers']!r:.80}",
-        )
-      )
-    if problems:
-      raise files.BenchmarkError(
-        f"{self.folder / ASKED}: {len(problems)} questions have no annotation in {path.name}: "
-        f"{'; '.join(problems[: files.SHOWN])}. Fetch both files again."
-      )
+    truths, rows = self._truths(path), self.rows(ASKED)
+    items = [self._item(row, key, truths) for row, key in zip(rows, numbered(rows), strict=True)]
     return settled(items, path)
+
+  def _truths(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The annotations that can be found, by image and question. Raises: BenchmarkError."""
+    match files.read_json(path):
+      case {"data": list(data)}:
+        found = [r for r in data if isinstance(r, dict) and isinstance(r.get("question"), str)]
+        return {_key(row.get("image_id"), row["question"]): row for row in found}
+    raise files.BenchmarkError(f"{path}: expected a list of annotations under data")
+
+  def _item(
+    self, row: dict[str, Any], key: str, truths: dict[tuple[str, str], dict[str, Any]]
+  ) -> Item:
+    question, problem = row["text"], ""
+    try:
+      question = asked(row["text"])
+    except ValueError as error:
+      problem = str(error)
+    truth = truths.get(_key(row["question_id"], question), {})
+    if not problem and not truth:
+      problem = f"no annotation of this image and question in {TRUTHS}"
+    if not problem and not _answers(truth):
+      problem = f"no list of {HUMANS} or more human answers, but {truth.get('answers')!r:.80}"
+    return Item(
+      id=key,
+      question=self.question({**row, "asked": question, "truth": {"question": question, **truth}}),
+      images=(self.folder / "train_images" / row["image"],),
+      kind=row.get("category", "default"),
+      truth=truth.get("answers"),
+      extra={"question_id": row["question_id"]},
+      problem=problem,
+    )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     return {"score": vqa_accuracy(text, item.truth), "read": vqa_normal(text)}

@@ -12,8 +12,8 @@ from llava_sp_jax.eval import files, scoring
 from llava_sp_jax.eval.benchmark import LETTER, LONG, SHORT, settled
 from llava_sp_jax.eval.task import Item, Predictions, Scores, file_hash, mean_by_kind
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.jsonl import LineError
 
-HUMANS = 4  # answers that VQA's soft accuracy takes at least: with fewer no answer reaches 1
 LETTERS = "ABCDE"  # that MMBench's rule reads
 
 
@@ -26,6 +26,7 @@ class Rule:
   suffix: str = SHORT
   metric: str = "accuracy"
   least: int = 1  # answers of a row
+  bare: Callable[[str], str] = str  # what of an answer is compared: without any, all would be equal
 
 
 def _any(equal: Callable[[str, str], bool]) -> Callable[[str, Sequence[str]], float]:
@@ -37,13 +38,16 @@ def _contains(text: str, answer: str) -> bool:
 
 
 RULES = {
-  "exact": Rule("equal to an answer without case and punctuation", _any(scoring.plain_match)),
-  "contains": Rule("an answer stands in the text, both normalised as for VQA", _any(_contains), ""),
-  "vqa": Rule("VQA's soft accuracy over the humans' answers", scoring.vqa_accuracy, least=HUMANS),
+  "exact": Rule("equal to an answer without case and punctuation", _any(scoring.plain_match),
+                bare=scoring.plain),
+  "contains": Rule("an answer stands in the text, both normalised as for VQA", _any(_contains), "",
+                   bare=scoring.vqa_normal),
+  "vqa": Rule("VQA's soft accuracy over the humans' answers", scoring.vqa_accuracy,
+              least=scoring.HUMANS),
   "relaxed": Rule("ChartQA's relaxed accuracy: numbers within 5%", _any(scoring.relaxed_match)),
   "anls": Rule("DocVQA's normalised Levenshtein similarity", scoring.anls, metric="anls"),
   "choice": Rule("the option that the text names, by MMBench's rules", _any(str.__eq__), LETTER),
-}
+}  # fmt: skip
 
 
 class VqaJson:
@@ -68,8 +72,8 @@ class VqaJson:
       images: folder that the images' names start from; that of `file` if empty.
       suffix: what is put below each question; "rule" for what the rule asks.
 
-    Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError that tells the rows
-      that cannot be asked, or that none can be scored.
+    Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError when none of the rows
+      can be scored.
     """
     self._file = Path(file)
     self._rule = lookup(f"{self.name} protocol", protocol, RULES)
@@ -87,33 +91,27 @@ class VqaJson:
     self._items = self._read()
 
   def _read(self) -> list[Item]:
-    items, problems = [], []
-    for number, row in files.read_rows(self._file):
-      try:
-        items.append(self._item(number, row))
-      except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"row {number}: {error.args[0]}")
-    files.refuse(self._file, problems, "rows with a question, and images by their names")
-    return settled(items, self._file)
+    return settled([self._item(i, row) for i, row in files.read_rows(self._file)], self._file)
 
   def _item(self, number: int, row: Any) -> Item:
-    """Raises: ValueError that says why the row cannot be asked. One that can, but whose answers are
-    not understood, is asked and left out of the scores."""
-    if not isinstance(row, dict):
-      raise ValueError(f"expected an object, found {row!r:.40}")
-    question = row.get("question", row.get("text"))
-    if not isinstance(question, str) or not question.strip():
-      raise ValueError(f"expected a question, found {question!r:.40}")
-    names = _list(row.get("image", row.get("images")), "image")
-    options = _options(row) if self._choice else {}
-    answers, problem = [], ""
+    """What is not understood of a row is its `problem`: it is asked as far as it goes, and left out
+    of the scores."""
+    asked, problem = "", "" if isinstance(row, dict) else _no_object(row)
+    row = row if isinstance(row, dict) else {}
+    names: list[str] = []
+    answers: list[str] = []
+    options: dict[str, str] = {}
     try:
-      answers = self._answers(row, options)
+      if not problem:
+        asked = _question(row)
+        names = _list(row.get("image", row.get("images")), "image")
+        options = _options(row) if self._choice else {}
+        answers = self._answers(row, options)
     except ValueError as error:
       problem = str(error)
-    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
+    lines = [asked, *(f"{letter}. {text}" for letter, text in options.items())]
     return Item(
-      id=str(row.get("id", row.get("question_id", number))),
+      id=_name(row, number),
       question="\n".join(filter(None, [*lines, self._suffix])),
       images=tuple(self._images / name for name in names),
       kind=str(row.get("kind", row.get("category", "default"))),
@@ -124,10 +122,15 @@ class VqaJson:
 
   def _answers(self, row: dict[str, Any], options: dict[str, str]) -> list[str]:
     """Raises: ValueError for what the rule cannot compare with."""
-    found = _list(row.get("answers", row.get("answer")), "answers")
+    given = _list(row.get("answers", row.get("answer")), "answers")
+    found = given if options else [answer.strip() for answer in given]
     if len(found) < self._rule.least:
       raise ValueError(f"expected at least {self._rule.least} answers, found {len(found)}")
-    return [_option(answer, options) for answer in found] if options else found
+    if options:
+      return [_option(answer, options) for answer in found]
+    if nothing := [answer for answer in found if not self._rule.bare(answer)]:
+      raise ValueError(f"nothing is left of the answer {nothing[0]!r:.40} when it is compared")
+    return found
 
   def items(self) -> list[Item]:
     return self._items
@@ -150,13 +153,35 @@ class VqaJson:
     return []
 
 
+def _no_object(row: Any) -> str:
+  return str(row) if isinstance(row, LineError) else f"expected an object, found {row!r:.40}"
+
+
+def _question(row: dict[str, Any]) -> str:
+  """Raises: ValueError where there is none."""
+  question: Any = row.get("question", row.get("text"))
+  if not files.is_text(question):
+    raise ValueError(f"expected a question, found {question!r:.40}")
+  return question
+
+
+def _name(row: dict[str, Any], number: int) -> str:
+  """The id of a row, or its number where it has none that is a name."""
+  name = row.get("id", row.get("question_id"))
+  return str(number if name is None or isinstance(name, bool | list | dict | float) else name)
+
+
 def _list(value: Any, key: str) -> list[str]:
   """One text or number, or a list of them, as texts; none is an empty list. Raises: ValueError."""
   values = [] if value is None else value if isinstance(value, list) else [value]
-  for one in values:
-    if isinstance(one, bool) or not isinstance(one, str | int | float) or one == "":
+  texts = [
+    files.of_number(one) if isinstance(one, int | float) else one if files.is_text(one) else None
+    for one in values
+  ]
+  for one, text in zip(values, texts, strict=True):
+    if text is None:
       raise ValueError(f"expected texts under {key}, found {one!r:.40}")
-  return [str(one) for one in values]
+  return [text for text in texts if text is not None]
 
 
 def _options(row: dict[str, Any]) -> dict[str, str]:

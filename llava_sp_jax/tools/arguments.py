@@ -1,0 +1,37 @@
+"""What the commands share in reading their arguments: one line for what is wrong, with the nearest name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from llava_sp_jax import console
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser whose errors are one line; a mistyped option is told with the one that was meant."""
+
+  def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    """Ends the process with code 2 for what it does not take."""
+    found, unknown = self.parse_known_args(args, namespace)
+    if unknown:
+      known = [name for action in self._actions for name in action.option_strings]
+      self.error(unknown_options(unknown, known))
+    return found
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{console.one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
+
+
+def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:
+  """What to tell of options that a command does not have; of values among them nothing."""
+  names = list(known)
+  told = [text.partition("=")[0] for text in given if text.startswith("-")] or list(given)
+  return ", ".join(f"unknown {name:.60}{_meant(name, names)}" for name in told)
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+  near = difflib.get_close_matches(name, known, n=1)
+  return f" (did you mean {near[0]}?)" if near else ""
