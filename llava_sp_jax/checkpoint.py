@@ -91,6 +91,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Raises: CheckpointError when something else has the name of their folder."""
     self.folder = Path(folder).absolute()
     place = self.folder / PLACE
+    if place.is_symlink() and not place.exists():
+      raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
     if place.exists() and not place.is_dir():
       raise CheckpointError(
         f"{place}: expected a folder of checkpoints, found a file; move it away"
@@ -219,7 +221,8 @@ def read_config(folder: str | Path) -> config_lib.Config:
 def write_config(folder: Path, config: config_lib.Config) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   temporary = folder / (CONFIG_FILE + ".part")
-  temporary.write_text(config_lib.to_json(config))
+  with folders.written(folder / CONFIG_FILE):
+    temporary.write_text(config_lib.to_json(config))
   temporary.replace(folder / CONFIG_FILE)
 
 
@@ -237,6 +240,8 @@ def check_folder(folder: Path) -> None:
   Other files, such as a launcher's log, may lie in it.
   """
   for place in (folder, *folder.absolute().parents):
+    if place.is_symlink() and not place.exists():
+      raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
     if place.exists() and not place.is_dir():
       raise CheckpointError(f"--workdir {folder}: {place} is a file; name a folder")
   other = f"--workdir {folder}: holds {{}}; name a new folder"
@@ -313,7 +318,8 @@ def _json(item: Path) -> dict[str, Any]:
 def _numbered(folder: Path) -> dict[int, Path]:
   place = folder.absolute() / PLACE
   found = place.iterdir() if place.is_dir() else ()
-  return {int(p.name): p for p in found if p.name.isascii() and p.name.isdigit()}
+  numbered = (p for p in found if p.name.isascii() and p.name.isdigit())
+  return {int(p.name): p for p in numbered if p.name == str(int(p.name))}
 
 
 def steps(folder: Path) -> list[int]:

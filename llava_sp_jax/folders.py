@@ -130,3 +130,15 @@ def rename_aside(path: Path, place: Path) -> Path:
   free = next(place / name for name in names if not os.path.lexists(place / name))
   path.rename(free)
   return free
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+  """Names the file in an error of writing it, which by itself often says only that a disk is full.
+
+  Raises: OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise OSError(error.errno, error.strerror or str(error), str(path)) from error

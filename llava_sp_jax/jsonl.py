@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import folders
 
-def append(path: Path, record: Mapping[str, Any], **style: Any) -> None:
-  """Adds one line in one write; `style` goes to `json.dumps`."""
-  with path.open("a") as file:
-    file.write(json.dumps(dict(record), **style) + "\n")
+
+def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
+  """Adds one line in one write, behind the text `start`; `style` goes to `json.dumps`."""
+  with folders.written(path), path.open("a") as file:
+    file.write(start + json.dumps(dict(record), **style) + "\n")
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -39,8 +41,9 @@ def cut_after(path: Path, step: int) -> int:
     elif number <= step:
       kept.append(line + b"\n")
   part = path.with_name(path.name + ".part")
-  part.write_bytes(b"".join(kept))
-  part.replace(path)
+  with folders.written(path):
+    part.write_bytes(b"".join(kept))
+    part.replace(path)
   return bad
 
 

@@ -74,6 +74,7 @@ class Lock(contextlib.AbstractContextManager):
     self._done = threading.Event()
     self._thread: threading.Thread | None = None
     self._made: list[Path] = []  # folders that were not there before
+    self._guard = (0, 0.0)  # whose guard is waited for: when it was made, and since when
     self.lost = ""  # who has taken it over, while this process stood still
 
   def __enter__(self) -> Lock:
@@ -161,7 +162,7 @@ class Lock(contextlib.AbstractContextManager):
     except FileExistsError:
       time.sleep(TORN / 10)
       with contextlib.suppress(OSError):  # whoever made it was killed, or has just removed it
-        if time.time() - guard.stat().st_mtime > 2 * PATIENCE:
+        if self._stands(guard.stat().st_mtime_ns):
           guard.unlink()
       return
     try:
@@ -172,6 +173,16 @@ class Lock(contextlib.AbstractContextManager):
                 flush=True)  # fmt: skip
     finally:
       guard.unlink(missing_ok=True)
+
+  def _stands(self, made: int) -> bool:
+    """Whether a guard made at `made` (ns) is left behind: old, or watched for long enough.
+
+    Its time is another machine's, or of before the clock was set, so it may lie in the future.
+    """
+    if self._guard[0] != made:
+      self._guard = made, time.monotonic()
+    waited = max(time.time() - made / 1e9, time.monotonic() - self._guard[1])
+    return waited > 2 * PATIENCE
 
   def _beat(self) -> None:
     while not self._done.wait(BEAT):

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src import distributed  # as Orbax does: nothing public reads the service's keys
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
@@ -27,9 +28,12 @@ from llava_sp_jax import environment, errors
 
 MEET_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
+LOOK = 5.0  # seconds between two looks at the other processes and at the clock
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
+# Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM; and ours.
+NOTICE, LEFT = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/left"
 
 Environment = Mapping[str, str]
 Result = TypeVar("Result")
@@ -197,6 +201,44 @@ class PeerError(RuntimeError):
   """Another process of this run failed; the message says which and why."""
 
 
+def all_meet(name: str, seconds: float) -> bool:
+  """Whether every process is here within so many seconds."""
+  try:
+    ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=int(1000 * seconds))
+  except RuntimeError:
+    return False
+  return True
+
+
+def asked_to_stop() -> bool:
+  """Whether any process of this run has got SIGTERM; False for a single one."""
+  return _said(NOTICE) is not None
+
+
+def leave(what: str, code: int) -> None:
+  """Ends this process at once, and the others as soon as they look (`Watch`)."""
+  who = f"process {jax.process_index()} of {jax.process_count()}"
+  with contextlib.suppress(RuntimeError):
+    _client().key_value_set(LEFT, f"{code} {who}: {what}")
+  print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)
+
+
+def _said(key: str) -> str | None:
+  """What a process of this run has said under a key; None for a single one."""
+  if not jax.distributed.is_initialized():
+    return None
+  try:
+    return str(_client().key_value_try_get(key))
+  except RuntimeError:  # nothing, or the service is gone
+    return None
+
+
+def _client() -> Any:
+  return distributed.global_state.client
+
+
 def gather(text: str, name: str) -> list[str]:
   """`text` of every process, in their order; call it in all of them with the same `name`."""
   if jax.process_count() == 1:
@@ -242,7 +284,8 @@ class Watch(contextlib.AbstractContextManager):
 
   JAX ends the survivors of a process that *died* (`peer_seconds`). Two cases are left: an error in
   one process, whose exit would wait for all the others; and a step that never ends although all are
-  alive. Both end with a message and status 1. A single process raises its errors as ever.
+  alive. Both end with a message and status 1. Where one has left (`leave`), all follow. A single
+  process raises its errors as ever.
   """
 
   def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
@@ -251,7 +294,7 @@ class Watch(contextlib.AbstractContextManager):
     self._done = threading.Event()
 
   def __enter__(self) -> Watch:
-    if self._stall > 0:
+    if self._stall > 0 or jax.process_count() > 1:
       threading.Thread(target=self._look, name="watch", daemon=True).start()
     return self
 
@@ -260,7 +303,10 @@ class Watch(contextlib.AbstractContextManager):
     self._step, self._last = step, time.monotonic()
 
   def _look(self) -> None:
-    while not self._done.wait(min(self._stall / 4, 10.0)):
+    while not self._done.wait(min(self._stall / 4 or LOOK, LOOK)):
+      self._follow()
+      if not self._stall:
+        continue
       idle = 0.0 if self._last is None else time.monotonic() - self._last
       if idle > self._stall:
         self._end(f"no step since step {self._step}, {idle:.0f} s ago (train.stall_seconds)")
@@ -269,6 +315,7 @@ class Watch(contextlib.AbstractContextManager):
     self._done.set()
     if error is None or jax.process_count() == 1:
       return
+    self._follow()  # a connection that broke says less than who left
     if isinstance(error, KeyboardInterrupt):
       self._end("interrupted")
       return
@@ -281,8 +328,14 @@ class Watch(contextlib.AbstractContextManager):
       "died: see what that one printed. Started again, all go on from the last checkpoint"
     )
 
-  def _end(self, what: str) -> None:
+  def _follow(self) -> None:
+    """Ends as another process did that has left the run."""
+    if left := _said(LEFT):
+      code, _, what = left.partition(" ")
+      self._end(what, int(code))
+
+  def _end(self, what: str, code: int = 1) -> None:
     who = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    self._leave(1)
+    self._leave(code)

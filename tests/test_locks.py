@@ -32,6 +32,22 @@ def elsewhere(folder: Path, **changes: object) -> locks.Owner:
   return owner
 
 
+@pytest.mark.parametrize("age", [3600, -3600])
+def test_what_a_killed_newcomer_left_is_removed_whatever_the_clock_says(
+  tmp_path: Path, age: float
+) -> None:
+  """Between a dead lock and its own: its guard stays, dated by another clock."""
+  elsewhere(tmp_path)
+  guard = tmp_path / f"{locks.FILE}.next"
+  guard.touch()
+  os.utime(guard, (time.time() - age,) * 2)
+  began = time.monotonic()
+  with locks.Lock(tmp_path, "llava-sp train"):
+    assert locks.read(tmp_path).process == os.getpid()  # type: ignore[union-attr]
+  assert time.monotonic() - began < 20
+  assert not guard.exists()
+
+
 def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
   code = (
     "import sys; from pathlib import Path; from llava_sp_jax import locks\n"

@@ -17,7 +17,6 @@ from pathlib import PurePath
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.config import lookup
 from llava_sp_jax.data import anyres, example, forms, sources
 from llava_sp_jax.data import decode as decode_lib
 from llava_sp_jax.data import samples as samples_lib
@@ -93,8 +92,7 @@ class Checker:
     """
     self._data, self._seed = data, seed
     self._reader, self._writer = anyres.Reader(data, tile), samples_lib.Writer(tokenizer, data)
-    make_source = lookup("data.source", data.source, sources.SOURCES)
-    self.source = make_source(data.path, data.image_folder, self._reader)
+    self.source = sources.of(data, self._reader)
 
   def __call__(self, index: int, decode: bool) -> Found:
     """Checks one sample; its pictures are decoded when `decode` is set."""

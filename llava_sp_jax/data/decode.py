@@ -27,6 +27,7 @@ from llava_sp_jax.data.failure import SampleError, reason
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # of a picture, and of the square that it is padded to
 MAX_BYTES = 1 << 30  # of a file; the largest picture is smaller, uncompressed
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 class MissingImageError(SampleError):
@@ -68,8 +69,15 @@ def _as_it_is(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-  """Grey of 16 bits: v >> 8, as Pillow itself reads colours of 16 bits."""
-  return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+  """Grey of up to 16 bits: its highest 8, as Pillow itself reads colours of 16 bits.
+
+  What a TIFF says of its numbers is Pillow's to honour only for 8 bits: how many count (12 of 16),
+  and whether 0 is white.
+  """
+  tags = getattr(image, "tag_v2", {})
+  bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
+  values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+  return Image.fromarray(255 - values if white_is_zero else values).convert("RGB")
 
 
 # Pillow's mode -> how it becomes RGB. Numbers of 32 bits have no range that could be known.
@@ -89,9 +97,11 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def check_size(size: tuple[int, int], padded: bool = False) -> None:
-  """Raises: SampleError when a picture, or the square around it, has more than MAX_PIXELS."""
+  """Raises: SampleError when a picture has no pixels, or with the square around it too many."""
   width, height = size
   pixels = max(size) ** 2 if padded else width * height
+  if min(size) < 1:
+    raise SampleError(f"a picture of {width}x{height} pixels; expected at least one")
   if pixels > MAX_PIXELS:
     around = f", padded to {pixels:,}" if padded else ""
     raise SampleError(

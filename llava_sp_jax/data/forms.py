@@ -28,9 +28,27 @@ _PICTURES = r"(image|img|picture|photo|pixel|frame)s?"
 _OTHERS = r"(video|audio|speech|sound|voice|music)s?"
 _HOLDS = r"([_-]?(path|file|file_?name|name|url|uri|base64|b64|byte|value|data|list)s?)?"
 _PICTURE_KEY = re.compile(_PICTURES + _HOLDS, re.IGNORECASE)
-_OTHER_KEY = re.compile(_OTHERS + _HOLDS, re.IGNORECASE)
+_NUMBERED_KEY = re.compile(rf"{_PICTURES}{_HOLDS}[_-]?\d+", re.IGNORECASE)  # one of several
+_OTHER_KEY = re.compile(rf"{_OTHERS}{_HOLDS}([_-]?\d+)?", re.IGNORECASE)
+# A text that is a medium whatever its key.
+_MEDIUM = re.compile(
+  r"data:(image|video|audio)/.*|[^\n]+\."
+  r"(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)",
+  re.IGNORECASE | re.DOTALL,
+)
+NAMES = ("id", "sample_id", "question_id")  # of the sample, though it may be called like a file
 # Marks of other media, before a question or on the line behind it; elsewhere a text may speak of one.
-_OTHER_MARK = re.compile(rf"^\s*<{_OTHERS}>|\n\s*<{_OTHERS}>\s*$", re.IGNORECASE)
+_OTHER_MARK = re.compile(
+  r"^\s*<{0}>|\n\s*<{0}>\s*$".format(_OTHERS + r"([ _-]?\d+)?"), re.IGNORECASE
+)
+_FILE_WITHIN = re.compile(r"<img>[^<>]*</img>", re.IGNORECASE)
+# How others write the place of a picture; beside pictures that are read a text may refer to one.
+_PICTURE_MARK = re.compile(
+  r"<(image|img|picture)[ _-]?(\d+|here|pad|token|placeholder|context)>|<\|(image|vision)\w*\|>",
+  re.IGNORECASE,
+)
+# Keys, of a reply or with a value for each turn, that say how much a reply is learned.
+WEIGHTS = ("loss", "loss_mask", "loss_scale", "loss_weight", "weight", "train", "trainable")
 
 Image = str | bytes  # a file's name, or its bytes
 
@@ -53,11 +71,14 @@ def read(sample: Any) -> Talk:
   messages = [_message(number, turn) for number, turn in enumerate(_dialogue(sample))]
   named = _images(sample)
   _refuse_media(sample, bool(named))
+  _refuse_weights(sample, messages)
   within = tuple(image for message in messages for image in message.images)
   if within and named:
     raise SampleError("images stand in the turns and beside them; expected one of the two")
   system, rest = _system(sample, messages)
-  return Talk(_turns(rest, len(messages) - len(rest)), within or named, system)
+  turns = _turns(rest, len(messages) - len(rest))
+  _refuse_marks(turns, bool(within or named))
+  return Talk(turns, within or named, system)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +121,8 @@ def _message(number: int, turn: Any) -> _Message:
     if isinstance(role, str) and role in ROLES and what in known:
       text, images = _content(number, known[what])
       _check_text(f"turn {number}", text)
+      if others := [k for _, k in PAIRS if k != what and known.get(k) not in (None, "", text)]:
+        raise SampleError(f"turn {number}: both `{what}` and `{others[0]}` are given; expected one")
       if media := [key for key in known if _holds_media(known, key)]:
         raise SampleError(f"turn {number}: `{media[0]}` is not read within a turn")
       return _Message(ROLES[role], text, images, turn)
@@ -131,6 +154,9 @@ def _content(number: int, content: Any) -> tuple[str, tuple[Image, ...]]:
       raise SampleError(
         f"turn {number}: expected parts of type {', '.join(PARTS)}, found {_shown(part)}"
       )
+    own = ("type", PARTS[kind])
+    if media := [key for key in part if key not in own and _holds_media(part, key)]:
+      raise SampleError(f"turn {number}: `{media[0]}` is not read in a part of type {kind}")
     value = part.get(PARTS[kind])
     if kind == "image":
       images += _names("image", value)
@@ -165,23 +191,67 @@ def _names(key: str, value: Any) -> Iterator[Image]:
 def _refuse_media(sample: dict[str, Any], has_image: bool) -> None:
   """Raises: SampleError for media that are not read.
 
-  Beside an image that is read, other keys of pictures say where it is from.
+  Beside an image that is read, other keys of pictures say where it is from, but for numbered ones.
   """
-  for key in sample:
-    known = key in (*IMAGES, *DIALOGUES) or not _holds_media(sample, key)
-    if not known and not (has_image and _PICTURE_KEY.fullmatch(key)):
+  for key, value in sample.items():
+    if key in (*IMAGES, *DIALOGUES, "system"):
+      continue
+    held = _holds_media(sample, key)
+    if has_image:
+      held = held and not _PICTURE_KEY.fullmatch(key)
+    else:
+      held = held or (key not in NAMES and _is_medium(value))
+    if held:
       raise SampleError(
-        f"`{key}` {_shown(sample[key])} is not read; images are read from {' or '.join(IMAGES)}"
+        f"`{key}` {_shown(value)} is not read; images are read from {' or '.join(IMAGES)}"
       )
 
 
 def _holds_media(values: dict[str, Any], key: Any) -> bool:
-  if not isinstance(key, str) or not (_PICTURE_KEY.fullmatch(key) or _OTHER_KEY.fullmatch(key)):
+  known = (_PICTURE_KEY, _NUMBERED_KEY, _OTHER_KEY)
+  if not isinstance(key, str) or not any(pattern.fullmatch(key) for pattern in known):
     return False
   value = values[key]
   if value is None or isinstance(value, bool | int | float):  # it counts, or says whether
     return False
   return len(value) > 0 if hasattr(value, "__len__") else True
+
+
+def _is_medium(value: Any) -> bool:
+  """Whether a value is bytes or the name of a file, or holds one."""
+  if isinstance(value, str):
+    return len(value) <= LONGEST_NAME and _MEDIUM.fullmatch(value) is not None
+  if isinstance(value, dict):
+    return any(isinstance(part, str | bytes) and _is_medium(part) for part in value.values())
+  if isinstance(value, list | tuple):
+    return bool(value) and _is_medium(value[0])
+  return isinstance(value, bytes) and bool(value)
+
+
+def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
+  """Raises: SampleError where a reply is not to be learned like all others."""
+  for key in WEIGHTS:
+    every = sample.get(key)
+    spread = every if isinstance(every, list) and len(every) == len(messages) else None
+    for number, message in enumerate(messages):
+      for value in (message.turn.get(key), spread[number] if spread else None):
+        if message.role == REPLIES and value is not None and value != 1:
+          raise SampleError(
+            f"turn {number}: `{key}` {_shown(value)} is not read; all replies are learned alike"
+          )
+
+
+def _refuse_marks(turns: Turns, has_image: bool) -> None:
+  """Raises: SampleError for a picture in a question that is written in another way than IMAGE."""
+  for question, _ in turns:
+    mark = _FILE_WITHIN.search(question)
+    if not mark and not has_image:
+      mark = _PICTURE_MARK.search(question)
+    if mark:
+      raise SampleError(
+        f"{_shown(mark[0])} in a question is not read; expected {IMAGE}, and its file in "
+        f"`{IMAGES[0]}`"
+      )
 
 
 def _system(sample: dict[str, Any], messages: list[_Message]) -> tuple[str | None, list[_Message]]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
 from llava_sp_jax.data import anyres, samples, sources
 from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
@@ -82,7 +83,9 @@ class Lengths:
   def _pass(self, epoch: int) -> Measured:
     path = self._folder / f"lengths-{self.key(epoch)}.npz" if self._folder else None
     if path and path.is_file():
-      return _load(path)
+      if found := _load(path):
+        return found
+      self._say(f"{path}: cannot be read; samples are measured again")
     result = self._measure(epoch)
     if path:
       _save(result, path)
@@ -187,16 +190,24 @@ def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
 
 
 def _save(measured: Measured, path: Path) -> None:
+  """Raises: OSError when it cannot be written; nothing is left of it then."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_suffix(f".{os.getpid()}.part")
   errors = json.dumps(sorted(measured.errors.items()))
-  with part.open("wb") as file:
-    np.savez(file, lengths=measured.lengths, totals=measured.totals, tiles=measured.tiles,
-             errors=np.array(errors))  # fmt: skip
-  part.replace(path)
+  try:
+    with folders.written(path), part.open("wb") as file:
+      np.savez(file, lengths=measured.lengths, totals=measured.totals, tiles=measured.tiles,
+               errors=np.array(errors))  # fmt: skip
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
-def _load(path: Path) -> Measured:
-  with np.load(path) as file:
-    errors = {int(i): error for i, error in json.loads(str(file["errors"]))}
-    return Measured(file["lengths"], file["totals"], file["tiles"], errors)
+def _load(path: Path) -> Measured | None:
+  """What was measured; None where the file is damaged, whatever reading it raises."""
+  try:
+    with np.load(path) as file:
+      errors = {int(i): str(error) for i, error in json.loads(str(file["errors"]))}
+      return Measured(file["lengths"], file["totals"], file["tiles"], errors)
+  except Exception:
+    return None

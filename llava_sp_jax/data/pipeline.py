@@ -182,8 +182,7 @@ def open_source(
 ) -> tuple[sources.Source, Sequence[int]]:
   """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
   data = held_out.of_part(data, part)
-  make_source = lookup("data.source", data.source, sources.SOURCES)
-  source = make_source(data.path, data.image_folder, anyres.Reader(data, tile))
+  source = sources.of(data, anyres.Reader(data, tile))
   return source, held_out.samples(data, part, len(source))
 
 

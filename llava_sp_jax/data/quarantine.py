@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.data.failure import reason, shortened
+from llava_sp_jax import jsonl
+from llava_sp_jax.data.failure import REASON, reason, shortened
 
 
 class Quarantine:
@@ -32,28 +31,33 @@ class Quarantine:
     return len(self._seen)
 
   def add(self, index: int, sample: Any, error: Exception) -> None:
+    """Raises: OSError that names the file when it cannot be written; the sample may be added again."""
     with self._lock:
       if index in self._seen:
         return
-      self._seen.add(index)
-      line = {"index": index, "id": _name(sample), "error": reason(error)}
       if self._path:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-          file.write("\n" * self._torn + json.dumps(line) + "\n")
+        line = {"index": index, "id": _name(sample), "error": reason(error)}
+        torn, self._torn = self._torn, True  # until the line is whole
+        jsonl.append(self._path, line, start="\n" * torn)
         self._torn = False
+      self._seen.add(index)
+
+
+def reasons(path: Path) -> list[str]:
+  """Why the samples of a quarantine file could not be used; lines that cannot be read do not count."""
+  errors = (record.get("error") for record in jsonl.read(path)[0])
+  return [error for error in errors if isinstance(error, str)]
 
 
 def _name(sample: Any) -> Any:
   """The id of a sample, as short as a line wants it."""
   name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
-  return name if isinstance(name, int | None) else shortened(str(name))
+  short = isinstance(name, int | None) and len(str(name)) <= REASON
+  return name if short else shortened(str(name))
 
 
 def _indices(path: Path) -> set[int]:
   """Samples that an earlier call has written; a line cut off by a kill does not count."""
-  found = set()
-  for line in path.read_text(errors="replace").split("\n"):
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-      found.add(int(json.loads(line)["index"]))
-  return found
+  indices = (record.get("index") for record in jsonl.read(path)[0])
+  return {index for index in indices if isinstance(index, int)}

@@ -14,32 +14,32 @@ from llava_sp_jax.data.failure import SampleError, shortened
 EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
 
 
-def read(path: str | Path) -> list[Any]:
+def read(path: str | Path, key: str = "data.path") -> list[Any]:
   """The samples; a line that is no JSON is a SampleError in the sample's place.
 
-  Raises: FileNotFoundError; ConfigError, in one line that names the file, when it holds no samples.
+  `key` is the setting that names the file. Raises: FileNotFoundError; ConfigError, in one line that
+  names the file, when it holds no samples.
   """
   if not Path(path).is_file():
-    raise FileNotFoundError(f"data.path: no file {str(path)!r}; {EXPECTED}")
-  return _read(str(path), Path(path).stat().st_mtime_ns)
+    raise FileNotFoundError(f"{key}: no file {str(path)!r}; {EXPECTED}")
+  try:
+    return _read(str(path), Path(path).stat().st_mtime_ns)
+  except (OSError, ValueError, RecursionError) as error:
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    raise ConfigError(f"{key}: {path} {shortened(why or '')}; {EXPECTED}") from None
 
 
 @functools.lru_cache(maxsize=2)
 def _read(path: str, changed: int) -> list[Any]:
   """Kept, since training and validation may read the same large file."""
-  try:
-    found = _parsed(Path(path).read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    why = error.strerror if isinstance(error, OSError) else str(error)
-    raise ConfigError(f"data.path: {path} {shortened(why or '')}; {EXPECTED}") from None
-  return found
+  return _parsed(Path(path).read_bytes())
 
 
 def _parsed(data: bytes) -> list[Any]:
   """Raises: ValueError that says what the file is."""
   text = _decoded(data)
   try:
-    found = json.loads(text)
+    found = _loads(text)
   except RecursionError:
     raise ValueError("is not a list of samples (nested too deeply)") from None
   except ValueError as error:
@@ -74,6 +74,26 @@ def _lines(text: str) -> list[Any]:
 
 def _line(number: int, line: str) -> Any:
   try:
-    return json.loads(line)
+    return _loads(line)
   except (ValueError, RecursionError) as error:
     return SampleError(f"line {number} is not JSON ({error})")
+
+
+def _loads(text: str) -> Any:
+  """What JSON says; a number with more digits than Python reads is kept as a text.
+
+  Raises: JSONDecodeError; RecursionError.
+  """
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError:
+    raise
+  except ValueError:
+    return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits: str) -> int | str:
+  try:
+    return int(digits)
+  except ValueError:
+    return digits

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import lookup
 from llava_sp_jax.data import decode, forms, sample_file
 from llava_sp_jax.data.failure import attempt
 
@@ -81,9 +82,12 @@ class LlavaJson(_Images):
   Serves `blip_laion_cc_sbu_558k.json` and `llava_v1_5_mix665k.json` as they are published.
   """
 
-  def __init__(self, path: str, image_folder: str, read: Reader):
-    """Raises: FileNotFoundError, or ConfigError when the file holds no samples."""
-    self._samples, self._path = sample_file.read(path), Path(path)
+  def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
+    """`key` is the setting of the path, for messages.
+
+    Raises: FileNotFoundError, or ConfigError when the file holds no samples.
+    """
+    self._samples, self._path = sample_file.read(path, key), Path(path)
     if image_folder and not Path(image_folder).is_dir():
       raise FileNotFoundError(f"data.image_folder: no folder {image_folder!r}")
     super().__init__(image_folder, read)
@@ -107,7 +111,7 @@ class Tfds(_Images):
   other keys that `forms` reads go as well: `messages`, `images`, `system`.
   """
 
-  def __init__(self, path: str, image_folder: str, read: Reader):
+  def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
     """`path` is a builder's folder or the name of a prepared data set; its split "train" is read.
 
     Raises: ConfigError when there is no such data set or its files are not array_record.
@@ -122,7 +126,7 @@ class Tfds(_Images):
       self._records = builder.as_data_source("train", decoders=skip)
     except (NotImplementedError, ImportError, ValueError, LookupError, OSError) as error:
       raise config_lib.ConfigError(
-        f"data.path: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
+        f"{key}: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
         "name of TensorFlow Datasets with split 'train', prepared with file_format='array_record'"
       ) from None
     # Its version, and the shards with their lengths; a data set that is prepared anew has another.
@@ -166,7 +170,14 @@ def _turns(value: Any) -> Any:
     return value
 
 
-SOURCES: dict[str, Callable[[str, str, Reader], Source]] = {
+SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
   "llava_json": LlavaJson,
   "tfds": Tfds,
 }
+
+
+def of(data: config_lib.Data, read: Reader) -> Source:
+  """The source that `data` names. Raises: ConfigError, FileNotFoundError, by the setting's name."""
+  key = "data.validation_path" if data.path == data.validation_path else "data.path"
+  make = lookup("data.source", data.source, SOURCES)
+  return make(data.path, data.image_folder, read, key)

@@ -23,7 +23,16 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import Answer, ImageFile, Piece, Prompt, Prompts, Request
+from llava_sp_jax.infer.prompts import (
+  Answer,
+  ImageFile,
+  LostImageError,
+  Piece,
+  Prompt,
+  Prompts,
+  Request,
+  keys_of,
+)
 from llava_sp_jax.infer.sampling import Sampler
 from llava_sp_jax.infer.schedule import Ready, Schedule
 from llava_sp_jax.infer.shared import Encoder, Prefixes, bucket
@@ -155,11 +164,13 @@ class Engine:
       # The prompt with the longest prefix may stand beside the one with the longest question.
       reach = max(starts[group] + lengths[group] for group in starts)
       self._make_room(max(slots, bucket(reach, self._layout.slots)))
-      self._prefixes.of(list(shared.values()))
+      with contextlib.suppress(LostImageError):  # answering says so
+        self._prefixes.of(list(shared.values()))
       admitted = self.counts.admitted
       for ready in kinds.values():
         for size in self._groups:
-          self._admit([ready] * size, list(range(size)))
+          with contextlib.suppress(LostImageError):
+            self._admit([ready] * size, list(range(size)))
       self.counts.admitted = admitted
       assert self._state is not None
       self._programs.decode(self._state, np.zeros(self._rows, bool), 1, self._rows + 1)
@@ -256,18 +267,40 @@ class Engine:
         schedule.take()
         self.counts.images_asked += len(front.request.images)
         if error:
-          self.counts.requests += 1
-          self.counts.errors += 1
-          yield front.number, self._text(error)
+          yield front.number, self._failed(error)
         else:
           group.append(front)
       if not group:
         return
-      chosen = free[: len(group)]
-      self._admit(group, chosen)
-      for number, ready in zip(chosen, group, strict=True):
+      admitted, lost = self._admit_readable(group, free)
+      for number, ready in zip(free, admitted, strict=False):
         rows[number] = _Row(ready.number, self._text())
         ended[number] = False
+      for ready, error in lost:
+        yield ready.number, self._failed(error)
+
+  def _admit_readable(
+    self, group: list[Ready], rows: list[int]
+  ) -> tuple[list[Ready], list[tuple[Ready, str]]]:
+    """Admits a group into the first of `rows`, but for questions whose picture is gone by now.
+
+    Returns those admitted, and the others with the reason.
+    """
+    lost: list[tuple[Ready, str]] = []
+    while group:
+      try:
+        self._admit(group, rows[: len(group)])
+        break
+      except LostImageError as error:
+        asking = [error.key in keys_of(ready.request) for ready in group]
+        lost += [(r, str(error)) for r, asks in zip(group, asking, strict=True) if asks]
+        group = [r for r, asks in zip(group, asking, strict=True) if not asks]
+    return group, lost
+
+  def _failed(self, error: str) -> Text:
+    self.counts.requests += 1
+    self.counts.errors += 1
+    return self._text(error)
 
   def _text(self, error: str = "") -> Text:
     return Text(self._tokenizer, self._generation.stop, error)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, conversation, decode, example, reading
-from llava_sp_jax.data.failure import SampleError, of_one_sample
+from llava_sp_jax.data.failure import SampleError, attempt, of_one_sample
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 
@@ -119,6 +119,14 @@ def keys_of(request: Request) -> tuple[str, ...]:
   return tuple(map(key_of, request.images))
 
 
+class LostImageError(SampleError):
+  """A picture, by its `key`, that could be read when its prompt was made and cannot be any more."""
+
+  def __init__(self, key: str, why: object):
+    super().__init__(why)
+    self.key = key
+
+
 class Pictures:
   """Reads pictures, each once however many threads ask; pixels are kept until they are taken."""
 
@@ -150,9 +158,19 @@ class Pictures:
     return future.result()
 
   def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
-    """Takes the pixels [tiles, size, size, 3] float32, read anew if they were taken before."""
+    """Takes the pixels [tiles, size, size, 3] float32, read anew if they were taken before.
+
+    Raises: LostImageError when the file is gone by then, or shows a picture of another size.
+    """
     tiles = self._tiles.pop(key, None)
-    return self._read(picture).tiles if tiles is None else tiles
+    if tiles is not None:
+      return tiles
+    again = attempt(lambda: self._read(picture))
+    if isinstance(again, SampleError):
+      raise LostImageError(key, again)
+    if not np.array_equal(again.plan.slots, self.plan(key, picture).slots):
+      raise LostImageError(key, f"{key}: is not the picture that it was when it was first read")
+    return again.tiles
 
   def _read(self, picture: ImageFile) -> anyres.Picture:
     return tiles_of(picture, self._reader)

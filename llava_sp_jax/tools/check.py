@@ -15,6 +15,7 @@ USAGE = """usage: llava-sp check --config FILE[:OPTIONS] [--images N|all] [--sam
 Reads the samples that a recipe would train on and lays each out as training does, without a model
 and without an accelerator. Reports images that are missing (by folder) or cannot be decoded, samples
 that training would leave out, samples without a reply to learn from, and text that would be cut off.
+The file of data.validation_path is checked as well, and has a report of its own.
 Of every image the head is read, which tells its format and its size.
 
   --images N|all   samples whose images are also decoded, drawn at random (default 1000)
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     print(USAGE, end="")
     return 0
   config, images, samples = read(argv)
-  from llava_sp_jax.data import anyres, check, conversation, reading
+  from llava_sp_jax.data import anyres, check, conversation, held_out, reading, sources
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
 
@@ -45,10 +46,18 @@ def main(argv: list[str]) -> int:
   config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
   if why := reading.misfit(config.data.template, tokenizer):
     raise config_lib.ConfigError(f"data.{why}")
-  progress = Progress(samples)
-  report = check.check(config.data, tokenizer, tile, images, samples, progress, config.train.seed)
-  print(table(report, config.data, time.monotonic() - progress.started))
-  return 0 if report.passed else 1
+  parts = [held_out.of_part(config.data, held_out.TRAIN)]
+  if config.data.validation_path:
+    parts.append(held_out.of_part(config.data, held_out.VALIDATION))
+  for data in parts:  # what cannot be opened is told before an hour of checking
+    sources.of(data, anyres.Reader(data, tile))
+  well = True
+  for data in parts:
+    progress = Progress(samples)
+    report = check.check(data, tokenizer, tile, images, samples, progress, config.train.seed)
+    print(table(report, data, time.monotonic() - progress.started), flush=True)
+    well = well and report.passed
+  return 0 if well else 1
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:

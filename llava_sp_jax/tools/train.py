@@ -8,6 +8,7 @@ from pathlib import Path
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, limits, recipes
 from llava_sp_jax.tools import arguments
+from llava_sp_jax.train import STOPPED_EARLY
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
 FLAGS = ("config", "workdir", "profile", "from-step", "allow-changed")
@@ -35,7 +36,6 @@ example:
 
 keys with their defaults, what they mean, and what they allow:
 """
-STOPPED_EARLY = 75  # sysexits.h: temporary failure, try again; launchers then go on
 
 
 def read_config(argv: list[str]) -> tuple[config_lib.Config, str]:

@@ -1,1 +1,3 @@
 """Optimiser table, train state, step and loop."""
+
+STOPPED_EARLY = 75  # exit code: the same command goes on (sysexits.h: temporary failure)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import jsonl
+from llava_sp_jax import folders, jsonl
 
 FOLDER = "ledger"
 
@@ -80,7 +80,7 @@ class Ledger:
   def secure(self) -> None:
     """Makes all lines durable: before a checkpoint whose steps they tell."""
     if self._file.is_file():
-      with self._file.open("a") as file:
+      with folders.written(self._file), self._file.open("a") as file:
         os.fsync(file.fileno())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from llava_sp_jax.train import (
   trace,
 )
 from llava_sp_jax.train.metrics import Log
+from llava_sp_jax.train.stopping import StopRequest
 from llava_sp_jax.train.validation import Validator
 
 METRICS_FILE = sinks.METRICS_FILE
@@ -240,7 +240,6 @@ def _loop(
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
-  run.iterator.stopped = lambda: stop.asked
 
   def save(step: int) -> None:
     skips.settle()
@@ -249,6 +248,7 @@ def _loop(
 
   with stop, log, run.profiler:
     for number in range(first + 1, config.train.steps + 1):
+      run.iterator.stopped = stop.during(f"step {number}")
       try:
         batch = log.waiting(run.iterator)
       except ahead.Stopped:  # the step before this one is the last
@@ -272,7 +272,8 @@ def _loop(
       held_out: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
-          held_out |= run.validator(train_state, lambda: stop.asked)
+          waits = stop.during(f"the validation of step {number}")
+          held_out |= run.validator(train_state, waits)
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
           held_out |= run.evaluator(
@@ -315,32 +316,3 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
     f"{config.name}: stage {config.optimizer.stage}, row {config.model.projector.row}, "
     f"{learns:,} parameters learn, {frozen:,} are frozen ({parts}); mesh {axes}"
   )
-
-
-class StopRequest:
-  """Notices SIGTERM (and ctrl-C) and lets the step finish.
-
-  `several` processes must stop after the same step, though only one may have been told. JAX agrees
-  on that step when SIGTERM reaches its own handler (`Checkpoints.preempted`), so it is left there.
-  """
-
-  def __init__(self, several: bool = False) -> None:
-    self.asked, self._several = False, several
-    self._before: dict[int, Any] = {}
-
-  def __enter__(self) -> StopRequest:
-    for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._notice)
-    return self
-
-  def _notice(self, number: int, frame: Any) -> None:
-    if self.asked:
-      raise KeyboardInterrupt
-    if self._several:
-      signal.raise_signal(signal.SIGTERM)
-    else:
-      self.asked = True
-
-  def __exit__(self, *_: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

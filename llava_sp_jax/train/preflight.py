@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import conversation, reading
+from llava_sp_jax.data import conversation, quarantine, reading
 from llava_sp_jax.data.anyres import Reader, Tile
 from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -208,17 +207,13 @@ def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
 
 def _commonest(path: Path) -> str:
   """The reason that most lines of a quarantine file give; numbers do not make reasons differ."""
-  reasons: collections.Counter[str] = collections.Counter()
+  kinds: collections.Counter[str] = collections.Counter()
   examples: dict[str, str] = {}
-  for line in path.read_text().splitlines() if path.is_file() else []:
-    try:
-      error = json.loads(line)["error"]
-    except (json.JSONDecodeError, KeyError):
-      continue  # a line cut off by a kill
+  for error in quarantine.reasons(path):
     kind = re.sub(r"\d+", "N", error)
-    reasons[kind] += 1
+    kinds[kind] += 1
     examples.setdefault(kind, error)
-  return examples[reasons.most_common(1)[0][0]] if reasons else ""
+  return examples[kinds.most_common(1)[0][0]] if kinds else ""
 
 
 def check_gradients(

@@ -180,6 +180,26 @@ def test_the_command_ends_with_one_and_a_table(
   assert lines[-1] == "not well: missing image, unreadable image, cannot be used, nothing to learn"
 
 
+def test_the_file_of_validation_has_a_report_of_its_own(
+  recipe: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+  """By training's rule for it: the bad ones are left out of what is scored."""
+  path = f"--config.data.validation_path={folder / 'damaged.json'}"
+  assert cli.main(["check", "--config", recipe, path]) == 1
+  first, second = capsys.readouterr().out.split(f"{folder / 'damaged.json'}: ")
+  assert first.startswith(f"{folder / 'sound.json'}: 11 of 11 samples checked")
+  assert first.endswith("\nwell\n")
+  assert second.startswith("22 of 22 samples checked")
+  assert "missing image              2  sample 11: gqa/images/gone.png" in second
+  path = f"--config.data.validation_path={folder / 'gone.json'}"
+  assert cli.main(["check", "--config", recipe, path]) == 1
+  out, err = capsys.readouterr()
+  assert (out, err.startswith("llava-sp check: data.validation_path: no file '")) == ("", True)
+  both = (path, "--config.data.validation_fraction=0.5")
+  assert cli.main(["check", "--config", recipe, *both]) == 1
+  assert "data.validation_path, data.validation_fraction: give one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

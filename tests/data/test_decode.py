@@ -50,6 +50,26 @@ def test_grey_of_16_bits_is_its_high_byte() -> None:
   np.testing.assert_array_equal(np.asarray(decode.rgb(big)), wanted)
 
 
+def tiff(width: int, height: int, bits: int, photometric: int, pixels: bytes) -> bytes:
+  """A grey TIFF, uncompressed, with only the tags that it needs."""
+  tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1,
+          278: height, 279: len(pixels)}  # fmt: skip
+  entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+  return b"II*\0" + struct.pack("<IH", 8, len(tags)) + (entries + bytes(124))[:124] + pixels
+
+
+def test_grey_of_a_tiff_that_is_12_bits_or_where_0_is_white() -> None:
+  """Pillow hands out the numbers as they are: 12 bits would be nearly black, the others a negative."""
+  high = (GREY >> 8).astype(np.uint8)
+  pairs = (GREY >> 4).reshape(-1, 2).astype(np.uint32)
+  joined = pairs[:, 0] << 12 | pairs[:, 1]
+  packed = b"".join(int(x).to_bytes(3, "big") for x in joined)
+  found = read(tiff(16, 16, 12, 1, packed))
+  np.testing.assert_array_equal(found, np.repeat(high[..., None], 3, -1))
+  found = read(tiff(16, 16, 16, 0, GREY.astype("<u2").tobytes()))
+  np.testing.assert_array_equal(found, 255 - np.repeat(high[..., None], 3, -1))
+
+
 def test_colors_of_16_bits_are_their_high_bytes() -> None:
   values = np.stack([GREY, GREY[::-1], 65535 - GREY], -1)
   rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -104,6 +124,16 @@ def test_the_square_around_a_picture_is_bounded(size: tuple[int, int], tmp_path:
     padded.plan(decode.read_size(path))
   stretched = config_lib.Data(image_aspect="square", image_fit="stretch")
   assert anyres.Reader(stretched, anyres.Tile(8, 2))(decode.read(path)).tiles.shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_none(size: tuple[int, int]) -> None:
+  """Padded, it would be a square of the mean color."""
+  reader = anyres.Reader(config_lib.Data(), anyres.Tile(8, 2))
+  with pytest.raises(SampleError, match=rf"a picture of {size[0]}x{size[1]} pixels; expected at"):
+    reader(Image.new("RGB", size))
+  with pytest.raises(SampleError, match="image of a test: cannot be decoded"):
+    decode.read(io.BytesIO(png(*size)), "of a test")
 
 
 @pytest.mark.parametrize("size", [(20000, 20000), (1 << 31 - 1, 1), (65535, 65535), (13378, 13378)])

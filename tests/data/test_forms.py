@@ -57,6 +57,24 @@ READ: dict[str, tuple[dict[str, Any], Talk]] = {
     {"conversations": TALK, **ONE, "image_url": "http://x/a.png", "image_id": 3, "video_frames": 0},
     Talk(TURNS, ("a.png",)),
   ),
+  "replies that are all learned": (
+    {"conversations": [{**BARE[0], "loss": False}, {**REPLY, "loss": True, "weight": 1.0}],
+     "loss_mask": [0, 1], "loss": 2.5, "weight": 0.5},
+    Talk([("what?", "red")]),
+  ),
+  "a sample called like a file": ({"conversations": BARE, "id": "a.png"}, Talk([("what?", "red")])),
+  "a text that refers to pictures": (
+    {"conversations": [{"from": "human", "value": "<image>\nis <image1> red?"}, REPLY], **ONE},
+    Talk([("<image>\nis <image1> red?", "red")], ("a.png",)),
+  ),
+  "a text about a tag": (
+    {"conversations": [{"from": "human", "value": "what is <img src='a.png'> in HTML?"}, REPLY]},
+    Talk([("what is <img src='a.png'> in HTML?", "red")]),
+  ),
+  "a turn said twice": (
+    {"conversations": [{**BARE[0], "role": "user", "content": "what?"}, REPLY]},
+    Talk([("what?", "red")]),
+  ),
   "a text about marks": (
     {"conversations": [{"from": "human", "value": "what does <video> mean in HTML?"}, REPLY]},
     Talk([("what does <video> mean in HTML?", "red")]),
@@ -87,9 +105,42 @@ LOST: dict[str, tuple[Any, str]] = {
   "audio": ({"conversations": BARE, "audio": {"path": "x.wav"}}, "`audio` .*is not read"),
   "image under another key": ({"conversations": BARE, "image_path": "a.png"}, "`image_path` 'a.png' is"),
   "another one": ({"conversations": BARE, "img": "a.png"}, "`img` 'a.png' is not read"),
+  "a further image": ({"conversations": TALK, **ONE, "image_2": "b.png"}, "`image_2` 'b.png' is not read"),
+  "numbered images": ({"conversations": BARE, "image1": "a.png", "image2": "b.png"}, "`image1` 'a.png' is"),
+  "a file under any key": ({"conversations": BARE, "screenshot": "shots/1.PNG"}, "`screenshot` .*is not"),
+  "files under any key": ({"conversations": BARE, "media": ["a.mp4"]}, r"`media` \['a.mp4'\] is not read"),
+  "bytes under any key": ({"conversations": BARE, "jpg": b"\xff\xd8"}, "`jpg` .*is not read"),
+  "a dictionary of a file": (
+    {"conversations": BARE, "visual": {"bytes": None, "path": "a.webp"}}, "`visual` .*is not read"),
+  "a data URI under any key": ({"conversations": BARE, "x": "data:image/png;base64,AA"}, "`x` .*is not"),
   "a medium's mark": (VIDEO, "turn 0: <video> is not read"),
   "a mark behind": (
     {"conversations": [{"from": "human", "value": "listen\n<audio>"}, REPLY]}, "<audio> is not read"),
+  "a numbered mark": (
+    {"conversations": [{"from": "human", "value": "<video_1>\nwhat?"}, REPLY]}, "<video_1> is not read"),
+  "a file in the text, as Qwen-VL has it": (
+    {"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpeg</img>\nwhat?"}, REPLY]},
+    "'<img>a.jpeg</img>' in a question is not read; expected <image>, and its file in `image`"),
+  "marks of images that are not there": (
+    {"conversations": [{"from": "human", "value": "is <image1> like <image2>?"}, REPLY]},
+    "'<image1>' in a question is not read"),
+  "another's mark": (
+    {"conversations": [{"from": "human", "value": "see <ImageHere>what?"}, REPLY]}, "'<ImageHere>' in"),
+  "a token of Qwen2-VL": (
+    {"messages": [{"role": "user", "content": "<|vision_start|><|image_pad|>what?"}, CHAT[1]]},
+    r"'<\|vision_start\|>' in a question"),
+  "a reply that is not learned": (
+    {"messages": [CHAT[0], {**CHAT[1], "loss": False}], **ONE}, "turn 1: `loss` False is not read"),
+  "a reply with a weight": (
+    {"messages": [CHAT[0], {**CHAT[1], "weight": 0}], **ONE}, "`weight` 0 is not read; all replies"),
+  "a mask over the turns": (
+    {"conversations": [*BARE, *BARE], "loss_mask": [0, 0, 0, 1]}, "turn 1: `loss_mask` 0 is not read"),
+  "two texts in a turn": (
+    {"conversations": [BARE[0], {**REPLY, "content": "blue"}]},
+    "turn 1: both `value` and `content` are given"),
+  "an image in a part of text": (
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "what?", "image": "a.png"}]},
+                  CHAT[1]]}, "turn 0: `image` is not read in a part of type text"),
   "media within a turn": (
     {"conversations": [{**BARE[0], "image": "a.png"}, REPLY]}, "turn 0: `image` is not read within"),
   "parts of another kind": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import jsonl
 from llava_sp_jax.data import held_out, image, lengths, packing, pipeline, samples, sources
 from llava_sp_jax.data.anyres import Reader, Tile
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.packing import Shape, Sizes
-from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.quarantine import Quarantine, reasons
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import COLOURS, IMAGE_SIZE, ConfigMaker
 
@@ -261,3 +263,32 @@ def test_a_bad_sample_is_written_down_once_in_the_life_of_a_run(tmp_path: Path) 
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert [(line["index"], line["id"]) for line in lines] == [(3, "x"), (4, "not a dictionary")]
   assert again.count == 3
+
+
+def test_a_full_disk_names_the_file_and_nothing_is_lost(tmp_path: Path) -> None:
+  """The line that was cut off is written again, by the same run or the next one."""
+  path, limit = tmp_path / "quarantine.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+  first = Quarantine(path)
+  first.add(3, {"id": "x"}, ValueError("bad"))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, limit[1]))
+  try:
+    with pytest.raises(OSError, match="large") as raised:
+      first.add(4, {"id": "y"}, ValueError("bad"))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert raised.value.filename == str(path)
+  assert path.read_bytes().count(b"\n") == 1
+  assert not path.read_bytes().endswith(b"\n"), "a part of the second line is there"
+  again = Quarantine(path)
+  assert (again.count, first.count) == (1, 1)
+  first.add(4, {"id": "y"}, ValueError("bad"))
+  again.add(5, {"id": "z"}, ValueError("bad"))
+  assert [record["index"] for record in jsonl.read(path)[0]] == [3, 4, 5]
+
+
+def test_lines_that_are_no_entries_do_not_count(tmp_path: Path) -> None:
+  path = tmp_path / "quarantine.jsonl"
+  good = json.dumps({"index": 3, "id": "x", "error": "bad"})
+  lines = ["[1]", "7", '{"index": Infinity}', '{"index": "5", "error": 3}', "\udcff", good]
+  path.write_bytes("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
+  assert (Quarantine(path).count, reasons(path)) == (1, ["bad"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax.data import anyres
 from llava_sp_jax.infer.engine import Answer, Engine, Generation, Layout, Request
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.infer.prompts import LostImageError, Pictures
+from llava_sp_jax.models import build
 from tests.conftest import ConfigMaker
 from tests.infer.tiny import Oracle, questions, random_model
 
@@ -278,6 +283,59 @@ def test_bad_requests_have_errors_and_hurt_nobody(
   assert [a.ids for a in answers[1 : 2 * len(bad) : 2]] == wanted[: len(bad)]
   assert [a.ids for a in answers[2 * len(bad) :]] == wanted
   assert engine.counts.errors == errors + len(bad)
+
+
+VANISHED: dict[str, tuple[Callable[[Path], Any], str]] = {
+  "deleted": (Path.unlink, "0.png: no such file"),
+  "a folder": (lambda path: (path.unlink(), path.mkdir()), "0.png: not a regular file"),
+  "torn": (lambda path: path.write_bytes(path.read_bytes()[:60]), "0.png: cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("kind", VANISHED)
+def test_an_image_that_vanishes_costs_its_own_questions(
+  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]], tmp_path: Path, kind: str,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+  """Between its first reading and another, when its pixels, features and prefixes were dropped."""
+  vanish, message = VANISHED[kind]
+  (source,) = asked[0].images
+  path = tmp_path / "0.png"
+  shutil.copy(str(source), path)
+  monkeypatch.setattr(engine, "_layout", dataclasses.replace(engine._layout, feature_bytes=1,
+                                                             prefix_bytes=1))  # fmt: skip
+  engine.forget()
+  gone, others = Request(asked[0].question, (path,)), asked[2:4]
+  assert ids(engine.answer([gone, *others])) == [wanted[0], *wanted[2:4]]
+  vanish(path)
+  errors = engine.counts.errors
+  answers = list(engine.answer([others[0], gone, gone, others[1]]))
+  assert [a.ids for a in answers] == [wanted[2], (), (), wanted[3]]
+  assert [message in a.error for a in answers] == [False, True, True, False]
+  assert engine.counts.errors == errors + 2
+  engine.warm_up([gone, others[0]])
+  assert ids(engine.answer(others)) == wanted[2:4]
+  monkeypatch.undo()
+  engine.forget()
+
+
+def test_an_image_of_another_size_is_not_taken_for_the_first(
+  tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+  """Its tiles would be others than the prompt has places for."""
+  config = tiny_config("finetune")
+  side = config.model.tower.image_size
+  pinpoints = ((side, 2 * side), (2 * side, side), (2 * side, 2 * side))
+  data = dataclasses.replace(config.data, image_aspect="anyres", grid_pinpoints=pinpoints)
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  pictures, path = Pictures(anyres.Reader(data, tile)), tmp_path / "a.png"
+  Image.new("RGB", (side, 2 * side)).save(path)
+  assert pictures.plan("key", path).tiles == len(pictures.tiles("key", path)) == 3
+  assert len(pictures.tiles("key", path)) == 3
+  Image.new("RGB", (2 * side, 2 * side)).save(path)
+  with pytest.raises(LostImageError, match="key: is not the picture that it was") as raised:
+    pictures.tiles("key", path)
+  assert raised.value.key == "key"
 
 
 def test_an_image_may_be_a_path_bytes_or_a_picture(engine: Engine, asked: list[Request]) -> None:
