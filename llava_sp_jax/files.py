@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}  # fmt: skip
+POINTER = b"version https://git-lfs"  # how such a file begins
 
 
 class FormatError(ValueError):
@@ -47,6 +48,12 @@ def open_regular(path: Path) -> BinaryIO:
   return open(handle, "rb", buffering=0)
 
 
+def refuse_pointer(path: Path, data: bytes) -> None:
+  """Raises: FormatError for what Git left of a large file that it keeps elsewhere."""
+  if data.startswith(POINTER):
+    raise FormatError(f"{path}: a pointer of Git LFS, not the file itself; git lfs pull brings it")
+
+
 def read(path: Path, limit: int) -> bytes:
   """All bytes of a regular file. Raises: FormatError, also for a file of more than `limit` bytes."""
   with open_regular(path) as file:
@@ -54,7 +61,9 @@ def read(path: Path, limit: int) -> bytes:
     if size > limit:
       raise FormatError(f"{path}: {size:,} bytes, expected at most {limit:,}")
     # Not to the end: what /proc shows has no size, and may have no end.
-    return read_at(file, path, 0, size)
+    data = read_at(file, path, 0, size)
+  refuse_pointer(path, data)
+  return data
 
 
 def read_at(file: BinaryIO, path: Path, start: int, count: int) -> bytes:

@@ -1,8 +1,8 @@
 """PEFT's adapters: what their settings say, and where each pair of matrices goes.
 
 The decoder's seven projections keep theirs; a layer or projection without any gets zeros, which
-learn nothing and change nothing. Those of the tower and the projector are folded into the kernels,
-in float32, when these are read.
+learn nothing and change nothing. Those of the tower, the projector, the embedding and the output
+layer are folded into the weights, in float32, when these are read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,12 @@ from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
 FILE = "adapter_config.json"
 MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn",
            "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}  # fmt: skip
-_PAIR = re.compile(r"base_model\.model\.(?P<module>.*)\.lora_(?P<letter>[AB])\.weight")
+_PAIR = re.compile(
+  r"base_model\.model\.(?P<module>.*)\.lora_(?:(?P<letter>[AB])\.weight|embedding_(?P<row>[AB]))"
+)
 _DECODER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<name>\w+)")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TIED = re.compile(r"(?:base_model\.model\.)?(?:model\.embed_tokens|lm_head)\.(?:weight|lora_.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,67 +106,131 @@ def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> No
     )
 
 
-def place(
-  tensors: Tensors, base: Tensors, of: Recipe, layers: int, canonical: Callable[[str], str]
-) -> Tensors:
-  """Adapters under the names of `tables.LORA`, or folded into the tensors of `base`.
+@dataclasses.dataclass
+class _Pair:
+  """The two matrices of one module; those of an embedding are `turned`, as its weight is."""
 
-  `tensors` holds the folder's own, `canonical` gives the name in `tables` of a module's weight.
+  module: str  # as the file calls it
+  turned: bool
+  parts: dict[str, Tensor]
 
-  Raises: FormatError when there are none, or when those that the settings name are missing.
+  def fits(self, weight: Tensor, rank: int) -> bool:
+    if set(self.parts) != {"A", "B"} or any(len(t.shape) != 2 for t in self.parts.values()):
+      return False
+    (a, inputs), (outputs, b) = self.parts["A"].shape, self.parts["B"].shape
+    shape = (inputs, outputs) if self.turned else (outputs, inputs)
+    return a == b == rank and weight.shape == shape
+
+  def folded(self, weight: Tensor, scale: float) -> Tensor:
+    """The weight with the product added, in float32, when it is read."""
+
+    def read() -> np.ndarray:
+      a, b = (self.parts[letter].array().astype(np.float32) for letter in "AB")
+      product = (b @ a).T if self.turned else b @ a
+      return (weight.array().astype(np.float32) + scale * product).astype(weight.dtype)
+
+    return dataclasses.replace(weight, array=read)
+
+
+def _pairs(tensors: Tensors, folder: Path, canonical: Callable[[str], str]) -> dict[str, _Pair]:
+  """The pairs among tensors, by the name in `tables` of the module that each adapts.
+
+  Raises: FormatError when two are one.
   """
-  pairs: dict[str, dict[str, Tensor]] = {}
-  modules: dict[str, str] = {}
-  result: Tensors = {}
+  pairs: dict[str, _Pair] = {}
   for name, tensor in tensors.items():
     found = _PAIR.fullmatch(name)
     if not found:
-      result[name] = tensor
       continue
+    letter = found["letter"] or found["row"]
     stem = canonical(found["module"] + ".weight").removesuffix(".weight")
-    if found["letter"] in pairs.setdefault(stem, {}):
-      raise FormatError(f"{of.path.parent}: two tensors are lora_{found['letter']} of {stem}")
-    pairs[stem][found["letter"]] = tensor
-    modules[stem] = found["module"]
+    pair = pairs.setdefault(stem, _Pair(found["module"], bool(found["row"]), {}))
+    if letter in pair.parts:
+      raise FormatError(f"{folder}: two tensors are lora_{letter} of {stem}")
+    pair.parts[letter] = tensor
+  return pairs
+
+
+def place(
+  tensors: Tensors, base: Tensors, of: Recipe, layers: int, canonical: Callable[[str], str]
+) -> Tensors:
+  """A folder's own tensors with adapters under the names of `tables.LORA`, zeros where none are.
+
+  Those of other modules keep such a name until `fold`. `canonical` gives the name in `tables` of a
+  module's weight.
+
+  Raises: FormatError when there are none, or when those that the settings name are missing.
+  """
+  pairs = _pairs(tensors, of.path.parent, canonical)
   if not pairs:
     raise FormatError(f"{of.path.parent}: no adapters in it, though {FILE} is there")
-  scale = of.lora.alpha / of.lora.rank
+  result = {name: tensor for name, tensor in tensors.items() if not _PAIR.fullmatch(name)}
   for stem, pair in pairs.items():
-    inside = base.get(f"{stem}.weight")
-    if _DECODER.fullmatch(stem) or inside is None or not _fits(inside, pair):
-      result |= {f"base_model.model.{stem}.lora_{x}.weight":
-                 t.renamed(f"base_model.model.{stem}.lora_{x}.weight") for x, t in pair.items()}  # fmt: skip
+    form = "lora_embedding_{}" if pair.turned else "lora_{}.weight"
+    for letter, tensor in pair.parts.items():
+      name = f"base_model.model.{stem}.{form.format(letter)}"
+      result[name] = tensor.renamed(name)
+  return result | _absent(pairs, base, of, layers)
+
+
+def untied(tensors: Tensors, base: Tensors, of: Recipe) -> Tensors:
+  """Both ends of a base that ties them, where `tensors`, as `place` gives them, touch one.
+
+  PEFT makes a copy of what it trains as a whole: the other end stays what it was. Low-rank matrices
+  stand on the weight that both share.
+
+  Raises: FormatError where both were trained as one.
+  """
+  touched = {name for name in tensors if _TIED.fullmatch(name)}
+  if not touched or EMBEDDING not in base:
+    return {}
+  if of.said.get("ensure_weight_tying"):
+    raise FormatError(
+      f"{of.path}: not supported: ensure_weight_tying=True on a base whose output layer is its "
+      "embedding, with an adapter of one of them"
+    )
+  result: Tensors = {}
+  for here, there in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+    adapted = any(here.removesuffix(".weight") + ".lora_" in name for name in touched)
+    shared = tensors.get(here, base[EMBEDDING]) if adapted else base[EMBEDDING]
+    if there not in tensors:
+      result[there] = shared.renamed(there)
+  return result
+
+
+def fold(tensors: Tensors, of: Recipe) -> Tensors:
+  """Tensors of the whole model with the adapters of all but the decoder's projections in the weights.
+
+  Raises: FormatError in one line that names the modules that have no weight for theirs.
+  """
+  pairs = _pairs(tensors, of.path.parent, lambda name: name)
+  pairs = {stem: pair for stem, pair in pairs.items() if not _DECODER.fullmatch(stem)}
+  result = {name: tensor for name, tensor in tensors.items()
+            if not (found := _PAIR.fullmatch(name)) or found["module"] not in pairs}  # fmt: skip
+  homeless = []
+  for stem, pair in pairs.items():
+    weight = result.get(f"{stem}.weight")
+    if weight is None or not pair.fits(weight, of.lora.rank):
+      homeless.append(stem)
     else:
-      result[inside.name] = _folded(inside, pair["A"], pair["B"], scale)
-  return result | _absent(pairs, modules, base, of, layers)
-
-
-def _fits(weight: Tensor, pair: dict[str, Tensor]) -> bool:
-  if set(pair) != {"A", "B"} or not len(weight.shape) == len(pair["A"].shape) == 2:
-    return False
-  (rank, inputs), (outputs, other) = pair["A"].shape, pair["B"].shape
-  return rank == other and weight.shape == (outputs, inputs)
-
-
-def _folded(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-  def read() -> np.ndarray:
-    product = b.array().astype(np.float32) @ a.array().astype(np.float32)
-    return (weight.array().astype(np.float32) + scale * product).astype(weight.dtype)
-
-  return dataclasses.replace(weight, array=read)
+      result[weight.name] = pair.folded(weight, of.lora.alpha / of.lora.rank)
+  if homeless:
+    raise FormatError(
+      f"{of.path.parent}: adapters of rank {of.lora.rank} that fit no weight of this model: "
+      f"{_listed(homeless)}"
+    )
+  return result
 
 
 def _zeros(name: str, shape: tuple[int, int], dtype: np.dtype) -> Tensor:
   return Tensor(name, "no adapter", shape, dtype, lambda: np.zeros(shape, dtype))
 
 
-def _absent(
-  pairs: dict[str, Any], modules: dict[str, str], base: Tensors, of: Recipe, layers: int
-) -> Tensors:
+def _absent(pairs: dict[str, _Pair], base: Tensors, of: Recipe, layers: int) -> Tensors:
   """Zeros for the projections that have no adapter. Raises: FormatError where one is promised."""
-  like = next((p["A"].dtype for p in pairs.values() if "A" in p), np.dtype(np.float32))
-  known = next((s for s in modules if _DECODER.fullmatch(s)), None)
-  prefix = modules[known][: modules[known].rindex("layers.")] if known else "model."
+  like = next((t.dtype for p in pairs.values() for t in p.parts.values()), np.dtype(np.float32))
+  known = next((p.module for stem, p in pairs.items() if _DECODER.fullmatch(stem)), "model.layers.")
+  prefix = known[: known.rindex("layers.")]
   result: Tensors = {}
   missing = []
   for layer in range(layers):
@@ -181,8 +248,12 @@ def _absent(
         full = f"base_model.model.{stem}.lora_{letter}.weight"
         result[full] = _zeros(full, shape, like)
   if missing:
-    listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
     raise FormatError(
-      f"{of.path.parent}: adapters are missing that {FILE} names (target_modules): {listed}"
+      f"{of.path.parent}: adapters are missing that {FILE} names (target_modules): "
+      f"{_listed(missing)}"
     )
   return result
+
+
+def _listed(names: list[str]) -> str:
+  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")

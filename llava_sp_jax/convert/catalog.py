@@ -37,10 +37,13 @@ TRANSFORMERS: Renames = (  # the published layout, and the one in memory of tran
 )
 LORA_FOLDER: Renames = (  # adapters keep their prefix; `adapters.place` looks at what they adapt
   (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
-  (r"base_model\.model\.(?!.*\.lora_[AB]\.)(.*)", r"\1"),
+  (r"(.*\.lora_embedding_[AB])\.default", r"\1"),
+  (r"(.*\.(?:embed_tokens|lm_head))\.base_layer(\.weight)", r"\1\2"),
+  (r"base_model\.model\.(?!.*\.lora_)(.*)", r"\1"),
   (r"(.*)\.modules_to_save(?:\.default)?\.(weight|bias)", r"\1.\2"),
   *ORIGINAL,
   *TRANSFORMERS,
+  (r"((?:layers|embed_tokens|norm)\..*)", r"model.\1"),  # of a decoder without its head (AutoModel)
 )
 
 
@@ -98,7 +101,8 @@ FORMATS: dict[str, Format] = {
                   (torch_io.WEIGHTS,), PARTS, ORIGINAL),
   "vision_tower": Format(
     "CLIP or SigLIP (the full model or its vision part)",
-    lambda f: f.config.get("model_type") in settings.TOWERS, (torch_io.WEIGHTS,),
+    lambda f: f.config.get("model_type") in (*settings.TOWERS, *settings.OTHER_TOWERS),
+    (torch_io.WEIGHTS,),
     ("vision_tower",), TOWER,
   ),
   "language_model": Format(

@@ -42,6 +42,7 @@ from llava_sp_jax.convert.catalog import (
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.places import copy_tokenizer
+from llava_sp_jax.convert.tensor import alike
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.data import anyres, conversation
 from llava_sp_jax.models import build
@@ -113,6 +114,9 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   if "vision_tower" in parts:
     tower, towers, data = _open_tower(opened, options)
     tensors = {**towers, **tensors}
+  if opened.recipe:
+    tensors = adapters.fold(tensors, opened.recipe)
+  llm, tensors = _tied(llm, tensors)
   note = folder.path / NOTE
   said = settings.read_json(note) if note.is_file() else {}
   said = keys.read(said, key_tables.NOTE, str(note), options.allow_unknown)
@@ -123,8 +127,6 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
     image_newline="model.image_newline" in tensors,
   )  # fmt: skip
   problems: list[str] = []
-  if llm and llm.tie_embeddings:
-    tensors.pop("lm_head.weight", None)  # torch does not use it either
   if "projector" in parts:
     model = detect.with_projector(
       model, tensors, options.row or said.get("row", ""), str(folder.path)
@@ -146,14 +148,29 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
     name=folder.path.stem if name == "gguf" else folder.path.name, model=model,
     data=config_lib.Data(**data), train=config_lib.Train(steps=0),
   )  # fmt: skip
-  places.check_settings(opened.folders, options.allow_unknown)
-  tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
+  tokenizer = None
+  if "language_model" in parts:  # a tower's texts are read by nobody here
+    places.check_settings(opened.folders, options.allow_unknown)
+    tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
   return Source(
     name, checked(config, parts), found, parts, tokenizer,
     base=options.base or _base_name(folder, opened.recipe),
     tower=options.tower or opened.said.get("mm_vision_tower") or "",
     fingerprint=said.get("base_fingerprint", ""),
   )  # fmt: skip
+
+
+def _tied(
+  llm: config_lib.LanguageModel | None, tensors: Tensors
+) -> tuple[config_lib.LanguageModel | None, Tensors]:
+  """One array for embedding and output layer where settings say so, unless two were trained apart."""
+  head, embedding = tensors.get(adapters.HEAD), tensors.get(adapters.EMBEDDING)
+  if llm is None or not llm.tie_embeddings or head is None:
+    return llm, tensors
+  if embedding is not None and not alike(head, embedding):
+    return dataclasses.replace(llm, tie_embeddings=False), tensors
+  rest = {name: tensor for name, tensor in tensors.items() if name != adapters.HEAD}
+  return llm, {adapters.EMBEDDING: head.renamed(adapters.EMBEDDING), **rest}
 
 
 def checked(config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
@@ -190,35 +207,35 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   said = settings.llava(folder.config, origin, allow)
   own, names = None, []
   if "language_model" in row.parts and folder.config:
-    values = folder.config.get("text_config", folder.config)
+    values = settings.decoder(folder.config)
     own = settings.language_model(values, origin, allow)
     names = [values.get("model_type"), values.get("_name_or_path"),
              folder.config.get("_name_or_path")]  # fmt: skip
   if name == "peft":
     adapters.refuse_unfinished(path, folder.files, settings.is_llava(folder.config))
   recipe = adapters.recipe(path, allow)
-  base = None
-  if row.base:
-    base = _open_base(folder, recipe, options)
-    _same_decoder(own, base, path)
+  base = _open_base(folder, recipe, options) if row.base else None
   tensors = weights.named(folder, row)
   hints = tuple(n for n in (*names, _base_name(folder, recipe)) if n)
   if base is None:
     return _Opened(tensors, row.parts, (path,), folder.config, path, said, own, recipe, hints)
-  if recipe and base.llm:
-    if base.llm.tie_embeddings and {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
-      raise FormatError(f"{path}: replaces an embedding of a base that ties it (modules_to_save)")
+  text = base.llm
+  if text and (rows := tensors.get(adapters.EMBEDDING)) and rows.shape:  # it brings its own
+    text = dataclasses.replace(text, vocab_size=rows.shape[0])
+  _same_decoder(own, text, base.folders[0], path)
+  if recipe and text:
     tensors = adapters.place(
-      tensors, base.tensors, recipe, base.llm.layers,
-      lambda module: rename(module, row.renames),
-    )  # fmt: skip
+      tensors, base.tensors, recipe, text.layers, lambda module: rename(module, row.renames)
+    )
+    if text.tie_embeddings:
+      tensors |= adapters.untied(tensors, base.tensors, recipe)
   mine = bool(said) or not base.said
   return _Opened(
     {**base.tensors, **tensors},
     tuple(p for p in PARTS if p in row.parts or p in base.parts),
     (path, *base.folders),
     folder.config if mine else base.config, path if mine else base.home,
-    said if mine else base.said, base.llm, recipe, hints + base.names,
+    said if mine else base.said, text, recipe, hints + base.names,
   )  # fmt: skip
 
 
@@ -235,16 +252,18 @@ def _open_base(folder: Folder, recipe: adapters.Recipe | None, options: Options)
   return _open(place, name, options)
 
 
-def _same_decoder(own: config_lib.LanguageModel | None, base: _Opened, path: Path) -> None:
+def _same_decoder(
+  own: config_lib.LanguageModel | None, llm: config_lib.LanguageModel | None, base: Path, path: Path
+) -> None:  # fmt: skip
   """Raises: FormatError where a folder's own sizes contradict its base's."""
-  if not own or not base.llm:
+  if not own or not llm:
     return
-  odd = config_lib.differences(base.llm, own, "language_model")
+  odd = config_lib.differences(llm, own, "language_model")
   odd = [line for line in odd if "initializer_range" not in line]
   if odd:
     listed = "\n  ".join(odd)
     raise FormatError(
-      f"{base.folders[0]} is not the base of {path} ('here' is the base, 'there' is what "
+      f"{base} is not the base of {path} ('here' is the base, 'there' is what "
       f"{path}/config.json says):\n  {listed}\nGive the right one with --base."
     )
 
@@ -275,7 +294,7 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.Tower, Te
   """The tower's sizes, its tensors unless the checkpoint brings them, and how it wants pictures."""
   config, origin, allow = opened.config, f"{opened.home}/config.json", options.allow_unknown
   layer = options.select_layer or settings.select_layer(opened.said, origin)
-  alone = config.get("model_type") in settings.TOWERS
+  alone = config.get("model_type") in (*settings.TOWERS, *settings.OTHER_TOWERS)
   inside = any(name.startswith("vision_model.") for name in opened.tensors)
   if alone or ("vision_config" in config and not options.tower):
     path, values = opened.home, config

@@ -74,8 +74,9 @@ PRETRAINED: Table = {  # what every config.json of transformers may hold
     "neftune_noise_alpha", "_unsloth_version", "transformers_weights"),
   **rows(never(_GRAPH), "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size",
     "pruned_heads", "is_composition"),
-  "quantization_config": never("quantized weights are not read; give the folder that they were "
-    "made from, or save it dequantized (transformers: model.dequantize(), then save_pretrained)"),
+  **rows(never("quantized weights are not read; give the folder that they were made from, or save it "
+    "dequantized (transformers: model.dequantize(), then save_pretrained)"), "quantization_config",
+    "quantization", "compression_config"),
 }  # fmt: skip
 
 _FACTOR = real(1.0, 1e6)
@@ -194,15 +195,15 @@ LLAVA_HF: Table = {  # config.json of transformers' Llava and LlavaNext
   "vision_feature_layer": honored(either(whole(-4096, 4096), listing(whole(-4096, 4096))),
     "which hidden state of the tower is read"),
   "vision_feature_select_strategy": honored(choice("default", "full"),
-    "default drops the first token: CLIP's class token; full keeps all: SigLIP's patches"),
+    "default (also if it is not said) drops the first token: CLIP's class token; full keeps all"),
   "image_grid_pinpoints": honored(maybe(listing(listing(SIZE, 2, 2))),
     "canvases of LlavaNext, (height, width)"),
   "image_aspect_ratio": only("transformers' LLaVA pads nothing but anyres canvases", "anyres"),
   "use_image_newline_parameter": only("rows of tiles end with a newline", True),
   **rows(idle("an image's places are not marked by a token here"), "image_token_index",
     "image_token_id", "image_seq_length", "ignore_index"),
-  **rows(idle("the text_config's value counts"), "vocab_size", "tie_word_embeddings",
-    "initializer_range", "hidden_size"),
+  "tie_word_embeddings": honored(maybe(FLAG), "ties the output layer, as the text_config's does"),
+  **rows(idle("the text_config's value counts"), "vocab_size", "initializer_range", "hidden_size"),
 }  # fmt: skip
 
 _VISION: Table = {
@@ -266,7 +267,7 @@ ADAPTER: Table = {  # adapter_config.json
   "eva_config": idle("of a start that is over"),
   **rows(idle("how another program computes, not what"), "megatron_config", "megatron_core",
     "qalora_group_size", "inference_mode", "runtime_config"),
-  "ensure_weight_tying": idle("of modules_to_save on tied weights, which are refused"),
+  "ensure_weight_tying": honored(maybe(FLAG), "refused where a base ties and one of both was trained"),
   **rows(idle("says who wrote the file"), "peft_version", "auto_mapping", "revision", "task_type",
     "unsloth_fixed", "use_merged", "merge_weights"),
 }  # fmt: skip
@@ -324,9 +325,12 @@ TOKENIZER: Table = {  # tokenizer_config.json
   "sp_model_kwargs": never("sampling of sentencepiece"),
   "padding_side": idle("rows are padded on the right"),
   "truncation_side": idle("rows are cut at their end"),
-  "chat_template": idle("templates are rows of data.conversation"),
+  **rows(idle("templates are rows of data.conversation"), "chat_template", "response_schema",
+    "response_template", "chat_control_tokens"),
   **rows(honored(maybe(FLAG), "handed to transformers"), "add_prefix_space", "do_lower_case",
-    "split_special_tokens", "clean_up_tokenization_spaces", "spaces_between_special_tokens"),
+    "split_special_tokens", "clean_up_tokenization_spaces", "spaces_between_special_tokens",
+    "fix_mistral_regex"),
+  "model_specific_special_tokens": honored(maybe(GROUP), "special tokens"),
   **rows(idle("of another program"), "use_default_system_prompt", "processor_class", "auto_map",
     "backend", "is_local", "local_files_only", "from_slow", "tokenizer_file", "name_or_path",
     "special_tokens_map_file", "trust_remote_code", "errors", "use_fast", "model_input_names",

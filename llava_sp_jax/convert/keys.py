@@ -136,18 +136,19 @@ def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) ->
   """The honored keys of a settings file.
 
   Raises: FormatError, in one line, that names every key whose value is wrong or not computed, and
-  every key that the table lacks unless `allow_unknown` passes those over.
+  every key that the table lacks, but for null, unless `allow_unknown` passes those over.
   """
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a group of keys, found {_short(values)}")
   found = [problem(name, values[name], key) for name, key in table.items() if name in values]
   problems = [text for text in found if text]
-  unknown = [_short(name)[1:-1] for name in values if name not in table]
+  # null is what a file does not say, whatever its key would mean.
+  unknown = [_short(n)[1:-1] for n, value in values.items() if n not in table and value is not None]
   if unknown and not allow_unknown:
     listed = ", ".join(unknown[:12]) + (f" and {len(unknown) - 12} more" if unknown[12:] else "")
     problems.append(
       f"unknown key {listed}: what it changes is not known here; llava-sp convert {ALLOW} passes "
-      "unknown keys over"
+      "it over, and the folder that it writes goes wherever this one does"
     )
   if problems:
     raise FormatError(f"{origin}: {'; '.join(problems)}")

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import checkpoint, folders, processes
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, quantised, stream
+from llava_sp_jax.convert import formats, places, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
@@ -170,13 +170,25 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   source = formats.Source(
     "llava_sp_jax", dataclasses.replace(own.config, model=model),
     quantised.dequantise(own.leaves, form, model.frozen_dtype), parts, own.tokenizer,
-    base=options.base or own.about.get("base", ""), tower=options.tower or own.about.get("tower", ""),
+    base=options.base or _reachable(own.about, "base"),
+    tower=options.tower or _reachable(own.about, "tower"),
     fingerprint=own.fingerprint,
   )  # fmt: skip
   if not form or not verify:
     return source
   named = dataclasses.replace(source, leaves=own.originals) if source.base else source
   return dataclasses.replace(source, fingerprint=base_fingerprint(named))
+
+
+def _lasting(name: str) -> str:
+  """A name as it leads to its folder from everywhere on this machine."""
+  return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
+def _reachable(about: dict[str, Any], part: str) -> str:
+  """The name under which a part was found when a folder was made, if it leads there from here."""
+  name = about.get(part, "")
+  return name if name and (Path(name).exists() or places.is_hub_name(name)) else ""
 
 
 def base_fingerprint(source: formats.Source) -> str:
@@ -233,14 +245,14 @@ def write(
 def _write(source: formats.Source, out: Path, dtype: str) -> None:
   if dtype:
     source = formats.cast(source, dtype)
-  data = dataclasses.replace(source.config.data, tokenizer=str(out / "tokenizer"))
-  # All of it is in the folder, and it is no run that could be unfinished.
+  # All of it is in the folder, wherever that is moved, and it is no run that could be unfinished.
+  data = dataclasses.replace(source.config.data, tokenizer="tokenizer" if source.tokenizer else "")
   train = dataclasses.replace(source.config.train, steps=0)
   config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
   about = {
     "fingerprint": checkpoint.fingerprint({}), "name": config.name, "stage": "convert",
-    "parts": list(source.parts), "format": source.format, "base": source.base,
-    "tower": source.tower,
+    "parts": list(source.parts), "format": source.format, "base": _lasting(source.base),
+    "tower": _lasting(source.tower),
   }  # fmt: skip
   if jax.process_index() == 0:
     checkpoint.write_config(out, config)

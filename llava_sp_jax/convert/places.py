@@ -15,12 +15,17 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # organization/name, @re
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
 
 
+def is_hub_name(name: str) -> bool:
+  """Whether a text could be the name of a repository of the hub, with HUB in front or without."""
+  return bool(_HUB_NAME.fullmatch(name.removeprefix(HUB)))
+
+
 def local(name: str) -> Path:
   """A path as it is if it exists; otherwise a name of the hub, with `hf:` or without, fetched.
 
   Raises: FormatError when the hub does not give it. A path that is no such name is returned as it is.
   """
-  if not name.startswith(HUB) and (Path(name).exists() or not _HUB_NAME.fullmatch(name)):
+  if not name.startswith(HUB) and (Path(name).exists() or not is_hub_name(name)):
     return Path(name)
   return fetched(name, "")
 
@@ -29,7 +34,7 @@ def fetched(name: str, flag: str) -> Path:
   """The folder of the hub's local cache that holds a repository. Raises: FormatError."""
   repository, _, revision = name.removeprefix(HUB).partition("@")
   instead = f"; name a folder with {flag}" if flag else ""
-  if not _HUB_NAME.fullmatch(repository):
+  if not is_hub_name(repository):
     raise FormatError(f"{name}: expected {HUB}organization/name, or with @revision behind it")
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -54,7 +59,7 @@ def resolve(name: str, beside: Path, flag: str) -> Path:
     for path in (Path(name), beside.parent / name, beside.parent.parent / name):
       if path.exists():
         return path
-    if not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
       raise FormatError(f"{name}: no such folder, but {beside} needs it; name another with {flag}")
   return fetched(name, flag)
 

@@ -27,6 +27,13 @@ _DEFAULTS = {  # of transformers' classes: mean and deviation
   "stretch": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 _OF_TOWERS = {"clip": "crop", "siglip": "stretch"}
+_CANVASES = [
+  [336, 672],
+  [672, 336],
+  [672, 672],
+  [1008, 336],
+  [336, 1008],
+]  # LlavaNext's, if none are said
 # PIL's numbers of its filters, which processors write.
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -54,17 +61,29 @@ def images(
   result["image_aspect"] = aspect
   listed = said.get("image_grid_pinpoints")
   if hf and aspect == "anyres":
-    listed = listed or processor.get("image_grid_pinpoints")
+    listed = _canvases(listed, processor, path)
     if result["image_resample"] != "bicubic":
       raise FormatError(f"{path}: tiles of anyres are cut from bicubic pictures only")
     result["patch_merge"] = "spatial_unpad"
-    if listed:  # theirs are (height, width)
-      result["grid_pinpoints"] = tuple((width, height) for height, width in listed)
+    result["grid_pinpoints"] = tuple((width, height) for height, width in listed)
   elif listed:
     result["grid_pinpoints"] = pinpoints(listed, origin)
   if not hf and aspect == "anyres":  # one square has one order, whatever its config names
     result["patch_merge"] = said.get("mm_patch_merge_type") or "flat"
   return result
+
+
+def _canvases(listed: Any, processor: Json, path: Path) -> Any:
+  """(height, width) of LlavaNext's canvases, whose order decides between equally good ones.
+
+  Raises: FormatError where model and processor have others.
+  """
+  theirs = processor.get("image_grid_pinpoints")
+  if listed and theirs and listed != theirs:
+    raise FormatError(
+      f"{path}: image_grid_pinpoints {theirs!r:.100} are not those of config.json, {listed!r:.100}"
+    )
+  return listed or theirs or _CANVASES
 
 
 def _processor(

@@ -31,6 +31,9 @@ FAMILIES = {
 
 TOWERS = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip",
           "siglip_vision_model": "siglip"}  # fmt: skip
+_NAFLEX = ("SigLIP 2 of variable resolution (NaFlex) is not computed here; take one of fixed size, as "
+           "google/siglip2-so400m-patch14-384")  # fmt: skip
+OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # what is refused, and why
 
 
 def read_json(path: Path) -> Json:
@@ -58,6 +61,13 @@ def is_llava(values: Json) -> bool:
 def is_llava_hf(values: Json) -> bool:
   """Whether it is one of transformers' Llava or LlavaNext."""
   return "text_config" in values and str(values.get("model_type")).startswith("llava")
+
+
+def decoder(values: Json) -> Json:
+  """The decoder's keys of a config.json: a group in transformers' LLaVA, whose own file may tie, too."""
+  inner = values.get("text_config", values)
+  tied = inner is not values and values.get("tie_word_embeddings") is True
+  return {**inner, "tie_word_embeddings": True} if tied and isinstance(inner, dict) else inner
 
 
 def language_model(
@@ -156,6 +166,8 @@ def tower(
   kind = values.get("model_type", outer) if isinstance(values, dict) else None
   if is_llava_hf(folder_config) and isinstance(values, dict):
     kind = values.get("model_type", "clip_vision_model")
+  if isinstance(kind, str) and kind in OTHER_TOWERS:
+    raise FormatError(f"{origin}: not supported: {kind}: {OTHER_TOWERS[kind]}")
   if not isinstance(kind, str) or kind not in TOWERS:
     raise FormatError(f"{origin}: unknown vision tower {kind!r:.60}; known: {', '.join(TOWERS)}")
   variant = TOWERS[kind]
@@ -179,7 +191,8 @@ def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
   Raises: FormatError.
   """
   if is_llava_hf(values):
-    return keys.read(values, key_tables.LLAVA_HF, origin, allow_unknown)
+    said = keys.read(values, key_tables.LLAVA_HF, origin, allow_unknown)
+    return {"vision_feature_select_strategy": "default", **said}
   if not is_llava(values):
     return {}
   kind = values.get("model_type", "llama")

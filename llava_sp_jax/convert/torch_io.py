@@ -7,6 +7,7 @@ a checkpoint may be larger than the memory. What files may hold and how large is
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,8 +92,19 @@ def open_named(folder: Path, stems: tuple[str, ...]) -> Tensors:
   path = find(folder, stems)
   if path is None:
     wanted = ", ".join(f"{stem}{suffix}" for stem in stems for suffix in OPENERS)
-    raise FormatError(f"{folder}: no weights here; looked for {wanted} and their .index.json")
+    raise FormatError(
+      f"{folder}: no weights here; looked for {wanted} and their .index.json{_parts(folder, stems)}"
+    )
   return _open(path)
+
+
+def _parts(folder: Path, stems: tuple[str, ...]) -> str:
+  """What a message says of shards whose index is missing."""
+  shard = re.compile(f"({'|'.join(stems)})-\\d+-of-\\d+\\.\\w+")
+  found = sorted(path.name for path in folder.iterdir() if shard.fullmatch(path.name))
+  return (
+    f"; {_listed(found)} are parts, but the index that belongs to them is missing" if found else ""
+  )
 
 
 def _open(path: Path) -> Tensors:

@@ -14,6 +14,10 @@ _QUANTIZED = re.compile(
   r"|qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|input_scale)"
 )
 
+# What torch puts around a module: compilation, FSDP, checkpoints of activations, data parallelism.
+_INNER = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_WRAPPERS = re.compile(rf"^(?:(?:module|{_INNER})\.)+|(?<=\.)(?:{_INNER})\.")
+
 
 def named(folder: Folder, row: Format) -> Tensors:
   """A folder's own tensors under the names of `tables`.
@@ -38,7 +42,7 @@ def named(folder: Folder, row: Format) -> Tensors:
         "zero_to_fp32.py, or save with stage3_gather_16bit_weights_on_model_save"
       )
     for name, tensor in opened.items():
-      new = rename(name, row.renames)
+      new = rename(_WRAPPERS.sub("", name), row.renames)
       if new in result:
         raise FormatError(f"{folder.path}: two tensors are {new}: {result[new].name}, {name}")
       result[new] = tensor.renamed(new)

@@ -11,11 +11,11 @@ import hashlib
 import itertools
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_sp_jax import json_files
+from llava_sp_jax import files, json_files
 
 MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer_config.json"
 SIDE_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
@@ -54,6 +54,7 @@ class Tokenizer:
 
     Raises:
       FileNotFoundError: when the folder is missing or holds no tokenizer.
+      TokenizerError: when its files are none of a tokenizer.
     """
     folder = Path(path)
     names = ("tokenizer.json", MODEL_FILE)
@@ -61,7 +62,7 @@ class Tokenizer:
       raise FileNotFoundError(f"{folder}: no tokenizer here; expected one of {', '.join(names)}")
     kind = _json(folder / SETTINGS_FILE).get("tokenizer_class", LLAMA_CLASSES[0])
     as_llama = (folder / MODEL_FILE).is_file() and kind in LLAMA_CLASSES
-    self._backend: Backend = SentencePiece(folder) if as_llama else HuggingFace(folder)
+    self._backend: Backend = _opened(SentencePiece if as_llama else HuggingFace, folder)
     self.path = folder
     self.bos_id, self.eos_id = self._backend.bos_id, self._backend.eos_id
 
@@ -117,6 +118,23 @@ class Tokenizer:
     self._backend.save(Path(path))
 
 
+def _opened(kind: Callable[[Path], Backend], folder: Path) -> Backend:
+  """Raises: TokenizerError in one line, whatever a library raises for files of something else."""
+  for name in ("tokenizer.json", MODEL_FILE):
+    if files.is_regular(folder / name):
+      with files.open_regular(folder / name) as file:
+        files.refuse_pointer(folder / name, files.read_at(file, folder / name, 0, 64))
+  try:
+    return kind(folder)
+  except (TokenizerError, files.FormatError):
+    raise
+  except Exception as error:
+    said = " ".join(str(error).split())
+    raise TokenizerError(
+      f"{folder}: no tokenizer can be read from its files ({said:.200})"
+    ) from None
+
+
 class SentencePiece:
   """A `tokenizer.model` with the settings beside it.
 
@@ -145,9 +163,11 @@ class SentencePiece:
 
   def _added(self, settings: dict[str, Any], extra: dict[str, int]) -> dict[str, int]:
     """{text: id} of the tokens that stand outside of sentencepiece's text."""
-    ids = {_content(t): int(i) for i, t in settings.get("added_tokens_decoder", {}).items()} | extra
+    ids = {
+      _content(t): int(i) for i, t in (settings.get("added_tokens_decoder") or {}).items()
+    } | extra
     named = [settings.get(name) or "" for name in NAMED_TOKENS]
-    named += ["<s>", "</s>", "<unk>", *settings.get("additional_special_tokens", ())]
+    named += ["<s>", "</s>", "<unk>", *(settings.get("additional_special_tokens") or ())]
     for text in filter(None, map(_content, named)):
       own = self._with_blank.piece_to_id(text)
       new = max([self._with_blank.vocab_size(), *(i + 1 for i in ids.values())])

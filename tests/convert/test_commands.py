@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,26 @@ def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFi
   assert_same(wanted, formats.open_checkpoint(tmp_path / "lora"))
   llava_sp(capsys, "export", merged, tmp_path / "llava", "--format", "llava")
   assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
+
+
+def test_a_converted_folder_is_moved_and_stands_alone(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """What it was made from is gone: its config names nothing of it, and its export brings its base."""
+  here = tmp_path / "here"
+  for name in ("base-llm", "clip-vit-tiny", "cropping/llava-lora"):
+    shutil.copytree(GOLDEN / name, here / name)
+  names = ["--base", here / "base-llm", "--tower", here / "clip-vit-tiny"]
+  llava_sp(capsys, "convert", here / "cropping/llava-lora", here / "ours", *names)
+  wanted = formats.open_checkpoint(LORA[0], formats.Options(base=LORA[2], tower=LORA[4]))
+  moved = tmp_path / "there"
+  (here / "ours").rename(moved)
+  shutil.rmtree(here)
+  assert str(tmp_path) not in (moved / "config.json").read_text()
+  assert checkpoint.read_config(moved).data.tokenizer == "tokenizer"
+  llava_sp(capsys, "export", moved, tmp_path / "lora", "--format", "llava_lora")
+  given = formats.Options(select_layer=-1)
+  assert_same(wanted, formats.open_checkpoint(tmp_path / "lora", given))
 
 
 def test_a_template_that_the_tokenizer_cannot_end(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,24 @@ import safetensors.numpy
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, leaves, save
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
+from tests.convert.foreign import (
+  IMAGE,
+  PATCHES,
+  PIXELS,
+  SIZE,
+  TEXT,
+  VISION,
+  asked,
+  decoder,
+  loaded,
+  randomized,
+  same_logits,
+  same_text_logits,
+)
 from tests.convert.test_exports_in_torch import close, run
 from tests.convert.test_formats import change_json
 from tests.convert.test_round_trip import source
@@ -26,85 +39,7 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "image_size": 28,
-          "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 LLAMA = {"model_type": "llava_llama", **TEXT}
-IMAGE, SIZE, PATCHES = 63, 28, 4  # the image's token, pixels, tokens of a tile
-PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "resample": 3,
-          "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE},
-          "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
-TOKENS = np.random.default_rng(1).integers(0, TEXT["vocab_size"] - 1, (1, 10))
-
-
-def randomized(model: Any, seed: int = 0) -> Any:
-  """Weights far from their beginnings, norms and biases included."""
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-  return model.eval()
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  from transformers import LlamaConfig, LlamaForCausalLM
-
-  folder = tmp_path_factory.mktemp("llm")
-  randomized(LlamaForCausalLM(LlamaConfig(**TEXT))).save_pretrained(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Saved by the pinned transformers, with processor_config.json alone."""
-  from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-  folder = tmp_path_factory.mktemp("llava")
-  config = LlavaConfig(vision_config={"model_type": "clip_vision_model", **VISION},
-                       text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE)  # fmt: skip
-  randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
-  said = {"image_processor": PIXELS, "patch_size": 14, "image_token": "<image>",
-          "vision_feature_select_strategy": "default", "processor_class": "LlavaProcessor"}  # fmt: skip
-  (folder / "processor_config.json").write_text(json.dumps(said))
-  return folder
-
-
-def loaded(folder: Path) -> Any:
-  from transformers import LlavaForConditionalGeneration
-
-  return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def completed(opened: formats.Source) -> formats.Source:
-  """A decoder alone with parts of zeros beside it, for `run`."""
-  from flax.traverse_util import flatten_dict
-
-  model = dataclasses.replace(opened.config.model, tower=source("none").config.model.tower)
-  tree = flatten_dict(build.abstract(model), sep="/")
-  rest = {p: np.zeros(x.shape, np.float32) for p, x in tree.items() if p not in opened.leaves}
-  config = dataclasses.replace(opened.config, model=model)
-  return dataclasses.replace(
-    opened, config=config, leaves={**leaves.in_memory(rest), **opened.leaves}
-  )
-
-
-def asked(count: int = PATCHES) -> tuple[np.ndarray, np.ndarray]:
-  """Ids with the places of an image, and our slots for them."""
-  ids = np.concatenate([[3], np.full(count, IMAGE), [5, 7, 9]])[None]
-  return ids, np.where(ids == IMAGE, np.arange(ids.shape[1]) - 1, -1)
-
-
-def same_logits(opened: formats.Source, theirs: Any) -> None:
-  """Of a prompt with one square picture."""
-  ids, slots = asked()
-  pixels = np.random.default_rng(2).normal(size=(SIZE, SIZE, 3)).astype(np.float32)
-  with torch.no_grad():
-    found = theirs(
-      input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels.transpose(2, 0, 1)[None])
-    ).logits[0]
-  close(run(opened, np.where(ids == IMAGE, 0, ids), pixels[None, None], slots), found)
 
 
 # ---- adapters on a part of the modules and layers ---------------------------------------------------
@@ -124,26 +59,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_modules_without_an_adapter_have_none(llm: Path, tmp_path: Path, name: str) -> None:
-  from transformers import AutoModelForCausalLM
-
-  base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
   recipe = peft.LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **RECIPES[name])
-  adapted = randomized(peft.get_peft_model(base, recipe))
+  adapted = randomized(peft.get_peft_model(decoder(llm), recipe))
   adapted.save_pretrained(tmp_path / "adapter")
   # PEFT's own reading is the reference: what it does not save is the base's.
-  again = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-  theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+  theirs = peft.PeftModel.from_pretrained(decoder(llm), tmp_path / "adapter").eval()
   opened = formats.open_checkpoint(tmp_path / "adapter", formats.Options(base=str(llm)))
-  with torch.no_grad():
-    close(run(completed(opened), TOKENS), theirs(torch.tensor(TOKENS)).logits[0])
+  same_text_logits(opened, theirs)
 
 
 def adapter(llm: Path, folder: Path, **changes: Any) -> Path:
-  from transformers import AutoModelForCausalLM
-
-  base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
   recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"])
-  peft.get_peft_model(base, recipe).save_pretrained(folder)
+  peft.get_peft_model(decoder(llm), recipe).save_pretrained(folder)
   change_json(folder / "adapter_config.json", **changes)
   return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from llava_sp_jax.convert import formats, leaves, save, save_hf
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import formats, leaves, load, save, save_hf
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.example import IMAGE_ID
-from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.tokenizer import Tokenizer, train_bpe
+from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
-from tests.conftest import ConfigMaker
+from llava_sp_jax.tools import train as tool
+from llava_sp_jax.train import loop
+from tests.conftest import REPOSITORY, ConfigMaker
 from tests.convert.test_round_trip import source
 from tests.infer.tiny import random_model
 
@@ -65,32 +70,82 @@ def answers(model: Pretrained, pictures: list[Image.Image], **how: Any) -> list[
   return [a.ids for a in engine.answer([Request("what colour is it?", (p,)) for p in pictures])]
 
 
-def test_the_export_answers_as_ours(
-  model: Pretrained, exported: Path, pictures: list[Image.Image]
-) -> None:
-  """Greedily, for twenty pictures of several shapes, through the processor and its chat template."""
+def theirs_answer(exported: Path, asked: list[tuple[Image.Image, str]], new: int) -> list[Any]:
+  """Greedy ids of transformers, through its processor and chat template, cut at the first end."""
   from transformers import AutoProcessor, LlavaForConditionalGeneration
 
   processor = AutoProcessor.from_pretrained(exported)
-  theirs = LlavaForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
+  model = LlavaForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
+  prompts = [
+    processor.apply_chat_template(
+      [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+      add_generation_prompt=True,
+    )
+    for _, question in asked
+  ]
+  pictures = [picture for picture, _ in asked]
+  inputs = processor(images=pictures, text=prompts, return_tensors="pt", padding=True)
+  with torch.no_grad():
+    found = model.generate(**inputs, max_new_tokens=new)
+  made = found[:, inputs["input_ids"].shape[1] :].tolist()
+  stops = set(model.generation_config.eos_token_id)
+  return [tuple(ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))])
+          for ids in made]  # fmt: skip
+
+
+def test_the_export_answers_as_ours(
+  model: Pretrained, exported: Path, pictures: list[Image.Image]
+) -> None:
+  """For twenty pictures of several shapes."""
+  from transformers import AutoProcessor, LlavaConfig
+
+  processor = AutoProcessor.from_pretrained(exported)
   assert processor.patch_size == model.config.model.tower.patch_size
-  image = theirs.config.image_token_index
+  image = LlavaConfig.from_pretrained(exported).image_token_index
   assert processor.tokenizer.convert_tokens_to_ids("<image>") == image
   assert image not in range(len(model.tokenizer))
-  content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
-  prompt = processor.apply_chat_template(
-    [{"role": "user", "content": content}], add_generation_prompt=True
-  )
-  inputs = processor(images=pictures, text=[prompt] * len(pictures), return_tensors="pt")
-  with torch.no_grad():
-    found = theirs.generate(**inputs, max_new_tokens=NEW)
-  made = found[:, inputs["input_ids"].shape[1] :].tolist()
-  stops = set(theirs.generation_config.eos_token_id)
   wanted = answers(model, pictures)
   assert len(set(wanted)) > 5  # they do depend on the picture
-  for ours, ids in zip(wanted, made, strict=True):
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    assert ours == tuple(ids[:end])
+  assert theirs_answer(exported, [(p, "what colour is it?") for p in pictures], NEW) == wanted
+
+
+@pytest.mark.guard
+def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path: Path) -> None:
+  """The published pictures and questions, after a training that is long enough to tell them apart."""
+  easy_vqa = pytest.importorskip("easy_vqa")
+  questions, answers_, numbers = easy_vqa.get_train_questions()
+  turns: dict[int, list[dict[str, str]]] = {}
+  for question, answer, number in zip(questions, answers_, numbers, strict=True):
+    mark = "" if number in turns else "<image>\n"
+    turns.setdefault(number, []).extend(
+      [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+    )
+  samples = [{"image": f"{n}.png", "conversations": turns[n]} for n in sorted(turns)[:400]]
+  (tmp_path / "train.json").write_text(json.dumps(samples))
+  v1 = conversation.TEMPLATES["v1"]
+  texts = [
+    f"{v1.system}{v1.before}\n{q}{v1.after} {a}" for q, a in zip(questions, answers_, strict=True)
+  ]
+  train_bpe(texts[:4000], tmp_path / "tokenizer", 512)
+  config = tool.load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,row=none")
+  config = config_lib.override(config, {
+    "config.data.path": str(tmp_path / "train.json"), "config.optimizer.stage": "pretrain_all",
+    "config.data.image_folder": str(Path(easy_vqa.__file__).parent / "data/train/images"),
+    "config.data.tokenizer": str(tmp_path / "tokenizer"), "config.model.lora.rank": "0",
+    "config.train.steps": "150", "config.optimizer.learning_rate": "1e-3",
+  })  # fmt: skip
+  loop.train(config, tmp_path / "run")
+  ours = pretrained.from_run(tmp_path / "run")
+  save.export(load.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
+  questions, _, numbers = easy_vqa.get_test_questions()
+  paths = easy_vqa.get_test_image_paths()
+  chosen = range(0, len(questions), len(questions) // 19)[:20]  # each of another picture
+  asked = [(Image.open(paths[numbers[i]]).convert("RGB"), questions[i]) for i in chosen]
+  engine = Engine(ours, 4, Generation(max_new_tokens=8))
+  wanted = [a.ids for a in engine.answer([Request(q, (p,)) for p, q in asked])]
+  assert len(asked) == 20
+  assert len(set(wanted)) > 3
+  assert theirs_answer(tmp_path / "hf", asked, 8) == wanted
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from llava_sp_jax.convert import formats, places, save, torch_io, torch_write
+from llava_sp_jax import cli
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import formats, load, places, save, torch_io, torch_write
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 from tests.convert.test_formats import GOLDEN, change_json
@@ -77,6 +80,38 @@ def test_a_whole_model_of_the_hub_answers(hub: Path, tmp_path: Path) -> None:
   keep(hub, "org/llava", tmp_path / "llava")
   loaded = pretrained.from_any("hf:org/llava", formats.Options(select_layer=-1))
   assert len(loaded.tokenizer) == 512
+
+
+def beginning(language_model: str, vision_tower: str = "") -> Any:
+  """Parameters of a model of the golden sizes before its training."""
+  given = formats.Options(base=str(GOLDEN / "base-llm"), tower=str(GOLDEN / "clip-vit-tiny"))
+  model = formats.open_checkpoint(GOLDEN / "baseline/llava-lora", given).config.model
+  init = config_lib.Init(language_model=language_model, vision_tower=vision_tower)
+  return flatten_dict(load.initial_params(config_lib.Config(model=model, init=init)), sep="/")
+
+
+def test_training_begins_from_names_of_the_hub(hub: Path) -> None:
+  for name in ("base-llm", "clip-vit-tiny"):
+    keep(hub, f"org/{name}", GOLDEN / name)
+  found = beginning("org/base-llm", "hf:org/clip-vit-tiny")
+  for name in ("base-llm", "clip-vit-tiny"):
+    for path, leaf in formats.open_checkpoint(GOLDEN / name).leaves.items():
+      np.testing.assert_array_equal(found[path], leaf.read(), err_msg=path)
+
+
+def test_training_begins_from_a_folder_with_an_unknown_key(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """The refusal names the command that passes it over; what that writes is taken."""
+  folder, out = Path(shutil.copytree(GOLDEN / "base-llm", tmp_path / "llm")), tmp_path / "ours"
+  change_json(folder / "config.json", novel_scaling=2)
+  with pytest.raises(FormatError, match=r"unknown key novel_scaling: .* convert --allow-unknown"):
+    beginning(str(folder))
+  assert cli.main(["convert", str(folder), str(out), "--allow-unknown"]) == 0
+  found = beginning(str(out))
+  path = "language_model/final_norm/scale"
+  wanted = formats.open_checkpoint(GOLDEN / "base-llm").leaves[path].read()
+  np.testing.assert_array_equal(found[path], wanted)
 
 
 # ---- a LoRA folder on a merged LLaVA, and towers that learned ---------------------------------------

@@ -1,0 +1,45 @@
+"""Folders that the pinned transformers saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return decoder(tmp_path_factory.mktemp("llm"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return decoder(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def decoder(folder: Path, tied: bool) -> Path:
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  from tests.convert.foreign import TEXT, randomized
+
+  config = LlamaConfig(**TEXT, tie_word_embeddings=tied)
+  randomized(LlamaForCausalLM(config)).save_pretrained(folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """With processor_config.json alone."""
+  from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+  from tests.convert.foreign import IMAGE, PIXELS, TEXT, VISION, randomized
+
+  folder = tmp_path_factory.mktemp("llava")
+  config = LlavaConfig(vision_config={"model_type": "clip_vision_model", **VISION},
+                       text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE)  # fmt: skip
+  randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+  said = {"image_processor": PIXELS, "patch_size": 14, "image_token": "<image>",
+          "vision_feature_select_strategy": "default", "processor_class": "LlavaProcessor"}  # fmt: skip
+  (folder / "processor_config.json").write_text(json.dumps(said))
+  return folder
