@@ -22,6 +22,7 @@ from llava_sp_jax.convert import save
 from llava_sp_jax.eval import predictions
 from llava_sp_jax.eval.tasks import TASKS
 from llava_sp_jax.plan import topologies
+from llava_sp_jax.tools import arguments as arguments_lib
 from llava_sp_jax.tools import check, evaluate, plan
 from llava_sp_jax.tools import train as train_tool
 from tests import documents
@@ -70,8 +71,8 @@ def arguments(start: Callable[[], Any], partial: bool) -> argparse.Namespace:
     raise ValueError(message)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    patch.setattr(argparse.ArgumentParser, "error", error)
+    patch.setattr(arguments_lib.Parser, "parse_args", parse)
+    patch.setattr(arguments_lib.Parser, "error", error)
     patch.setattr(argparse.ArgumentParser, "exit", lambda *_: error(None, "it wants no arguments"))
     try:
       start()
