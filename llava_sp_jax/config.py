@@ -333,6 +333,8 @@ def override(config: Any, texts: Mapping[str, str]) -> Any:
       place, where = place[group], f"{where}.{group}"
     if name not in place:
       problems.append(f"{where}.{name}: unknown key; known here: {', '.join(place)}")
+    elif not key.endswith(f"{where}.{name}"):
+      problems.append(f"{key}: {where}.{name} is a value, and has no keys")
     elif isinstance(place[name], dict):
       problems.append(f"{where}.{name}: a group; name one of its keys: {', '.join(place[name])}")
     else:

@@ -14,6 +14,8 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
+COLORS = 3  # of a pixel
+DTYPES = ("float32", "bfloat16", "float16")  # of activations and parameters
 MOST = (1 << 31) - 1  # of a whole number: steps and positions are counted in 32 bits
 
 
@@ -81,12 +83,18 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError that names every number beyond its limits."""
+  """Raises: ConfigError that names every number beyond its limits, and what else has no table."""
   problems = [
     f"{key}: expected {limit}{_most(limit, value)}, found {value!r:.40}"
     for key, value in numbers(config_lib.to_dict(config))
     if not (limit := limit_of(key)).holds(value)
   ]
+  for name in ("dtype", "frozen_dtype"):
+    if (found := getattr(config.model, name)) not in DTYPES:
+      problems.append(f"model.{name}: expected one of {', '.join(DTYPES)}, found {found!r:.40}")
+  for name in ("image_mean", "image_std"):
+    if len(found := getattr(config.data, name)) != COLORS:
+      problems.append(f"data.{name}: expected {COLORS} numbers, found {len(found)}")
   if problems:
     raise config_lib.ConfigError("; ".join(problems))
 

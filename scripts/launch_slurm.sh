@@ -29,8 +29,7 @@ while [ $# -gt 0 ]; do
     --sbatch-flag) ;;
     *) fail "unknown option $1" ;;
   esac
-  [ $# -gt 1 ] || fail "$1 needs a value"
-  option=${1#--}
+  [ $# -gt 1 ] || fail "$1 needs a value"; option=${1#--}
   if [ "$1" = --sbatch-flag ]; then flags+=("$2"); else printf -v "${option//-/_}" %s "$2"; fi
   shift 2
 done
@@ -38,10 +37,8 @@ for option in nodes gpus_per_node time config workdir; do
   [ -n "${!option}" ] || missing+=("--${option//_/-}")
 done
 [ ${#missing[@]} -eq 0 ] || fail "missing ${missing[*]}"
-for option in nodes gpus_per_node cpus grace; do
-  [[ ${!option} =~ ^[1-9][0-9]{0,8}$ ]] ||
-    fail "--${option//_/-}: expected a whole number from 1, found ${!option@Q}"
-done
+numbers="$nodes $gpus_per_node $cpus $grace "
+[[ $numbers =~ ^([1-9][0-9]*\ ){4}$ ]] || fail "nodes, GPUs, CPUs, grace: expected 1 or more, found $numbers"
 [ -f "${config%%:*}" ] || fail "--config: no file ${config%%:*} in $PWD"
 
 printf -v train ' %q' .venv/bin/llava-sp train --config "$config" --workdir "$workdir" "${train_flags[@]}"

@@ -66,6 +66,43 @@ def test_all_are_named_at_once_by_the_command_before_anything_is_made(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("steps", [1 << 31, 10**400])
+def test_a_whole_number_has_an_end(tiny_config: ConfigMaker, steps: int) -> None:
+  with pytest.raises(
+    config_lib.ConfigError, match=r"^train.steps: expected at least 1, at most 2,147,"
+  ):
+    limits.check(changed(tiny_config(), "train.steps", steps))
+  limits.check(changed(tiny_config(), "train.steps", (1 << 31) - 1))
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "said"),
+  [
+    (
+      "model.dtype",
+      "int7",
+      "model.dtype: expected one of float32, bfloat16, float16, found 'int7'",
+    ),
+    ("model.frozen_dtype", "", "model.frozen_dtype: expected one of"),
+    ("data.image_mean", (1.0,), "data.image_mean: expected 3 numbers, found 1"),
+    ("data.image_std", (), "data.image_std: expected 3 numbers, found 0"),
+  ],
+)
+def test_what_no_table_knows_is_looked_at_too(
+  tiny_config: ConfigMaker, key: str, value: object, said: str
+) -> None:
+  with pytest.raises(config_lib.ConfigError, match=re.escape(said)):
+    limits.check(changed(tiny_config(), key, value))
+
+
+def test_a_value_has_no_keys(tiny_config: ConfigMaker) -> None:
+  """`train.steps.x=1` was taken for the number of steps."""
+  with pytest.raises(
+    config_lib.ConfigError, match=r"config.train.steps is a value, and has no keys"
+  ):
+    config_lib.override(tiny_config(), {"config.train.steps.x": "1"})
+
+
 def test_limits_say_what_they_are() -> None:
   said = [str(limit) for limit in (limits.COUNT, limits.POSITIVE, limits.SHARE, limits.Limit())]
   assert said == ["at least 1", "above 0", "at least 0 and below 1", "a finite number"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any
 def _save(figure: Any, path: Path) -> bool:
   from matplotlib import pyplot
 
-  figure.savefig(path, dpi=110)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font has not
+    figure.savefig(path, dpi=110)
   pyplot.close(figure)
   return True
 
@@ -121,7 +124,9 @@ def score_bars(scores: dict[str, Any], path: Path) -> bool:
   if not rows:
     return False
   figure, axis = _figure(5.5, 3.2)
-  bars = axis.bar([kind for kind, *_ in rows], [value for _, value, *_ in rows], color=RIGHT)
+  bars = axis.bar(
+    [console.one_line(kind) for kind, *_ in rows], [value for _, value, *_ in rows], color=RIGHT
+  )
   axis.bar_label(bars, labels=[text for _, _, text, _ in rows], padding=2)
   axis.set(ylabel=tables.figure(scores), ylim=(0, 1.09 * tables.full(scores)))
   return _save(figure, path)
@@ -144,7 +149,7 @@ def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
     axis.imshow(picture)
     right = gallery.is_right(row)
     answer = f"{row['text']}  (truth: {row['truth']})" if right is False else row["text"]
-    axis.set_title(textwrap.fill(row["question"], 30), fontsize=8, color=INK)
-    axis.text(0.5, -0.06, answer, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+    axis.set_title(textwrap.fill(console.safe(row["question"]), 30), fontsize=8, color=INK)
+    axis.text(0.5, -0.06, console.safe(answer), transform=axis.transAxes, ha="center", va="top", fontsize=9,
               weight="bold", color=COLOURS[right])  # fmt: skip
   return _save(figure, path)

@@ -30,14 +30,20 @@ def source_options(parser: argparse.ArgumentParser) -> None:
                       help="pass over keys of settings files whose effect is not known here")  # fmt: skip
 
 
-def to_options(arguments: argparse.Namespace) -> formats.Options:
-  """What was said with `source_options`."""
-  from llava_sp_jax.convert import formats
+def to_options(given: argparse.Namespace, path: str) -> formats.Options:
+  """What was said with `source_options` of the checkpoint at `path`.
 
+  Raises: ConfigError for what a run, or a folder of ours, says itself.
+  """
+  from llava_sp_jax.config import ConfigError
+  from llava_sp_jax.convert import formats, load
+
+  said = [f"--{name}" for name in ("row", "template") if getattr(given, name)]
+  if said and load.is_ours(path):
+    raise ConfigError(f"{path}: says itself what {' and '.join(said)} would say; leave that out")
   return formats.Options(
-    arguments.base, arguments.tower, arguments.row, arguments.template,
-    allow_unknown=arguments.allow_unknown,
-  )  # fmt: skip
+    given.base, given.tower, given.row, given.template, allow_unknown=given.allow_unknown
+  )
 
 
 def described(source: formats.Source) -> list[str]:
@@ -99,7 +105,7 @@ def main(argv: list[str]) -> None:
 
   folders.check(options.out, "convert")  # before weights are read
   processes.start()
-  source = load.open_any(options.source, to_options(options))
+  source = load.open_any(options.source, to_options(options, options.source))
   load.verify_template(source)
   load.verify_base(source)
   load.write(source, options.out, options.dtype)
@@ -107,5 +113,6 @@ def main(argv: list[str]) -> None:
     return
   size = sum(leaf.nbytes for leaf in source.leaves.values())
   console.say("\n".join(described(source)))
-  console.say(f"{options.out}: {formats.FORMATS[source.format].what}, row "
+  form = formats.FORMATS.get(source.format)
+  console.say(f"{options.out}: {form.what if form else 'a folder of ours'}, row "
         f"{source.config.model.projector.row}, {size / 1e9:.2f} GB")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ DESCRIPTION = """\
 Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
 soon as an answer is there), scores.json, submission files where a server scores, and index.html.
 The same command goes on where a killed one was; no question is asked twice."""
+
+MOST = 1 << 16  # questions at a time
 
 EXAMPLES = """example:
   llava-sp eval --checkpoint runs/finetune --task easy_vqa --data data/easy_vqa
@@ -120,11 +123,12 @@ def _check_counts(options: argparse.Namespace) -> None:
   """Raises: ConfigError for a number that counts nothing, all of them at once."""
   from llava_sp_jax.config import ConfigError
 
-  found = {"limit": (options.limit, 0), "batch-size": (options.batch_size, 1)}
+  found = {"limit": (options.limit, 0, math.inf), "batch-size": (options.batch_size, 1, MOST)}
   if problems := [
-    f"--{name}: expected a whole number from {least}, found {value}"
-    for name, (value, least) in found.items()
-    if value < least
+    f"--{name}: expected a whole number from {least}{f' to {most}' if most < math.inf else ''}, "
+    f"found {value}"
+    for name, (value, least, most) in found.items()
+    if not least <= value <= most
   ]:
     raise ConfigError("; ".join(problems))
 
@@ -261,7 +265,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
     predictions.check_folder(Path(_out(name, tasks, options)))
     run.questions(task)
   generations = {name: _generation(task, options) for name, task in tasks.items()}
-  given = to_options(options)
+  given = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.Model.of(loaded, options.checkpoint)

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.convert import load, save
 
   folders.check(Path(options.out), "")  # before weights are read
-  given = to_options(options)
+  given = to_options(options, options.checkpoint)
   source = load.open_any(options.checkpoint, given)
   save.export(source, options.format, options.out, options.dtype)
   console.say(f"{options.out}: {save.EXPORTS[options.format].what}")

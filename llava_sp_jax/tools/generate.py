@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
   options = parser().parse_args(argv)
+  if not options.question.strip():
+    parser().error(f"--question: expected a text, found {options.question!r}")
   from pathlib import Path
 
   from llava_sp_jax import mesh
@@ -63,7 +65,9 @@ def main(argv: list[str]) -> int:
   # Read here, so that a picture that is missing is told before a model is loaded.
   pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
-  loaded = pretrained.from_any(options.checkpoint, to_options(options), dtype=options.dtype)
+  loaded = pretrained.from_any(
+    options.checkpoint, to_options(options, options.checkpoint), dtype=options.dtype
+  )
   engine = Engine(loaded, 1, generation, devices)
   request = Request(options.question, pictures)
   if options.stream:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.convert import formats, load, settings_out
   from llava_sp_jax.models import build
 
-  given = to_options(options)
+  given = to_options(options, options.checkpoint)
   source = load.open_any(options.checkpoint, given, verify=options.fingerprint)
   model, data = source.config.model, source.config.data
   console.say(f"{options.checkpoint}: {source.format}, {source.config.name}")

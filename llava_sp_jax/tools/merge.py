@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.infer import verify
 
   folders.check(options.out, "merge")
-  given = to_options(options)
+  given = to_options(options, options.checkpoint)
   source = load.open_any(options.checkpoint, given)
   merged = save.fold(source)
   load.write(merged, options.out, command="merge")

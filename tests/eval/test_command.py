@@ -66,8 +66,12 @@ def test_it_prints_a_table_and_says_where_all_is(
     (["--checkpoint=x", "--max-new-tokens=0"], "--max-new-tokens: expected from 1 to 1048576, found 0"),
     (["--checkpoint=x", "--limit=-5", "--batch-size=-1"],
      "--limit: expected a whole number from 0, found -5; --batch-size: expected a whole number "
-     "from 1, found -1"),
+     "from 1 to 65536, found -1"),
     (["--merge", "--out=x", "--limit=-5"], "--limit: expected a whole number from 0, found -5"),
+    (["--checkpoint=x", "--batch-size=99999999"], "from 1 to 65536, found 99999999"),
+    (["--checkpoint=x", "--task=,"], "--task: expected a benchmark, found ','; see --list"),
+    (["--checkpoint=x", "--part=0/99999999999"], "--part: expected I/N such as 0/2, found '0/99"),
+    (["--checkpoint=x", "--out=/dev/null"], "/dev/null: /dev/null is no folder; name another one with"),
     (["--checkpoint=x", "--num-beams=0"], "--num-beams: expected from 1 to 1048576, found 0"),
     (["--checkpoint=x", "--temperature=1", "--num-beams=2"], "--num-beams: expected 1 where"),
     (["--checkpoint=x", "--task=gqa", "--judge-url=http://localhost"], "gqa"),
@@ -88,6 +92,34 @@ def test_what_is_wrong_is_said_in_one_line(
   assert found.out == ""
   assert message in found.err
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "command",
+  [["eval", "--data=x"], ["generate", "--question=q"], ["merge"], ["inspect"], ["convert"]],
+)
+def test_what_a_run_says_itself_is_not_said_again(
+  run_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture, command: list[str],
+) -> None:  # fmt: skip
+  """It would have no effect, whatever it says."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "x").symlink_to(tiny_data)
+  name, *rest = command
+  out = [str(tmp_path / "out")] if name in ("merge", "convert") else []
+  place = [str(run_folder), *out] if name in ("merge", "inspect", "convert") else []
+  place = place or [f"--checkpoint={run_folder}"]
+  assert cli.main([name, *rest, *place, "--template=foo", "--row=bar"]) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"{run_folder}: says itself what --row and --template would say" in line
+
+
+def test_a_run_can_be_converted(
+  run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  """And what was taken is told."""
+  assert cli.main(["convert", str(run_folder), str(tmp_path / "out")]) == 0
+  assert f"{tmp_path / 'out'}: a folder of ours, row pooling" in capsys.readouterr().out
 
 
 def test_tasks_that_generate_alike_share_one_engine(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import socket
+import ssl
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava_sp_jax.eval import web
 from llava_sp_jax.eval.judge import Ask, Endpoint, JudgeError, Reviews
+from llava_sp_jax.eval.tasks import llava_bench, mmvet
 
 KEY = "sk-secret-123"
 
@@ -299,3 +304,109 @@ def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:
   for judge in (one, two):
     review = Reviews(judge, tmp_path / "reviews.jsonl")(Ask(prompt="p"))
     assert review.text == judge(Ask(prompt="p"))
+
+
+@pytest.mark.parametrize(
+  "url",
+  ["http://", "https:///v1", "http://x:0/v1", "http://x:70000/v1", "http://x:y/v1", "http://[::1/v1",
+   "http://x/v1?key=1", "http://x/v1#a", "http://x y/v1", "http://x/\x1b[2J", "http://é/v1"],
+)  # fmt: skip
+def test_an_address_that_cannot_be_asked_is_told_before_anything_is(url: str) -> None:
+  with pytest.raises(JudgeError, match=r"judge grader: expected an address http") as caught:
+    Endpoint(url, "grader", key="")
+  assert repr(url) in str(caught.value)
+
+
+def test_a_password_in_an_address_is_not_told() -> None:
+  with pytest.raises(JudgeError, match="found one with a user") as caught:
+    Endpoint("https://user:hunter2@x/v1", "grader", key="")
+  assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("problem", "tries"),
+  [
+    (urllib.error.URLError(ssl.SSLCertVerificationError(1, "self-signed certificate")), 1),
+    (urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known")), 1),
+    (urllib.error.URLError(socket.gaierror(socket.EAI_AGAIN, "Temporary failure")), 3),
+    (ConnectionResetError("reset"), 3),
+  ],
+)
+def test_what_lasts_is_not_tried_again(
+  endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, waits: list[float], problem: Exception,
+  tries: int,
+) -> None:  # fmt: skip
+  calls = []
+
+  def post(*_: Any) -> None:
+    calls.append(1)
+    raise problem
+
+  monkeypatch.setattr(web, "post", post)
+  with pytest.raises(JudgeError, match=type(problem).__name__):
+    endpoint(Ask(prompt="p"))
+  assert (len(calls), len(waits)) == (tries, tries - 1)
+
+
+def test_an_error_in_place_of_an_answer_is_told(server: Server, endpoint: Endpoint) -> None:
+  server.script = [(200, {"error": {"code": 402, "message": f"no credit for {KEY}"}})] * 3
+  with pytest.raises(JudgeError, match=r"without choices.*no credit for \(key\)") as caught:
+    endpoint(Ask(prompt="p"))
+  assert KEY not in str(caught.value)
+
+
+def test_a_deadline_holds_while_a_proxy_is_spoken_to(monkeypatch: pytest.MonkeyPatch) -> None:
+  """It sends a byte now and then before there is any connection to the judge."""
+  with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+    def drip() -> None:
+      there, _ = proxy.accept()
+      with there, contextlib.suppress(OSError):
+        there.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+          there.sendall(b"x")
+          time.sleep(0.01)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    for name in ("https_proxy", "HTTPS_PROXY"):
+      monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    for name in ("no_proxy", "NO_PROXY"):
+      monkeypatch.delenv(name, raising=False)
+    judge = Endpoint("https://judge.example/v1", "grader", "", 1, 0.3, pause=lambda seconds: None)
+    started = time.monotonic()
+    with pytest.raises(JudgeError, match=r"no whole answer within 0\.3 s"):
+      judge(Ask(prompt="p"))
+    assert time.monotonic() - started < 5
+    thread.join()
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    "85 90",
+    "-1 -1",
+    "8 11",
+    "8 nan",
+    "8 1_0",
+    "8 \u0669",
+    "inf 8",
+    "<html>",
+    "8",
+    "8 9 7",
+    "",
+    "8/9",
+  ],
+)
+def test_scores_outside_the_scale_are_none(said: str) -> None:
+  """Others have counted -1 and numbers beyond the scale as scores."""
+  assert llava_bench.pair(said) is None
+  assert mmvet.grade(said.replace("8 ", "")) is None
+  assert llava_bench.pair("8 9.5\r\nwell") == (8.0, 9.5)
+  assert [mmvet.grade(text) for text in ("0.5", "1", "1.1", "-0.1", "0_1")] == [
+    0.5,
+    1,
+    None,
+    None,
+    None,
+  ]
