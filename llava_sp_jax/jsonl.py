@@ -27,7 +27,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
   for line in path.read_bytes().split(b"\n")[:-1]:
     try:
       record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
       record = None
     if isinstance(record, dict):
       records.append(record)
@@ -60,6 +60,6 @@ def cut_after(path: Path, step: int) -> int:
 def _step(line: bytes) -> int | None:
   try:
     number = json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, RecursionError, KeyError, TypeError):
     return None
   return number if isinstance(number, int) else None

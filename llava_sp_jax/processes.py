@@ -28,7 +28,7 @@ from llava_sp_jax import environment, errors
 
 MEET_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
-LOOK = 5.0  # seconds between two looks at the other processes and at the clock
+LOOK = 2.0  # seconds between two looks at the other processes and at the clock
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
@@ -222,6 +222,8 @@ def leave(what: str, code: int) -> None:
     _client().key_value_set(LEFT, f"{code} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
   sys.stdout.flush()
+  if not jax.process_index():  # the service ends with it, and JAX then ends the others by a fault
+    time.sleep(2 * LOOK)
   os._exit(code)
 
 
