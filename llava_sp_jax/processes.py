@@ -219,7 +219,7 @@ def leave(what: str, code: int) -> None:
   """Ends this process at once, and the others as soon as they look (`Watch`)."""
   who = f"process {jax.process_index()} of {jax.process_count()}"
   with contextlib.suppress(RuntimeError):
-    _client().key_value_set(LEFT, f"{code} {who}: {what}")
+    _client().key_value_set(LEFT, f"{code} {jax.process_index()} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
   sys.stdout.flush()
   if not jax.process_index():  # the service ends with it, and JAX then ends the others by a fault
@@ -333,8 +333,9 @@ class Watch(contextlib.AbstractContextManager):
   def _follow(self) -> None:
     """Ends as another process did that has left the run."""
     if left := _said(LEFT):
-      code, _, what = left.partition(" ")
-      self._end(what, int(code))
+      code, process, what = left.split(" ", 2)
+      if int(process) != jax.process_index():
+        self._end(what, int(code))
 
   def _end(self, what: str, code: int = 1) -> None:
     who = f"process {jax.process_index()} of {jax.process_count()}"

@@ -215,7 +215,7 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   assert checkpoint.steps(tmp_path) == [1, 2, 4]
   checkpoint.write_config(tmp_path, config_lib.Config())
   assert checkpoint.saved(tmp_path) == (
-    tmp_path / "checkpoints" / "4" / "params", {"told": 4}, 4
+    tmp_path / "checkpoints" / "4" / "params", {"told": 4, "step": 4}, 4
   )  # fmt: skip
 
 
