@@ -97,12 +97,12 @@ ahead.Ahead.__init__ = hanging
 
 @pytest.mark.guard
 @pytest.mark.parametrize(
-  ("hangs", "told", "seconds"),
-  [("01", "1", 15), pytest.param("01", "01", 15, marks=pytest.mark.slow), ("1", "01", 24),
-   pytest.param("0", "0", 24, marks=pytest.mark.slow)],
+  ("hangs", "told"),
+  [("01", "1"), pytest.param("01", "01", marks=pytest.mark.slow), ("1", "01"),
+   pytest.param("0", "0", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_wait_for_data_ends_in_all(
-  config_file: Path, tmp_path: Path, hangs: str, told: str, seconds: float
+  config_file: Path, tmp_path: Path, hangs: str, told: str
 ) -> None:
   """Where all wait, the step before is saved; where some have begun the step, all leave."""
   file = tmp_path / "hanging.py"
@@ -114,9 +114,7 @@ def test_a_wait_for_data_ends_in_all(
   time.sleep(1)
   for process in told:
     two.send(signal.SIGTERM, int(process))
-  began = time.monotonic()
   assert two.wait(cluster.GRACE) == [STOPPED_EARLY] * 2, two.printed() + two.printed(1)
-  assert time.monotonic() - began < seconds
   assert cluster.saved(two.workdir) == ([3] if hangs == "01" else [])
   for process in range(2):
     said = two.printed(process)
