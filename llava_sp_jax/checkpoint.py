@@ -28,6 +28,7 @@ from llava_sp_jax import folders
 
 CONFIG_FILE = "config.json"
 PLACE = "checkpoints"
+SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 Result = TypeVar("Result")
 
 
@@ -108,7 +109,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Whether the cluster announced that this job will be stopped (several processes only)."""
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 
-  def save(self, step: int, params: Any, opt_state: Any, about: Any) -> None:
+  def save(self, step: int, params: Any, opt_state: Any, about: Mapping[str, Any]) -> None:
     """Starts writing; earlier steps stay until this one is whole. Call it in every process.
 
     Raises: CheckpointError when this step, or the one before, cannot be written.
@@ -119,7 +120,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     args = ocp.args.Composite(
       params=ocp.args.StandardSave(params),
       optimizer=ocp.args.StandardSave(opt_state),
-      about=ocp.args.JsonSave(about),
+      about=ocp.args.JsonSave({**about, "step": step}),
       sums=ocp.args.JsonSave(checksums),
     )
     told(
@@ -284,12 +285,24 @@ def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
     return "it is no folder"
   if missing := [item for item in items if not (place / item).is_dir()]:
     return f"it has no {', '.join(missing)}"
+  if SUMS in _listed(place) and not (place / SUMS).is_dir():
+    return f"its {SUMS}, by which its values are verified, are gone"
   try:
-    about(place)
+    number = about(place).get("step", place.name)
   except CheckpointError as error:
     return str(error)
+  if str(number) != place.name:
+    return f"it says that it is step {number}"
   bare = [item for item in items if item != "about" and not (place / item / "_METADATA").is_file()]
   return f"{bare[0]} has no _METADATA" if bare else ""
+
+
+def _listed(place: Path) -> set[str]:
+  """What Orbax has noted that it saved in the folder of a step; nothing where there is no note."""
+  try:
+    return set(json.loads((place / "_CHECKPOINT_METADATA").read_bytes())["item_handlers"])
+  except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    return set()
 
 
 def about(place: Path) -> dict[str, Any]:
@@ -302,13 +315,13 @@ def checksums(place: Path) -> dict[str, dict[str, int]]:
 
   Raises: CheckpointError.
   """
-  return _json(place / "sums") if (place / "sums").is_dir() else {}
+  return _json(place / SUMS) if (place / SUMS).is_dir() else {}
 
 
 def _json(item: Path) -> dict[str, Any]:
   try:
     values = json.loads((item / "metadata").read_bytes())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise CheckpointError(f"{item} cannot be read ({error})") from None
   if not isinstance(values, dict):
     raise CheckpointError(f"{item} cannot be read (found {values!r:.40})")

@@ -50,7 +50,7 @@ def cut_after(path: Path, step: int) -> int:
 def _step(line: bytes) -> int | None:
   try:
     number = json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, RecursionError, KeyError, TypeError):
     return None
   return number if isinstance(number, int) else None
 

@@ -28,7 +28,7 @@ from llava_sp_jax import environment, errors
 
 MEET_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
-LOOK = 5.0  # seconds between two looks at the other processes and at the clock
+LOOK = 2.0  # seconds between two looks at the other processes and at the clock
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
@@ -219,9 +219,11 @@ def leave(what: str, code: int) -> None:
   """Ends this process at once, and the others as soon as they look (`Watch`)."""
   who = f"process {jax.process_index()} of {jax.process_count()}"
   with contextlib.suppress(RuntimeError):
-    _client().key_value_set(LEFT, f"{code} {who}: {what}")
+    _client().key_value_set(LEFT, f"{code} {jax.process_index()} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
   sys.stdout.flush()
+  if not jax.process_index():  # the service ends with it, and JAX then ends the others by a fault
+    time.sleep(2 * LOOK)
   os._exit(code)
 
 
@@ -331,8 +333,9 @@ class Watch(contextlib.AbstractContextManager):
   def _follow(self) -> None:
     """Ends as another process did that has left the run."""
     if left := _said(LEFT):
-      code, _, what = left.partition(" ")
-      self._end(what, int(code))
+      code, process, what = left.split(" ", 2)
+      if int(process) != jax.process_index():
+        self._end(what, int(code))
 
   def _end(self, what: str, code: int = 1) -> None:
     who = f"process {jax.process_index()} of {jax.process_count()}"

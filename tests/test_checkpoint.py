@@ -81,7 +81,17 @@ def test_steps_to_be_done_again_are_forgotten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-  "line", [b"", b'{"step": 1, "lo{"step": 2}', b"5", b"[]", b'{"step": null}', b"\xff", b'{"x": 1}']
+  "line",
+  [
+    b"",
+    b'{"step": 1, "lo{"step": 2}',
+    b"5",
+    b"[]",
+    b"[" * 5000,
+    b'{"step": null}',
+    b"\xff",
+    b'{"x": 1}',
+  ],
 )
 def test_a_line_that_cannot_be_read_is_dropped_and_counted(tmp_path: Path, line: bytes) -> None:
   path = tmp_path / "metrics.jsonl"
@@ -198,14 +208,14 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   assert made.latest == 4
   like = jax.device_put(jnp.zeros(3), place)
   number, params, moments, about = made.restore({"a/x": like}, {"m": like})
-  assert (number, about) == (4, {"told": 4})
+  assert (number, about) == (4, {"told": 4, "step": 4})
   np.testing.assert_array_equal(params["a/x"], np.full(3, 4.0))
   np.testing.assert_array_equal(moments["m"], np.full(3, 5.0))
   made.close()
   assert checkpoint.steps(tmp_path) == [1, 2, 4]
   checkpoint.write_config(tmp_path, config_lib.Config())
   assert checkpoint.saved(tmp_path) == (
-    tmp_path / "checkpoints" / "4" / "params", {"told": 4}, 4
+    tmp_path / "checkpoints" / "4" / "params", {"told": 4, "step": 4}, 4
   )  # fmt: skip
 
 

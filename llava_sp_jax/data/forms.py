@@ -20,6 +20,7 @@ ASKS, REPLIES, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": ASKS, "user": ASKS, "gpt": REPLIES, "assistant": REPLIES, "system": SYSTEM}
 IMAGES = ("image", "images")  # keys of a file name, or a list of them; in TFDS also of bytes
 LONGEST_NAME = 4096  # characters of a path
+LONGEST_TEXT = 1 << 20  # characters of a dialogue; far beyond any row, and read within seconds
 # Kinds of parts of a `content` that is a list -> the key that holds their value.
 PARTS = {"text": "text", "image": "image"}
 
@@ -69,6 +70,8 @@ def read(sample: Any) -> Talk:
   if not isinstance(sample, dict):
     raise SampleError(f"expected a dictionary, found {_shown(sample)}")
   messages = [_message(number, turn) for number, turn in enumerate(_dialogue(sample))]
+  if (length := sum(len(message.text) for message in messages)) > LONGEST_TEXT:
+    raise SampleError(f"a dialogue of {length:,} characters; at most {LONGEST_TEXT:,} are read")
   named = _images(sample)
   _refuse_media(sample, bool(named))
   _refuse_weights(sample, messages)

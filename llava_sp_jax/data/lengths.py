@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
@@ -145,15 +146,25 @@ class Lengths:
         yield _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _start, measurer) as pool:
-      waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-      for chunk in chunks:
-        parts = [self._source[i] for i in chunk]
-        waiting.append(pool.submit(_work, parts, epoch, chunk.start))
-        if len(waiting) > 4 * processes:  # not all samples at once in the queue
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    done = 0
+    try:
+      with concurrent.futures.ProcessPoolExecutor(processes, context, _start, measurer) as pool:
+        for chunk in chunks:
+          parts = [self._source[i] for i in chunk]
+          waiting.append(pool.submit(_work, parts, epoch, chunk.start))
+          if len(waiting) > 4 * processes:  # not all samples at once in the queue
+            yield waiting.popleft().result()
+            done += CHUNK
+        while waiting:
           yield waiting.popleft().result()
-      while waiting:
-        yield waiting.popleft().result()
+          done += CHUNK
+    except concurrent.futures.process.BrokenProcessPool:
+      raise config_lib.ConfigError(
+        f"data.processes: a process that measures samples has died behind sample {done} (out of "
+        f"memory, or by a picture's decoder); give fewer than {processes}, or look at these samples "
+        "with llava-sp check"
+      ) from None
 
 
 def _measurer(
@@ -206,7 +217,7 @@ def _save(measured: Measured, path: Path) -> None:
 def _load(path: Path) -> Measured | None:
   """What was measured; None where the file is damaged, whatever reading it raises."""
   try:
-    with np.load(path) as file:
+    with path.open("rb") as opened, np.load(opened) as file:
       errors = {int(i): str(error) for i, error in json.loads(str(file["errors"]))}
       return Measured(file["lengths"], file["totals"], file["tiles"], errors)
   except Exception:

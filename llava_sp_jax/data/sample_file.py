@@ -14,6 +14,10 @@ from llava_sp_jax.data.failure import SampleError, shortened
 EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
 
 
+class _NoText(ValueError):  # noqa: N818 - named where it is told
+  """Bytes that are no text in the encoding that they seem to be in."""
+
+
 def read(path: str | Path, key: str = "data.path") -> list[Any]:
   """The samples; a line that is no JSON is a SampleError in the sample's place.
 
@@ -37,7 +41,13 @@ def _read(path: str, changed: int) -> list[Any]:
 
 def _parsed(data: bytes) -> list[Any]:
   """Raises: ValueError that says what the file is."""
-  text = _decoded(data)
+  try:
+    text = _decoded(data)
+  except ValueError:
+    lines = _lines_of_bytes(data)
+    if not any(isinstance(line, dict) for line in lines):
+      raise
+    return lines
   try:
     found = _loads(text)
   except RecursionError:
@@ -62,7 +72,7 @@ def _decoded(data: bytes) -> str:
     # Half a surrogate pair is the failure of the sample that has it, not of the file.
     return data.decode(encoding, "surrogatepass")
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise _NoText(
       f"is not {encoding} text (byte {data[error.start]:#04x} at {error.start}); save it as UTF-8"
     ) from None
 
@@ -72,9 +82,18 @@ def _lines(text: str) -> list[Any]:
   return [_line(number, line) for number, line in lines]
 
 
-def _line(number: int, line: str) -> Any:
+def _lines_of_bytes(data: bytes) -> list[Any]:
+  """As `_lines`, for lines of which some are no text; none for what begins as a list does."""
+  if data.lstrip()[:1] == b"[":
+    return []
+  return [_line(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+
+
+def _line(number: int, line: str | bytes) -> Any:
   try:
-    return _loads(line)
+    return _loads(line if isinstance(line, str) else _decoded(line))
+  except _NoText as error:
+    return SampleError(f"line {number} {error}")
   except (ValueError, RecursionError) as error:
     return SampleError(f"line {number} is not JSON ({error})")
 

@@ -116,6 +116,9 @@ LOST: dict[str, tuple[Any, str]] = {
   "a medium's mark": (VIDEO, "turn 0: <video> is not read"),
   "a mark behind": (
     {"conversations": [{"from": "human", "value": "listen\n<audio>"}, REPLY]}, "<audio> is not read"),
+  "a book": (
+    {"conversations": [*BARE, BARE[0], {"from": "gpt", "value": "ab " * (1 << 19)}]},
+    "a dialogue of 1,572,877 characters; at most 1,048,576 are read"),
   "a numbered mark": (
     {"conversations": [{"from": "human", "value": "<video_1>\nwhat?"}, REPLY]}, "<video_1> is not read"),
   "a file in the text, as Qwen-VL has it": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,29 @@ def test_no_usable_sample_is_an_error_before_training(config: config_lib.Config)
 def test_an_unknown_packing_lists_the_known(config: config_lib.Config) -> None:
   with pytest.raises(ConfigError, match="known: buckets, first_fit, none"):
     make(dataclasses.replace(config.data, packing="best"))
+
+
+def test_a_damaged_pass_is_measured_again(config: config_lib.Config, tmp_path: Path) -> None:
+  said: list[str] = []
+  options = {"folder": tmp_path, "say": said.append}
+  first = next(make(config.data, **options))
+  (path,) = tmp_path.glob("lengths-*.npz")
+  whole = path.read_bytes()
+  for content in (b"", whole[: len(whole) // 2], bytes(len(whole))):
+    path.write_bytes(content)
+    said.clear()
+    assert_same(next(make(config.data, **options)), first)
+    assert said[0] == f"{path}: cannot be read; samples are measured again"
+    assert path.read_bytes() == whole
+  assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_measuring_process_that_dies_is_one_line(
+  config: config_lib.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """As when a decoder faults or the kernel takes its memory back."""
+  monkeypatch.setattr(lengths, "ALONE", 3)
+  monkeypatch.setattr(lengths, "_start", os.abort)  # by its name, in the other process
+  data = dataclasses.replace(config.data, processes=2)
+  with pytest.raises(config_lib.ConfigError, match=r"a process .* has died behind sample 0 \(out"):
+    next(make(data))

@@ -59,6 +59,16 @@ def test_a_torn_line_is_the_failure_of_its_sample(tmp_path: Path) -> None:
   assert str(found[2]).startswith("line 3 is not JSON (Expecting ',' delimiter")
 
 
+def test_bytes_that_are_no_text_cost_their_lines(tmp_path: Path) -> None:
+  """A list of samples is one text, and refused."""
+  path, bad = tmp_path / "x.jsonl", LINES.split("\n")[0].encode().replace(b"what", b"wh\xe9t")
+  path.write_bytes(LINES.encode() + bad + b"\r\n" + LINES.encode())
+  found = sample_file.read(path)
+  assert [isinstance(sample, SampleError) for sample in found] == [*[False] * 3, True, *[False] * 3]
+  assert [*found[:3], *found[4:]] == SAMPLES * 2
+  assert str(found[3]).startswith("line 4 is not utf-8 text (byte 0xe9 at ")
+
+
 def test_a_number_of_any_length_does_not_cost_the_file(tmp_path: Path) -> None:
   """Python reads 4,300 digits; an id of more is kept as a text."""
   digits = "1" + "0" * 5000

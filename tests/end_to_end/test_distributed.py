@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,59 @@ def test_told_alone_they_stop_together_and_one_process_goes_on(
   assert ledger.check(workdir, STEPS, BATCH, range(SAMPLES)) == ledger.Totals(
     STEPS, STEPS * BATCH, STEPS * BATCH, 0, 0
   )
+
+
+HANG = """
+
+import pathlib
+import sys
+import threading
+
+from llava_sp_jax.data import ahead
+
+begin, me = ahead.Ahead.__init__, next(a for a in sys.argv if a.startswith("--process="))[-1]
+
+
+def hanging(self, make, start, *sizes):
+  def slow(number):
+    if me in {hangs!r} and number >= {rows}:
+      pathlib.Path({folder!r}, "hangs" + me).touch()
+      threading.Event().wait()
+    return make(number)
+
+  begin(self, slow, start, *sizes)
+
+
+ahead.Ahead.__init__ = hanging
+"""
+
+
+@pytest.mark.guard
+@pytest.mark.parametrize(
+  ("hangs", "told"),
+  [("01", "1"), pytest.param("01", "01", marks=pytest.mark.slow), ("1", "01"),
+   pytest.param("0", "0", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_wait_for_data_ends_in_all(
+  config_file: Path, tmp_path: Path, hangs: str, told: str
+) -> None:
+  """Where all wait, the step before is saved; where some have begun the step, all leave."""
+  file = tmp_path / "hanging.py"
+  hook = HANG.format(folder=str(tmp_path), hangs=hangs, rows=3 * BATCH // 2)
+  file.write_text(config_file.read_text() + hook)
+  two = Cluster(file, tmp_path / "run", TWO, "--config.train.save_every=100")
+  assert two.wait_for(lambda: all((tmp_path / f"hangs{process}").exists() for process in hangs))
+  assert two.wait_for(lambda: cluster.last_step(two.workdir) == 3)
+  time.sleep(1)
+  for process in told:
+    two.send(signal.SIGTERM, int(process))
+  assert two.wait(cluster.GRACE) == [STOPPED_EARLY] * 2, two.printed() + two.printed(1)
+  assert cluster.saved(two.workdir) == ([3] if hangs == "01" else [])
+  for process in range(2):
+    said = two.printed(process)
+    assert ("asked to stop, and no data came for" in said) == (hangs != "01")
+    assert "Traceback" not in said
+    assert "Check failure" not in said
 
 
 @pytest.mark.guard

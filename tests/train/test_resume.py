@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import checkpoint, locks
+from llava_sp_jax import checkpoint, cli, jsonl, locks
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
 from llava_sp_jax.train import ledger, loop, resume
 from tests.conftest import ConfigMaker
+from tests.end_to_end import cluster
 from tests.train.test_loop import Looker, config, logged
 
 DATA = frozenset({"data"})
@@ -81,6 +82,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int]] = {
   "a bit of the moments": (lambda place: flip(place / "3/optimizer"), 3),
   "a file is gone": (lambda place: (place / "3/params/manifest.ocdbt").unlink(), 3),
   "torn about": (lambda place: (place / "3/about/metadata").write_text('{"fing'), 3),
+  "its checksums are gone": (lambda place: shutil.rmtree(place / "3/sums"), 3),
+  "a step under another's name": (lambda place: shutil.copytree(place / "3", place / "4"), 4),
   "an empty newer step": (lambda place: (place / "4").mkdir(), 4),
   "a file in its way": (lambda place: (place / "5").write_text(""), 5),
 }
@@ -170,6 +173,9 @@ def test_checkpoints_of_the_time_before_checksums_still_open(
   for step in (2, 3):
     place = run / f"checkpoints/{step}"
     shutil.rmtree(place / "sums")
+    note = json.loads((place / "_CHECKPOINT_METADATA").read_text())
+    del note["item_handlers"]["sums"]
+    (place / "_CHECKPOINT_METADATA").write_text(json.dumps(note))
     about = json.loads((place / "about/metadata").read_text())
     kept = {name: about[name] for name in ("fingerprint", "name", "stage")}
     (place / "about/metadata").write_text(json.dumps(kept))
@@ -222,6 +228,46 @@ def test_a_full_disk_ends_a_run_that_goes_on_afterwards(
   looker.seen.clear()
   assert loop.train(values, run).step == 5
   went_on(run, looker, 0)
+
+
+def test_a_full_disk_while_a_sample_is_written_down(
+  values: config_lib.Config, tmp_path: Path, capsys: pytest.CaptureFixture, looker: Looker
+) -> None:
+  """One line with the file's name and a code, and the same command goes on."""
+  samples, run = json.loads(Path(values.data.path).read_text()), tmp_path / "run"
+  path = tmp_path / "damaged.json"
+  path.write_text(json.dumps([*samples[:5], {"id": "bad"}, *samples[5:]]))
+  made = dataclasses.replace(values, data=dataclasses.replace(values.data, path=str(path)))
+  command = [
+    "train",
+    f"--config={cluster.write_config(made, tmp_path / 'c.py')}",
+    f"--workdir={run}",
+  ]
+  run.mkdir()
+  (run / "quarantine.jsonl").symlink_to("/dev/full")
+  assert cli.main(command) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == f"llava-sp train: {run / 'quarantine.jsonl'}: No space left on device"
+  (run / "quarantine.jsonl").unlink()
+  assert cli.main(command) == 0
+  assert [line["id"] for line in jsonl.read(run / "quarantine.jsonl")[0]] == ["bad"]
+
+
+def test_what_lies_beside_the_steps_is_left_alone(
+  run: Path, values: config_lib.Config, looker: Looker
+) -> None:
+  """Links, copies and half-written steps of other names; a run in a linked folder."""
+  place = run / "checkpoints"
+  (place / "latest").symlink_to(place / "3")
+  shutil.copytree(place / "2", place / "007")
+  shutil.copytree(place / "2", place / "3.bak")
+  (place / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+  (place / "notes").write_text("mine")
+  link = run.with_name("link")
+  link.symlink_to(run)
+  assert loop.train(values, link).step == 5
+  went_on(run, looker, 3)
+  assert {p.name for p in place.iterdir()} >= {"latest", "007", "3.bak", "notes"}
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "ledger", "tokenizer"])
@@ -280,6 +326,15 @@ def test_a_file_is_no_workdir(values: config_lib.Config, tmp_path: Path, looker:
     with pytest.raises(checkpoint.CheckpointError, match="file is a file; name a folder"):
       loop.train(values, tmp_path / name)
   assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["link", "link/below"])
+def test_a_link_that_leads_nowhere_is_no_workdir(
+  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
+) -> None:
+  (tmp_path / "link").symlink_to(tmp_path / "gone")
+  with pytest.raises(checkpoint.CheckpointError, match="link is a link that leads nowhere"):
+    loop.train(values, tmp_path / name)
 
 
 def test_a_damaged_step_is_not_what_a_run_is_opened_with(
