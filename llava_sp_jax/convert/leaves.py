@@ -224,7 +224,7 @@ def refuse(origin: str, problems: list[str]) -> None:
 
 
 def listed(problems: list[str]) -> str:
-  """Problems line by line; those that differ in their layer, and in nothing else, are one."""
+  """Problems line by line, one alone in its place; those that differ in nothing but a layer are one."""
   alike: dict[str, list[str]] = {}
   for problem in problems:
     alike.setdefault(re.sub(r"(?<=\blayers\.)\d+", "*", problem), []).append(problem)
@@ -232,7 +232,7 @@ def listed(problems: list[str]) -> str:
   counts = [f" ({len(same)} layers)" if len(same) > 1 else "" for same in alike.values()]
   shown = [line + count for line, count in zip(lines, counts, strict=True)][:SHOWN]
   more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
-  return "".join(f"\n  {line}" for line in shown + more)
+  return f" {shown[0]}" if len(shown) == 1 else "".join(f"\n  {line}" for line in shown + more)
 
 
 def to_tensors(leaves: Leaves, rows: tuple[tables.Row, ...]) -> list[Tensor]:
