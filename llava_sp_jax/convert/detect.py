@@ -59,10 +59,9 @@ def with_projector(
       "compute; the original's config does not say which it is. Give --row."
     )
   *_, row, problems = nearest
-  listed = "\n  ".join(problems)
   raise FormatError(
     f"{origin}: its projector is incomplete or of no known row, nothing was converted. The nearest "
-    f"row is {row!r}:\n  {listed}"
+    f"row is {row!r}:{leaves.listed(problems)}"
   )
 
 

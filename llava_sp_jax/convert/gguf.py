@@ -31,6 +31,7 @@ NAMES = (
   (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 )
 _EMBEDDING = "token_embd.weight"
+_DIVISORS = "rope_freqs.weight"  # of rotary frequencies, in files of Llama 3.1 and later
 
 # Our names for the keys that decide something -> how the file calls them, and what they may be.
 _ONE_TO_ONE = {
@@ -97,6 +98,8 @@ def open_gguf(path: Path) -> Tensors:
   heads = {"q": sizes["num_attention_heads"], "k": sizes["num_key_value_heads"]}
   result: Tensors = {}
   for place in container.tensors:
+    if place.name == _DIVISORS:  # a setting: see `_divided`
+      continue
     name = _name(place.name, path)
     read = _reader(container, place)
     projection = re.search(r"\.([qk])_proj\.", name)
@@ -194,6 +197,7 @@ def _config(container: Container, allow_unknown: bool) -> Json:
     "rope_theta": 10000.0,
     **result,
     **_stretched(said),
+    **_divided(container, head, result.get("rope_theta", 10000.0)),
     "rms_norm_eps": round(float(result["rms_norm_eps"]), 9),
     "tie_word_embeddings": "output.weight" not in tensors,
   }  # fmt: skip
@@ -205,6 +209,36 @@ def _stretched(said: Json) -> Json:
   if said.get("rope.scaling.type") == "none" or factor in (0, 1):
     return {}
   return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+
+
+def _divided(container: Container, head: int, theta: float) -> Json:
+  """The scaling of Llama 3.1, of which llama.cpp writes what each rotary frequency is divided by.
+
+  Its published models differ in the factor, which is the largest of them. Raises: FormatError for
+  other divisors.
+  """
+  place = next((p for p in container.tensors if p.name == _DIVISORS), None)
+  if place is None:
+    return {}
+  found = _reader(container, place)()
+  factor = float(found.max(initial=1.0))
+  turns = _TRAINED * theta ** -(np.arange(0, head, 2) / head) / (2 * np.pi)
+  kept = np.clip((turns - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
+  wanted = 1 / ((1 - kept) / factor + kept)
+  if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-3):
+    raise FormatError(
+      f"{container.file.path}: not supported: {_DIVISORS} holds other divisors than Llama 3.1's for "
+      f"{_TRAINED:,} positions"
+    )
+  if factor == 1.0:
+    return {}
+  return {"rope_scaling": {
+    "rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW, "high_freq_factor": _HIGH,
+    "original_max_position_embeddings": _TRAINED,
+  }}  # fmt: skip
+
+
+_TRAINED, _LOW, _HIGH = 8192, 1.0, 4.0
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from llava_sp_jax.convert import tables
 from llava_sp_jax.convert.layout import Layout, contiguous
 from llava_sp_jax.convert.torch_io import BFLOAT16, FormatError, Tensor
 
-SHOWN = 40  # missing layers that an error lists
+SHOWN = 40  # problems, or missing layers, that an error lists
 Index = tuple[slice, ...]
 Leaves = dict[str, "Leaf"]
 
@@ -219,8 +220,19 @@ def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> Non
 def refuse(origin: str, problems: list[str]) -> None:
   """Raises: FormatError with all problems, if there are any."""
   if problems:
-    listed = "\n  ".join(problems)
-    raise FormatError(f"{origin} does not fit the model, nothing was converted:\n  {listed}")
+    raise FormatError(f"{origin} does not fit the model, nothing was converted:{listed(problems)}")
+
+
+def listed(problems: list[str]) -> str:
+  """Problems line by line, one alone in its place; those that differ in nothing but a layer are one."""
+  alike: dict[str, list[str]] = {}
+  for problem in problems:
+    alike.setdefault(re.sub(r"(?<=\blayers\.)\d+", "*", problem), []).append(problem)
+  lines = [text if len(same) > 1 else same[0] for text, same in alike.items()]
+  counts = [f" ({len(same)} layers)" if len(same) > 1 else "" for same in alike.values()]
+  shown = [line + count for line, count in zip(lines, counts, strict=True)][:SHOWN]
+  more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+  return f" {shown[0]}" if len(shown) == 1 else "".join(f"\n  {line}" for line in shown + more)
 
 
 def to_tensors(leaves: Leaves, rows: tuple[tables.Row, ...]) -> list[Tensor]:

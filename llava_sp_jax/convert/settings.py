@@ -60,7 +60,7 @@ def is_llava(values: Json) -> bool:
 
 def is_llava_hf(values: Json) -> bool:
   """Whether it is one of transformers' Llava or LlavaNext."""
-  return "text_config" in values and str(values.get("model_type")).startswith("llava")
+  return "text_config" in values and values.get("model_type") in ("llava", "llava_next")
 
 
 def decoder(values: Json) -> Json:

@@ -26,6 +26,7 @@ BLANK = "\u2581"  # how sentencepiece writes a blank
 # Protocol buffers merge when joined: these bytes say normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = bytes((0x1A, 2, 0x18, 0))
 
+MAX_IDS = 1 << 24
 SHORT = 256  # characters of a text whose ids are kept: questions and answers come again and again
 Spans = tuple[tuple[int, int], ...]  # each token's id, and the index of its last character
 
@@ -172,6 +173,8 @@ class SentencePiece:
       own = self._with_blank.piece_to_id(text)
       new = max([self._with_blank.vocab_size(), *(i + 1 for i in ids.values())])
       ids.setdefault(text, own if self._with_blank.id_to_piece(own) == text else new)
+    if odd := [text for text, id_ in ids.items() if not 0 <= id_ < MAX_IDS]:
+      raise TokenizerError(f"{self._folder}: the id of {odd[0]!r:.40} is {ids[odd[0]]}")
     return ids
 
   def __len__(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import gguf as ours
 from llava_sp_jax.convert import settings
 from llava_sp_jax.convert.torch_io import FormatError
@@ -36,6 +37,7 @@ OPTIONAL = {
 def write(
   path: Path, architecture: str = "llama", extra: str = "",
   metadata: dict[str, Any] | None = None, endian: Any = gguf.GGUFEndian.LITTLE,
+  divisors: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
   """A file of one layer; returns its tensors as Hugging Face names and orders them."""
   said = REQUIRED | OPTIONAL if metadata is None else metadata
@@ -69,6 +71,8 @@ def write(
     writer.add_tensor(f"{name}.weight", permute(array, heads) if heads else array)
   if extra:
     writer.add_tensor(extra, np.zeros(4, np.float32))
+  if divisors is not None:
+    writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -171,3 +175,33 @@ def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
   write(tmp_path / "x.gguf", extra="blk.0.attn_q.bias")
   with pytest.raises(FormatError, match=r"unexpected tensor blk.0.attn_q.bias"):
     ours.open_gguf(tmp_path / "x.gguf")
+
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def test_divisors_of_llama_3(tmp_path: Path) -> None:
+  """vllm-project/vllm#7268, mozilla-ai/llamafile#516: files of Llama 3.1 have a tensor of them."""
+  pytest.importorskip("torch")
+  from transformers import LlamaConfig
+  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+  head, theta = 16, 500000.0
+  config = LlamaConfig(hidden_size=HEADS * head, num_attention_heads=HEADS,
+                       rope_parameters={**LLAMA_3, "rope_theta": theta})  # fmt: skip
+  scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+  divisors = theta ** -(np.arange(0, head, 2) / head) / scaled.numpy()
+  said = {**REQUIRED, **OPTIONAL, "rope.freq_base": theta, "attention.key_length": head}
+  path = tmp_path / "x.gguf"
+  write(path, metadata=said, divisors=divisors)
+  found = settings.language_model(ours.config(path), str(path)).rope_scaling
+  assert found == config_lib.RopeScaling(
+    kind="llama3", factor=32.0, low_frequency=1.0, high_frequency=4.0, original_length=8192
+  )
+  assert "rope" not in "".join(ours.open_gguf(path))
+  write(path, metadata=said, divisors=np.ones(head // 2))
+  assert settings.language_model(ours.config(path), str(path)).rope_scaling.kind == "default"
+  write(path, metadata=said, divisors=divisors + 0.1)
+  with pytest.raises(FormatError, match=r"rope_freqs\.weight holds other divisors than Llama 3"):
+    ours.config(path)

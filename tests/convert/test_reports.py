@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from llava_sp_jax.convert import formats, save
 from llava_sp_jax.convert.torch_io import FormatError
-from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from tests.convert.foreign import (
   PIXELS,
   TEXT,
@@ -238,6 +238,15 @@ def test_siglip_with_the_first_patch_dropped(tmp_path: Path) -> None:
       formats.open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llava_onevision", "llava_next_video", "vipllava"])
+def test_relatives_of_llava_are_refused_by_name(llava: Path, tmp_path: Path, kind: str) -> None:
+  """They pool, cut or join features in ways of their own, under the same names of tensors."""
+  folder = Path(shutil.copytree(llava, tmp_path / "x"))
+  change_json(folder / "config.json", model_type=kind)
+  with pytest.raises(FormatError, match=rf"unknown format \({kind}\)"):
+    formats.open_checkpoint(folder)
+
+
 def test_shards_without_their_index(llm: Path, tmp_path: Path) -> None:
   folder = Path(shutil.copytree(llm, tmp_path / "parts"))
   (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
@@ -265,3 +274,11 @@ def test_a_tokenizer_that_is_none(tmp_path: Path, name: str, what: str) -> None:
     Tokenizer(tmp_path)
   assert "\n" not in str(error.value)
   assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("number", [-7, 10**11, "seven"])
+def test_an_added_token_with_an_id_that_none_can_have(tmp_path: Path, number: Any) -> None:
+  shutil.copy(GOLDEN / "base-llm/tokenizer.model", tmp_path)
+  (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": number}))
+  with pytest.raises(TokenizerError):
+    Tokenizer(tmp_path)
