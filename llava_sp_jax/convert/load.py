@@ -170,25 +170,14 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   source = formats.Source(
     "llava_sp_jax", dataclasses.replace(own.config, model=model),
     quantised.dequantise(own.leaves, form, model.frozen_dtype), parts, own.tokenizer,
-    base=options.base or _reachable(own.about, "base"),
-    tower=options.tower or _reachable(own.about, "tower"),
+    base=options.base or places.reachable(own.about.get("base", "")),
+    tower=options.tower or places.reachable(own.about.get("tower", "")),
     fingerprint=own.fingerprint,
   )  # fmt: skip
   if not form or not verify:
     return source
   named = dataclasses.replace(source, leaves=own.originals) if source.base else source
   return dataclasses.replace(source, fingerprint=base_fingerprint(named))
-
-
-def _lasting(name: str) -> str:
-  """A name as it leads to its folder from everywhere on this machine."""
-  return str(Path(name).absolute()) if name and Path(name).exists() else name
-
-
-def _reachable(about: dict[str, Any], part: str) -> str:
-  """The name under which a part was found when a folder was made, if it leads there from here."""
-  name = about.get(part, "")
-  return name if name and (Path(name).exists() or places.is_hub_name(name)) else ""
 
 
 def base_fingerprint(source: formats.Source) -> str:
@@ -251,8 +240,8 @@ def _write(source: formats.Source, out: Path, dtype: str) -> None:
   config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
   about = {
     "fingerprint": checkpoint.fingerprint({}), "name": config.name, "stage": "convert",
-    "parts": list(source.parts), "format": source.format, "base": _lasting(source.base),
-    "tower": _lasting(source.tower),
+    "parts": list(source.parts), "format": source.format, "base": places.lasting(source.base),
+    "tower": places.lasting(source.tower),
   }  # fmt: skip
   if jax.process_index() == 0:
     checkpoint.write_config(out, config)

@@ -64,6 +64,16 @@ def resolve(name: str, beside: Path, flag: str) -> Path:
   return fetched(name, flag)
 
 
+def lasting(name: str) -> str:
+  """A name as it leads to its folder from everywhere on this machine."""
+  return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
+def reachable(name: str) -> str:
+  """A name that was kept, if it leads somewhere from here; "" otherwise."""
+  return name if name and (Path(name).exists() or is_hub_name(name)) else ""
+
+
 # Settings that are read only to see that nothing in them is missed.
 _CHECKED: dict[str, keys.Table] = {
   "generation_config.json": key_tables.GENERATION,
