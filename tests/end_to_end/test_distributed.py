@@ -114,7 +114,7 @@ def test_a_wait_for_data_ends_in_all(
   time.sleep(1)
   for process in told:
     two.send(signal.SIGTERM, int(process))
-  assert two.wait(cluster.GRACE) == [STOPPED_EARLY] * 2, two.printed() + two.printed(1)
+  assert two.wait() == [STOPPED_EARLY] * 2, two.printed() + two.printed(1)  # else it hangs
   assert cluster.saved(two.workdir) == ([3] if hangs == "01" else [])
   for process in range(2):
     said = two.printed(process)
