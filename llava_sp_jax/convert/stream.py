@@ -28,7 +28,11 @@ CHUNK_BYTES = 1 << 23  # of the file's grid: what a device that restores a slice
 
 def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progress) -> None:
   """`folder/checkpoints/0/{params,about}`; call it in every process. Raises: FormatError."""
-  registry = ocp.type_handlers.create_type_handler_registry((_Tracked, _Handler()))
+  # None of them is a jax.Array; without a handler for those, Orbax warns.
+  arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (_Tracked, _Handler()), (jax.Array, arrays)
+  )
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
   handlers.add("params", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(
     type_handler_registry=registry, use_zarr3=True, use_compression=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def llava_sp(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
   return printed.out
 
 
-def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_published_adapter_in_and_out(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
   ours, merged = tmp_path / "ours", tmp_path / "merged"
   wanted = formats.open_checkpoint(LORA[0], formats.Options(base=LORA[2], tower=LORA[4]))
   assert "row cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
@@ -56,6 +59,7 @@ def test_a_published_adapter_in_and_out(tmp_path: Path, capsys: pytest.CaptureFi
   assert_same(wanted, formats.open_checkpoint(tmp_path / "lora"))
   llava_sp(capsys, "export", merged, tmp_path / "llava", "--format", "llava")
   assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
+  assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_a_converted_folder_is_moved_and_stands_alone(
