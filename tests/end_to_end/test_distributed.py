@@ -153,7 +153,7 @@ def test_processes_that_were_given_other_things_do_not_start(
     assert "the processes of this run were not given the same:" in said
     assert "config.optimizer.learning_rate: 0.001 in process 0 (" in said
     assert "; 0.5 in process 1 (" in said
-    assert "\n  data: " in said
+    assert "; data: " in said
     assert "tokenizer" not in said
     assert "Traceback" not in said
   assert not (tmp_path / "run" / "checkpoints").exists()
