@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 # What a terminal obeys instead of showing it (control characters, C0 and C1, but for tab and newline),
-# what turns the direction of text around or ends a line unseen, and halves of surrogate pairs.
+# what turns the direction of text around or ends a line unseen, and halves of surrogate pairs. The
+# joiners of scripts and emoji (U+200C, U+200D) belong to the text.
 _OBEYED = re.compile(
-  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
 

@@ -25,6 +25,11 @@ def test_a_name_becomes_one_line_that_nothing_obeys() -> None:
   assert console.one_line("found:\n  one\n  two\n") == "found: one; two"
   assert console.one_line("plain, ünïcode 中文 \U0001f600") == "plain, ünïcode 中文 \U0001f600"
   assert console.safe("two\nlines\tstay\x07") == "two\nlines\tstay\\x07"
+  for joined in (
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "\U0001f468\u200d\U0001f469\ufe0f",
+  ):
+    assert console.safe(joined) == joined, "Persian and emoji are joined by what shows nothing"
 
 
 @pytest.mark.parametrize(
