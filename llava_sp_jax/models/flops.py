@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import DETAIL_STRIDE, ROWS, detail_size
+from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.spatial import DETAIL_STRIDE, detail_size
 
 FORWARD, BACKWARD_INPUT, BACKWARD_KERNEL = 2, 2, 2  # per parameter and token
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_sp_jax.models.projector import torch_uniform
+from llava_sp_jax.models.spatial import torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,8 @@
 """Vision-to-language projector: a patch MLP, optionally preceded by visual spatial tokens.
 
-A spatial token is one view of the feature grid (a central crop or an adaptive average pool) that an
-extractor turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the
-whole view. With detail kernels, tokens also attend to a strided convolution of the grid (its Detail
-Feature Integrator). Every variant is a row of ROWS.
+Every variant is a row of ROWS; `spatial` has the parts that a row names.
 
-Shape letters:  B images . G grid side . s view side . C vision width . K token width . S tokens
-                P positions of a strided convolution . T,M sequences . N heads . H head width
-                D model width
+Shape letters:  B images . G grid side . C vision width . S spatial tokens . D model width
 Source: paper section 3; `llava/model/llava_arch.py` of the original code.
 """
 
@@ -15,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -25,190 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.models.layers import constrain
-
-# torch's default for Linear and Conv2d: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-NORM_EPS = 1e-5
-DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 field
-DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # of the transformer extractor: layers on each side
-
-
-def crop(grid: jax.Array, size: int) -> jax.Array:
-  """The central square. [B, G, G, C] -> [B, size, size, C]."""
-  start = grid.shape[1] // 2 - size // 2
-  return grid[:, start : start + size, start : start + size]
-
-
-def pool(grid: jax.Array, size: int) -> jax.Array:
-  """Adaptive average pooling with torch's bins. [B, G, G, C] -> [B, size, size, C]."""
-  if size == grid.shape[1]:
-    return grid
-  bins = jnp.asarray(pooling_matrix(grid.shape[1], size), grid.dtype)
-  return jnp.einsum("ih,jw,bhwc->bijc", bins, bins, grid)
-
-
-def pooling_matrix(side: int, size: int) -> np.ndarray:
-  """Rows average bins floor(i*side/size) .. ceil((i+1)*side/size), which overlap. [size, side]."""
-  matrix = np.zeros((size, side), np.float32)
-  for i in range(size):
-    low, high = i * side // size, -(-(i + 1) * side // size)
-    matrix[i, low:high] = 1.0 / (high - low)
-  return matrix
-
-
-def nothing(grid: jax.Array, size: int) -> jax.Array:
-  """No part of the grid: the view of a token that does not depend on the image. -> [B, 0, 0, C]."""
-  return grid[:, :0, :0]
-
-
-VIEWS = {"crop": crop, "pool": pool, "register": nothing}
-
-
-class Attention(nn.Module):
-  """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
-
-  One array holds the kernels of queries, keys and values, as in torch.
-  """
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
-    width = x.shape[-1]
-    if width % HEADS:
-      raise ValueError(f"the tower's width {width} must be a multiple of {HEADS}, the heads here")
-    kernel = self.param("in_proj", nn.initializers.xavier_uniform(), (width, 3 * width))
-    query, key, value = jnp.split(kernel.astype(self.dtype), 3, axis=1)
-
-    def heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      return (x.astype(self.dtype) @ kernel).reshape(*x.shape[:2], HEADS, width // HEADS)
-
-    q, k, v = heads(x, query), heads(memory, key), heads(memory, value)
-    scores = jnp.einsum("btnh,bmnh->bntm", q, k).astype(jnp.float32) / np.sqrt(width // HEADS)
-    weights = jax.nn.softmax(scores).astype(self.dtype)
-    weights = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(weights)
-    out = jnp.einsum("bntm,bmnh->btnh", weights, v).reshape(x.shape)
-    return _bare(width, self.dtype, "o_proj")(out)
-
-
-def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-  """A linear layer without bias, initialised as torch's Transformer does it."""
-  kernel_init = nn.initializers.xavier_uniform()
-  return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-class TransformerLayer(nn.Module):
-  """Pre-norm layer; with a memory it also reads that. The second value is scan's empty output."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, None]:
-    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
-    dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
-    y = norm(name="self_norm")(x)
-    x = x + dropout(Attention(self.dtype, name="self_attn")(y, y))
-    if memory is not None:
-      y = norm(name="cross_norm")(x)
-      x = x + dropout(Attention(self.dtype, name="cross_attn")(y, memory))
-    y = norm(name="mlp_norm")(x)
-    y = dropout(nn.relu(_bare(x.shape[-1], self.dtype, "fc1")(y)))
-    return x + dropout(_bare(x.shape[-1], self.dtype, "fc2")(y)), None
-
-
-class TransformerStack(nn.Module):
-  """Layers and a final norm: torch's encoder, or with a memory its decoder. [B,T,D] -> [B,T,D]."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
-    layers = nn.scan(
-      TransformerLayer, variable_axes={"params": 0}, in_axes=nn.broadcast, length=DEPTH,
-      split_rngs={"params": True, "dropout": True},
-    )  # fmt: skip
-    x, _ = layers(self.dtype, name="layers")(x, memory)
-    return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
-
-
-class Transformer(nn.Module):
-  """A learned query reads a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
-
-  There is no positional encoding. Dropout acts only when an rng named "dropout" is passed.
-  """
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, view: jax.Array) -> jax.Array:
-    images, width = len(view), view.shape[-1]
-    query = self.param("query", nn.initializers.zeros_init(), (1, 1, width))
-    memory = TransformerStack(self.dtype, name="encoder")(view.reshape(images, -1, width), None)
-    target = jnp.broadcast_to(query.astype(self.dtype), (images, 1, width))
-    return TransformerStack(self.dtype, name="decoder")(target, memory)[:, 0]
-
-
-class Register(nn.Module):
-  """A learned token, whatever the view. [B, ...] -> [B, K]."""
-
-  width: int
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, view: jax.Array) -> jax.Array:
-    # As wide as a kernel's answer to features of unit variance.
-    token = self.param("token", nn.initializers.normal(1 / np.sqrt(3)), (self.width,))
-    return jnp.broadcast_to(token.astype(self.dtype), (len(view), self.width))
-
-
-# An extractor turns a view into one token: (view, token width, dtype, name) -> [B, token].
-
-
-def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
-  """A kernel that covers its view is one contraction over rows, columns and channels.
-
-  The kernel is divided along that axis over all devices and stays: views move to it, and parts of
-  the sums move back.
-  """
-  dense = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=torch_uniform, name=name)
-  flat = constrain(
-    view.reshape(len(view), -1), "batch", None
-  )  # the view is made where its rows are
-  flat = constrain(flat, None, "contraction")
-  return constrain(dense(flat), "batch", None)
-
-
-def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
-  return Transformer(dtype, name=name)(view)  # its token is as wide as the tower
-
-
-def _transformer_channels_first(
-  view: jax.Array, width: int, dtype: jnp.dtype, name: str
-) -> jax.Array:
-  """As the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s vectors of C.
-
-  What the transformer takes for one position is then a run of values of one or few channels.
-  """
-  return _transformer(view.transpose(0, 3, 1, 2).reshape(view.shape), width, dtype, name)
-
-
-def _register(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
-  return Register(width, dtype, name=name)(view)
-
-
-EXTRACTORS: dict[str, Callable[[jax.Array, int, jnp.dtype, str], jax.Array]] = {
-  "conv": _conv,
-  "transformer": _transformer,
-  "transformer_channels_first": _transformer_channels_first,
-  "register": _register,
-}
-
-# How the details of several kernels stand beside the token: one after the other, or added up.
-MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
-  "concat": lambda details: details,
-  "sum": lambda details: [functools.reduce(jnp.add, details)],
-}
+from llava_sp_jax.models.spatial import (
+  DETAIL_STRIDE,
+  EXTRACTORS,
+  MERGES,
+  VIEWS,
+  DetailInteraction,
+  detail_size,
+  torch_uniform,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +90,15 @@ ROWS = {
 }  # fmt: skip
 
 
-def detail_size(kernel: int, field: int) -> int:
-  """Side of a detail kernel for a field of another side than 24."""
-  return max(1, kernel * field // DETAIL_FIELD)
+def check_grid(row: str, shape: Sequence[int]) -> None:
+  """Raises: ValueError for a row that does not exist, or features that are no square grid."""
+  if row not in ROWS:
+    raise ValueError(f"projector row {row!r}: expected one of {', '.join(ROWS)}")
+  if len(shape) != 4 or shape[1] != shape[2] or 0 in shape:
+    raise ValueError(
+      f"projector {row}: expected features [B, G, G, C] of a square grid, found {list(shape)}; "
+      "patch tokens [B, G*G, C] are reshaped so, without a class token"
+    )
 
 
 def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
@@ -287,67 +111,6 @@ def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
   positions = [(field - detail_size(k, field)) // DETAIL_STRIDE + 1 for k in spec.detail_kernels]
   as_tokens = sum(p * p for p in positions) if spec.detail_as_tokens else 0
   return len(spec.views) * len(sizes) + as_tokens
-
-
-def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
-  """An unpadded convolution as one matmul. [B,G,G,C], [k,k,C,K] -> [B,P,P,K]."""
-  size, step = kernel.shape[0], strides[0]
-  starts = range(0, grid.shape[1] - size + 1, step)
-  patches = [grid[:, y : y + size, x : x + size] for y in starts for x in starts]
-  flat = jnp.stack(patches, axis=1).reshape(len(grid), len(starts), len(starts), -1)
-  return flat @ kernel.reshape(-1, kernel.shape[-1])
-
-
-# How details are convolved, where it is not as the compiler does it: on one CPU device that is much
-# slower for a kernel as large as these.
-CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
-
-
-def _convolution(platform: str) -> Callable[..., jax.Array] | None:
-  """On several devices the kernel is divided along its channels, which patches would gather."""
-  devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
-  return CONVOLUTIONS.get(platform or jax.default_backend()) if devices == 1 else None
-
-
-class DetailInteraction(nn.Module):
-  """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
-
-  Single head. `values` may be another interaction's, see `Row.detail_values`.
-  """
-
-  kernel_size: int
-  width: int
-  dtype: jnp.dtype
-  platform: str = ""
-
-  def setup(self) -> None:
-    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
-    dense = functools.partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=torch_uniform)
-    self.conv = nn.Conv(
-      self.width, (self.kernel_size, self.kernel_size), strides=DETAIL_STRIDE, padding="VALID",
-      use_bias=False, dtype=self.dtype, kernel_init=torch_uniform,
-      conv_general_dilated=_convolution(self.platform),
-    )  # fmt: skip
-    self.query_norm, self.query = norm(), dense()
-    self.key_norm, self.key = norm(), dense()
-    self.value_norm, self.value = norm(), dense()
-
-  def convolve(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, P, K]
-    grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
-    return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
-
-  def values(self, detail: jax.Array) -> jax.Array:  # [B, P, K] -> [B, P, K]
-    return self.value(self.value_norm(detail))
-
-  def __call__(
-    self, tokens: jax.Array, grid: jax.Array,
-    values: Callable[[jax.Array], jax.Array] | None = None,
-  ) -> jax.Array:  # fmt: skip
-    detail = self.convolve(grid)
-    q, k = self.query(self.query_norm(tokens)), self.key(self.key_norm(detail))
-    v = (values or self.values)(detail)
-    scores = jnp.einsum("bsk,bpk->bsp", q, k).astype(jnp.float32) / np.sqrt(self.width)
-    return jnp.einsum("bsp,bpk->bsk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Projector(nn.Module):
@@ -372,6 +135,7 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, S + G*G, D]
+    check_grid(self.row, grid.shape)
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
     grid = constrain(grid, "batch", None, None, None)  # only the views below move
     patches = grid.reshape(len(grid), -1, grid.shape[-1])

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.convert import tables
-from llava_sp_jax.models.projector import (
+from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
+from llava_sp_jax.models.spatial import (
   EXTRACTORS,
   MERGES,
-  ROWS,
   VIEWS,
   DetailInteraction,
-  Projector,
   Transformer,
   crop,
   pool,
-  spatial_token_count,
 )
 
 SIXTHS = {24: (4, 8, 12, 16, 20, 24), 27: (4, 9, 13, 18, 22, 27), 6: (1, 2, 3, 4, 5, 6)}

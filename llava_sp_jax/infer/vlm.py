@@ -1,0 +1,149 @@
+"""One model with one method for each thing that is asked of it: the class behind `llava_sp_jax.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llava_sp_jax.config import Config
+from llava_sp_jax.convert.formats import Options
+from llava_sp_jax.data import anyres
+from llava_sp_jax.data.example import NEWLINE
+from llava_sp_jax.infer import pretrained
+from llava_sp_jax.infer.engine import Engine
+from llava_sp_jax.infer.generation import DEFAULT, Generation
+from llava_sp_jax.infer.likelihood import Likelihood
+from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.infer.prompts import Answer, ImageFile, Request, tiles_of
+from llava_sp_jax.models import build
+from llava_sp_jax.models.llava import LlavaSP
+
+Images = Sequence[ImageFile]
+
+
+class VisionLanguageModel:
+  """Answers questions about images, and says what it makes of them.
+
+  An image is a path, the bytes of a file, or a PIL image. `<image>` in a question stands for one of
+  its images; without it, images come before the question. Programs are compiled at the first call of
+  each kind, and `answer`, `answers` and `stream` share an engine: a call with another `generation`
+  than the last one's makes a new engine.
+  """
+
+  def __init__(self, pretrained: Pretrained, batch_size: int = 16, mesh: Mesh | None = None):
+    """`batch_size` rows decode together; `mesh` has the axes data, fsdp, tensor (default: one device)."""
+    self._pretrained, self._batch_size, self._mesh = pretrained, batch_size, mesh
+    self._reader = anyres.Reader(
+      self.config.data, anyres.Tile(*build.tile_shape(self.config.model))
+    )
+    self._engine: Engine | None = None
+    self._likelihood: Likelihood | None = None
+    self._encoder: _Encoder | None = None
+
+  @property
+  def config(self) -> Config:
+    """The config of the checkpoint."""
+    return self._pretrained.config
+
+  def answer(
+    self, question: str, images: Images = (), *, system: str | None = None,
+    generation: Generation = DEFAULT,
+  ) -> str:  # fmt: skip
+    """Answers one question. `system` replaces the template's system text.
+
+    Raises: ValueError when there is no answer: an image that cannot be read, a prompt too long.
+    """
+    (answer,) = self.answers([Request(question, tuple(images), system)], generation)
+    if answer.error:
+      raise ValueError(answer.error)
+    return answer.text
+
+  def answers(
+    self, requests: Iterable[Request], generation: Generation = DEFAULT
+  ) -> Iterator[Answer]:
+    """Answers many questions in batches, in their order. An `Answer.error` says why there is none."""
+    return self.engine(generation).answer(requests)
+
+  def stream(
+    self, question: str, images: Images = (), *, system: str | None = None,
+    generation: Generation = DEFAULT,
+  ) -> Iterator[str]:  # fmt: skip
+    """Yields parts of one answer as they are decoded. Raises: ValueError, as `answer`."""
+    return self.engine(generation).stream(Request(question, tuple(images), system))
+
+  def loglikelihood(
+    self, question: str, continuation: str, images: Images = (), *, system: str | None = None
+  ) -> tuple[float, bool]:
+    """Scores a given answer.
+
+    Returns: the sum of the log-probabilities (natural logarithm) of the continuation's tokens, and
+      whether greedy decoding chooses each of them.
+    Raises: ValueError for an image that cannot be read.
+    """
+    if self._likelihood is None:
+      self._likelihood = Likelihood(self._pretrained, batch_size=1)
+    asked = Request(question, tuple(images), system)
+    return next(self._likelihood([(asked, continuation)]))
+
+  def encode_image(self, image: ImageFile) -> np.ndarray:
+    """Encodes an image into the tokens that the decoder reads, in their order. -> [N, D] float32.
+
+    Spatial tokens come first: S of the variant for each tile, then the patch tokens. Raises:
+    ValueError for an image that cannot be read.
+    """
+    picture = tiles_of(image, self._reader)
+    if self._encoder is None:
+      self._encoder = _Encoder(self._pretrained)
+    tokens, slots = self._encoder(picture.tiles), picture.plan.slots
+    return tokens[np.where(slots == NEWLINE, len(tokens) - 1, slots)]
+
+  def engine(self, generation: Generation = DEFAULT) -> Engine:
+    """The engine that answers with these settings; the last one is kept."""
+    if self._engine is None or self._engine.generation != generation:
+      self._engine = None  # its arrays are freed before others are made
+      self._engine = Engine(self._pretrained, self._batch_size, generation, self._mesh)
+    return self._engine
+
+
+class _Encoder:
+  """Vision tower and projector on the first device."""
+
+  def __init__(self, pretrained: Pretrained):
+    device = jax.local_devices()[0]
+    parts = {name: pretrained.params[name] for name in ("vision_tower", "projector")}
+    self._params = jax.device_put(parts, device)
+    module: LlavaSP = build.compiled_for(
+      build.model(pretrained.config.model), device.platform, branches=False
+    )
+
+    def run(params: Any, tiles: jax.Array) -> Any:
+      return module.apply({"params": params}, tiles[None], method="encode_image")
+
+    self._run = jax.jit(run)
+
+  def __call__(self, tiles: np.ndarray) -> np.ndarray:  # [M, H, W, 3] -> [M * N (+1), D] float32
+    return np.asarray(self._run(self._params, tiles)[0], np.float32)
+
+
+def load(
+  path: str | Path, *, options: Options | None = None, dtype: str = "", batch_size: int = 16,
+  mesh: Mesh | None = None,
+) -> VisionLanguageModel:  # fmt: skip
+  """Loads a model to ask.
+
+  Args:
+    path: a run of `train`, a folder of any format that `llava-sp convert` reads, or a name of the
+      hub (organization/name, with hf: before it where a folder has the same name).
+    options: what a foreign folder does not say: base model, tower, variant, template.
+    dtype: float32 or bfloat16, of parameters and activations (default: the checkpoint's).
+    batch_size: rows that decode together.
+    mesh: devices with the axes data, fsdp, tensor (default: the first device).
+
+  Raises: CheckpointError, FormatError: for a path that is no such folder, or not a whole model.
+  """
+  return VisionLanguageModel(pretrained.from_any(path, options, dtype=dtype), batch_size, mesh)

@@ -1,0 +1,106 @@
+"""`import llava_sp_jax as llava`: light to import, and its model says what the commands say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llava_sp_jax as llava
+from llava_sp_jax.data import anyres
+from llava_sp_jax.infer.engine import Engine
+from llava_sp_jax.infer.likelihood import Likelihood
+from llava_sp_jax.models import build
+from tests.conftest import ConfigMaker
+from tests.infer import tiny
+
+QUESTION = "what colour is it?"
+SHORT = llava.Generation(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: ConfigMaker) -> llava.VisionLanguageModel:
+  return llava.VisionLanguageModel(tiny.random_model(tiny_config("finetune")), batch_size=4)
+
+
+@pytest.fixture
+def picture(tiny_data: Path) -> Path:
+  return tiny_data / "images" / "3.png"
+
+
+def test_importing_it_imports_nothing_else() -> None:
+  code = (
+    "import sys; import llava_sp_jax as llava; names = dir(llava); "
+    "print([n for n in ('jax', 'numpy', 'flax', 'transformers') if n in sys.modules]); "
+    "llava.Generation; print('jax' in sys.modules); print(set(llava.__all__) <= set(names))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.splitlines() == ["[]", "False", "True"]
+
+
+@pytest.mark.parametrize("name", llava.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+  assert getattr(llava, name).__doc__
+
+
+def test_an_unknown_name_is_an_error() -> None:
+  with pytest.raises(AttributeError, match="'llava_sp_jax' has no attribute 'lode'"):
+    _ = llava.lode  # type: ignore[attr-defined]
+
+
+def test_answers_are_the_engines(model: llava.VisionLanguageModel, picture: Path) -> None:
+  asked = [llava.Request(QUESTION, (picture,)), llava.Request("is it red?")]
+  wanted = [a.text for a in Engine(model.engine(SHORT).pretrained, 4, SHORT).answer(asked)]
+  assert [a.text for a in model.answers(asked, SHORT)] == wanted
+  assert model.answer(QUESTION, [picture], generation=SHORT) == wanted[0]
+  assert "".join(model.stream(QUESTION, [picture], generation=SHORT)) == wanted[0]
+  assert model.engine(SHORT) is model.engine(SHORT)
+
+
+def test_a_question_without_an_answer_is_an_error(
+  model: llava.VisionLanguageModel, tmp_path: Path
+) -> None:
+  missing = tmp_path / "gone.png"
+  for ask in (lambda: model.answer(QUESTION, [missing], generation=SHORT),
+              lambda: model.loglikelihood(QUESTION, "red", [missing]),
+              lambda: model.encode_image(missing)):  # fmt: skip
+    with pytest.raises(ValueError, match=r"gone\.png"):
+      ask()
+
+
+def test_loglikelihood_is_that_of_the_batch(
+  model: llava.VisionLanguageModel, picture: Path
+) -> None:
+  pretrained = model.engine(SHORT).pretrained
+  asked = (llava.Request(QUESTION, (picture,)), "blue")
+  ((total, greedy),) = Likelihood(pretrained)([asked])
+  found = model.loglikelihood(QUESTION, "blue", [picture])
+  assert found == (pytest.approx(total, rel=1e-5), greedy)  # sums of another batch size
+
+
+def test_encode_image_is_what_training_reads(
+  model: llava.VisionLanguageModel, picture: Path
+) -> None:
+  config, params = model.config, model.engine(SHORT).pretrained.params
+  with Image.open(picture) as opened:
+    tiles = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))(opened).tiles
+  module = build.model(config.model)
+  wanted = module.apply({"params": params}, tiles[None], method="encode_image")[0]
+  found = model.encode_image(picture)
+  assert found.shape == (build.image_token_count(config.model), config.model.language_model.width)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 24, 8), (1, 576, 8), (1, 0, 0, 8)])
+def test_a_projector_takes_square_grids_alone(shape: tuple[int, ...]) -> None:
+  with pytest.raises(ValueError, match=r"expected features \[B, G, G, C\] of a square grid"):
+    llava.Projector("pooling", 4, 8).init({}, np.zeros(shape, np.float32))
+
+
+def test_a_projector_names_the_rows_that_there_are() -> None:
+  with pytest.raises(ValueError, match="row 'poling': expected one of none, pooling, cropping"):
+    llava.Projector("poling", 4, 8).init({}, np.zeros((1, 6, 6, 8), np.float32))
