@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from llava_sp_jax.data import anyres
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.models import build
-from tests.conftest import ConfigMaker
+from tests.conftest import REPOSITORY, ConfigMaker
 from tests.infer import tiny
 
 QUESTION = "what colour is it?"
+README_RUN = "runs/easy_vqa/pooling-0/finetune"
+README_PICTURE = "data/easy_vqa/images/test/0.png"
 SHORT = llava.Generation(max_new_tokens=6)
 
 
@@ -45,6 +48,19 @@ def test_importing_it_imports_nothing_else() -> None:
 @pytest.mark.parametrize("name", llava.__all__)
 def test_every_public_name_is_there(name: str) -> None:
   assert getattr(llava, name).__doc__
+
+
+def test_the_readme_runs(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """README's lines, on a folder of the original's format in place of the demo's run."""
+  (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+  for written, there in ((README_RUN, REPOSITORY / "tests/golden/pooling/llava-lora"),
+                         (README_PICTURE, picture)):  # fmt: skip
+    assert code.count(written) == 1
+    code = code.replace(written, str(there))
+  exec(code, {})
+  *_, scored, shape = capsys.readouterr().out.splitlines()
+  assert re.fullmatch(r"\(-\d+\.\d+, (True|False)\)", scored)
+  assert shape == "(582, 48)"  # six spatial tokens, 24 x 24 patches
 
 
 def test_an_unknown_name_is_an_error() -> None:
