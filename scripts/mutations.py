@@ -17,6 +17,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -140,10 +141,15 @@ def run_tests(root: Path, tests: Iterable[str], *options: str) -> tuple[int, str
 
 
 def _child(root: str, arguments: list[str], log: str) -> None:
-  """pytest in a process where the libraries are imported already, and nothing of the package is."""
+  """pytest in a process where the libraries are imported already, and the package is the copy's."""
   os.setsid()  # so that what it starts can be ended with it
   os.chdir(root)
   sys.path.insert(0, root)
+  # This file has imported the checkout's package, which tests of the copy would then be given.
+  for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+    del sys.modules[name]
+  if not str(importlib.import_module(PACKAGE).__file__).startswith(root + os.sep):
+    raise RuntimeError(f"{PACKAGE} is imported from elsewhere than {root}")
   os.environ["PYTHONPATH"] = root
   sys.dont_write_bytecode = False  # what is compiled once serves all runs in this copy
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -118,6 +118,32 @@ def test_a_file_is_changed_while_its_tests_run_and_put_back(
   assert "| `x.py:2` | a number |" in page
 
 
+DRIVER = """
+import sys
+sys.path.insert(0, {scripts!r})
+if __name__ == "__main__":
+  import pathlib
+  import mutations
+  print(mutations.run_tests(pathlib.Path({root!r}), ["test_x.py"])[0])
+"""
+
+
+@pytest.mark.parametrize(("value", "code"), [(1, 0), (2, 1)])
+def test_tests_run_with_the_package_of_their_copy(tmp_path: Path, value: int, code: int) -> None:
+  root = tmp_path / "copy"
+  root.mkdir()
+  package(root, f"VALUE = {value}\n")
+  (root / mutations.PACKAGE / "__init__.py").write_text("")
+  (root / "tests").mkdir()
+  (root / "tests/test_x.py").write_text(
+    "from llava_sp_jax import config\n\n\ndef test_value():\n  assert config.VALUE == 1\n"
+  )
+  driver = tmp_path / "driver.py"
+  driver.write_text(DRIVER.format(scripts=str(REPOSITORY / "scripts"), root=str(root)))
+  done = subprocess.run([sys.executable, driver], capture_output=True, text=True, check=True)
+  assert done.stdout.split() == [str(code)], done.stderr
+
+
 def test_records_of_sites_that_are_gone_are_left_out(tmp_path: Path) -> None:
   known = SITES[0]
   line = known.line()
