@@ -211,7 +211,8 @@ def read_config(folder: str | Path) -> config_lib.Config:
   path = Path(folder) / CONFIG_FILE
   if not path.is_file():
     raise CheckpointError(
-      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run"
+      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run, or the "
+      "folder that llava-sp convert made of a checkpoint of others"
     )
   try:
     return config_lib.from_json(path.read_text())

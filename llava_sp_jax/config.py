@@ -245,15 +245,21 @@ def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
   return result
 
 
+SHOWN = 6  # of keys that are not known
+
+
 def _build(values: Any, cls: type, path: str, problems: list[str]) -> Any:
   hints = typing.get_type_hints(cls)
   known = [f.name for f in dataclasses.fields(cls)]
-  kwargs = {}
-  for key, value in dict(values).items():
-    if key not in known:
-      problems.append(f"{path}.{key}: unknown key; known here: {', '.join(known)}")
-      continue
-    kwargs[key] = _convert(value, hints[key], f"{path}.{key}", problems)
+  if unknown := [str(key) for key in values if key not in known]:
+    first, *others = unknown
+    what = (
+      f".{first}: unknown key" if not others else f": unknown keys {', '.join(unknown[:SHOWN])}"
+    )
+    more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    problems.append(f"{path}{what}{more}; known here: {', '.join(known)}")
+  kwargs = {key: _convert(value, hints[key], f"{path}.{key}", problems)
+            for key, value in dict(values).items() if key in known}  # fmt: skip
   return cls(**kwargs)
 
 
@@ -291,6 +297,11 @@ def from_json(text: str) -> Config:
     values = json_files.parse_object(text.encode(), "config.json")
   except files.FormatError as error:
     raise ConfigError(str(error)) from None
+  if values and not values.keys() & {field.name for field in dataclasses.fields(Config)}:
+    of = f" of model_type {values['model_type']!r}" if "model_type" in values else ""
+    raise ConfigError(
+      f"a checkpoint of others{of}; read it with llava-sp convert, and give what that made"
+    )
   model = values.get("model", {})
   if isinstance(model, dict) and isinstance(model.get("remat"), bool):  # of before they had names
     model["remat"] = "full" if model["remat"] else "none"

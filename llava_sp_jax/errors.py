@@ -13,9 +13,14 @@ def line(error: BaseException) -> str:
   return console.one_line(_text(error))
 
 
+def is_ours(error: BaseException) -> bool:
+  """Whether an error's text was written to be read by a user, as those of this package are."""
+  return type(error).__module__.startswith("llava_sp_jax")
+
+
 def _text(error: BaseException) -> str:
   text = str(error)
-  if type(error).__module__.startswith("llava_sp_jax"):  # written to be read
+  if is_ours(error):
     return text
   if isinstance(error, OSError):  # files, disks, devices
     return text if error.filename is None else f"{error.filename}: {error.strerror or text}"

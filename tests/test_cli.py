@@ -130,6 +130,16 @@ def test_an_unknown_key_lists_the_known_ones(
   assert not (tmp_path / "run").exists()
 
 
+def test_many_unknown_keys_are_named_once() -> None:
+  values = {"train": {f"key_{i}": i for i in range(9)}, "modle": {}}
+  with pytest.raises(config_lib.ConfigError) as error:
+    config_lib.from_dict(values)
+  text = str(error.value)
+  assert "config.modle: unknown key; known here: name, model" in text
+  assert "config.train: unknown keys key_0, key_1, key_2, key_3, key_4, key_5 and 3 more; " in text
+  assert text.count("known here") == 2
+
+
 def test_a_value_of_the_wrong_type(
   capsys: pytest.CaptureFixture, config_file: str, tmp_path: Path
 ) -> None:

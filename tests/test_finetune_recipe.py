@@ -68,6 +68,16 @@ def test_what_is_missing_is_said(run_folder: Path, options: str, said: str) -> N
     load_recipe(f"{RECIPE}:{options.format(run=run_folder)}")
 
 
+@pytest.mark.parametrize("name", ["pooling/llava-lora", "clip-vit-tiny"])
+def test_a_checkpoint_of_others_is_converted_first(name: str) -> None:
+  folder = REPOSITORY / "tests/golden" / name
+  with pytest.raises(
+    CheckpointError, match=r"model_type '\w+'; read it with llava-sp convert"
+  ) as e:
+    load_recipe(f"{RECIPE}:init={folder},data=y")
+  assert len(str(e.value)) < len(str(folder)) + 200
+
+
 def test_captions_know_no_questions(
   tiny_config: ConfigMaker, tiny_data: Path, tmp_path: Path
 ) -> None:

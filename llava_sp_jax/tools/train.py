@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import console, limits, recipes
+from llava_sp_jax import console, errors, limits, recipes
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.train import STOPPED_EARLY
 
@@ -87,9 +87,9 @@ def load_recipe(value: str) -> config_lib.Config:
     if not hasattr(recipe, "get_config"):
       raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
     values = recipe.get_config(*filter(None, [options])).to_dict()
-  except (config_lib.ConfigError, OSError):
-    raise
   except Exception as error:
+    if errors.is_ours(error) or isinstance(error, OSError):
+      raise
     why = f"{type(error).__name__}: {error}"
     raise config_lib.ConfigError(f"--config: {file} ends with {why}") from error
   return config_lib.from_dict(values)
