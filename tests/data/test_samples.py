@@ -102,12 +102,22 @@ def test_shifts_reach_both_sides_and_half_are_mirrored() -> None:
   assert len(seen) == 5 * 5 * 2
 
 
-def test_turns_are_drawn_only_where_there_are_too_many() -> None:
-  turns = [("<image>\n<image>\nq0", "a0"), *((f"q{i}", f"a{i}") for i in range(1, 4))]
-  drawn = samples.draw_turns(turns, 2, np.random.default_rng(3))
-  assert drawn[0][0].startswith("<image>\n<image>\nq")
-  places = sorted(np.random.default_rng(3).choice(4, 2, replace=False))
-  assert [answer for _, answer in drawn] == [f"a{i}" for i in places]
+@pytest.mark.parametrize(
+  "question", ["<image>\n<image>\nq0", "see <image> and <image>", "<image>\nq0"]
+)
+def test_turns_that_are_drawn_keep_every_image(question: str) -> None:
+  """Whether the first turn, which shows them, is among them or not."""
+  turns = [(question, "a0"), *((f"q{i}", f"a{i}") for i in range(1, 4))]
+  firsts = set()
+  for seed in range(20):
+    (first, _), *later = drawn = samples.draw_turns(turns, 2, np.random.default_rng(seed))
+    places = sorted(np.random.default_rng(seed).choice(4, 2, replace=False))
+    assert [answer for _, answer in drawn] == [f"a{i}" for i in places]
+    assert later == [(f"q{places[1]}", f"a{places[1]}")]
+    firsts.add(places[0])
+    marks = question.count("<image>")
+    assert first == (question if places[0] == 0 else "<image>\n" * marks + f"q{places[0]}")
+  assert firsts == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("limit", "answers"), [(1, 1), (2, 2), (3, 3), (4, 3)])
