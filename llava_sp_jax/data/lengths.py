@@ -136,20 +136,21 @@ class Lengths:
 
   def _parts(self, epoch: int) -> Iterator[list[Found]]:
     """What was found, CHUNK samples at a time, in order."""
-    measurer = (self._data, self._tile, self._source.sizes, self._seed)
+    about = (self._data, self._tile, self._source.sizes, self._seed)
     count = len(self._source)
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     processes = self._data.processes or os.cpu_count() or 1
     if processes == 1 or count <= ALONE:
-      measure = _measurer(*measurer, self._tokenizer)
+      measure = _measurer(*about, self._tokenizer)
       for chunk in chunks:
         yield _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
+    given = (*about, self._tokenizer.path)
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     done = 0
     try:
-      with concurrent.futures.ProcessPoolExecutor(processes, context, _start, measurer) as pool:
+      with concurrent.futures.ProcessPoolExecutor(processes, context, _start, given) as pool:
         for chunk in chunks:
           parts = [self._source[i] for i in chunk]
           waiting.append(pool.submit(_work, parts, epoch, chunk.start))
@@ -192,8 +193,11 @@ def _found(measure: samples.Measurer, sample: Any, epoch: int, index: int) -> Fo
 _process: list[samples.Measurer] = []  # of a process that `_start` has prepared
 
 
-def _start(data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int) -> None:
-  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(data.tokenizer)))
+def _start(
+  data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
+) -> None:
+  """`tokenizer` is the folder that it was loaded from."""
+  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(tokenizer)))
 
 
 def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:

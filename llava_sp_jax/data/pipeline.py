@@ -181,8 +181,7 @@ def open_source(
   data: config_lib.Data, tile: anyres.Tile, part: str
 ) -> tuple[sources.Source, Sequence[int]]:
   """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
-  data = held_out.of_part(data, part)
-  source = sources.of(data, anyres.Reader(data, tile))
+  source = sources.of(data, anyres.Reader(data, tile), part)
   return source, held_out.samples(data, part, len(source))
 
 
