@@ -140,25 +140,36 @@ class Lengths:
     count = len(self._source)
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     processes = self._data.processes or os.cpu_count() or 1
-    if processes == 1 or count <= ALONE:
+
+    def here(chunk: range) -> list[Found]:
       measure = _measurer(*about, self._tokenizer)
-      for chunk in chunks:
-        yield _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+      return _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+
+    if processes == 1 or count <= ALONE:
+      yield from map(here, chunks)
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
     given = (*about, self._tokenizer.path)
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    waiting: collections.deque[tuple[range, concurrent.futures.Future]] = collections.deque()
     done = 0
+
+    def found() -> list[Found]:
+      chunk, future = waiting.popleft()
+      try:
+        return future.result()
+      except RecursionError:  # samples that are nested too deeply to be sent
+        return here(chunk)
+
     try:
       with concurrent.futures.ProcessPoolExecutor(processes, context, _start, given) as pool:
         for chunk in chunks:
           parts = [self._source[i] for i in chunk]
-          waiting.append(pool.submit(_work, parts, epoch, chunk.start))
+          waiting.append((chunk, pool.submit(_work, parts, epoch, chunk.start)))
           if len(waiting) > 4 * processes:  # not all samples at once in the queue
-            yield waiting.popleft().result()
+            yield found()
             done += CHUNK
         while waiting:
-          yield waiting.popleft().result()
+          yield found()
           done += CHUNK
     except concurrent.futures.process.BrokenProcessPool:
       raise config_lib.ConfigError(
