@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   config, images, samples = read(argv)
   limits.check(config)
   from llava_sp_jax.convert import places
-  from llava_sp_jax.data import anyres, check, held_out, sources
+  from llava_sp_jax.data import anyres, check, held_out, pipeline
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
   from llava_sp_jax.train import preflight
@@ -53,8 +53,10 @@ def main(argv: list[str]) -> int:
   tokenizer = Tokenizer(places.local(config.data.tokenizer))
   preflight.check_data(config, tokenizer)
   parts = [held_out.TRAIN, *[held_out.VALIDATION] * bool(config.data.validation_path)]
-  for part in parts:  # what cannot be opened is told before an hour of checking
-    sources.of(config.data, anyres.Reader(config.data, tile), part)
+  pipeline.check_settings(config.data)
+  split = [held_out.VALIDATION] * bool(config.data.validation_fraction)
+  for part in (*parts, *split):  # what cannot be opened is told before an hour of checking
+    pipeline.open_source(config.data, tile, part)
   well = True
   for part in parts:
     progress, seed = Progress(samples), config.train.seed

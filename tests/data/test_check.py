@@ -238,6 +238,10 @@ def test_settings_that_training_refuses_are_refused(
   recipe: str, capsys: pytest.CaptureFixture
 ) -> None:
   for setting, message in {
+    "data.packing=tight": "data.packing: unknown 'tight'",
+    "data.augment=x": "data.augment: unknown 'x'",
+    "data.bucket_lengths=(64, 999)": "data.bucket_lengths: 999 tokens, but data.row_length is ",
+    "data.validation_fraction=0.0001": "data.validation_fraction: 0.0001 of 11 samples leaves none",
     "data.threads=0": "data.threads: expected at least 1",
     "data.row_length=36": "data.row_length: an image of 1 tile is ",
     "data.images_per_row=-1": "data.images_per_row: expected at least 0",
