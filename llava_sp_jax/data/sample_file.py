@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import files
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.console import shortened
 from llava_sp_jax.data import forms
@@ -32,8 +33,8 @@ def read(path: str | Path, key: str = "data.path") -> list[Any]:
   `key` is the setting that names the file. Raises: FileNotFoundError; ConfigError, in one line that
   names the file, when it holds no samples.
   """
-  if not Path(path).is_file():
-    raise FileNotFoundError(f"{key}: no file {str(path)!r}; {EXPECTED}")
+  if not files.is_regular(Path(path)):
+    raise FileNotFoundError(f"{key}: no file {str(path)[-REASON:]!r}; {EXPECTED}")
   try:
     return _read(str(path), Path(path).stat().st_mtime_ns)
   except (OSError, ValueError, RecursionError) as error:

@@ -171,7 +171,7 @@ def test_one_short_line_names_the_file(name: str, tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
   os.mkfifo(tmp_path / "pipe.json")
-  for name in ("pipe.json", "gone.json", "."):
+  for name in ("pipe.json", "gone.json", ".", "x" * 5000, "x\0y"):
     with pytest.raises(FileNotFoundError, match=r"data\.path: no file"):
       sample_file.read(tmp_path / name)
   with pytest.raises(FileNotFoundError, match=r"data\.validation_path: no file"):
