@@ -16,6 +16,8 @@ _OBEYED = re.compile(
   "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
+_GAP = " ... "
+
 
 def safe(text: str) -> str:
   """`text` with all that a terminal would obey written as escapes; tabs and newlines stay."""
@@ -29,6 +31,21 @@ def one_line(text: object) -> str:
   """
   lines = [part for line in str(text).split("\n") if (part := line.strip())]
   return safe("; ".join(lines).replace(":; ", ": ").replace("\t", " "))
+
+
+def shortened(text: str, longest: int) -> str:
+  """A text of any length as one line of at most `longest` characters that every terminal can print.
+
+  Stricter than `safe`: what has no glyph of its own is escaped. Of what is too long the beginning and
+  the end are kept.
+  """
+  if len(text) > 4 * longest:  # what falls out is in the gap below
+    text = text[: 2 * longest] + text[-2 * longest :]
+  line = "".join(c if c.isprintable() else " " if c.isspace() else _escape(c) for c in text)
+  if len(line) <= longest:
+    return line
+  head = (longest - len(_GAP)) * 2 // 3
+  return line[:head] + _GAP + line[head + len(_GAP) - longest :]
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:

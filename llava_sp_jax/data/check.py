@@ -17,10 +17,11 @@ from pathlib import PurePath
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, example, forms, sources
+from llava_sp_jax.console import shortened
+from llava_sp_jax.data import anyres, example, forms, held_out, sources
 from llava_sp_jax.data import decode as decode_lib
 from llava_sp_jax.data import samples as samples_lib
-from llava_sp_jax.data.failure import SampleError, attempt, of_one_sample, shortened
+from llava_sp_jax.data.failure import REASON, SampleError, attempt, of_one_sample
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 # What can be wrong with a sample; True: it is lost to training, so a check does not pass with it.
@@ -85,14 +86,17 @@ class Found:
 class Checker:
   """Checks samples one by one; safe to call from several threads."""
 
-  def __init__(self, data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0):
-    """`seed` is the run's: it draws turns as the first epoch does.
+  def __init__(
+    self, data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0,
+    part: str = held_out.TRAIN,
+  ):  # fmt: skip
+    """`seed` is the run's: it draws turns as the first epoch does. `part` is one of `held_out`.
 
     Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
     """
     self._data, self._seed = data, seed
     self._reader, self._writer = anyres.Reader(data, tile), samples_lib.Writer(tokenizer, data)
-    self.source = sources.of(data, self._reader)
+    self.source = sources.of(data, self._reader, part)
 
   def __call__(self, index: int, decode: bool) -> Found:
     """Checks one sample; its pictures are decoded when `decode` is set."""
@@ -119,7 +123,7 @@ class Checker:
       with of_one_sample():
         return self._reader.plan(decode_lib.read_size(file, name))
     except decode_lib.MissingImageError:
-      return Problem("missing image", shortened(str(image)), folder)
+      return Problem("missing image", shortened(str(image), REASON), folder)
     except SampleError as error:
       return Problem("unreadable image", str(error), folder)
 
@@ -149,7 +153,7 @@ def folder_of(name: str) -> str:
 def check(
   data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
   samples: int | None = None, progress: Callable[[Report], None] = lambda report: None,
-  seed: int = 0,
+  seed: int = 0, part: str = held_out.TRAIN,
 ) -> Report:  # fmt: skip
   """Checks a data set.
 
@@ -159,10 +163,11 @@ def check(
     samples: how many samples are checked, drawn at random; None: all.
     progress: called with the report after every few samples.
     seed: the run's, with which turns are drawn.
+    part: of `held_out`; its file is checked as a whole.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
   """
-  checker = Checker(data, tokenizer, tile, seed)
+  checker = Checker(data, tokenizer, tile, seed, part)
   total, draw = len(checker.source), random.Random(0)
   chosen = range(total) if samples is None or samples >= total else sorted(
     draw.sample(range(total), samples)

@@ -14,9 +14,10 @@ import io
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,6 +28,8 @@ from llava_sp_jax.data.failure import SampleError, reason
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # of a picture, and of the square that it is padded to
 MAX_BYTES = 1 << 30  # of a file; the largest picture is smaller, uncompressed
+_WARNINGS = threading.Lock()  # their filters belong to the process
+T = TypeVar("T")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
@@ -93,7 +96,17 @@ def rgb(image: Image.Image) -> Image.Image:
   """A picture in 3 x 8 bits. Raises: SampleError for a mode that is in no row of MODES."""
   if image.mode not in MODES:
     raise SampleError(f"a picture of mode {image.mode!r}; known: {', '.join(MODES)}")
-  return MODES[image.mode](image)
+  return _unwarned(lambda: MODES[image.mode](image))
+
+
+def _unwarned(make: Callable[[], T]) -> T:
+  """What `make` returns; what Pillow only warns of costs no picture where warnings are errors."""
+  try:
+    return make()
+  except Warning:
+    with _WARNINGS, warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      return make()
 
 
 def check_size(size: tuple[int, int], padded: bool = False) -> None:
@@ -160,7 +173,7 @@ def _named(file: str | Path | BinaryIO, name: str) -> Iterator[None]:
 def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
   with contextlib.ExitStack() as stack:
     given = stack.enter_context(_regular(file)) if isinstance(file, str | Path) else file
-    image = stack.enter_context(Image.open(given, formats=FORMATS))
+    image = stack.enter_context(_unwarned(lambda: Image.open(given, formats=FORMATS)))
     check_size(image.size)
     yield image
 

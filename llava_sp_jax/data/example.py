@@ -80,7 +80,10 @@ def total_length(
       count = next(counts) if token == IMAGE_ID else 1
       total += count
       if token == IMAGE_ID and total > row_length:
-        raise SampleError(f"an image of {count} tokens does not fit into rows of {row_length}")
+        raise SampleError(
+          f"an image of {count} tokens does not fit into rows of {row_length} behind "
+          f"{total - count} tokens"
+        )
   return total
 
 

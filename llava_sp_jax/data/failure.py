@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from llava_sp_jax.console import shortened
+
 REASON = 200  # characters of a reason
-_GAP = " ... "
 
 T = TypeVar("T")
 
@@ -19,22 +20,7 @@ class SampleError(ValueError):
   """
 
   def __init__(self, message: object):
-    super().__init__(shortened(str(message)))
-
-
-def shortened(text: str, longest: int = REASON) -> str:
-  """`text` as one printable line; of what is too long the beginning and the end are kept."""
-  if len(text) > 4 * longest:  # what falls out is in the gap below
-    text = text[: 2 * longest] + text[-2 * longest :]
-  line = "".join(c if c.isprintable() else " " if c.isspace() else _escaped(c) for c in text)
-  if len(line) <= longest:
-    return line
-  head = (longest - len(_GAP)) * 2 // 3
-  return line[:head] + _GAP + line[head + len(_GAP) - longest :]
-
-
-def _escaped(character: str) -> str:
-  return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    super().__init__(shortened(str(message), REASON))
 
 
 def reason(error: BaseException) -> str:
@@ -42,7 +28,7 @@ def reason(error: BaseException) -> str:
   if isinstance(error, SampleError):
     return str(error)
   name, text = type(error).__name__, str(error)
-  return shortened(f"{name}: {text}" if text else name)
+  return shortened(f"{name}: {text}" if text else name, REASON)
 
 
 @contextlib.contextmanager

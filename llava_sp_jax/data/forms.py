@@ -38,9 +38,10 @@ _MEDIUM = re.compile(
   re.IGNORECASE | re.DOTALL,
 )
 NAMES = ("id", "sample_id", "question_id")  # of the sample, though it may be called like a file
-# Marks of other media, before a question or on the line behind it; elsewhere a text may speak of one.
+# Marks of other media, before a question, behind its images or on the line behind it; elsewhere a
+# text may speak of one.
 _OTHER_MARK = re.compile(
-  r"^\s*<{0}>|\n\s*<{0}>\s*$".format(_OTHERS + r"([ _-]?\d+)?"), re.IGNORECASE
+  r"^\s*(?:<image>\s*)*<{0}>|\n\s*<{0}>\s*$".format(_OTHERS + r"([ _-]?\d+)?"), re.IGNORECASE
 )
 _FILE_WITHIN = re.compile(r"<img>[^<>]*</img>", re.IGNORECASE)
 # How others write the place of a picture; beside pictures that are read a text may refer to one.
@@ -124,6 +125,9 @@ def _message(number: int, turn: Any) -> _Message:
     if isinstance(role, str) and role in ROLES and what in known:
       text, images = _content(number, known[what])
       _check_text(f"turn {number}", text)
+      roles = {k: known[k] for k, _ in PAIRS if known.get(k) not in (None, "")}
+      if len({ROLES.get(name) if isinstance(name, str) else None for name in roles.values()}) > 1:
+        raise SampleError(f"turn {number}: {_shown(roles)} are two speakers; expected one")
       if others := [k for _, k in PAIRS if k != what and known.get(k) not in (None, "", text)]:
         raise SampleError(f"turn {number}: both `{what}` and `{others[0]}` are given; expected one")
       if media := [key for key in known if _holds_media(known, key)]:

@@ -35,6 +35,12 @@ def of_part(data: config_lib.Data, part: str) -> config_lib.Data:
   return dataclasses.replace(data, path=data.validation_path or data.path, augment="none")
 
 
+def path_key(data: config_lib.Data, part: str) -> str:
+  """The setting that names the file of a part, for messages."""
+  own = part == VALIDATION and data.validation_path
+  return "data.validation_path" if own else "data.path"
+
+
 def samples(data: config_lib.Data, part: str, count: int) -> Sequence[int]:
   """The indices, of `count` samples, that belong to a part.
 

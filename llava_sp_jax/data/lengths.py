@@ -136,28 +136,40 @@ class Lengths:
 
   def _parts(self, epoch: int) -> Iterator[list[Found]]:
     """What was found, CHUNK samples at a time, in order."""
-    measurer = (self._data, self._tile, self._source.sizes, self._seed)
+    about = (self._data, self._tile, self._source.sizes, self._seed)
     count = len(self._source)
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     processes = self._data.processes or os.cpu_count() or 1
+
+    def here(chunk: range) -> list[Found]:
+      measure = _measurer(*about, self._tokenizer)
+      return _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+
     if processes == 1 or count <= ALONE:
-      measure = _measurer(*measurer, self._tokenizer)
-      for chunk in chunks:
-        yield _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+      yield from map(here, chunks)
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    given = (*about, self._tokenizer.path)
+    waiting: collections.deque[tuple[range, concurrent.futures.Future]] = collections.deque()
     done = 0
+
+    def found() -> list[Found]:
+      chunk, future = waiting.popleft()
+      try:
+        return future.result()
+      except RecursionError:  # samples that are nested too deeply to be sent
+        return here(chunk)
+
     try:
-      with concurrent.futures.ProcessPoolExecutor(processes, context, _start, measurer) as pool:
+      with concurrent.futures.ProcessPoolExecutor(processes, context, _start, given) as pool:
         for chunk in chunks:
           parts = [self._source[i] for i in chunk]
-          waiting.append(pool.submit(_work, parts, epoch, chunk.start))
+          waiting.append((chunk, pool.submit(_work, parts, epoch, chunk.start)))
           if len(waiting) > 4 * processes:  # not all samples at once in the queue
-            yield waiting.popleft().result()
+            yield found()
             done += CHUNK
         while waiting:
-          yield waiting.popleft().result()
+          yield found()
           done += CHUNK
     except concurrent.futures.process.BrokenProcessPool:
       raise config_lib.ConfigError(
@@ -192,8 +204,11 @@ def _found(measure: samples.Measurer, sample: Any, epoch: int, index: int) -> Fo
 _process: list[samples.Measurer] = []  # of a process that `_start` has prepared
 
 
-def _start(data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int) -> None:
-  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(data.tokenizer)))
+def _start(
+  data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
+) -> None:
+  """`tokenizer` is the folder that it was loaded from."""
+  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(tokenizer)))
 
 
 def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:

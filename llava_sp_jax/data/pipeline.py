@@ -177,12 +177,21 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
   return result
 
 
+def check_settings(data: config_lib.Data) -> None:
+  """Raises: ConfigError for settings of rows that do not exist, or do not fit each other."""
+  lookup("data.packing", data.packing, packing.PACKINGS)
+  lookup("data.augment", data.augment, image.AUGMENTS)
+  if beyond := [length for length in data.bucket_lengths if length > data.row_length]:
+    raise ConfigError(
+      f"data.bucket_lengths: {beyond[0]} tokens, but data.row_length is {data.row_length}"
+    )
+
+
 def open_source(
   data: config_lib.Data, tile: anyres.Tile, part: str
 ) -> tuple[sources.Source, Sequence[int]]:
   """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
-  data = held_out.of_part(data, part)
-  source = sources.of(data, anyres.Reader(data, tile))
+  source = sources.of(data, anyres.Reader(data, tile), part)
   return source, held_out.samples(data, part, len(source))
 
 
@@ -200,7 +209,8 @@ def make(
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
-  packed = lookup("data.packing", data.packing, packing.PACKINGS)
+  check_settings(data)
+  packed = packing.PACKINGS[data.packing]
   source, members = open_source(data, tile, part)
   data = held_out.of_part(data, part)
   writer = samples.Writer(tokenizer, data)

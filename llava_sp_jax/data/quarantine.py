@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import jsonl
-from llava_sp_jax.data.failure import REASON, reason, shortened
+from llava_sp_jax.console import shortened
+from llava_sp_jax.data.failure import REASON, attempt, reason
 
 
 class Quarantine:
@@ -53,8 +54,8 @@ def reasons(path: Path) -> list[str]:
 def _name(sample: Any) -> Any:
   """The id of a sample, as short as a line wants it."""
   name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
-  short = isinstance(name, int | None) and len(str(name)) <= REASON
-  return name if short else shortened(str(name))
+  text = str(attempt(lambda: str(name)))  # it may be anything
+  return name if isinstance(name, int | None) and len(text) <= REASON else shortened(text, REASON)
 
 
 def _indices(path: Path) -> set[int]:

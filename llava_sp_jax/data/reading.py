@@ -8,6 +8,7 @@ are there before it; and an end mark of ordinary text does, since it must be fou
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from llava_sp_jax.data.conversation import IMAGE, Piece, Template, Turns
 from llava_sp_jax.data.example import IMAGE_ID, Run
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
+
+AGAIN = 1 << 23  # characters of a text that are read anew, over all its replies
 
 
 def dialogue(
@@ -115,7 +118,7 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, in
   parting = [cut for cut in cuts if text[cut - 1].isspace()]
   try:
     parts = [
-      _part(text, start, end, [cut for cut in cuts if start < cut < end], tokenizer)
+      _part(text, start, end, _between(cuts, start, end), tokenizer)
       for start, end in itertools.pairwise([0, *parting, len(text)])
     ]
   except TokenizerError:  # it puts a blank in front of texts, and never looks at what follows one
@@ -123,22 +126,32 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, in
   return [span for part in parts for span in part]
 
 
+def _between(cuts: list[int], start: int, end: int) -> list[int]:
+  """Those of the sorted `cuts` that are neither `start` nor `end`, nor beyond."""
+  return cuts[bisect.bisect_right(cuts, start) : bisect.bisect_left(cuts, end)]
+
+
 def _part(
   text: str, start: int, end: int, cuts: list[int], tokenizer: Tokenizer
 ) -> list[tuple[int, int]]:
   """The spans of text[start:end], read anew from a cut on that a token reaches over."""
   done: list[tuple[int, int]] = []
-  rest = _spans(text, start, end, tokenizer)
+  rest, at, again = _spans(text, start, end, tokenizer), 0, 0  # rest[:at] is done
   for cut in cuts:
-    count = sum(last < cut for _, last in rest)
-    if (rest[count - 1][1] + 1 if count else start) != cut:
+    count = bisect.bisect_left(rest, cut, at, key=lambda span: span[1])
+    if (rest[count - 1][1] + 1 if count > at else start) != cut:
+      if (again := again + end - start) > AGAIN:
+        raise SampleError(f"{len(cuts):,} replies that share tokens with the text before them")
       try:
         before, rest = (_spans(text, *ends, tokenizer) for ends in ((start, cut), (cut, end)))
       except TokenizerError as error:
         raise SampleError(f"a reply shares a token with the text before it; {error}") from None
-      count, rest = len(before), before + rest
-    done, rest, start = done + rest[:count], rest[count:], cut
-  return done + rest
+      done, at = done + before, 0
+    else:
+      done += rest[at:count]
+      at = count
+    start = cut
+  return done + rest[at:]
 
 
 def _spans(text: str, start: int, end: int, tokenizer: Tokenizer) -> list[tuple[int, int]]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import array
+import codecs
 import functools
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import files
 from llava_sp_jax.config import ConfigError
+from llava_sp_jax.console import shortened
 from llava_sp_jax.data import forms
-from llava_sp_jax.data.failure import SampleError, shortened
+from llava_sp_jax.data.failure import REASON, SampleError
 
 EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
+UTF_8, BLANKS = "utf-8", b" \t\r\n"
+_SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)  # of JSON; texts as a whole
 
 
 class _NoText(ValueError):  # noqa: N818 - named where it is told
@@ -19,83 +28,132 @@ class _NoText(ValueError):  # noqa: N818 - named where it is told
 
 
 def read(path: str | Path, key: str = "data.path") -> list[Any]:
-  """The samples; a line that is no JSON is a SampleError in the sample's place.
+  """The samples; a line or item that is no JSON is a SampleError in the sample's place.
 
   `key` is the setting that names the file. Raises: FileNotFoundError; ConfigError, in one line that
   names the file, when it holds no samples.
   """
-  if not Path(path).is_file():
-    raise FileNotFoundError(f"{key}: no file {str(path)!r}; {EXPECTED}")
+  if not files.is_regular(Path(path)):
+    raise FileNotFoundError(f"{key}: no file {str(path)[-REASON:]!r}; {EXPECTED}")
   try:
     return _read(str(path), Path(path).stat().st_mtime_ns)
   except (OSError, ValueError, RecursionError) as error:
     why = error.strerror if isinstance(error, OSError) else str(error)
-    raise ConfigError(f"{key}: {path} {shortened(why or '')}; {EXPECTED}") from None
+    raise ConfigError(f"{key}: {path} {shortened(why or '', REASON)}; {EXPECTED}") from None
 
 
 @functools.lru_cache(maxsize=2)
 def _read(path: str, changed: int) -> list[Any]:
   """Kept, since training and validation may read the same large file."""
-  return _parsed(Path(path).read_bytes())
+  return _parsed(Path(path).read_bytes(), Path(path).name)
 
 
-def _parsed(data: bytes) -> list[Any]:
-  """Raises: ValueError that says what the file is."""
+def _parsed(data: bytes, name: str) -> list[Any]:
+  """`name` is the file's, for the errors of samples. Raises: ValueError that says what the file is."""
   try:
-    text = _decoded(data)
-  except ValueError:
-    lines = _lines_of_bytes(data)
-    if not any(isinstance(line, dict) for line in lines):
-      raise
-    return lines
+    found = _loads(_decoded(data, json.detect_encoding(data)))
+  except (ValueError, RecursionError) as error:
+    why = _why(error)
+  else:
+    if isinstance(found, dict) and any(key in found for key in forms.DIALOGUES):
+      return [found]
+    if isinstance(found, list) and found:
+      return found
+    keys = f" with keys {', '.join(map(repr, found)) or 'none'}" if isinstance(found, dict) else ""
+    raise ValueError(f"is not a list with at least one sample, but a {type(found).__name__}{keys}")
+  return _apart(data, name, why)
+
+
+def _why(error: Exception) -> str:
+  """Why a file is not one JSON value."""
+  if isinstance(error, _NoText):
+    return str(error)
+  if isinstance(error, RecursionError):
+    return "is not a list of samples (nested too deeply)"
+  empty = isinstance(error, json.JSONDecodeError) and not error.doc.strip()
+  return f"is not JSON ({'it is empty' if empty else error})"
+
+
+def _apart(data: bytes, name: str, why: str) -> list[Any]:
+  """The samples of a file that is not one JSON value, each read alone: the items, or the lines.
+
+  Raises: ValueError that says `why` when they cannot be told apart, or none of them is a sample.
+  """
+  if data.startswith(codecs.BOM_UTF8):
+    data = b" " * len(codecs.BOM_UTF8) + data[len(codecs.BOM_UTF8) :]
+  elif (encoding := json.detect_encoding(data)) != UTF_8:
+    try:
+      data, name = _decoded(data, encoding).encode(UTF_8, "surrogatepass"), f"{name} as UTF-8"
+    except _NoText:
+      raise ValueError(why) from None
+  first = data.lstrip(BLANKS).partition(b"\n")[0]
+  parts = _items(data) if first.startswith(b"[") else _lines(data)
+  if parts is None and _items(first) is not None:  # the first line is a list by itself
+    parts = _lines(data)
+  found = [_sample(name, *part) for part in parts or ()]
+  if not any(isinstance(sample, dict) for sample in found):
+    raise ValueError(why)
+  return found
+
+
+Part = tuple[str, int, bytes]  # how it is called, where it begins in the file, what it is
+
+
+def _lines(data: bytes) -> Iterator[Part]:
+  at = 0
+  for number, line in enumerate(data.split(b"\n"), 1):
+    if line.strip():
+      yield f"line {number}", at, line
+    at += len(line) + 1
+
+
+def _items(data: bytes) -> Iterator[Part] | None:
+  """The items of a list, found by its brackets alone; None where they do not end with the file.
+
+  So an item that is no JSON, no text or too deep is told from those beside it. Memory does not grow
+  with the file, nor the stack with the depth.
+  """
+  depth, borders = 0, array.array("q")
+  for found in _SIGNS.finditer(data):
+    sign = found[0]
+    if sign[:1] == b'"':
+      continue
+    depth += (sign in b"[{") - (sign in b"]}")
+    if depth == 0 or (depth == 1 and (sign == b"," or not borders)):
+      borders.append(found.start())
+    if depth == 0:
+      break
+  if depth or len(borders) < 2 or data[borders[-1] + 1 :].strip(BLANKS):
+    return None
+  spans = itertools.pairwise(borders)
+  return ((f"item {n}", a + 1, data[a + 1 : b]) for n, (a, b) in enumerate(spans, 1))
+
+
+def _sample(name: str, part: str, start: int, content: bytes) -> Any:
+  """The value of a part, or why it has none."""
   try:
-    found = _loads(text)
+    return _loads(_decoded(content, UTF_8, start))
+  except _NoText as error:
+    why = str(error)
   except RecursionError:
-    raise ValueError("is not a list of samples (nested too deeply)") from None
-  except ValueError as error:
-    lines = [] if text.lstrip()[:1] == "[" else _lines(text)
-    if not any(isinstance(line, dict) for line in lines):
-      why = error if text.strip() else "it is empty"
-      raise ValueError(f"is not JSON ({why})") from None
-    return lines
-  if isinstance(found, dict) and any(key in found for key in forms.DIALOGUES):
-    return [found]
-  if isinstance(found, list) and found:
-    return found
-  keys = f" with keys {', '.join(map(repr, found)) or 'none'}" if isinstance(found, dict) else ""
-  raise ValueError(f"is not a list with at least one sample, but a {type(found).__name__}{keys}")
+    why = f"at byte {start} is not JSON (nested too deeply)"
+  except json.JSONDecodeError as error:
+    at = start + len(error.doc[: error.pos].encode(UTF_8, "surrogatepass"))
+    why = f"is not JSON ({error.msg.removesuffix(' at')} at byte {at})"
+  return SampleError(f"{name}, {part} {why}")
 
 
-def _decoded(data: bytes) -> str:
-  encoding = json.detect_encoding(data)
+def _decoded(data: bytes, encoding: str, start: int = 0) -> str:
+  """`start` is where `data` begins in its file. Raises: _NoText."""
   try:
     # Half a surrogate pair is the failure of the sample that has it, not of the file.
     return data.decode(encoding, "surrogatepass")
   except UnicodeDecodeError as error:
+    at = len(data) - len(error.object) + error.start  # a byte order mark is no part of the object
+    name = encoding.removesuffix("-sig")
     raise _NoText(
-      f"is not {encoding} text (byte {data[error.start]:#04x} at {error.start}); save it as UTF-8"
+      f"is not {name} text (byte {data[at]:#04x} at {start + at}); save it as UTF-8"
     ) from None
-
-
-def _lines(text: str) -> list[Any]:
-  lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-  return [_line(number, line) for number, line in lines]
-
-
-def _lines_of_bytes(data: bytes) -> list[Any]:
-  """As `_lines`, for lines of which some are no text; none for what begins as a list does."""
-  if data.lstrip()[:1] == b"[":
-    return []
-  return [_line(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-
-
-def _line(number: int, line: str | bytes) -> Any:
-  try:
-    return _loads(line if isinstance(line, str) else _decoded(line))
-  except _NoText as error:
-    return SampleError(f"line {number} {error}")
-  except (ValueError, RecursionError) as error:
-    return SampleError(f"line {number} is not JSON ({error})")
 
 
 def _loads(text: str) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import decode, forms, sample_file
+from llava_sp_jax.data import decode, forms, held_out, sample_file
 from llava_sp_jax.data.failure import attempt
 
 Reader = Callable[[Image.Image], Any]  # a picture into what the model takes
@@ -176,8 +176,8 @@ SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
 }
 
 
-def of(data: config_lib.Data, read: Reader) -> Source:
-  """The source that `data` names. Raises: ConfigError, FileNotFoundError, by the setting's name."""
-  key = "data.validation_path" if data.path == data.validation_path else "data.path"
+def of(data: config_lib.Data, read: Reader, part: str = held_out.TRAIN) -> Source:
+  """The source of a part of `held_out`. Raises: ConfigError, FileNotFoundError, by the setting."""
   make = lookup("data.source", data.source, SOURCES)
-  return make(data.path, data.image_folder, read, key)
+  path = held_out.of_part(data, part).path
+  return make(path, data.image_folder, read, held_out.path_key(data, part))

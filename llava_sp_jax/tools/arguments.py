@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from llava_sp_jax import console
+from llava_sp_jax.config import ConfigError
+
+DIGITS = 18  # of a whole number: what 64 bits hold
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +26,14 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f"{console.one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
+
+
+def whole(flag: str, text: str, least: int) -> int:
+  """The number that was typed behind --flag. Raises: ConfigError for what counts nothing."""
+  plain = text.isascii() and text.isdigit() and len(text) <= DIGITS
+  if not plain or int(text) < least:
+    raise ConfigError(f"--{flag}: expected a whole number from {least}, found {text!r:.40}")
+  return int(text)
 
 
 def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:

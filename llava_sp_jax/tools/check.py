@@ -7,6 +7,8 @@ import time
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import console, limits
+from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.train import flags, load_recipe
 
 USAGE = """usage: llava-sp check --config FILE[:OPTIONS] [--images N|all] [--samples N|all]
@@ -18,7 +20,8 @@ that training would leave out, samples without a reply to learn from, and text t
 The file of data.validation_path is checked as well, and has a report of its own.
 Of every image the head is read, which tells its format and its size.
 
-  --images N|all   samples whose images are also decoded, drawn at random (default 1000)
+  --images N|all   samples whose images are also decoded, drawn at random (default 1000;
+                   0: the heads of the files alone are looked at)
   --samples N|all  samples to check, drawn at random (default all)
 
 Ends with code 1 when samples would be lost. Text that is cut off is told but is not an error.
@@ -26,7 +29,9 @@ Ends with code 1 when samples would be lost. Text that is cut off is told but is
 example:
   llava-sp check --config configs/finetune_lora.py:data=/mnt/share/llava_finetune --images all
 """
+FLAGS = ("config", "images", "samples")
 FOLDERS = 20  # lines of the table of folders: those with most missing first, then the largest
+LONGEST = 80  # characters of a folder in the table
 EVERY = 5.0  # seconds between two lines of progress
 
 
@@ -36,26 +41,28 @@ def main(argv: list[str]) -> int:
     print(USAGE, end="")
     return 0
   config, images, samples = read(argv)
-  from llava_sp_jax.data import anyres, check, conversation, held_out, reading, sources
+  limits.check(config)
+  from llava_sp_jax.convert import places
+  from llava_sp_jax.data import anyres, check, held_out, pipeline
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
+  from llava_sp_jax.train import preflight
 
   build.model(config.model)  # unknown names and sizes that do not fit
   tile = anyres.Tile(*build.tile_shape(config.model))
-  tokenizer = Tokenizer(config.data.tokenizer)
-  config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
-  if why := reading.misfit(config.data.template, tokenizer):
-    raise config_lib.ConfigError(f"data.{why}")
-  parts = [held_out.of_part(config.data, held_out.TRAIN)]
-  if config.data.validation_path:
-    parts.append(held_out.of_part(config.data, held_out.VALIDATION))
-  for data in parts:  # what cannot be opened is told before an hour of checking
-    sources.of(data, anyres.Reader(data, tile))
+  tokenizer = Tokenizer(places.local(config.data.tokenizer))
+  preflight.check_data(config, tokenizer)
+  parts = [held_out.TRAIN, *[held_out.VALIDATION] * bool(config.data.validation_path)]
+  pipeline.check_settings(config.data)
+  split = [held_out.VALIDATION] * bool(config.data.validation_fraction)
+  for part in (*parts, *split):  # what cannot be opened is told before an hour of checking
+    pipeline.open_source(config.data, tile, part)
   well = True
-  for data in parts:
-    progress = Progress(samples)
-    report = check.check(data, tokenizer, tile, images, samples, progress, config.train.seed)
-    print(table(report, data, time.monotonic() - progress.started), flush=True)
+  for part in parts:
+    progress, seed = Progress(samples), config.train.seed
+    report = check.check(config.data, tokenizer, tile, images, samples, progress, seed, part)
+    data = held_out.of_part(config.data, part)
+    console.say(table(report, data, time.monotonic() - progress.started))
     well = well and report.passed
   return 0 if well else 1
 
@@ -64,23 +71,22 @@ def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
   """The config with its overrides, --images and --samples. Raises: ConfigError, FileNotFoundError."""
   given = flags(argv)
   overrides = {name: text for name, text in given.items() if name.startswith("config.")}
-  unknown = sorted(set(given) - {"config", "images", "samples", *overrides})
+  unknown = [f"--{name}" for name in given if name not in (*FLAGS, *overrides)]
   if unknown or not given.get("config"):
     problems = [] if given.get("config") else ["no --config"]
-    problems += [f"unknown --{name}" for name in unknown]
+    if unknown:
+      problems.append(arguments.unknown_options(unknown, [f"--{name}" for name in FLAGS]))
     raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
-  counts = number(given, "images", 1000), number(given, "samples", None)
+  counts = number(given, "images", 1000, 0), number(given, "samples", None, 1)
   return config_lib.override(load_recipe(given["config"]), overrides), *counts
 
 
-def number(given: dict[str, str], name: str, default: int | None) -> int | None:
-  """A whole number, or None for "all". Raises: ConfigError."""
+def number(given: dict[str, str], name: str, default: int | None, least: int) -> int | None:
+  """A whole number from `least`, or None for "all". Raises: ConfigError."""
   text = given.get(name)
   if text is None or text == "all":
     return default if text is None else None
-  if not text.isdecimal():
-    raise config_lib.ConfigError(f"--{name}: expected a number or 'all', found {text!r}")
-  return int(text)
+  return arguments.whole(name, text, least)
 
 
 class Progress:
@@ -119,10 +125,11 @@ def table(report: Any, data: config_lib.Data, seconds: float) -> str:
     lines.append(f"{kind:<18}{report.kinds[kind]:>10,}  {report.examples.get(kind, '')}".rstrip())
   if report.images:
     ranked = sorted(report.images, key=lambda f: (-report.missing[f], -report.images[f], f))
-    width = max(len("folder"), *(len(folder) for folder in ranked[:FOLDERS])) + 2
+    names = {folder: console.shortened(folder, LONGEST) for folder in ranked[:FOLDERS]}
+    width = max(len("folder"), *map(len, names.values())) + 2
     lines += ["", f"{'folder':<{width}}{'images':>10}{'missing':>10}"]
-    for folder in ranked[:FOLDERS]:
-      lines.append(f"{folder:<{width}}{report.images[folder]:>10,}{report.missing[folder]:>10,}")
+    for folder, name in names.items():
+      lines.append(f"{name:<{width}}{report.images[folder]:>10,}{report.missing[folder]:>10,}")
     rest = ranked[FOLDERS:]
     if rest:
       images, missing = (sum(c[f] for f in rest) for c in (report.images, report.missing))

@@ -23,7 +23,7 @@ fit is refused (exit 1) with its largest buffers.
   --topology NAME          the slice, as it is rented: {names}
   --what train|eval        the train step, or prefill and decode of whole batches (default: train)
   --search N               try mesh, base placement, recomputation and micro-batches in at most N
-                           compiles (10 to 60 seconds each for 7B); the fastest that fits wins
+                           compiles (10 to 60 seconds each for 7B); the fastest that fits wins (default: 0, none)
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
                            (default: NAME-TOPOLOGY.py)
   --out NAME               put the result into NAME.json and NAME.md, beside those that are there
@@ -116,7 +116,6 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
     )
   options = {**OPTIONS, **{n: text for n, text in given.items() if n in OPTIONS}}
   config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
-  for name in ("top", "search"):
-    if not options[name].isdecimal():
-      raise config_lib.ConfigError(f"--{name}: expected a number, found {options[name]!r}")
+  for name, least in (("top", 1), ("search", 0)):
+    arguments.whole(name, options[name], least)
   return options, config_lib.override(train.load_recipe(options["config"]), overrides)

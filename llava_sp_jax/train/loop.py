@@ -15,7 +15,7 @@ import jax
 
 from llava_sp_jax import checkpoint, jsonl, limits, locks, mesh, processes, sharding
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import load
+from llava_sp_jax.convert import load, places
 from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
@@ -152,12 +152,27 @@ class _Run:
   inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
 
 
+def open_tokenizer(config: config_lib.Config) -> Tokenizer:
+  """From a folder, or the hub. Raises: FormatError, FileNotFoundError, TokenizerError."""
+  return Tokenizer(places.local(config.data.tokenizer))
+
+
 def _inputs(config: config_lib.Config) -> dict[str, str]:
   """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, held_out.TRAIN)
-  tokenizer = Tokenizer(config.data.tokenizer)
-  return {"data": source.fingerprint()[:16], "tokenizer": tokenizer.fingerprint()[:16]}
+  return {
+    "data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]
+  }  # fmt: skip
+
+
+def validation_input(config: config_lib.Config) -> dict[str, str]:
+  """The fingerprint of a validation file; its figures are sums over all processes."""
+  if not (config.train.validate_every and config.data.validation_path):
+    return {}
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, held_out.VALIDATION)
+  return {"validation data": source.fingerprint()[:16]}
 
 
 def _train(
@@ -166,14 +181,14 @@ def _train(
 ) -> Result:  # fmt: skip
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
-    peers.compare(peers.facts(config, read))
+    peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
   checkpoint.check_config(folder, config)
   sinks.check(config)
   begun = resume.first(folder, wish)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
-  tokenizer = Tokenizer(config.data.tokenizer)
+  tokenizer = open_tokenizer(config)
   preflight.check_config(config, tokenizer)
   inputs = read()
   changed = resume.compare_inputs(folder, begun, inputs, wish.changed)

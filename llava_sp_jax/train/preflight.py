@@ -113,11 +113,22 @@ ALWAYS: tuple[Check, ...] = (vocabulary,)
 SETTINGS: tuple[Check, ...] = (
   vocabulary, replies_end, learning_rates, something_learns, images_fit,
 )  # fmt: skip
+# What a check of the data looks at as well: settings that the samples have to fit.
+OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
 
 
 def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
   """Raises: PreflightError that lists what is wrong with the settings."""
-  checks = SETTINGS if config.train.preflight else ALWAYS
+  _check(config, tokenizer, SETTINGS)
+
+
+def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
+  """As `check_config`, for the settings of data alone. Raises: PreflightError."""
+  _check(config, tokenizer, OF_DATA)
+
+
+def _check(config: config_lib.Config, tokenizer: Tokenizer, all_of: Sequence[Check]) -> None:
+  checks = all_of if config.train.preflight else ALWAYS
   problems = [problem for check in checks for problem in check(config, tokenizer)]
   _refuse(problems, SKIP if config.train.preflight else "")
 

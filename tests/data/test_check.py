@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import check, pipeline
+from llava_sp_jax.data import check, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import IMAGE_SIZE, ConfigMaker
 from tests.data.test_pipeline import TILE
@@ -205,7 +206,18 @@ def test_the_file_of_validation_has_a_report_of_its_own(
   [
     ([], "no --config; see llava-sp check --help"),
     (["--config=x.py", "--colour=red"], "unknown --colour; see llava-sp check --help"),
-    (["--config=x.py", "--images=some"], "--images: expected a number or 'all', found 'some'"),
+    (
+      ["--config=x.py", "--image=3"],
+      "unknown --image (did you mean --images?); see llava-sp check",
+    ),
+    *[
+      (
+        ["--config=x.py", f"--{flag}={text}"],
+        f"--{flag}: expected a whole number from {least}, found ",
+      )
+      for flag, least in (("images", 0), ("samples", 1))
+      for text in ("some", "-1", "", "9" * 5000, "٣", *["0"] * least)
+    ],
     (["--config=gone.py"], "--config: no file 'gone.py'"),
   ],
 )
@@ -220,3 +232,43 @@ def test_a_template_that_the_tokenizer_cannot_end(
 ) -> None:
   assert cli.main(["check", "--config", recipe, "--config.data.template=mpt"]) == 1
   assert "data.template 'mpt': replies end with '<|im_end|>'" in capsys.readouterr().err
+
+
+def test_settings_that_training_refuses_are_refused(
+  recipe: str, capsys: pytest.CaptureFixture
+) -> None:
+  for setting, message in {
+    "data.packing=tight": "data.packing: unknown 'tight'",
+    "data.augment=x": "data.augment: unknown 'x'",
+    "data.bucket_lengths=(64, 999)": "data.bucket_lengths: 999 tokens, but data.row_length is ",
+    "data.validation_fraction=0.0001": "data.validation_fraction: 0.0001 of 11 samples leaves none",
+    "data.threads=0": "data.threads: expected at least 1",
+    "data.row_length=36": "data.row_length: an image of 1 tile is ",
+    "data.images_per_row=-1": "data.images_per_row: expected at least 0",
+    "model.language_model.vocab_size=64": "data.tokenizer: 384 tokens, but model.language_model.",
+  }.items():
+    assert cli.main(["check", "--config", recipe, f"--config.{setting}"]) == 1, setting
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_a_folder_of_images_drives_no_terminal(
+  recipe: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  path = tmp_path / "names.json"
+  names = ["a\nb\x1b[31m/x.png", "long" * 100 + "/x.png", "\ud83d/x.png"]
+  path.write_text(json.dumps([sample(name, TALK) for name in names] + [sample(None, TEXT)]))
+  assert cli.main(["check", "--config", recipe, f"--config.data.path={path}"]) == 1
+  out, err = capsys.readouterr()
+  assert err == ""
+  assert "\na b\\x1b[31m " in out
+  assert "\n\\ud83d " in out
+  assert all(line.isprintable() and len(line) < 300 for line in out.splitlines())
+
+
+def test_one_file_for_both_parts_is_told_by_the_part(data: config_lib.Data) -> None:
+  gone = dataclasses.replace(data, path="gone.json", validation_path="gone.json")
+  for part, key in ((held_out.TRAIN, "path"), (held_out.VALIDATION, "validation_path")):
+    with pytest.raises(FileNotFoundError, match=rf"^data\.{key}: no file"):
+      pipeline.open_source(gone, TILE, part)

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -212,3 +213,37 @@ def test_files_larger_than_any_picture_are_not_read(tmp_path: Path) -> None:
     file.truncate(decode.MAX_BYTES + 1)
   with pytest.raises(SampleError, match=r"a file of 1,073,741,825 bytes; at most"):
     decode.read_size(path)
+
+
+def palette_with_alpha() -> bytes:
+  return encoded(picture(20, 30).convert("P"), "PNG", transparency=bytes(range(256)))
+
+
+def torn_exif() -> bytes:
+  """A directory that promises more entries than there are."""
+  data = encoded(picture(20, 30), "JPEG")
+  exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03\0\0"
+  return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+WARNED = {
+  "a palette with alpha": (palette_with_alpha, r"Palette images with Transparency"),
+  "torn Exif": (torn_exif, r"Corrupt EXIF data"),
+  "large": (lambda: encoded(picture(12, 12), "PNG"), r"could be decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_pillow_only_warns_of_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Where warnings are errors, as here, and to the same pixels where they are not."""
+  make, message = WARNED[name]
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700 if name != "large" else 100)
+  data = make()
+  found = read(data)
+  with pytest.warns(
+    UserWarning if name != "large" else Image.DecompressionBombWarning, match=message
+  ):
+    wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+  np.testing.assert_array_equal(found, wanted)
+  with pytest.raises(UserWarning, match="as before"):  # the filters are those of before
+    warnings.warn("as before", UserWarning, stacklevel=1)

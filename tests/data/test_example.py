@@ -47,7 +47,9 @@ def test_what_is_too_long_is_cut_off_and_not_learned() -> None:
 def test_an_image_is_never_cut() -> None:
   runs = [Run((1, IMAGE_ID), (False, False))]
   assert layout(runs, [one_tile(5)], 6).slots.tolist() == [-1, 0, 1, 2, 3, 4]
-  with pytest.raises(SampleError, match="an image of 5 tokens does not fit into rows of 5"):
+  with pytest.raises(
+    SampleError, match="an image of 5 tokens does not fit into rows of 5 behind 1 tokens"
+  ):
     layout(runs, [one_tile(5)], 5)
 
 

@@ -114,6 +114,12 @@ LOST: dict[str, tuple[Any, str]] = {
     {"conversations": BARE, "visual": {"bytes": None, "path": "a.webp"}}, "`visual` .*is not read"),
   "a data URI under any key": ({"conversations": BARE, "x": "data:image/png;base64,AA"}, "`x` .*is not"),
   "a medium's mark": (VIDEO, "turn 0: <video> is not read"),
+  "a medium's mark behind an image": (
+    {"conversations": [{"from": "human", "value": "<image>\n<video>\nwhat?"}, REPLY], **ONE},
+    "turn 0: <image> <video> is not read"),
+  "a turn of two speakers": (
+    {"conversations": [{"from": "human", "role": "assistant", "value": "what?"}, REPLY]},
+    "turn 0: {'from': 'human', 'role': 'assistant'} are two speakers; expected one"),
   "a mark behind": (
     {"conversations": [{"from": "human", "value": "listen\n<audio>"}, REPLY]}, "<audio> is not read"),
   "a book": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,24 @@ def test_a_long_dialogue_is_read_in_time_that_grows_with_it(tmp_path: Path) -> N
   pieces = conversation.chain(turns, TEMPLATES["smollm2"])
   reading.tokenize(pieces, tokenizer)
   assert read[0] < 3 * sum(len(piece.text) for piece in pieces)
+
+
+def test_a_dialogue_of_many_turns_is_read_at_once(tmp_path: Path) -> None:
+  """The time goes with its length, not with its square."""
+  train_bpe(["a b"], tmp_path, 260)
+  tokenizer = Tokenizer(tmp_path)
+  turns: Turns = [("a", "b")] * 5000
+  started = time.process_time()
+  runs = reading.dialogue(turns, TEMPLATES["v1"], "chain", tokenizer)
+  assert time.process_time() - started < 5
+  assert sum(map(any, (run.learn for run in runs))) == 5000
+
+
+def test_reading_anew_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  monkeypatch.setattr(reading, "AGAIN", 40)
+  train_bpe(["a" * 16] * 10, tmp_path, 262)  # has aa, aaaa, ...
+  template, tokenizer = conversation.Template("", "", "", "", ""), Tokenizer(tmp_path)
+  turns: Turns = [("a", "a")]
+  assert len(reading.dialogue(turns * 2, template, "chain", tokenizer)) == 4
+  with pytest.raises(SampleError, match=r"^20 replies that share tokens with the text before them"):
+    reading.dialogue(turns * 20, template, "chain", tokenizer)

@@ -97,7 +97,14 @@ def test_help_is_instant(capsys: pytest.CaptureFixture) -> None:
     (["--topology", "v5e-16"], "no --config"),
     ([f"--config={RECIPE}", "--topology=v9"], "--topology: unknown 'v9'; known: "),
     ([f"--config={RECIPE}", "--topology=v5e-16", "--what=x"], "--what: unknown 'x'"),
-    ([f"--config={RECIPE}", "--topology=v5e-16", "--search=many"], "--search: expected a number"),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--search=many"],
+      "--search: expected a whole number from 0, found 'many'",
+    ),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--top=0"],
+      "--top: expected a whole number from 1",
+    ),
     ([f"--config={RECIPE}", "--topology=v5e-16", "--frobnicate=1"], "unknown --frobnicate"),
   ],
 )

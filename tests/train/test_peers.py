@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import peers
+from llava_sp_jax.train import loop, peers
 from tests.conftest import ConfigMaker
 
 
@@ -52,6 +53,27 @@ def test_inputs_code_and_what_cannot_be_read_are_compared(tiny_config: ConfigMak
   assert [line.split(":")[0] for line in peers.differences([("a", one), ("b", three)])] == [
     "code", "version of jax",
   ]  # fmt: skip
+
+
+def test_files_of_validation_are_compared(tiny_config: ConfigMaker, tmp_path: Path) -> None:
+  """Where a run reads them; their names alone are in the config."""
+  path = tmp_path / "held_out.json"
+  train = {"validate_every": 2}
+  config = tiny_config(data={"validation_path": str(path)}, train=train)
+  said = []
+  for answer in ("red", "red", "blue"):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": answer}]
+    path.write_text(json.dumps([{"conversations": turns}]))
+    said.append((answer, peers.facts(config, functools.partial(loop.validation_input, config))))
+  assert peers.differences(said[:2]) == []
+  (line,) = peers.differences(said)
+  assert line.startswith("validation data: ")
+  assert "in process 2 (blue)" in line
+  path.unlink()
+  gone = peers.facts(config, functools.partial(loop.validation_input, config))
+  assert gone["data"].startswith("FileNotFoundError: data.validation_path: no file '")
+  assert loop.validation_input(tiny_config(data={"validation_path": str(path)})) == {}
+  assert loop.validation_input(tiny_config(train=train)) == {}
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
