@@ -13,6 +13,15 @@ from llava_sp_jax.convert.torch_io import FormatError
 HUB = "hf:"  # in front of a name that is meant to be the hub's, whatever lies here
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # organization/name, @revision
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
+# How the names of a tokenizer's files begin.
+_OF_TOKENIZER = (
+  "tokenizer",
+  "special_tokens_map",
+  "added_tokens",
+  "vocab",
+  "merges",
+  "chat_template",
+)
 
 
 def is_hub_name(name: str) -> bool:
@@ -20,17 +29,23 @@ def is_hub_name(name: str) -> bool:
   return bool(_HUB_NAME.fullmatch(name.removeprefix(HUB)))
 
 
-def local(name: str) -> Path:
+def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
   """A path as it is if it exists; otherwise a name of the hub, with `hf:` or without, fetched.
 
-  Raises: FormatError when the hub does not give it. A path that is no such name is returned as it is.
+  `wanted` are patterns of the files that are needed. Raises: FormatError when the hub does not give
+  it. A path that is no such name is returned as it is.
   """
   if not name.startswith(HUB) and (Path(name).exists() or not is_hub_name(name)):
     return Path(name)
-  return fetched(name, "")
+  return fetched(name, "", wanted)
 
 
-def fetched(name: str, flag: str) -> Path:
+def tokenizer(name: str) -> Path:
+  """The folder of a tokenizer, as `local` finds it; of a repository, without its weights."""
+  return local(name, [f"{start}*" for start in _OF_TOKENIZER])
+
+
+def fetched(name: str, flag: str, wanted: Sequence[str] = _WANTED) -> Path:
   """The folder of the hub's local cache that holds a repository. Raises: FormatError."""
   repository, _, revision = name.removeprefix(HUB).partition("@")
   instead = f"; name a folder with {flag}" if flag else ""
@@ -40,7 +55,9 @@ def fetched(name: str, flag: str) -> Path:
   from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
   try:
-    return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+    return Path(
+      snapshot_download(repository, revision=revision or None, allow_patterns=list(wanted))
+    )
   except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
     said = " ".join(str(error).split())
     raise FormatError(
@@ -94,10 +111,9 @@ def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
   """The files of a tokenizer, and no others."""
-  wanted = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
   out.mkdir(exist_ok=True)
   for path in sorted(folder.iterdir()):
-    if path.is_file() and path.name.startswith(wanted):
+    if path.is_file() and path.name.startswith(_OF_TOKENIZER):
       shutil.copy(path, out / path.name)
 
 

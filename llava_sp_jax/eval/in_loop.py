@@ -11,6 +11,7 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits
+from llava_sp_jax.convert import places
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.eval import predictions, run, tables, tasks
 from llava_sp_jax.eval.predictions import Record
@@ -40,7 +41,7 @@ class InLoop:
     if not items or self._task.score(items, {}).headline is None:
       what = "a server scores it" if items else f"no questions in {settings.data}"
       raise config_lib.ConfigError(f"evaluate.task {settings.task}: no score to log ({what})")
-    self._tokenizer = Tokenizer(config.data.tokenizer)
+    self._tokenizer = Tokenizer(places.tokenizer(config.data.tokenizer))
     self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
 
   def due(self, number: int) -> bool:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
   build.model(config.model)  # unknown names and sizes that do not fit
   tile = anyres.Tile(*build.tile_shape(config.model))
-  tokenizer = Tokenizer(places.local(config.data.tokenizer))
+  tokenizer = Tokenizer(places.tokenizer(config.data.tokenizer))
   preflight.check_data(config, tokenizer)
   parts = [held_out.TRAIN, *[held_out.VALIDATION] * bool(config.data.validation_path)]
   pipeline.check_settings(config.data)

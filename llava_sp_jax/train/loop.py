@@ -154,7 +154,7 @@ class _Run:
 
 def open_tokenizer(config: config_lib.Config) -> Tokenizer:
   """From a folder, or the hub. Raises: FormatError, FileNotFoundError, TokenizerError."""
-  return Tokenizer(places.local(config.data.tokenizer))
+  return Tokenizer(places.tokenizer(config.data.tokenizer))
 
 
 def _inputs(config: config_lib.Config) -> dict[str, str]:

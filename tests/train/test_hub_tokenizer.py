@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import places
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.train import loop
 from tests.conftest import ConfigMaker
@@ -19,6 +22,25 @@ __all__ = ["hub"]  # the fixture
 
 def named(config: config_lib.Config, name: str) -> config_lib.Config:
   return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+
+
+def test_of_a_repository_only_the_tokenizer_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+  asked: list[str] = []
+
+  def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+    asked.extend(allow_patterns)
+    return "/cache"
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert places.tokenizer("hf:org/model") == Path("/cache")
+
+  def wanted(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in asked)
+
+  needed = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+  assert all(map(wanted, needed))
+  assert not any(map(wanted, ("model.safetensors", "pytorch_model.bin", "config.json")))
 
 
 def test_a_name_of_the_hub_is_a_tokenizer(
