@@ -233,8 +233,7 @@ class Config:
 def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
   """Builds `cls` from nested mappings.
 
-  Raises:
-    ConfigError: for unknown keys and wrong types, all of them at once, with the known keys.
+  Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
   problems: list[str] = []
   if not hasattr(values, "items"):
@@ -352,8 +351,9 @@ def override(config: Any, texts: Mapping[str, str]) -> Any:
       try:
         place[name] = parse(text, place[name])
       except (ValueError, KeyError):
-        kind = type(place[name]).__name__
-        problems.append(f"{where}.{name}: expected {kind}, found {text!r}")
+        is_list = isinstance(place[name], tuple)
+        kind = "a list such as ('a', 'b')" if is_list else type(place[name]).__name__
+        problems.append(f"{where}.{name}: expected {kind}, found {text!r:.60}")
   if problems:
     raise ConfigError("; ".join(problems))
   return from_dict(values, type(config))
@@ -386,5 +386,5 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
       values[key] = parse(text, defaults[key])
     except (ValueError, KeyError):
       kind = type(defaults[key]).__name__
-      raise ConfigError(f"option {key}: expected {kind}, found {text!r}") from None
+      raise ConfigError(f"option {key}: expected {kind}, found {text!r:.60}") from None
   return types.SimpleNamespace(**values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,20 @@ from llava_sp_jax import folders
 
 
 def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
-  """Adds one line in one write, behind the text `start`; `style` goes to `json.dumps`."""
+  """Adds one line in one write, behind the text `start`; `style` goes to `json.dumps`.
+
+  Raises: OSError, also for what is no regular file.
+  """
+  _check(path)
   with folders.written(path), path.open("a") as file:
     file.write(start + json.dumps(dict(record), **style) + "\n")
+
+
+def _check(path: Path) -> None:
+  """Raises: OSError where no lines can be put there: opening a pipe would never end."""
+  if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
+    said = "expected a regular file; move away what is there"
+    raise OSError(errno.EINVAL, said, str(path))
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -29,8 +42,9 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
 def cut_after(path: Path, step: int) -> int:
   """Drops the records of later steps, and lines that cannot be read; returns how many of those.
 
-  Records keep their bytes. The file is replaced when the new one is whole.
+  Records keep their bytes. The file is replaced when the new one is whole. Raises: OSError.
   """
+  _check(path)
   if not path.is_file():
     return 0
   kept, bad = [], 0

@@ -42,14 +42,17 @@ class Limit:
   def __str__(self) -> str:
     parts = []
     if self.low > -math.inf:
-      parts.append(f"{'above' if self.open_ends == 'low' else 'at least'} {self.low:g}")
+      parts.append(f"{'above' if self.open_ends == 'low' else 'at least'} {_shown(self.low)}")
     if self.high < math.inf:
-      parts.append(f"{'below' if self.open_ends == 'high' else 'at most'} {self.high:g}")
+      parts.append(f"{'below' if self.open_ends == 'high' else 'at most'} {_shown(self.high)}")
     return " and ".join(parts) or "a finite number"
 
 
 COUNT, NATURAL, POSITIVE = Limit(low=1), Limit(low=0), Limit(low=0, open_ends="low")
 SHARE = Limit(0, 1, "high")
+# Of what a host makes lists, arrays or threads of: more is a slip of the finger, which would take all
+# of its memory before anything is said.
+MANY, WORKERS = Limit(1, 1 << 20), Limit(1, 1 << 10)
 
 # (regex over keys, what their numbers may be); the first match counts, and every key has one.
 LIMITS: tuple[tuple[str, Limit], ...] = (
@@ -62,8 +65,12 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
   (r"model\.language_model\.(sliding_window|window_from_layer)", NATURAL),
   (r"model\..*\.(rope_theta|norm_eps)", POSITIVE),
   (r"model\..*\.initializer_range", NATURAL),
-  (r"model\.", COUNT),
-  (r"data\.(turns_per_row|processes|images_per_row)", NATURAL),
+  (r"model\.language_model\.max_positions", COUNT),
+  (r"model\.", Limit(1, 1 << 24)),
+  (r"data\.processes", Limit(0, WORKERS.high)),
+  (r"data\.threads", WORKERS),
+  (r"data\.(row_length|grid_pinpoints|bucket_lengths)", MANY),
+  (r"data\.(turns_per_row|images_per_row)", NATURAL),
   (r"data\.validation_fraction", SHARE),
   (r"data\.image_std", POSITIVE),
   (r"data\.image_mean", Limit()),
@@ -73,9 +80,11 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
   (r"optimizer\.(eps|clip_norm)", POSITIVE),
   (r"optimizer\.", NATURAL),
   (r"train\.seed", Limit(0, 2**32 - 1)),
+  (r"train\.batch_size", MANY),
   (r"train\.(peak_tflops|validate_every|stall_seconds)", NATURAL),
   (r"train\.", COUNT),
   (r"evaluate\.(every|limit)", NATURAL),
+  (r"evaluate\.batch_size", MANY),
   (r"evaluate\.", COUNT),
   (r"mesh\.slices", NATURAL),
   (r"mesh\.", Limit(low=-1)),
@@ -83,12 +92,21 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError that names every number beyond its limits, and what else has no table."""
+  """Raises: ConfigError that names every number beyond its limits, and what else has no table.
+
+  Beside the numbers those are names of dtypes, and sizes that do not go together.
+  """
   problems = [
     f"{key}: expected {limit}{_most(limit, value)}, found {value!r:.40}"
     for key, value in numbers(config_lib.to_dict(config))
     if not (limit := limit_of(key)).holds(value)
   ]
+  tower, heads = config.model.tower, config.model.language_model.head_dim
+  if not -tower.layers - 1 <= tower.select_layer <= tower.layers:
+    problems.append(f"model.tower.select_layer: expected {-tower.layers - 1} to {tower.layers}, as "
+                    f"the tower has {tower.layers} layers, found {tower.select_layer}")  # fmt: skip
+  if heads % 2:
+    problems.append(f"model.language_model.head_dim: expected an even number, found {heads}")
   for name in ("dtype", "frozen_dtype"):
     if (found := getattr(config.model, name)) not in DTYPES:
       problems.append(f"model.{name}: expected one of {', '.join(DTYPES)}, found {found!r:.40}")
@@ -116,6 +134,11 @@ def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
     yield key, values
 
 
+def _shown(end: float) -> str:
+  """An end of an interval, a whole number with all of its digits."""
+  return f"{end:,.0f}" if float(end).is_integer() else f"{end:g}"
+
+
 def _most(limit: Limit, value: float) -> str:
-  beyond = isinstance(value, int) and value > limit.most
+  beyond = isinstance(value, int) and value > limit.most and limit.high == math.inf
   return f", at most {limit.most:,.0f}" if beyond else ""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_sp_jax import json_files
+from llava_sp_jax import json_files, jsonl
 from llava_sp_jax.files import FormatError
 
 
@@ -115,3 +116,13 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
 def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
   with pytest.raises(FormatError, match="cannot be opened"):
     json_files.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/no/such", path)])
+def test_lines_go_to_a_regular_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+  """A pipe in place of the metrics would stop a run at its first record, for ever."""
+  path = tmp_path / "metrics.jsonl"
+  make(path)
+  for use in (lambda: jsonl.append(path, {"step": 1}), lambda: jsonl.cut_after(path, 1)):
+    with pytest.raises(OSError, match="expected a regular file; move away what is there"):
+      use()

@@ -28,7 +28,7 @@ LAYERS = (
     r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)"
     r"|sharding|mesh|processes|checkpoint|limits"
     r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
-    r"|eval\.(__init__|task|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
+    r"|eval\.(__init__|task|own|predictions|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
   ),
   ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
   (

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,12 @@ WRONG = {
   "data.image_std": (0.1, 0.0, 0.1), "data.threads": -1, "model.lora.alpha": math.inf,
   "model.lora.dropout": 1.0, "model.tower.width": 0, "model.language_model.norm_eps": 0.0,
   "mesh.tensor": -2, "evaluate.batch_size": 0,
+}  # fmt: skip
+# Each would take all memory of a host, or end in a traceback of a library's.
+TOO_MANY = {
+  "train.batch_size": 1 << 30, "data.row_length": (1 << 31) - 1, "data.processes": 100_000,
+  "evaluate.batch_size": 1 << 30, "model.language_model.vocab_size": 1 << 30,
+  "model.tower.select_layer": 9, "model.language_model.head_dim": 7,
 }  # fmt: skip
 
 
@@ -44,12 +51,12 @@ def test_every_number_has_a_limit_that_holds_for_its_default() -> None:
     assert any(re.match(pattern, key) for key, _ in numbers), pattern
 
 
-@pytest.mark.parametrize("key", WRONG)
+@pytest.mark.parametrize(("key", "value"), [*WRONG.items(), *TOO_MANY.items()])
 def test_a_number_beyond_its_limit_is_named(
-  tiny_config: ConfigMaker, tmp_path: Path, key: str
+  tiny_config: ConfigMaker, tmp_path: Path, key: str, value: Any
 ) -> None:
   with pytest.raises(config_lib.ConfigError, match=rf"^{re.escape(key)}: expected .*, found .*$"):
-    loop.train(changed(tiny_config(), key, WRONG[key]), tmp_path / "run")
+    loop.train(changed(tiny_config(), key, value), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 

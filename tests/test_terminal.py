@@ -127,7 +127,8 @@ def test_what_is_mistyped_is_one_line(
   [
     ("1 / 0\n", "ends with ZeroDivisionError: division by zero"),
     ("def get_config(:\n", "ends with SyntaxError"),
-    ("def get_config(arg=''):\n  return 3\n", "ends with AttributeError"),
+    ("def get_config(arg=''):\n  return 3\n", "returned 3, expected an ml_collections.ConfigDict"),
+    ("raise SystemExit(0)\n", "ends with SystemExit: 0"),
     ("def get_config():\n  raise KeyError('x')\n", "ends with KeyError: 'x'"),
     ("import no_such_package_of_anybody\n", "ends with ModuleNotFoundError: No module named"),
     ("x = 1\n", "has no function get_config"),

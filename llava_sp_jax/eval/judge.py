@@ -133,6 +133,7 @@ def _address(model: str, url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     fits = (
       parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0
+      and bool((parts.hostname or "").encode("idna")) and "%" not in parts.netloc
       and not (parts.query or parts.fragment) and url.isascii() and not re.search(r"[\x00-\x20]", url)
     )  # fmt: skip
   except ValueError:  # no port, or no address of six
@@ -159,8 +160,12 @@ def _content(answer: Any) -> str:
   except (KeyError, IndexError, TypeError):
     said = json.dumps(answer)
     raise JudgeError(f"an answer without choices[0].message.content: {said:.{SHOWN}}") from None
+  if isinstance(text, list):  # in parts, as some servers put it
+    parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+    text = "".join(str(part.get("text", "")) for part in parts) or text
   if not isinstance(text, str) or not text.strip():
-    raise JudgeError("an empty answer")
+    empty = text is None or isinstance(text, str)
+    raise JudgeError("an empty answer" if empty else f"no text: {json.dumps(text):.{SHOWN}}")
   return text
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from llava_sp_jax import files as regular
 from llava_sp_jax import jsonl
 from llava_sp_jax.eval.task import Item, Prediction
 
@@ -102,6 +103,15 @@ def check_folder(folder: Path) -> None:
     raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
   if not os.access(place, os.W_OK | os.X_OK):
     raise EvalError(f"{folder}: nothing can be written in {place}; name another one with --out")
+  _check_files(folder)
+
+
+def _check_files(folder: Path) -> None:
+  """Raises: EvalError for what is no file where one is read or written: a pipe would never end."""
+  patterns = (PARTS, "sessions*.jsonl", SETTINGS, "scores.json")
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if any(map(path.match, patterns)) and not regular.is_regular(path):
+      raise EvalError(f"{path}: expected a regular file; move away what is there")
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -110,6 +120,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
   `about` is written beside them and may change. Raises: EvalError that shows every difference.
   """
   folder.mkdir(parents=True, exist_ok=True)
+  _check_files(folder)
   path = folder / SETTINGS
   wanted = json.loads(json.dumps({"settings": settings, "about": about}))
   begun = _begun(folder)
@@ -138,6 +149,7 @@ def _begun(folder: Path) -> list[Path]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
   """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none, or damaged."""
+  _check_files(folder)
   path = folder / SETTINGS
   if not path.is_file():
     raise EvalError(f"{folder}: no {SETTINGS}; give the --out of llava-sp eval")
@@ -167,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_scores(path: Path) -> dict[str, Any]:
   """The scores in a file. Raises: EvalError when it is damaged, or holds no scores."""
   found = read_json(path)
-  if found is None or not _fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
+  if found is None or not fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
     raise EvalError(f"{path}: damaged; llava-sp eval --merge --out {path.parent} writes it anew")
   return found
 
@@ -175,20 +187,20 @@ def read_scores(path: Path) -> dict[str, Any]:
 def _row(row: Any) -> bool:
   """Whether a row of `by_kind` holds figures."""
   counted = {"items": NUMBER, "asked": NUMBER}
-  return _fits(row, counted) and all(_fits(value, NUMBER) for value in row.values())
+  return fits(row, counted) and all(fits(value, NUMBER) for value in row.values())
 
 
-def _fits(value: Any, kind: Any) -> Any:
+def fits(value: Any, kind: Any) -> Any:
   """Whether a value is what a table says: a type, one of several kinds, a list of one, keys."""
   if kind is NUMBER:
     return isinstance(value, int | float) and -LARGEST < value < LARGEST
   if isinstance(kind, tuple):
-    return any(_fits(value, one) for one in kind)
+    return any(fits(value, one) for one in kind)
   if isinstance(kind, list):
-    return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
+    return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
   if isinstance(kind, dict):
     return isinstance(value, dict) and all(
-      key in value and _fits(value[key], one) for key, one in kind.items()
+      key in value and fits(value[key], one) for key, one in kind.items()
     )
   return isinstance(value, kind)
 
@@ -198,8 +210,8 @@ def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
   found, torn = [], 0
   for path in sorted(folder.glob("sessions*.jsonl")):
     for _, value in jsonl.values(path.read_bytes().split(b"\n")):
-      if _fits(value, {"seconds": NUMBER, "engine": dict}) and all(
-        _fits(count, NUMBER) for count in value["engine"].values()
+      if fits(value, {"seconds": NUMBER, "engine": dict}) and all(
+        fits(count, NUMBER) for count in value["engine"].values()
       ):
         counts = {name: int(count) for name, count in value["engine"].items()}
         found.append({"seconds": float(value["seconds"]), "engine": counts})
@@ -248,7 +260,7 @@ def read_file(path: Path) -> list[Record]:
   """The whole lines of one file."""
   records = []
   for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
-    if not _fits(record, FIELDS) or not _fits(record["verdict"].get("score", 0), NUMBER):
+    if not fits(record, FIELDS) or not fits(record["verdict"].get("score", 0), NUMBER):
       raise EvalError(
         f"{path}, line {number}: expected an answer with {', '.join(FIELDS)}, found "
         f"{record!r:.60}; take this line out, and its question is asked again"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_sp_jax import files as regular
 from llava_sp_jax.infer.generation import Generation
 
 
@@ -77,8 +78,9 @@ class Task(Protocol):
 
 
 def file_hash(path: Path) -> str:
-  """sha256 of a file, shortened."""
-  with path.open("rb") as file:
+  """sha256 of a regular file, shortened. Raises: FormatError, so nothing waits for a pipe."""
+  file: Any = regular.open_regular(path)
+  with file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

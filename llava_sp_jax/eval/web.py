@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import email.utils
 import functools
 import http.client
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,7 +38,13 @@ class Response:
   def wait(self, otherwise: float) -> float:
     """Seconds that the server asks to wait."""
     told = self.headers.get("Retry-After", "").strip()
-    return float(told) if told.isascii() and told.isdecimal() else otherwise
+    if told.isascii() and told.isdecimal():
+      return float(told)
+    try:  # the hour when it wants to be asked again
+      until = email.utils.parsedate_to_datetime(told).timestamp()
+    except (ValueError, TypeError, OverflowError, OSError):
+      return otherwise
+    return max(0.0, until - time.time())
 
 
 class _Deadline:

@@ -86,8 +86,13 @@ def load_recipe(value: str) -> config_lib.Config:
     spec.loader.exec_module(recipe)
     if not hasattr(recipe, "get_config"):
       raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
-    values = recipe.get_config(*filter(None, [options])).to_dict()
-  except Exception as error:
+    made = recipe.get_config(*filter(None, [options]))
+    if not hasattr(made, "to_dict"):
+      raise config_lib.ConfigError(
+        f"--config: get_config of {file!r} returned {made!r:.40}, expected an ml_collections.ConfigDict"
+      )
+    values = made.to_dict()
+  except (Exception, SystemExit) as error:  # one that leaves has told us nothing to train
     if errors.is_ours(error) or isinstance(error, OSError):
       raise
     why = f"{type(error).__name__}: {error}"

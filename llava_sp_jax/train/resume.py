@@ -18,6 +18,7 @@ from llava_sp_jax import checkpoint, folders, processes
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.train.state import TrainState
 
+DIGITS = 10  # of a step at most: steps are counted in 32 bits
 ASIDE = "aside"  # in the run folder: steps that the run does not go on from
 
 # What a run reads beside its config, by the name that it has in a checkpoint: what it is.
@@ -37,8 +38,8 @@ class Wish:
   @classmethod
   def of(cls, step: str, changed: str) -> Wish:
     """From what was typed. Raises: ConfigError."""
-    if step and not (step.isascii() and step.isdigit()):
-      raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r}")
+    if step and not (step.isascii() and step.isdigit() and len(step) <= DIGITS):
+      raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r:.40}")
     names = frozenset(filter(None, changed.split(",")))
     for name in sorted(names):
       config_lib.lookup("--allow-changed", name, INPUTS)

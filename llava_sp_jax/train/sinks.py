@@ -192,5 +192,19 @@ def _installed(module: str) -> bool:
 
 
 def open_all(folder: Path, config: config_lib.Config) -> list[Sink]:
-  """metrics.jsonl, and the sinks that the config names."""
-  return [JsonLines(folder, config), *(SINKS[n].make(folder, config) for n in config.train.sinks)]
+  """metrics.jsonl, and the sinks that the config names.
+
+  Raises: ConfigError for one that cannot be opened, such as a service without a login.
+  """
+  opened: list[Sink] = [JsonLines(folder, config)]
+  for name in config.train.sinks:
+    try:
+      opened.append(SINKS[name].make(folder, config))
+    except Exception as error:  # whatever that library raises
+      for sink in opened:
+        sink.close()
+      raise config_lib.ConfigError(
+        f"train.sinks: {name!r} cannot be opened ({type(error).__name__}: {error}); mend that, or "
+        "leave it out"
+      ) from error
+  return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.server
 import json
 import socket
@@ -114,6 +115,7 @@ def test_what_may_pass_is_tried_again(
     ((200, "no json"), 3, "JSONDecodeError"),
     ((200, {"choices": []}), 3, "without choices"),
     ((200, {"choices": [{"message": {"content": " "}}]}), 3, "an empty answer"),
+    ((200, {"choices": [{"message": {"content": [{"type": "image"}]}}]}), 3, "no text: [{"),
   ],
 )
 def test_failures_are_told_without_the_key(
@@ -125,6 +127,21 @@ def test_failures_are_told_without_the_key(
   assert message in str(caught.value)
   assert KEY[:6] not in str(caught.value)
   assert len(server.seen) == calls
+
+
+def test_an_answer_in_parts_is_its_text(server: Server, endpoint: Endpoint) -> None:
+  parts = [{"type": "reasoning", "text": "so 9"}, {"type": "text", "text": "8"},
+           {"type": "text", "text": " 7"}, "?"]  # fmt: skip
+  server.script = [(200, {"choices": [{"message": {"content": parts}}]})]
+  assert endpoint(Ask(prompt="p")) == "8 7"
+
+
+def test_a_server_may_name_the_hour(server: Server, endpoint: Endpoint, waits: list[float]) -> None:
+  for seconds, least, most in ((50, 40, 50), (-500, 0, 0), (10**6, 120, 120)):
+    until = email.utils.formatdate(time.time() + seconds, usegmt=True)
+    server.headers, server.script = {"retry-after": until}, [(503, "later")]
+    assert endpoint(Ask(prompt="p")) == "fine"
+    assert least <= waits.pop() <= most
 
 
 def test_no_redirect_is_followed(server: Server, endpoint: Endpoint) -> None:
@@ -309,7 +326,8 @@ def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
   "url",
   ["http://", "https:///v1", "http://x:0/v1", "http://x:70000/v1", "http://x:y/v1", "http://[::1/v1",
-   "http://x/v1?key=1", "http://x/v1#a", "http://x y/v1", "http://x/\x1b[2J", "http://é/v1"],
+   "http://x/v1?key=1", "http://x/v1#a", "http://x y/v1", "http://x/\x1b[2J", "http://é/v1",
+   "http://%00/v1", "http://.../v1", f"http://{'a' * 70}.com/v1"],
 )  # fmt: skip
 def test_an_address_that_cannot_be_asked_is_told_before_anything_is(url: str) -> None:
   with pytest.raises(JudgeError, match=r"judge grader: expected an address http") as caught:

@@ -89,6 +89,7 @@ def test_a_mark_in_front_and_other_line_ends_change_nothing(own: Path, name: str
     ("gqa", "gqa/data/testdev_balanced_questions.json"),
     ("mmbench", "mmbench/mmbench_dev_20230712.tsv"),
     ("vizwiz", "vizwiz/llava_test.jsonl"),
+    ("vqav2", "vqav2/llava_vqav2_mscoco_test2015.jsonl"),
   ],
 )
 def test_a_pipe_in_place_of_a_file_is_named(own: Path, name: str, file: str) -> None:
@@ -96,7 +97,15 @@ def test_a_pipe_in_place_of_a_file_is_named(own: Path, name: str, file: str) -> 
   (own / file).unlink()
   os.mkfifo(own / file)
   with pytest.raises(FormatError, match=r"expected a regular file, found a pipe"):
-    TASKS[name](own).items()
+    [TASKS[name](own).items(), TASKS[name](own).data_hash()]
+
+
+@pytest.mark.parametrize("odd", ["\\u0000", "\\ud800", "\\u001b[2J"])
+def test_a_name_of_mme_that_names_no_file_is_refused(own: Path, odd: str) -> None:
+  """The submission's files are named by it."""
+  damage(own / "MME/llava_mme.jsonl", '"question_id": "count/b.png"', f'"question_id": "{odd}"')
+  with pytest.raises(BenchmarkError, match=r"expected question_id such as .*; question_id '\\"):
+    TASKS["mme"](own).items()
 
 
 def test_a_text_of_mme_that_is_none_is_named_with_its_pair(own: Path) -> None:
@@ -239,3 +248,17 @@ def test_what_is_no_json_is_one_line(
 def test_an_unknown_split_of_seed_is_told(root: Path) -> None:
   with pytest.raises(ConfigError, match="seed split: unknown 'Image'; known: all, image"):
     TASKS["seed"](root, split="Image")
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "sessions.jsonl", "settings.json"])
+def test_a_pipe_in_a_folder_of_results_is_named(tiny_data: Path, tmp_path: Path, name: str) -> None:
+  """Neither opening it for writing nor reading it would ever end."""
+  task, out = EasyVqa(tiny_data), tmp_path / "out"
+  run.run(task, Scripted(), out)
+  (out / name).unlink()
+  os.mkfifo(out / name)
+  said = rf"{name}: expected a regular file; move away what is there"
+  with pytest.raises(EvalError, match=said):
+    run.run(task, Scripted(), out)
+  with pytest.raises(EvalError, match=said):
+    run.finish(task, out)

@@ -12,8 +12,9 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.eval import run, scoring, tasks
+from llava_sp_jax.eval import predictions, run, scoring, tasks
 from llava_sp_jax.eval.files import BenchmarkError
+from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.eval.tasks.vqa_json import RULES, VqaJson
 from tests.eval.conftest import Scripted
 
@@ -278,3 +279,92 @@ def test_several_tasks_end_in_one_table(
   assert cli.main([*arguments, "--merge", f"--out={first}", f"--compare={first}"]) == 0
   assert (f"Against {first}/easy_vqa, of 3 questions that both answered: 0 fixed, 0 broken, 0 in other "
           "words") in capsys.readouterr().out  # fmt: skip
+
+
+MINE = """
+from pathlib import Path
+from llava_sp_jax.eval.task import Item, Scores
+from llava_sp_jax.infer.generation import Generation
+
+class Base:
+  name, protocol, generation = "mine", "exact", Generation(max_new_tokens=2)
+  def __init__(self, folder): pass
+  def items(self): return [Item("a", "q", (Path("0.png"),), "k", "yes")]
+  def data_hash(self): return "h"
+  def verdict(self, item, text): return {"score": 1.0}
+  def score(self, items, predictions): return Scores(1.0, "m", {"all": {"items": 1, "asked": 1}})
+  def submission(self, items, predictions, folder): return []
+
+class Mine(Base):
+"""
+
+
+@pytest.mark.parametrize(
+  ("body", "said"),
+  [
+    ("def __init__(self): pass", "__init__ ends with TypeError: "),
+    (
+      "def __init__(self, folder): {}['x']",
+      r"__init__ ends with KeyError: 'x' \(mine.py, line 16\)",
+    ),
+    (
+      "def items(self): return None",
+      "items ends with TypeError: 'NoneType' object is not iterable",
+    ),
+    ("def items(self): return ['a']", r"\[0\] is 'a', expected an eval.task.Item"),
+    ("def items(self): return [Item('a', None, (), 'k', 1)]", "question None, expected str"),
+    (
+      "def items(self): return [Item('a', 'q', 'x.png', 'k', 1)]",
+      r"images 'x.png', expected a tuple",
+    ),
+    (
+      "def items(self): return [Item('a', 'q', (), 'k', {1})]",
+      "the truth cannot be written as JSON",
+    ),
+    ("def data_hash(self): return b'h'", "data_hash ends with TypeError: it returned b'h'"),
+    (
+      "def verdict(self, item, text): return 1 / 0",
+      "verdict ends with ZeroDivisionError: .*line 16",
+    ),
+    (
+      "def verdict(self, item, text): return {'score': float('nan')}",
+      "score nan, expected a finite",
+    ),
+    ("def verdict(self, item, text): return {'x': Mine}", "it cannot be written as JSON"),
+    (
+      "def score(self, items, predictions): return 0.5",
+      "it returned 0.5, expected an eval.task.Sc",
+    ),
+    (
+      "def score(self, items, predictions): return Scores(1.0, 'm', {})",
+      r"by_kind\['all'\] is None",
+    ),
+    (
+      "def score(self, items, predictions): raise RuntimeError('x')",
+      "score ends with RuntimeError",
+    ),
+    ("def submission(self, items, predictions, folder): return [Path('/x')]", "expected paths in"),
+    ("name = '../x'", "name '../x', expected a text that can name a folder"),
+    ("protocol = None", "protocol None, expected a text"),
+    ("options = 3", "options 3, expected a tuple of names"),
+    ("generation = None", "generation None, expected an infer.Generation"),
+  ],
+)
+def test_what_goes_wrong_in_it_is_one_line(
+  tiny_data: Path, tmp_path: Path, body: str, said: str
+) -> None:
+  """And no answer is written with a verdict that nobody can read afterwards."""
+  path = tmp_path / "mine.py"
+  path.write_text(f"{MINE}  {body}\n")
+  with pytest.raises(EvalError, match=rf"mine.py:Mine: .*{said}") as caught:
+    run.run(tasks.find("--task", f"{path}:Mine")(tiny_data), Scripted(), tmp_path / "out")
+  assert "\n" not in str(caught.value)
+  for file in (tmp_path / "out").glob("predictions.jsonl"):
+    predictions.read_file(file)
+
+
+def test_items_may_come_one_by_one(tiny_data: Path, tmp_path: Path) -> None:
+  path = tmp_path / "mine.py"
+  path.write_text(f"{MINE}  def items(self): yield from Base.items(self)\n")
+  task = tasks.find("--task", f"{path}:Mine")(tiny_data)
+  assert run.run(task, Scripted(), tmp_path / "out")["headline"] == 1.0

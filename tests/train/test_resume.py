@@ -348,3 +348,12 @@ def test_a_damaged_step_is_not_what_a_run_is_opened_with(
   assert "step 2 is used instead" in said
   with pytest.raises(checkpoint.CheckpointError, match="stopped at step 2 of 5; finish it first"):
     load.finished(run, "init.checkpoint")
+
+
+@pytest.mark.parametrize("step", ["-1", "x", "\u0663", "1.0", "9" * 5000])
+def test_a_step_is_a_number_that_a_run_can_have(step: str) -> None:
+  with pytest.raises(
+    config_lib.ConfigError, match=r"--from-step: expected a step such as 500"
+  ) as e:
+    resume.Wish.of(step, "")
+  assert len(str(e.value)) < 120

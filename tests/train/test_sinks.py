@@ -131,6 +131,27 @@ def test_a_folder_is_not_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
   assert sinks._installed("rich")
 
 
+def test_a_sink_that_cannot_be_opened_is_one_line(
+  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """As wandb without a login; what was opened before it is closed."""
+  closed = []
+
+  class Good(sinks.JsonLines):
+    def close(self) -> None:
+      closed.append(self)
+
+  def bad(folder: Path, config: config_lib.Config) -> sinks.Sink:
+    raise KeyError("no login")
+
+  monkeypatch.setitem(sinks.SINKS, "good", sinks.Row(Good))
+  monkeypatch.setitem(sinks.SINKS, "bad", sinks.Row(bad))
+  wanted = tiny_config(train={"sinks": ["good", "bad"]})
+  with pytest.raises(config_lib.ConfigError, match=r"train.sinks: 'bad' cannot be opened \(KeyErr"):
+    sinks.open_all(tmp_path, wanted)
+  assert len(closed) == 1
+
+
 def test_only_the_first_process_writes(
   tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax.config import ConfigError, lookup
+from llava_sp_jax.eval import own
 from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.eval.tasks.gqa import Gqa
 from llava_sp_jax.eval.tasks.llava_bench import LlavaBench
@@ -50,7 +51,7 @@ def find(key: str, name: str) -> Any:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise ConfigError(f"{key} {name}: {path} ends with {type(error).__name__}: {error}") from error
   found = getattr(module, wanted, None)
   if not isinstance(found, type):
@@ -58,4 +59,4 @@ def find(key: str, name: str) -> Any:
     raise ConfigError(f"{key} {name}: no class {wanted!r}; it has {', '.join(classes) or 'none'}")
   if absent := [member for member in ON_CLASS if not hasattr(found, member)]:
     raise ConfigError(f"{key} {name}: no task: without {', '.join(absent)} (see eval.task.Task)")
-  return found
+  return own.guarded(found, path)

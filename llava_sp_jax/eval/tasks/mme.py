@@ -82,6 +82,9 @@ class Mme(Benchmark):
   def items(self) -> list[Item]:
     truths, strange = self._truths()
     rows = self.rows(ASKED)
+    odd = [f"question_id {i!a:.40}" for i in (str(row["question_id"]) for row in rows)
+           if not i.isprintable()]  # fmt: skip
+    files.refuse(self.folder / ASKED, odd, "question_id such as artwork/1.png, which names files")
     counts = collections.Counter(str(row["question_id"]) for row in rows)
     items = []
     for row, key in zip(rows, numbered(rows), strict=True):
