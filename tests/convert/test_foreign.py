@@ -88,6 +88,20 @@ def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Pat
     formats.open_checkpoint(promised, formats.Options(base=str(llm)))
 
 
+@pytest.mark.parametrize(
+  "changed", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
+              {"exclude_modules": ["v_proj"]}],
+)  # fmt: skip
+def test_an_adapter_that_the_settings_leave_out(
+  llm: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+  """PEFT would open the folder and compute without it."""
+  folder = adapter(llm, tmp_path / "a", target_modules=["q_proj", "v_proj"])
+  change_json(folder / "adapter_config.json", **changed)
+  with pytest.raises(FormatError, match=r"leaves out, so that PEFT .*layers\.1\.self_attn"):
+    formats.open_checkpoint(folder, formats.Options(base=str(llm)))
+
+
 def test_an_adapter_of_a_training_on_its_way_lacks_the_projector(llm: Path, tmp_path: Path) -> None:
   folder = adapter(llm, tmp_path / "checkpoint-500")
   (folder / "trainer_state.json").write_text("{}")
