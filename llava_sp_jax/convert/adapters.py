@@ -164,7 +164,8 @@ def place(
   pairs = _pairs(tensors, of.path.parent, canonical)
   if not pairs:
     raise FormatError(f"{of.path.parent}: no adapters in it, though {FILE} is there")
-  odd = [pair.module for pair in pairs.values() if of.wants(pair.module) is False]
+  odd = [pair.module for stem, pair in pairs.items()
+         if f"{stem}.weight" in base and of.wants(pair.module) is False]  # fmt: skip
   if odd:
     raise FormatError(
       f"{of.path.parent}: adapters of modules that {FILE} leaves out, so that PEFT would not use them: "
