@@ -183,7 +183,7 @@ def tower(
   said = keys.read(values, key_tables.TOWERS[variant], origin, allow_unknown)
   filled = _filled(f"{variant}_vision_model", said, origin)
   count = filled.num_hidden_layers
-  if not -count - 1 <= select_layer <= count:
+  if not -count <= select_layer <= count or not select_layer:
     raise FormatError(f"{origin}: layer {select_layer} is selected of a tower with {count} layers")
   return config_lib.Tower(
     variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
@@ -31,7 +32,7 @@ from tests.convert.foreign import (
   same_text_logits,
 )
 from tests.convert.test_exports_in_torch import close, run
-from tests.convert.test_formats import change_json
+from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import source
 
 torch = pytest.importorskip("torch")
@@ -73,6 +74,16 @@ def adapter(llm: Path, folder: Path, **changes: Any) -> Path:
   peft.get_peft_model(decoder(llm), recipe).save_pretrained(folder)
   change_json(folder / "adapter_config.json", **changes)
   return folder
+
+
+def test_an_adapter_of_a_decoder_alone_is_merged(llm: Path, tmp_path: Path) -> None:
+  """Its logits are compared as those of a whole model are; a tower has nothing to merge."""
+  folder, out = adapter(llm, tmp_path / "a"), tmp_path / "out"
+  assert cli.main(["merge", str(folder), str(out), "--base", str(llm)]) == 0
+  theirs = peft.PeftModel.from_pretrained(decoder(llm), folder).eval()
+  same_text_logits(load.open_any(out, formats.Options()), theirs)
+  assert cli.main(["merge", str(GOLDEN / "clip-vit-tiny"), str(tmp_path / "no")]) == 1
+  assert not (tmp_path / "no").exists()
 
 
 def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Path) -> None:

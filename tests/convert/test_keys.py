@@ -140,6 +140,7 @@ def test_all_that_is_wrong_in_a_file_is_told_at_once() -> None:
     ({"model_type": "siglip2_vision_model"}, "SigLIP 2 of variable resolution"),
     ({"model_type": "dinov2"}, "unknown vision tower 'dinov2'"),
     ({"num_hidden_layers": 1}, "layer -3 is selected of a tower with 1 layers"),
+    ({"num_hidden_layers": 2}, "layer -3 is selected of a tower with 2 layers"),
     ({"window_size": 7}, "unknown key window_size"),
   ],
 )
