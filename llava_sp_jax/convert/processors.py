@@ -232,8 +232,10 @@ def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
     pairs = value
     if isinstance(value, str):
       pairs = json_files.parse(value.replace("(", "[").replace(")", "]").encode(), str(origin))
-    return tuple((int(width), int(height)) for width, height in pairs)
-  except (ValueError, TypeError):
+    if not keys.listing(keys.listing(keys.SIZE, 2, 2)).holds(pairs):
+      raise ValueError
+    return tuple((width, height) for width, height in pairs)
+  except ValueError:
     raise FormatError(
       f"{origin}: image_grid_pinpoints {value!r:.80} is no list of (width, height)"
     ) from None

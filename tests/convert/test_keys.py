@@ -343,6 +343,10 @@ LLAVA = json.loads((GOLDEN / "pooling/llava-lora/config.json").read_text())
     ({"s2": True}, "s2=True"),
     ({"mm_hidden_size": 33}, "mm_hidden_size is 33, but the tower is 32 wide"),
     ({"image_grid_pinpoints": [[336, -672]]}, "image_grid_pinpoints: expected"),
+    *(
+      ({"image_grid_pinpoints": text}, r"no list of \(width, height\)")
+      for text in ("[(336.5, 672)]", '[("336", 672)]', "[(336, -672)]", "[(336, 672, 3)]", "[336]")
+    ),
     ({"mm_vision_tower": 7}, "mm_vision_tower: expected a text"),
     ({"mm_hd_transform_order": "sub_glb"}, "unknown key mm_hd_transform_order"),
   ],
