@@ -158,7 +158,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
     places.check_settings(opened.folders, options.allow_unknown)
     tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
   return Source(
-    name, _checked_of(folder.path, config, parts), found, parts, tokenizer,
+    name, checked(folder.path, config, parts), found, parts, tokenizer,
     base=options.base or _base_name(folder, opened.recipe),
     tower=options.tower or opened.said.get("mm_vision_tower") or "",
     fingerprint=said.get("base_fingerprint", ""),
@@ -178,21 +178,16 @@ def _tied(
   return llm, {adapters.EMBEDDING: head.renamed(adapters.EMBEDDING), **rest}
 
 
-def checked(config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
-  """The config as it will be read back, after all that a run checks of it. Raises: ConfigError."""
-  read = config_lib.from_json(config_lib.to_json(config))
-  build.model(read.model)
-  if "projector" in parts:
-    anyres.Reader(read.data, anyres.Tile(*build.tile_shape(read.model)))
-  return read
-
-
-def _checked_of(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
-  """As `checked`, with the folder's name in the error. Raises: ConfigError."""
+def checked(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
+  """The config of `path` as it will be read back, after all that a run checks. Raises: ConfigError."""
   try:
-    return checked(config, parts)
+    read = config_lib.from_json(config_lib.to_json(config))
+    build.model(read.model)
+    if "projector" in parts:
+      anyres.Reader(read.data, anyres.Tile(*build.tile_shape(read.model)))
   except config_lib.ConfigError as error:
     raise config_lib.ConfigError(f"{path}: {error}") from None
+  return read
 
 
 @dataclasses.dataclass(frozen=True)
