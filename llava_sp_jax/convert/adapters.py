@@ -27,6 +27,7 @@ _PAIR = re.compile(
   r"base_model\.model\.(?P<module>.*)\.lora_(?:(?P<letter>[AB])\.weight|embedding_(?P<row>[AB]))"
 )
 _DECODER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<name>\w+)")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TIED = re.compile(r"(?:base_model\.model\.)?(?:model\.embed_tokens|lm_head)\.(?:weight|lora_.*)")
 
@@ -48,21 +49,20 @@ class Recipe:
       rank=rank, alpha=alpha, dropout=float(self.said.get("lora_dropout", 0.0))
     )
 
-  def promises(self, module: str, layer: int) -> bool:
-    """Whether the settings name a decoder's projection of a layer, as PEFT reads a list of names.
+  def wants(self, module: str) -> bool | None:
+    """Whether PEFT gives a module an adapter, by its name; None where that is not said by lists.
 
-    A regular expression promises nothing: the tensors that are there decide.
+    A regular expression is not run, as anybody may have written it: the tensors that are there decide.
     """
-    names = self.said.get("target_modules")
-    if not isinstance(names, list):
+    names, excluded = self.said.get("target_modules"), self.said.get("exclude_modules") or []
+    if not isinstance(names, list) or not names or isinstance(excluded, str):
+      return None
+    if _named(module, excluded) or not _named(module, names):
       return False
-    excluded = self.said.get("exclude_modules") or []
-    if isinstance(excluded, str) or _named(module, excluded) or not _named(module, names):
-      return False
-    layers = self.said.get("layers_to_transform")
-    if layers is None or layers == [] or module in names:
+    layers, at = self.said.get("layers_to_transform"), _LAYER.search(module)
+    if layers is None or layers == [] or module in names or not at:
       return True
-    return layer in (layers if isinstance(layers, list) else [layers])
+    return int(at[1]) in (layers if isinstance(layers, list) else [layers])
 
 
 def _named(module: str, names: list[str]) -> bool:
@@ -164,6 +164,13 @@ def place(
   pairs = _pairs(tensors, of.path.parent, canonical)
   if not pairs:
     raise FormatError(f"{of.path.parent}: no adapters in it, though {FILE} is there")
+  odd = [pair.module for stem, pair in pairs.items()
+         if f"{stem}.weight" in base and of.wants(pair.module) is False]  # fmt: skip
+  if odd:
+    raise FormatError(
+      f"{of.path.parent}: adapters of modules that {FILE} leaves out, so that PEFT would not use them: "
+      f"{_listed(odd)}; take them out, or name them (target_modules, layers_to_transform)"
+    )
   result = {name: tensor for name, tensor in tensors.items() if not _PAIR.fullmatch(name)}
   for stem, pair in pairs.items():
     form = "lora_embedding_{}" if pair.turned else "lora_{}.weight"
@@ -240,7 +247,7 @@ def _absent(pairs: dict[str, _Pair], base: Tensors, of: Recipe, layers: int) -> 
       weight = base.get(f"{stem}.weight")
       if stem in pairs or weight is None or len(weight.shape) != 2:
         continue
-      if of.promises(prefix + end, layer):
+      if of.wants(prefix + end):
         missing.append(stem)
         continue
       outputs, inputs = weight.shape

@@ -20,18 +20,18 @@ _WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel
 
 
 def with_projector(
-  model: config_lib.Model, tensors: Tensors, wanted: str, origin: str
+  model: config_lib.Model, tensors: Tensors, wanted: str, origin: str, scales: tuple[int, ...] = ()
 ) -> config_lib.Model:
   """`model` with the projector row whose names and shapes are those of the tensors.
 
-  The original's configs do not say which variant they are. Raises: FormatError when no row fits
+  The original's configs do not say which variant they are; our own exports say its `scales`. Raises: FormatError when no row fits
   (with what the nearest lacks), or when two do and `wanted` does not decide.
   """
   if wanted:
     config_lib.lookup("--row", wanted, ROWS)
   mine = [t for t in tensors.values() if not _ELSEWHERE.match(t.name)]
   fitting, nearest = [], (10**9, 10**9, "", [""])
-  for candidate in _candidates(model, wanted):
+  for candidate in _candidates(model, wanted, scales):
     row, sizes = candidate.projector.row, build.view_sizes(candidate)
     names = tables.projector(row, model.tower.width, sizes)
     unexpected: list[str] = []
@@ -68,13 +68,18 @@ def with_projector(
 _NEWLINE = "projector/image_newline"
 
 
-def _candidates(model: config_lib.Model, wanted: str) -> Iterator[config_lib.Model]:
-  """Every row with its own scales for the tower's grid, and with those of the original's 24 grid."""
+def _candidates(
+  model: config_lib.Model, wanted: str, said: tuple[int, ...]
+) -> Iterator[config_lib.Model]:
+  """Every row with its own scales for the tower's grid, and with those of the original's 24 grid.
+
+  With the scales that were said, if there are any.
+  """
   for row in ROWS:
     if wanted not in ("", row):
       continue
     seen = set()
-    for scales in ((), ROWS[row].scales(24)):
+    for scales in (said,) if said else ((), ROWS[row].scales(24)):
       projector = config_lib.Projector(row=row, scales=scales)
       candidate = dataclasses.replace(model, projector=projector)
       try:

@@ -46,6 +46,7 @@ from llava_sp_jax.convert.tensor import alike
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.data import anyres, conversation
 from llava_sp_jax.models import build
+from llava_sp_jax.models.projector import ROWS
 
 __all__ = ["FORMATS", "NOTE", "PARTS", "Options", "Source", "cast", "copy_tokenizer",
            "identify", "is_adapter", "look", "open_checkpoint"]  # fmt: skip
@@ -120,6 +121,9 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   note = folder.path / NOTE
   said = settings.read_json(note) if note.is_file() else {}
   said = keys.read(said, key_tables.NOTE, str(note), options.allow_unknown)
+  for key, known in (("row", ROWS), ("template", conversation.TEMPLATES)):
+    if said.get(key):
+      config_lib.lookup(f"{note}: {key}", said[key], known)
   model = config_lib.Model(
     tower=tower, language_model=llm or config_lib.LanguageModel(),
     lora=opened.recipe.lora if opened.recipe else config_lib.Lora(),
@@ -129,8 +133,9 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   problems: list[str] = []
   if "projector" in parts:
     model = detect.with_projector(
-      model, tensors, options.row or said.get("row", ""), str(folder.path)
-    )
+      model, tensors, options.row or said.get("row", ""), str(folder.path),
+      scales=() if options.row else tuple(said.get("scales", ())),
+    )  # fmt: skip
   found = leaves.gather(tensors.values(), _names(model, parts), problems)
   found = _used_layers(found, model)
   expected = {p: s for p, s in flatten_dict(build.abstract(model), sep="/").items()
@@ -153,7 +158,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
     places.check_settings(opened.folders, options.allow_unknown)
     tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
   return Source(
-    name, checked(config, parts), found, parts, tokenizer,
+    name, checked(folder.path, config, parts), found, parts, tokenizer,
     base=options.base or _base_name(folder, opened.recipe),
     tower=options.tower or opened.said.get("mm_vision_tower") or "",
     fingerprint=said.get("base_fingerprint", ""),
@@ -173,12 +178,15 @@ def _tied(
   return llm, {adapters.EMBEDDING: head.renamed(adapters.EMBEDDING), **rest}
 
 
-def checked(config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
-  """The config as it will be read back, after all that a run checks of it. Raises: ConfigError."""
-  read = config_lib.from_json(config_lib.to_json(config))
-  build.model(read.model)
-  if "projector" in parts:
-    anyres.Reader(read.data, anyres.Tile(*build.tile_shape(read.model)))
+def checked(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
+  """The config of `path` as it will be read back, after all that a run checks. Raises: ConfigError."""
+  try:
+    read = config_lib.from_json(config_lib.to_json(config))
+    build.model(read.model)
+    if "projector" in parts:
+      anyres.Reader(read.data, anyres.Tile(*build.tile_shape(read.model)))
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(f"{path}: {error}") from None
   return read
 
 

@@ -85,6 +85,7 @@ class Key:
   why: str
   kind: Kind = ANYTHING
   values: tuple[Any, ...] | None = None
+  null: bool = True  # whether null is as good as to say nothing
 
 
 Table = Mapping[str, Key]
@@ -105,6 +106,11 @@ def only(why: str, *values: Any) -> Key:
   return Key(REFUSED, why, values=values)
 
 
+def always(why: str, *values: Any) -> Key:
+  """As `only`, but refused at null, too: a program that is not told takes one of these values."""
+  return Key(REFUSED, why, values=values, null=False)
+
+
 def never(why: str) -> Key:
   """Refused unless it says nothing: null, false, 0, or empty."""
   return Key(REFUSED, why, values=NOTHING)
@@ -118,7 +124,8 @@ def rows(key: Key, *names: str) -> dict[str, Key]:
 def problem(name: str, value: Any, key: Key) -> str:
   """What is wrong with a value; empty if nothing."""
   if key.values is not None:
-    if value is None or any(type(value) is type(v) and value == v for v in key.values):
+    said = value is not None or not key.null
+    if not said or any(type(value) is type(v) and value == v for v in key.values):
       return ""
     known = ", ".join(repr(v) for v in key.values)
     return f"not supported: {name}={_short(value)} (known: {known}; {key.why})"

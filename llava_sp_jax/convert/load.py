@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -203,16 +204,33 @@ def verify_base(source: formats.Source) -> None:
     )
 
 
-def verify_template(source: formats.Source) -> None:
-  """Compares the template of a multimodal checkpoint with its tokenizer.
+def verify_tokenizer(source: formats.Source) -> None:
+  """Opens the tokenizer of a checkpoint; compares it with the embedding, and with a LLaVA's template.
 
-  Raises: FormatError when replies would end in a way that generation does not see.
+  Special tokens without a row are told: published folders have a padding token that no text names.
+
+  Raises: TokenizerError for files of no tokenizer; FormatError when words have no row in the
+  embedding, or replies would end in a way that generation does not see.
   """
-  if "projector" not in source.parts or not source.tokenizer:
+  if not source.tokenizer:
+    return
+  tokenizer, rows = Tokenizer(source.tokenizer), source.config.model.language_model.vocab_size
+  special = sum(id_ >= rows for id_ in tokenizer._backend.special_ids)
+  if len(tokenizer) > rows + special:
+    raise FormatError(
+      f"{source.tokenizer}: a tokenizer of {len(tokenizer):,} tokens, but the embedding has {rows:,} "
+      "rows; put the tokenizer there that the model was trained with"
+    )
+  if special:
+    print(
+      f"llava-sp: WARNING: {source.tokenizer}: {special} special tokens have no row in the embedding "
+      f"of {rows:,}; no text may name them", file=sys.stderr, flush=True,
+    )  # fmt: skip
+  if "projector" not in source.parts:
     return
   name = source.config.data.template
   config_lib.lookup("--template", name, conversation.TEMPLATES)
-  if why := reading.misfit(name, Tokenizer(source.tokenizer)):
+  if why := reading.misfit(name, tokenizer):
     raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
 
 
@@ -228,7 +246,12 @@ def write(
   with contextlib.ExitStack() as whole:
     place = folders.new(out, command, makes)
     processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
-    _write(source, out, dtype)
+    try:
+      _write(source, out, dtype)
+    except FormatError:  # the next call would end in the same way
+      for name in makes if jax.process_count() == 1 else ():
+        folders.remove(out / name)
+      raise
 
 
 def _write(source: formats.Source, out: Path, dtype: str) -> None:

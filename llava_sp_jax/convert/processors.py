@@ -22,11 +22,24 @@ _PROCESSORS = {
   "LlavaImageProcessor": ("crop", "pad"),
   "LlavaNextImageProcessor": ("crop", "anyres"),
 }
-_DEFAULTS = {  # of transformers' classes: mean and deviation
-  "crop": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-  "stretch": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+_DEFAULTS: dict[str, Json] = {  # of transformers' classes, where a file does not say
+  "crop": {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "do_center_crop": True,
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+  },
+  "stretch": {
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "size": {"height": 224, "width": 224},
+  },
 }
-_OF_TOWERS = {"clip": "crop", "siglip": "stretch"}
+# The class that transformers takes for a folder whose files name none: by its `model_type`, and for a
+# tower by its variant.
+_OF_MODELS = {"llava": "LlavaImageProcessor", "llava_next": "LlavaNextImageProcessor"}
+_OF_TOWERS = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}
 _CANVASES = [
   [336, 672],
   [672, 336],
@@ -51,9 +64,19 @@ def images(
   Raises: FormatError for settings that are missing, unknown, not computed or of another tower.
   """
   said = llava(values, f"{origin}/config.json", allow_unknown)
-  path, processor = _processor(folder, said, allow_unknown, tower if alone else None)
-  result, aspect = _pixels(processor, path, tower)
   hf = is_llava_hf(values)
+  kind = _OF_TOWERS[tower.variant] if tower else "CLIPImageProcessor"
+  kind = _OF_MODELS.get(values["model_type"], kind) if hf else kind
+  files = _files(folder, said, allow_unknown, tower, kind, alone)
+  path, processor = files[0]
+  result, aspect = _pixels(processor, path, tower, kind)
+  for other, theirs in files[1:]:
+    canvases = theirs.get("image_grid_pinpoints") != processor.get("image_grid_pinpoints")
+    if canvases or _pixels(theirs, other, tower, kind) != (result, aspect):
+      raise FormatError(
+        f"{folder}: {path.name} and {other.name} prepare pictures in two ways; move the wrong one "
+        "away"
+      )
   if not hf:
     aspect = said.get("image_aspect_ratio") or "square"
   if tower:
@@ -78,83 +101,104 @@ def _canvases(listed: Any, processor: Json, path: Path) -> Any:
 
   Raises: FormatError where model and processor have others.
   """
-  theirs = processor.get("image_grid_pinpoints")
-  if listed and theirs and listed != theirs:
+  theirs, listed = processor.get("image_grid_pinpoints") or _CANVASES, listed or _CANVASES
+  if listed != theirs:
     raise FormatError(
       f"{path}: image_grid_pinpoints {theirs!r:.100} are not those of config.json, {listed!r:.100}"
     )
-  return listed or theirs or _CANVASES
+  return listed
 
 
-def _processor(
-  folder: Path, said: Json, allow_unknown: bool, alone: config_lib.Tower | None
-) -> tuple[Path, Json]:
-  """The file of a processor's settings, and what is honored of them.
+def _files(
+  folder: Path, said: Json, allow_unknown: bool, tower: config_lib.Tower | None, kind: str, alone: bool
+) -> list[tuple[Path, Json]]:  # fmt: skip
+  """The files that say how pictures are prepared, and what is honored of each; one, or two.
 
   A tower alone may have none: then its class's defaults are taken, as transformers does.
   """
-  path = next((folder / n for n in PROCESSOR_FILES if (folder / n).is_file()), None)
-  if path is None and alone:
-    kind = {fit: name for name, fit in FITS.items()}[_OF_TOWERS[alone.variant]]
-    return folder, {"image_processor_type": kind}
-  if path is None:
+  found: list[tuple[Path, Any]] = []
+  joint, own = (folder / name for name in PROCESSOR_FILES[::-1])
+  if joint.is_file():
+    outer = keys.read(read_json(joint), key_tables.PROCESSOR, str(joint), allow_unknown)
+    _fits_model(outer, joint, said, tower)
+    if outer.get("image_processor") is not None:  # transformers 5 looks here first
+      found.append((joint, outer["image_processor"]))
+  if own.is_file():
+    found.append((own, read_json(own)))
+  if not found and joint.is_file():
+    raise FormatError(f"{joint}: no image_processor in it: how pictures are prepared is not said")
+  if not found and alone and tower:
+    sizes = {name: dict.fromkeys(names, tower.image_size)
+             for name, names in _DEFAULTS[_PROCESSORS[kind][0]].items() if name.endswith("size")}  # fmt: skip
+    found.append((folder, {"image_processor_type": kind, **sizes}))
+  if not found:
     raise FormatError(
       f"{folder}: no {' or '.join(PROCESSOR_FILES)}: how pictures are prepared is not said; put "
       "the file of the vision tower's processor there"
     )
-  values = read_json(path)
-  joint = folder / PROCESSOR_FILES[1]
-  if joint.is_file():
-    outer = keys.read(read_json(joint), key_tables.PROCESSOR, str(joint), allow_unknown)
-    name = "vision_feature_select_strategy"
-    if name in said and outer.get(name) not in (None, said[name]):
-      raise FormatError(f"{joint}: {name} is {outer[name]!r}, but config.json says {said[name]!r}")
-  if path == joint or isinstance(values.get("image_processor"), dict):
-    values = values.get("image_processor") or {}
-    if not values:
-      raise FormatError(f"{path}: no image_processor in it: how pictures are prepared is not said")
-  return path, keys.read(values, key_tables.PROCESSOR_IMAGE, str(path), allow_unknown)
+  return [
+    (path, keys.read(values, key_tables.PROCESSOR_IMAGE, str(path), allow_unknown))
+    for path, values in found
+  ]
 
 
-def _pixels(processor: Json, path: Path, tower: config_lib.Tower | None) -> tuple[Json, str]:
+def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.Tower | None) -> None:
+  """Raises: FormatError for a processor_config.json of another model than the folder's."""
+  name = "vision_feature_select_strategy"
+  if name in said and outer.get(name) not in (None, said[name]):
+    raise FormatError(f"{joint}: {name} is {outer[name]!r}, but config.json says {said[name]!r}")
+  patch = outer.get("patch_size")
+  if tower and patch not in (None, tower.patch_size):
+    raise FormatError(f"{joint}: patch_size is {patch}, but the tower's is {tower.patch_size}")
+
+
+def _pixels(
+  processor: Json, path: Path, tower: config_lib.Tower | None, default: str
+) -> tuple[Json, str]:
   """Keys of `config.Data`, and the aspect that the processor alone stands for."""
   kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
-  kind = (kind or "CLIPImageProcessor").removesuffix("Fast").removesuffix("Pil")
+  kind = (kind or default).removesuffix("Fast").removesuffix("Pil")
   if kind not in _PROCESSORS:
     known = ", ".join(_PROCESSORS)
     raise FormatError(f"{path}: unknown image processor {kind!a:.60}; known: {known}")
   fit, aspect = _PROCESSORS[kind]
-  if aspect == "pad" and not processor.get("do_pad", True):
+  if aspect == "pad" and not processor.get("do_pad"):
     aspect = "square"
   elif aspect == "square" and processor.get("do_pad"):
     raise FormatError(f"{path}: not supported: do_pad=True of {kind}")
-  mean, std = _DEFAULTS[fit]
-  size, square = _side(processor.get("size"), fit == "stretch", path)
-  cropped = processor.get("do_center_crop")
-  if fit == "crop" and (square or cropped is False):
-    if not square:
-      raise FormatError(f"{path}: pictures are made square by no do_center_crop and no size")
-    fit = "stretch"
-  elif fit == "stretch" and (cropped or not square):
+  processor = {**_DEFAULTS[fit], **processor}
+  if isinstance(processor["size"], int) and processor.get("default_to_square"):
+    raise FormatError(
+      f"{path}: not supported: default_to_square=True with a size of one number, which some versions "
+      "of transformers do not read; give size a height and a width"
+    )
+  size, square = _side(processor["size"], path)
+  cropped = bool(processor.get("do_center_crop"))
+  if fit == "crop" and not square and not cropped:
+    raise FormatError(f"{path}: pictures are made square by no do_center_crop and no size")
+  if fit == "stretch" and (cropped or not square):
     raise FormatError(f"{path}: not supported: do_center_crop or a shortest_edge of {kind}")
-  crop, _ = _side(processor.get("crop_size") if cropped is not False else None, True, path)
-  sides = {n for n in (size, crop if fit == "crop" else None, tower and tower.image_size) if n}
+  crop = None
+  if cropped:
+    crop, _ = _side(processor["crop_size"], path)
+  sides = {size, crop if cropped else size, tower.image_size if tower else size}
   if len(sides) > 1:
     raise FormatError(
       f"{path}: size {size}, crop_size {crop} and the tower's image_size "
       f"{tower and tower.image_size} differ; one size is computed"
     )
   return {
-    "image_fit": fit, "image_resample": RESAMPLE[processor.get("resample", 3)],
-    "image_mean": tuple(float(v) for v in processor.get("image_mean", mean)),
-    "image_std": tuple(float(v) for v in processor.get("image_std", std)),
+    "image_fit": "stretch" if square else "crop",
+    "image_resample": RESAMPLE[processor.get("resample", 3)],
+    "image_mean": tuple(float(v) for v in processor["image_mean"]),
+    "image_std": tuple(float(v) for v in processor["image_std"]),
   }, aspect  # fmt: skip
 
 
-def _side(value: Any, square: bool, path: Path) -> tuple[int | None, bool]:
-  """Pixels of a size, and whether it is one of both sides; a number alone is what `square` says."""
+def _side(value: Any, path: Path) -> tuple[int | None, bool]:
+  """Pixels of a size, and whether it is one of both sides; a number alone is the shorter side's."""
   if value is None or isinstance(value, int):
-    return value, square
+    return value, False
   names = set(value)
   sides = {v for v in value.values() if keys.SIZE.holds(v)}
   if len(sides) == 1 and names in ({"shortest_edge"}, {"height", "width"}):
@@ -188,8 +232,10 @@ def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
     pairs = value
     if isinstance(value, str):
       pairs = json_files.parse(value.replace("(", "[").replace(")", "]").encode(), str(origin))
-    return tuple((int(width), int(height)) for width, height in pairs)
-  except (ValueError, TypeError):
+    if not keys.listing(keys.listing(keys.SIZE, 2, 2)).holds(pairs):
+      raise ValueError
+    return tuple((width, height) for width, height in pairs)
+  except ValueError:
     raise FormatError(
       f"{origin}: image_grid_pinpoints {value!r:.80} is no list of (width, height)"
     ) from None

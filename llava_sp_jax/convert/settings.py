@@ -91,7 +91,7 @@ def language_model(
       keys.read(said[name], key_tables.ROPE, f"{origin}: {name}", allow_unknown)
   filled = _filled(family, said, origin)
   heads = filled.num_attention_heads
-  window = _window(filled, origin)
+  window = _window(filled, origin, said)
   return config_lib.LanguageModel(
     vocab_size=filled.vocab_size, width=filled.hidden_size, layers=filled.num_hidden_layers,
     heads=heads, kv_heads=filled.num_key_value_heads or heads,
@@ -107,9 +107,11 @@ def language_model(
   )  # fmt: skip
 
 
-def _window(filled: Any, origin: str) -> int:
+def _window(filled: Any, origin: str, said: Json) -> int:
   """Positions that a query sees; 0 is all. Qwen2 has windows in its later layers only, if at all."""
   kinds = list(getattr(filled, "layer_types", None) or ())
+  if said.get("layer_types") and set(kinds) - {"full_attention"} and not filled.sliding_window:
+    raise FormatError(f"{origin}: layer_types names windows, but no sliding_window is used")
   if kinds and kinds != sorted(kinds):
     raise FormatError(f"{origin}: not supported: layers with mixed attention {sorted(set(kinds))}")
   if kinds and set(kinds) == {"full_attention"}:
@@ -126,10 +128,15 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   kind = values.get("rope_type", "default")
   if kind not in ROPE_KEYS:
     raise FormatError(f"{origin}: not supported: rope {kind!r:.60}; known: {', '.join(ROPE_KEYS)}")
+  longest = filled.max_position_embeddings
+  trained = values.get("original_max_position_embeddings") or longest
+  if "original_max_position_embeddings" not in ROPE_KEYS[kind]:
+    trained = longest
+  if values.get("factor") is None and kind not in ("default", "yarn"):
+    raise FormatError(f"{origin}: rope {kind!r} without a factor; expected a number from 1")
   known: dict[str, Any] = {
-    "factor": values.get("factor"),
-    "original_length": values.get("original_max_position_embeddings")
-    or filled.max_position_embeddings,
+    "factor": values.get("factor") or longest / trained,  # what yarn has without one
+    "original_length": trained,
     "low_frequency": values.get("low_freq_factor"),
     "high_frequency": values.get("high_freq_factor"),
     "beta_fast": values.get("beta_fast"),
@@ -161,7 +168,7 @@ def tower(
 
   Raises: FormatError for another kind of tower, or a layer that it does not have.
   """
-  values = folder_config.get("vision_config", folder_config)
+  values = _tower_group(folder_config, origin)
   outer = folder_config.get("model_type", "clip_vision_model")
   kind = values.get("model_type", outer) if isinstance(values, dict) else None
   if is_llava_hf(folder_config) and isinstance(values, dict):
@@ -176,13 +183,29 @@ def tower(
   said = keys.read(values, key_tables.TOWERS[variant], origin, allow_unknown)
   filled = _filled(f"{variant}_vision_model", said, origin)
   count = filled.num_hidden_layers
-  if not -count - 1 <= select_layer <= count:
+  if not -count <= select_layer <= count or not select_layer:
     raise FormatError(f"{origin}: layer {select_layer} is selected of a tower with {count} layers")
   return config_lib.Tower(
     variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,
     width=filled.hidden_size, layers=count, heads=filled.num_attention_heads,
     mlp_width=filled.intermediate_size, select_layer=select_layer,
   )  # fmt: skip
+
+
+def _tower_group(whole: Json, origin: str) -> Any:
+  """The tower's keys: of a group, which older files call vision_config_dict, or the file itself.
+
+  Raises: FormatError where both are there and differ.
+  """
+  newer, older = (whole.get(name) for name in ("vision_config", "vision_config_dict"))
+  if isinstance(newer, dict) and isinstance(older, dict):
+    if odd := sorted(k for k in set(newer) & set(older) if newer[k] != older[k]):
+      raise FormatError(
+        f"{origin}: vision_config and vision_config_dict differ in {', '.join(odd)[:200]}; take the "
+        "wrong one out"
+      )
+    return {**older, **newer}
+  return next((group for group in (newer, older) if group is not None), whole)
 
 
 def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:

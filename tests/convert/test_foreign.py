@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
@@ -31,7 +32,7 @@ from tests.convert.foreign import (
   same_text_logits,
 )
 from tests.convert.test_exports_in_torch import close, run
-from tests.convert.test_formats import change_json
+from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import source
 
 torch = pytest.importorskip("torch")
@@ -75,6 +76,16 @@ def adapter(llm: Path, folder: Path, **changes: Any) -> Path:
   return folder
 
 
+def test_an_adapter_of_a_decoder_alone_is_merged(llm: Path, tmp_path: Path) -> None:
+  """Its logits are compared as those of a whole model are; a tower has nothing to merge."""
+  folder, out = adapter(llm, tmp_path / "a"), tmp_path / "out"
+  assert cli.main(["merge", str(folder), str(out), "--base", str(llm)]) == 0
+  theirs = peft.PeftModel.from_pretrained(decoder(llm), folder).eval()
+  same_text_logits(load.open_any(out, formats.Options()), theirs)
+  assert cli.main(["merge", str(GOLDEN / "clip-vit-tiny"), str(tmp_path / "no")]) == 1
+  assert not (tmp_path / "no").exists()
+
+
 def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Path) -> None:
   promised = adapter(llm, tmp_path / "a", target_modules=["q_proj", "v_proj", "up_proj"])
   with pytest.raises(
@@ -86,6 +97,20 @@ def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Pat
   safetensors.numpy.save_file({k: v for k, v in tensors.items() if "lora" not in k}, path)
   with pytest.raises(FormatError, match="no adapters in it"):
     formats.open_checkpoint(promised, formats.Options(base=str(llm)))
+
+
+@pytest.mark.parametrize(
+  "changed", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
+              {"exclude_modules": ["v_proj"]}],
+)  # fmt: skip
+def test_an_adapter_that_the_settings_leave_out(
+  llm: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+  """PEFT would open the folder and compute without it."""
+  folder = adapter(llm, tmp_path / "a", target_modules=["q_proj", "v_proj"])
+  change_json(folder / "adapter_config.json", **changed)
+  with pytest.raises(FormatError, match=r"leaves out, so that PEFT .*layers\.1\.self_attn"):
+    formats.open_checkpoint(folder, formats.Options(base=str(llm)))
 
 
 def test_an_adapter_of_a_training_on_its_way_lacks_the_projector(llm: Path, tmp_path: Path) -> None:

@@ -238,8 +238,7 @@ def test_nan_weights_stop_the_conversion_and_leave_no_checkpoint(
   source = open_checkpoint(folder / "cropping/llava-lora")
   with pytest.raises(FormatError, match=r"adapter_model.safetensors: .*lora_B.weight: 384 of 384"):
     load.write(source, tmp_path / "out")
-  with pytest.raises(RuntimeError, match="no checkpoint yet"):
-    load.open_own(tmp_path / "out")
+  assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) -> None:

@@ -124,6 +124,23 @@ def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
   assert told.config.model.projector.row == "cropping_transformer"
 
 
+def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
+  projector = config_lib.Projector(row="pooling", scales=(3, 5), token_width=8)
+  ours = source("pooling", rank=0, projector=projector)
+  save.export(ours, "llava", tmp_path / "x")
+  back = formats.open_checkpoint(tmp_path / "x")
+  assert back.config.model.projector == projector
+  assert_same(ours, back)
+  note = tmp_path / "x" / formats.NOTE
+  said = json.loads(note.read_text())
+  for changed, message in (({"row": "pool"}, "llava_sp.json: row: unknown 'pool'"),
+                           ({"template": "v2"}, "llava_sp.json: template: unknown 'v2'"),
+                           ({"scales": [3, 6]}, "of no known row")):  # fmt: skip
+    note.write_text(json.dumps({**said, **changed}))
+    with pytest.raises((FormatError, config_lib.ConfigError), match=message):
+      formats.open_checkpoint(tmp_path / "x")
+
+
 def test_another_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
   ours = source("pooling")
   ours = dataclasses.replace(ours, fingerprint=load.base_fingerprint(ours))
