@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import re
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from llava_sp_jax.convert import formats, places, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
-from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 
@@ -204,8 +206,8 @@ def verify_base(source: formats.Source) -> None:
     )
 
 
-def verify_tokenizer(source: formats.Source) -> None:
-  """Opens the tokenizer of a checkpoint; compares it with the embedding, and with a LLaVA's template.
+def open_tokenizer(source: formats.Source) -> Tokenizer | None:
+  """Opens the tokenizer of a checkpoint, if it has one, and compares it with the embedding and template.
 
   Special tokens without a row are told: published folders have a padding token that no text names.
 
@@ -213,9 +215,10 @@ def verify_tokenizer(source: formats.Source) -> None:
   embedding, or replies would end in a way that generation does not see.
   """
   if not source.tokenizer:
-    return
-  tokenizer, rows = Tokenizer(source.tokenizer), source.config.model.language_model.vocab_size
-  special = sum(id_ >= rows for id_ in tokenizer._backend.special_ids)
+    return None
+  tokenizer = _tokenizer(source.tokenizer)
+  rows = source.config.model.language_model.vocab_size
+  special = sum(id_ >= rows for id_ in tokenizer.special_ids)
   if len(tokenizer) > rows + special:
     raise FormatError(
       f"{source.tokenizer}: a tokenizer of {len(tokenizer):,} tokens, but the embedding has {rows:,} "
@@ -227,11 +230,25 @@ def verify_tokenizer(source: formats.Source) -> None:
       f"of {rows:,}; no text may name them", file=sys.stderr, flush=True,
     )  # fmt: skip
   if "projector" not in source.parts:
-    return
+    return tokenizer
   name = source.config.data.template
   config_lib.lookup("--template", name, conversation.TEMPLATES)
   if why := reading.misfit(name, tokenizer):
     raise FormatError(f"{source.tokenizer}: {why}; name one with --template")
+  return tokenizer
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+  """From a copy of its files alone: transformers would read a model's config beside them."""
+  with contextlib.ExitStack() as copied:
+    copy = copied.enter_context(tempfile.TemporaryDirectory(prefix="llava-sp-tokenizer-"))
+    formats.copy_tokenizer(folder, Path(copy))
+    try:
+      tokenizer = Tokenizer(copy)
+    except TokenizerError as error:
+      raise TokenizerError(str(error).replace(copy, str(folder))) from None
+    weakref.finalize(tokenizer, copied.pop_all().close)
+  return tokenizer
 
 
 def write(

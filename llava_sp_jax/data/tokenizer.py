@@ -92,6 +92,11 @@ class Tokenizer:
     """
     return self._backend.spans(text, inside)
 
+  @property
+  def special_ids(self) -> frozenset[int]:
+    """Ids that no plain text becomes."""
+    return self._backend.special_ids
+
   def has_special(self, text: str) -> bool:
     """Whether a special token stands in `text`, other than that of unknown text."""
     return any(id_ in self._backend.mark_ids for id_, _ in self.spans(text))
@@ -212,15 +217,16 @@ class HuggingFace:
   def __init__(self, folder: Path):
     from transformers import AutoTokenizer  # slow to import
 
-    self._inner: Any = AutoTokenizer.from_pretrained(str(folder))
+    # Code that a folder brings is never run, and nobody is asked whether it may be.
+    self._inner: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     self.eos_id: int | None = self._inner.eos_token_id
     marked = {i for i, token in self._inner.added_tokens_decoder.items() if token.special}
     self.special_ids = frozenset({*self._inner.all_special_ids, *marked})
     self.mark_ids = self.special_ids - {self._inner.unk_token_id}
     # By what it does: flags of `transformers` do not know of a post-processor that adds a token.
+    bare = self._inner("a", add_special_tokens=False).input_ids
     ids = self._inner("a").input_ids
-    adds_bos = bool(ids) and ids[0] == self._inner.bos_token_id
-    self.bos_id: int | None = self._inner.bos_token_id if adds_bos else None
+    self.bos_id: int | None = ids[0] if ids and ids[1 : 1 + len(bare)] == bare else None
     # Not how many there are: some leave gaps in front of what was added.
     self._count = max(self._inner.get_vocab().values()) + 1
     self._puts_blank = self._inner.tokenize("a")[0] != "a"  # in front of every text

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +70,9 @@ def from_any(
     raise FormatError(
       f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
     )
-  if not source.tokenizer:
+  tokenizer = load.open_tokenizer(source)
+  if tokenizer is None:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
-  tokenizer = _tokenizer(source.tokenizer)
   load.verify_base(source)
   fingerprint = source.fingerprint or load.base_fingerprint(source)
   if merge:
@@ -82,15 +80,6 @@ def from_any(
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
   config = dataclasses.replace(source.config, model=model)
   return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-  """From a copy of its files alone: transformers would read a model's config beside them."""
-  copy = tempfile.TemporaryDirectory(prefix="llava-sp-tokenizer-")
-  formats.copy_tokenizer(folder, Path(copy.name))
-  tokenizer = Tokenizer(copy.name)
-  weakref.finalize(tokenizer, copy.cleanup)
-  return tokenizer
 
 
 def _params(config: config_lib.Config, leaves: Leaves) -> Any:

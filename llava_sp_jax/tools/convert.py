@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
   folders.check(options.out, "convert")  # before weights are read
   processes.start()
   source = load.open_any(options.source, to_options(options, options.source))
-  load.verify_tokenizer(source)
+  load.open_tokenizer(source)
   load.verify_base(source)
   load.write(source, options.out, options.dtype)
   if jax.process_index():

@@ -6,6 +6,7 @@ Every template, both layouts, six tokenizers, no, one and two images, one to fou
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import shutil
 import time
@@ -74,8 +75,6 @@ def write_byte_level(folder: Path, digits: str, special: list[str], bos: str) ->
 
 
 def write_sentencepiece(folder: Path, legacy: bool) -> None:
-  import json
-
   folder.mkdir()
   for file in ("tokenizer.model", SETTINGS_FILE, "special_tokens_map.json"):
     shutil.copyfile(GOLDEN / file, folder / file)
@@ -101,6 +100,19 @@ MAKERS: dict[str, Callable[[Path], None]] = {
   **{name: (lambda folder, row=row: write_byte_level(folder, *row))
      for name, row in BYTE_LEVEL.items()},
 }  # fmt: skip
+
+
+def test_the_token_that_begins_a_text_is_what_a_tokenizer_puts_there(tmp_path: Path) -> None:
+  """Whether its settings name that token or not."""
+  write_byte_level(tmp_path / "named", *BYTE_LEVEL["llama_3"])
+  shutil.copytree(tmp_path / "named", tmp_path / "bare")
+  settings = tmp_path / "bare" / SETTINGS_FILE
+  values = json.loads(settings.read_text())
+  settings.write_text(json.dumps({**values, "bos_token": None}))
+  named, bare = Tokenizer(tmp_path / "named"), Tokenizer(tmp_path / "bare")
+  assert named.bos_id is not None
+  assert bare.bos_id == named.bos_id
+  assert bare.encode("is it red?") == named.encode("is it red?")
 
 
 @pytest.fixture(scope="module", params=MAKERS)
