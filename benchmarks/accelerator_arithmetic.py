@@ -12,9 +12,9 @@ from accelerator_record import Record
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax import sharding
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import attention, build
-from llava_sp_jax.train import measure, state, step
+from llava_sp_jax.training import measure, state, step
 
 # (dtype, model.matmul_precision) of square products.
 PRODUCTS = (("bfloat16", "default"), ("float32", "default"), ("float32", "highest"))

@@ -10,9 +10,9 @@ import accelerator_models as models
 import jax
 from accelerator_record import Record
 
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Answer, Engine, Request
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
 
 # Each way against float32 on the CPU: (dtype, model.matmul_precision).
 WAYS = (("float32", "auto"), ("float32", "default"), ("bfloat16", "auto"))

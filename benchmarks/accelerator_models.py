@@ -16,12 +16,13 @@ from accelerator_record import Record
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import devices, sharding
-from llava_sp_jax import mesh as mesh_lib
+from llava_sp_jax import hardware as devices
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import BRANCHES
 from llava_sp_jax.models.quantize import is_quantised
-from llava_sp_jax.train import optimizer, state
+from llava_sp_jax.training import optimizer, state
 
 GIB = 1 << 30
 

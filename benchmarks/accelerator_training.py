@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.plan import lower, memory
-from llava_sp_jax.train import loop, optimizer
+from llava_sp_jax.training import loop, optimizer
 
 SPARE = 2 * models.GIB  # left beside what the compiler counts
 FEWER = 7 / 8  # of the rows, where they did not fit after all

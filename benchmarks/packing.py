@@ -140,9 +140,9 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
   """Steps of the small model for about so many seconds, after all its programs are compiled."""
   import jax
 
-  from llava_sp_jax import mesh as mesh_lib
+  from llava_sp_jax.distributed import mesh as mesh_lib
   from llava_sp_jax.models import build
-  from llava_sp_jax.train import loop
+  from llava_sp_jax.training import loop
 
   name, key, length, tiles, batch = way
   length //= SHRINK

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from llava_sp_jax.infer.vlm import VisionLanguageModel as VisionLanguageModel
   from llava_sp_jax.infer.vlm import load as load
   from llava_sp_jax.models.projector import Projector as Projector
-  from llava_sp_jax.train.step import train_step as train_step
+  from llava_sp_jax.training.step import train_step as train_step
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ _HOMES = {
   "VisionLanguageModel": "infer.vlm",
   "evaluate": "eval.evaluate",
   "load": "infer.vlm",
-  "train_step": "train.step",
+  "train_step": "training.step",
 }
 __all__ = [*_HOMES]
 

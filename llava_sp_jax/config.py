@@ -153,7 +153,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-  """AdamW with a cosine schedule; `stage` names a row of `train.optimizer.STAGES`."""
+  """AdamW with a cosine schedule; `stage` names a row of `training.optimizer.STAGES`."""
 
   stage: str = "finetune"  # what learns
   learning_rate: float = 2e-4  # peak, of all but the projector
@@ -189,7 +189,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-  """Scores a benchmark by generated text between the steps; `task` names a row of `eval.tasks`."""
+  """Scores a benchmark by generated text between the steps; `task` names a row of `tasks`."""
 
   every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
   task: str = "easy_vqa"  # benchmark, or FILE.py:Class

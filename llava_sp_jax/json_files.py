@@ -21,6 +21,8 @@ MAX_DEPTH = 32
 MAX_DIGITS = 300  # of an integer; every one that fits stays within float64
 
 Json = dict[str, Any]
+NUMBER = object()  # of a kind in `fits`: a finite number
+LARGEST_NUMBER = 1e300  # what is beyond is damage
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -121,3 +123,18 @@ def _shown(text: str) -> str:
 def _kind(value: Any) -> str:
   names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
   return names.get(type(value), "a number")
+
+
+def fits(value: Any, kind: Any) -> Any:
+  """Whether a value is what a table says: a type, one of several kinds, a list of one, keys."""
+  if kind is NUMBER:
+    return isinstance(value, int | float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
+  if isinstance(kind, tuple):
+    return any(fits(value, one) for one in kind)
+  if isinstance(kind, list):
+    return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+  if isinstance(kind, dict):
+    return isinstance(value, dict) and all(
+      key in value and fits(value[key], one) for key, one in kind.items()
+    )
+  return isinstance(value, kind)

@@ -26,7 +26,7 @@ from typing import Any
 from run_easy_vqa import Job, command, run
 
 from llava_sp_jax import provenance
-from llava_sp_jax.eval import interval
+from llava_sp_jax.results import interval
 
 BASELINE = "none"
 VARIANTS = (BASELINE, "pooling", "cropping", "both", "register")

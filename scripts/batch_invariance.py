@@ -39,10 +39,10 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
   import jax
 
   from llava_sp_jax import config as config_lib
-  from llava_sp_jax import mesh as mesh_lib
-  from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
+  from llava_sp_jax.distributed import mesh as mesh_lib
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Generation, Layout, Request
+  from llava_sp_jax.tasks.easy_vqa import EasyVqa
 
   items = EasyVqa(options.data).items()[: options.limit or None][part::parts]
   model = pretrained.from_run(options.checkpoint, dtype=options.dtype)

@@ -127,7 +127,7 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
 @pytest.fixture(scope="session")
 def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A finished run of two steps, which its readers leave as it is."""
-  from llava_sp_jax.train import loop
+  from llava_sp_jax.training import loop
 
   folder = tmp_path_factory.mktemp("run") / "finetune"
   loop.train(tiny_config("finetune", train={"steps": 2}), folder)

@@ -111,7 +111,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/accelerator.md", "40 GiB"): "a limit in benchmarks/accelerator.py",
   ("docs/accelerator.md", "28 MB"): "the size of wheels",
   ("docs/data.md", "1 GiB"): "a limit in llava_sp_jax/data/decode.py",
-  ("docs/evaluation.md", "60 seconds"): "a limit in llava_sp_jax/eval/judge.py",
+  ("docs/evaluation.md", "60 seconds"): "a limit in llava_sp_jax/tasks/judge.py",
   ("docs/evaluation.md", "95%"): "the level of an interval",
   ("docs/evaluation.md", "5%"): "ChartQA's rule; tests/eval/test_own_benchmarks.py holds it",
   ("docs/pods.md", "90 s"): "a limit in llava_sp_jax/locks.py",

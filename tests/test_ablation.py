@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.eval import interval
+from llava_sp_jax.results import interval
 from llava_sp_jax.tools.train import load_recipe
 from tests.conftest import REPOSITORY
 

@@ -124,7 +124,7 @@ def test_all_of_it_runs_on_a_cpu(
   benchmark: Any, tiny_config: Any, tiny_data: Path, tmp_path: Path
 ) -> None:
   """Every section says figures, none an error; float32 is exact, and no answer changes in it."""
-  from llava_sp_jax.train import loop
+  from llava_sp_jax.training import loop
 
   run = tmp_path / "run"
   loop.train(tiny_config("finetune", train={"steps": 2}), run)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llava_sp_jax import checkpoint, jsonl
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
 RNG = np.random.default_rng(0)

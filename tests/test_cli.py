@@ -17,7 +17,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import config_help
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 
 HELP_SECONDS = 0.5  # of CPU time

@@ -15,7 +15,7 @@ import pytest
 from llava_sp_jax import cli, console, errors
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ import pytest
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import save
-from llava_sp_jax.eval import predictions
-from llava_sp_jax.eval.tasks import TASKS
 from llava_sp_jax.plan import topologies
+from llava_sp_jax.results import predictions
+from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tools import arguments as arguments_lib
 from llava_sp_jax.tools import check, evaluate, plan
 from llava_sp_jax.tools import train as train_tool

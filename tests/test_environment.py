@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from llava_sp_jax import cli, environment, processes
+from llava_sp_jax import cli, environment
+from llava_sp_jax.distributed import processes
 from tests.conftest import REPOSITORY
 
 # Compiles a program that takes well under a second, and counts what the cache had and had not.

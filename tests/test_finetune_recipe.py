@@ -12,7 +12,7 @@ from llava_sp_jax import cli
 from llava_sp_jax.checkpoint import CheckpointError
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.tools.train import load_recipe
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 
 RECIPE = f"{REPOSITORY}/configs/finetune.py"

@@ -12,7 +12,7 @@ import pytest
 
 from llava_sp_jax import cli, limits
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
 WRONG = {

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.config import Mesh as Sizes
+from llava_sp_jax.distributed import mesh as mesh_lib
 
 
 def machines(slices: int, processes: int, devices: int, torus: bool = True) -> list[Any]:

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import pytest
 
-from llava_sp_jax import cli, processes
+from llava_sp_jax import cli
 from llava_sp_jax.config import ConfigError
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY
 

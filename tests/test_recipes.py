@@ -13,12 +13,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import recipes, sharding
+from llava_sp_jax import recipes
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import ROWS, spatial_token_count
 from llava_sp_jax.tools.train import load_recipe
-from llava_sp_jax.train import loop, optimizer, state
+from llava_sp_jax.training import loop, optimizer, state
 from tests.conftest import REPOSITORY
 
 # What stands in the original's scripts (FACTS: pretrain.sh, finetune_lora.sh), by recipe.

@@ -10,7 +10,7 @@ import pytest
 from flax import struct
 from jax.sharding import AbstractMesh
 
-from llava_sp_jax import sharding
+from llava_sp_jax.distributed import sharding
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
 ALL = ("data", "fsdp", "tensor")

@@ -19,15 +19,15 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import sharding
 from llava_sp_jax.convert import layout, tables
 from llava_sp_jax.data import conversation, image, packing, samples, sources
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import ROPES
 from llava_sp_jax.models.projector import ROWS, spatial_token_count
 from llava_sp_jax.models.quantize import FORMATS
 from llava_sp_jax.models.vit import VARIANTS
-from llava_sp_jax.train import measure, optimizer
+from llava_sp_jax.training import measure, optimizer
 from tests import documents
 from tests.conftest import REPOSITORY
 

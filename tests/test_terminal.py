@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import cli, config, console, errors
-from llava_sp_jax.eval import tables
+from llava_sp_jax.results import tables
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY

@@ -21,13 +21,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_sp_jax import checkpoint, folders, processes
+from llava_sp_jax import checkpoint, folders
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, places, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sp_jax.eval import run, tasks
-from llava_sp_jax.eval.task import Task
+from llava_sp_jax.eval import run
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.vlm import VisionLanguageModel
+from llava_sp_jax.tasks import catalog
+from llava_sp_jax.tasks.task import Task
 
 
 def evaluate(
@@ -29,5 +30,5 @@ def evaluate(
   Raises: ConfigError for an unknown task; EvalError for data that cannot be read, or an `out` with
     answers that were made otherwise.
   """
-  asked = tasks.find("task", task)(data) if isinstance(task, str) else task
+  asked = catalog.find("task", task)(data) if isinstance(task, str) else task
   return run.run(asked, model.engine(generation or asked.generation), out, limit)

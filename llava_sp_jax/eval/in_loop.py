@@ -13,11 +13,13 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits
 from llava_sp_jax.convert import places
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.eval import predictions, run, tables, tasks
-from llava_sp_jax.eval.predictions import Record
-from llava_sp_jax.eval.task import Task
+from llava_sp_jax.eval import run
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.pretrained import Pretrained, as_computed
+from llava_sp_jax.results import predictions, tables
+from llava_sp_jax.results.predictions import Record
+from llava_sp_jax.tasks import catalog
+from llava_sp_jax.tasks.task import Task
 
 FOLDER = "evaluate"  # in the run folder; one folder of results for each step
 
@@ -27,7 +29,7 @@ class _Stopped(Exception):  # noqa: N818
 
 
 class InLoop:
-  """What `config.evaluate` says: the evaluator of `train.loop.train`."""
+  """What `config.evaluate` says: the evaluator of `training.loop.train`."""
 
   def __init__(self, config: config_lib.Config, workdir: str | Path):
     """Opens the benchmark. Raises: ConfigError, FileNotFoundError, before anything is computed."""
@@ -35,7 +37,7 @@ class InLoop:
     limits.check(config)
     self._config, self._settings = config, settings
     self._folder = Path(workdir) / FOLDER
-    make = tasks.find("evaluate.task", settings.task)
+    make = catalog.find("evaluate.task", settings.task)
     self._task: Task = make(settings.data)
     items = self._task.items()[: settings.limit or None]
     if not items or self._task.score(items, {}).headline is None:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava_sp_jax.data.conversation import IMAGE
-from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.infer import pretrained as pretrained_lib
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.likelihood import Likelihood
+from llava_sp_jax.tasks.task import EvalError
 
 try:
   from lmms_eval.api.model import lmms as Base  # noqa: N812

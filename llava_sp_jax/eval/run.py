@@ -16,12 +16,12 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import __version__, checkpoint
-from llava_sp_jax.eval import compare as compare_lib
-from llava_sp_jax.eval import interval, page, predictions
-from llava_sp_jax.eval.predictions import EvalError, Part, Record
-from llava_sp_jax.eval.task import Item, Scores, Task
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.results import compare as compare_lib
+from llava_sp_jax.results import interval, page, predictions
+from llava_sp_jax.results.predictions import Part, Record
+from llava_sp_jax.tasks.task import EvalError, Item, Scores, Task
 
 SECONDS_PER_LINE = 5.0  # of progress
 SCORES, SUBMISSION = "scores.json", "submission"

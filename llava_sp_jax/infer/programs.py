@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import processes, sharding
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import processes, sharding
 from llava_sp_jax.infer import decode as decode_lib
 from llava_sp_jax.infer import prefill
 from llava_sp_jax.infer.counts import Counts

@@ -23,13 +23,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import sharding
 from llava_sp_jax.data import example
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.infer import generate
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.quantize import is_quantised
-from llava_sp_jax.train import loop, optimizer, state
+from llava_sp_jax.training import loop, optimizer, state
 
 # Beside what the step itself asks for (`loop.COMPILER_OPTIONS`).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {

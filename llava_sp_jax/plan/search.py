@@ -44,7 +44,7 @@ class Axis:
 
 def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
   """What may be varied, in the order in which memory is saved."""
-  from llava_sp_jax import sharding  # here, because these import jax
+  from llava_sp_jax.distributed import sharding  # here, because these import jax
   from llava_sp_jax.models import remat
 
   rows = config.train.batch_size

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.data import anyres, check, held_out, pipeline
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
-  from llava_sp_jax.train import preflight
+  from llava_sp_jax.training import preflight
 
   build.model(config.model)  # unknown names and sizes that do not fit
   tile = anyres.Tile(*build.tile_shape(config.model))

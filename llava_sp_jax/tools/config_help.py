@@ -35,10 +35,10 @@ TABLES = {
   "data.image_fit": ("data.image", "FITS"),
   "data.image_resample": ("data.image", "RESAMPLES"),
   "data.patch_merge": ("data.anyres", "MERGES"),
-  "optimizer.stage": ("train.optimizer", "STAGES"),
-  "optimizer.moment_dtype": ("train.optimizer", "MOMENT_DTYPES"),
+  "optimizer.stage": ("training.optimizer", "STAGES"),
+  "optimizer.moment_dtype": ("training.optimizer", "MOMENT_DTYPES"),
   "train.sinks": ("train.sinks", "SINKS"),
-  "evaluate.task": ("eval.tasks", "TASKS"),
+  "evaluate.task": ("tasks", "TASKS"),
   "mesh.base": ("sharding", "PRESETS"),
 }
 BESIDES = {"model.attention": ("auto",)}  # values that no row of a table stands for

@@ -100,8 +100,9 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   import jax
 
-  from llava_sp_jax import folders, processes
+  from llava_sp_jax import folders
   from llava_sp_jax.convert import formats, load
+  from llava_sp_jax.distributed import processes
 
   folders.check(options.out, "convert")  # before weights are read
   processes.start()

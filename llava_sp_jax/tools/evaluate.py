@@ -86,11 +86,11 @@ def main(argv: list[str]) -> int:
   """Evaluates. Returns 1 when questions were left without an answer, unless that is allowed."""
   options = parser().parse_args(argv)
   if options.list:
-    from llava_sp_jax.eval import tables
+    from llava_sp_jax.results import tables
 
     tables.draw("", *tables.listed())
     return 0
-  from llava_sp_jax import processes
+  from llava_sp_jax.distributed import processes
 
   _check_counts(options)
 
@@ -146,9 +146,9 @@ def _names(options: argparse.Namespace) -> list[str]:
 def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
   """{name of a task: the task}. Raises: ConfigError, FileNotFoundError, before a model is loaded."""
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.eval import tasks
+  from llava_sp_jax.tasks import catalog
 
-  classes = [tasks.find("--task", name) for name in dict.fromkeys(names)]
+  classes = [catalog.find("--task", name) for name in dict.fromkeys(names)]
   found = {make.name: make for make in classes}
   if len(found) < len(classes):
     raise ConfigError(f"--task {','.join(names)}: two of them are named alike")
@@ -233,7 +233,8 @@ def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> 
 def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
   """The scores of each task."""
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.eval import run, tables
+  from llava_sp_jax.eval import run
+  from llava_sp_jax.results import tables
 
   if not options.out and not options.checkpoint:
     raise ConfigError("--merge: give --out, the folder that the parts wrote to")
@@ -251,11 +252,12 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   """The scores of each task, or which parts are not there yet."""
   from pathlib import Path
 
-  from llava_sp_jax import mesh
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.eval import predictions, run, tables
+  from llava_sp_jax.distributed import mesh
+  from llava_sp_jax.eval import run
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
+  from llava_sp_jax.results import predictions, tables
 
   if not options.checkpoint:
     raise ConfigError("no --checkpoint; give the folder of a run or a converted model")
@@ -301,7 +303,7 @@ def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
   """One table of several tasks, in the order in which they were asked for."""
   from pathlib import Path
 
-  from llava_sp_jax.eval import predictions, tables
+  from llava_sp_jax.results import predictions, tables
 
   if len(done) < 2:
     return
@@ -329,7 +331,7 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
 def _judge(options: argparse.Namespace) -> Any:
   """Raises: ConfigError, JudgeError when the variable that should hold the key is not set."""
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.eval import judge
+  from llava_sp_jax.tasks import judge
 
   if not options.judge_model:
     raise ConfigError("--judge-url without --judge-model; name the model as that server does")

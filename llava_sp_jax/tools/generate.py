@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     parser().error(f"--question: expected a text, found {options.question!r}")
   from pathlib import Path
 
-  from llava_sp_jax import mesh
   from llava_sp_jax.data import decode
+  from llava_sp_jax.distributed import mesh
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
   from llava_sp_jax.infer.generation import Generation

@@ -17,6 +17,6 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--scores", required=True, help="result folder of llava-sp eval")
   parser.add_argument("--out", required=True)
   options = parser.parse_args(argv)
-  from llava_sp_jax.eval import report
+  from llava_sp_jax.results import report
 
   console.say(report.write(options.runs, options.scores, options.out))

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, errors, limits, recipes
 from llava_sp_jax.tools import arguments
-from llava_sp_jax.train import STOPPED_EARLY
+from llava_sp_jax.training import STOPPED_EARLY
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
 FLAGS = ("config", "workdir", "profile", "from-step", "allow-changed")
@@ -113,8 +113,9 @@ def main(argv: list[str]) -> int:
   process = {name: text for name, text in given.items() if name in PROCESS_FLAGS}
   import jax
 
-  from llava_sp_jax import checkpoint, processes
-  from llava_sp_jax.train import loop, resume
+  from llava_sp_jax import checkpoint
+  from llava_sp_jax.distributed import processes
+  from llava_sp_jax.training import loop, resume
 
   wish = resume.Wish.of(given.get("from-step", ""), given.get("allow-changed", ""))
   checkpoint.check_folder(Path(workdir))

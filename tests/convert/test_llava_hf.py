@@ -23,7 +23,7 @@ from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.tools import train as tool
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 from tests.convert.test_round_trip import source
 from tests.infer.tiny import random_model

@@ -30,7 +30,7 @@ from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import build
-from llava_sp_jax.train import optimizer
+from llava_sp_jax.training import optimizer
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = "configs/easy_vqa_smollm2.py"
@@ -267,7 +267,7 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
 @pytest.mark.slow
 def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path: Path) -> None:
   """`init.vision_tower` takes the tower of a run; then stage 1 trains the projector only."""
-  from llava_sp_jax.train import loop
+  from llava_sp_jax.training import loop
 
   ours = recipe(f"stage=pretrain,tower={tmp_path / 'run'}")
   assert ours.init.vision_tower == str(tmp_path / "run")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import ledger, loop
+from llava_sp_jax.training import ledger, loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 
 PATIENCE = 600  # seconds until a process that should be doing something is given up

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
-from llava_sp_jax.train import ledger
+from llava_sp_jax.training import ledger
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.end_to_end import cluster
 from tests.end_to_end.cluster import Cluster, Topology

@@ -12,7 +12,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools.train import STOPPED_EARLY
-from llava_sp_jax.train import ledger, loop
+from llava_sp_jax.training import ledger, loop
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster, kill_trials
 from tests.end_to_end.cluster import Cluster, Topology

@@ -12,7 +12,7 @@ from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import from_run
 from llava_sp_jax.models.projector import ROWS
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
 # A 12x12 grid, into which twelve scales fit.

@@ -14,12 +14,12 @@ from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer import pretrained, verify
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.models.quantize import FORMATS, is_quantised
-from llava_sp_jax.train import loop
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.training import loop
 from tests.conftest import WIDE, ConfigMaker
 from tests.train.test_stages import qlora
 

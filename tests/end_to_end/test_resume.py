@@ -18,7 +18,7 @@ import pytest
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load, stream
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
 from tests.end_to_end.cluster import GRACE, metrics, saved, write_config
 from tests.end_to_end.kill_trials import numbers

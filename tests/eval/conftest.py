@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.config import Config
-from llava_sp_jax.eval import predictions
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.results import predictions
 from tests.eval import formats
 
 

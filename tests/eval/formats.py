@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_sp_jax.eval.task import Item, Prediction
+from llava_sp_jax.tasks.task import Item, Prediction
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

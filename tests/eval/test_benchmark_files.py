@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax.eval.files import BenchmarkError
-from llava_sp_jax.eval.task import Prediction
-from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
+from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
+from llava_sp_jax.tasks.files import BenchmarkError
+from llava_sp_jax.tasks.task import Prediction
 from tests.eval import formats
 from tests.eval.formats import answers, damage
 

@@ -10,10 +10,10 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.tasks import TASKS
 from llava_sp_jax.infer import engine as infer_engine
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tools import evaluate
 
 

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import processes
-from llava_sp_jax.eval import in_loop, predictions, run
-from llava_sp_jax.eval.task import Item, Predictions, Scores
-from llava_sp_jax.eval.tasks import TASKS, easy_vqa
+from llava_sp_jax.distributed import processes
+from llava_sp_jax.eval import in_loop, run
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine
+from llava_sp_jax.results import predictions
+from llava_sp_jax.tasks import easy_vqa
+from llava_sp_jax.tasks.catalog import TASKS
+from llava_sp_jax.tasks.task import Item, Predictions, Scores
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 from tests.end_to_end.cluster import Cluster, Topology, write_config
 

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.eval import web
-from llava_sp_jax.eval.judge import Ask, Endpoint, JudgeError, Reviews
-from llava_sp_jax.eval.tasks import llava_bench, mmvet
+from llava_sp_jax.tasks import llava_bench, mmvet, web
+from llava_sp_jax.tasks.judge import Ask, Endpoint, JudgeError, Reviews
 
 KEY = "sk-secret-123"
 

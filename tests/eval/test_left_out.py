@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from llava_sp_jax import cli
-from llava_sp_jax.eval import report, run, tables
-from llava_sp_jax.eval.files import BenchmarkError
-from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.tasks import TASKS
-from llava_sp_jax.eval.tasks.mmbench import MmBench
+from llava_sp_jax.eval import run
+from llava_sp_jax.results import report, tables
+from llava_sp_jax.tasks.catalog import TASKS
+from llava_sp_jax.tasks.files import BenchmarkError
+from llava_sp_jax.tasks.mmbench import MmBench
+from llava_sp_jax.tasks.task import EvalError
 from tests.eval.conftest import Scripted, by_id
 from tests.eval.formats import RIGHT, answers, damage
 

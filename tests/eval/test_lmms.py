@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax.eval import lmms
-from llava_sp_jax.eval.predictions import EvalError
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.tasks.task import EvalError
 
 
 class CacheHook:

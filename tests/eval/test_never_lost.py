@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llava_sp_jax import cli
-from llava_sp_jax.eval import predictions
+from llava_sp_jax.results import predictions
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 from tests.eval.conftest import by_id
 

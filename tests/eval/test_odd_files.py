@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.eval import files, run
-from llava_sp_jax.eval.files import BenchmarkError
-from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
-from llava_sp_jax.eval.tasks import TASKS
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
-from llava_sp_jax.eval.tasks.mmbench import MmBench
+from llava_sp_jax.eval import run
 from llava_sp_jax.files import FormatError
+from llava_sp_jax.tasks import files
+from llava_sp_jax.tasks.catalog import TASKS
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.tasks.files import BenchmarkError
+from llava_sp_jax.tasks.mmbench import MmBench
+from llava_sp_jax.tasks.task import EvalError, Item, Prediction, mean_by_kind
 from tests.eval.conftest import Scripted
 from tests.eval.formats import RIGHT, answers, damage, picture
 

@@ -12,10 +12,12 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.eval import predictions, run, scoring, tasks
-from llava_sp_jax.eval.files import BenchmarkError
-from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.tasks.vqa_json import RULES, VqaJson
+from llava_sp_jax.eval import run
+from llava_sp_jax.results import predictions
+from llava_sp_jax.tasks import catalog, scoring
+from llava_sp_jax.tasks.files import BenchmarkError
+from llava_sp_jax.tasks.task import EvalError
+from llava_sp_jax.tasks.vqa_json import RULES, VqaJson
 from tests.eval.conftest import Scripted
 
 ROWS: list[dict[str, Any]] = [
@@ -209,7 +211,7 @@ def test_scores_by_kind(file: Path, tmp_path: Path) -> None:
 
 
 OWN = """
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
 
 class Louder(EasyVqa):
   name = "louder"
@@ -226,7 +228,7 @@ class Nothing:
 def test_a_class_of_a_file_is_a_task(tmp_path: Path, tiny_data: Path) -> None:
   path = tmp_path / "own.py"
   path.write_text(OWN)
-  task = tasks.find("--task", f"{path}:Louder")(tiny_data)
+  task = catalog.find("--task", f"{path}:Louder")(tiny_data)
   assert task.verdict(task.items()[0], task.items()[0].truth.upper()) == {"score": 1.0}
 
 
@@ -247,13 +249,13 @@ def test_what_is_no_task_is_said(
   Path("own.py").write_text(OWN)
   Path("broken.py").write_text("1 / 0\n")
   with pytest.raises(ConfigError, match=said):
-    tasks.find("--task", name)
+    catalog.find("--task", name)
 
 
 def test_the_list_names_all_tasks_and_protocols(capsys: pytest.CaptureFixture[str]) -> None:
   assert cli.main(["eval", "--list"]) == 0
   printed = capsys.readouterr().out
-  for name, task in tasks.TASKS.items():
+  for name, task in catalog.TASKS.items():
     assert f"| {name} |" in printed
     for protocol in getattr(task, "protocols", {}):
       assert f"| {protocol} |" in printed
@@ -283,7 +285,7 @@ def test_several_tasks_end_in_one_table(
 
 MINE = """
 from pathlib import Path
-from llava_sp_jax.eval.task import Item, Scores
+from llava_sp_jax.tasks.task import Item, Scores
 from llava_sp_jax.infer.generation import Generation
 
 class Base:
@@ -311,7 +313,7 @@ class Mine(Base):
       "def items(self): return None",
       "items ends with TypeError: 'NoneType' object is not iterable",
     ),
-    ("def items(self): return ['a']", r"\[0\] is 'a', expected an eval.task.Item"),
+    ("def items(self): return ['a']", r"\[0\] is 'a', expected an tasks.task.Item"),
     ("def items(self): return [Item('a', None, (), 'k', 1)]", "question None, expected str"),
     (
       "def items(self): return [Item('a', 'q', 'x.png', 'k', 1)]",
@@ -333,7 +335,7 @@ class Mine(Base):
     ("def verdict(self, item, text): return {'x': Mine}", "it cannot be written as JSON"),
     (
       "def score(self, items, predictions): return 0.5",
-      "it returned 0.5, expected an eval.task.Sc",
+      "it returned 0.5, expected an tasks.task.Sc",
     ),
     (
       "def score(self, items, predictions): return Scores(1.0, 'm', {})",
@@ -357,7 +359,7 @@ def test_what_goes_wrong_in_it_is_one_line(
   path = tmp_path / "mine.py"
   path.write_text(f"{MINE}  {body}\n")
   with pytest.raises(EvalError, match=rf"mine.py:Mine: .*{said}") as caught:
-    run.run(tasks.find("--task", f"{path}:Mine")(tiny_data), Scripted(), tmp_path / "out")
+    run.run(catalog.find("--task", f"{path}:Mine")(tiny_data), Scripted(), tmp_path / "out")
   assert "\n" not in str(caught.value)
   for file in (tmp_path / "out").glob("predictions.jsonl"):
     predictions.read_file(file)
@@ -366,5 +368,5 @@ def test_what_goes_wrong_in_it_is_one_line(
 def test_items_may_come_one_by_one(tiny_data: Path, tmp_path: Path) -> None:
   path = tmp_path / "mine.py"
   path.write_text(f"{MINE}  def items(self): yield from Base.items(self)\n")
-  task = tasks.find("--task", f"{path}:Mine")(tiny_data)
+  task = catalog.find("--task", f"{path}:Mine")(tiny_data)
   assert run.run(task, Scripted(), tmp_path / "out")["headline"] == 1.0

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sp_jax.eval import compare, gallery, page, published, run, tables
-from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.task import Item, Predictions, Scores, mean_by_kind
-from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
+from llava_sp_jax.eval import run
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.results import compare, gallery, page, published, tables
+from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
+from llava_sp_jax.tasks.task import EvalError, Item, Predictions, Scores, mean_by_kind
 from tests.eval import formats
 from tests.eval.conftest import Scripted
 

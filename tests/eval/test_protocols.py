@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.eval.benchmark import LETTER, SHORT
-from llava_sp_jax.eval.task import Prediction
-from llava_sp_jax.eval.tasks import TASKS
+from llava_sp_jax.tasks.benchmark import LETTER, SHORT
+from llava_sp_jax.tasks.catalog import TASKS
+from llava_sp_jax.tasks.task import Prediction
 from tests.eval.formats import RIGHT, answers
 
 # --- what each asks ---

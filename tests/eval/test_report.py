@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.eval import gallery, predictions, report, run
-from llava_sp_jax.eval.benchmark import served
-from llava_sp_jax.eval.task import Item, Predictions, Scores
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.eval import run
+from llava_sp_jax.results import gallery, predictions, report
+from llava_sp_jax.tasks.benchmark import served
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.tasks.task import Item, Predictions, Scores
 from tests.eval.conftest import Scripted
 
 

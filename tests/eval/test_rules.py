@@ -10,11 +10,12 @@ import re
 import numpy as np
 import pytest
 
-from llava_sp_jax.eval import interval, scoring
-from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
-from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
-from llava_sp_jax.eval.tasks.pope import measures, measures_lmms
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.results import interval
+from llava_sp_jax.tasks import scoring
+from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
+from llava_sp_jax.tasks.pope import measures, measures_lmms
+from llava_sp_jax.tasks.task import Item, Prediction, mean_by_kind
 from tests.conftest import REPOSITORY
 from tests.eval.formats import RIGHT, answers, right
 

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import __version__
-from llava_sp_jax.eval import interval, predictions, report
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.predictions import EvalError, Part
-from llava_sp_jax.eval.task import Item, Prediction, mean_by_kind
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.results import interval, predictions, report
+from llava_sp_jax.results.predictions import Part
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.tasks.task import EvalError, Item, Prediction, mean_by_kind
 from tests.eval.conftest import Scripted, by_id
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.eval import compare, page, run, tables
-from llava_sp_jax.eval.judge import Ask
-from llava_sp_jax.eval.predictions import Part
-from llava_sp_jax.eval.tasks import TASKS
-from llava_sp_jax.eval.tasks.mmbench import MmBench
+from llava_sp_jax.eval import run
+from llava_sp_jax.results import compare, page, tables
+from llava_sp_jax.results.predictions import Part
+from llava_sp_jax.tasks.catalog import TASKS
+from llava_sp_jax.tasks.judge import Ask
+from llava_sp_jax.tasks.mmbench import MmBench
 from tests.eval import formats
 from tests.eval.conftest import Scripted, by_id
 

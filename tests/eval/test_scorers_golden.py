@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.eval import scoring
-from llava_sp_jax.eval.task import Prediction
-from llava_sp_jax.eval.tasks.gqa import Gqa
-from llava_sp_jax.eval.tasks.mmbench import MmBench
-from llava_sp_jax.eval.tasks.mmvet import MmVet
-from llava_sp_jax.eval.tasks.pope import Pope
-from llava_sp_jax.eval.tasks.scienceqa import ScienceQa
-from llava_sp_jax.eval.tasks.seed import Seed
-from llava_sp_jax.eval.tasks.textvqa import TextVqa
-from llava_sp_jax.eval.tasks.vizwiz import VizWiz
-from llava_sp_jax.eval.tasks.vqav2 import VqaV2
+from llava_sp_jax.tasks import scoring
+from llava_sp_jax.tasks.gqa import Gqa
+from llava_sp_jax.tasks.mmbench import MmBench
+from llava_sp_jax.tasks.mmvet import MmVet
+from llava_sp_jax.tasks.pope import Pope
+from llava_sp_jax.tasks.scienceqa import ScienceQa
+from llava_sp_jax.tasks.seed import Seed
+from llava_sp_jax.tasks.task import Prediction
+from llava_sp_jax.tasks.textvqa import TextVqa
+from llava_sp_jax.tasks.vizwiz import VizWiz
+from llava_sp_jax.tasks.vqav2 import VqaV2
 from tests.conftest import REPOSITORY
 from tests.eval.formats import SHORT, lines, whole
 

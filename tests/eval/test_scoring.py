@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax.eval import scoring
-from llava_sp_jax.eval.task import Prediction
-from llava_sp_jax.eval.tasks.mme import PARTS, Mme
-from llava_sp_jax.eval.tasks.pope import Pope
-from llava_sp_jax.eval.tasks.scienceqa import ScienceQa
+from llava_sp_jax.tasks import scoring
+from llava_sp_jax.tasks.mme import PARTS, Mme
+from llava_sp_jax.tasks.pope import Pope
+from llava_sp_jax.tasks.scienceqa import ScienceQa
+from llava_sp_jax.tasks.task import Prediction
 from tests.eval import formats
 
 # The table of the VQA evaluation as it is published (key=value); ours is derived from the values.

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.eval import in_loop, predictions
+from llava_sp_jax.eval import in_loop
 from llava_sp_jax.eval import run as run_lib
-from llava_sp_jax.eval.predictions import EvalError, Part
-from llava_sp_jax.eval.task import Item
-from llava_sp_jax.eval.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.infer.engine import Answer
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.results import predictions
+from llava_sp_jax.results.predictions import Part
+from llava_sp_jax.tasks.easy_vqa import EasyVqa
+from llava_sp_jax.tasks.task import EvalError, Item
 from tests.conftest import ConfigMaker
 from tests.eval.conftest import Scripted, by_id
 from tests.test_checkpoint import another, changed, keys

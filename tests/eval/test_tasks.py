@@ -16,15 +16,14 @@ from PIL import Image
 
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.eval import run
-from llava_sp_jax.eval.benchmark import Benchmark
-from llava_sp_jax.eval.judge import Ask
-from llava_sp_jax.eval.predictions import EvalError
-from llava_sp_jax.eval.task import Prediction
-from llava_sp_jax.eval.tasks import BENCHMARKS, TASKS
-from llava_sp_jax.eval.tasks.llava_bench import LlavaBench, pair
-from llava_sp_jax.eval.tasks.mmbench import MmBench
-from llava_sp_jax.eval.tasks.mmvet import MmVet, grade
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.tasks.benchmark import Benchmark
+from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
+from llava_sp_jax.tasks.judge import Ask
+from llava_sp_jax.tasks.llava_bench import LlavaBench, pair
+from llava_sp_jax.tasks.mmbench import MmBench
+from llava_sp_jax.tasks.mmvet import MmVet, grade
+from llava_sp_jax.tasks.task import EvalError, Prediction
 from tests.eval import formats
 from tests.eval.formats import RIGHT, answers, damage, right, right_letter
 

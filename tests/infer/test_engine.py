@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax.data import anyres
+from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.infer.engine import Answer, Engine, Generation, Layout, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.prompts import LostImageError, Pictures

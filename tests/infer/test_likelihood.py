@@ -16,7 +16,7 @@ from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
 CONTINUATIONS = ["blue, yes", "red", "a green circle and a yellow one", ""]

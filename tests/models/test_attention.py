@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import sharding
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import attention, build
 from llava_sp_jax.models.attention import (
   IMPLEMENTATIONS,

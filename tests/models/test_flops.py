@@ -12,7 +12,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.projector import ROWS
-from llava_sp_jax.train import optimizer, state, step
+from llava_sp_jax.training import optimizer, state, step
 from tests.test_tables import model as table_model
 
 BATCH, LENGTH = 2, 96

@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.eval import run
 from llava_sp_jax.infer import verify
 from llava_sp_jax.infer.engine import Engine, Generation, Request
@@ -27,7 +27,7 @@ from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.models import attention, build
 from llava_sp_jax.plan import lower
-from llava_sp_jax.train.validation import Validator
+from llava_sp_jax.training.validation import Validator
 from tests.conftest import WIDE, ConfigMaker
 
 BFLOAT16 = {"dtype": "bfloat16", "frozen_dtype": "bfloat16"}

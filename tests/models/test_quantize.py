@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import sharding
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.lora import Lora
 from llava_sp_jax.models.quantize import (

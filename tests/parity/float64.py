@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.models import build
-from llava_sp_jax.train import state, step
+from llava_sp_jax.training import state, step
 from tests.parity import ladder
 
 

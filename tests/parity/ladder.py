@@ -33,7 +33,7 @@ from llava_sp_jax.convert import formats, tables
 from llava_sp_jax.data import anyres, decode, example
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, optimizer, state, step
+from llava_sp_jax.training import loop, optimizer, state, step
 
 KEPT = Path(__file__).parents[1] / "golden"
 GOLDEN = Path(os.environ.get("LLAVA_SP_GOLDEN", KEPT))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.data import pipeline
-from llava_sp_jax.train import guard, ledger, loop
-from llava_sp_jax.train.state import TrainState
+from llava_sp_jax.training import guard, ledger, loop
+from llava_sp_jax.training.state import TrainState
 from tests.conftest import ConfigMaker
 
 

@@ -13,7 +13,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import places
 from llava_sp_jax.convert.torch_io import FormatError
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 from tests.convert.test_places import hub, keep
 

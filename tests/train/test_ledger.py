@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_sp_jax.train import ledger
+from llava_sp_jax.training import ledger
 
 ROWS, SAMPLES = 4, 5
 

@@ -16,7 +16,7 @@ import pytest
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import ledger, loop, measure
+from llava_sp_jax.training import ledger, loop, measure
 from tests.conftest import ConfigMaker
 
 COUNTS = ("loss", "right", "image_loss", "count", "image_count", "positions", "pairs",

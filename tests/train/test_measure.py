@@ -14,7 +14,7 @@ from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import causal_mask
-from llava_sp_jax.train import measure, step
+from llava_sp_jax.training import measure, step
 from tests.conftest import ConfigMaker
 
 

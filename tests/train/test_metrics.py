@@ -11,7 +11,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.train import measure, metrics
+from llava_sp_jax.training import measure, metrics
 from tests.conftest import ConfigMaker
 
 PATHS = ("language_model/layers/q_proj/lora_a", "projector/fc1/kernel")

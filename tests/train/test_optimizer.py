@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.train import optimizer, state
+from llava_sp_jax.training import optimizer, state
 from tests.conftest import ConfigMaker
 
 # One parameter of every kind that has a rate of its own in some stage.

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
 from llava_sp_jax.data import pipeline
 from llava_sp_jax.data.example import BRANCHES
+from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, step
+from llava_sp_jax.training import loop, step
 from tests.conftest import ConfigMaker
 from tests.data.test_packed_batches import COUNT, make, mixed_config
 

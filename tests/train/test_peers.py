@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.train import loop, peers
+from llava_sp_jax.training import loop, peers
 from tests.conftest import ConfigMaker
 
 

@@ -14,8 +14,8 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, preflight
-from llava_sp_jax.train.preflight import PreflightError, Seen
+from llava_sp_jax.training import loop, preflight
+from llava_sp_jax.training.preflight import PreflightError, Seen
 from tests.conftest import ConfigMaker
 
 

@@ -15,7 +15,7 @@ import pytest
 from llava_sp_jax import checkpoint, cli, jsonl, locks
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import load
-from llava_sp_jax.train import ledger, loop, resume
+from llava_sp_jax.training import ledger, loop, resume
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
 from tests.train.test_loop import Looker, config, logged

@@ -15,12 +15,12 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import sharding
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
 STEPS = 5

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import devices
-from llava_sp_jax.train import metrics, sinks
+from llava_sp_jax import hardware as devices
+from llava_sp_jax.training import metrics, sinks
 from tests.conftest import ConfigMaker
 
 RECORD = {"step": 3, "loss": 1.5, "val_loss": 2.25, "grad_norm": 0.5, "steps_per_second": 0.5,

@@ -16,7 +16,7 @@ from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.models.quantize import is_quantised
-from llava_sp_jax.train import loop, optimizer
+from llava_sp_jax.training import loop, optimizer
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.train.test_sharding import MESHES, mesh_of, run
 

@@ -13,10 +13,10 @@ import optax
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import mesh as mesh_lib
-from llava_sp_jax import sharding
+from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, loss
+from llava_sp_jax.training import loop, loss
 from tests.conftest import VOCAB_SIZE, ConfigMaker
 from tests.train.test_sharding import batches, mesh_of, parts
 

@@ -14,8 +14,8 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, optimizer, state, step
-from llava_sp_jax.train.state import TrainState
+from llava_sp_jax.training import loop, optimizer, state, step
+from llava_sp_jax.training.state import TrainState
 from tests.conftest import ConfigMaker
 from tests.train.test_optimizer import AdamW
 from tests.train.test_sharding import batches

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.train import ledger, loop
+from llava_sp_jax.training import ledger, loop
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
 

@@ -13,9 +13,9 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
-from llava_sp_jax.train import loop, step
-from llava_sp_jax.train.state import TrainState, join
-from llava_sp_jax.train.validation import Validator
+from llava_sp_jax.training import loop, step
+from llava_sp_jax.training.state import TrainState, join
+from llava_sp_jax.training.validation import Validator
 from tests.conftest import ConfigMaker
 from tests.train.test_sharding import mesh_of
 

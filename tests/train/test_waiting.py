@@ -17,7 +17,7 @@ import pytest
 
 from llava_sp_jax import checkpoint
 from llava_sp_jax.data import ahead, sources
-from llava_sp_jax.train import loop
+from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 from tests.train.test_loop import Looker, config, looker  # noqa: F401
 

@@ -15,7 +15,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.train import loop, optimizer, preflight, trace
+from llava_sp_jax.training import loop, optimizer, preflight, trace
 from tests.conftest import ConfigMaker, dialogue, write_data
 from tests.end_to_end.test_resume import write_config
 

@@ -1,0 +1,1 @@
+"""Several devices and processes: meshes, shardings, barriers and a watchdog."""

@@ -1,0 +1,1 @@
+"""Answers on disk and what is made of them: predictions, scores, intervals, comparisons, pages."""

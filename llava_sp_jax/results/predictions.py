@@ -1,0 +1,306 @@
+"""Predictions on disk: written as they come, kept through a kill, in parts of several hosts.
+
+A result folder holds `settings.json` (what every answer in it was made with), one `predictions*.jsonl`
+for each part, and the sessions that wrote them. What any of these files answers is not asked again,
+so another number of hosts may finish what some began.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from llava_sp_jax import files as regular
+from llava_sp_jax import jsonl
+from llava_sp_jax.json_files import NUMBER, fits
+from llava_sp_jax.tasks.task import EvalError, Item, Prediction
+
+FILE, SETTINGS = "predictions.jsonl", "settings.json"
+PARTS = "predictions*.jsonl"
+
+Record = dict[str, Any]
+# What a line of predictions must hold.
+FIELDS = {"id": str, "question": str, "images": [str], "kind": str, "truth": object, "text": str,
+          "error": str, "verdict": dict}  # fmt: skip
+# What scores.json must hold to be shown.
+INTERVAL = {"of": str, "method": str, **dict.fromkeys(("mean", "low", "high", "level"), NUMBER)}
+SCORES = {
+  **dict.fromkeys(("task", "protocol", "metric", "data_hash"), str), "headline": (NUMBER, NoneType),
+  "by_kind": {"all": {"items": NUMBER, "asked": NUMBER}}, "figures": dict, "asked": int,
+  "interval": (INTERVAL, NoneType), "failures": [{"id": str, "error": str}], "submission": [str],
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Which of the questions this host asks: part `index` of `count`."""
+
+  index: int = 0
+  count: int = 1
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.index < self.count:
+      raise EvalError(f"part {self.index}/{self.count}: parts are counted from 0/N to N-1/N")
+
+  def __str__(self) -> str:
+    return f"{self.index}/{self.count}"
+
+  def named(self, stem: str) -> str:
+    """The file of this part: `stem.jsonl`, or `stem.0-of-2.jsonl`."""
+    return f"{stem}.jsonl" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.jsonl"
+
+  def choose(self, items: Sequence[Item]) -> list[Item]:
+    """The items of this part. Questions about one image stay together, so no two hosts encode it;
+    each question about none stands by itself."""
+    if self.count == 1:
+      return list(items)
+    keys = [image_names(item) or (item.id,) for item in items]
+    sizes = collections.Counter(keys)
+    loads = [0] * self.count
+    owner: dict[tuple[str, ...], int] = {}
+    for key, size in sizes.items():  # the least loaded takes the next image
+      owner[key] = loads.index(min(loads))
+      loads[owner[key]] += size
+    return [item for item, key in zip(items, keys, strict=True) if owner[key] == self.index]
+
+
+def parse_part(text: str) -> Part:
+  """`0/2`. Raises: EvalError."""
+  found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+  if not found:
+    raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
+  return Part(int(found[1]), int(found[2]))
+
+
+def image_names(item: Item) -> tuple[str, ...]:
+  """Paths of an item's images; `sha256:...` for one that the benchmark's own file holds."""
+  return tuple(
+    f"sha256:{hashlib.sha256(image).hexdigest()[:16]}" if isinstance(image, bytes) else str(image)
+    for image in item.images
+  )
+
+
+def check_folder(folder: Path) -> None:
+  """Raises: EvalError when results could not be written there."""
+  place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not place.is_dir():
+    raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
+  if not os.access(place, os.W_OK | os.X_OK):
+    raise EvalError(f"{folder}: nothing can be written in {place}; name another one with --out")
+  _check_files(folder)
+
+
+def _check_files(folder: Path) -> None:
+  """Raises: EvalError for what is no file where one is read or written: a pipe would never end."""
+  patterns = (PARTS, "sessions*.jsonl", SETTINGS, "scores.json")
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if any(map(path.match, patterns)) and not regular.is_regular(path):
+      raise EvalError(f"{path}: expected a regular file; move away what is there")
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+  """Writes `settings.json` of a new folder; in one that was begun, the settings must be the same.
+
+  `about` is written beside them and may change. Raises: EvalError that shows every difference.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  _check_files(folder)
+  path = folder / SETTINGS
+  wanted = json.loads(json.dumps({"settings": settings, "about": about}))
+  begun = _begun(folder)
+  new = not path.is_file() or (not begun and not _whole(path))  # one that nothing was answered with
+  if new:  # looked at again: another part writes its settings before its answers
+    if begun and not path.is_file():
+      raise EvalError(
+        f"{begun[0]}: predictions without {SETTINGS}, so nobody knows what they were made with; "
+        "name another folder with --out, or move them away"
+      )
+    replace(path, json.dumps(wanted, indent=2) + "\n")
+  there = read_settings(folder)["settings"]
+  lines = differences(wanted["settings"], there)
+  if lines:
+    raise EvalError(
+      f"{folder} holds answers made with other settings ('here' is what you ask for, 'there' the "
+      f"folder's): {'; '.join(lines)}. Go on with the folder's settings, or name another folder with "
+      "--out (or delete this one)."
+    )
+
+
+def _begun(folder: Path) -> list[Path]:
+  """The files of predictions that hold something."""
+  return [path for path in sorted(folder.glob(PARTS)) if path.stat().st_size]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+  """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none, or damaged."""
+  _check_files(folder)
+  path = folder / SETTINGS
+  if not path.is_file():
+    raise EvalError(f"{folder}: no {SETTINGS}; give the --out of llava-sp eval")
+  if not _whole(path):
+    raise EvalError(
+      f"{path}: damaged, so nobody knows what the answers beside it were made with; put it back from "
+      "a copy, or name another folder with --out"
+    )
+  return json.loads(path.read_bytes())
+
+
+def _whole(path: Path) -> bool:
+  """Whether a file of settings can be read."""
+  found = read_json(path) or {}
+  return all(isinstance(found.get(key), dict) for key in ("settings", "about"))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+  """The JSON object of a file, None for anything else."""
+  try:
+    found = json.loads(path.read_bytes())
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+  """The scores in a file. Raises: EvalError when it is damaged, or holds no scores."""
+  found = read_json(path)
+  if found is None or not fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
+    raise EvalError(f"{path}: damaged; llava-sp eval --merge --out {path.parent} writes it anew")
+  return found
+
+
+def _row(row: Any) -> bool:
+  """Whether a row of `by_kind` holds figures."""
+  counted = {"items": NUMBER, "asked": NUMBER}
+  return fits(row, counted) and all(fits(value, NUMBER) for value in row.values())
+
+
+def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
+  """What the sessions of a folder tell of themselves, and how many lines could not be read."""
+  found, torn = [], 0
+  for path in sorted(folder.glob("sessions*.jsonl")):
+    for _, value in jsonl.values(path.read_bytes().split(b"\n")):
+      if fits(value, {"seconds": NUMBER, "engine": dict}) and all(
+        fits(count, NUMBER) for count in value["engine"].values()
+      ):
+        counts = {name: int(count) for name, count in value["engine"].items()}
+        found.append({"seconds": float(value["seconds"]), "engine": counts})
+      else:
+        torn += 1
+  if torn:
+    print(f"{folder}: {torn} lines of sessions*.jsonl could not be read and are left out of `engine` "
+          "and `seconds`", flush=True)  # fmt: skip
+  return found, torn
+
+
+def append(path: Path, record: Record) -> None:
+  """Appends a line, behind a torn one on a line of its own."""
+  torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+  with path.open("a") as file:
+    file.write("\n" * torn + json.dumps(record) + "\n")
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
+  """Lines that name each value in which two settings differ."""
+  lines = []
+  for key in dict.fromkeys([*here, *there]):
+    a, b = here.get(key), there.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      lines += differences(a, b, f"{at}{key}.")
+    elif a != b:
+      lines.append(f"{at}{key}: {a!r} here, {b!r} there")
+  return lines
+
+
+def read(folder: Path) -> dict[str, Record]:
+  """Every answer in a folder by its id, of all parts; one with an error gives way to one without.
+
+  What the parts were merged into comes first: its verdicts are the latest. A line that a kill cut
+  off is left out. Raises: EvalError for any other line that is no record.
+  """
+  found: dict[str, Record] = {}
+  for path in sorted(folder.glob(PARTS), key=lambda path: (path.name != FILE, path.name)):
+    for record in read_file(path):
+      if record["id"] not in found or found[record["id"]]["error"]:
+        found[record["id"]] = record
+  return found
+
+
+def read_file(path: Path) -> list[Record]:
+  """The whole lines of one file."""
+  records = []
+  for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
+    if not fits(record, FIELDS) or not fits(record["verdict"].get("score", 0), NUMBER):
+      raise EvalError(
+        f"{path}, line {number}: expected an answer with {', '.join(FIELDS)}, found "
+        f"{record!r:.60}; take this line out, and its question is asked again"
+      )
+    records.append(record)
+  return records
+
+
+def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
+  return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
+
+
+class Writer(contextlib.AbstractContextManager):
+  """Appends to the predictions of one part: each line is handed to the system whole, at once.
+
+  So a kill loses at most the line that is being written. Raises: EvalError when another process has
+  the same part open.
+  """
+
+  def __init__(self, folder: Path, part: Part):
+    path = folder / part.named("predictions")
+    self._file = path.open("ab", buffering=0)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._file.close()
+      raise EvalError(
+        f"{path}: another process is writing it; wait for that one, or give each its --part I/N"
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    text = path.read_bytes()
+    os.truncate(path, text.rfind(b"\n") + 1)
+
+  def write(self, record: Record) -> None:
+    self._file.write(json.dumps(record).encode() + b"\n")
+
+  def __exit__(self, *_: object) -> None:
+    self._file.close()
+
+
+def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Record]) -> None:
+  """Writes all answers to `predictions.jsonl`, in the order of the items; those of no item last."""
+  known = [item.id for item in items if item.id in records]
+  ids = dict.fromkeys([*known, *records])
+  replace(folder / FILE, "".join(json.dumps(records[i]) + "\n" for i in ids))
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+  """One process at a time finishes a folder, where the file system has locks."""
+  with (folder / SETTINGS).open("rb") as file:
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def replace(path: Path, text: str) -> None:
+  """Writes a file so that nobody ever sees half of it."""
+  # Hosts that share a folder may share process ids (containers count from 1).
+  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+  temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+  temporary.replace(path)

@@ -1,0 +1,182 @@
+"""Scores as people read them: a headline, a table, bars; for the terminal, markdown and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_sp_jax import console
+
+SHOWN = 3  # rows that were left out, and are named
+COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
+# Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
+SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio", "anls"})
+
+
+def number(value: float, name: str) -> str:
+  """A figure: shares as percent, counts as they are, points to one place."""
+  if name in SHARES:
+    return f"{100 * value:.2f}%"
+  return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def headline(scores: Mapping[str, Any]) -> str:
+  if scores["headline"] is None:
+    files = ", ".join(scores["submission"])
+    return f"{scores['metric']} ({files})" if files else scores["metric"]
+  return f"{number(scores['headline'], figure(scores))} {scores['metric']}"
+
+
+def interval(scores: Mapping[str, Any]) -> str:
+  """The interval with what it is of and how it was made; empty when there is none."""
+  found = scores["interval"]
+  if not found:
+    return ""
+  mean, low, high = (f"{100 * found[name]:.2f}%" for name in ("mean", "low", "high"))
+  level = f"{100 * found['level']:.0f}% interval"
+  return f"{found['of']}: {mean}, {level} {low} to {high} ({found['method']})"
+
+
+def coverage(scores: Mapping[str, Any]) -> str:
+  """Over how many questions the headline was taken, and why over no more."""
+  total, failed = scores["by_kind"]["all"], len(scores["failures"])
+  unjudged, bad = scores["figures"].get("unjudged"), scores.get("left_out", ())
+  whole = scores.get("questions", scores["asked"])
+  limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
+  said = [
+    f"Over {total['items']} of {total['asked']} questions{limited}",
+    f"{failed} without an answer, see below" if failed else "",
+    f"{unjudged} unjudged: the judge failed or said nothing that can be read{_failed(scores)}"
+    if unjudged
+    else "",
+    f"{len(bad)} left out, whose truth or options are not understood: {_shown(bad)}" if bad else "",
+  ]
+  return "; ".join(filter(None, said)) + "."
+
+
+def _failed(scores: Mapping[str, Any]) -> str:
+  """What a judge first failed with."""
+  reviews = scores["figures"].get("reviews", ())
+  first = next((review for review in reviews if review["error"]), None)
+  return f", first at {first['id']} ({first['error']:.300})" if first else ""
+
+
+def _shown(rows: Sequence[Mapping[str, str]]) -> str:
+  more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+  return ", ".join(f"{row['id']} ({row['error']})" for row in rows[:SHOWN]) + more
+
+
+def figures(scores: Mapping[str, Any]) -> list[str]:
+  """Names of the figures that the rows by kind hold."""
+  rows = scores["by_kind"].values()
+  return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
+
+
+def figure(scores: Mapping[str, Any]) -> str:
+  """The figure of the rows by kind that the headline speaks of, or the first one; "" for none."""
+  names = figures(scores)
+  words = scores["metric"].lower().split()
+  return next((name for name in names if name.lower() in words), next(iter(names), ""))
+
+
+def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
+  """(kind, value, value as text, answers) of `figure`, for the kinds that have it."""
+  name = figure(scores)
+  return [
+    (kind, row[name], number(row[name], name), int(row["items"]))
+    for kind, row in scores["by_kind"].items()
+    if name in row
+  ]
+
+
+def full(scores: Mapping[str, Any]) -> float:
+  """What the whole length of a bar stands for: 1 for shares, the largest figure for points."""
+  return (
+    1.0 if figure(scores) in SHARES else max((row[1] for row in bars(scores)), default=0) or 1.0
+  )
+
+
+def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """Head and rows of the table by kind."""
+  names = figures(scores)
+  rows = [
+    [kind, str(row["items"]), str(row["asked"]),
+     *(number(row[name], name) if name in row else "" for name in names)]
+    for kind, row in scores["by_kind"].items()
+  ]  # fmt: skip
+  return ["questions", "answered", "asked", *names], rows
+
+
+def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+  """Head and rows of one table of several tasks' scores."""
+  rows = []
+  for scores in several:
+    total, found = scores["by_kind"]["all"], scores["interval"]
+    spread = f"{100 * found['low']:.2f}% to {100 * found['high']:.2f}%" if found else ""
+    rows.append([
+      scores["task"], scores["variant"].get("protocol", ""), headline(scores), spread,
+      f"{total['items']} of {total['asked']}",
+    ])  # fmt: skip
+  return ["task", "protocol", "score", "95% interval", "scored"], rows
+
+
+def listed() -> tuple[list[str], list[list[str]]]:
+  """Head and rows of the table of all benchmarks: a row for each protocol."""
+  from llava_sp_jax.tasks.catalog import TASKS
+
+  rows = []
+  for name, task in TASKS.items():
+    others = [o for o in task.options if o not in ("protocol", "judge", "reviews")]
+    reads = ", ".join(getattr(task, "needed", ())) or (task.__init__.__doc__ or "").split(".")[0]
+    protocols = getattr(task, "protocols", None)
+    said = (
+      {key: rules.says for key, rules in protocols.items()} if protocols else {"": task.protocol}
+    )
+    for place, (key, says) in enumerate(said.items()):
+      first = [name, ", ".join(others), reads] if not place else [""] * 3
+      rows.append([first[0], key, says, *first[1:]])
+  return ["task", "protocol", "which", "--option", "reads"], rows
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table; names in it, which come out of files, stay in their cells."""
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+  return console.one_line(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def flips(found: Mapping[str, Any]) -> str:
+  """What `compare.Flips.counts` counted, in words."""
+  return (
+    f"Against {found['folder']}, of {found['both']} questions that both answered: {found['fixed']} "
+    f"fixed, {found['broken']} broken, {found['changed']} in other words with the same score "
+    f"(McNemar's exact test: p = {found['p_value']:.2g})."
+  )
+
+
+def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+  """Prints a table: drawn on a terminal, as markdown elsewhere."""
+  from rich.console import Console
+  from rich.table import Table
+  from rich.text import Text
+
+  drawn, title = Console(), console.one_line(title)
+  if not drawn.is_terminal:
+    print(f"{title}\n\n{markdown(head, rows)}\n" if title else markdown(head, rows))
+    return
+  table = Table(*head, title=Text(title) if title else None)
+  for row in rows:
+    table.add_row(*(Text(console.one_line(cell)) for cell in row))  # no markup of rich's
+  drawn.print(table)
+
+
+def show(scores: Mapping[str, Any]) -> None:
+  """Prints the scores of one task, and what flipped against another run where one was compared."""
+  draw(f"{scores['task']} ({scores['protocol']}): {headline(scores)}", *cells(scores))
+  compared = scores.get("compared")
+  for line in (interval(scores), coverage(scores), flips(compared) if compared else ""):
+    if line:
+      print(console.one_line(line))

@@ -1,0 +1,1 @@
+"""Benchmarks of vision-language models: one file each; `catalog.TASKS` names them."""

@@ -1,0 +1,189 @@
+"""MMBench (scripts/v1_5/eval/mmbench.sh): options as letters; its server scores the submission.
+
+MMBench's own rule counts a question only when every order of its options was answered rightly
+("circular"). LLaVA asks one order unless `--all-rounds`; here `circular=True` asks all.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.tasks import files, sheet
+from llava_sp_jax.tasks.benchmark import LETTER, LONG, Benchmark, Rules, judged, served, settled
+from llava_sp_jax.tasks.choices import circular_score, empty, of_llava, of_lmms
+from llava_sp_jax.tasks.judge import Judge, Reviews
+from llava_sp_jax.tasks.scoring import choice
+from llava_sp_jax.tasks.task import Item, Predictions, Scores, text_of
+
+SERVER = "https://mmbench.opencompass.org.cn"
+LETTERS = "ABCDE"
+DIGITS = 18  # of an index at most
+COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+class MmBench(Benchmark):
+  """`split` names the TSV (`mmbench_dev_20230712`); images stand in it in base64, or as the index
+  of the row whose image is meant."""
+
+  name = "mmbench"
+  homes: ClassVar[Sequence[str]] = ("mmbench",)
+  split = "mmbench_dev_20230712"
+  needed: Sequence[str] = ()  # the split's file
+  options = ("protocol", "split", "circular", "judge", "reviews")
+  protocols: ClassVar = {
+    "llava": Rules("the server scores", LONG, prompt=of_llava(LETTER)),
+    "lmms": Rules(
+      "MMBench's rules for letters and texts, then the judge",
+      Generation(max_new_tokens=1024, stop=("ASSISTANT:",)),
+      prompt=of_lmms("There are several options:", LETTER),
+    ),
+  }
+
+  def __init__(
+    self, folder: str | Path, protocol: str = "llava", split: str = "", circular: bool = False,
+    judge: Judge | None = None, reviews: str | Path | None = None,
+  ):  # fmt: skip
+    """`judge` reads answers that no rule can (lmms only); `reviews`: file that keeps what it said."""
+    self.split = split or self.split
+    self.needed = (f"{self.split}.tsv",)
+    super().__init__(folder, protocol)
+    self._judge = Reviews(judge, reviews) if judge and self.lmms else None
+    self.protocol += f"; {self.split}" + ("; circular" if circular else "")
+    self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
+    self.variant["split"] = self.split
+    self._circular, self._answers = circular, False
+
+  def items(self) -> list[Item]:
+    path = self.folder / self.needed[0]
+    rows = files.read_tsv(path, COLUMNS)
+    images = {row["index"]: row["image"] for row in rows}
+    self._answers = any(not empty(row.get("answer", "")) for row in rows)  # other splits keep them
+    problems = [self._problem(row) for row in rows]
+    groups = [_group(row["index"]) for row in rows]
+    by_group = {group: problem for group, problem in zip(groups, problems, strict=True) if problem}
+    items = []
+    for number, (row, group) in enumerate(zip(rows, groups, strict=True), 1):
+      image = _picture(row["image"], images)
+      texts = self._texts(row)
+      letters = LETTERS[: len(texts)]
+      answer = row.get("answer", "")
+      place = letters.index(answer) if self._answers and answer in list(letters) else -1
+      kept = {k: v for k, v in row.items() if k not in DROPPED}
+      name = row["index"].strip() or f"row {number}"
+      for turn in range(max(1, len(texts)) if self._circular else 1):
+        options = dict(zip(letters, texts[turn:] + texts[:turn], strict=True))
+        truth = None if place < 0 else letters[(place - turn) % len(letters)]
+        items.append(
+          Item(
+            id=f"{name}/{turn}" if turn else name,
+            question=(self.rules.prompt or of_llava(LETTER))(row, options),
+            images=(image,),
+            kind=row.get("category") or "default",
+            truth=truth,
+            extra={
+              "group": group, "round": turn, "options": options, "asked": row["question"],
+              "row": kept,
+            },
+            problem=problems[number - 1] or by_group.get(group, ""),
+          )
+        )  # fmt: skip
+    return settled(items, path)
+
+  def _texts(self, row: dict[str, str]) -> list[str]:
+    """The options up to the first empty cell, as LLaVA and lmms-eval read them."""
+    texts = (row[letter] for letter in self._columns(row))
+    return list(itertools.takewhile(lambda text: not empty(text), texts))
+
+  def _columns(self, row: dict[str, str]) -> str:
+    return LETTERS if self.lmms and "E" in row else LETTERS[:4]
+
+  def _problem(self, row: dict[str, str]) -> str:
+    """Why nobody can say whether an answer to this row is right; empty where it can be said."""
+    if not _is_index(row["index"]):
+      return f"the index {row['index']!r:.40} is no whole number"
+    texts, columns = self._texts(row), self._columns(row)
+    if len(texts) < 2:
+      return f"{len(texts)} options; expected two at least, from A on"
+    if gap := [letter for letter in columns[len(texts) :] if not empty(row[letter])]:
+      return f"option {gap[0]} stands behind an empty one, {columns[len(texts)]}"
+    answer = row.get("answer", "")
+    if self._answers and answer not in list(columns[: len(texts)]):
+      options = ", ".join(columns[: len(texts)])
+      return f"the answer {answer!r:.40} is none of the options {options}"
+    return ""
+
+  def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """`read`: the option that MMBench's rules find, "" for none; no score without a truth, or
+    where a judge is to read the answer."""
+    read = choice(text, item.extra["options"])
+    if item.truth is None or item.problem or (self._judge and not read):
+      return {"read": read}
+    return {"score": float(read == item.truth), "read": read}
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """lmms: the share of questions of which all orders are right. llava: the server's; where the
+    file has answers, that share by rules alone is a figure, `local`."""
+    if not items or all(item.truth is None for item in items):
+      return served(items, predictions, SERVER)
+    local = circular_score(items, predictions, self.verdict, self._judge)
+    if self.lmms:
+      share = local.by_kind["all"]["accuracy"]
+      return judged(share, "accuracy", local.by_kind, local.figures, local.verdicts)
+    counts = served(items, predictions, SERVER)
+    return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
+
+  def check_submission(self) -> None:
+    sheet.need(f"{self.split}.xlsx")
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`<split>.xlsx`: the file's columns without images and hints, `prediction` behind the options
+    (scripts/convert_mmbench_for_submission.py). Only the first order of options is handed in (the
+    original, given all rounds, keeps the last, whose letters mean other options)."""
+    first = [item for item in items if not item.extra["round"]]
+    texts = {item.id: text_of(predictions, item) for item in first}
+    table: list[list[Any]] = []
+    for item in first:
+      row = item.extra["row"]
+      values = [_cell(key, value) for key, value in row.items()]
+      table.append([*values[:6], texts.get(item.id), *values[6:]])
+    names = list(first[0].extra["row"]) if first else []
+    header = [*names[:6], "prediction", *names[6:]]
+    return [sheet.write(folder / f"{self.split}.xlsx", header, table)]
+
+
+def _is_index(text: str) -> bool:
+  return text.isdecimal() and len(text) <= DIGITS
+
+
+def _group(index: str) -> int | str:
+  """All orders of one question's options: the files have them under index + 1,000,000 x n. What is
+  no number stands by itself."""
+  return int(index) % 1_000_000 if _is_index(index) else index
+
+
+def _picture(text: str, images: Mapping[str, str]) -> bytes:
+  """The encoded image of a cell, which may hold the index of the row that has it; what is neither
+  becomes nothing, which the engine reports as unreadable."""
+  seen = set()
+  while text in images and text not in seen:
+    seen.add(text)
+    text = images[text]
+  if _is_index(text):  # of a row that is not there, or of one that leads back here
+    return b""
+  try:
+    return base64.b64decode(text, validate=True)
+  except ValueError:
+    return b""
+
+
+def _cell(key: str, value: str) -> int | str | None:
+  """What the sheet holds of one of the file's cells."""
+  if key == "index" and _is_index(value):
+    return int(value)
+  return None if empty(value) else value

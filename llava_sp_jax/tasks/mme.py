@@ -1,0 +1,164 @@
+"""MME (scripts/v1_5/eval/mme.sh): yes or no, two questions an image; accuracy and accuracy+."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.tasks import files
+from llava_sp_jax.tasks.benchmark import (
+  LMMS_SHORT,
+  LOADER,
+  SHORT,
+  Benchmark,
+  Rules,
+  answered,
+  numbered,
+  ratio,
+  settled,
+  texts,
+)
+from llava_sp_jax.tasks.scoring import mme_answer, mme_answer_lmms
+from llava_sp_jax.tasks.task import Item, Predictions, Scores
+
+ASKED = "llava_mme.jsonl"
+RELEASE = "MME_Benchmark_release_version"
+POINTS = 200  # of a subtask
+Line = tuple[str, str, str]  # category, image without its ending, question
+YES_NO = " Please answer yes or no."
+PARTS = {
+  "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
+                 "landmark", "artwork", "OCR"),
+  "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation",
+                "code_reasoning"),
+}  # fmt: skip
+
+
+class Mme(Benchmark):
+  """Truths are the release's own text files, found by image and question as LLaVA's
+  convert_answer_to_mme.py finds them."""
+
+  name = "mme"
+  homes = ("MME",)
+  needed = (ASKED, RELEASE)
+  protocols: ClassVar = {
+    "llava": Rules("yes or no within the first four letters; subtask score = accuracy + accuracy+ "
+                   "(both questions of an image), in %", LOADER, mme_answer),
+    "lmms": Rules("as llava; stripped, without periods, y and n count, at most 16 tokens",
+                  LMMS_SHORT, mme_answer_lmms, lambda row: row["text"].replace(YES_NO, "")),
+  }  # fmt: skip
+
+  def _answers(self) -> list[Path]:
+    """Text files of questions and answers: beside the images, or in a folder of their own."""
+    root = self.folder / RELEASE
+    return sorted([*root.glob("*/questions_answers_YN/*.txt"), *root.glob("*/*.txt")])
+
+  def hashed(self) -> list[Path]:
+    return [self.folder / ASKED, *self._answers()]
+
+  def _truths(self) -> tuple[dict[Line, str], dict[tuple[str, str], str]]:
+    """Answers by (category, image's stem, question); by (category, stem), why they say nothing."""
+    truths: dict[Line, str] = {}
+    strange: dict[tuple[str, str], str] = {}
+    for path in self._answers():
+      place = path.relative_to(self.folder / RELEASE).parts[0], path.stem
+      try:
+        lines = files.read_text(path).strip().split("\n")
+      except ValueError as error:
+        strange[place] = str(error)
+        continue
+      for line in lines:
+        question, tab, answer = line.strip().partition("\t")
+        before = truths.setdefault((*place, question), answer)
+        if not tab or answer.lower() not in ("yes", "no"):
+          said = f"expected a question, a tab and Yes or No, found {line!r:.80}"
+          strange[place] = f"{path.name}: {said}"
+        elif before.lower() != answer.lower():
+          strange[place] = f"{path.name}: {before} and {answer} to {question!r:.80}"
+    return truths, strange
+
+  def items(self) -> list[Item]:
+    truths, strange = self._truths()
+    rows = self.rows(ASKED)
+    odd = [f"question_id {i!a:.40}" for i in (str(row["question_id"]) for row in rows)
+           if not i.isprintable()]  # fmt: skip
+    files.refuse(self.folder / ASKED, odd, "question_id such as artwork/1.png, which names files")
+    counts = collections.Counter(str(row["question_id"]) for row in rows)
+    items = []
+    for row, key in zip(rows, numbered(rows), strict=True):
+      pair = str(row["question_id"])
+      category, stem = pair.split("/")[0], pair.split("/")[-1].split(".")[0]
+      plain = row["text"].replace(SHORT, "").strip()
+      forms = (plain,) if YES_NO.strip() in plain else (plain + YES_NO, f"{plain} {YES_NO}")
+      line = next((form for form in forms if (category, stem, form) in truths), forms[0])
+      truth = truths.get((category, stem, line))
+      problem = strange.get((category, stem), "")  # of one question: the pair cannot be scored
+      if not problem and truth is None:
+        problem = f"no answer to {line!r:.80} in {RELEASE}/{category}"
+      if not problem and counts[pair] != 2:
+        problem = f"{counts[pair]} questions about this image; expected a pair"
+      items.append(
+        Item(
+          id=key,
+          question=self.question(row),
+          images=(self.folder / RELEASE / row["image"],),
+          kind=category,
+          truth=truth or "",
+          extra={"pair": pair, "file": f"{stem}.txt", "line": line},
+          problem=problem,
+        )
+      )
+    return settled(_whole_pairs(items), self.folder / RELEASE)
+
+  def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    read = self.rules.read(text)
+    return {"score": float(read == item.truth.lower()), "read": read}
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Headline: perception (of 2000), the sum of its subtasks' scores; cognition (of 800) and the
+    total are figures. Pairs belong together by their image; a pair of which one answer is missing
+    is not right (the original needs all answers, in order)."""
+    by_kind: dict[str, dict[str, float]] = {}
+    for kind in ("all", *sorted({item.kind for item in items})):
+      mine = [item for item in items if kind in ("all", item.kind)]
+      right: dict[str, list[float]] = {}
+      for item, text in answered(mine, predictions):
+        right.setdefault(item.extra["pair"], []).append(self.verdict(item, text)["score"])
+      count = sum(map(len, right.values()))
+      accuracy = ratio(sum(map(sum, right.values())), count)
+      plus = ratio(sum(sum(pair) == 2 for pair in right.values()), len(right))
+      by_kind[kind] = {
+        "accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus,
+        "items": count, "asked": len(mine),
+      }  # fmt: skip
+    parts = {
+      part: sum(by_kind[kind]["score"] for kind in kinds if kind in by_kind)
+      for part, kinds in PARTS.items()
+    }
+    figures = {**parts, "total": sum(parts.values())}
+    most = POINTS * sum(kind in by_kind for kind in PARTS["perception"])  # 2000 for all of them
+    return Scores(parts["perception"], f"perception score (of {most})", by_kind, figures)
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`mme/<subtask>.txt` for the official calculation.py: file, question, truth, answer by tabs;
+    blanks for tabs and line ends within an answer, which its reader would stumble on; "" where there
+    is none, since it takes lines two by two."""
+    lines: dict[str, list[str]] = {}
+    for item, text in texts(items, predictions):
+      fields = (item.extra["file"], item.extra["line"], item.truth, " ".join(text.split()))
+      lines.setdefault(item.kind, []).append("\t".join(fields) + "\n")
+    (folder / "mme").mkdir(parents=True, exist_ok=True)
+    for kind, rows in lines.items():
+      (folder / "mme" / f"{kind}.txt").write_text("".join(rows), encoding="utf-8", errors="replace")
+    return [folder / "mme" / f"{kind}.txt" for kind in lines]
+
+
+def _whole_pairs(items: list[Item]) -> list[Item]:
+  """The items; what is wrong with one is wrong with both of a pair."""
+  problems = {item.extra["pair"]: item.problem for item in items if item.problem}
+  return [
+    dataclasses.replace(item, problem=item.problem or problems.get(item.extra["pair"], ""))
+    for item in items
+  ]

@@ -1,0 +1,62 @@
+"""VizWiz, test (scripts/v1_5/eval/vizwiz.sh): EvalAI scores the submission."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp_jax.tasks import files
+from llava_sp_jax.tasks.benchmark import LMMS_LONG, LOADER, Benchmark, Rules, served, unique
+from llava_sp_jax.tasks.scoring import vqa_normal
+from llava_sp_jax.tasks.task import Item, Predictions, Scores, text_of
+
+ASKED = "llava_test.jsonl"
+SERVER = "https://eval.ai/web/challenges/challenge-page/1911"
+HINT = "\nWhen the provided information is insufficient"  # begins what LLaVA adds to a question
+
+
+def capitalised(row: dict[str, Any]) -> str:
+  """lmms-eval's `question.capitalize()`: a capital first, small letters after."""
+  question, hint, rest = row["text"].partition(HINT)
+  return question.capitalize() + hint + rest
+
+
+class VizWiz(Benchmark):
+  """The prompt's hint ("... respond with 'Unanswerable'") is part of LLaVA's file."""
+
+  name = "vizwiz"
+  homes = ("vizwiz",)
+  needed = (ASKED,)
+  protocols: ClassVar = {
+    "llava": Rules("answers normalised as EvalAI does", LOADER),
+    "lmms": Rules("as llava; the question in small letters after a capital", LMMS_LONG,
+                  prompt=capitalised),
+  }  # fmt: skip
+
+  def items(self) -> list[Item]:
+    items = [
+      Item(
+        id=str(row["question_id"]),
+        question=self.question(row),
+        images=(self.folder / "test" / row["image"],),
+        kind=row.get("category", "default"),
+        truth=None,
+        extra={"image": row["image"]},
+      )
+      for row in self.rows(ASKED)
+    ]
+    return unique(items, self.folder / ASKED)
+
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    return served(items, predictions, SERVER)
+
+  def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """`vizwiz_answers.json`: [{image, answer}] (scripts/convert_vizwiz_for_submission.py).
+
+    The original stops at a missing answer; here it is "", as in VQAv2's, and the scores count it.
+    """
+    answers = [
+      {"image": item.extra["image"], "answer": vqa_normal(text_of(predictions, item) or "")}
+      for item in items
+    ]
+    return [files.write_json(folder / "vizwiz_answers.json", answers)]

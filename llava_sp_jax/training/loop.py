@@ -1,0 +1,334 @@
+"""The training loop: start or continue a run, log, save, stop when asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+
+from llava_sp_jax import checkpoint, jsonl, limits, locks
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import load, places
+from llava_sp_jax.data import ahead, anyres, held_out, pipeline
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.distributed import mesh, processes, sharding
+from llava_sp_jax.models import build
+from llava_sp_jax.training import (
+  guard,
+  ledger,
+  optimizer,
+  peers,
+  preflight,
+  resume,
+  sinks,
+  state,
+  step,
+  trace,
+)
+from llava_sp_jax.training.metrics import Log
+from llava_sp_jax.training.stopping import StopRequest
+from llava_sp_jax.training.validation import Validator
+
+METRICS_FILE = sinks.METRICS_FILE
+
+# Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
+# permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
+# gathers of weights and sums of gradients run beside matmuls on v6e, as they do unasked on v5.
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+  "tpu": {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
+  },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a call of `train` did; `step` < the config's steps when it was asked to stop early."""
+
+  step: int
+  seconds: float
+  quarantined: int
+
+
+def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
+  """The jitted step `(state, batch, rng) -> (state, metrics)`; the state's buffers are donated."""
+
+  places = jax.tree.leaves(shardings)
+  platform = places[0].mesh.devices.flat[0].platform if places else jax.default_backend()
+  module = build.compiled_for(module, platform, branches=config.data.turns == "branch")
+
+  def run(*arguments: Any) -> Any:
+    with nn.logical_axis_rules(sharding.activation_rules()):
+      return step.train_step(module, tx, config.train, *arguments)
+
+  return jax.jit(
+    run, donate_argnums=0, out_shardings=(shardings, None),
+    compiler_options=COMPILER_OPTIONS.get(platform),
+  )  # fmt: skip
+
+
+def initial_state(config: config_lib.Config, device_mesh: Any) -> tuple[Any, Any, Any]:
+  """(state, its shardings, optimizer) at step 0, placed on the mesh."""
+  state.check(config)
+  params = load.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
+  trainable, frozen = state.split(params, config)
+  tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
+  start = functools.partial(state.start, tx=tx)
+  shapes = jax.eval_shape(start, trainable, frozen)
+  shardings = sharding.shardings(shapes, device_mesh, config.mesh.base)
+  return jax.jit(start, out_shardings=shardings)(trainable, frozen), shardings, tx
+
+
+class Evaluator(Protocol):
+  """Scores the model between steps; `eval.in_loop` has one, which this layer does not know."""
+
+  def due(self, number: int) -> bool: ...
+
+  def __call__(
+    self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
+  ) -> dict[str, float]:
+    """Metrics of step `number`; `params` are nested. Gives up when `going()`, to be asked often, is
+    false: then the run was asked to stop."""
+    ...
+
+
+def train(
+  config: config_lib.Config, workdir: str | Path, profile: str = "",
+  evaluator: Evaluator | None = None, wish: resume.Wish | None = None,
+) -> Result:  # fmt: skip
+  """Trains until `config.train.steps`, continuing what `workdir` holds as `wish` says.
+
+  `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
+  `config.evaluate` says. The folder is locked while this runs.
+
+  Raises:
+    ConfigError, CheckpointError, LockError: before anything is computed.
+  """
+  limits.check(config)
+  if config.evaluate.every and evaluator is None:
+    raise config_lib.ConfigError(
+      "evaluate.every: nothing to evaluate with; train(..., evaluator=eval.in_loop.InLoop(...))"
+    )
+  processes.start(peer_seconds=config.train.peer_seconds)
+  with processes.Watch(config.train.stall_seconds) as watch, contextlib.ExitStack() as held:
+    lock = locks.Lock(Path(workdir), "llava-sp train")
+
+    def begin() -> None:
+      checkpoint.check_folder(Path(workdir))
+      held.enter_context(lock)
+
+    processes.together("the run folder is locked", begin, only=0)
+    return _train(config, Path(workdir), profile, watch, evaluator, wish or resume.Wish(), lock)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the steps of one call work with."""
+
+  config: config_lib.Config
+  folder: Path
+  mesh: Any
+  iterator: pipeline.Batches
+  quarantine: pipeline.Quarantine
+  validator: Validator
+  evaluator: Evaluator | None
+  profiler: trace.Profiler
+  book: ledger.Ledger
+  watch: processes.Watch
+  lock: locks.Lock
+  wish: resume.Wish
+  inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
+
+
+def open_tokenizer(config: config_lib.Config) -> Tokenizer:
+  """From a folder, or the hub. Raises: FormatError, FileNotFoundError, TokenizerError."""
+  return Tokenizer(places.tokenizer(config.data.tokenizer))
+
+
+def _inputs(config: config_lib.Config) -> dict[str, str]:
+  """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, held_out.TRAIN)
+  return {
+    "data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]
+  }  # fmt: skip
+
+
+def validation_input(config: config_lib.Config) -> dict[str, str]:
+  """The fingerprint of a validation file; its figures are sums over all processes."""
+  if not (config.train.validate_every and config.data.validation_path):
+    return {}
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, held_out.VALIDATION)
+  return {"validation data": source.fingerprint()[:16]}
+
+
+def _train(
+  config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch,
+  evaluator: Evaluator | None, wish: resume.Wish, lock: locks.Lock,
+) -> Result:  # fmt: skip
+  read = functools.cache(functools.partial(_inputs, config))
+  if jax.process_count() > 1:
+    peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
+  checkpoint.check_config(folder, config)
+  sinks.check(config)
+  begun = resume.first(folder, wish)
+  profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
+  device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
+  module = build.model(config.model)
+  tokenizer = open_tokenizer(config)
+  preflight.check_config(config, tokenizer)
+  inputs = read()
+  changed = resume.compare_inputs(folder, begun, inputs, wish.changed)
+  known = resume.about(folder, begun)
+  before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
+  rows, owned = mesh.rows(device_mesh, config.train.batch_size)
+  quarantine = pipeline.Quarantine(folder / "quarantine.jsonl", jax.process_index())
+  iterator = pipeline.make(
+    config.data, tokenizer, anyres.Tile(*build.tile_shape(config.model)),
+    config.train.batch_size, config.train.seed, quarantine, rows.tolist(), folder=folder, say=print,
+  )  # fmt: skip
+  if not begun:
+    preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
+  validator = Validator(config, module, tokenizer, device_mesh)
+  processes.meet("data is opened")
+  with jax.set_mesh(device_mesh):
+    prepared = initial_state(config, device_mesh)
+    if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
+      checkpoint.write_config(folder, config)
+      tokenizer.save(folder / "tokenizer")
+    book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
+    run = _Run(
+      config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book,
+      watch, lock, wish, {"inputs": inputs, "inputs_before": before},
+    )  # fmt: skip
+    processes.together("the way is free", lambda: resume.make_way(folder, begun), only=0)
+    return _steps(run, module, prepared)
+
+
+def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
+  config, folder = run.config, run.folder
+  train_state, shardings, tx = prepared
+  if jax.process_index() == 0:
+    print(_summary(config, train_state, run.mesh), flush=True)
+  processes.meet("parameters are placed")
+  base = checkpoint.fingerprint(train_state.frozen)
+  with checkpoint.Checkpoints(folder, config.train.keep) as checkpoints:
+    train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
+    return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
+
+
+def _loop(
+  run: _Run, module: Any, prepared: tuple[Any, Any, Any], base: str,
+  checkpoints: checkpoint.Checkpoints,
+) -> Result:  # fmt: skip
+  config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
+  train_state, shardings, tx = prepared
+  first = int(train_state.step)
+  if jax.process_index() == 0:
+    if bad := jsonl.cut_after(folder / METRICS_FILE, first):
+      print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
+    ledger.drop_after(folder, first)
+  processes.meet("logs are cut off")
+  run.iterator.seek(first)
+  run_step = compile_step(module, tx, config, shardings)
+  rng = jax.random.key(config.train.seed)
+  about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
+  if run.wish.step is not None:
+    about["from_step"] = run.wish.step
+  learns = list(train_state.trainable)
+  if not jax.process_index() and first < config.train.steps:
+    print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
+  log = Log(folder, config, learns)
+  skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
+  stop = StopRequest(several=jax.process_count() > 1)
+  number, metrics, asked, noticed = first, None, False, 0.0
+
+  def save(step: int) -> None:
+    skips.settle()
+    book.secure()
+    checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+
+  with stop, log, run.profiler:
+    for number in range(first + 1, config.train.steps + 1):
+      run.iterator.stopped = stop.during(f"step {number}")
+      try:
+        batch = log.waiting(run.iterator)
+      except ahead.Stopped:  # the step before this one is the last
+        number, asked, noticed = number - 1, True, time.monotonic()
+        if number > first:
+          save(number)
+        break
+      book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
+      placed = mesh.put_batch(batch, run.mesh)
+      if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
+        run_step.lower(train_state, placed, rng).compile()
+        processes.meet("the step is compiled")
+      with run.profiler.step(number, metrics):
+        train_state, metrics = run_step(train_state, placed, rng)
+      run.profiler.after(number, metrics)
+      if number == 1:
+        preflight.check_gradients(config, metrics, learns)
+      skips.step(number, metrics)
+      if number % config.train.log_every == 0:
+        skips.settle()
+      held_out: dict[str, float] = {}
+      if run.validator.due(number):
+        with log.pause(metrics):
+          waits = stop.during(f"the validation of step {number}")
+          held_out |= run.validator(train_state, waits)
+      if run.evaluator and run.evaluator.due(number):
+        with log.pause(metrics):
+          held_out |= run.evaluator(
+            number, state.join(train_state.trainable, train_state.frozen), base,
+            functools.partial(_going, run.watch, stop, number),
+          )  # fmt: skip
+      log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
+      asked = checkpoints.preempted(number) or stop.asked
+      noticed = time.monotonic()
+      run.watch.beat(number)
+      run.lock.check()
+      if asked or number % config.train.save_every == 0 or number == config.train.steps:
+        save(number)
+      if asked:
+        break
+  checkpoints.close()
+  if asked and jax.process_index() == 0:
+    seconds = time.monotonic() - noticed
+    done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
+    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
+  if jax.process_index() == 0:
+    same = not run.inputs["inputs_before"]  # all steps have read the same samples
+    samples = [i for i in run.iterator.usable if i not in quarantine and same]
+    print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
+  return Result(number, log.seconds, quarantine.count)
+
+
+def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
+  """Whether work between steps may go on; tells the watch that it does."""
+  watch.beat(number)
+  return not stop.asked
+
+
+def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> str:
+  learns = sum(x.size for x in train_state.trainable.values())
+  frozen = sum(x.size for x in train_state.frozen.values())
+  axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
+  parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
+  return (
+    f"{config.name}: stage {config.optimizer.stage}, row {config.model.projector.row}, "
+    f"{learns:,} parameters learn, {frozen:,} are frozen ({parts}); mesh {axes}"
+  )

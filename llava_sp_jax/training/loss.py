@@ -1,0 +1,94 @@
+"""Cross-entropy through the head, a slice of positions at a time: [B, T, V] never exists.
+
+Shape letters:  B rows . T row length . C positions of a slice . D width . V vocabulary
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llava_sp_jax.distributed import sharding
+from llava_sp_jax.training.state import Flat
+
+Head = Callable[[Flat, jax.Array], jax.Array]  # parameters, [..., D] -> [..., V] float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sums(
+  head: Head, chunk: int, learning: Flat, frozen: Flat, hidden: jax.Array, targets: jax.Array,
+  weights: jax.Array, about_image: jax.Array,
+) -> jax.Array:  # fmt: skip
+  """[sum of weighted losses, sum of weights of correct tokens, losses about images], float32 [3].
+
+  Differentiable in `learning` and `hidden`. The gradients are made together with the loss, slice by
+  slice, so the head's logits are computed once, and no gradient of a frozen head exists.
+
+  Args: head; chunk, positions of a slice; learning and frozen, the head's parameters by path; hidden
+  [B, T, D]; targets, weights, about_image (1 in samples with an image, else 0) [B, T].
+  """
+  total, _, _ = _scan(
+    head, chunk, learning, frozen, hidden, targets, weights, about_image, gradients=False
+  )
+  return total
+
+
+def _forward(head, chunk, learning, frozen, hidden, targets, weights, about_image):
+  total, d_learning, d_hidden = _scan(
+    head, chunk, learning, frozen, hidden, targets, weights, about_image, gradients=True
+  )
+  return total, (d_learning, d_hidden)
+
+
+def _backward(head, chunk, kept, cotangent):
+  """The loss is the root of the gradient up to a factor, so what is kept needs only that."""
+  by = cotangent[0]
+  d_learning, d_hidden = jax.tree.map(lambda g: (g * by).astype(g.dtype), kept)
+  return d_learning, None, d_hidden, None, None, None
+
+
+sums.defvjp(_forward, _backward)
+
+
+def _scan(head, chunk, learning, frozen, hidden, targets, weights, about_image, *, gradients):
+  frozen = sharding.gather(frozen)  # once, not in every slice
+
+  def one(learning, h, targets, weights, image):
+    logits = head({**learning, **frozen}, h)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
+    right = (jnp.argmax(logits, axis=-1) == targets) * weights
+    return loss.sum(), (right.sum(), (loss * image).sum())
+
+  def slice_sums(h, *rest):
+    if not gradients:
+      loss, others = one(learning, h, *rest)
+      return jnp.stack([loss, *others]), {}, jnp.zeros((), h.dtype)
+    loss, pull, others = jax.vjp(lambda p, h: one(p, h, *rest), learning, h, has_aux=True)
+    return jnp.stack([loss, *others]), *pull(jnp.ones((), loss.dtype))
+
+  length = hidden.shape[1]
+  if length <= chunk:
+    return slice_sums(hidden, targets, weights, about_image)
+  extra = -length % chunk
+  padded = [
+    jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)))
+    for x in (hidden, targets, weights, about_image)
+  ]
+
+  def body(carry, start):
+    total, d_learning = carry
+    part = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in padded)
+    more, more_learning, d_hidden = slice_sums(*part)
+    d_learning = sharding.constrain(jax.tree.map(jnp.add, d_learning, more_learning))
+    return (total + more, d_learning), d_hidden
+
+  nothing = jax.tree.map(jnp.zeros_like, learning) if gradients else {}
+  starts = jnp.arange(0, length + extra, chunk)
+  (total, d_learning), d_hidden = jax.lax.scan(body, (jnp.zeros(3), nothing), starts)
+  if gradients:  # [T / C, B, C, D]
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(padded[0].shape)[:, :length]
+  return total, d_learning, d_hidden

@@ -1,0 +1,251 @@
+"""What a run is refused for before it has trained a step that is kept: it could not learn.
+
+Settings are looked at before weights are loaded, then a few batches, then the gradients of the
+first real step. That step is the one of training, so nothing is compiled twice; its state is thrown
+away with the refusal, before anything is saved.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import conversation, quarantine, reading
+from llava_sp_jax.data.anyres import Reader, Tile
+from llava_sp_jax.data.example import BRANCHES
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.models import build
+from llava_sp_jax.training import measure, optimizer
+
+PEEK = 2  # batches that are looked at
+SKIP = "; --config.train.preflight=false trains nevertheless"
+
+# (regex over paths, why its gradient is 0 at the start although all is well)
+ZERO_AT_START = ((r".*/lora_a$", "lora_b starts at 0"),)
+
+
+class PreflightError(config_lib.ConfigError):
+  """A run that could not learn; the message lists all that was found."""
+
+
+def _refuse(problems: Sequence[str], hint: str = SKIP) -> None:
+  if problems:
+    raise PreflightError(
+      "this run cannot learn as it is:\n  " + "\n  ".join(problems) + f"\nMend this first{hint}."
+    )
+
+
+def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  known, rows = len(tokenizer), config.model.language_model.vocab_size
+  if known <= rows:
+    return []
+  return [
+    f"data.tokenizer: {known} tokens, but model.language_model.vocab_size is {rows}; ids beyond it "
+    "would silently read another row of the embedding"
+  ]
+
+
+def replies_end(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """The tokenizer knows the mark that ends a reply of the template."""
+  config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
+  why = reading.misfit(config.data.template, tokenizer)
+  return [f"data.{why}"] if why else []
+
+
+def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  stage = config.optimizer.stage
+  paths = flatten_dict(build.abstract(config.model), sep="/")
+  groups = {optimizer.group_of(path, stage) for path in paths} - {optimizer.FROZEN}
+  rates = {optimizer.RATES[g]: getattr(config.optimizer, optimizer.RATES[g]) for g in groups}
+  return [
+    f"optimizer.{key}: {rate}, but stage {stage!r} trains with it; give a rate above 0"
+    for key, rate in sorted(rates.items())
+    if not rate > 0
+  ]
+
+
+def something_learns(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """Every learning row of the stage matches a parameter: LoRA with rank 0 is the usual miss."""
+  stage = config.optimizer.stage
+  paths = list(flatten_dict(build.abstract(config.model), sep="/"))
+  first = {  # the row that each parameter is caught by
+    path: next(p for p, _ in optimizer.STAGES[stage] if re.match(p, path)) for path in paths
+  }
+  return [
+    f"optimizer.stage: {stage!r} trains {pattern!r}, but the model has no such parameter"
+    + (f" (model.lora.rank is {config.model.lora.rank})" if "lora" in pattern else "")
+    for pattern, group in config_lib.lookup("optimizer.stage", stage, optimizer.STAGES)
+    if group != optimizer.FROZEN and pattern not in first.values()
+  ]
+
+
+def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """The largest image that the settings allow has room in a row: tokens are never cut off one."""
+  tile = Tile(*build.tile_shape(config.model))
+  tiles = Reader(config.data, tile).max_tiles
+  tokens, length = tiles * tile.tokens, config.data.row_length
+  problems = []
+  if tokens >= length:
+    problems.append(
+      f"data.row_length: an image of {tiles} tile{'s' * (tiles > 1)} is {tokens} tokens and rows "
+      f"have {length}; such samples are left out, because image tokens are never cut. Give more "
+      "than these" + (", or smaller data.grid_pinpoints" if tiles > 1 else "")
+    )
+  if 0 < config.data.images_per_row < tiles:
+    problems.append(
+      f"data.images_per_row: {config.data.images_per_row}, but one image can be {tiles} tiles"
+    )
+  return problems
+
+
+Check = Callable[[config_lib.Config, Tokenizer], list[str]]
+ALWAYS: tuple[Check, ...] = (vocabulary,)
+SETTINGS: tuple[Check, ...] = (
+  vocabulary, replies_end, learning_rates, something_learns, images_fit,
+)  # fmt: skip
+# What a check of the data looks at as well: settings that the samples have to fit.
+OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
+
+
+def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
+  """Raises: PreflightError that lists what is wrong with the settings."""
+  _check(config, tokenizer, SETTINGS)
+
+
+def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
+  """As `check_config`, for the settings of data alone. Raises: PreflightError."""
+  _check(config, tokenizer, OF_DATA)
+
+
+def _check(config: config_lib.Config, tokenizer: Tokenizer, all_of: Sequence[Check]) -> None:
+  checks = all_of if config.train.preflight else ALWAYS
+  problems = [problem for check in checks for problem in check(config, tokenizer)]
+  _refuse(problems, SKIP if config.train.preflight else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """Counts over the batches that were looked at, on all processes."""
+
+  samples: int = 0
+  supervised: int = 0  # samples with at least one token to learn
+  with_image: int = 0
+  cut_images: int = 0  # tiles with fewer tokens than a tile has
+  quarantined: int = 0
+
+  def __add__(self, other: Seen) -> Seen:
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Seen(*(a + b for a, b in pairs))
+
+
+def look(batch: Mapping[str, np.ndarray], tile_tokens: int) -> Seen:
+  """Counts of one host batch; `tile_tokens` of a whole tile, 0 where a tile may be shown partly."""
+  total = Seen()
+  for segments, weights, slots in zip(
+    batch["segments"], batch["weights"], batch["slots"], strict=True
+  ):
+    sample = segments // BRANCHES
+    for number in np.unique(sample[segments > 0]):
+      mine = sample == number
+      images = slots[mine & (slots >= 0)]
+      counts = np.bincount(images // tile_tokens) if tile_tokens and len(images) else np.zeros(0)
+      cut = int(((counts > 0) & (counts != tile_tokens)).sum())
+      total += Seen(1, int(weights[mine].any()), int(len(images) > 0), cut)
+  return total
+
+
+def check_batches(config: config_lib.Config, iterator: Any, quarantined: Callable[[], int],
+                  folder: Path) -> None:  # fmt: skip
+  """Looks at the first batches and puts the iterator back to where it was.
+
+  Raises: PreflightError, the same on all processes, when nothing can be learned from them.
+  """
+  if not config.train.preflight:
+    return
+  whole = config.data.image_aspect != "anyres" and not config.model.image_newline
+  tile_tokens = build.image_token_count(config.model) if whole else 0
+  start, before, seen = iterator.get_state(), quarantined(), Seen()
+  for _ in range(PEEK):
+    seen += look(next(iterator), tile_tokens)
+  iterator.set_state(start)
+  seen += Seen(quarantined=quarantined() - before)
+  if jax.process_count() > 1:  # one process must not stop while the others go on
+    everyone = multihost_utils.process_allgather(np.asarray(dataclasses.astuple(seen)))
+    seen = Seen(*(int(n) for n in everyone.sum(axis=0)))
+  _refuse(judge(seen, config, _commonest(folder / "quarantine.jsonl")))
+
+
+def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
+  """Problems of the batches that were looked at."""
+  cause = (
+    f"data.template {config.data.template!r} does not fit the data, or data.row_length "
+    f"{config.data.row_length} cuts the answers off"
+  )
+  problems = []
+  if not seen.supervised:
+    problems.append(f"none of the first {seen.samples} samples has a token to learn: {cause}")
+  elif 2 * seen.supervised < seen.samples:
+    problems.append(
+      f"only {seen.supervised} of the first {seen.samples} samples have a token to learn: {cause}"
+    )
+  if not seen.with_image:
+    problems.append(
+      f"none of the first {seen.samples} samples has an image, so the projector learns nothing; is "
+      "data.path the right file?"
+    )
+  if seen.cut_images:
+    problems.append(
+      f"{seen.cut_images} images have lost tokens to truncation; give a larger data.row_length than "
+      f"{config.data.row_length}"
+    )
+  if seen.quarantined > seen.samples:
+    problems.append(
+      f"{seen.quarantined} samples were left out and only {seen.samples} used; the commonest "
+      f"reason: {reason or 'see quarantine.jsonl'}"
+    )
+  return problems
+
+
+def _commonest(path: Path) -> str:
+  """The reason that most lines of a quarantine file give; numbers do not make reasons differ."""
+  kinds: collections.Counter[str] = collections.Counter()
+  examples: dict[str, str] = {}
+  for error in quarantine.reasons(path):
+    kind = re.sub(r"\d+", "N", error)
+    kinds[kind] += 1
+    examples.setdefault(kind, error)
+  return examples[kinds.most_common(1)[0][0]] if kinds else ""
+
+
+def check_gradients(
+  config: config_lib.Config, metrics: Mapping[str, Any], paths: Sequence[str]
+) -> None:
+  """Judges the gradients of the first step, from the metrics that it reports anyway.
+
+  Every parameter that learns must have one, but for ZERO_AT_START; projector and tower only when
+  the batch has an image. Raises: PreflightError that lists the parameters by part.
+  """
+  if not config.train.preflight:
+    return
+  values = jax.device_get({name: metrics[name] for name in ("grad_squares", "image_positions")})
+  dead: dict[str, list[str]] = {}
+  for path, square in zip(sorted(paths), values["grad_squares"], strict=True):
+    reached = path.startswith("language_model/") or values["image_positions"] > 0
+    excused = any(re.match(pattern, path) for pattern, _ in ZERO_AT_START)
+    if square == 0 and reached and not excused:
+      dead.setdefault(measure.part_of(path), []).append(path)
+  _refuse([
+    f"{part}: the gradient of {', '.join(names)} is exactly 0 after the first step; the loss does "
+    "not reach it (a broken checkpoint in config.init, weights of 0 behind it, or no learned token)"
+    for part, names in dead.items()
+  ])  # fmt: skip

@@ -1,0 +1,64 @@
+"""Train state: what learns and what does not, as two flat `{path: array}` trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.models import build
+from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.training import optimizer
+
+Flat = dict[str, Any]
+
+
+class TrainState(struct.PyTreeNode):
+  """`trainable` holds float32 masters; `frozen` has neither gradients nor moments."""
+
+  step: jax.Array
+  trainable: Flat
+  frozen: Flat
+  opt_state: Any
+
+
+def check(config: config_lib.Config) -> None:
+  """Raises: ConfigError when kernels should be quantised and learn."""
+  kernel, stage = "language_model/layers/q_proj/kernel", config.optimizer.stage
+  learns = optimizer.group_of(kernel, stage) != optimizer.FROZEN
+  if build.quantisation(config.model) and learns:
+    raise config_lib.ConfigError(
+      f"model.quantize {config.model.quantize}: quantised kernels cannot learn, but optimizer.stage "
+      f"{stage} trains the decoder; use a stage that freezes it (finetune, with lora.rank > 0), or "
+      "model.quantize none"
+    )
+
+
+def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
+  """Nested parameters -> (trainable, frozen), flat; casts each part to its storage dtype.
+
+  Quantised kernels stay as they are.
+  """
+  trainable, frozen = {}, {}
+  for path, leaf in flatten_dict(params, sep="/").items():
+    if optimizer.group_of(path, config.optimizer.stage) == optimizer.FROZEN:
+      kept = is_quantised(path)
+      frozen[path] = leaf if kept else leaf.astype(config.model.frozen_dtype)
+    else:
+      trainable[path] = leaf.astype(jnp.float32)
+  return trainable, frozen
+
+
+def join(trainable: Flat, frozen: Flat) -> dict[str, Any]:
+  """The inverse of `split`: the nested tree that `module.apply` takes."""
+  return unflatten_dict({**trainable, **frozen}, sep="/")
+
+
+def start(trainable: Flat, frozen: Flat, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))

@@ -1,0 +1,135 @@
+"""One training step: token-mean loss over the global batch, gradients of what learns, AdamW.
+
+Shape letters:  B rows . A micro-batches . T row length . D width . V vocabulary
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.distributed import sharding
+from llava_sp_jax.models.llava import LlavaSP
+from llava_sp_jax.training import guard, measure
+from llava_sp_jax.training import loss as loss_lib
+from llava_sp_jax.training.state import Flat, TrainState, join
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def loss_sums(
+  module: LlavaSP, trainable: Flat, frozen: Flat, batch: Batch, chunk: int, rngs: Any = None
+) -> measure.Sums:
+  """The sums over a batch that `measure.report` takes: losses, right tokens, counts.
+
+  The head runs over slices of `chunk` positions; log-sum-exp is float32.
+  """
+  apply: Any = functools.partial(module.apply, {"params": join(trainable, frozen)})
+  hidden = apply(
+    batch["tokens"], batch["positions"], batch["segments"], batch["images"], batch["slots"],
+    rngs=rngs,
+  )  # fmt: skip
+  paths = module.language_model.head_paths()
+  learning = {p: trainable[p] for p in paths if p in trainable}
+  fixed = {p: frozen[p] for p in paths if p in frozen}
+
+  def head(params: Flat, h: jax.Array) -> jax.Array:
+    return module.apply({"params": join(params, {})}, h, method="logits")
+
+  about_image = measure.about_image(batch)
+  total = loss_lib.sums(
+    head, chunk, learning, fixed, hidden, batch["targets"], batch["weights"], about_image
+  )
+  counts = measure.batch_sums(batch, about_image)
+  return {**counts, "loss": total[0], "right": total[1], "image_loss": total[2]}
+
+
+def loss_and_counts(
+  module: LlavaSP, params: Any, batch: Batch, chunk: int, rngs: Any = None
+) -> tuple[jax.Array, measure.Sums]:
+  """Sum of the loss over learned tokens / their number, and the sums; `params` nested."""
+  sums = loss_sums(module, flatten_dict(params, sep="/"), {}, batch, chunk, rngs)
+  return sums["loss"] / jnp.maximum(sums["count"], 1), sums
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+  """Row a, a + A, a + 2A .. for micro-batch a: each device keeps its rows. [B, ..] -> [A, B/A, ..]."""
+  return {k: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for k, x in batch.items()}
+
+
+def working_copies(trainable: Flat, dtype: Any) -> Flat:
+  """What the step computes with: the decoder layers' masters cast to `dtype`, as their modules do.
+
+  Cast here, they are cast (and adapters gathered from `fsdp`) once for all layers, passes and
+  micro-batches, and what has to move is half as large.
+  """
+  cast = {p: x.astype(dtype) if "/layers/" in p and p.startswith("language_model/") else x
+          for p, x in trainable.items()}  # fmt: skip
+  adapters = {p: x for p, x in cast.items() if p.endswith(("/lora_a", "/lora_b"))}
+  return {**cast, **sharding.gather(adapters)}
+
+
+def gradients(
+  module: LlavaSP, train: config_lib.Train, state: TrainState, batch: Batch, rng: jax.Array
+) -> tuple[measure.Sums, Flat]:
+  """Sums over the batch, and gradients of the token-mean loss of `state.trainable` (float32).
+
+  With `train.accumulate` > 1 it is the same sum over the same tokens, a micro-batch at a time: each
+  is divided by the count of the whole batch. Dropout differs for each micro-batch.
+  """
+  rng = jax.random.fold_in(rng, state.step)
+  count = jnp.maximum(batch["weights"].sum(), 1)
+
+  def loss_fn(trainable: Flat, part: Batch, rng: jax.Array) -> tuple[jax.Array, measure.Sums]:
+    rngs = {"dropout": rng}
+    sums = loss_sums(module, trainable, state.frozen, part, train.loss_chunk, rngs)
+    return sums["loss"] / count, sums
+
+  used = working_copies(state.trainable, module.language_model.dtype)
+
+  def part_gradients(part: Batch, rng: jax.Array) -> tuple[measure.Sums, Flat]:
+    grads, sums = jax.grad(loss_fn, has_aux=True)(used, part, rng)
+    grads = sharding.constrain(grads)  # summed over devices and divided as the masters are
+    return sums, {p: g.astype(state.trainable[p].dtype) for p, g in grads.items()}
+
+  if train.accumulate == 1:
+    return part_gradients(batch, rng)
+
+  def body(carry: Any, xs: Any) -> Any:
+    part, number = xs
+    sums, grads = jax.tree.map(
+      jnp.add, carry, part_gradients(part, jax.random.fold_in(rng, number))
+    )
+    return (sums, sharding.constrain(grads)), None
+
+  parts = micro_batches(batch, train.accumulate), jnp.arange(train.accumulate)
+  first = jax.tree.map(lambda x: x[0], parts[0])
+  like, _ = jax.eval_shape(part_gradients, first, rng)
+  nothing = jax.tree.map(jnp.zeros_like, (like, state.trainable))
+  start = (nothing[0], sharding.constrain(nothing[1]))
+  (sums, grads), _ = jax.lax.scan(body, start, parts)
+  return sums, grads
+
+
+def train_step(
+  module: LlavaSP, tx: optax.GradientTransformation, train: config_lib.Train, state: TrainState,
+  batch: Batch, rng: jax.Array,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+  """state, batch -> state, metrics of `measure.report`. `rng` seeds dropout, folded with the step."""
+  sums, grads = gradients(module, train, state, batch, rng)
+  updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+  new = state.replace(
+    step=state.step + 1,
+    trainable=optax.apply_updates(state.trainable, updates),
+    opt_state=opt_state,
+  )
+  metrics = measure.report(sums, grads)
+  new, metrics["nonfinite"] = guard.keep_finite(state, new, metrics["loss"], metrics["grad_norm"])
+  return new, metrics

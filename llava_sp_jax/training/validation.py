@@ -1,0 +1,85 @@
+"""Loss and token accuracy on held-out samples, between the steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import ahead, anyres, held_out, pipeline
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.distributed import mesh, sharding
+from llava_sp_jax.models import build
+from llava_sp_jax.training import state, step
+
+
+class Validator:
+  """Scores the same batches each time, without dropout; the training data are not touched.
+
+  Of n held-out samples, min(train.validate_batches, n // batch) batches are scored, at least one,
+  so no sample counts twice unless there are fewer than one batch. Quarantined samples are left out.
+  """
+
+  def __init__(
+    self, config: config_lib.Config, module: Any, tokenizer: Tokenizer, device_mesh: Any
+  ):
+    """Raises: ConfigError, FileNotFoundError when there is nothing to validate with."""
+    self._train, self._mesh = config.train, device_mesh
+    self._iterator, self._count = None, 0
+    if not config.train.validate_every:
+      held_out.of_part(config.data, held_out.TRAIN)
+      return
+    if config.train.validate_batches < 1:
+      raise config_lib.ConfigError(
+        f"train.validate_batches: expected at least 1, found {config.train.validate_batches}"
+      )
+    tile = anyres.Tile(*build.tile_shape(config.model))
+    rows = config.train.batch_size
+    _, samples = pipeline.open_source(config.data, tile, held_out.VALIDATION)
+    self._count = max(1, min(config.train.validate_batches, len(samples) // rows))
+    mine, _ = mesh.rows(device_mesh, rows)
+    self._iterator = pipeline.make(
+      config.data, tokenizer, tile, rows, config.train.seed, None, mine.tolist(),
+      held_out.VALIDATION,
+    )  # fmt: skip
+    self._start = self._iterator.get_state()
+    next(self._iterator)  # unusable samples show now, not after the first thousand steps
+
+    def sums(trainable: Any, frozen: Any, batch: Any) -> Any:
+      with nn.logical_axis_rules(sharding.activation_rules()):
+        params = state.join(trainable, frozen)
+        _, found = step.loss_and_counts(module, params, batch, config.train.loss_chunk)
+      return {name: found[name] for name in ("loss", "right", "count")}
+
+    self._sums = jax.jit(sums)
+
+  def due(self, number: int) -> bool:
+    """Whether step `number` is followed by a validation."""
+    every = self._train.validate_every
+    return bool(every) and (number % every == 0 or number == self._train.steps)
+
+  def __call__(
+    self, train_state: state.TrainState, stopped: Callable[[], bool] = lambda: False
+  ) -> dict[str, float]:
+    """`val_loss` and `val_token_accuracy`, means over the learned tokens of all batches.
+
+    Gives up, with {}, when `stopped()` while data are waited for.
+    """
+    assert self._iterator is not None
+    self._iterator.set_state(self._start)
+    self._iterator.stopped = stopped
+    total: dict[str, float] = {"loss": 0.0, "right": 0.0, "count": 0.0}
+    for _ in range(self._count):
+      try:
+        batch = next(self._iterator)
+      except ahead.Stopped:
+        return {}
+      batch.pop(pipeline.SAMPLES)
+      batch = mesh.put_batch(batch, self._mesh)
+      found = self._sums(train_state.trainable, train_state.frozen, batch)
+      total = {name: total[name] + float(found[name]) for name in total}
+    count = max(total["count"], 1.0)
+    return {"val_loss": total["loss"] / count, "val_token_accuracy": total["right"] / count}
