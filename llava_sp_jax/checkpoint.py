@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
+from llava_sp_jax.errors import LlavaSPError
 
 CONFIG_FILE = "config.json"
 PLACE = "checkpoints"
@@ -32,7 +33,7 @@ SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 Result = TypeVar("Result")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(LlavaSPError, RuntimeError):
   """A run folder that cannot be used; the message says what was found and what to do."""
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 
-from llava_sp_jax import __version__, console, environment, errors
+from llava_sp_jax import __version__, console, environment
 
 TRACEBACK = "--traceback"  # with any command: where an error came from
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
   except console.StreamError as error:
     console.silence(sys.stdout)
     if not code:  # else its cause was told
-      print(f"llava-sp: {errors.line(error)}", file=sys.stderr)
+      print(f"llava-sp: {console.error_line(error)}", file=sys.stderr)
     return code or 1
   return code
 
@@ -97,7 +97,7 @@ def _run(arguments: list[str]) -> int:
     print(f"llava-sp {name}: interrupted", file=sys.stderr)
     return 128 + signal.SIGINT
   except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
-    line = errors.line(error)
+    line = console.error_line(error)
     if not line:
       raise
     if trace:

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from llava_sp_jax import files, json_files
+from llava_sp_jax.errors import LlavaSPError
 
 Row = TypeVar("Row")
 
 
-class ConfigError(ValueError):
+class ConfigError(LlavaSPError, ValueError):
   """A configuration that cannot be used; the message names the key and what to do."""
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from llava_sp_jax.errors import LlavaSPError
+
 # What a terminal obeys instead of showing it (control characters, C0 and C1, but for tab and newline),
 # what turns the direction of text around or ends a line unseen, and halves of surrogate pairs. The
 # joiners of scripts and emoji (U+200C, U+200D) belong to the text.
@@ -48,6 +50,27 @@ def shortened(text: str, longest: int) -> str:
   return line[:head] + _GAP + line[head + len(_GAP) - longest :]
 
 
+def error_line(error: BaseException) -> str:
+  """The line of an error; empty for one that is a mistake of ours and keeps its traceback.
+
+  Names out of files stand in it: what a terminal would obey is escaped.
+  """
+  return one_line(_error_text(error))
+
+
+def _error_text(error: BaseException) -> str:
+  text = str(error)
+  if isinstance(error, LlavaSPError):
+    return text
+  if isinstance(error, OSError):  # files, disks, devices
+    return text if error.filename is None else f"{error.filename}: {error.strerror or text}"
+  if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("llava_sp_jax"):
+    return f"{text}; install it, or the extra of llava-sp-jax that brings it (README lists them)"
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    return f"out of memory ({(text.splitlines() or ['on the host'])[0][:200]})"
+  return ""
+
+
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:
   """Prints a text of several lines at once; what came out of files in it drives no terminal.
 
@@ -74,7 +97,7 @@ def open_streams() -> None:
       stream.reconfigure(errors="backslashreplace")
 
 
-class StreamError(RuntimeError):
+class StreamError(LlavaSPError, RuntimeError):
   """Standard output takes no more."""
 
 

@@ -11,12 +11,14 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from llava_sp_jax.errors import LlavaSPError
+
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}  # fmt: skip
 POINTER = b"version https://git-lfs"  # how such a file begins
 
 
-class FormatError(ValueError):
+class FormatError(LlavaSPError, ValueError):
   """A file that cannot be used; names the file and what was expected."""
 
 

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llava_sp_jax import locks
+from llava_sp_jax.errors import LlavaSPError
 
 MARK = "unfinished.json"
 PART = ".part"  # what a folder's name ends in until it is whole
 
 
-class FolderError(ValueError):
+class FolderError(LlavaSPError, ValueError):
   """An output folder that a command would have to overwrite; the message says what is in it."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import folders
+from llava_sp_jax.errors import LlavaSPError
 
 
 def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
@@ -69,7 +70,7 @@ def _step(line: bytes) -> int | None:
   return number if isinstance(number, int) else None
 
 
-class LineError(ValueError):
+class LineError(LlavaSPError, ValueError):
   """A line that is no JSON; stands where its value would."""
 
 

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.errors import LlavaSPError
+
 FILE = "lock.json"
 BEAT = 15.0  # seconds between two beats
 PATIENCE = 90.0  # seconds; NFS clients may show a file as it was up to 60 s ago
@@ -27,7 +29,7 @@ TORN = 2.0  # seconds until a file that cannot be read counts as a lock of nobod
 SIZE = 1024  # bytes of the file: each beat writes it whole, in place
 
 
-class LockError(RuntimeError):
+class LockError(LlavaSPError, RuntimeError):
   """A folder that another process writes; the message names host and process."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import cli, console, errors
+from llava_sp_jax import cli, console
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import train as train_tool
 from llava_sp_jax.training import loop
@@ -122,4 +122,4 @@ def test_a_traceback_is_shown_when_asked_for(
 
 
 def test_our_mistakes_have_no_line() -> None:
-  assert errors.line(ValueError("a bug")) == ""
+  assert console.error_line(ValueError("a bug")) == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import cli, config, console, errors
+from llava_sp_jax import cli, config, console
 from llava_sp_jax.results import tables
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools import train as train_tool
@@ -73,10 +73,10 @@ def test_a_table_on_a_terminal_takes_no_markup(
 def test_the_missing_package_is_named() -> None:
   with pytest.raises(ModuleNotFoundError) as caught:
     importlib.import_module("no_such_package_of_anybody")
-  assert errors.line(caught.value).startswith(
+  assert console.error_line(caught.value).startswith(
     "No module named 'no_such_package_of_anybody'; install"
   )
-  assert errors.line(ModuleNotFoundError("x", name="llava_sp_jax.gone")) == ""
+  assert console.error_line(ModuleNotFoundError("x", name="llava_sp_jax.gone")) == ""
 
 
 def test_a_mistyped_option_is_told_with_the_one_that_was_meant(

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_sp_jax import files
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.files import FormatError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -53,7 +54,7 @@ def alike(one: Tensor, two: Tensor) -> bool:
   return all(np.array_equal(a[i : i + PIECE], b[i : i + PIECE]) for i in range(0, len(a), PIECE))
 
 
-class MalformedError(ValueError):
+class MalformedError(LlavaSPError, ValueError):
   """What is wrong with a file, still without its name; only inside the readers."""
 
 

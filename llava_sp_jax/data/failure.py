@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from llava_sp_jax.console import shortened
+from llava_sp_jax.errors import LlavaSPError
 
 REASON = 200  # characters of a reason
 
 T = TypeVar("T")
 
 
-class SampleError(ValueError):
+class SampleError(LlavaSPError, ValueError):
   """One sample that cannot be used; the message says what was found and what was expected.
 
   The message is one line of at most REASON characters that any terminal can print.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_sp_jax import files, json_files
+from llava_sp_jax.errors import LlavaSPError
 
 MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer_config.json"
 SIDE_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
@@ -31,7 +32,7 @@ SHORT = 256  # characters of a text whose ids are kept: questions and answers co
 Spans = tuple[tuple[int, int], ...]  # each token's id, and the index of its last character
 
 
-class TokenizerError(ValueError):
+class TokenizerError(LlavaSPError, ValueError):
   """A tokenizer that cannot do what is asked; the message names it and says what to do."""
 
 

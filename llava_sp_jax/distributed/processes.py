@@ -24,7 +24,8 @@ from jax._src import distributed  # as Orbax does: nothing public reads the serv
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import environment, errors
+from llava_sp_jax import console, environment
+from llava_sp_jax.errors import LlavaSPError
 
 MEET_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
@@ -197,7 +198,7 @@ def meet(name: str, seconds: int = 0) -> None:
   ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
 
 
-class PeerError(RuntimeError):
+class PeerError(LlavaSPError, RuntimeError):
   """Another process of this run failed; the message says which and why."""
 
 
@@ -322,7 +323,7 @@ class Watch(contextlib.AbstractContextManager):
       self._end("interrupted")
       return
     if type(error).__module__.startswith("llava_sp_jax") or _full(error):
-      self._end(f"{type(error).__name__}: {errors.line(error)}")
+      self._end(f"{type(error).__name__}: {console.error_line(error)}")
       return
     traceback.print_exception(error)
     self._end(

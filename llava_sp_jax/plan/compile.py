@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.plan import hlo, memory
 from llava_sp_jax.plan.topologies import Topology
 
@@ -45,7 +46,7 @@ ENVIRONMENT = {
 }
 
 
-class PlanError(ValueError):
+class PlanError(LlavaSPError, ValueError):
   """A config that cannot be compiled for a topology, with the reason."""
 
 

@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from llava_sp_jax.errors import LlavaSPError
+
 WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; all others say their bits in their name
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
@@ -21,7 +23,7 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", re.DOTALL)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 
 
-class HloError(ValueError):
+class HloError(LlavaSPError, ValueError):
   """Text that is no HLO module, or one without what was asked for."""
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from llava_sp_jax import files as regular
 from llava_sp_jax import jsonl
+from llava_sp_jax.errors import LlavaSPError
 
 SHOWN = 5  # problems of one file that an error tells
 LARGEST = 1 << 36  # bytes of a file
@@ -27,7 +28,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 _NAMES = {str: "a text", int: "a whole number"}
 
 
-class BenchmarkError(ValueError):
+class BenchmarkError(LlavaSPError, ValueError):
   """A benchmark's file does not hold what its format promises."""
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import jsonl
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.tasks import web
 
 PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
@@ -48,7 +49,7 @@ class Review:
   error: str = ""
 
 
-class JudgeError(RuntimeError):
+class JudgeError(LlavaSPError, RuntimeError):
   """The judge could not be asked. Its message holds no key."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import errors
+from llava_sp_jax import console
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.json_files import NUMBER, fits
 from llava_sp_jax.tasks.task import EvalError, Item, Scores
@@ -50,7 +50,7 @@ def _method(inherited: Callable[..., Any], label: str, name: str, check: Check) 
     try:
       return check(inherited(self, *arguments, **options), self, *arguments)
     except Exception as error:
-      if errors.line(error):  # written to be read
+      if console.error_line(error):  # written to be read
         raise
       raise EvalError(f"{label}: {name} ends with {_told(error)}") from error
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_sp_jax import files as regular
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.infer.generation import Generation
 
 
-class EvalError(RuntimeError):
+class EvalError(LlavaSPError, RuntimeError):
   """An evaluation that cannot go on; the message says what was found and what to do."""
 
 

@@ -14,10 +14,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llava_sp_jax.errors import LlavaSPError
+
 CHUNK = 1 << 16  # bytes
 
 
-class TooLargeError(RuntimeError):
+class TooLargeError(LlavaSPError, RuntimeError):
   """An answer that is larger than was allowed."""
 
 

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import console, errors, limits, recipes
+from llava_sp_jax import console, limits, recipes
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.training import STOPPED_EARLY
 
@@ -93,7 +94,7 @@ def load_recipe(value: str) -> config_lib.Config:
       )
     values = made.to_dict()
   except (Exception, SystemExit) as error:  # one that leaves has told us nothing to train
-    if errors.is_ours(error) or isinstance(error, OSError):
+    if isinstance(error, LlavaSPError | OSError):
       raise
     why = f"{type(error).__name__}: {error}"
     raise config_lib.ConfigError(f"--config: {file} ends with {why}") from error

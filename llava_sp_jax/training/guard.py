@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.training.state import TrainState
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(LlavaSPError, RuntimeError):
   """Too many steps in a row without a finite loss and gradient."""
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from llava_sp_jax import folders, jsonl
+from llava_sp_jax.errors import LlavaSPError
 
 FOLDER = "ledger"
 
 
-class LedgerError(RuntimeError):
+class LedgerError(LlavaSPError, RuntimeError):
   """A ledger that does not add up; the message names every step or sample."""
 
 
