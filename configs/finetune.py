@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data import sample_file
 
 # Of `config.data`: what the checkpoint has learned to read.
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
       f"expected epochs above 0, batch at least 1, rank at least 0; found {arg.epochs:g}, "
       f"{arg.batch}, {arg.rank}"
     )
-  base = checkpoint.read_config(arg.init)
+  base = runs.read_config(arg.init)
   samples = len(sample_file.read(arg.data))
   lora = base.model.lora
   if not lora.rank:

@@ -9,3 +9,7 @@ class LlavaSPError(Exception):
   Every error that a user can cause derives from it; an error that does not is a mistake of this
   package and keeps its traceback (`--traceback` shows one for all).
   """
+
+
+class CheckpointError(LlavaSPError, RuntimeError):
+  """A run folder that cannot be used; the message says what was found and what to do."""

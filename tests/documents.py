@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data import sample_file
 from tests.conftest import REPOSITORY
 
@@ -45,7 +45,7 @@ class Command:
 def stand_ins() -> Iterator[None]:
   """In place of the checkpoint and the data file that a recipe reads: default sizes, ten samples."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "read_config", lambda folder: config_lib.Config())
+    patch.setattr(runs, "read_config", lambda folder: config_lib.Config())
     patch.setattr(sample_file, "read", lambda path: [{}] * 10)
     yield
 

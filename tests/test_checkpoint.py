@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llava_sp_jax import checkpoint, jsonl
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import jsonl
+from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
@@ -27,7 +29,7 @@ TREE = {
 
 
 def fingerprint(tree: dict) -> str:
-  return checkpoint.fingerprint({k: jnp.asarray(v) for k, v in tree.items()})
+  return fingerprints.fingerprint({k: jnp.asarray(v) for k, v in tree.items()})
 
 
 @pytest.mark.parametrize("bit", range(32))
@@ -66,7 +68,7 @@ def test_order_of_the_names_and_the_mesh_do_not_change_it() -> None:
   assert fingerprint(dict(reversed(TREE.items()))) == fingerprint(TREE)
   mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
   spread = jax.device_put(TREE["a/x"], NamedSharding(mesh, PartitionSpec("x")))
-  assert checkpoint.fingerprint({**TREE, "a/x": spread, "b": jnp.asarray(TREE["b"])}) == (
+  assert fingerprints.fingerprint({**TREE, "a/x": spread, "b": jnp.asarray(TREE["b"])}) == (
     fingerprint(TREE)
   )
 
@@ -103,28 +105,28 @@ def test_a_line_that_cannot_be_read_is_dropped_and_counted(tmp_path: Path, line:
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
   """`keep` of them, and one more while it is written: what docs/pods.md sizes the disk by."""
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep)
+  checkpoints = manager.Checkpoints(tmp_path, keep)
   for step in range(1, 6):
     checkpoints.save(step, {"a": jnp.full(3, step)}, {"b": jnp.zeros(2)}, {"step": step})
     assert len(list((tmp_path / "checkpoints").iterdir())) <= keep + 1
   checkpoints.close()
-  assert checkpoint.steps(tmp_path) == list(range(6 - keep, 6))
+  assert on_disk.steps(tmp_path) == list(range(6 - keep, 6))
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-  with pytest.raises(checkpoint.CheckpointError, match=r"not a run folder \(no config.json\)"):
-    checkpoint.read_config(tmp_path)
+  with pytest.raises(CheckpointError, match=r"not a run folder \(no config.json\)"):
+    runs.read_config(tmp_path)
 
 
 def test_a_run_without_a_checkpoint_is_named(tiny_config: ConfigMaker, tmp_path: Path) -> None:
-  checkpoint.write_config(tmp_path, tiny_config())
-  with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint yet .*; train it first"):
-    checkpoint.saved(tmp_path)
+  runs.write_config(tmp_path, tiny_config())
+  with pytest.raises(CheckpointError, match=r"no checkpoint yet .*; train it first"):
+    on_disk.saved(tmp_path)
 
 
 def test_a_config_survives_the_folder(tiny_config: ConfigMaker, tmp_path: Path) -> None:
-  checkpoint.write_config(tmp_path, tiny_config())
-  assert checkpoint.read_config(tmp_path) == tiny_config()
+  runs.write_config(tmp_path, tiny_config())
+  assert runs.read_config(tmp_path) == tiny_config()
   assert not list(tmp_path.glob("*.part"))
 
 
@@ -177,17 +179,17 @@ def test_every_key_is_refused_when_a_run_goes_on_unless_it_is_listed(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
   config = config_lib.Config()
-  checkpoint.write_config(tmp_path, config)
+  runs.write_config(tmp_path, config)
   old = dict(keys(config))[key]
   other = changed(config, key.removeprefix("config."), another(old))
-  checkpoint.check_config(tmp_path, other)  # nothing was trained yet
-  monkeypatch.setattr(checkpoint, "steps", lambda folder: [3])
-  checkpoint.check_config(tmp_path, config)
+  runs.check_config(tmp_path, other)  # nothing was trained yet
+  monkeypatch.setattr(runs, "steps", lambda folder: [3])
+  runs.check_config(tmp_path, config)
   if key in MAY_CHANGE:
-    checkpoint.check_config(tmp_path, other)
+    runs.check_config(tmp_path, other)
     return
-  with pytest.raises(checkpoint.CheckpointError) as error:
-    checkpoint.check_config(tmp_path, other)
+  with pytest.raises(CheckpointError) as error:
+    runs.check_config(tmp_path, other)
   (line,) = (x.strip() for x in str(error.value).splitlines() if x.startswith("  "))
   assert line == f"{key}: {another(old)!r} here, {old!r} there"
 
@@ -198,13 +200,13 @@ def test_the_list_names_keys_that_there_are() -> None:
 
 def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None:
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  made = checkpoint.Checkpoints(tmp_path, keep=3)
+  made = manager.Checkpoints(tmp_path, keep=3)
   assert made.latest is None
   for step in (1, 2, 4):
     params = {"a/x": jax.device_put(jnp.full(3, float(step)), place)}
     made.save(step, params, {"m": params["a/x"] + 1}, {"told": step})
   made.close()
-  made = checkpoint.Checkpoints(tmp_path, keep=3)
+  made = manager.Checkpoints(tmp_path, keep=3)
   assert made.latest == 4
   like = jax.device_put(jnp.zeros(3), place)
   number, params, moments, about = made.restore({"a/x": like}, {"m": like})
@@ -212,9 +214,9 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   np.testing.assert_array_equal(params["a/x"], np.full(3, 4.0))
   np.testing.assert_array_equal(moments["m"], np.full(3, 5.0))
   made.close()
-  assert checkpoint.steps(tmp_path) == [1, 2, 4]
-  checkpoint.write_config(tmp_path, config_lib.Config())
-  assert checkpoint.saved(tmp_path) == (
+  assert on_disk.steps(tmp_path) == [1, 2, 4]
+  runs.write_config(tmp_path, config_lib.Config())
+  assert on_disk.saved(tmp_path) == (
     tmp_path / "checkpoints" / "4" / "params", {"told": 4, "step": 4}, 4
   )  # fmt: skip
 
@@ -228,7 +230,7 @@ def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> N
   draw = random.Random(0)
   params = {f"a/{i}": jnp.asarray(RNG.normal(size=(40, 30)).astype("float32")) for i in range(3)}
   moments = {"m": {k: 2 * v for k, v in params.items()}, "count": jnp.int32(3)}
-  with checkpoint.Checkpoints(tmp_path) as made:
+  with manager.Checkpoints(tmp_path) as made:
     made.save(3, params, moments, {})
   place = tmp_path / "checkpoints/3"
   files = [p for item in ("params", "optimizer") for p in (place / item).rglob("*") if p.is_file()]
@@ -241,10 +243,10 @@ def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> N
     changed[bit // 8] ^= 1 << bit % 8
     file.write_bytes(changed)
     said = ""
-    with checkpoint.Checkpoints(tmp_path) as made:
+    with manager.Checkpoints(tmp_path) as made:
       try:
         _, ours, theirs, _ = made.restore(params, moments)
-      except checkpoint.CheckpointError as error:
+      except CheckpointError as error:
         said = str(error)
     file.write_bytes(before)
     if said:
@@ -259,27 +261,25 @@ def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> N
 def test_a_newer_step_that_cannot_be_read_is_told_and_an_older_one_opened(
   tmp_path: Path, tiny_config: ConfigMaker, capsys: pytest.CaptureFixture
 ) -> None:
-  checkpoint.write_config(tmp_path, tiny_config())
-  with checkpoint.Checkpoints(tmp_path, keep=3) as made:
+  runs.write_config(tmp_path, tiny_config())
+  with manager.Checkpoints(tmp_path, keep=3) as made:
     for step in (1, 2):
       made.save(step, {"a": jnp.full(3, step)}, {"b": jnp.zeros(2)}, {"step": step})
   (tmp_path / "checkpoints/7").mkdir()
 
   def accept(place: Path, about: dict) -> None:
     if about["step"] == 2:
-      raise checkpoint.CheckpointError("not this one")
+      raise CheckpointError("not this one")
 
-  assert checkpoint.damaged(tmp_path) == {7: "it has no params, about"}
-  assert checkpoint.saved(tmp_path, accept)[1:] == ({"step": 1}, 1)
+  assert on_disk.damaged(tmp_path) == {7: "it has no params, about"}
+  assert on_disk.saved(tmp_path, accept)[1:] == ({"step": 1}, 1)
   said = capsys.readouterr().err
   assert "WARNING" in said
   assert "step 2 cannot be used: not this one; step 7 cannot be used: it has no params" in said
   assert "step 1 is used instead" in said
   (tmp_path / "checkpoints/1/about/metadata").write_text("[]")
-  with pytest.raises(
-    checkpoint.CheckpointError, match=r"no checkpoint can be used: step 1 .* \[\]"
-  ):
-    checkpoint.saved(tmp_path, accept)
+  with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 1 .* \[\]"):
+    on_disk.saved(tmp_path, accept)
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -301,10 +301,10 @@ def failing(error: Exception) -> Callable[[], None]:
 def test_whatever_a_library_raises_is_one_line_with_its_traceback_as_a_note(
   error: Exception, line: str
 ) -> None:
-  with pytest.raises(checkpoint.CheckpointError) as raised:
-    checkpoint.told("x: not read", failing(error))
+  with pytest.raises(CheckpointError) as raised:
+    manager.told("x: not read", failing(error))
   assert str(raised.value) == line
   assert "in fail" in raised.value.__notes__[0]
   for other in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")):
     with pytest.raises(type(other)):
-      checkpoint.told("x: not read", failing(other))
+      manager.told("x: not read", failing(other))

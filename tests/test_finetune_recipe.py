@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import cli
-from llava_sp_jax.checkpoint import CheckpointError
 from llava_sp_jax.config import ConfigError
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker

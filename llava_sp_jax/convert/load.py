@@ -21,14 +21,16 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_sp_jax import checkpoint, folders
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
+from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs
 from llava_sp_jax.convert import formats, places, quantised, stream
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 
@@ -60,7 +62,7 @@ class Checkpoint:
 def is_ours(folder: str | Path) -> bool:
   """Whether a folder is one that `open_own` opens."""
   place = Path(folder)
-  return (place / checkpoint.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
+  return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
 
 def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
@@ -86,8 +88,8 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   the one before it is opened. Raises: CheckpointError without such a step, and when the base is
   another one than it was trained with.
   """
-  config = located(checkpoint.read_config(folder), folder)
-  place, about, step = checkpoint.saved(folder, functools.partial(_check_trained, verify=verify))
+  config = located(runs.read_config(folder), folder)
+  place, about, step = on_disk.saved(folder, functools.partial(_check_trained, verify=verify))
   trained = stream.Item(place).leaves()
   form = build.quantisation(config.model)
   expected = _abstract(build.unquantised(config.model))
@@ -103,9 +105,9 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
   if form:
     base = quantised.quantise(base, _abstract(config.model), form)
   if verify:
-    found = checkpoint.fingerprint(_AsFrozen(base, config.model.frozen_dtype))
+    found = fingerprints.fingerprint(_AsFrozen(base, config.model.frozen_dtype))
     if found != about["fingerprint"]:
-      raise checkpoint.CheckpointError(
+      raise CheckpointError(
         f"{folder}: its frozen base has fingerprint {about['fingerprint']}, but config.init leads "
         f"to {found}; restore the files that config.init names"
       )
@@ -123,15 +125,15 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
 
   Raises: CheckpointError.
   """
-  known = checkpoint.checksums(place).get("params", {})
+  known = on_disk.checksums(place).get("params", {})
 
   def read() -> None:
     leaves = stream.Item(place / "params").leaves()
     for path, leaf in leaves.items() if verify and known else ():
-      found = checkpoint.sums({path: jax.numpy.asarray(leaf.read())})
-      checkpoint.compare_sums(found, known, place)
+      found = fingerprints.sums({path: jax.numpy.asarray(leaf.read())})
+      fingerprints.compare_sums(found, known, place)
 
-  checkpoint.told(f"{place}: cannot be read", read)
+  manager.told(f"{place}: cannot be read", read)
 
 
 class _AsFrozen(Mapping[str, Any]):
@@ -188,7 +190,7 @@ def base_fingerprint(source: formats.Source) -> str:
   """Reads all that stage 2 does not train: tower and decoder without adapters."""
   base = {p: leaf for p, leaf in source.leaves.items()
           if not p.startswith("projector/") and not re.match(ADAPTERS, p)}  # fmt: skip
-  return checkpoint.fingerprint(_AsFrozen(base, source.config.model.frozen_dtype))
+  return fingerprints.fingerprint(_AsFrozen(base, source.config.model.frozen_dtype))
 
 
 def verify_base(source: formats.Source) -> None:
@@ -260,7 +262,7 @@ def write(
   It names no other folder, so it can be moved. A folder that an interrupted call of the same
   `command` left is written anew. Raises: FolderError when `out` holds anything else.
   """
-  makes = (checkpoint.CONFIG_FILE, "checkpoints", "tokenizer")
+  makes = (runs.CONFIG_FILE, "checkpoints", "tokenizer")
   with contextlib.ExitStack() as whole:
     place = folders.new(out, command, makes)
     processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
@@ -280,12 +282,12 @@ def _write(source: formats.Source, out: Path, dtype: str) -> None:
   train = dataclasses.replace(source.config.train, steps=0)
   config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
   about = {
-    "fingerprint": checkpoint.fingerprint({}), "name": config.name, "stage": "convert",
+    "fingerprint": fingerprints.fingerprint({}), "name": config.name, "stage": "convert",
     "parts": list(source.parts), "format": source.format, "base": places.lasting(source.base),
     "tower": places.lasting(source.tower),
   }  # fmt: skip
   if jax.process_index() == 0:
-    checkpoint.write_config(out, config)
+    runs.write_config(out, config)
     (out / "checkpoints").mkdir(exist_ok=True)
     if source.tokenizer:
       formats.copy_tokenizer(source.tokenizer, out / "tokenizer")
@@ -297,7 +299,7 @@ def finished(folder: str | Path, key: str) -> Checkpoint:
   """`open_own` of a run that reached its last step. Raises: CheckpointError."""
   run = open_own(folder)
   if run.step < run.config.train.steps:
-    raise checkpoint.CheckpointError(
+    raise CheckpointError(
       f"{key} {folder}: stopped at step {run.step} of {run.config.train.steps}; finish it first"
     )
   return run

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax import __version__, checkpoint
+from llava_sp_jax import __version__
+from llava_sp_jax.checkpoints import fingerprints
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.results import compare as compare_lib
@@ -49,7 +50,7 @@ class Model:
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
     with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
-      loaded = checkpoint.fingerprint(flatten_dict(pretrained.params, sep="/"))
+      loaded = fingerprints.fingerprint(flatten_dict(pretrained.params, sep="/"))
     return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
 
 

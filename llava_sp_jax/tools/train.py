@@ -114,12 +114,12 @@ def main(argv: list[str]) -> int:
   process = {name: text for name, text in given.items() if name in PROCESS_FLAGS}
   import jax
 
-  from llava_sp_jax import checkpoint
+  from llava_sp_jax.checkpoints import runs
   from llava_sp_jax.distributed import processes
   from llava_sp_jax.training import loop, resume
 
   wish = resume.Wish.of(given.get("from-step", ""), given.get("allow-changed", ""))
-  checkpoint.check_folder(Path(workdir))
+  runs.check_folder(Path(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
     evaluator = None

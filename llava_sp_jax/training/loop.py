@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from llava_sp_jax import checkpoint, jsonl, limits, locks
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import jsonl, limits, locks
+from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import load, places
 from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def train(
     lock = locks.Lock(Path(workdir), "llava-sp train")
 
     def begin() -> None:
-      checkpoint.check_folder(Path(workdir))
+      runs.check_folder(Path(workdir))
       held.enter_context(lock)
 
     processes.together("the run folder is locked", begin, only=0)
@@ -183,7 +184,7 @@ def _train(
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
-  checkpoint.check_config(folder, config)
+  runs.check_config(folder, config)
   sinks.check(config)
   begun = resume.first(folder, wish)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
@@ -208,7 +209,7 @@ def _train(
   with jax.set_mesh(device_mesh):
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
-      checkpoint.write_config(folder, config)
+      runs.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
@@ -225,15 +226,15 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   if jax.process_index() == 0:
     print(_summary(config, train_state, run.mesh), flush=True)
   processes.meet("parameters are placed")
-  base = checkpoint.fingerprint(train_state.frozen)
-  with checkpoint.Checkpoints(folder, config.train.keep) as checkpoints:
+  base = fingerprints.fingerprint(train_state.frozen)
+  with manager.Checkpoints(folder, config.train.keep) as checkpoints:
     train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
 def _loop(
   run: _Run, module: Any, prepared: tuple[Any, Any, Any], base: str,
-  checkpoints: checkpoint.Checkpoints,
+  checkpoints: manager.Checkpoints,
 ) -> Result:  # fmt: skip
   config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
   train_state, shardings, tx = prepared

@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 
-from llava_sp_jax import checkpoint, folders
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
+from llava_sp_jax.checkpoints import manager, on_disk
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training.state import TrainState
 
 DIGITS = 10  # of a step at most: steps are counted in 32 bits
@@ -54,18 +56,18 @@ def first(folder: Path, wish: Wish) -> int:
 
   Raises: CheckpointError when there is no such step, or none can be read.
   """
-  whole, bad = checkpoint.steps(folder), checkpoint.damaged(folder)
+  whole, bad = on_disk.steps(folder), on_disk.damaged(folder)
   if wish.step is None:
     if bad and not whole:
-      raise checkpoint.CheckpointError(
-        f"{folder}: {checkpoint.listed(bad)}; no other step is there. --from-step 0 trains anew"
+      raise CheckpointError(
+        f"{folder}: {on_disk.listed(bad)}; no other step is there. --from-step 0 trains anew"
       )
     return max(whole, default=0)
   if whole and about(folder, whole[-1]).get("from_step") == wish.step < whole[-1]:
     return whole[-1]
   if wish.step and wish.step not in whole:
     why = bad.get(wish.step, "it is not there")
-    raise checkpoint.CheckpointError(
+    raise CheckpointError(
       f"--from-step {wish.step}: {why}; steps of {folder}: {', '.join(map(str, whole)) or 'none'}"
     )
   return wish.step
@@ -73,7 +75,7 @@ def first(folder: Path, wish: Wish) -> int:
 
 def about(folder: Path, step: int) -> dict[str, Any]:
   """What step `step` says of itself; {} for the start of a run."""
-  return checkpoint.about(folder / checkpoint.PLACE / str(step)) if step else {}
+  return on_disk.about(folder / on_disk.PLACE / str(step)) if step else {}
 
 
 def compare_inputs(
@@ -90,7 +92,7 @@ def compare_inputs(
     _say(f"{folder}: step {step} does not say what data it was trained on; they are not compared")
   other = [name for name in INPUTS if known.get(name, inputs[name]) != inputs[name]]
   if refused := [name for name in other if name not in changed]:
-    raise checkpoint.CheckpointError(
+    raise CheckpointError(
       f"{folder}: was trained on something else until step {step}: "
       + "; ".join(
         f"{name} ({INPUTS[name]}) has fingerprint {inputs[name]} here, {known[name]} there"
@@ -105,20 +107,20 @@ def compare_inputs(
 
 def make_way(folder: Path, step: int) -> None:
   """Moves newer steps than `step`, and what is no checkpoint, aside; for one process alone."""
-  bad = checkpoint.damaged(folder)
-  for number in sorted({*checkpoint.steps(folder), *bad}):
+  bad = on_disk.damaged(folder)
+  for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:
       _set_aside(folder, number, bad.get(number, f"training goes on from step {step}"))
 
 
 def _set_aside(folder: Path, number: int, why: str) -> None:
-  place = folder / checkpoint.PLACE / str(number)
+  place = folder / on_disk.PLACE / str(number)
   there = folders.rename_aside(place, folder / ASIDE)
   _say(f"{folder}: WARNING: step {number}: {why}; it is kept in {there}")
 
 
 def restore(
-  checkpoints: checkpoint.Checkpoints, fresh: TrainState, base: str, folder: Path, wish: Wish
+  checkpoints: manager.Checkpoints, fresh: TrainState, base: str, folder: Path, wish: Wish
 ) -> TrainState:
   """The state of the newest step that can be read; `fresh` when there is no step yet.
 
@@ -127,14 +129,14 @@ def restore(
   Raises: CheckpointError when the base is another one than `base`, or no step can be read.
   """
   bad: dict[int, str] = {}
-  for number in reversed(checkpoint.steps(folder)):
+  for number in reversed(on_disk.steps(folder)):
 
     def read(number: int = number) -> tuple[int, Any, Any, Any]:
       return checkpoints.restore(fresh.trainable, fresh.opt_state, number)
 
     try:
       found = processes.together(f"step {number} is restored", read)
-    except (checkpoint.CheckpointError, processes.PeerError) as error:
+    except (CheckpointError, processes.PeerError) as error:
       bad[number] = str(error)
       if wish.step == number:
         break
@@ -142,27 +144,23 @@ def restore(
     assert found is not None
     _, trainable, opt_state, said = found
     if said["fingerprint"] != base:
-      raise checkpoint.CheckpointError(
+      raise CheckpointError(
         f"{folder}: its frozen base has fingerprint {said['fingerprint']}, the one named by this "
         f"config has {base}; give the base it was trained with (config.init)"
       )
     if bad:
       _leave_behind(checkpoints, folder, bad)
-    if not checkpoint.checksums(folder / checkpoint.PLACE / str(number)):
+    if not on_disk.checksums(folder / on_disk.PLACE / str(number)):
       _say(f"{folder}: step {number} was saved without checksums; its values are not verified")
     _say(f"continuing {folder} from step {number}")
     place = jax.device_put(fresh.step + number, fresh.step.sharding)
     return fresh.replace(step=place, trainable=trainable, opt_state=opt_state)
   if bad:
-    raise checkpoint.CheckpointError(
-      f"{folder}: {checkpoint.listed(bad)}. --from-step 0 trains anew"
-    )
+    raise CheckpointError(f"{folder}: {on_disk.listed(bad)}. --from-step 0 trains anew")
   return fresh
 
 
-def _leave_behind(
-  checkpoints: checkpoint.Checkpoints, folder: Path, bad: Mapping[int, str]
-) -> None:
+def _leave_behind(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[int, str]) -> None:
   def move() -> None:
     for number, why in sorted(bad.items()):
       _set_aside(folder, number, why)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llava_sp_jax import checkpoint, cli
+from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.convert import formats, leaves, load, save, stream
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
@@ -76,7 +77,7 @@ def test_a_converted_folder_is_moved_and_stands_alone(
   (here / "ours").rename(moved)
   shutil.rmtree(here)
   assert str(tmp_path) not in (moved / "config.json").read_text()
-  assert checkpoint.read_config(moved).data.tokenizer == "tokenizer"
+  assert runs.read_config(moved).data.tokenizer == "tokenizer"
   llava_sp(capsys, "export", moved, tmp_path / "lora", "--format", "llava_lora")
   given = formats.Options(select_layer=-1)
   assert_same(wanted, formats.open_checkpoint(tmp_path / "lora", given))
@@ -108,7 +109,7 @@ def test_inspect_reads_no_values(
   whole = source("pooling")
   load.write(whole, ours)
   init = config_lib.Init(checkpoint=str(ours))
-  checkpoint.write_config(run, dataclasses.replace(checkpoint.read_config(ours), init=init))
+  runs.write_config(run, dataclasses.replace(runs.read_config(ours), init=init))
   (run / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
   stream.write(run, trained, {"fingerprint": "another"}, stream.Progress(1))

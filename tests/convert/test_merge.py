@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint, cli, folders
+from llava_sp_jax import cli, folders
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.convert import formats, load, save, stream
 from tests.convert.test_round_trip import source
 
 
 def run_on(converted: Path, folder: Path) -> Path:
   """A finished run whose adapters and projector go on from those of a converted folder."""
-  config = checkpoint.read_config(converted)
+  config = runs.read_config(converted)
   whole = load.open_any(converted, formats.Options())
   init = config_lib.Init(checkpoint=str(converted))
   train = dataclasses.replace(config.train, steps=7)
-  checkpoint.write_config(folder, dataclasses.replace(config, init=init, train=train))
+  runs.write_config(folder, dataclasses.replace(config, init=init, train=train))
   (folder / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
   about = {"fingerprint": load.base_fingerprint(whole), "stage": "finetune", "name": "run"}
@@ -59,16 +60,16 @@ def test_a_run_that_has_no_checkpoint_yet_is_not_written_over(
   tmp_path: Path, capsys: pytest.CaptureFixture, command: str
 ) -> None:
   run = tmp_path / "run"
-  checkpoint.write_config(run, config_lib.Config(name="mine"))
+  runs.write_config(run, config_lib.Config(name="mine"))
   (run / "checkpoints").mkdir()
-  before = (run / checkpoint.CONFIG_FILE).read_text()
+  before = (run / runs.CONFIG_FILE).read_text()
   more = ["--format=llava"] if command == "export" else []
   assert cli.main([command, str(tmp_path / "gone"), str(run), *more]) == 1
   said = capsys.readouterr().err
   assert said == (
     f"llava-sp {command}: {run}: exists and holds checkpoints, config.json; name a new folder\n"
   )
-  assert (run / checkpoint.CONFIG_FILE).read_text() == before
+  assert (run / runs.CONFIG_FILE).read_text() == before
 
 
 def test_what_another_command_left_is_not_finished_by_this_one(

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.convert import formats, load, processors, save, settings, settings_out
 from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.errors import CheckpointError
 from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import source
 
@@ -152,10 +153,10 @@ def test_a_projector_that_stage_1_lacks_is_an_error(stage_1: Path) -> None:
 
 
 def test_an_unfinished_stage_1_is_an_error(stage_1: Path) -> None:
-  config = checkpoint.read_config(stage_1)
+  config = runs.read_config(stage_1)
   longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=9))
-  checkpoint.write_config(stage_1, longer)
-  with pytest.raises(checkpoint.CheckpointError, match="stopped at step 0 of 9; finish it first"):
+  runs.write_config(stage_1, longer)
+  with pytest.raises(CheckpointError, match="stopped at step 0 of 9; finish it first"):
     load.initial_params(second(stage_1, "none"))
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoint import CheckpointError
 from llava_sp_jax.convert import formats, leaves, load, save, stream
 from llava_sp_jax.distributed import mesh, sharding
+from llava_sp_jax.errors import CheckpointError
 from tests.conftest import REPOSITORY
 from tests.convert.test_round_trip import assert_same, source
 

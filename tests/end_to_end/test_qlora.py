@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer import pretrained, verify
 from llava_sp_jax.infer.engine import Engine
@@ -88,12 +89,12 @@ def test_another_base_is_refused(run: Path, base: Path, tmp_path: Path, form: st
 
   folder = tmp_path / "copy"
   shutil.copytree(run, folder)
-  config = checkpoint.read_config(folder)
+  config = runs.read_config(folder)
   other = dataclasses.replace(config.model, quantize="int8_block")
-  (folder / checkpoint.CONFIG_FILE).write_text(
+  (folder / runs.CONFIG_FILE).write_text(
     config_lib.to_json(dataclasses.replace(config, model=other))
   )
-  with pytest.raises(checkpoint.CheckpointError, match="its frozen base has fingerprint"):
+  with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
     load.open_own(folder)
   assert load.open_own(run).config.model.quantize == form
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import on_disk, runs
 from llava_sp_jax.convert import load, stream
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
 from tests.end_to_end.cluster import GRACE, metrics, saved, write_config
@@ -93,7 +94,7 @@ def unbroken(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def same_trained_parameters(ours: Path, theirs: Path) -> None:
-  (one, _, step), (two, _, other) = (checkpoint.saved(folder) for folder in (ours, theirs))
+  (one, _, step), (two, _, other) = (on_disk.saved(folder) for folder in (ours, theirs))
   a, b = ({p: x.read() for p, x in stream.Item(item).leaves().items()} for item in (one, two))
   assert step == other == STEPS
   assert a.keys() == b.keys()
@@ -177,7 +178,7 @@ def on_eight_devices(config: config_lib.Config) -> config_lib.Config:
 def test_a_contradiction_shows_both_values(unbroken: Path, config: config_lib.Config) -> None:
   optimizer = dataclasses.replace(config.optimizer, learning_rate=0.125)
   other = dataclasses.replace(config, optimizer=optimizer)
-  with pytest.raises(checkpoint.CheckpointError) as error:
+  with pytest.raises(CheckpointError) as error:
     loop.train(other, unbroken)
   line = f"config.optimizer.learning_rate: 0.125 here, {config.optimizer.learning_rate} there"
   assert line in str(error.value)
@@ -189,7 +190,7 @@ def test_what_does_not_change_the_numbers_may_change(
   train = dataclasses.replace(config.train, save_every=5, log_every=2, keep=4)
   data = dataclasses.replace(config.data, threads=config.data.threads + 1, processes=3)
   changed = dataclasses.replace(on_eight_devices(config), train=train, data=data)
-  checkpoint.check_config(unbroken, changed)
+  runs.check_config(unbroken, changed)
 
 
 @pytest.fixture
@@ -200,18 +201,18 @@ def other_base(unbroken: Path, config: config_lib.Config, tmp_path: Path) -> Pat
   folder = tmp_path / "copy"
   shutil.copytree(unbroken, folder)
   changed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7))
-  (folder / checkpoint.CONFIG_FILE).write_text(config_lib.to_json(changed))
+  (folder / runs.CONFIG_FILE).write_text(config_lib.to_json(changed))
   return folder
 
 
 def test_fingerprint_refuses_another_base_when_training_goes_on(other_base: Path) -> None:
-  changed = on_eight_devices(checkpoint.read_config(other_base))
-  with pytest.raises(checkpoint.CheckpointError, match="its frozen base has fingerprint"):
+  changed = on_eight_devices(runs.read_config(other_base))
+  with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
     loop.train(changed, other_base)
 
 
 def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroken: Path) -> None:
-  with pytest.raises(checkpoint.CheckpointError, match="its frozen base has fingerprint"):
+  with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
     load.open_own(other_base)
   assert load.open_own(unbroken).step == STEPS
 
@@ -235,7 +236,7 @@ def test_second_stage_starts_from_the_first(
   changed = {p for p in before if not np.array_equal(before[p], after[p])}
   assert changed == {p for p in before if p.startswith("projector/")}
   assert all(np.any(after[p]) for p in adapters if p.endswith("lora_b"))
-  item, about, _ = checkpoint.saved(tmp_path / "two")
+  item, about, _ = on_disk.saved(tmp_path / "two")
   assert set(stream.Item(item).leaves()) == adapters | changed
   assert about["stage"] == "finetune"
 
@@ -245,9 +246,9 @@ def test_second_stage_refuses_an_unfinished_first(tiny_config: ConfigMaker, tmp_
   first = tiny_config("pretrain_all", train={"steps": 2})
   loop.train(first, tmp_path / "one")
   longer = dataclasses.replace(first, train=dataclasses.replace(first.train, steps=9))
-  (tmp_path / "one" / checkpoint.CONFIG_FILE).write_text(config_lib.to_json(longer))
+  (tmp_path / "one" / runs.CONFIG_FILE).write_text(config_lib.to_json(longer))
   second = tiny_config("finetune", init={"checkpoint": str(tmp_path / "one")})
-  with pytest.raises(checkpoint.CheckpointError, match="stopped at step 2 of 9; finish it first"):
+  with pytest.raises(CheckpointError, match="stopped at step 2 of 9; finish it first"):
     loop.train(second, tmp_path / "two")
 
 

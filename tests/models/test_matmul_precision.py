@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.eval import run
 from llava_sp_jax.infer import verify
 from llava_sp_jax.infer.engine import Engine, Generation, Request
@@ -199,10 +200,10 @@ def test_a_config_that_was_saved_without_it_opens(tiny_config: ConfigMaker) -> N
 def test_a_run_goes_on_with_its_own_only(
   tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  checkpoint.write_config(tmp_path, tiny_config())
-  monkeypatch.setattr(checkpoint, "steps", lambda folder: [3])
-  with pytest.raises(checkpoint.CheckpointError, match="matmul_precision: 'default' here, 'auto'"):
-    checkpoint.check_config(tmp_path, tiny_config(model=OWN))
+  runs.write_config(tmp_path, tiny_config())
+  monkeypatch.setattr(runs, "steps", lambda folder: [3])
+  with pytest.raises(CheckpointError, match="matmul_precision: 'default' here, 'auto'"):
+    runs.check_config(tmp_path, tiny_config(model=OWN))
 
 
 def test_a_score_keeps_it_among_its_settings(tiny_config: ConfigMaker) -> None:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import on_disk
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, measure
 from tests.conftest import ConfigMaker
 
@@ -71,13 +72,13 @@ def test_a_run_that_was_stopped_goes_on_like_one_that_was_not(
   """The same steps see the same batches; nothing is logged, saved or read twice."""
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   assert loop.train(config(tiny_config), whole).step == 5
-  assert checkpoint.steps(whole) == [2, 4, 5]
+  assert on_disk.steps(whole) == [2, 4, 5]
   wanted, looker.seen = looker.seen, []
   assert [number for number, *_ in wanted] == [0, 1, 2, 3, 4]
   assert len({str(tokens) for *_, tokens in wanted}) == 5
   looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 3 else None
   assert loop.train(config(tiny_config), parts).step == 3
-  assert checkpoint.steps(parts) == [2, 3]
+  assert on_disk.steps(parts) == [2, 3]
   for file in (parts / "metrics.jsonl", parts / ledger.FOLDER / "00000.jsonl"):
     lines = file.read_text().splitlines()
     again = json.dumps({**json.loads(lines[-1]), "step": 4})  # of a step that was not saved
@@ -85,11 +86,11 @@ def test_a_run_that_was_stopped_goes_on_like_one_that_was_not(
   looker.does = lambda number: None
   assert loop.train(config(tiny_config), parts).step == 5
   assert looker.seen == wanted
-  assert checkpoint.steps(parts) == [2, 3, 4, 5]
+  assert on_disk.steps(parts) == [2, 3, 4, 5]
   assert logged(whole) == logged(parts) == [1, 2, 3, 4, 5]
   strip = [{k: v for k, v in line.items() if k != "time"} for line in ledger.read(parts)]
   assert strip == ledger.read(whole)
-  assert checkpoint.saved(parts)[2] == 5
+  assert on_disk.saved(parts)[2] == 5
   assert (parts / "config.json").read_text() == (whole / "config.json").read_text()
 
 
@@ -98,7 +99,7 @@ def test_nothing_is_written_between_the_records_that_are_asked_for(
 ) -> None:
   loop.train(config(tiny_config, log_every=2, save_every=100), tmp_path / "run")
   assert logged(tmp_path / "run") == [2, 4, 5]
-  assert checkpoint.steps(tmp_path / "run") == [5]
+  assert on_disk.steps(tmp_path / "run") == [5]
 
 
 def test_another_base_is_refused_before_a_step(
@@ -107,11 +108,11 @@ def test_another_base_is_refused_before_a_step(
   """As when the folder that config.init names was replaced; only the newest checkpoints are kept."""
   folder = tmp_path / "run"
   loop.train(config(tiny_config, save_every=1, keep=2), folder)
-  assert checkpoint.steps(folder) == [4, 5]
-  known = checkpoint.saved(folder)[1]
+  assert on_disk.steps(folder) == [4, 5]
+  known = on_disk.saved(folder)[1]
   assert (known["stage"], known["name"]) == ("pretrain", "tiny-none-pretrain")
   looker.seen.clear()
-  monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: "another")
-  with pytest.raises(checkpoint.CheckpointError, match=rf"{known['fingerprint']}, .* has another;"):
+  monkeypatch.setattr(fingerprints, "fingerprint", lambda tree: "another")
+  with pytest.raises(CheckpointError, match=rf"{known['fingerprint']}, .* has another;"):
     loop.train(config(tiny_config, save_every=1, keep=2), folder)
   assert not looker.seen

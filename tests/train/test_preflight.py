@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
@@ -170,5 +170,5 @@ def test_a_dead_decoder_is_refused_and_nothing_is_kept(
     loop.train(config, tmp_path / "run")
   assert "lora: the gradient of language_model/layers/" in str(error.value)
   assert "projector: the gradient of projector/fc1" in str(error.value)
-  assert not checkpoint.steps(tmp_path / "run")
+  assert not on_disk.steps(tmp_path / "run")
   assert not (tmp_path / "run" / loop.METRICS_FILE).exists()

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import checkpoint, cli, jsonl, locks
+from llava_sp_jax import cli, jsonl, locks
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import on_disk, runs
 from llava_sp_jax.convert import load
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, resume
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
@@ -49,7 +51,7 @@ def stopped(values: config_lib.Config, tmp_path_factory: pytest.TempPathFactory)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop, "compile_step", lambda *_: made)
     assert loop.train(values, folder).step == 3
-  assert checkpoint.steps(folder) == [2, 3]
+  assert on_disk.steps(folder) == [2, 3]
   assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.json", "tokenizer"}
   assert not (folder / locks.FILE).exists()
   return folder
@@ -64,7 +66,7 @@ def went_on(folder: Path, looker: Looker, first: int) -> None:
   """The run has ended, and did the steps after `first` again."""
   assert [number for number, *_ in looker.seen] == list(range(first, 5))
   assert logged(folder) == [1, 2, 3, 4, 5]
-  assert checkpoint.steps(folder)[-1] == 5
+  assert on_disk.steps(folder)[-1] == 5
   assert ledger.check(folder, 5, 8, range(12)).read == 40
 
 
@@ -110,11 +112,11 @@ def test_without_a_step_that_can_be_read_nothing_begins_anew_unasked(
 ) -> None:
   for step in (2, 3):
     flip(run / f"checkpoints/{step}/params")
-  with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
+  with pytest.raises(CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
     loop.train(values, run)
   for step in (2, 3):
     shutil.rmtree(run / f"checkpoints/{step}/params")
-  with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
+  with pytest.raises(CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
     loop.train(values, run)
   assert not looker.seen
   assert loop.train(values, run, wish=resume.Wish(0)).step == 5
@@ -126,15 +128,13 @@ def test_a_run_goes_back_once_when_asked_and_then_goes_on(
   run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
 ) -> None:
   """The same command after a kill does not go back again."""
-  with pytest.raises(
-    checkpoint.CheckpointError, match=r"--from-step 1: it is not there; .*: 2, 3$"
-  ):
+  with pytest.raises(CheckpointError, match=r"--from-step 1: it is not there; .*: 2, 3$"):
     loop.train(values, run, wish=resume.Wish(1))
-  assert checkpoint.steps(run) == [2, 3]
+  assert on_disk.steps(run) == [2, 3]
   back = resume.Wish(2)
   looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 4 else None
   assert loop.train(values, run, wish=back).step == 4
-  assert checkpoint.steps(run) == [2, 4]
+  assert on_disk.steps(run) == [2, 4]
   assert f"step 3: training goes on from step 2; it is kept in {run / 'aside/3'}" in (
     capsys.readouterr().err
   )
@@ -152,7 +152,7 @@ def test_other_data_are_refused_with_both_values_unless_they_are_allowed(
   known = resume.about(run, 3)["inputs"]["data"]
   try:
     path.write_text(json.dumps(json.loads(whole)[:9]))
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(CheckpointError) as error:
       loop.train(values, run)
     assert not looker.seen
     assert "data (data.path) has fingerprint " in str(error.value)
@@ -196,7 +196,7 @@ def test_what_is_being_saved_gets_whole_when_a_step_fails(
   looker.does = fail
   with pytest.raises(ZeroDivisionError):
     loop.train(values, tmp_path / "run")
-  assert checkpoint.steps(tmp_path / "run") == [2]
+  assert on_disk.steps(tmp_path / "run") == [2]
   assert not list(tmp_path.rglob("*tmp*"))
   assert not (tmp_path / "run" / locks.FILE).exists()
 
@@ -276,9 +276,9 @@ def test_a_file_in_the_place_of_a_folder_is_named(
 ) -> None:
   run = tmp_path / "run"
   run.mkdir()
-  checkpoint.write_config(run, values)
+  runs.write_config(run, values)
   (run / name).write_text("in the way")
-  with pytest.raises((OSError, checkpoint.CheckpointError), match=f"{run / name}"):
+  with pytest.raises((OSError, CheckpointError), match=f"{run / name}"):
     loop.train(values, run)
   (run / name).unlink()
   assert loop.train(values, run).step == 5
@@ -314,7 +314,7 @@ def test_a_folder_of_others_is_no_workdir(
   file = tmp_path / "theirs" / name
   file.parent.mkdir(parents=True)
   file.write_text(FOREIGN[name])
-  with pytest.raises(checkpoint.CheckpointError, match=r"--workdir .*theirs: holds .*; name a new"):
+  with pytest.raises(CheckpointError, match=r"--workdir .*theirs: holds .*; name a new"):
     loop.train(values, tmp_path / "theirs")
   assert file.read_text() == FOREIGN[name]
   assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [file]
@@ -323,7 +323,7 @@ def test_a_folder_of_others_is_no_workdir(
 def test_a_file_is_no_workdir(values: config_lib.Config, tmp_path: Path, looker: Looker) -> None:
   (tmp_path / "file").write_text("mine")
   for name in ("file", "file/below"):
-    with pytest.raises(checkpoint.CheckpointError, match="file is a file; name a folder"):
+    with pytest.raises(CheckpointError, match="file is a file; name a folder"):
       loop.train(values, tmp_path / name)
   assert (tmp_path / "file").read_text() == "mine"
 
@@ -333,7 +333,7 @@ def test_a_link_that_leads_nowhere_is_no_workdir(
   values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
 ) -> None:
   (tmp_path / "link").symlink_to(tmp_path / "gone")
-  with pytest.raises(checkpoint.CheckpointError, match="link is a link that leads nowhere"):
+  with pytest.raises(CheckpointError, match="link is a link that leads nowhere"):
     loop.train(values, tmp_path / name)
 
 
@@ -346,7 +346,7 @@ def test_a_damaged_step_is_not_what_a_run_is_opened_with(
   said = capsys.readouterr().err
   assert f"WARNING: {run}: step 3 cannot be used: {run / 'checkpoints/3'}: " in said
   assert "step 2 is used instead" in said
-  with pytest.raises(checkpoint.CheckpointError, match="stopped at step 2 of 5; finish it first"):
+  with pytest.raises(CheckpointError, match="stopped at step 2 of 5; finish it first"):
     load.finished(run, "init.checkpoint")
 
 

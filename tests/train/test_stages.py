@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax import checkpoint
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import fingerprints, runs
 from llava_sp_jax.convert import formats, load, save
 from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.training import loop, optimizer
@@ -53,7 +53,7 @@ def test_qlora_learns_on_any_mesh_and_its_base_stays(tiny_config: ConfigMaker, f
     np.testing.assert_array_equal(leaf, before[name][last], err_msg=path)
   elsewhere, sharded = run(config, mesh_of(MESHES["three"]))
   np.testing.assert_allclose(elsewhere, losses, rtol=1e-5)  # float32 sums in another order
-  assert checkpoint.fingerprint(sharded.frozen) == checkpoint.fingerprint(state.frozen)
+  assert fingerprints.fingerprint(sharded.frozen) == fingerprints.fingerprint(state.frozen)
   q = sharded.frozen["language_model/layers/q_proj/kernel_q"]
   assert q.addressable_shards[0].data.size * 4 == q.size  # fsdp 2 x tensor 2
 
@@ -66,7 +66,7 @@ def test_quantised_kernels_that_should_learn_are_refused(
     config_lib.ConfigError, match=r"nf4: quantised kernels cannot learn, but opti"
   ):
     loop.train(config, tmp_path / "run")
-  assert not (tmp_path / "run" / checkpoint.CONFIG_FILE).exists()
+  assert not (tmp_path / "run" / runs.CONFIG_FILE).exists()
 
 
 @pytest.mark.guard

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax import checkpoint
+from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.data import ahead, sources
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
@@ -72,12 +72,12 @@ def test_a_wait_for_data_ends(
 
   allowed[0] = 0
   assert stopped_after(0, 0) < 1
-  assert checkpoint.steps(folder) == []
+  assert on_disk.steps(folder) == []
   assert "asked to stop: nothing was trained yet" in capsys.readouterr().out
   hangs.clear()
   allowed[0] = 1  # what has hung was counted as read
   assert stopped_after(3, 3) < 1 + 2  # a second, and what saving takes on a busy machine
-  assert checkpoint.steps(folder) == [2, 3]
+  assert on_disk.steps(folder) == [2, 3]
   assert "asked to stop: saved step 3 in" in capsys.readouterr().out
   allowed[0] = 10**9
   assert loop.train(made, folder).step == 5

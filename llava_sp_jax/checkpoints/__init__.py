@@ -1,0 +1,1 @@
+"""Our own run folders: what is saved in them, read from them, and where a run begins."""

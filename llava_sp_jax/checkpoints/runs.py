@@ -1,0 +1,86 @@
+"""The config of a run folder, and what is compared with it before a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
+from llava_sp_jax.checkpoints.on_disk import PLACE, about, steps
+from llava_sp_jax.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+
+
+def read_config(folder: str | Path) -> config_lib.Config:
+  """The config of a run. Raises: CheckpointError when `folder` is not a run folder."""
+  path = Path(folder) / CONFIG_FILE
+  if not path.is_file():
+    raise CheckpointError(
+      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run, or the "
+      "folder that llava-sp convert made of a checkpoint of others"
+    )
+  try:
+    return config_lib.from_json(path.read_text())
+  except (config_lib.ConfigError, UnicodeDecodeError) as error:
+    raise CheckpointError(f"{path}: not the config of a run ({error})") from None
+
+
+def write_config(folder: Path, config: config_lib.Config) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = folder / (CONFIG_FILE + ".part")
+  with folders.written(folder / CONFIG_FILE):
+    temporary.write_text(config_lib.to_json(config))
+  temporary.replace(folder / CONFIG_FILE)
+
+
+# Values that may change when a run goes on: they alter neither its numbers nor its files.
+MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
+              "config.data.threads", "config.data.processes", "config.mesh.", "config.train.sinks",
+              "config.train.peak_tflops", "config.train.preflight", "config.train.validate_",
+              "config.data.validation_path", "config.evaluate.", "config.train.max_nonfinite",
+              "config.train.peer_seconds", "config.train.stall_seconds")  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+  """Raises: CheckpointError for a `--workdir` whose files are not those of a training run.
+
+  Other files, such as a launcher's log, may lie in it.
+  """
+  for place in (folder, *folder.absolute().parents):
+    if place.is_symlink() and not place.exists():
+      raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
+    if place.exists() and not place.is_dir():
+      raise CheckpointError(f"--workdir {folder}: {place} is a file; name a folder")
+  other = f"--workdir {folder}: holds {{}}; name a new folder"
+  if (folder / folders.MARK).exists():
+    raise CheckpointError(other.format("what a conversion has not finished"))
+  if not (folder / CONFIG_FILE).exists():
+    if held := [name for name in (PLACE, "tokenizer") if (folder / name).exists()]:
+      raise CheckpointError(other.format(f"{held[0]}, but no {CONFIG_FILE} of a run"))
+    return
+  try:
+    read_config(folder)
+  except CheckpointError as error:
+    said = " ".join(str(error).split())[:240]
+    raise CheckpointError(other.format(f"another {CONFIG_FILE} ({said})")) from None
+  for step in steps(folder)[-1:]:
+    if about(folder / PLACE / str(step)).get("stage") == "convert":
+      raise CheckpointError(
+        f"--workdir {folder}: holds a converted checkpoint; name a new folder, and this one in "
+        "config.init.checkpoint"
+      )
+
+
+def check_config(folder: Path, config: config_lib.Config) -> None:
+  """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
+  if not (folder / CONFIG_FILE).is_file() or not steps(folder):
+    return  # nothing was trained yet, so there is nothing to contradict
+  lines = config_lib.differences(config, read_config(folder))
+  lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
+  if lines:
+    raise CheckpointError(
+      f"{folder} was started with another config ('here' is yours, 'there' is the run's):\n  "
+      + "\n  ".join(lines)
+      + "\nGive the run's values to continue it, or another --workdir."
+    )
