@@ -11,7 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, load, places, save
+from llava_sp_jax.checkpoints import opening, tokenizers
+from llava_sp_jax.convert import formats, places, save
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrai
 
   Raises: CheckpointError.
   """
-  run: Any = load.open_own(folder)
+  run: Any = opening.open_own(folder)
   present = {leaf.split("/")[0] for leaf in run.leaves}
   if lacking := [part for part in formats.PARTS if part not in present]:
     raise FormatError(
@@ -63,18 +64,18 @@ def from_any(
   Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
   """
   path = places.local(str(path))
-  if load.is_ours(path) or not path.exists():
+  if opening.is_ours(path) or not path.exists():
     return from_run(path, merge, dtype)
-  source = load.open_any(path, options or formats.Options())
+  source = opening.open_any(path, options or formats.Options())
   if lacking := [part for part in formats.PARTS if part not in source.parts]:
     raise FormatError(
       f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
     )
-  tokenizer = load.open_tokenizer(source)
+  tokenizer = tokenizers.open_tokenizer(source)
   if tokenizer is None:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
-  load.verify_base(source)
-  fingerprint = source.fingerprint or load.base_fingerprint(source)
+  opening.verify_base(source)
+  fingerprint = source.fingerprint or opening.base_fingerprint(source)
   if merge:
     source = save.fold(source)
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)

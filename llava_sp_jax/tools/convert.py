@@ -35,11 +35,12 @@ def to_options(given: argparse.Namespace, path: str) -> formats.Options:
 
   Raises: ConfigError for what a run, or a folder of ours, says itself.
   """
+  from llava_sp_jax.checkpoints import opening
   from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.convert import formats, load
+  from llava_sp_jax.convert import formats
 
   said = [f"--{name}" for name in ("row", "template") if getattr(given, name)]
-  if said and load.is_ours(path):
+  if said and opening.is_ours(path):
     raise ConfigError(f"{path}: says itself what {' and '.join(said)} would say; leave that out")
   return formats.Options(
     given.base, given.tower, given.row, given.template, allow_unknown=given.allow_unknown
@@ -101,15 +102,16 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llava_sp_jax import folders
-  from llava_sp_jax.convert import formats, load
+  from llava_sp_jax.checkpoints import opening, tokenizers, writing
+  from llava_sp_jax.convert import formats
   from llava_sp_jax.distributed import processes
 
   folders.check(options.out, "convert")  # before weights are read
   processes.start()
-  source = load.open_any(options.source, to_options(options, options.source))
-  load.open_tokenizer(source)
-  load.verify_base(source)
-  load.write(source, options.out, options.dtype)
+  source = opening.open_any(options.source, to_options(options, options.source))
+  tokenizers.open_tokenizer(source)
+  opening.verify_base(source)
+  writing.write(source, options.out, options.dtype)
   if jax.process_index():
     return
   size = sum(leaf.nbytes for leaf in source.leaves.values())

@@ -26,11 +26,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
-  from llava_sp_jax.convert import formats, load, settings_out
+  from llava_sp_jax.checkpoints import opening
+  from llava_sp_jax.convert import formats, settings_out
   from llava_sp_jax.models import build
 
   given = to_options(options, options.checkpoint)
-  source = load.open_any(options.checkpoint, given, verify=options.fingerprint)
+  source = opening.open_any(options.checkpoint, given, verify=options.fingerprint)
   model, data = source.config.model, source.config.data
   console.say(f"{options.checkpoint}: {source.format}, {source.config.name}")
   if "language_model" in source.parts:
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     console.say(
       f"images          {data.image_aspect}, {data.image_fit}, {data.image_resample}; template {data.template}"
     )
-  fingerprint = load.base_fingerprint(source) if options.fingerprint else source.fingerprint
+  fingerprint = opening.base_fingerprint(source) if options.fingerprint else source.fingerprint
   console.say(f"base            {source.base or '-'}; fingerprint {fingerprint or 'not stored'}")
   console.say(f"\n{'part':<16}{'parameters':>16}{'GB':>10}  dtypes")
   for part in formats.PARTS:

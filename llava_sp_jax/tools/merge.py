@@ -55,22 +55,23 @@ def _whole(source: Source) -> Source:
 def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
-  from llava_sp_jax.convert import formats, load, save
+  from llava_sp_jax.checkpoints import opening, writing
+  from llava_sp_jax.convert import formats, save
   from llava_sp_jax.convert.torch_io import FormatError
   from llava_sp_jax.infer import verify
 
   folders.check(options.out, "merge")
   given = to_options(options, options.checkpoint)
-  source = load.open_any(options.checkpoint, given)
+  source = opening.open_any(options.checkpoint, given)
   if "language_model" not in source.parts:
     raise FormatError(
       f"{options.checkpoint}: no decoder in it, so no adapters that could be folded"
     )
   merged = save.fold(source)
-  load.write(merged, options.out, command="merge")
+  writing.write(merged, options.out, command="merge")
   console.say(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:
-    written = load.open_any(options.out, formats.Options())
+    written = opening.open_any(options.out, formats.Options())
     found = verify.compare(_whole(source), _whole(written))
     if not found.within_bounds:
       raise FormatError(f"{options.out}: does not compute what it was merged from: {found}")

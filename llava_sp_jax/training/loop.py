@@ -15,8 +15,8 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
-from llava_sp_jax.checkpoints import fingerprints, manager, runs
-from llava_sp_jax.convert import load, places
+from llava_sp_jax.checkpoints import fingerprints, initial, manager, runs
+from llava_sp_jax.convert import places
 from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes, sharding
@@ -84,7 +84,7 @@ def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any
 def initial_state(config: config_lib.Config, device_mesh: Any) -> tuple[Any, Any, Any]:
   """(state, its shardings, optimizer) at step 0, placed on the mesh."""
   state.check(config)
-  params = load.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
+  params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
   trainable, frozen = state.split(params, config)
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
   start = functools.partial(state.start, tx=tx)

@@ -13,8 +13,8 @@ import safetensors.numpy
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.convert import formats, leaves, load, save, stream
+from llava_sp_jax.checkpoints import opening, runs, writing
+from llava_sp_jax.convert import formats, leaves, save, stream
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source, without_image_row
@@ -37,14 +37,14 @@ def test_a_published_adapter_in_and_out(
   ours, merged = tmp_path / "ours", tmp_path / "merged"
   wanted = formats.open_checkpoint(LORA[0], formats.Options(base=LORA[2], tower=LORA[4]))
   assert "row cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
-  assert_same(wanted, load.open_any(ours, formats.Options()))
+  assert_same(wanted, opening.open_any(ours, formats.Options()))
 
   said = llava_sp(capsys, "inspect", ours, "--fingerprint")
   assert (
     "projector       row cropping, views (4, 8, 12, 16, 20, 24), token width 8, 582 tokens" in said
   )
   assert "adapters        rank 4, alpha 8" in said
-  assert f"fingerprint {load.base_fingerprint(wanted)}" in said
+  assert f"fingerprint {opening.base_fingerprint(wanted)}" in said
   counts = {line.split()[0]: line.split()[1] for line in said.splitlines()[-3:]}
   for part in formats.PARTS:
     numbers = sum(
@@ -59,7 +59,9 @@ def test_a_published_adapter_in_and_out(
   llava_sp(capsys, "export", ours, tmp_path / "lora", "--format", "llava_lora")
   assert_same(wanted, formats.open_checkpoint(tmp_path / "lora"))
   llava_sp(capsys, "export", merged, tmp_path / "llava", "--format", "llava")
-  assert_same(load.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava"))
+  assert_same(
+    opening.open_any(merged, formats.Options()), formats.open_checkpoint(tmp_path / "llava")
+  )
   assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
@@ -107,7 +109,7 @@ def test_inspect_reads_no_values(
   """Neither of a torch folder, nor of ours, nor of the base of a run; only a fingerprint needs them."""
   ours, run = tmp_path / "ours", tmp_path / "run"
   whole = source("pooling")
-  load.write(whole, ours)
+  writing.write(whole, ours)
   init = config_lib.Init(checkpoint=str(ours))
   runs.write_config(run, dataclasses.replace(runs.read_config(ours), init=init))
   (run / "checkpoints").mkdir()
@@ -135,7 +137,7 @@ def test_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
   llava_sp(capsys, "convert", tmp_path / "x.gguf", tmp_path / "ours")
   assert_same(
     formats.open_checkpoint(tmp_path / "x.gguf"),
-    load.open_any(tmp_path / "ours", formats.Options()),
+    opening.open_any(tmp_path / "ours", formats.Options()),
   )
 
 
@@ -155,7 +157,7 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
   adapted = peft.get_peft_model(model, recipe).eval()
   adapted.save_pretrained(tmp_path / "adapter")
   llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")
-  opened = load.open_any(tmp_path / "ours", formats.Options())
+  opened = opening.open_any(tmp_path / "ours", formats.Options())
   lora = opened.config.model.lora
   assert (lora.rank, lora.alpha) == (2, 5.0)
   whole = source("none", lora=opened.config.model.lora)

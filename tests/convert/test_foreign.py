@@ -13,7 +13,8 @@ from PIL import Image
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.checkpoints import opening
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
@@ -81,7 +82,7 @@ def test_an_adapter_of_a_decoder_alone_is_merged(llm: Path, tmp_path: Path) -> N
   folder, out = adapter(llm, tmp_path / "a"), tmp_path / "out"
   assert cli.main(["merge", str(folder), str(out), "--base", str(llm)]) == 0
   theirs = peft.PeftModel.from_pretrained(decoder(llm), folder).eval()
-  same_text_logits(load.open_any(out, formats.Options()), theirs)
+  same_text_logits(opening.open_any(out, formats.Options()), theirs)
   assert cli.main(["merge", str(GOLDEN / "clip-vit-tiny"), str(tmp_path / "no")]) == 1
   assert not (tmp_path / "no").exists()
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from llava_sp_jax.checkpoints import opening, writing
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.convert import formats, load, settings
+from llava_sp_jax.convert import formats, settings
 from llava_sp_jax.convert.formats import Options, open_checkpoint
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.folders import MARK, FolderError
@@ -237,7 +238,7 @@ def test_nan_weights_stop_the_conversion_and_leave_no_checkpoint(
   rewrite(folder / "cropping/llava-lora/adapter_model.safetensors", damage)
   source = open_checkpoint(folder / "cropping/llava-lora")
   with pytest.raises(FormatError, match=r"adapter_model.safetensors: .*lora_B.weight: 384 of 384"):
-    load.write(source, tmp_path / "out")
+    writing.write(source, tmp_path / "out")
   assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
@@ -247,10 +248,10 @@ def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) ->
   (out / "checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
   (out / "config.json").write_text("{}")
   (out / MARK).write_text('{"command": "convert"}')
-  load.write(source, out)
-  assert load.open_own(out).leaves.keys() == source.leaves.keys()
+  writing.write(source, out)
+  assert opening.open_own(out).leaves.keys() == source.leaves.keys()
   with pytest.raises(FolderError, match=r"out: exists and holds .*; name a new folder"):
-    load.write(source, out)
+    writing.write(source, out)
 
 
 def test_a_run_is_opened_from_any_working_folder(
@@ -261,7 +262,7 @@ def test_a_run_is_opened_from_any_working_folder(
   start.mkdir(parents=True)
   config = tiny_config(init={"checkpoint": "runs/pretrain", "vision_tower": "gone/clip"})
   monkeypatch.chdir(tmp_path)
-  assert load.located(config, run) == config
+  assert opening.located(config, run) == config
   monkeypatch.chdir("/")
-  found = load.located(config, run).init
+  found = opening.located(config, run).init
   assert (found.checkpoint, found.vision_tower) == (str(start), "gone/clip")

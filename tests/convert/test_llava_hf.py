@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, leaves, load, save, save_hf
+from llava_sp_jax.checkpoints import opening
+from llava_sp_jax.convert import formats, leaves, save, save_hf
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.example import IMAGE_ID
@@ -136,7 +137,7 @@ def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path:
   })  # fmt: skip
   loop.train(config, tmp_path / "run")
   ours = pretrained.from_run(tmp_path / "run")
-  save.export(load.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
+  save.export(opening.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
   questions, _, numbers = easy_vqa.get_test_questions()
   paths = easy_vqa.get_test_image_paths()
   chosen = range(0, len(questions), len(questions) // 19)[:20]  # each of another picture

@@ -12,21 +12,21 @@ import pytest
 
 from llava_sp_jax import cli, folders
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.convert import formats, load, save, stream
+from llava_sp_jax.checkpoints import opening, runs, writing
+from llava_sp_jax.convert import formats, save, stream
 from tests.convert.test_round_trip import source
 
 
 def run_on(converted: Path, folder: Path) -> Path:
   """A finished run whose adapters and projector go on from those of a converted folder."""
   config = runs.read_config(converted)
-  whole = load.open_any(converted, formats.Options())
+  whole = opening.open_any(converted, formats.Options())
   init = config_lib.Init(checkpoint=str(converted))
   train = dataclasses.replace(config.train, steps=7)
   runs.write_config(folder, dataclasses.replace(config, init=init, train=train))
   (folder / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
-  about = {"fingerprint": load.base_fingerprint(whole), "stage": "finetune", "name": "run"}
+  about = {"fingerprint": opening.base_fingerprint(whole), "stage": "finetune", "name": "run"}
   stream.write(folder, trained, about, stream.Progress(1))
   (folder / "checkpoints/0").rename(folder / "checkpoints/7")
   return folder
@@ -37,7 +37,7 @@ def test_a_merge_of_a_run_on_a_converted_adapter_stands_alone(
 ) -> None:
   """Its logits are compared unasked; what it was made of may go."""
   made = source("pooling")
-  load.write(made, tmp_path / "adapter")
+  writing.write(made, tmp_path / "adapter")
   run = run_on(tmp_path / "adapter", tmp_path / "run")
   assert cli.main(["merge", str(run), str(tmp_path / "merged")]) == 0
   assert "the most likely token is the same at 100.0% of the positions" in capsys.readouterr().out
@@ -45,7 +45,7 @@ def test_a_merge_of_a_run_on_a_converted_adapter_stands_alone(
   shutil.rmtree(run)
   shutil.rmtree(tmp_path / "adapter")
   moved = (tmp_path / "merged").rename(tmp_path / "elsewhere")
-  opened = load.finished(moved, "init.checkpoint")
+  opened = opening.finished(moved, "init.checkpoint")
   assert opened.config.init == config_lib.Init()
   assert opened.config.model.lora.rank == 0
   assert opened.leaves.keys() == wanted.leaves.keys()

@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, load, places, save, torch_io, torch_write
+from llava_sp_jax.checkpoints import initial
+from llava_sp_jax.convert import formats, places, save, torch_io, torch_write
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 from tests.convert.test_formats import GOLDEN, change_json
@@ -87,7 +88,7 @@ def beginning(language_model: str, vision_tower: str = "") -> Any:
   given = formats.Options(base=str(GOLDEN / "base-llm"), tower=str(GOLDEN / "clip-vit-tiny"))
   model = formats.open_checkpoint(GOLDEN / "baseline/llava-lora", given).config.model
   init = config_lib.Init(language_model=language_model, vision_tower=vision_tower)
-  return flatten_dict(load.initial_params(config_lib.Config(model=model, init=init)), sep="/")
+  return flatten_dict(initial.initial_params(config_lib.Config(model=model, init=init)), sep="/")
 
 
 def test_training_begins_from_names_of_the_hub(hub: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, leaves, load, save
+from llava_sp_jax.checkpoints import opening, writing
+from llava_sp_jax.convert import formats, leaves, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.folders import FolderError
 from llava_sp_jax.models import build
@@ -65,8 +66,8 @@ def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> Non
   assert back.config.model.lora == dataclasses.replace(ours.config.model.lora)
   assert back.config.model.language_model == TEXT
   assert_same(ours, back)
-  load.write(back, tmp_path / "ours")
-  assert_same(ours, load.open_any(tmp_path / "ours", formats.Options()))
+  writing.write(back, tmp_path / "ours")
+  assert_same(ours, opening.open_any(tmp_path / "ours", formats.Options()))
 
 
 @pytest.mark.parametrize(("row", "dtype"), CASES)
@@ -143,9 +144,9 @@ def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
 
 def test_another_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
   ours = source("pooling")
-  ours = dataclasses.replace(ours, fingerprint=load.base_fingerprint(ours))
+  ours = dataclasses.replace(ours, fingerprint=opening.base_fingerprint(ours))
   save.export(ours, "llava_lora", tmp_path / "lora")
-  load.verify_base(formats.open_checkpoint(tmp_path / "lora"))
+  opening.verify_base(formats.open_checkpoint(tmp_path / "lora"))
   other = source("pooling", rank=0)
   other.leaves["language_model/final_norm/scale"].read()[0] += 1
   save.export(other, "language_model", tmp_path / "other")
@@ -153,7 +154,7 @@ def test_another_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
   with pytest.raises(
     FormatError, match=r"was trained on a base with fingerprint \w+, but base and"
   ):
-    load.verify_base(given)
+    opening.verify_base(given)
 
 
 def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.convert import formats, load, processors, save, settings, settings_out
+from llava_sp_jax.checkpoints import initial, runs, writing
+from llava_sp_jax.convert import formats, processors, save, settings, settings_out
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.errors import CheckpointError
 from tests.convert.test_formats import GOLDEN, change_json
@@ -125,7 +125,7 @@ def test_what_is_stored_in_float32_is_computed_in_it(
 @pytest.fixture
 def stage_1(tmp_path: Path) -> Path:
   """A whole checkpoint of ours without adapters and without spatial tokens."""
-  load.write(source("none", rank=0), tmp_path / "one")
+  writing.write(source("none", rank=0), tmp_path / "one")
   return tmp_path / "one"
 
 
@@ -136,7 +136,7 @@ def second(stage_1: Path, row: str) -> config_lib.Config:
 
 def test_stage_2_takes_all_of_stage_1_and_only_adapters_are_new(stage_1: Path) -> None:
   wanted = source("none", rank=0).leaves
-  found = load.initial_params(second(stage_1, "none"))
+  found = initial.initial_params(second(stage_1, "none"))
   for path, leaf in wanted.items():
     node: Any = found
     for key in path.split("/"):
@@ -149,7 +149,7 @@ def test_stage_2_takes_all_of_stage_1_and_only_adapters_are_new(stage_1: Path) -
 
 def test_a_projector_that_stage_1_lacks_is_an_error(stage_1: Path) -> None:
   with pytest.raises(FormatError, match=r"(?s)missing projector/pool_0/kernel.*projector/pool_5"):
-    load.initial_params(second(stage_1, "pooling"))
+    initial.initial_params(second(stage_1, "pooling"))
 
 
 def test_an_unfinished_stage_1_is_an_error(stage_1: Path) -> None:
@@ -157,7 +157,7 @@ def test_an_unfinished_stage_1_is_an_error(stage_1: Path) -> None:
   longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=9))
   runs.write_config(stage_1, longer)
   with pytest.raises(CheckpointError, match="stopped at step 0 of 9; finish it first"):
-    load.initial_params(second(stage_1, "none"))
+    initial.initial_params(second(stage_1, "none"))
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
@@ -165,7 +165,7 @@ def test_random_weights_are_those_of_the_seed() -> None:
 
   def kernel(seed: int) -> np.ndarray:
     config = config_lib.Config(model=model, train=config_lib.Train(seed=seed))
-    return np.asarray(load.initial_params(config)["projector"]["fc1"]["kernel"])
+    return np.asarray(initial.initial_params(config)["projector"]["fc1"]["kernel"])
 
   first = kernel(0)
   np.testing.assert_array_equal(kernel(0), first)

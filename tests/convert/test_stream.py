@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, leaves, load, save, stream
+from llava_sp_jax.checkpoints import initial, opening, writing
+from llava_sp_jax.convert import formats, leaves, save, stream
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.errors import CheckpointError
 from tests.conftest import REPOSITORY
@@ -36,7 +37,7 @@ def slowly(self, index=None):
   time.sleep(float(slow)); parts.append(self.path)
   return read(self, index)
 leaves.InTensors.read = slowly
-load.write(formats.open_checkpoint(given), Path(out))
+writing.write(formats.open_checkpoint(given), Path(out))
 print(len(parts))
 """
 
@@ -72,7 +73,7 @@ def test_two_processes_each_read_a_part(exported: Path, tmp_path: Path) -> None:
   total = sum(len(list(stream.parts(leaf))) for leaf in given.leaves.values())
   assert sum(read) == total
   assert abs(read[0] - read[1]) <= 1
-  assert_same(given, load.open_any(tmp_path / "out", formats.Options()))
+  assert_same(given, opening.open_any(tmp_path / "out", formats.Options()))
 
 
 def test_killed_in_the_middle_it_is_no_checkpoint_and_starts_anew(
@@ -88,22 +89,22 @@ def test_killed_in_the_middle_it_is_no_checkpoint_and_starts_anew(
   one.send_signal(signal.SIGKILL)
   one.communicate()
   with pytest.raises(CheckpointError, match="no checkpoint yet"):
-    load.open_own(out)
+    opening.open_own(out)
   given = formats.open_checkpoint(exported)
-  load.write(given, out)
-  assert_same(given, load.open_any(out, formats.Options()))
+  writing.write(given, out)
+  assert_same(given, opening.open_any(out, formats.Options()))
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_any_mesh_places_it(exported: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
   """Stage 2 starts from a converted folder: every device holds its slice of the same values."""
-  load.write(formats.open_checkpoint(exported), tmp_path / "out")
-  own = load.open_own(tmp_path / "out")
+  writing.write(formats.open_checkpoint(exported), tmp_path / "out")
+  own = opening.open_own(tmp_path / "out")
   config = config_lib.Config(
     model=own.config.model, init=config_lib.Init(checkpoint=str(tmp_path / "out"))
   )
   devices = mesh.create(config_lib.Mesh(**dict(zip(mesh.AXES, sizes, strict=True))))
-  placed = load.initial_params(config, lambda tree: sharding.shardings(tree, devices))
+  placed = initial.initial_params(config, lambda tree: sharding.shardings(tree, devices))
   for path, leaf in own.leaves.items():
     value = placed
     for key in path.split("/"):

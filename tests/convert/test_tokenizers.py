@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.convert import formats, load
+from llava_sp_jax.checkpoints import tokenizers
+from llava_sp_jax.convert import formats
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from llava_sp_jax.files import FormatError
 from tests.convert.test_formats import GOLDEN, change_json
@@ -22,10 +23,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_language_model_s_tokenizer_is_opened(folder: Path) -> None:
-  load.open_tokenizer(formats.open_checkpoint(folder))
+  tokenizers.open_tokenizer(formats.open_checkpoint(folder))
   (folder / "tokenizer.model").write_bytes(b"")
   with pytest.raises(TokenizerError, match=f"^{folder}: no tokenizer can be read"):
-    load.open_tokenizer(formats.open_checkpoint(folder))
+    tokenizers.open_tokenizer(formats.open_checkpoint(folder))
 
 
 def with_ids(folder: Path, first: int, special: bool) -> formats.Source:
@@ -46,14 +47,14 @@ def with_ids(folder: Path, first: int, special: bool) -> formats.Source:
 def test_words_without_a_row_in_the_embedding(folder: Path) -> None:
   rows = formats.open_checkpoint(folder).config.model.language_model.vocab_size
   with pytest.raises(FormatError, match=f"of {rows + 1} tokens, but the embedding has {rows} rows"):
-    load.open_tokenizer(with_ids(folder, rows - 1, special=False))
+    tokenizers.open_tokenizer(with_ids(folder, rows - 1, special=False))
 
 
 def test_special_tokens_without_a_row_are_told(
   folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   rows = formats.open_checkpoint(folder).config.model.language_model.vocab_size
-  load.open_tokenizer(with_ids(folder, rows, special=True))
+  tokenizers.open_tokenizer(with_ids(folder, rows, special=True))
   assert f"2 special tokens have no row in the embedding of {rows}" in capsys.readouterr().err
 
 

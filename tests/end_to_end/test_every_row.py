@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.checkpoints import initial, opening, writing
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import from_run
@@ -24,8 +25,8 @@ SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_path: Path) -> None:
   config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})
   loop.train(config, tmp_path / "run")
-  started = load.initial_params(config)["projector"]
-  trained = load.open_own(tmp_path / "run")
+  started = initial.initial_params(config)["projector"]
+  trained = opening.open_own(tmp_path / "run")
   kernel = trained.leaves["projector/fc1/kernel"].read()
   assert not np.array_equal(kernel, started["fc1"]["kernel"])
   assert all(np.isfinite(leaf.read()).all() for leaf in trained.leaves.values())
@@ -35,10 +36,10 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
     engine = Engine(from_run(folder), batch_size=1, generation=Generation(max_new_tokens=4))
     return next(engine.answer([Request("what is it?", (picture,))])).ids
 
-  source = load.open_any(tmp_path / "run", formats.Options())
+  source = opening.open_any(tmp_path / "run", formats.Options())
   save.export(source, "llava_lora", tmp_path / "torch")
-  load.write(formats.open_checkpoint(tmp_path / "torch"), tmp_path / "back")
-  back = load.open_own(tmp_path / "back")
+  writing.write(formats.open_checkpoint(tmp_path / "torch"), tmp_path / "back")
+  back = opening.open_own(tmp_path / "back")
   assert back.config.model.projector.row == row
   for path, leaf in trained.leaves.items():
     np.testing.assert_array_equal(leaf.read(), back.leaves[path].read(), err_msg=path)

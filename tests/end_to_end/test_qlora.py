@@ -11,8 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.checkpoints import initial, opening, runs, writing
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer import pretrained, verify
@@ -77,7 +77,7 @@ def test_goes_on_to_the_bit(
     assert loop.train(config, tmp_path / "run").step == 2
   assert loop.train(config, tmp_path / "run").step == 4
   assert losses(tmp_path / "run") == losses(run)
-  ours, theirs = (load.open_own(folder).params() for folder in (tmp_path / "run", run))
+  ours, theirs = (opening.open_own(folder).params() for folder in (tmp_path / "run", run))
   assert ours.keys() == theirs.keys()
   for path, values in ours.items():
     np.testing.assert_array_equal(values, theirs[path], err_msg=path)
@@ -95,8 +95,8 @@ def test_another_base_is_refused(run: Path, base: Path, tmp_path: Path, form: st
     config_lib.to_json(dataclasses.replace(config, model=other))
   )
   with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
-    load.open_own(folder)
-  assert load.open_own(run).config.model.quantize == form
+    opening.open_own(folder)
+  assert opening.open_own(run).config.model.quantize == form
 
 
 def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None
 
 def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) -> None:
   """Exports hold the floats that the codes stand for, with the adapters in them."""
-  source = load.open_any(run, formats.Options())
+  source = opening.open_any(run, formats.Options())
   assert source.config.model.quantize == "none"
   assert not any(is_quantised(p) for p in source.leaves)
-  own = load.open_own(run)
+  own = opening.open_own(run)
   codes = {p.split("/")[-1]: x.read()[1] for p, x in own.leaves.items()
            if p.startswith(GATE + "_")}  # fmt: skip
   real = FORMATS[form]
@@ -125,24 +125,26 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
   np.testing.assert_array_equal(kernel.read(part), kernel.read()[part])
   original = own.originals[GATE].read()
   assert 0 < np.abs(kernel.read() - original).max() < 0.3 * np.abs(original).max()
-  load.write(save.fold(source), tmp_path / "merged")
-  merged = load.open_any(tmp_path / "merged", formats.Options())
+  writing.write(save.fold(source), tmp_path / "merged")
+  merged = opening.open_any(tmp_path / "merged", formats.Options())
   assert verify.compare(source, merged).within_bounds
 
 
 def test_adapters_go_with_the_named_original_or_with_the_base_as_trained(
   run: Path, base: Path, tmp_path: Path
 ) -> None:
-  save.export(load.open_any(base, formats.Options()), "language_model", tmp_path / "llm")
+  save.export(opening.open_any(base, formats.Options()), "language_model", tmp_path / "llm")
   given = formats.Options(base=str(tmp_path / "llm"))
-  save.export(load.open_any(run, given), "llava_lora", tmp_path / "named")
+  save.export(opening.open_any(run, given), "llava_lora", tmp_path / "named")
   named = formats.open_checkpoint(tmp_path / "named")
-  load.verify_base(named)
-  np.testing.assert_array_equal(named.leaves[GATE].read(), load.open_own(base).leaves[GATE].read())
-  save.export(load.open_any(run, formats.Options()), "llava_lora", tmp_path / "alone")
+  opening.verify_base(named)
+  np.testing.assert_array_equal(
+    named.leaves[GATE].read(), opening.open_own(base).leaves[GATE].read()
+  )
+  save.export(opening.open_any(run, formats.Options()), "llava_lora", tmp_path / "alone")
   alone = formats.open_checkpoint(tmp_path / "alone")
-  load.verify_base(alone)
-  trained = load.open_any(run, formats.Options()).leaves
+  opening.verify_base(alone)
+  trained = opening.open_any(run, formats.Options()).leaves
   np.testing.assert_array_equal(alone.leaves[GATE].read(), trained[GATE].read())
 
 
@@ -151,12 +153,12 @@ def test_a_further_stage_starts_from_the_original_base(
 ) -> None:
   """Quantised again to the same codes; not quantised, the floats of before."""
   again = dataclasses.replace(config, init=config_lib.Init(checkpoint=str(run)))
-  codes = flatten_dict(load.initial_params(again), sep="/")
-  own = load.open_own(run).leaves
+  codes = flatten_dict(initial.initial_params(again), sep="/")
+  own = opening.open_own(run).leaves
   for path in (p for p in codes if is_quantised(p)):
     np.testing.assert_array_equal(codes[path], own[path].read(), err_msg=path)
   plain = dataclasses.replace(again, model=dataclasses.replace(config.model, quantize="none"))
-  floats = flatten_dict(load.initial_params(plain), sep="/")
-  np.testing.assert_array_equal(floats[GATE], load.open_own(base).leaves[GATE].read())
+  floats = flatten_dict(initial.initial_params(plain), sep="/")
+  np.testing.assert_array_equal(floats[GATE], opening.open_own(base).leaves[GATE].read())
   lora = GATE.replace("kernel", "lora_b")
   np.testing.assert_array_equal(floats[lora], own[lora].read())

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, runs
-from llava_sp_jax.convert import load, stream
+from llava_sp_jax.checkpoints import on_disk, opening, runs
+from llava_sp_jax.convert import stream
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
@@ -213,8 +213,8 @@ def test_fingerprint_refuses_another_base_when_training_goes_on(other_base: Path
 
 def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroken: Path) -> None:
   with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
-    load.open_own(other_base)
-  assert load.open_own(unbroken).step == STEPS
+    opening.open_own(other_base)
+  assert opening.open_own(unbroken).step == STEPS
 
 
 @pytest.mark.guard
@@ -229,7 +229,7 @@ def test_second_stage_starts_from_the_first(
     "finetune", row, train={"steps": 3}, init={"checkpoint": str(tmp_path / "one")}
   )
   loop.train(second, tmp_path / "two")
-  before, after = (load.open_own(tmp_path / name).params() for name in ("one", "two"))
+  before, after = (opening.open_own(tmp_path / name).params() for name in ("one", "two"))
   adapters = {p for p in after if "lora_" in p}
   assert adapters == set(after) - set(before)
   assert len(adapters) == 14  # A and B of seven linear layers

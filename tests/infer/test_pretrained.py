@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.checkpoints import opening
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 
 
 def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> None:
-  save.export(load.open_any(run_folder, formats.Options()), "llava", tmp_path / "llava")
+  save.export(opening.open_any(run_folder, formats.Options()), "llava", tmp_path / "llava")
   ours = pretrained.from_any(run_folder, dtype="float32")
   theirs = pretrained.from_any(tmp_path / "llava", dtype="float32")
   one, two = (flatten_dict(loaded.params, sep="/") for loaded in (ours, theirs))
@@ -27,7 +28,7 @@ def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_part_of_a_model_is_refused(run_folder: Path, tmp_path: Path) -> None:
-  save.export(load.open_any(run_folder, formats.Options()), "language_model", tmp_path / "llm")
+  save.export(opening.open_any(run_folder, formats.Options()), "language_model", tmp_path / "llm")
   with pytest.raises(
     FormatError, match="no vision_tower, projector in it; a whole model is needed"
   ):

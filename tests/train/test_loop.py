@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk
+from llava_sp_jax.checkpoints import fingerprints, on_disk
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, measure
 from tests.conftest import ConfigMaker

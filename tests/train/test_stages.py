@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import fingerprints, runs
-from llava_sp_jax.convert import formats, load, save
+from llava_sp_jax.checkpoints import fingerprints, initial, opening, runs
+from llava_sp_jax.convert import formats, save
 from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.training import loop, optimizer
 from tests.conftest import WIDE, ConfigMaker, merged
@@ -47,7 +47,7 @@ def test_qlora_learns_on_any_mesh_and_its_base_stays(tiny_config: ConfigMaker, f
   everything = {**state.frozen, **state.trainable}
   assert not [p for p in everything if re.match(r"language_model/.*_proj/kernel$", p)]
   assert {str(x.dtype) for p, x in codes.items() if p.endswith("kernel_q")} <= {"int8", "uint8"}
-  before = load.initial_params(config)["language_model"]["layers"]
+  before = initial.initial_params(config)["language_model"]["layers"]
   for path, leaf in codes.items():
     *_, name, last = path.split("/")
     np.testing.assert_array_equal(leaf, before[name][last], err_msg=path)
@@ -130,10 +130,10 @@ def test_a_fully_fine_tuned_run_goes_out_and_comes_back(
     "finetune_full", "pooling", model=merged(FULL["model"], sizes), train={"steps": 2}
   )
   loop.train(config, tmp_path / "run")
-  source = load.open_any(tmp_path / "run", formats.Options())
+  source = opening.open_any(tmp_path / "run", formats.Options())
   save.export(source, "llava", tmp_path / "out")
   back = formats.open_checkpoint(tmp_path / "out")
-  run_leaves = load.open_own(tmp_path / "run").params()
+  run_leaves = opening.open_own(tmp_path / "run").params()
   start = _initial(dataclasses.replace(config))[0].trainable
   for path, leaf in back.leaves.items():
     np.testing.assert_array_equal(leaf.read(), run_leaves[path], err_msg=path)

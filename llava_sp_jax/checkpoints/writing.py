@@ -1,0 +1,57 @@
+"""Writes a folder of ours with every leaf of a checkpoint in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import folders
+from llava_sp_jax.checkpoints import fingerprints, runs
+from llava_sp_jax.convert import formats, places, stream
+from llava_sp_jax.convert.torch_io import FormatError
+from llava_sp_jax.distributed import processes
+
+
+def write(
+  source: formats.Source, out: Path, dtype: str = "", command: str = "convert"
+) -> None:  # fmt: skip
+  """Writes a folder of ours with every leaf in it, streamed; call it in every process.
+
+  It names no other folder, so it can be moved. A folder that an interrupted call of the same
+  `command` left is written anew. Raises: FolderError when `out` holds anything else.
+  """
+  makes = (runs.CONFIG_FILE, "checkpoints", "tokenizer")
+  with contextlib.ExitStack() as whole:
+    place = folders.new(out, command, makes)
+    processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
+    try:
+      _write(source, out, dtype)
+    except FormatError:  # the next call would end in the same way
+      for name in makes if jax.process_count() == 1 else ():
+        folders.remove(out / name)
+      raise
+
+
+def _write(source: formats.Source, out: Path, dtype: str) -> None:
+  if dtype:
+    source = formats.cast(source, dtype)
+  # All of it is in the folder, wherever that is moved, and it is no run that could be unfinished.
+  data = dataclasses.replace(source.config.data, tokenizer="tokenizer" if source.tokenizer else "")
+  train = dataclasses.replace(source.config.train, steps=0)
+  config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
+  about = {
+    "fingerprint": fingerprints.fingerprint({}), "name": config.name, "stage": "convert",
+    "parts": list(source.parts), "format": source.format, "base": places.lasting(source.base),
+    "tower": places.lasting(source.tower),
+  }  # fmt: skip
+  if jax.process_index() == 0:
+    runs.write_config(out, config)
+    (out / "checkpoints").mkdir(exist_ok=True)
+    if source.tokenizer:
+      formats.copy_tokenizer(source.tokenizer, out / "tokenizer")
+  total = sum(leaf.nbytes for leaf in source.leaves.values())
+  stream.write(out, source.leaves, about, stream.Progress(total))
