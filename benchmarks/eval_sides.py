@@ -87,7 +87,7 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
   import numpy as np
   from flax.traverse_util import flatten_dict, unflatten_dict
 
-  from llava_sp_jax.convert import formats, leaves, save
+  from llava_sp_jax.convert import export, formats, leaves
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.infer.pretrained import Pretrained
   from llava_sp_jax.models import build
@@ -107,8 +107,8 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
       flat[path][:, len(tokenizer) :] = 0
   source = formats.Source("memory", config, leaves.in_memory(flat), formats.PARTS, None)
   if like is None:
-    save.export(source, "vision_tower", folder / "tower")
-    save.export(source, "language_model", folder / "text")
+    export.export(source, "vision_tower", folder / "tower")
+    export.export(source, "language_model", folder / "text")
   projector = {k.removeprefix("projector/"): v for k, v in flat.items() if "projector/" in k}
   np.savez(folder / f"{config.model.projector.row}.npz", **projector)
   return Pretrained(config, unflatten_dict(flat, sep="/"), tokenizer)

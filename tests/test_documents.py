@@ -18,7 +18,7 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import save
+from llava_sp_jax.convert import export
 from llava_sp_jax.plan import topologies
 from llava_sp_jax.results import predictions
 from llava_sp_jax.tasks.catalog import TASKS
@@ -100,10 +100,10 @@ def eval_(words: list[str], partial: bool) -> None:
     predictions.parse_part(options.part)
 
 
-def export(words: list[str], partial: bool) -> None:
+def export_(words: list[str], partial: bool) -> None:
   options = arguments(lambda: cli.main(["export", *words]), partial)
   if options.format != "NAME":
-    config_lib.lookup("--format", options.format, save.EXPORTS)
+    config_lib.lookup("--format", options.format, export.EXPORTS)
 
 
 def train(words: list[str], partial: bool) -> None:
@@ -118,7 +118,7 @@ def plan_(words: list[str], partial: bool) -> None:
 
 # Commands whose words are more than their argparse knows.
 COMMANDS: dict[str, Callable[[list[str], bool], Any]] = {
-  "eval": eval_, "export": export, "train": train, "plan": plan_,
+  "eval": eval_, "export": export_, "train": train, "plan": plan_,
   "check": lambda words, partial: check.read(flags(words, partial, "config")),
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs
+from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs, stream
 from llava_sp_jax.checkpoints.initial import _abstract, _open_init, _random
-from llava_sp_jax.convert import formats, places, quantised, stream
+from llava_sp_jax.convert import formats, places, quantised
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.errors import CheckpointError

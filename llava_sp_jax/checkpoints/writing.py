@@ -10,8 +10,8 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
-from llava_sp_jax.checkpoints import fingerprints, runs
-from llava_sp_jax.convert import formats, places, stream
+from llava_sp_jax.checkpoints import fingerprints, runs, stream
+from llava_sp_jax.convert import formats, places
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.distributed import processes
 

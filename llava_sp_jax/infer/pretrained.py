@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, tokenizers
-from llava_sp_jax.convert import formats, places, save
+from llava_sp_jax.convert import folding, formats, places
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrai
       f"{folder}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
     )
   if merge and run.config.model.quantize == NONE:
-    run = save.fold(run)
+    run = folding.fold(run)
   model = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
   config = dataclasses.replace(run.config, model=model)
   tokenizer = Tokenizer(Path(folder) / "tokenizer")
@@ -77,7 +77,7 @@ def from_any(
   opening.verify_base(source)
   fingerprint = source.fingerprint or opening.base_fingerprint(source)
   if merge:
-    source = save.fold(source)
+    source = folding.fold(source)
   model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
   config = dataclasses.replace(source.config, model=model)
   return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)

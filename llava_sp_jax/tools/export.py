@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
   from llava_sp_jax.checkpoints import opening
-  from llava_sp_jax.convert import save
+  from llava_sp_jax.convert import export
 
   folders.check(Path(options.out), "")  # before weights are read
   given = to_options(options, options.checkpoint)
   source = opening.open_any(options.checkpoint, given)
-  save.export(source, options.format, options.out, options.dtype)
-  console.say(f"{options.out}: {save.EXPORTS[options.format].what}")
+  export.export(source, options.format, options.out, options.dtype)
+  console.say(f"{options.out}: {export.EXPORTS[options.format].what}")

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
   from llava_sp_jax.checkpoints import opening, writing
-  from llava_sp_jax.convert import formats, save
+  from llava_sp_jax.convert import folding, formats
   from llava_sp_jax.convert.torch_io import FormatError
   from llava_sp_jax.infer import verify
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     raise FormatError(
       f"{options.checkpoint}: no decoder in it, so no adapters that could be folded"
     )
-  merged = save.fold(source)
+  merged = folding.fold(source)
   writing.write(merged, options.out, command="merge")
   console.say(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:

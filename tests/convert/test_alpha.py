@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, folding, formats
 from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import assert_same, source
 
@@ -36,10 +36,10 @@ def test_alpha_is_the_folder_s_own(folder: Path, tmp_path: Path, alpha: float) -
   change_json(folder / "adapter_config.json", lora_alpha=alpha, lora_dropout=0.25)
   opened = formats.open_checkpoint(folder, formats.Options(row="cropping"))
   assert opened.config.model.lora == config_lib.Lora(rank=4, alpha=float(alpha), dropout=0.25)
-  merged = save.fold(opened).leaves["language_model/layers/q_proj/kernel"].read()
+  merged = folding.fold(opened).leaves["language_model/layers/q_proj/kernel"].read()
   np.testing.assert_allclose(merged, kernel(opened, alpha), rtol=1e-2, atol=1e-3)
   assert np.abs(merged - kernel(opened, 2 * 4)).max() > 1e-3
-  save.export(opened, "llava_lora", tmp_path / "out")
+  export.export(opened, "llava_lora", tmp_path / "out")
   said = json.loads((tmp_path / "out/adapter_config.json").read_text())
   assert (said["r"], said["lora_alpha"], said["lora_dropout"]) == (4, alpha, 0.25)
   assert isinstance(said["lora_alpha"], int) == (alpha == int(alpha))
@@ -51,7 +51,7 @@ def test_alpha_is_the_folder_s_own(folder: Path, tmp_path: Path, alpha: float) -
 def test_every_adapted_kernel_is_folded_layer_by_layer() -> None:
   """All seven of both layers, in any slice; what has no adapter stays the same bits."""
   ours = source("none")
-  folded = save.fold(ours)
+  folded = folding.fold(ours)
   names = {p.split("/")[-2] for p in ours.leaves if p.endswith("lora_a")}
   assert names == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
   for path, leaf in folded.leaves.items():

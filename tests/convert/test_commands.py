@@ -13,8 +13,8 @@ import safetensors.numpy
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import opening, runs, writing
-from llava_sp_jax.convert import formats, leaves, save, stream
+from llava_sp_jax.checkpoints import opening, runs, stream, writing
+from llava_sp_jax.convert import export, folding, formats, leaves
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source, without_image_row
@@ -126,8 +126,8 @@ def test_inspect_reads_no_values(
 def test_a_merge_that_changes_the_answers_is_an_error(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(save.Folded, "read", lambda self, index=None: self.kernel.read(index))
-  save.export(source("pooling"), "llava_lora", tmp_path / "lora")
+  monkeypatch.setattr(folding.Folded, "read", lambda self, index=None: self.kernel.read(index))
+  export.export(source("pooling"), "llava_lora", tmp_path / "lora")
   assert cli.main(["merge", str(tmp_path / "lora"), str(tmp_path / "out"), "--verify"]) == 1
   assert "out: does not compute what it was merged from: logits of" in capsys.readouterr().err
 
@@ -150,7 +150,7 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
   from tests.convert.test_exports_in_torch import TOKENS, close, run, scaled
 
-  save.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
+  export.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
   model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
   recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj",
     "o_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_llava_hf_under_its_newer_names(tmp_path: Path) -> None:
   """transformers >= 4.52 has `model.` before the parts and the head outside."""
   ours = source("none", rank=0)
-  save.export(ours, "llava_hf", tmp_path / "x")
+  export.export(ours, "llava_hf", tmp_path / "x")
   path = tmp_path / "x/model.safetensors"
   renamed = {}
   for name, array in safetensors.numpy.load_file(path).items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from llava_sp_jax.convert import formats, save, torch_io, torch_write
+from llava_sp_jax.convert import export, folding, formats, torch_io, torch_write
 from llava_sp_jax.models import build
 from tests.convert.test_round_trip import TEXT, TOWER, source
 
@@ -52,8 +52,8 @@ TOKENS = np.random.default_rng(1).integers(0, TEXT.vocab_size, (1, 12))
 def test_language_model_in_transformers(tmp_path: Path) -> None:
   from transformers import AutoModelForCausalLM
 
-  ours = save.fold(scaled(source("pooling")))
-  save.export(ours, "language_model", tmp_path / "llm")
+  ours = folding.fold(scaled(source("pooling")))
+  export.export(ours, "language_model", tmp_path / "llm")
   theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.float32).eval()
   close(run(ours, TOKENS), theirs(torch.tensor(TOKENS)).logits[0])
   wanted = theirs.generate(torch.tensor(TOKENS), max_new_tokens=8, do_sample=False, eos_token_id=-1)
@@ -69,19 +69,19 @@ def test_adapter_in_peft(tmp_path: Path) -> None:
   from transformers import AutoModelForCausalLM
 
   ours = scaled(source("cropping"))
-  save.export(ours, "llava_lora", tmp_path / "lora")
+  export.export(ours, "llava_lora", tmp_path / "lora")
   base = AutoModelForCausalLM.from_pretrained(tmp_path / "lora/base", dtype=torch.float32)
   theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
   close(run(ours, TOKENS), theirs(torch.tensor(TOKENS)).logits[0])
   merged = theirs.merge_and_unload()
-  close(run(save.fold(ours), TOKENS), merged(torch.tensor(TOKENS)).logits[0])
+  close(run(folding.fold(ours), TOKENS), merged(torch.tensor(TOKENS)).logits[0])
 
 
 def test_llava_in_transformers(tmp_path: Path) -> None:
   from transformers import LlavaForConditionalGeneration
 
   ours = scaled(source("none", rank=0))
-  save.export(ours, "llava_hf", tmp_path / "hf")
+  export.export(ours, "llava_hf", tmp_path / "hf")
   theirs, report = LlavaForConditionalGeneration.from_pretrained(
     tmp_path / "hf", dtype=torch.float32, output_loading_info=True
   )
@@ -104,7 +104,7 @@ def test_llava_in_transformers(tmp_path: Path) -> None:
 
 def test_non_lora_trainables_in_torch(tmp_path: Path) -> None:
   ours = source("cropping", "bfloat16")
-  save.export(ours, "llava_lora", tmp_path / "lora")
+  export.export(ours, "llava_lora", tmp_path / "lora")
   loaded = torch.load(tmp_path / "lora/non_lora_trainables.bin", weights_only=True)
   opened = torch_io.open_file(tmp_path / "lora/non_lora_trainables.bin")
   assert list(loaded) == list(opened)
@@ -137,7 +137,7 @@ def test_shards_have_the_limit_and_an_index(tmp_path: Path) -> None:
   from transformers import AutoModelForCausalLM
 
   ours = source("none", rank=0)
-  save.export(ours, "language_model", tmp_path / "whole")
+  export.export(ours, "language_model", tmp_path / "whole")
   tensors = list(torch_io.open_named(tmp_path / "whole", torch_io.WEIGHTS).values())
   (tmp_path / "parts").mkdir()
   torch_write.save_safetensors(tensors, tmp_path / "parts", shard_bytes=1500)

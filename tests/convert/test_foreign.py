@@ -14,7 +14,7 @@ from PIL import Image
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, folding, formats
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
@@ -245,7 +245,7 @@ def test_quantized_weights_are_one_line(llm: Path, tmp_path: Path) -> None:
 
 
 def test_what_zero_3_saved_in_parts_is_named(tmp_path: Path) -> None:
-  save.export(source("none"), "llava_lora", tmp_path / "x")
+  export.export(source("none"), "llava_lora", tmp_path / "x")
   path = tmp_path / "x/adapter_model.safetensors"
   tensors = safetensors.numpy.load_file(path)
   first = sorted(tensors)[0]
@@ -259,7 +259,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
   ours = source("none", rank=0)
   ours.leaves["projector/fc1/kernel"].read()[3, 2] = 7e4
   with pytest.raises(FormatError, match="fc1/kernel: 70000 is too large for float16"):
-    save.export(ours, "llava", tmp_path / "x", dtype="float16")
+    export.export(ours, "llava", tmp_path / "x", dtype="float16")
   assert not (tmp_path / "x").exists()
 
 
@@ -267,11 +267,11 @@ def test_an_adapter_that_overflows_is_not_folded(tmp_path: Path) -> None:
   ours = source("none", lora=config_lib.Lora(rank=2, alpha=1e6))
   ours.leaves["language_model/layers/q_proj/lora_a"].read()[...] *= np.float32(1e34)
   with pytest.raises(FormatError, match="q_proj/kernel: its adapter at scale 500000 is too large"):
-    save.fold(ours).leaves["language_model/layers/q_proj/kernel"].read()
+    folding.fold(ours).leaves["language_model/layers/q_proj/kernel"].read()
 
 
 def test_files_have_the_mode_of_files(tmp_path: Path) -> None:
-  save.export(source("none", rank=0), "language_model", tmp_path / "x")
+  export.export(source("none", rank=0), "language_model", tmp_path / "x")
   (tmp_path / "plain").write_text("")
   wanted = (tmp_path / "plain").stat().st_mode
   assert {p.stat().st_mode for p in (tmp_path / "x").iterdir()} == {wanted}

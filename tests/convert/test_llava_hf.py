@@ -14,7 +14,8 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening
-from llava_sp_jax.convert import formats, leaves, save, save_hf
+from llava_sp_jax.convert import export, formats, leaves
+from llava_sp_jax.convert import export_hf as save_hf
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.example import IMAGE_ID
@@ -62,7 +63,7 @@ def exported(model: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Pat
   ours = formats.Source("memory", model.config, leaves.in_memory(arrays), formats.PARTS,
                         Path(model.config.data.tokenizer))  # fmt: skip
   out = tmp_path_factory.mktemp("hf") / "out"
-  save.export(ours, "llava_hf", out)
+  export.export(ours, "llava_hf", out)
   return out
 
 
@@ -137,7 +138,7 @@ def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path:
   })  # fmt: skip
   loop.train(config, tmp_path / "run")
   ours = pretrained.from_run(tmp_path / "run")
-  save.export(opening.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
+  export.export(opening.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
   questions, _, numbers = easy_vqa.get_test_questions()
   paths = easy_vqa.get_test_image_paths()
   chosen = range(0, len(questions), len(questions) // 19)[:20]  # each of another picture
@@ -193,4 +194,4 @@ def test_a_sentencepiece_tokenizer_reads_prompts_alike(tmp_path: Path) -> None:
 def test_what_transformers_does_not_compute(tmp_path: Path) -> None:
   tiles = source("none", rank=0, image_newline=True)
   with pytest.raises(FormatError, match=r"llava_hf: tiles \(anyres\) are not written"):
-    save.export(tiles, "llava_hf", tmp_path / "x")
+    export.export(tiles, "llava_hf", tmp_path / "x")

@@ -12,8 +12,8 @@ import pytest
 
 from llava_sp_jax import cli, folders
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import opening, runs, writing
-from llava_sp_jax.convert import formats, save, stream
+from llava_sp_jax.checkpoints import opening, runs, stream, writing
+from llava_sp_jax.convert import folding, formats
 from tests.convert.test_round_trip import source
 
 
@@ -41,7 +41,7 @@ def test_a_merge_of_a_run_on_a_converted_adapter_stands_alone(
   run = run_on(tmp_path / "adapter", tmp_path / "run")
   assert cli.main(["merge", str(run), str(tmp_path / "merged")]) == 0
   assert "the most likely token is the same at 100.0% of the positions" in capsys.readouterr().out
-  wanted = save.fold(made)
+  wanted = folding.fold(made)
   shutil.rmtree(run)
   shutil.rmtree(tmp_path / "adapter")
   moved = (tmp_path / "merged").rename(tmp_path / "elsewhere")

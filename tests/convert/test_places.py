@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import initial
-from llava_sp_jax.convert import formats, places, save, torch_io, torch_write
+from llava_sp_jax.convert import export, formats, places, torch_io, torch_write
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 from tests.convert.test_formats import GOLDEN, change_json
@@ -77,7 +77,7 @@ def test_base_and_tower_are_names_of_the_hub(hub: Path, tmp_path: Path) -> None:
 
 def test_a_whole_model_of_the_hub_answers(hub: Path, tmp_path: Path) -> None:
   ours = dataclasses.replace(source("none", rank=0), tokenizer=GOLDEN / "base-llm")
-  save.export(ours, "llava", tmp_path / "llava")
+  export.export(ours, "llava", tmp_path / "llava")
   keep(hub, "org/llava", tmp_path / "llava")
   loaded = pretrained.from_any("hf:org/llava", formats.Options(select_layer=-1))
   assert len(loaded.tokenizer) == 512
@@ -123,7 +123,7 @@ def exported(folder: Path, row: str, factor: float, name: str = "llava", rank: i
   model = source(row, rank=rank)
   for leaf in model.leaves.values():
     leaf.read()[...] *= factor
-  save.export(model, name, folder)
+  export.export(model, name, folder)
   return folder
 
 

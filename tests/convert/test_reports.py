@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, formats
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from tests.convert.foreign import (
@@ -159,7 +159,7 @@ def test_adapters_of_a_llava_on_its_tower(tmp_path: Path) -> None:
   """haotian-liu/LLaVA#1647, YiyangZhou/POVID#13: the tower is in a folder of its own."""
   folder, rank = tmp_path / "lora", 2
   ours = source("none", rank=rank)
-  save.export(ours, "llava_lora", folder)
+  export.export(ours, "llava_lora", folder)
   rng = np.random.default_rng(4)
   width = ours.config.model.tower.width
   a, b = rng.normal(size=(rank, width)), rng.normal(size=(width, rank))
@@ -202,7 +202,7 @@ def test_a_tower_of_variable_resolution_is_one_line(tmp_path: Path) -> None:
   whole = Siglip2Config(vision_config=vision, text_config={**small, "vocab_size": 32})
   Siglip2Model(whole).save_pretrained(tmp_path / "whole")
   Siglip2VisionModel(Siglip2VisionConfig(**vision)).save_pretrained(tmp_path / "part")
-  save.export(source("none", rank=0), "llava", tmp_path / "llava")
+  export.export(source("none", rank=0), "llava", tmp_path / "llava")
   for given in ("whole", "part", "llava"):
     with pytest.raises(FormatError, match=r"siglip2.*: SigLIP 2 of variable resolution") as error:
       formats.open_checkpoint(tmp_path / given, formats.Options(tower=str(tmp_path / "part")))

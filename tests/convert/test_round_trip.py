@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, writing
-from llava_sp_jax.convert import formats, leaves, save
+from llava_sp_jax.convert import export, folding, formats, leaves
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.folders import FolderError
 from llava_sp_jax.models import build
@@ -60,7 +60,7 @@ CASES = [*((row, "float32") for row in ROWS), ("cropping", "bfloat16"), ("poolin
 @pytest.mark.parametrize(("row", "dtype"), CASES)
 def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> None:
   ours = source(row, dtype)
-  save.export(ours, "llava_lora", tmp_path / "lora")
+  export.export(ours, "llava_lora", tmp_path / "lora")
   back = formats.open_checkpoint(tmp_path / "lora")
   assert back.config.model.projector.row == row
   assert back.config.model.lora == dataclasses.replace(ours.config.model.lora)
@@ -73,7 +73,7 @@ def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("row", "dtype"), CASES)
 def test_merged_folder(row: str, dtype: str, tmp_path: Path) -> None:
   ours = source(row, dtype, rank=0)
-  save.export(ours, "llava", tmp_path / "merged")
+  export.export(ours, "llava", tmp_path / "merged")
   back = formats.open_checkpoint(tmp_path / "merged")
   assert back.config.model.projector.row == row
   assert_same(ours, back)
@@ -83,7 +83,7 @@ def test_merged_folder(row: str, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llava_hf", "language_model", "vision_tower"])
 def test_layouts_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
   ours = source("none", dtype, rank=0)
-  save.export(ours, name, tmp_path / "out")
+  export.export(ours, name, tmp_path / "out")
   back = formats.open_checkpoint(tmp_path / "out", formats.Options(select_layer=-1))
   kept = {p: leaf for p, leaf in ours.leaves.items() if p.split("/")[0] in back.parts}
   assert_same(dataclasses.replace(ours, leaves=kept), without_image_row(back))
@@ -100,7 +100,7 @@ def without_image_row(model: formats.Source) -> formats.Source:
 
 def test_folding_adds_the_scaled_product() -> None:
   ours = source("none")
-  folded = save.fold(ours)
+  folded = folding.fold(ours)
   assert not [p for p in folded.leaves if formats.is_adapter(p)]
   assert folded.config.model.lora.rank == 0
   stem = "language_model/layers/gate_proj/"
@@ -114,7 +114,7 @@ def test_folding_adds_the_scaled_product() -> None:
 
 
 def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
-  save.export(source("pooling_transformer", rank=0), "llava", tmp_path / "x")
+  export.export(source("pooling_transformer", rank=0), "llava", tmp_path / "x")
   assert formats.open_checkpoint(tmp_path / "x").config.model.projector.row == "pooling_transformer"
   (tmp_path / "x" / formats.NOTE).unlink()
   with pytest.raises(
@@ -128,7 +128,7 @@ def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
 def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
   projector = config_lib.Projector(row="pooling", scales=(3, 5), token_width=8)
   ours = source("pooling", rank=0, projector=projector)
-  save.export(ours, "llava", tmp_path / "x")
+  export.export(ours, "llava", tmp_path / "x")
   back = formats.open_checkpoint(tmp_path / "x")
   assert back.config.model.projector == projector
   assert_same(ours, back)
@@ -145,11 +145,11 @@ def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
 def test_another_base_than_the_trained_one_is_refused(tmp_path: Path) -> None:
   ours = source("pooling")
   ours = dataclasses.replace(ours, fingerprint=opening.base_fingerprint(ours))
-  save.export(ours, "llava_lora", tmp_path / "lora")
+  export.export(ours, "llava_lora", tmp_path / "lora")
   opening.verify_base(formats.open_checkpoint(tmp_path / "lora"))
   other = source("pooling", rank=0)
   other.leaves["language_model/final_norm/scale"].read()[0] += 1
-  save.export(other, "language_model", tmp_path / "other")
+  export.export(other, "language_model", tmp_path / "other")
   given = formats.open_checkpoint(tmp_path / "lora", formats.Options(base=str(tmp_path / "other")))
   with pytest.raises(
     FormatError, match=r"was trained on a base with fingerprint \w+, but base and"
@@ -161,25 +161,25 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
   plain = source("pooling", rank=0)
   for name, message in (("llava_lora", "has no adapters"), ("llava_hf", "no spatial tokens")):
     with pytest.raises(FormatError, match=message):
-      save.export(plain, name, tmp_path / "x")
+      export.export(plain, name, tmp_path / "x")
   with pytest.raises(config_lib.ConfigError, match="--format: unknown 'onnx'; known: language_mod"):
-    save.export(plain, "onnx", tmp_path / "x")
+    export.export(plain, "onnx", tmp_path / "x")
   only = dataclasses.replace(plain, leaves=plain.part("language_model"))
   with pytest.raises(
     FormatError, match="needs vision_tower, projector, which this checkpoint lack"
   ):
-    save.export(only, "llava", tmp_path / "x")
+    export.export(only, "llava", tmp_path / "x")
   qwen = dataclasses.replace(TEXT, attention_bias=True)
   with pytest.raises(FormatError, match="no LLaVA on qwen2"):
-    save.export(source("pooling", rank=0, language_model=qwen), "llava", tmp_path / "x")
+    export.export(source("pooling", rank=0, language_model=qwen), "llava", tmp_path / "x")
   assert not (tmp_path / "x").exists()
-  save.export(plain, "language_model", tmp_path / "y")
+  export.export(plain, "language_model", tmp_path / "y")
   with pytest.raises(FolderError, match=r"y: exists and holds .*; name a new folder"):
-    save.export(plain, "language_model", tmp_path / "y")
+    export.export(plain, "language_model", tmp_path / "y")
 
 
 def test_dtype_rounds_every_leaf(tmp_path: Path) -> None:
-  save.export(source("pooling"), "llava", tmp_path / "x", "bfloat16")
+  export.export(source("pooling"), "llava", tmp_path / "x", "bfloat16")
   back = formats.open_checkpoint(tmp_path / "x")
   assert {str(leaf.dtype) for p, leaf in back.leaves.items() if "vision" not in p} == {"bfloat16"}
   assert json.loads((tmp_path / "x/config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -13,7 +13,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import initial, runs, writing
-from llava_sp_jax.convert import formats, processors, save, settings, settings_out
+from llava_sp_jax.convert import export, folding, formats, processors, settings, settings_out
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.errors import CheckpointError
 from tests.convert.test_formats import GOLDEN, change_json
@@ -110,11 +110,11 @@ def test_what_is_stored_in_float32_is_computed_in_it(
 ) -> None:
   """And a merged export holds the folded kernels of a model with adapters."""
   ours = source("none", stored)
-  save.export(ours, "llava", tmp_path / "x")
+  export.export(ours, "llava", tmp_path / "x")
   back = formats.open_checkpoint(tmp_path / "x")
   assert (back.config.model.dtype, back.config.model.frozen_dtype) == (computed, stored)
   path = "language_model/layers/up_proj/kernel"
-  np.testing.assert_array_equal(back.leaves[path].read(), save.fold(ours).leaves[path].read())
+  np.testing.assert_array_equal(back.leaves[path].read(), folding.fold(ours).leaves[path].read())
   assert np.any(back.leaves[path].read() != ours.leaves[path].read())
   assert back.config.model.lora.rank == 0
 

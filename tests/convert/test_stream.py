@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import initial, opening, writing
-from llava_sp_jax.convert import formats, leaves, save, stream
+from llava_sp_jax.checkpoints import initial, opening, stream, writing
+from llava_sp_jax.convert import export, formats, leaves
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.errors import CheckpointError
 from tests.conftest import REPOSITORY
@@ -55,7 +55,7 @@ def start(given: Path, out: Path, process: int = 0, count: int = 1, slow: float 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
   folder = tmp_path_factory.mktemp("stream") / "lora"
-  save.export(source("cropping", "bfloat16"), "llava_lora", folder)
+  export.export(source("cropping", "bfloat16"), "llava_lora", folder)
   return folder
 
 

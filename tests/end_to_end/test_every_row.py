@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.checkpoints import initial, opening, writing
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, formats
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import from_run
@@ -37,7 +37,7 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
     return next(engine.answer([Request("what is it?", (picture,))])).ids
 
   source = opening.open_any(tmp_path / "run", formats.Options())
-  save.export(source, "llava_lora", tmp_path / "torch")
+  export.export(source, "llava_lora", tmp_path / "torch")
   writing.write(formats.open_checkpoint(tmp_path / "torch"), tmp_path / "back")
   back = opening.open_own(tmp_path / "back")
   assert back.config.model.projector.row == row

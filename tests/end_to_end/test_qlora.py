@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import initial, opening, runs, writing
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, folding, formats
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer import pretrained, verify
@@ -125,7 +125,7 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
   np.testing.assert_array_equal(kernel.read(part), kernel.read()[part])
   original = own.originals[GATE].read()
   assert 0 < np.abs(kernel.read() - original).max() < 0.3 * np.abs(original).max()
-  writing.write(save.fold(source), tmp_path / "merged")
+  writing.write(folding.fold(source), tmp_path / "merged")
   merged = opening.open_any(tmp_path / "merged", formats.Options())
   assert verify.compare(source, merged).within_bounds
 
@@ -133,15 +133,15 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
 def test_adapters_go_with_the_named_original_or_with_the_base_as_trained(
   run: Path, base: Path, tmp_path: Path
 ) -> None:
-  save.export(opening.open_any(base, formats.Options()), "language_model", tmp_path / "llm")
+  export.export(opening.open_any(base, formats.Options()), "language_model", tmp_path / "llm")
   given = formats.Options(base=str(tmp_path / "llm"))
-  save.export(opening.open_any(run, given), "llava_lora", tmp_path / "named")
+  export.export(opening.open_any(run, given), "llava_lora", tmp_path / "named")
   named = formats.open_checkpoint(tmp_path / "named")
   opening.verify_base(named)
   np.testing.assert_array_equal(
     named.leaves[GATE].read(), opening.open_own(base).leaves[GATE].read()
   )
-  save.export(opening.open_any(run, formats.Options()), "llava_lora", tmp_path / "alone")
+  export.export(opening.open_any(run, formats.Options()), "llava_lora", tmp_path / "alone")
   alone = formats.open_checkpoint(tmp_path / "alone")
   opening.verify_base(alone)
   trained = opening.open_any(run, formats.Options()).leaves

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, opening, runs
-from llava_sp_jax.convert import stream
+from llava_sp_jax.checkpoints import on_disk, opening, runs, stream
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker

@@ -9,13 +9,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax.checkpoints import opening
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, formats
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 
 
 def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> None:
-  save.export(opening.open_any(run_folder, formats.Options()), "llava", tmp_path / "llava")
+  export.export(opening.open_any(run_folder, formats.Options()), "llava", tmp_path / "llava")
   ours = pretrained.from_any(run_folder, dtype="float32")
   theirs = pretrained.from_any(tmp_path / "llava", dtype="float32")
   one, two = (flatten_dict(loaded.params, sep="/") for loaded in (ours, theirs))
@@ -28,7 +28,7 @@ def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_part_of_a_model_is_refused(run_folder: Path, tmp_path: Path) -> None:
-  save.export(opening.open_any(run_folder, formats.Options()), "language_model", tmp_path / "llm")
+  export.export(opening.open_any(run_folder, formats.Options()), "language_model", tmp_path / "llm")
   with pytest.raises(
     FormatError, match="no vision_tower, projector in it; a whole model is needed"
   ):

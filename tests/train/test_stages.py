@@ -14,7 +14,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import fingerprints, initial, opening, runs
-from llava_sp_jax.convert import formats, save
+from llava_sp_jax.convert import export, formats
 from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.training import loop, optimizer
 from tests.conftest import WIDE, ConfigMaker, merged
@@ -131,7 +131,7 @@ def test_a_fully_fine_tuned_run_goes_out_and_comes_back(
   )
   loop.train(config, tmp_path / "run")
   source = opening.open_any(tmp_path / "run", formats.Options())
-  save.export(source, "llava", tmp_path / "out")
+  export.export(source, "llava", tmp_path / "out")
   back = formats.open_checkpoint(tmp_path / "out")
   run_leaves = opening.open_own(tmp_path / "run").params()
   start = _initial(dataclasses.replace(config))[0].trainable
