@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import opening, tokenizers
+from llava_sp_jax.checkpoints import opening, own_folders, tokenizers
 from llava_sp_jax.convert import folding, formats, places
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.torch_io import FormatError
@@ -42,7 +42,7 @@ def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrai
 
   Raises: CheckpointError.
   """
-  run: Any = opening.open_own(folder)
+  run: Any = own_folders.open_own(folder)
   present = {leaf.split("/")[0] for leaf in run.leaves}
   if lacking := [part for part in formats.PARTS if part not in present]:
     raise FormatError(
@@ -64,7 +64,7 @@ def from_any(
   Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
   """
   path = places.local(str(path))
-  if opening.is_ours(path) or not path.exists():
+  if own_folders.is_ours(path) or not path.exists():
     return from_run(path, merge, dtype)
   source = opening.open_any(path, options or formats.Options())
   if lacking := [part for part in formats.PARTS if part not in source.parts]:

@@ -35,12 +35,12 @@ def to_options(given: argparse.Namespace, path: str) -> formats.Options:
 
   Raises: ConfigError for what a run, or a folder of ours, says itself.
   """
-  from llava_sp_jax.checkpoints import opening
+  from llava_sp_jax.checkpoints import own_folders
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.convert import formats
 
   said = [f"--{name}" for name in ("row", "template") if getattr(given, name)]
-  if said and opening.is_ours(path):
+  if said and own_folders.is_ours(path):
     raise ConfigError(f"{path}: says itself what {' and '.join(said)} would say; leave that out")
   return formats.Options(
     given.base, given.tower, given.row, given.template, allow_unknown=given.allow_unknown

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llava_sp_jax.checkpoints import opening, writing
+from llava_sp_jax.checkpoints import own_folders, writing
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.convert import formats, settings
 from llava_sp_jax.convert.formats import Options, open_checkpoint
@@ -249,7 +249,7 @@ def test_an_interrupted_conversion_is_done_anew(folder: Path, tmp_path: Path) ->
   (out / "config.json").write_text("{}")
   (out / MARK).write_text('{"command": "convert"}')
   writing.write(source, out)
-  assert opening.open_own(out).leaves.keys() == source.leaves.keys()
+  assert own_folders.open_own(out).leaves.keys() == source.leaves.keys()
   with pytest.raises(FolderError, match=r"out: exists and holds .*; name a new folder"):
     writing.write(source, out)
 
@@ -262,7 +262,7 @@ def test_a_run_is_opened_from_any_working_folder(
   start.mkdir(parents=True)
   config = tiny_config(init={"checkpoint": "runs/pretrain", "vision_tower": "gone/clip"})
   monkeypatch.chdir(tmp_path)
-  assert opening.located(config, run) == config
+  assert own_folders.located(config, run) == config
   monkeypatch.chdir("/")
-  found = opening.located(config, run).init
+  found = own_folders.located(config, run).init
   assert (found.checkpoint, found.vision_tower) == (str(start), "gone/clip")

@@ -12,7 +12,7 @@ import pytest
 
 from llava_sp_jax import cli, folders
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import opening, runs, stream, writing
+from llava_sp_jax.checkpoints import opening, own_folders, runs, stream, writing
 from llava_sp_jax.convert import folding, formats
 from tests.convert.test_round_trip import source
 
@@ -45,7 +45,7 @@ def test_a_merge_of_a_run_on_a_converted_adapter_stands_alone(
   shutil.rmtree(run)
   shutil.rmtree(tmp_path / "adapter")
   moved = (tmp_path / "merged").rename(tmp_path / "elsewhere")
-  opened = opening.finished(moved, "init.checkpoint")
+  opened = own_folders.finished(moved, "init.checkpoint")
   assert opened.config.init == config_lib.Init()
   assert opened.config.model.lora.rank == 0
   assert opened.leaves.keys() == wanted.leaves.keys()

@@ -23,7 +23,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import initial, opening
+from llava_sp_jax.checkpoints import initial, own_folders
 from llava_sp_jax.convert import formats, gguf, settings
 from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -97,8 +97,8 @@ def config(path: Path) -> config_lib.Config:
 @pytest.fixture(scope="module")
 def params(config: config_lib.Config, path: Path) -> dict:
   found = {p: leaf.read() for p, leaf in formats.open_checkpoint(path).leaves.items()}
-  expected = initial._abstract(config.model)
-  rest = initial._random(config, {p: s for p, s in expected.items() if p not in found})
+  expected = own_folders.abstract_leaves(config.model)
+  rest = own_folders.random_leaves(config, {p: s for p, s in expected.items() if p not in found})
   return jax.device_put(unflatten_dict({**found, **rest}, sep="/"))
 
 
@@ -259,7 +259,7 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
     assert build.image_token_count(stage.model) == (36 if row == "none" else 42)
   assert ours[0].init.language_model == str(path)
   learns = {
-    p.split("/")[0] for p in initial._abstract(ours[0].model)
+    p.split("/")[0] for p in own_folders.abstract_leaves(ours[0].model)
     if optimizer.group_of(p, ours[0].optimizer.stage) != optimizer.FROZEN
   }  # fmt: skip
   assert learns == {"vision_tower", "projector"}
@@ -272,12 +272,14 @@ def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path
 
   ours = recipe(f"stage=pretrain,tower={tmp_path / 'run'}")
   assert ours.init.vision_tower == str(tmp_path / "run")
-  groups = {p: optimizer.group_of(p, ours.optimizer.stage) for p in initial._abstract(ours.model)}
+  groups = {
+    p: optimizer.group_of(p, ours.optimizer.stage) for p in own_folders.abstract_leaves(ours.model)
+  }
   assert {p.split("/")[0] for p, g in groups.items() if g != optimizer.FROZEN} == {"projector"}
   loop.train(tiny_config("pretrain_all", train={"steps": 2}), tmp_path / "run")
   other = tiny_config("pretrain", init={"vision_tower": str(tmp_path / "run")})
   taken = initial.initial_params(other)["vision_tower"]
-  trained = unflatten_dict(opening.open_own(tmp_path / "run").params(), sep="/")["vision_tower"]
+  trained = unflatten_dict(own_folders.open_own(tmp_path / "run").params(), sep="/")["vision_tower"]
   jax.tree.map(np.testing.assert_array_equal, taken, trained)
   fresh = initial.initial_params(tiny_config("pretrain"))["vision_tower"]
   assert not np.array_equal(fresh["patch_embed"]["kernel"], taken["patch_embed"]["kernel"])

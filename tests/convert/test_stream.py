@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import initial, opening, stream, writing
+from llava_sp_jax.checkpoints import initial, opening, own_folders, stream, writing
 from llava_sp_jax.convert import export, formats, leaves
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.errors import CheckpointError
@@ -89,7 +89,7 @@ def test_killed_in_the_middle_it_is_no_checkpoint_and_starts_anew(
   one.send_signal(signal.SIGKILL)
   one.communicate()
   with pytest.raises(CheckpointError, match="no checkpoint yet"):
-    opening.open_own(out)
+    own_folders.open_own(out)
   given = formats.open_checkpoint(exported)
   writing.write(given, out)
   assert_same(given, opening.open_any(out, formats.Options()))
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_it_is_no_checkpoint_and_starts_anew(
 def test_any_mesh_places_it(exported: Path, tmp_path: Path, sizes: tuple[int, int, int]) -> None:
   """Stage 2 starts from a converted folder: every device holds its slice of the same values."""
   writing.write(formats.open_checkpoint(exported), tmp_path / "out")
-  own = opening.open_own(tmp_path / "out")
+  own = own_folders.open_own(tmp_path / "out")
   config = config_lib.Config(
     model=own.config.model, init=config_lib.Init(checkpoint=str(tmp_path / "out"))
   )

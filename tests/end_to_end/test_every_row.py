@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_sp_jax.checkpoints import initial, opening, writing
+from llava_sp_jax.checkpoints import initial, opening, own_folders, writing
 from llava_sp_jax.convert import export, formats
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
@@ -26,7 +26,7 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
   config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})
   loop.train(config, tmp_path / "run")
   started = initial.initial_params(config)["projector"]
-  trained = opening.open_own(tmp_path / "run")
+  trained = own_folders.open_own(tmp_path / "run")
   kernel = trained.leaves["projector/fc1/kernel"].read()
   assert not np.array_equal(kernel, started["fc1"]["kernel"])
   assert all(np.isfinite(leaf.read()).all() for leaf in trained.leaves.values())
@@ -39,7 +39,7 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
   source = opening.open_any(tmp_path / "run", formats.Options())
   export.export(source, "llava_lora", tmp_path / "torch")
   writing.write(formats.open_checkpoint(tmp_path / "torch"), tmp_path / "back")
-  back = opening.open_own(tmp_path / "back")
+  back = own_folders.open_own(tmp_path / "back")
   assert back.config.model.projector.row == row
   for path, leaf in trained.leaves.items():
     np.testing.assert_array_equal(leaf.read(), back.leaves[path].read(), err_msg=path)

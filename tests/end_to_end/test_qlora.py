@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import initial, opening, runs, writing
+from llava_sp_jax.checkpoints import initial, opening, own_folders, runs, writing
 from llava_sp_jax.convert import export, folding, formats
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.eval import run as run_lib
@@ -77,7 +77,7 @@ def test_goes_on_to_the_bit(
     assert loop.train(config, tmp_path / "run").step == 2
   assert loop.train(config, tmp_path / "run").step == 4
   assert losses(tmp_path / "run") == losses(run)
-  ours, theirs = (opening.open_own(folder).params() for folder in (tmp_path / "run", run))
+  ours, theirs = (own_folders.open_own(folder).params() for folder in (tmp_path / "run", run))
   assert ours.keys() == theirs.keys()
   for path, values in ours.items():
     np.testing.assert_array_equal(values, theirs[path], err_msg=path)
@@ -95,8 +95,8 @@ def test_another_base_is_refused(run: Path, base: Path, tmp_path: Path, form: st
     config_lib.to_json(dataclasses.replace(config, model=other))
   )
   with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
-    opening.open_own(folder)
-  assert opening.open_own(run).config.model.quantize == form
+    own_folders.open_own(folder)
+  assert own_folders.open_own(run).config.model.quantize == form
 
 
 def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
   source = opening.open_any(run, formats.Options())
   assert source.config.model.quantize == "none"
   assert not any(is_quantised(p) for p in source.leaves)
-  own = opening.open_own(run)
+  own = own_folders.open_own(run)
   codes = {p.split("/")[-1]: x.read()[1] for p, x in own.leaves.items()
            if p.startswith(GATE + "_")}  # fmt: skip
   real = FORMATS[form]
@@ -139,7 +139,7 @@ def test_adapters_go_with_the_named_original_or_with_the_base_as_trained(
   named = formats.open_checkpoint(tmp_path / "named")
   opening.verify_base(named)
   np.testing.assert_array_equal(
-    named.leaves[GATE].read(), opening.open_own(base).leaves[GATE].read()
+    named.leaves[GATE].read(), own_folders.open_own(base).leaves[GATE].read()
   )
   export.export(opening.open_any(run, formats.Options()), "llava_lora", tmp_path / "alone")
   alone = formats.open_checkpoint(tmp_path / "alone")
@@ -154,11 +154,11 @@ def test_a_further_stage_starts_from_the_original_base(
   """Quantised again to the same codes; not quantised, the floats of before."""
   again = dataclasses.replace(config, init=config_lib.Init(checkpoint=str(run)))
   codes = flatten_dict(initial.initial_params(again), sep="/")
-  own = opening.open_own(run).leaves
+  own = own_folders.open_own(run).leaves
   for path in (p for p in codes if is_quantised(p)):
     np.testing.assert_array_equal(codes[path], own[path].read(), err_msg=path)
   plain = dataclasses.replace(again, model=dataclasses.replace(config.model, quantize="none"))
   floats = flatten_dict(initial.initial_params(plain), sep="/")
-  np.testing.assert_array_equal(floats[GATE], opening.open_own(base).leaves[GATE].read())
+  np.testing.assert_array_equal(floats[GATE], own_folders.open_own(base).leaves[GATE].read())
   lora = GATE.replace("kernel", "lora_b")
   np.testing.assert_array_equal(floats[lora], own[lora].read())

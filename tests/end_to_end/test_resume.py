@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, opening, runs, stream
+from llava_sp_jax.checkpoints import on_disk, own_folders, runs, stream
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
@@ -212,8 +212,8 @@ def test_fingerprint_refuses_another_base_when_training_goes_on(other_base: Path
 
 def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroken: Path) -> None:
   with pytest.raises(CheckpointError, match="its frozen base has fingerprint"):
-    opening.open_own(other_base)
-  assert opening.open_own(unbroken).step == STEPS
+    own_folders.open_own(other_base)
+  assert own_folders.open_own(unbroken).step == STEPS
 
 
 @pytest.mark.guard
@@ -228,7 +228,7 @@ def test_second_stage_starts_from_the_first(
     "finetune", row, train={"steps": 3}, init={"checkpoint": str(tmp_path / "one")}
   )
   loop.train(second, tmp_path / "two")
-  before, after = (opening.open_own(tmp_path / name).params() for name in ("one", "two"))
+  before, after = (own_folders.open_own(tmp_path / name).params() for name in ("one", "two"))
   adapters = {p for p in after if "lora_" in p}
   assert adapters == set(after) - set(before)
   assert len(adapters) == 14  # A and B of seven linear layers

@@ -14,7 +14,7 @@ import pytest
 
 from llava_sp_jax import cli, jsonl, locks
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, opening, runs
+from llava_sp_jax.checkpoints import on_disk, own_folders, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, resume
 from tests.conftest import ConfigMaker
@@ -339,14 +339,14 @@ def test_a_link_that_leads_nowhere_is_no_workdir(
 def test_a_damaged_step_is_not_what_a_run_is_opened_with(
   run: Path, capsys: pytest.CaptureFixture
 ) -> None:
-  assert opening.open_own(run).step == 3
+  assert own_folders.open_own(run).step == 3
   flip(run / "checkpoints/3/params")
-  assert opening.open_own(run).step == 2
+  assert own_folders.open_own(run).step == 2
   said = capsys.readouterr().err
   assert f"WARNING: {run}: step 3 cannot be used: {run / 'checkpoints/3'}: " in said
   assert "step 2 is used instead" in said
   with pytest.raises(CheckpointError, match="stopped at step 2 of 5; finish it first"):
-    opening.finished(run, "init.checkpoint")
+    own_folders.finished(run, "init.checkpoint")
 
 
 @pytest.mark.parametrize("step", ["-1", "x", "\u0663", "1.0", "9" * 5000])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import fingerprints, initial, opening, runs
+from llava_sp_jax.checkpoints import fingerprints, initial, opening, own_folders, runs
 from llava_sp_jax.convert import export, formats
 from llava_sp_jax.models.quantize import is_quantised
 from llava_sp_jax.training import loop, optimizer
@@ -133,7 +133,7 @@ def test_a_fully_fine_tuned_run_goes_out_and_comes_back(
   source = opening.open_any(tmp_path / "run", formats.Options())
   export.export(source, "llava", tmp_path / "out")
   back = formats.open_checkpoint(tmp_path / "out")
-  run_leaves = opening.open_own(tmp_path / "run").params()
+  run_leaves = own_folders.open_own(tmp_path / "run").params()
   start = _initial(dataclasses.replace(config))[0].trainable
   for path, leaf in back.leaves.items():
     np.testing.assert_array_equal(leaf.read(), run_leaves[path], err_msg=path)

@@ -1,0 +1,231 @@
+"""Opens folders of ours: what a run has trained, over the base that its config names.
+
+A base may be another such folder. Leaves stay in their files until they are placed; nothing missing,
+unexpected or mis-shaped gets past, and every problem is named at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs, stream
+from llava_sp_jax.convert import formats, quantised
+from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
+from llava_sp_jax.errors import CheckpointError
+from llava_sp_jax.models import build
+from llava_sp_jax.models.quantize import is_quantised
+
+ADAPTERS = r"language_model/.*/lora_[ab]$"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A folder of ours as it stands on disk: a training run, or what `convert` wrote."""
+
+  folder: Path
+  config: config_lib.Config
+  leaves: Leaves  # all of the model, or of the parts that were converted
+  step: int
+  fingerprint: str  # of the frozen base
+  about: dict[str, Any]
+  originals: Leaves  # the same before the kernels of its base were quantised
+
+  @property
+  def tokenizer(self) -> Path | None:
+    path = self.folder / "tokenizer"
+    return path if path.is_dir() else None
+
+  def params(self) -> dict[str, np.ndarray]:
+    """All leaves read, flat."""
+    return {path: leaf.read() for path, leaf in self.leaves.items()}
+
+
+def is_ours(folder: str | Path) -> bool:
+  """Whether a folder is one that `open_own` opens."""
+  place = Path(folder)
+  return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
+
+
+def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
+  """The config of a run with `init` as it is reached from here.
+
+  A relative path was seen from where training ran: this folder, or one that the run lies in.
+  """
+
+  def place(path: str) -> str:
+    if not path or Path(path).exists():
+      return path
+    seen = (above / path for above in Path(folder).absolute().parents)
+    return next((str(there) for there in seen if there.exists()), path)
+
+  init = {name: place(path) for name, path in dataclasses.asdict(config.init).items()}
+  return dataclasses.replace(config, init=config_lib.Init(**init))
+
+
+def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
+  """The latest checkpoint: what was trained, over the base that its config names.
+
+  `verify` reads all values: a step whose trained parameters are not what was saved is named, and
+  the one before it is opened. Raises: CheckpointError without such a step, and when the base is
+  another one than it was trained with.
+  """
+  config = located(runs.read_config(folder), folder)
+  place, about, step = on_disk.saved(folder, functools.partial(_check_trained, verify=verify))
+  trained = stream.Item(place).leaves()
+  form = build.quantisation(config.model)
+  expected = abstract_leaves(build.unquantised(config.model))
+  parts = about.get("parts", list(formats.PARTS))
+  expected = {p: s for p, s in expected.items() if p.split("/")[0] in parts}
+  base = {p: leaf for p, leaf in open_init(config, expected).items() if p not in trained}
+  missing = {p: s for p, s in expected.items() if p not in trained and p not in base}
+  base |= in_memory({p: np.asarray(a) for p, a in random_leaves(config, missing).items()})
+  problems: list[str] = []
+  fit({**base, **trained}, expected, problems)
+  refuse(str(folder), problems)
+  originals: Leaves = {**base, **trained}
+  if form:
+    base = quantised.quantise(base, abstract_leaves(config.model), form)
+  if verify:
+    found = fingerprints.fingerprint(AsFrozen(base, config.model.frozen_dtype))
+    if found != about["fingerprint"]:
+      raise CheckpointError(
+        f"{folder}: its frozen base has fingerprint {about['fingerprint']}, but config.init leads "
+        f"to {found}; restore the files that config.init names"
+      )
+  frozen = {p: _cast(leaf, config.model.frozen_dtype) for p, leaf in base.items()}
+  leaves: Leaves = {**frozen, **trained}
+  return Checkpoint(
+    Path(folder), config, leaves, step, about["fingerprint"], about, originals if form else leaves
+  )
+
+
+def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
+  """Opens the parameters of a step, and compares them with its checksums, if it has any.
+
+  They are read leaf by leaf, and so once more when they are used; moments are not read.
+
+  Raises: CheckpointError.
+  """
+  known = on_disk.checksums(place).get("params", {})
+
+  def read() -> None:
+    leaves = stream.Item(place / "params").leaves()
+    for path, leaf in leaves.items() if verify and known else ():
+      found = fingerprints.sums({path: jax.numpy.asarray(leaf.read())})
+      fingerprints.compare_sums(found, known, place)
+
+  manager.told(f"{place}: cannot be read", read)
+
+
+class AsFrozen(Mapping[str, Any]):
+  """Leaves read one at a time, as the model holds them when they do not learn."""
+
+  def __init__(self, leaves: Leaves, dtype: str):
+    self._leaves, self._dtype = leaves, dtype
+
+  def __getitem__(self, path: str) -> jax.Array:
+    return jax.numpy.asarray(_cast(self._leaves[path], self._dtype).read())
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._leaves)
+
+  def __len__(self) -> int:
+    return len(self._leaves)
+
+
+def _cast(leaf: Leaf, dtype: str) -> Leaf:
+  wanted = np.dtype(jax.numpy.dtype(dtype))
+  as_it_is = leaf.dtype == wanted or is_quantised(leaf.path)
+  return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
+
+
+def finished(folder: str | Path, key: str) -> Checkpoint:
+  """`open_own` of a run that reached its last step. Raises: CheckpointError."""
+  run = open_own(folder)
+  if run.step < run.config.train.steps:
+    raise CheckpointError(
+      f"{key} {folder}: stopped at step {run.step} of {run.config.train.steps}; finish it first"
+    )
+  return run
+
+
+def abstract_leaves(model: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
+  return flatten_dict(build.abstract(model), sep="/")
+
+
+def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+  """Random leaves, not quantised; the compiler leaves out what is not wanted."""
+  if not wanted:
+    return {}
+
+  def leaves(rng: jax.Array) -> dict[str, jax.Array]:
+    flat = flatten_dict(build.initialise(build.unquantised(config.model), rng), sep="/")
+    return {path: flat[path] for path in wanted}
+
+  return jax.jit(leaves)(jax.random.key(config.train.seed))
+
+
+def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
+  """What `config.init` names, each part checked for completeness."""
+  init = config.init
+  if init.checkpoint and (init.language_model or init.vision_tower):
+    raise config_lib.ConfigError(
+      "config.init: a checkpoint brings its own base; leave out language_model and vision_tower"
+    )
+  found: Leaves = {}
+  problems: list[str] = []
+  if init.checkpoint:
+    leaves = finished(init.checkpoint, "init.checkpoint").originals
+    fit(leaves, {p: s for p, s in expected.items() if p in leaves}, problems)
+    refuse(f"init.checkpoint {init.checkpoint}", problems)
+    return leaves
+  for part in ("language_model", "vision_tower"):
+    path = getattr(init, part)
+    if not path:
+      continue
+    leaves = _open_part(path, part, config)
+    wanted = {p: s for p, s in expected.items()
+              if p.startswith(part + "/") and not re.match(ADAPTERS, p)}  # fmt: skip
+    fit(leaves, wanted, problems)
+    refuse(f"init.{part} {path}", problems)
+    found |= leaves
+  return found
+
+
+def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
+  """One part of a checkpoint of ours or of a torch folder."""
+  if is_ours(path):
+    leaves = finished(path, f"init.{part}").originals
+  else:
+    options = formats.Options(select_layer=config.model.tower.select_layer)
+    source = formats.open_checkpoint(path, options)
+    _same_sizes(path, part, source.config.model, config.model)
+    leaves = source.leaves
+  return {p: leaf for p, leaf in leaves.items() if p.startswith(part + "/")}
+
+
+# Values of a part that change none of its numbers.
+_FREE = (".initializer_range", ".max_positions", ".layers", ".select_layer")
+
+
+def _same_sizes(path: str, part: str, theirs: config_lib.Model, ours: config_lib.Model) -> None:
+  """Raises: ConfigError where a torch folder's settings contradict the config."""
+  group = {"language_model": "language_model", "vision_tower": "tower"}[part]
+  lines = config_lib.differences(getattr(ours, group), getattr(theirs, group), f"model.{group}")
+  free = _FREE if part == "vision_tower" else _FREE[:2]
+  lines = [line for line in lines if not line.split(":")[0].endswith(free)]
+  if lines:
+    raise config_lib.ConfigError(
+      f"init.{part} {path} contradicts the config ('here' is the config, 'there' the folder):\n  "
+      + "\n  ".join(lines)
+    )
