@@ -40,6 +40,7 @@ def make(folder: Path, size: str, layers: int) -> None:
 
   from llava_sp_jax import config as config_lib
   from llava_sp_jax.convert import export, formats, leaves
+  from llava_sp_jax.convert.loaded import Loaded
   from llava_sp_jax.models import build
 
   width, heads, mlp, _ = SIZES[size]
@@ -59,7 +60,7 @@ def make(folder: Path, size: str, layers: int) -> None:
   flat = flatten_dict(build.abstract(model), sep="/")
   random: leaves.Leaves = {p: Random(p, leaf.shape, dtype) for p, leaf in flat.items()}
   config = config_lib.Config(model=model)
-  export.export(formats.Source("random", config, random, formats.PARTS, None), "llava", folder)
+  export.export(Loaded("random", config, random, formats.PARTS, None), "llava", folder)
 
 
 def bound(size: str, layers: int) -> float:

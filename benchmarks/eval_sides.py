@@ -88,6 +88,7 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
   from flax.traverse_util import flatten_dict, unflatten_dict
 
   from llava_sp_jax.convert import export, formats, leaves
+  from llava_sp_jax.convert.loaded import Loaded
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.infer.pretrained import Pretrained
   from llava_sp_jax.models import build
@@ -105,7 +106,7 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
       flat[path][len(tokenizer) :] = 0
     if path == "language_model/lm_head/kernel":
       flat[path][:, len(tokenizer) :] = 0
-  source = formats.Source("memory", config, leaves.in_memory(flat), formats.PARTS, None)
+  source = Loaded("memory", config, leaves.in_memory(flat), formats.PARTS, None)
   if like is None:
     export.export(source, "vision_tower", folder / "tower")
     export.export(source, "language_model", folder / "text")

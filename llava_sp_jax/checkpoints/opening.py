@@ -13,12 +13,13 @@ from llava_sp_jax.checkpoints.own_folders import (
   is_ours,
   open_own,
 )
-from llava_sp_jax.convert import formats, places, quantised
+from llava_sp_jax.convert import formats, quantised
+from llava_sp_jax.convert.loaded import OURS, Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.models import build
 
 
-def open_any(path: str | Path, options: formats.Options, verify: bool = True) -> formats.Source:
+def open_any(path: str | Path, options: formats.Options, verify: bool = True) -> Loaded:
   """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError.
 
   Without `verify` no values are read, and the base of a run of ours is taken as it is.
@@ -30,35 +31,32 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
   own = open_own(path, verify)
-  parts = tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in own.leaves))
   form = build.quantisation(own.config.model)
   model = build.unquantised(own.config.model)
-  source = formats.Source(
-    "llava_sp_jax", dataclasses.replace(own.config, model=model),
-    quantised.dequantise(own.leaves, form, model.frozen_dtype), parts, own.tokenizer,
-    base=options.base or places.reachable(own.about.get("base", "")),
-    tower=options.tower or places.reachable(own.about.get("tower", "")),
-    fingerprint=own.fingerprint,
+  source = dataclasses.replace(
+    own, config=dataclasses.replace(own.config, model=model),
+    leaves=quantised.dequantise(own.leaves, form, model.frozen_dtype),
+    base=options.base or own.base, tower=options.tower or own.tower,
   )  # fmt: skip
   if not form or not verify:
     return source
-  named = dataclasses.replace(source, leaves=own.originals) if source.base else source
+  named = dataclasses.replace(source, leaves=own.originals or {}) if source.base else source
   return dataclasses.replace(source, fingerprint=base_fingerprint(named))
 
 
-def base_fingerprint(source: formats.Source) -> str:
+def base_fingerprint(source: Loaded) -> str:
   """Reads all that stage 2 does not train: tower and decoder without adapters."""
   base = {p: leaf for p, leaf in source.leaves.items()
           if not p.startswith("projector/") and not re.match(ADAPTERS, p)}  # fmt: skip
   return fingerprints.fingerprint(AsFrozen(base, source.config.model.frozen_dtype))
 
 
-def verify_base(source: formats.Source) -> None:
+def verify_base(source: Loaded) -> None:
   """Reads the base of an exported adapter and compares it with the one it was trained on.
 
   Raises: FormatError when it is another one.
   """
-  if not source.fingerprint or source.format == "llava_sp_jax":
+  if not source.fingerprint or source.format == OURS:
     return
   found = base_fingerprint(source)
   if found != source.fingerprint:

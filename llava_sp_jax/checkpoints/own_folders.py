@@ -19,35 +19,14 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs, stream
-from llava_sp_jax.convert import formats, quantised
+from llava_sp_jax.convert import formats, places, quantised
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
+from llava_sp_jax.convert.loaded import OURS, Loaded
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantised
 
 ADAPTERS = r"language_model/.*/lora_[ab]$"
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """A folder of ours as it stands on disk: a training run, or what `convert` wrote."""
-
-  folder: Path
-  config: config_lib.Config
-  leaves: Leaves  # all of the model, or of the parts that were converted
-  step: int
-  fingerprint: str  # of the frozen base
-  about: dict[str, Any]
-  originals: Leaves  # the same before the kernels of its base were quantised
-
-  @property
-  def tokenizer(self) -> Path | None:
-    path = self.folder / "tokenizer"
-    return path if path.is_dir() else None
-
-  def params(self) -> dict[str, np.ndarray]:
-    """All leaves read, flat."""
-    return {path: leaf.read() for path, leaf in self.leaves.items()}
 
 
 def is_ours(folder: str | Path) -> bool:
@@ -72,7 +51,7 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
   return dataclasses.replace(config, init=config_lib.Init(**init))
 
 
-def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
+def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   """The latest checkpoint: what was trained, over the base that its config names.
 
   `verify` reads all values: a step whose trained parameters are not what was saved is named, and
@@ -104,9 +83,13 @@ def open_own(folder: str | Path, verify: bool = True) -> Checkpoint:
       )
   frozen = {p: _cast(leaf, config.model.frozen_dtype) for p, leaf in base.items()}
   leaves: Leaves = {**frozen, **trained}
-  return Checkpoint(
-    Path(folder), config, leaves, step, about["fingerprint"], about, originals if form else leaves
-  )
+  tokenizer = Path(folder) / "tokenizer"
+  return Loaded(
+    OURS, config, leaves, tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in leaves)),
+    tokenizer if tokenizer.is_dir() else None, base=places.reachable(about.get("base", "")),
+    tower=places.reachable(about.get("tower", "")), fingerprint=about["fingerprint"], step=step,
+    about=about, originals=originals if form else leaves,
+  )  # fmt: skip
 
 
 def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
@@ -149,7 +132,7 @@ def _cast(leaf: Leaf, dtype: str) -> Leaf:
   return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
 
 
-def finished(folder: str | Path, key: str) -> Checkpoint:
+def finished(folder: str | Path, key: str) -> Loaded:
   """`open_own` of a run that reached its last step. Raises: CheckpointError."""
   run = open_own(folder)
   if run.step < run.config.train.steps:
@@ -157,6 +140,11 @@ def finished(folder: str | Path, key: str) -> Checkpoint:
       f"{key} {folder}: stopped at step {run.step} of {run.config.train.steps}; finish it first"
     )
   return run
+
+
+def _floats(loaded: Loaded) -> Leaves:
+  """The leaves before any was quantized."""
+  return loaded.leaves if loaded.originals is None else loaded.originals
 
 
 def abstract_leaves(model: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
@@ -185,7 +173,7 @@ def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
   found: Leaves = {}
   problems: list[str] = []
   if init.checkpoint:
-    leaves = finished(init.checkpoint, "init.checkpoint").originals
+    leaves = _floats(finished(init.checkpoint, "init.checkpoint"))
     fit(leaves, {p: s for p, s in expected.items() if p in leaves}, problems)
     refuse(f"init.checkpoint {init.checkpoint}", problems)
     return leaves
@@ -205,7 +193,7 @@ def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
 def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
   """One part of a checkpoint of ours or of a torch folder."""
   if is_ours(path):
-    leaves = finished(path, f"init.{part}").originals
+    leaves = _floats(finished(path, f"init.{part}"))
   else:
     options = formats.Options(select_layer=config.model.tower.select_layer)
     source = formats.open_checkpoint(path, options)

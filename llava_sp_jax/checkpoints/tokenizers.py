@@ -10,12 +10,13 @@ from pathlib import Path
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import formats
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 
 
-def open_tokenizer(source: formats.Source) -> Tokenizer | None:
+def open_tokenizer(source: Loaded) -> Tokenizer | None:
   """Opens the tokenizer of a checkpoint, if it has one, and compares it with the embedding and template.
 
   Special tokens without a row are told: published folders have a padding token that no text names.

@@ -12,12 +12,13 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
 from llava_sp_jax.checkpoints import fingerprints, runs, stream
 from llava_sp_jax.convert import formats, places
+from llava_sp_jax.convert.loaded import Loaded, cast
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.distributed import processes
 
 
 def write(
-  source: formats.Source, out: Path, dtype: str = "", command: str = "convert"
+  source: Loaded, out: Path, dtype: str = "", command: str = "convert"
 ) -> None:  # fmt: skip
   """Writes a folder of ours with every leaf in it, streamed; call it in every process.
 
@@ -36,9 +37,9 @@ def write(
       raise
 
 
-def _write(source: formats.Source, out: Path, dtype: str) -> None:
+def _write(source: Loaded, out: Path, dtype: str) -> None:
   if dtype:
-    source = formats.cast(source, dtype)
+    source = cast(source, dtype)
   # All of it is in the folder, wherever that is moved, and it is no run that could be unfinished.
   data = dataclasses.replace(source.config.data, tokenizer="tokenizer" if source.tokenizer else "")
   train = dataclasses.replace(source.config.train, steps=0)

@@ -18,13 +18,14 @@ from llava_sp_jax import folders
 from llava_sp_jax.convert import export_hf as save_hf
 from llava_sp_jax.convert import settings_out, tables, torch_write
 from llava_sp_jax.convert.folding import fold
-from llava_sp_jax.convert.formats import NOTE, Source, cast, copy_tokenizer
+from llava_sp_jax.convert.formats import NOTE, copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
+from llava_sp_jax.convert.loaded import Loaded, cast
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
 from llava_sp_jax.models import build
 
 
-def _language_model(model: Source, out: Path) -> None:
+def _language_model(model: Loaded, out: Path) -> None:
   """A plain Hugging Face folder of the decoder."""
   text = model.config.model.language_model
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
@@ -35,7 +36,7 @@ def _language_model(model: Source, out: Path) -> None:
     copy_tokenizer(model.tokenizer, out)
 
 
-def _vision_tower(model: Source, out: Path) -> None:
+def _vision_tower(model: Loaded, out: Path) -> None:
   """The vision part alone, with the layers that are used; the select layer counts from its end."""
   tower = model.config.model.tower
   torch_write.save_safetensors(_tower_tensors(model), out)
@@ -44,7 +45,7 @@ def _vision_tower(model: Source, out: Path) -> None:
         settings_out.processor_json(model.config.data, tower.image_size))  # fmt: skip
 
 
-def _llava(model: Source, out: Path) -> None:
+def _llava(model: Loaded, out: Path) -> None:
   """The original's merged layout; the tower stays where the config says, or goes beside it."""
   config, tower = _with_tower(model, out)
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
@@ -56,7 +57,7 @@ def _llava(model: Source, out: Path) -> None:
     copy_tokenizer(model.tokenizer, out)
 
 
-def _llava_lora(model: Source, out: Path) -> None:
+def _llava_lora(model: Loaded, out: Path) -> None:
   """Adapter, everything else that learned, and configs, as the original's `train.py` leaves them."""
   lora = model.config.model.lora
   config, tower = _with_tower(model, out)
@@ -83,14 +84,14 @@ def _llava_lora(model: Source, out: Path) -> None:
     copy_tokenizer(model.tokenizer, out)
 
 
-def _llava_hf(model: Source, out: Path) -> None:
+def _llava_hf(model: Loaded, out: Path) -> None:
   """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
   projector = to_tensors(model.part("projector"), _projector_rows(model))
   save_hf.write(model, out, _tower_tensors(model), projector)
   _note(model, out)
 
 
-def _tower_tensors(model: Source) -> list[Tensor]:
+def _tower_tensors(model: Loaded) -> list[Tensor]:
   """The tower under its own names, with a last norm: its class has one, LLaVA never reads it."""
   tower = model.config.model.tower
   tensors = to_tensors(model.part("vision_tower"), tables.TOWERS[tower.variant])
@@ -104,7 +105,7 @@ def _tower_tensors(model: Source) -> list[Tensor]:
   return tensors
 
 
-def _with_tower(model: Source, out: Path) -> tuple[config_lib.Config, str]:
+def _with_tower(model: Loaded, out: Path) -> tuple[config_lib.Config, str]:
   """The config and the tower's name; without a name the tower is written into the export."""
   if model.tower:
     return model.config, model.tower
@@ -126,13 +127,13 @@ def _final(path: Path) -> str:
   )
 
 
-def _projector_rows(model: Source) -> tuple[tables.Row, ...]:
+def _projector_rows(model: Loaded) -> tuple[tables.Row, ...]:
   sizes = build.view_sizes(model.config.model)
   row, width = model.config.model.projector.row, model.config.model.tower.width
   return tables.projector(row, width, sizes)
 
 
-def _note(model: Source, out: Path) -> None:
+def _note(model: Loaded, out: Path) -> None:
   """What the original's files do not say: the projector's row, and which base was trained on."""
   projector = model.config.model.projector
   _json(out / NOTE, {"row": projector.row, "scales": list(projector.scales),
@@ -158,7 +159,7 @@ class Export:
   """One format out. `folds`: adapters go into the kernels first."""
 
   what: str
-  write: Callable[[Source, Path], None]
+  write: Callable[[Loaded, Path], None]
   parts: tuple[str, ...]
   folds: bool = True
 
@@ -179,7 +180,7 @@ EXPORTS: dict[str, Export] = {
 }  # fmt: skip
 
 
-def export(model: Source, name: str, out: str | Path, dtype: str = "") -> None:
+def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
   """Writes `model` as the format `name`; the folder appears when it is whole.
 
   `dtype` rounds every leaf (float32, bfloat16, float16); empty keeps what is stored.
@@ -206,7 +207,7 @@ def _as_the_umask_says(folder: Path) -> None:
       path.chmod(mode)
 
 
-def _refuse(model: Source, name: str, row: Export) -> None:
+def _refuse(model: Loaded, name: str, row: Export) -> None:
   have = {path.split("/")[0] for path in model.leaves}
   lacking = [part for part in row.parts if part not in have]
   if lacking:

@@ -16,8 +16,9 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import settings_out, tables, torch_write
-from llava_sp_jax.convert.formats import Source, copy_tokenizer
+from llava_sp_jax.convert.formats import copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.conversation import IMAGE, Template
@@ -28,7 +29,7 @@ from llava_sp_jax.models import build
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # what has a row for each id
 
 
-def refuse(model: Source) -> None:
+def refuse(model: Loaded) -> None:
   """Raises: FormatError for what transformers' Llava does not compute."""
   row, data = model.config.model.projector.row, model.config.data
   if row != "none":
@@ -40,7 +41,7 @@ def refuse(model: Source) -> None:
     raise FormatError("--format llava_hf: tiles (anyres) are not written; export 'llava'")
 
 
-def write(model: Source, out: Path, tower: list[Tensor], projector: list[Tensor]) -> None:
+def write(model: Loaded, out: Path, tower: list[Tensor], projector: list[Tensor]) -> None:
   """Writes tensors, settings and tokenizer of a model without adapters."""
   config = model.config
   rows = config.model.language_model.vocab_size

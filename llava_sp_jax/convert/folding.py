@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert.formats import Source, is_adapter
 from llava_sp_jax.convert.leaves import Index, Leaf, Leaves, rounded
+from llava_sp_jax.convert.loaded import Loaded, is_adapter
 from llava_sp_jax.convert.torch_io import FormatError
 
 
@@ -37,7 +37,7 @@ class Folded(Leaf):
     return kernel
 
 
-def fold(model: Source) -> Source:
+def fold(model: Loaded) -> Loaded:
   """The same model with its adapters in the kernels, and none left."""
   lora = model.config.model.lora
   if not lora.rank:

@@ -1,7 +1,7 @@
 """The door for checkpoints of others.
 
 `open_checkpoint` opens every file that a checkpoint of the table `catalog.FORMATS` needs, checks all
-names, shapes and settings at once, and returns a `Source`: a checkpoint that is understood, of which
+names, shapes and settings at once, and returns a `Loaded`: a checkpoint that is understood, of which
 no value has been read yet.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
@@ -41,6 +39,7 @@ from llava_sp_jax.convert.catalog import (
 )
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.leaves import Leaves
+from llava_sp_jax.convert.loaded import Loaded, is_adapter
 from llava_sp_jax.convert.places import copy_tokenizer
 from llava_sp_jax.convert.tensor import alike
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
@@ -48,8 +47,8 @@ from llava_sp_jax.data import anyres, conversation
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import ROWS
 
-__all__ = ["FORMATS", "NOTE", "PARTS", "Options", "Source", "cast", "copy_tokenizer",
-           "identify", "is_adapter", "look", "open_checkpoint"]  # fmt: skip
+__all__ = ["FORMATS", "NOTE", "PARTS", "Options", "copy_tokenizer",
+           "identify", "look", "open_checkpoint"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,41 +63,7 @@ class Options:
   allow_unknown: bool = False  # keys of settings files that no table knows
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A checkpoint that fits its model; `leaves` are still in their files."""
-
-  format: str  # a row of FORMATS, or "llava_sp_jax"
-  config: config_lib.Config
-  leaves: Leaves
-  parts: tuple[str, ...]
-  tokenizer: Path | None
-  base: str = ""  # name or folder of the language model that the adapters were trained on
-  tower: str = ""  # name or folder of the vision tower
-  fingerprint: str = ""  # of the frozen base, where the checkpoint says it
-
-  def part(self, name: str, *, adapters: bool = False) -> Leaves:
-    """The leaves of one part, or its adapters."""
-    return {p: leaf for p, leaf in self.leaves.items()
-            if p.startswith(name + "/") and is_adapter(p) == adapters}  # fmt: skip
-
-
-def is_adapter(path: str) -> bool:
-  return path.rsplit("/", 1)[-1] in ("lora_a", "lora_b")
-
-
-def cast(source: Source, dtype: str) -> Source:
-  """The same model with every leaf in one dtype."""
-  wanted = np.dtype(jnp.dtype(dtype))
-  cast_leaves: Leaves = {
-    p: leaves.Cast(p, leaf.shape, wanted, leaf) for p, leaf in source.leaves.items()
-  }
-  model = dataclasses.replace(source.config.model, frozen_dtype=dtype)
-  config = dataclasses.replace(source.config, model=model)
-  return dataclasses.replace(source, leaves=cast_leaves, config=config)
-
-
-def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
+def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   """Opens any checkpoint of FORMATS, a folder or a name of the hub, with the base and tower it needs.
 
   Raises: FormatError that lists all that is missing, unexpected, mis-shaped or contradictory;
@@ -157,7 +122,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Source:
   if "language_model" in parts:  # a tower's texts are read by nobody here
     places.check_settings(opened.folders, options.allow_unknown)
     tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
-  return Source(
+  return Loaded(
     name, checked(folder.path, config, parts), found, parts, tokenizer,
     base=options.base or _base_name(folder, opened.recipe),
     tower=options.tower or opened.said.get("mm_vision_tower") or "",

@@ -1,6 +1,6 @@
 """LLaMA weights and tokenizer from a GGUF file, under Hugging Face's names; dequantised in numpy.
 
-Source: the GGUF specification; llama.cpp's `convert_hf_to_gguf.py` permutes q and k rows, undone here;
+Loaded: the GGUF specification; llama.cpp's `convert_hf_to_gguf.py` permutes q and k rows, undone here;
 what a file leaves out is what llama.cpp's loader takes.
 """
 

@@ -1,7 +1,7 @@
 """The container of GGUF: metadata and where each tensor lies, bounded by the size of the file.
 
 Counts and lengths of the file are only believed as far as its bytes reach.
-Source: docs/gguf.md of ggml (versions 2 and 3, either order of bytes).
+Loaded: docs/gguf.md of ggml (versions 2 and 3, either order of bytes).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of safetensors: a JSON header that says where in the file each tensor lies.
 
 The header accounts for every byte behind it, without gaps and overlaps.
-Source: the format's description in the repository huggingface/safetensors.
+Loaded: the format's description in the repository huggingface/safetensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Files of `torch.save`: a zip of a pickle that names tensors, and their bytes.
 
-Source: torch/serialization.py (the zip format, since torch 1.6).
+Loaded: torch/serialization.py (the zip format, since torch 1.6).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A pickle is a program. Python's unpickler runs all of it; this one has a table of the instructions
 that `torch.save` writes, and every other one is an error. Nothing that was checked can change
 afterwards: a tensor is built from tuples of integers, and what the memo holds is not looked at again.
-Source: Python's pickletools (instructions), torch/_utils.py and torch/serialization.py (names).
+Loaded: Python's pickletools (instructions), torch/_utils.py and torch/serialization.py (names).
 """
 
 from __future__ import annotations

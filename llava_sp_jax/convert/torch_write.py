@@ -1,6 +1,6 @@
 """Writes torch checkpoints without torch: `torch.save` files and sharded safetensors, streamed.
 
-Source: the zip format of `torch.save` (torch/serialization.py), read back by `torch_bin`.
+Loaded: the zip format of `torch.save` (torch/serialization.py), read back by `torch_bin`.
 """
 
 from __future__ import annotations

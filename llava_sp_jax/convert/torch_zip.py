@@ -2,7 +2,7 @@
 
 Only this much of the format is read. Compressed, encrypted, overlapping and repeated members are
 refused, so nothing in an archive stands for more bytes than the file has.
-Source: APPNOTE.TXT of PKWARE, 4.3 (records) and 4.5.3 (zip64).
+Loaded: APPNOTE.TXT of PKWARE, 4.3 (records) and 4.5.3 (zip64).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, own_folders, tokenizers
 from llava_sp_jax.convert import folding, formats, places
 from llava_sp_jax.convert.leaves import Leaves
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models.quantize import NONE, is_quantised
@@ -35,25 +36,16 @@ def padded_from(model: Pretrained) -> int:
 
 
 def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
-  """Loads the latest checkpoint of a training run.
+  """Loads the latest checkpoint of a training run, or of what `convert` wrote.
 
   `merge` folds adapters into kernels that are floats, computed in float32: each decoding step then
   reads fewer arrays. `dtype` of activations and parameters, if not the config's.
 
-  Raises: CheckpointError.
+  Raises: CheckpointError, FormatError for a folder that is not a whole model.
   """
-  run: Any = own_folders.open_own(folder)
-  present = {leaf.split("/")[0] for leaf in run.leaves}
-  if lacking := [part for part in formats.PARTS if part not in present]:
-    raise FormatError(
-      f"{folder}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
-    )
-  if merge and run.config.model.quantize == NONE:
-    run = folding.fold(run)
-  model = dataclasses.replace(run.config.model, dtype=dtype or run.config.model.dtype)
-  config = dataclasses.replace(run.config, model=model)
-  tokenizer = Tokenizer(Path(folder) / "tokenizer")
-  return Pretrained(config, _params(config, run.leaves), tokenizer, run.step, run.fingerprint)
+  run = own_folders.open_own(folder)
+  _whole(folder, run)
+  return _pretrained(run, Tokenizer(Path(folder) / "tokenizer"), merge, dtype)
 
 
 def from_any(
@@ -66,21 +58,31 @@ def from_any(
   path = places.local(str(path))
   if own_folders.is_ours(path) or not path.exists():
     return from_run(path, merge, dtype)
-  source = opening.open_any(path, options or formats.Options())
-  if lacking := [part for part in formats.PARTS if part not in source.parts]:
-    raise FormatError(
-      f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
-    )
+  source = formats.open_checkpoint(path, options or formats.Options())
+  _whole(path, source)
   tokenizer = tokenizers.open_tokenizer(source)
   if tokenizer is None:
     raise FormatError(f"{path}: no tokenizer in it; put the language model's tokenizer files there")
   opening.verify_base(source)
-  fingerprint = source.fingerprint or opening.base_fingerprint(source)
-  if merge:
-    source = folding.fold(source)
-  model = dataclasses.replace(source.config.model, dtype=dtype or source.config.model.dtype)
-  config = dataclasses.replace(source.config, model=model)
-  return Pretrained(config, _params(config, source.leaves), tokenizer, 0, fingerprint)
+  if not source.fingerprint:
+    source = dataclasses.replace(source, fingerprint=opening.base_fingerprint(source))
+  return _pretrained(source, tokenizer, merge, dtype)
+
+
+def _whole(path: str | Path, model: Loaded) -> None:
+  """Raises: FormatError."""
+  if lacking := [part for part in formats.PARTS if part not in model.parts]:
+    raise FormatError(
+      f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
+    )
+
+
+def _pretrained(model: Loaded, tokenizer: Tokenizer, merge: bool, dtype: str) -> Pretrained:
+  if merge and model.config.model.quantize == NONE:
+    model = folding.fold(model)
+  computed = dataclasses.replace(model.config.model, dtype=dtype or model.config.model.dtype)
+  config = dataclasses.replace(model.config, model=computed)
+  return Pretrained(config, _params(config, model.leaves), tokenizer, model.step, model.fingerprint)
 
 
 def _params(config: config_lib.Config, leaves: Leaves) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from llava_sp_jax.convert.formats import Source
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
 
 TOKENS = 64  # of the prompt, behind the tokens of one image
@@ -37,7 +37,7 @@ class Comparison:
     )
 
 
-def compare(before: Source, after: Source) -> Comparison:
+def compare(before: Loaded, after: Loaded) -> Comparison:
   """Runs both on the same random image and tokens, in float32 arithmetic."""
   one, two = (np.asarray(_logits(source), np.float64) for source in (before, after))
   largest = float(np.abs(one - two).max() / np.abs(one).max())
@@ -46,7 +46,7 @@ def compare(before: Source, after: Source) -> Comparison:
   return Comparison(largest, same, stored)
 
 
-def _logits(source: Source) -> jax.Array:
+def _logits(source: Loaded) -> jax.Array:
   model = dataclasses.replace(
     source.config.model, dtype="float32", matmul_precision="auto", remat="none"
   )

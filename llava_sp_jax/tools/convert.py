@@ -11,6 +11,7 @@ from llava_sp_jax.tools import arguments
 
 if TYPE_CHECKING:
   from llava_sp_jax.convert import formats
+  from llava_sp_jax.convert.loaded import Loaded
 
 EXAMPLES = """example:
   llava-sp convert llava-sp-cropping-lora checkpoints/llava-sp
@@ -47,7 +48,7 @@ def to_options(given: argparse.Namespace, path: str) -> formats.Options:
   )
 
 
-def described(source: formats.Source) -> list[str]:
+def described(source: Loaded) -> list[str]:
   """What was taken from a checkpoint: lines for the terminal."""
   from llava_sp_jax.models import build
 

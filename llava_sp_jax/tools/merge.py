@@ -12,7 +12,7 @@ from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 if TYPE_CHECKING:
-  from llava_sp_jax.convert.formats import Source
+  from llava_sp_jax.convert.loaded import Loaded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
   return result
 
 
-def _whole(source: Source) -> Source:
+def _whole(source: Loaded) -> Loaded:
   """A decoder alone with a small tower and a projector of zeros beside it, so that it can run."""
   if "projector" in source.parts:
     return source

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax.convert import formats, leaves
+from llava_sp_jax.convert import leaves
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
 from tests.convert.test_exports_in_torch import close, run
 from tests.convert.test_round_trip import source
@@ -49,7 +50,7 @@ def decoder(folder: Path) -> Any:
   return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def completed(opened: formats.Source) -> formats.Source:
+def completed(opened: Loaded) -> Loaded:
   """A decoder alone with parts of zeros beside it, for `run`."""
   from flax.traverse_util import flatten_dict
 
@@ -68,7 +69,7 @@ def asked(count: int = PATCHES) -> tuple[np.ndarray, np.ndarray]:
   return ids, np.where(ids == IMAGE, np.arange(ids.shape[1]) - 1, -1)
 
 
-def same_logits(opened: formats.Source, theirs: Any) -> None:
+def same_logits(opened: Loaded, theirs: Any) -> None:
   """Of a prompt with one square picture."""
   import torch
 
@@ -81,7 +82,7 @@ def same_logits(opened: formats.Source, theirs: Any) -> None:
   close(run(opened, np.where(ids == IMAGE, 0, ids), pixels[None, None], slots), found)
 
 
-def same_text_logits(opened: formats.Source, theirs: Any, tokens: np.ndarray = TOKENS) -> None:
+def same_text_logits(opened: Loaded, theirs: Any, tokens: np.ndarray = TOKENS) -> None:
   """Of a decoder alone."""
   import torch
 

@@ -11,6 +11,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import export, folding, formats
+from llava_sp_jax.convert.loaded import Loaded
 from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import assert_same, source
 
@@ -23,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
   return tmp_path / "cropping/llava-lora"
 
 
-def kernel(opened: formats.Source, alpha: float) -> np.ndarray:
+def kernel(opened: Loaded, alpha: float) -> np.ndarray:
   """`q_proj` with its adapter, summed by hand: W + alpha / r A B."""
   stem = "language_model/layers/q_proj/"
   w, a, b = (opened.leaves[stem + n].read().astype(np.float64)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from llava_sp_jax.convert import export, folding, formats, torch_io, torch_write
+from llava_sp_jax.convert import export, folding, torch_io, torch_write
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
 from tests.convert.test_round_trip import TEXT, TOWER, source
 
@@ -20,7 +21,7 @@ torch = pytest.importorskip("torch")
 TOLERANCE = 2e-5  # of the largest logit, float32; the two multiply in another order
 
 
-def run(model: formats.Source, tokens: np.ndarray, pixels: Any = None, slots: Any = None) -> Any:
+def run(model: Loaded, tokens: np.ndarray, pixels: Any = None, slots: Any = None) -> Any:
   """Our logits. [1, T] -> [T, V]."""
   module = build.model(model.config.model)
   flat = {p: jnp.asarray(leaf.read()) for p, leaf in model.leaves.items()}
@@ -39,7 +40,7 @@ def close(ours: np.ndarray, theirs: Any) -> None:
   assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
 
 
-def scaled(model: formats.Source) -> formats.Source:
+def scaled(model: Loaded) -> Loaded:
   """Weights small enough for attention that is not all on one token."""
   for leaf in model.leaves.values():
     leaf.read()[...] *= 0.3

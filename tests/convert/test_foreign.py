@@ -15,6 +15,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening
 from llava_sp_jax.convert import export, folding, formats
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import anyres
 from llava_sp_jax.models import build
@@ -221,7 +222,7 @@ def test_towers_as_transformers_saves_them(tmp_path: Path, kind: str) -> None:
   close(whole(pixels)[0].reshape(-1, VISION["hidden_size"]), wanted)
 
 
-def completed_tower(opened: formats.Source) -> Any:
+def completed_tower(opened: Loaded) -> Any:
   from flax.traverse_util import unflatten_dict
 
   tree = unflatten_dict({p.split("/", 1)[1]: x.read() for p, x in opened.leaves.items()}, sep="/")

@@ -16,6 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening
 from llava_sp_jax.convert import export, formats, leaves
 from llava_sp_jax.convert import export_hf as save_hf
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.example import IMAGE_ID
@@ -60,7 +61,7 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def exported(model: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
   arrays = flatten_dict(model.params, sep="/")
-  ours = formats.Source("memory", model.config, leaves.in_memory(arrays), formats.PARTS,
+  ours = Loaded("memory", model.config, leaves.in_memory(arrays), formats.PARTS,
                         Path(model.config.data.tokenizer))  # fmt: skip
   out = tmp_path_factory.mktemp("hf") / "out"
   export.export(ours, "llava_hf", out)

@@ -15,6 +15,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import initial
 from llava_sp_jax.convert import export, formats, places, torch_io, torch_write
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 from tests.convert.test_formats import GOLDEN, change_json
@@ -136,7 +137,7 @@ def rewrite(folder: Path, change: Any) -> None:
   torch_write.save_bin(tensors, path)
 
 
-def value(model: formats.Source, path: str) -> np.ndarray:
+def value(model: Loaded, path: str) -> np.ndarray:
   return model.leaves[path].read()
 
 

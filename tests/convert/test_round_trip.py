@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, writing
 from llava_sp_jax.convert import export, folding, formats, leaves
+from llava_sp_jax.convert.loaded import Loaded, is_adapter
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.folders import FolderError
 from llava_sp_jax.models import build
@@ -27,7 +28,7 @@ TEXT = config_lib.LanguageModel(
 GRID_16 = dataclasses.replace(TOWER, image_size=64)
 
 
-def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> formats.Source:
+def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> Loaded:
   """A whole random model in memory."""
   tower = GRID_16 if row == "crop_224" else TOWER
   values = config_lib.Model(
@@ -42,10 +43,10 @@ def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> for
     for path, leaf in flatten_dict(build.abstract(values), sep="/").items()
   }
   config = config_lib.Config(name="random", model=values, train=config_lib.Train(steps=0))
-  return formats.Source("memory", config, leaves.in_memory(arrays), formats.PARTS, None)
+  return Loaded("memory", config, leaves.in_memory(arrays), formats.PARTS, None)
 
 
-def assert_same(one: formats.Source, two: formats.Source) -> None:
+def assert_same(one: Loaded, two: Loaded) -> None:
   assert set(one.leaves) == set(two.leaves)
   for path, leaf in one.leaves.items():
     ours, theirs = leaf.read(), two.leaves[path].read()
@@ -89,7 +90,7 @@ def test_layouts_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
   assert_same(dataclasses.replace(ours, leaves=kept), without_image_row(back))
 
 
-def without_image_row(model: formats.Source) -> formats.Source:
+def without_image_row(model: Loaded) -> Loaded:
   """Without the rows that llava_hf puts behind an embedding for its `<image>`."""
   rows = TEXT.vocab_size
   cut = {"language_model/token_embed/embedding": np.s_[:rows],
@@ -101,7 +102,7 @@ def without_image_row(model: formats.Source) -> formats.Source:
 def test_folding_adds_the_scaled_product() -> None:
   ours = source("none")
   folded = folding.fold(ours)
-  assert not [p for p in folded.leaves if formats.is_adapter(p)]
+  assert not [p for p in folded.leaves if is_adapter(p)]
   assert folded.config.model.lora.rank == 0
   stem = "language_model/layers/gate_proj/"
   kernel, a, b = (ours.leaves[stem + n].read() for n in ("kernel", "lora_a", "lora_b"))

@@ -11,6 +11,7 @@ import pytest
 
 from llava_sp_jax.checkpoints import tokenizers
 from llava_sp_jax.convert import formats
+from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 from llava_sp_jax.files import FormatError
 from tests.convert.test_formats import GOLDEN, change_json
@@ -29,7 +30,7 @@ def test_a_language_model_s_tokenizer_is_opened(folder: Path) -> None:
     tokenizers.open_tokenizer(formats.open_checkpoint(folder))
 
 
-def with_ids(folder: Path, first: int, special: bool) -> formats.Source:
+def with_ids(folder: Path, first: int, special: bool) -> Loaded:
   """With two more tokens, from `first` on."""
   from tokenizers import AddedToken, Tokenizer, models
 
