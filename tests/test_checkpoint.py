@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint_is_named(tiny_config: ConfigMaker, tmp_path: Path) -> None:
   runs.write_config(tmp_path, tiny_config())
   with pytest.raises(CheckpointError, match=r"no checkpoint yet .*; train it first"):
-    on_disk.saved(tmp_path)
+    runs.saved(tmp_path)
 
 
 def test_a_config_survives_the_folder(tiny_config: ConfigMaker, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   made.close()
   assert on_disk.steps(tmp_path) == [1, 2, 4]
   runs.write_config(tmp_path, config_lib.Config())
-  assert on_disk.saved(tmp_path) == (
+  assert runs.saved(tmp_path) == (
     tmp_path / "checkpoints" / "4" / "params", {"told": 4, "step": 4}, 4
   )  # fmt: skip
 
@@ -272,14 +272,14 @@ def test_a_newer_step_that_cannot_be_read_is_told_and_an_older_one_opened(
       raise CheckpointError("not this one")
 
   assert on_disk.damaged(tmp_path) == {7: "it has no params, about"}
-  assert on_disk.saved(tmp_path, accept)[1:] == ({"step": 1}, 1)
+  assert runs.saved(tmp_path, accept)[1:] == ({"step": 1}, 1)
   said = capsys.readouterr().err
   assert "WARNING" in said
   assert "step 2 cannot be used: not this one; step 7 cannot be used: it has no params" in said
   assert "step 1 is used instead" in said
   (tmp_path / "checkpoints/1/about/metadata").write_text("[]")
   with pytest.raises(CheckpointError, match=r"no checkpoint can be used: step 1 .* \[\]"):
-    on_disk.saved(tmp_path, accept)
+    runs.saved(tmp_path, accept)
 
 
 def failing(error: Exception) -> Callable[[], None]:

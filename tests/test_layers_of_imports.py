@@ -17,46 +17,33 @@ from tests.conftest import REPOSITORY
 PACKAGE = "llava_sp_jax"
 FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 
-# Regular expressions over module names, bottom up, first match wins. A module may import modules of
-# lower layers and of its own, except across the parts of a layer that EXCLUDING keeps apart.
-LAYERS = (
-  ("version", r"__init__"),
-  ("files", r"locks|folders|jsonl|errors|console"),
-  (
-    "ground",
-    r"config|environment|devices|provenance|files|json_files|models\.(__init__|layers|attention|remat|vit|spatial|projector|lora|quantize|cache)|data\.(?!pipeline).*"
-    r"|convert\.(__init__|layout|tables|keys|key_tables|keys_page|tensor|torch_\w+|safetensors_file|gguf\w*)"
-    r"|sharding|mesh|processes|checkpoint|limits"
-    r"|infer\.(__init__|generation|sampling|counts|lru)|train\.__init__|tools\.__init__|recipes"
-    r"|eval\.(__init__|task|own|predictions|scoring|files|judge|web|benchmark|choices|sheet|tasks\..*)",
-  ),
-  ("assembled", r"models\.(llama|llava|build|flops)|data\.pipeline"),
-  (
-    "loading",
-    r"convert\.(settings|settings_out|processors|adapters|weights|leaves|formats|catalog|places|detect|stream|save|save_hf|load|quantised)",
-  ),
-  ("running", r"train\..*|infer\..*"),
-  ("planning", r"plan\..*"),
-  ("evaluating", r"eval\..*"),
-  ("tools", r"tools\..*"),
-  ("cli", r"cli|__main__"),
+# The house, bottom up. A room is a folder or a file of the package; it imports rooms of lower floors,
+# and none beside it.
+FLOORS = (
+  "errors",
+  "console files locks",
+  "folders json_files environment hardware provenance",
+  "jsonl config",
+  "limits recipes",
+  "data models distributed",
+  "convert",
+  "checkpoints",
+  "training infer",
+  "plan tasks",
+  "results",
+  "eval",
+  "tools",
+  "cli",
+  "__main__",
 )
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
-# (who, what it does not import): regular expressions over module names.
+# (who, what it does not import), within a room or two floors: regular expressions over module names.
 EXCLUDING = (
-  (r"train\.", r"infer\."),
-  (r"infer\.", r"train\."),
-  (r"data\.", r"(models|train|infer|eval|convert)\.|sharding|mesh|checkpoint"),
-  (r"models\.(?!build|flops)", r"config|data\.|sharding|mesh|checkpoint|convert\."),
-  (
-    r"convert\.(layout|tables|tensor|torch_|safetensors_|gguf)",
-    r"config|environment|devices|provenance|models\.|data\.|sharding|mesh|checkpoint|train\.",
-  ),
-  (r"(sharding|mesh|processes|checkpoint)", r"models\.|data\.|convert\."),
-  (
-    r"eval\.(task|scoring|files|judge|web|benchmark|choices|sheet)",
-    r"infer\.(?!generation|__init__)|train\.|models\.",
-  ),
+  (r"models\.(?!build|flops)", r"config"),
+  (r"models\.(?!build|flops|llava)", r"models\.(build|flops|llava)"),
+  (r"convert\.(layout|tables|tensor|torch_|safetensors_|gguf_file)", r"config|models\.|data\."),
+  (r"tasks\.", r"infer\.(?!generation|__init__)"),
 )
 
 # (who, third-party packages that it never imports, not even inside a function)
@@ -68,7 +55,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(config|environment|recipes|cli|devices|limits|locks|folders|jsonl|files|json_files|errors|console)",
+    r"(config|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
@@ -111,18 +98,20 @@ def own_imports(path: Path) -> set[str]:
   return result
 
 
-def layer(name: str) -> int:
-  for height, (_, pattern) in enumerate(LAYERS):
-    if re.fullmatch(pattern, name):
-      return height
-  raise AssertionError(f"{name} stands in no layer; add it to LAYERS")
+def room(name: str) -> str:
+  return name.split(".")[0]
+
+
+def test_the_house_has_these_rooms() -> None:
+  assert {room(name) for name in MODULES} - {"__init__"} == set(HEIGHT)
 
 
 # The public names are imported when they are used: for the type checker alone they stand at the top.
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 def test_imports_point_down(name: str) -> None:
-  upward = {other for other in own_imports(MODULES[name]) if layer(other) > layer(name)}
-  assert not upward, f"{name} ({LAYERS[layer(name)][0]}) imports from above: {upward}"
+  others = {other for other in own_imports(MODULES[name]) if other != "__init__"}
+  wrong = {o for o in others if room(o) != room(name) and HEIGHT[room(o)] >= HEIGHT[room(name)]}
+  assert not wrong, f"{name} imports from its own floor or above: {wrong}"
 
 
 @pytest.mark.parametrize(("who", "what"), EXCLUDING)
@@ -148,10 +137,10 @@ def test_reading_imports_finds_them(tmp_path: Path) -> None:
   """The reader sees every form of import, also inside functions."""
   file = tmp_path / "x.py"
   file.write_text(
-    "import torch.nn\nfrom llava_sp_jax import config as c, mesh\n"
+    "import torch.nn\nfrom llava_sp_jax import config as c, locks\n"
     "def f():\n  from llava_sp_jax.models.llama import Decoder\n  from llava_sp_jax import __version__\n"
   )
-  assert own_imports(file) == {"config", "mesh", "models.llama", "__init__"}
+  assert own_imports(file) == {"config", "locks", "models.llama", "__init__"}
   assert "torch.nn" in imports(file)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.checkpoints.runs import read_config
 from llava_sp_jax.errors import CheckpointError
 
 PLACE = "checkpoints"
@@ -80,37 +78,6 @@ def damaged(folder: Path) -> dict[int, str]:
   """{step: why} of what has the name of a checkpoint and is no whole one."""
   found = {step: trouble(place) for step, place in sorted(_numbered(folder).items())}
   return {step: why for step, why in found.items() if why}
-
-
-Accept = Callable[[Path, dict[str, Any]], None]
-
-
-def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[str, Any], int]:
-  """Where the latest parameters are saved; what the run says of itself; its step.
-
-  `accept(place, about)` raises an error for a checkpoint that it cannot use. The next older one is
-  taken then, and a line on stderr says so.
-
-  Raises: CheckpointError when there is no whole checkpoint, with what is wrong with each.
-  """
-  config = read_config(folder)
-  problems = damaged(Path(folder))
-  for step in reversed(steps(Path(folder))):
-    place = Path(folder).absolute() / PLACE / str(step)
-    try:
-      said = about(place)
-      if accept:
-        accept(place, said)
-    except CheckpointError as error:
-      problems[step] = str(error)
-      continue
-    if newer := {number: why for number, why in problems.items() if number > step}:
-      print(f"llava-sp: WARNING: {folder}: {listed(newer)}; step {step} is used instead",
-            file=sys.stderr, flush=True)  # fmt: skip
-    return place / "params", said, step
-  if problems:
-    raise CheckpointError(f"{folder}: no checkpoint can be used: {listed(problems)}")
-  raise CheckpointError(f"{folder}: no checkpoint yet (run {config.name!r}); train it first")
 
 
 def listed(problems: Mapping[int, str]) -> str:

@@ -59,7 +59,7 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   another one than it was trained with.
   """
   config = located(runs.read_config(folder), folder)
-  place, about, step = on_disk.saved(folder, functools.partial(_check_trained, verify=verify))
+  place, about, step = runs.saved(folder, functools.partial(_check_trained, verify=verify))
   trained = stream.Item(place).leaves()
   form = build.quantisation(config.model)
   expected = abstract_leaves(build.unquantised(config.model))

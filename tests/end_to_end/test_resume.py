@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, own_folders, runs, stream
+from llava_sp_jax.checkpoints import own_folders, runs, stream
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
@@ -93,7 +93,7 @@ def unbroken(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def same_trained_parameters(ours: Path, theirs: Path) -> None:
-  (one, _, step), (two, _, other) = (on_disk.saved(folder) for folder in (ours, theirs))
+  (one, _, step), (two, _, other) = (runs.saved(folder) for folder in (ours, theirs))
   a, b = ({p: x.read() for p, x in stream.Item(item).leaves().items()} for item in (one, two))
   assert step == other == STEPS
   assert a.keys() == b.keys()
@@ -235,7 +235,7 @@ def test_second_stage_starts_from_the_first(
   changed = {p for p in before if not np.array_equal(before[p], after[p])}
   assert changed == {p for p in before if p.startswith("projector/")}
   assert all(np.any(after[p]) for p in adapters if p.endswith("lora_b"))
-  item, about, _ = on_disk.saved(tmp_path / "two")
+  item, about, _ = runs.saved(tmp_path / "two")
   assert set(stream.Item(item).leaves()) == adapters | changed
   assert about["stage"] == "finetune"
 

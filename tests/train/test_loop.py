@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import fingerprints, on_disk
+from llava_sp_jax.checkpoints import fingerprints, on_disk, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, measure
 from tests.conftest import ConfigMaker
@@ -90,7 +90,7 @@ def test_a_run_that_was_stopped_goes_on_like_one_that_was_not(
   assert logged(whole) == logged(parts) == [1, 2, 3, 4, 5]
   strip = [{k: v for k, v in line.items() if k != "time"} for line in ledger.read(parts)]
   assert strip == ledger.read(whole)
-  assert on_disk.saved(parts)[2] == 5
+  assert runs.saved(parts)[2] == 5
   assert (parts / "config.json").read_text() == (whole / "config.json").read_text()
 
 
@@ -109,7 +109,7 @@ def test_another_base_is_refused_before_a_step(
   folder = tmp_path / "run"
   loop.train(config(tiny_config, save_every=1, keep=2), folder)
   assert on_disk.steps(folder) == [4, 5]
-  known = on_disk.saved(folder)[1]
+  known = runs.saved(folder)[1]
   assert (known["stage"], known["name"]) == ("pretrain", "tiny-none-pretrain")
   looker.seen.clear()
   monkeypatch.setattr(fingerprints, "fingerprint", lambda tree: "another")
