@@ -21,7 +21,7 @@ from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import BRANCHES
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import optimizer, state
 
 GIB = 1 << 30
@@ -153,7 +153,7 @@ def answering_params(config: Any, device_mesh: Any) -> Any:
   places = flatten_dict(sharding.shardings(tree, device_mesh), sep="/")
   dtype = jnp.dtype(config.model.dtype)
   shapes = {
-    p: s if is_quantised(p) else jax.ShapeDtypeStruct(s.shape, dtype)
+    p: s if is_quantized(p) else jax.ShapeDtypeStruct(s.shape, dtype)
     for p, s in flatten_dict(tree, sep="/").items()
   }
   return unflatten_dict(random_leaves(shapes, places), sep="/")

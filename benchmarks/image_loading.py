@@ -64,7 +64,7 @@ class Files:
     square = {"height": SIZE, "width": SIZE}
     self._paths = paths
     self._process = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square)
-    self._colour = tuple(int(m * 255) for m in self._process.image_mean)
+    self._color = tuple(int(m * 255) for m in self._process.image_mean)
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -72,7 +72,7 @@ class Files:
   def __getitem__(self, index: int) -> Any:
     picture = Image.open(self._paths[index]).convert("RGB")
     side = max(picture.size)
-    square = Image.new("RGB", (side, side), self._colour)
+    square = Image.new("RGB", (side, side), self._color)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return self._process(square, return_tensors="pt")["pixel_values"][0]
 

@@ -120,8 +120,8 @@ class Questions(torch.utils.data.Dataset):
 
   def __getitem__(self, i: int) -> tuple[list[int], torch.Tensor]:
     image = Image.open(self.rows[i]["image"]).convert("RGB")
-    colour = tuple(int(m * 255) for m in self.processor.image_mean)
-    square = Image.new("RGB", (max(image.size),) * 2, colour)
+    color = tuple(int(m * 255) for m in self.processor.image_mean)
+    square = Image.new("RGB", (max(image.size),) * 2, color)
     square.paste(image, tuple((max(image.size) - side) // 2 for side in image.size))
     pixels = self.processor(square, return_tensors="np")["pixel_values"]
     return self.rows[i]["ids"], torch.from_numpy(np.asarray(pixels))

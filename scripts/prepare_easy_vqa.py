@@ -15,7 +15,7 @@ import random
 import shutil
 from pathlib import Path
 
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 FACTS = {"shape": 4, "color": 2}  # questions told in a caption; shapes are harder to see
 MADE_BY = "made_by.txt"  # the hash of SOURCES when they wrote the folder; written last
 SOURCES = ("scripts/prepare_easy_vqa.py", "llava_sp_jax/data/tokenizer.py",
@@ -33,7 +33,7 @@ def caption(pairs: list[tuple[str, str]]) -> str:
   facts: dict[str, list[str]] = {"shape": [], "color": []}
   for question, answer in pairs:
     words = question.replace("?", "").split()
-    named = [w for w in words if w in COLOURS + SHAPES]
+    named = [w for w in words if w in COLORS + SHAPES]
     negated = "not" in words or "no" in words
     if answer not in ("yes", "no"):  # 'what color is the circle?' says that it is a circle
       known.update(named)
@@ -44,9 +44,9 @@ def caption(pairs: list[tuple[str, str]]) -> str:
       facts[about].append(f"{'not ' * negated}{named[0]} {answer}")
       if (answer == "yes") != negated:
         known.update(named)
-  colour = [w for w in COLOURS if w in known]
+  color = [w for w in COLORS if w in known]
   shape = [w for w in SHAPES if w in known]
-  told = [" ".join(["a", *colour, *(shape or ["shape"])])]
+  told = [" ".join(["a", *color, *(shape or ["shape"])])]
   draw = random.Random(str(pairs))
   for about, most in FACTS.items():
     told += draw.sample(facts[about], min(most, len(facts[about])))

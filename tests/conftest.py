@@ -31,7 +31,7 @@ from llava_sp_jax.data.tokenizer import train_bpe  # noqa: E402
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4  # a 6x6 grid, the smallest that six scales fit into
 VOCAB_SIZE = 384
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 # Sizes of the decoder that the blocks of quantised kernels divide.
 WIDE = {"language_model": {"width": 64, "head_dim": 16, "mlp_width": 128}}
@@ -43,9 +43,9 @@ def dialogue(index: int) -> list[dict[str, str]]:
   """Two to four turns about picture `index`."""
   turns = []
   for turn in range(2 + index % 3):
-    colour = COLOURS[(index + turn) % len(COLOURS)]
-    question = f"is it {colour}?" if turn else f"<image>\nwhat colour is it, {colour}?"
-    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": f"{colour}, yes"}]
+    color = COLORS[(index + turn) % len(COLORS)]
+    question = f"is it {color}?" if turn else f"<image>\nwhat colour is it, {color}?"
+    turns += [{"from": "human", "value": question}, {"from": "gpt", "value": f"{color}, yes"}]
   return turns
 
 
@@ -57,12 +57,12 @@ def write_data(folder: Path, count: int = 12) -> None:
   for i in range(count):
     pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-    colour = COLOURS[i % len(COLOURS)]
+    color = COLORS[i % len(COLORS)]
     caption = [{"from": "human", "value": "<image>"},
-               {"from": "gpt", "value": f"a {colour} picture"}]  # fmt: skip
+               {"from": "gpt", "value": f"a {color} picture"}]  # fmt: skip
     captions.append({"id": f"caption-{i}", "image": f"{i}.png", "conversations": caption})
     dialogues.append({"id": f"train-{i}", "image": f"{i}.png", "conversations": dialogue(i)})
-    answer = ("yes", "circle", colour)[i % 3]
+    answer = ("yes", "circle", color)[i % 3]
     questions.append(
       {"id": f"test-{i}", "image": f"{i}.png", "question": "what is it?", "answer": answer}
     )

@@ -140,7 +140,7 @@ def test_the_command_takes_them(
     ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
   ],
 )  # fmt: skip
-def test_environments_are_recognised(
+def test_environments_are_recognized(
   asked: list[tuple], environment: dict[str, str], name: str | None
 ) -> None:
   assert processes.detected(environment) == name

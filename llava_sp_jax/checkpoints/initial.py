@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints.own_folders import ADAPTERS, abstract_leaves, open_init, random_leaves
-from llava_sp_jax.convert import quantised
+from llava_sp_jax.convert import quantized
 from llava_sp_jax.convert.leaves import Leaf, in_memory, refuse
 from llava_sp_jax.models import build
 
@@ -26,8 +26,8 @@ def initial_params(
   error. `shardings` maps an abstract tree to where each leaf goes. With `model.quantize`, kernels
   are quantised on the way from their files.
   """
-  form = build.quantisation(config.model)
-  floats = abstract_leaves(build.unquantised(config.model))
+  form = build.quantization(config.model)
+  floats = abstract_leaves(build.unquantized(config.model))
   found = open_init(config, floats)
   missing = {p: s for p, s in floats.items() if p not in found}
   if config.init.checkpoint:
@@ -39,7 +39,7 @@ def initial_params(
   expected = abstract_leaves(config.model) if form else floats
   if form:
     found |= in_memory({p: np.asarray(a) for p, a in random.items()})
-    found = quantised.quantise(found, expected, form)
+    found = quantized.quantize(found, expected, form)
   places = shardings(expected) if shardings else dict.fromkeys(expected)
   placed = {
     p: _place(found[p], places[p]) if p in found else jax.device_put(random[p], places[p])

@@ -13,7 +13,7 @@ from llava_sp_jax.checkpoints.own_folders import (
   is_ours,
   open_own,
 )
-from llava_sp_jax.convert import formats, quantised
+from llava_sp_jax.convert import formats, quantized
 from llava_sp_jax.convert.loaded import OURS, Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.models import build
@@ -31,11 +31,11 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
   own = open_own(path, verify)
-  form = build.quantisation(own.config.model)
-  model = build.unquantised(own.config.model)
+  form = build.quantization(own.config.model)
+  model = build.unquantized(own.config.model)
   source = dataclasses.replace(
     own, config=dataclasses.replace(own.config, model=model),
-    leaves=quantised.dequantise(own.leaves, form, model.frozen_dtype),
+    leaves=quantized.dequantize(own.leaves, form, model.frozen_dtype),
     base=options.base or own.base, tower=options.tower or own.tower,
   )  # fmt: skip
   if not form or not verify:

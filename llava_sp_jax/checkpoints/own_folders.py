@@ -19,12 +19,12 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs, stream
-from llava_sp_jax.convert import formats, places, quantised
+from llava_sp_jax.convert import formats, places, quantized
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
 from llava_sp_jax.convert.loaded import OURS, Loaded
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.models import build
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import is_quantized
 
 ADAPTERS = r"language_model/.*/lora_[ab]$"
 
@@ -61,8 +61,8 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   config = located(runs.read_config(folder), folder)
   place, about, step = runs.saved(folder, functools.partial(_check_trained, verify=verify))
   trained = stream.Item(place).leaves()
-  form = build.quantisation(config.model)
-  expected = abstract_leaves(build.unquantised(config.model))
+  form = build.quantization(config.model)
+  expected = abstract_leaves(build.unquantized(config.model))
   parts = about.get("parts", list(formats.PARTS))
   expected = {p: s for p, s in expected.items() if p.split("/")[0] in parts}
   base = {p: leaf for p, leaf in open_init(config, expected).items() if p not in trained}
@@ -73,7 +73,7 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   refuse(str(folder), problems)
   originals: Leaves = {**base, **trained}
   if form:
-    base = quantised.quantise(base, abstract_leaves(config.model), form)
+    base = quantized.quantize(base, abstract_leaves(config.model), form)
   if verify:
     found = fingerprints.fingerprint(AsFrozen(base, config.model.frozen_dtype))
     if found != about["fingerprint"]:
@@ -128,7 +128,7 @@ class AsFrozen(Mapping[str, Any]):
 
 def _cast(leaf: Leaf, dtype: str) -> Leaf:
   wanted = np.dtype(jax.numpy.dtype(dtype))
-  as_it_is = leaf.dtype == wanted or is_quantised(leaf.path)
+  as_it_is = leaf.dtype == wanted or is_quantized(leaf.path)
   return leaf if as_it_is else Cast(leaf.path, leaf.shape, wanted, leaf)
 
 
@@ -157,7 +157,7 @@ def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str
     return {}
 
   def leaves(rng: jax.Array) -> dict[str, jax.Array]:
-    flat = flatten_dict(build.initialise(build.unquantised(config.model), rng), sep="/")
+    flat = flatten_dict(build.initialize(build.unquantized(config.model), rng), sep="/")
     return {path: flat[path] for path in wanted}
 
   return jax.jit(leaves)(jax.random.key(config.train.seed))

@@ -137,7 +137,7 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
     )
   if container.big_endian:
     raise FormatError(f"{file.path}: quantised and big-endian ({place.name}), which is not read")
-  if not _can_dequantise(kind):
+  if not _can_dequantize(kind):
     raise FormatError(f"{file.path}: {place.name} is stored as {kind.name}, which is not read")
   block, size = gguf.GGML_QUANT_SIZES[kind]
   rows = (*place.shape[:-1], place.shape[-1] // block * size)
@@ -151,7 +151,7 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
 
 
 @functools.cache
-def _can_dequantise(kind: Any) -> bool:
+def _can_dequantize(kind: Any) -> bool:
   import gguf
 
   try:

@@ -103,7 +103,7 @@ class Aspect:
 
 
 def _padded(reader: Reader, image: Image.Image) -> list[Image.Image]:
-  return [image_lib.pad_to_square(image, reader.preprocess.pad_colour)]
+  return [image_lib.pad_to_square(image, reader.preprocess.pad_color)]
 
 
 def _as_it_is(reader: Reader, image: Image.Image) -> list[Image.Image]:

@@ -33,12 +33,12 @@ class Preprocess:
   resample: str = "bicubic"
 
   @property
-  def pad_colour(self) -> tuple[int, ...]:
+  def pad_color(self) -> tuple[int, ...]:
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
     """Pads to a square with the mean colour, resizes, normalises. -> [size, size, 3]."""
-    return self.square(pad_to_square(decode.rgb(image), self.pad_colour))
+    return self.square(pad_to_square(decode.rgb(image), self.pad_color))
 
   def square(self, image: Image.Image) -> np.ndarray:
     """An RGB picture of any shape, made square as `fit` says. -> [size, size, 3] float32."""
@@ -89,14 +89,14 @@ class Fit:
 FITS = {"crop": Fit(crop, check_crop), "stretch": Fit(stretch)}
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
   """Centres the image on a square of its longer side. Raises: SampleError for one too large."""
   width, height = image.size
   if width == height:
     return image
   decode.check_size(image.size, padded=True)
   side = max(width, height)
-  square = Image.new("RGB", (side, side), colour)
+  square = Image.new("RGB", (side, side), color)
   square.paste(image, ((side - width) // 2, (side - height) // 2))
   return square
 

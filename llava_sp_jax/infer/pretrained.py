@@ -17,7 +17,7 @@ from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.models.quantize import NONE, is_quantised
+from llava_sp_jax.models.quantize import NONE, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _pretrained(model: Loaded, tokenizer: Tokenizer, merge: bool, dtype: str) ->
 def _params(config: config_lib.Config, leaves: Leaves) -> Any:
   kept = np.dtype(jnp.dtype(config.model.dtype))
   params = {
-    path: leaf.read() if is_quantised(path) else leaf.read().astype(kept)
+    path: leaf.read() if is_quantized(path) else leaf.read().astype(kept)
     for path, leaf in leaves.items()
   }
   return unflatten_dict(params, sep="/")
@@ -98,7 +98,7 @@ def as_computed(config: config_lib.Config, params: Any) -> Any:
   """Nested parameters as training holds them -> in the dtype that the model computes in."""
   dtype = jnp.dtype(config.model.dtype)
   flat = {
-    path: leaf if is_quantised(path) else leaf.astype(dtype)
+    path: leaf if is_quantized(path) else leaf.astype(dtype)
     for path, leaf in flatten_dict(params, sep="/").items()
   }
   return unflatten_dict(flat, sep="/")

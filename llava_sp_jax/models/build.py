@@ -18,7 +18,7 @@ from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.llava import LlavaSP
 from llava_sp_jax.models.lora import Lora
 from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
-from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantisedDense
+from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantizedDense
 from llava_sp_jax.models.remat import POLICIES
 from llava_sp_jax.models.vit import VARIANTS, VisionTransformer
 
@@ -49,8 +49,8 @@ def model(config: config_lib.Model) -> LlavaSP:
   ask = config_lib.lookup("model.matmul_precision", config.matmul_precision, PRECISIONS)
   dtype = jnp.dtype(config.dtype)
   precision = ask(dtype)
-  form = quantisation(config)
-  base = functools.partial(QuantisedDense, form=form) if form else nn.Dense
+  form = quantization(config)
+  base = functools.partial(QuantizedDense, form=form) if form else nn.Dense
   lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
   return LlavaSP(
     vision_tower=VisionTransformer(
@@ -119,7 +119,7 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
     raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
 
 
-def quantisation(config: config_lib.Model) -> Format | None:
+def quantization(config: config_lib.Model) -> Format | None:
   """How the decoder's kernels are held; None: as floats. Raises: ConfigError."""
   form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
   if form and form.block:
@@ -135,7 +135,7 @@ def quantisation(config: config_lib.Model) -> Format | None:
   return form
 
 
-def unquantised(config: config_lib.Model) -> config_lib.Model:
+def unquantized(config: config_lib.Model) -> config_lib.Model:
   """The same model with all its kernels as floats."""
   return dataclasses.replace(config, quantize=NONE)
 
@@ -180,7 +180,7 @@ def example_inputs(config: config_lib.Model, rows: int = 1, length: int = 8) -> 
   return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
 
 
-def initialise(config: config_lib.Model, rng: jax.Array) -> dict[str, Any]:
+def initialize(config: config_lib.Model, rng: jax.Array) -> dict[str, Any]:
   """Random parameters, a nested dictionary of float32 arrays. Call it inside jit."""
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
@@ -193,10 +193,10 @@ def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
 
 def abstract(config: config_lib.Model) -> dict[str, Any]:
   """The parameter tree as shapes and dtypes."""
-  return jax.eval_shape(lambda: initialise(config, jax.random.key(0)))
+  return jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
 
 
 def parameter_counts(config: config_lib.Model) -> dict[str, int]:
   """Parameters of each part: vision_tower, projector, language_model, quantised or not."""
-  tree = abstract(unquantised(config))
+  tree = abstract(unquantized(config))
   return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

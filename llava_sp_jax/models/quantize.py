@@ -62,13 +62,13 @@ class Int8:
   def __post_init__(self) -> None:
     object.__setattr__(self, "whole", not self.block)
 
-  def quantise(self, kernel: Array) -> Leaves:
+  def quantize(self, kernel: Array) -> Leaves:
     """[I, O] floating -> kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
     rows = self.block or kernel.shape[0]
     codes, scale = _symmetric(kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1]), 1)
     return {"kernel_q": codes.reshape(kernel.shape), "kernel_scale": scale[:, 0]}
 
-  def dequantise(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
+  def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
     """The kernel [I, O]: products in float32, rounded once to `dtype`."""
     codes, scale = leaves["kernel_q"], leaves["kernel_scale"]
     blocks = codes.reshape(len(scale), -1, codes.shape[1]).astype(np.float32)
@@ -94,7 +94,7 @@ class NF4:
   def whole(self) -> bool:
     return self.double
 
-  def quantise(self, kernel: Array) -> Leaves:
+  def quantize(self, kernel: Array) -> Leaves:
     """[I, O] floating -> kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
 
     With `double`: kernel_scale int8 [N, O], kernel_scale_scale and kernel_scale_middle float32 [1, O].
@@ -115,7 +115,7 @@ class NF4:
     bytes_ = codes[:, :half] | (codes[:, half:] << 4)
     return {"kernel_q": bytes_.reshape(-1, columns), **leaves}
 
-  def dequantise(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
+  def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
     """The kernel [I, O]: products in float32, rounded once to `dtype`."""
     xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
     scale, columns = self._scale(leaves), packed.shape[1]
@@ -167,18 +167,18 @@ FORMATS: dict[str, Format | None] = {
 _LEAF = re.compile(r".*/kernel_(q|scale\w*)$")
 
 
-def is_quantised(path: str) -> bool:
+def is_quantized(path: str) -> bool:
   """Whether the leaf at `path` is part of a quantised kernel, and keeps its dtype."""
   return _LEAF.match(path) is not None
 
 
 def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
   """The leaves of a kernel [I, O] or, stacked over layers, [L, I, O]."""
-  quantise = form.quantise if len(shape) == 2 else jax.vmap(form.quantise)
-  return jax.eval_shape(quantise, jax.ShapeDtypeStruct(shape, jnp.float32))
+  quantize = form.quantize if len(shape) == 2 else jax.vmap(form.quantize)
+  return jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-class QuantisedDense(nn.Module):
+class QuantizedDense(nn.Module):
   """`nn.Dense` with a quantised kernel of `form`. [..., I] -> [..., features].
 
   The kernel is dequantised where it is used, and once more for the gradient of the activations, so
@@ -199,7 +199,7 @@ class QuantisedDense(nn.Module):
 
     def leaf(name: str) -> jax.Array:
       def init(_: jax.Array) -> jax.Array:
-        return self.form.quantise(self.kernel_init(key, shape, jnp.float32))[name]
+        return self.form.quantize(self.kernel_init(key, shape, jnp.float32))[name]
 
       return self.param(name, init)
 
@@ -207,7 +207,7 @@ class QuantisedDense(nn.Module):
     dtype = self.dtype or x.dtype
 
     def multiply(x: jax.Array, leaves: Leaves) -> jax.Array:
-      return x @ self.form.dequantise(jax.lax.stop_gradient(leaves), dtype)
+      return x @ self.form.dequantize(jax.lax.stop_gradient(leaves), dtype)
 
     y = jax.checkpoint(multiply, prevent_cse=False)(x.astype(dtype), leaves)
     if self.use_bias:

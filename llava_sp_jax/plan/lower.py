@@ -28,7 +28,7 @@ from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.infer import generate
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import loop, optimizer, state
 
 # Beside what the step itself asks for (`loop.COMPILER_OPTIONS`).
@@ -60,7 +60,7 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   dtype = jnp.dtype(config.model.dtype)
   stored = flatten_dict(build.abstract(config.model), sep="/")
   cast = {
-    p: s if is_quantised(p) else jax.ShapeDtypeStruct(s.shape, dtype) for p, s in stored.items()
+    p: s if is_quantized(p) else jax.ShapeDtypeStruct(s.shape, dtype) for p, s in stored.items()
   }
   params = unflatten_dict(cast, sep="/")
   params = placed(params, sharding.shardings(params, device_mesh))

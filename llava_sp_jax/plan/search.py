@@ -86,11 +86,11 @@ def search(
   improved = True
   while improved and not walk.spent:
     improved = False
-    for neighbour in walk.neighbours(current):
+    for neighbor in walk.neighbors(current):
       if walk.spent:
         break
-      if walk.better(neighbour, current):
-        current, improved = neighbour, True
+      if walk.better(neighbor, current):
+        current, improved = neighbor, True
         break
   return walk.tried
 
@@ -141,7 +141,7 @@ class _Walk:
         return moved
     return point
 
-  def neighbours(self, point: Point) -> Iterator[Point]:
+  def neighbors(self, point: Point) -> Iterator[Point]:
     """One step along an axis, richer ones first; then trades, a step richer here for leaner there;
     then two steps, over a value that is neither lean nor fast.
 

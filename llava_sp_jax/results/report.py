@@ -16,7 +16,7 @@ from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.results import gallery, predictions, tables
 
 RIGHT, INK = "#2a7f62", "#222222"
-COLOURS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
+COLORS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
 RECORD = ("step", "loss")  # what a record of a run must hold
 SHEET = (4, 6)  # rows, columns of the sheet of answers
 
@@ -151,5 +151,5 @@ def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
     answer = f"{row['text']}  (truth: {row['truth']})" if right is False else row["text"]
     axis.set_title(textwrap.fill(console.safe(row["question"]), 30), fontsize=8, color=INK)
     axis.text(0.5, -0.06, console.safe(answer), transform=axis.transAxes, ha="center", va="top", fontsize=9,
-              weight="bold", color=COLOURS[right])  # fmt: skip
+              weight="bold", color=COLORS[right])  # fmt: skip
   return _save(figure, path)

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import optimizer
 
 Flat = dict[str, Any]
@@ -31,7 +31,7 @@ def check(config: config_lib.Config) -> None:
   """Raises: ConfigError when kernels should be quantised and learn."""
   kernel, stage = "language_model/layers/q_proj/kernel", config.optimizer.stage
   learns = optimizer.group_of(kernel, stage) != optimizer.FROZEN
-  if build.quantisation(config.model) and learns:
+  if build.quantization(config.model) and learns:
     raise config_lib.ConfigError(
       f"model.quantize {config.model.quantize}: quantised kernels cannot learn, but optimizer.stage "
       f"{stage} trains the decoder; use a stage that freezes it (finetune, with lora.rank > 0), or "
@@ -47,7 +47,7 @@ def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
   trainable, frozen = {}, {}
   for path, leaf in flatten_dict(params, sep="/").items():
     if optimizer.group_of(path, config.optimizer.stage) == optimizer.FROZEN:
-      kept = is_quantised(path)
+      kept = is_quantized(path)
       frozen[path] = leaf if kept else leaf.astype(config.model.frozen_dtype)
     else:
       trainable[path] = leaf.astype(jnp.float32)

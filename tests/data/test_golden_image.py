@@ -48,7 +48,7 @@ def test_pictures_before_the_processor(name: str) -> None:
   picture = opened(name)
   assert picture.size == tuple(golden["size"])
   assert digest(picture) == golden["rgb_sha256"]
-  square = image.pad_to_square(picture, reader("clip336", "pad").preprocess.pad_colour)
+  square = image.pad_to_square(picture, reader("clip336", "pad").preprocess.pad_color)
   assert square.size == tuple(golden["expand2square"]["size"])
   assert digest(square) == golden["expand2square"]["sha256"]
   best = anyres.best_resolution(picture.size, PINPOINTS)
@@ -78,9 +78,9 @@ def test_a_single_pixel_is_a_picture(key: str) -> None:
   name, processor, mode = key.split("/")
   assert name == "tiny"
   (tile,) = reader(processor, mode)(opened(name)).tiles
-  colour = np.asarray(opened(name), np.float64).reshape(3) / 255
+  color = np.asarray(opened(name), np.float64).reshape(3) / 255
   values = PROCESSORS[processor][1]
-  wanted = (colour - values["image_mean"]) / values["image_std"]
+  wanted = (color - values["image_mean"]) / values["image_std"]
   np.testing.assert_allclose(tile, np.broadcast_to(wanted, tile.shape), atol=1e-6)
 
 
@@ -95,9 +95,9 @@ def test_a_picture_of_few_rows_keeps_its_channels(height: int, fit: str) -> None
     np.testing.assert_array_equal(np.rint(found[..., channel] * 255), np.asarray(alone))
 
 
-def test_padding_colours() -> None:
-  for processor, colour in GOLDEN["pad_background"].items():
-    assert list(reader(processor, "pad").preprocess.pad_colour) == colour
+def test_padding_colors() -> None:
+  for processor, color in GOLDEN["pad_background"].items():
+    assert list(reader(processor, "pad").preprocess.pad_color) == color
 
 
 def test_best_resolutions() -> None:

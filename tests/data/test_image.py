@@ -22,7 +22,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
   return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_a_picture_of_the_right_size_is_only_normalised() -> None:
+def test_a_picture_of_the_right_size_is_only_normalized() -> None:
   source = picture(8, 8)
   result = image.Preprocess(8, MEAN, STD)(source)
   assert result.dtype == np.float32
@@ -31,7 +31,7 @@ def test_a_picture_of_the_right_size_is_only_normalised() -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "box"), [(9, 4, (0, 2, 9, 6)), (3, 8, (2, 0, 5, 8))])
-def test_padding_centres_on_the_mean_colour(width: int, height: int, box: tuple) -> None:
+def test_padding_centers_on_the_mean_color(width: int, height: int, box: tuple) -> None:
   square = image.pad_to_square(picture(width, height), (127, 63, 31))
   side = max(width, height)
   assert square.size == (side, side)

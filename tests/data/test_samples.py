@@ -19,7 +19,7 @@ from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.packing import Shape, Sizes
 from llava_sp_jax.data.quarantine import Quarantine, reasons
 from llava_sp_jax.data.tokenizer import Tokenizer
-from tests.conftest import COLOURS, IMAGE_SIZE, ConfigMaker
+from tests.conftest import COLORS, IMAGE_SIZE, ConfigMaker
 
 TILE = Tile(IMAGE_SIZE, 6)
 SEED, COUNT = 5, 12
@@ -68,9 +68,9 @@ def test_draws_are_those_of_seed_epoch_and_sample(
       rng = np.random.default_rng([SEED, held.epoch, held.sample])
       turns = len(talks[held.sample]["conversations"]) // 2
       (turn,) = sorted(rng.choice(turns, 1, replace=False))
-      colour = COLOURS[(held.sample + turn) % len(COLOURS)]
+      color = COLORS[(held.sample + turn) % len(COLORS)]
       learned = batch["targets"][row][batch["weights"][row] > 0]
-      assert f"{colour}, yes" in tokenizer.decode(learned.tolist())
+      assert f"{color}, yes" in tokenizer.decode(learned.tolist())
       rows, columns = rng.integers(0, 2 * (IMAGE_SIZE // 8) + 1, 2)
       mirror = int(rng.integers(2))
       wanted = shifted(bare["images"][row, 0], rows, columns, mirror)

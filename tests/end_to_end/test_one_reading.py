@@ -24,7 +24,7 @@ from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.prompts import Answer
 from llava_sp_jax.models import build
-from tests.conftest import COLOURS, REPOSITORY, VOCAB_SIZE
+from tests.conftest import COLORS, REPOSITORY, VOCAB_SIZE
 
 SMALL = {
   "model.tower.image_size": 24, "model.tower.patch_size": 4, "model.tower.width": 32,
@@ -55,7 +55,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(tiny_data: Path) -> list[Request]:
-  questions = [f"{start} {colour}?" for colour in COLOURS
+  questions = [f"{start} {color}?" for color in COLORS
                for start in ("is it", "what colour is it,", "sure that it is not")]  # fmt: skip
   images = [tiny_data / "images" / f"{i}.png" for i in range(9)]
   return [Request(question, (image,)) for image in images for question in questions]

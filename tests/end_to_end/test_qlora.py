@@ -18,7 +18,7 @@ from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer import pretrained, verify
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.models.quantize import FORMATS, is_quantised
+from llava_sp_jax.models.quantize import FORMATS, is_quantized
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.training import loop
 from tests.conftest import WIDE, ConfigMaker
@@ -113,14 +113,14 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
   """Exports hold the floats that the codes stand for, with the adapters in them."""
   source = opening.open_any(run, formats.Options())
   assert source.config.model.quantize == "none"
-  assert not any(is_quantised(p) for p in source.leaves)
+  assert not any(is_quantized(p) for p in source.leaves)
   own = own_folders.open_own(run)
   codes = {p.split("/")[-1]: x.read()[1] for p, x in own.leaves.items()
            if p.startswith(GATE + "_")}  # fmt: skip
   real = FORMATS[form]
   assert real
   kernel = source.leaves[GATE]
-  np.testing.assert_array_equal(kernel.read()[1], real.dequantise(codes, np.float32))
+  np.testing.assert_array_equal(kernel.read()[1], real.dequantize(codes, np.float32))
   part = (slice(1, 2), slice(3, 9), slice(0, 5))
   np.testing.assert_array_equal(kernel.read(part), kernel.read()[part])
   original = own.originals[GATE].read()
@@ -155,7 +155,7 @@ def test_a_further_stage_starts_from_the_original_base(
   again = dataclasses.replace(config, init=config_lib.Init(checkpoint=str(run)))
   codes = flatten_dict(initial.initial_params(again), sep="/")
   own = own_folders.open_own(run).leaves
-  for path in (p for p in codes if is_quantised(p)):
+  for path in (p for p in codes if is_quantized(p)):
     np.testing.assert_array_equal(codes[path], own[path].read(), err_msg=path)
   plain = dataclasses.replace(again, model=dataclasses.replace(config.model, quantize="none"))
   floats = flatten_dict(initial.initial_params(plain), sep="/")

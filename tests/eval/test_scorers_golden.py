@@ -45,7 +45,7 @@ def predictions(answers: list[dict[str, Any]], prefix: str = "") -> dict[str, Pr
 
 
 @pytest.mark.parametrize("case", EXPECTED["answer_processor"], ids=lambda c: repr(c["text"])[:30])
-def test_answers_are_normalised_as_the_original_does(case: dict[str, str]) -> None:
+def test_answers_are_normalized_as_the_original_does(case: dict[str, str]) -> None:
   assert scoring.vqa_normal(case["text"]) == case["out"]
 
 

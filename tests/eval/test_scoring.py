@@ -174,12 +174,12 @@ def normal_by_rule(text: str) -> str:
   text = "".join(c for c in text if c not in ",?")
   text = " 's".join(text.split("'s")).strip()
   text = "".join(" " if c in "\n\t" else c for c in text).strip()
-  neighbours: dict[str, set[str]] = {}
+  neighbors: dict[str, set[str]] = {}
   for i, c in enumerate(text):
-    neighbours.setdefault(c, set()).update(text[max(0, i - 1) : i], text[i + 1 : i + 2])
+    neighbors.setdefault(c, set()).update(text[max(0, i - 1) : i], text[i + 1 : i + 2])
   marks = set(';/[]"{}()=+\\_->' + "<@`!")
   out = "".join(
-    ("" if " " in neighbours[c] else " ") if c in marks else c for c in text
+    ("" if " " in neighbors[c] else " ") if c in marks else c for c in text
   )  # fmt: skip
   kept, dropped = [], 0
   for i, c in enumerate(out):
@@ -198,7 +198,7 @@ def test_the_table_of_contractions_is_the_official_one() -> None:
   assert reachable == scoring.MENDED
 
 
-def test_normalising_follows_the_rule() -> None:
+def test_normalizing_follows_the_rule() -> None:
   changed = 0
   for text in generated(1, 6000):
     assert scoring.vqa_normal(text) == normal_by_rule(text), repr(text)

@@ -22,7 +22,7 @@ ROOM = 288  # positions of the oracle's rows
 
 def random_model(config: config_lib.Config, seed: int = 1) -> Pretrained:
   """Weights far from their small beginnings, so that answers differ; some end early."""
-  params = jax.jit(lambda r: build.initialise(config.model, r))(jax.random.key(0))
+  params = jax.jit(lambda r: build.initialize(config.model, r))(jax.random.key(0))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
   noise = [

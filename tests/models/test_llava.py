@@ -32,7 +32,7 @@ class Model:
     self.tokenizer = Tokenizer(config.data.tokenizer)
     self.module = build.model(self.config)
     self.image_tokens = build.image_token_count(self.config)
-    params = jax.jit(lambda r: build.initialise(self.config, r))(jax.random.key(0))
+    params = jax.jit(lambda r: build.initialize(self.config, r))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]

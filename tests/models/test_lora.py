@@ -89,11 +89,11 @@ def test_dropout_keeps_what_it_should(rate: float) -> None:
   kept = np.asarray(keep(jax.random.key(0), shape, rate))
   deviation = np.sqrt(rate * (1 - rate) / kept.size)
   assert abs(kept.mean() - (1 - rate)) < 4 * deviation
-  centred = kept - kept.mean()
-  others = [np.roll(centred, 1, axis) for axis in range(3)]
-  others += [np.roll(centred, (1, 1), (1, 2)), keep(jax.random.key(1), shape, rate) - kept.mean()]
+  centered = kept - kept.mean()
+  others = [np.roll(centered, 1, axis) for axis in range(3)]
+  others += [np.roll(centered, (1, 1), (1, 2)), keep(jax.random.key(1), shape, rate) - kept.mean()]
   for other in others:
-    correlation = (centred * np.asarray(other)).mean() / centred.var()
+    correlation = (centered * np.asarray(other)).mean() / centered.var()
     assert abs(correlation) < 4 / np.sqrt(kept.size)
   for axis in range(3):  # no row, column or feature is dropped more than chance does
     rest = tuple(a for a in range(3) if a != axis)

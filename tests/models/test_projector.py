@@ -56,7 +56,7 @@ def test_pool_matches_torch(size: int) -> None:
   ("side", "size", "start"),
   [(24, 4, 10), (24, 8, 8), (24, 20, 2), (24, 24, 0), (27, 9, 9), (27, 4, 11), (6, 1, 3)],
 )
-def test_crop_takes_the_centre(side: int, size: int, start: int) -> None:
+def test_crop_takes_the_center(side: int, size: int, start: int) -> None:
   grid = np.arange(side * side, dtype=np.float32).reshape(1, side, side, 1)
   wanted = [[r * side + c for c in range(start, start + size)] for r in range(start, start + size)]
   np.testing.assert_array_equal(crop(grid, size)[0, ..., 0], wanted)
@@ -236,7 +236,7 @@ def test_registers_do_not_see_the_image() -> None:
   assert tokens_of("register", grid, p, scales=(1, 2)).shape == (2, 2, 5)
 
 
-def test_scales_that_stop_before_the_border_see_the_centre_only() -> None:
+def test_scales_that_stop_before_the_border_see_the_center_only() -> None:
   """The original reads a 27x27 grid so: its crops and details are those of the central 24x24."""
   grid = np.random.default_rng(9).normal(size=(1, 27, 27, 2)).astype(np.float32)
   p = random_params("cropping", crop(grid, 24))

@@ -21,8 +21,8 @@ from llava_sp_jax.models.lora import Lora
 from llava_sp_jax.models.quantize import (
   FORMATS,
   NF4_LEVELS,
-  QuantisedDense,
-  is_quantised,
+  QuantizedDense,
+  is_quantized,
   leaf_shapes,
 )
 
@@ -69,7 +69,7 @@ def simple_nf4(kernel: np.ndarray) -> np.ndarray:
 def test_nf4_is_the_nearest_level_of_each_block() -> None:
   form = REAL["nf4"]
   np.testing.assert_array_equal(
-    form.dequantise(form.quantise(KERNEL), np.float32), simple_nf4(KERNEL)
+    form.dequantize(form.quantize(KERNEL), np.float32), simple_nf4(KERNEL)
   )
 
 
@@ -77,32 +77,32 @@ def test_every_code_is_packed_and_found_again() -> None:
   kernel = np.tile(np.asarray(NF4_LEVELS, np.float32), 8)[:, None] * np.asarray([[1.0, 3.0]], "f")
   kernel = np.random.default_rng(2).permuted(kernel, axis=0)
   kernel[::64] = [1.0, 3.0]  # the largest of each block
-  leaves = REAL["nf4"].quantise(kernel)
+  leaves = REAL["nf4"].quantize(kernel)
   assert leaves["kernel_q"].shape == (64, 2)
   assert leaves["kernel_q"].dtype == np.uint8
-  np.testing.assert_array_equal(REAL["nf4"].dequantise(leaves, np.float32), kernel)
+  np.testing.assert_array_equal(REAL["nf4"].dequantize(leaves, np.float32), kernel)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8_block"])
 def test_int8_is_within_half_a_step(name: str) -> None:
   form = REAL[name]
-  leaves = form.quantise(KERNEL)
+  leaves = form.quantize(KERNEL)
   step = np.repeat(leaves["kernel_scale"], 256 // len(leaves["kernel_scale"]), axis=0)
-  error = np.abs(form.dequantise(leaves, np.float32) - KERNEL)
+  error = np.abs(form.dequantize(leaves, np.float32) - KERNEL)
   assert (error <= step * (0.5 + 1e-5)).all()  # and the float32 rounding of the product
   assert np.abs(leaves["kernel_q"]).max() == 127
   assert not error[:, 3].any()
 
 
-def test_double_quantisation_loses_little_more() -> None:
+def test_double_quantization_loses_little_more() -> None:
   """The scales are within half a step of 1/254 of their range, and values are the nearest again."""
   single, double = REAL["nf4"], REAL["nf4_double"]
   kernel = np.delete(KERNEL, [3, 4], axis=1)
-  one, two = (f.dequantise(f.quantise(kernel), np.float32) for f in (single, double))
+  one, two = (f.dequantize(f.quantize(kernel), np.float32) for f in (single, double))
   errors = [np.sqrt(np.mean((x - kernel) ** 2)) / kernel.std() for x in (one, two)]
   assert errors[0] < 0.095
   assert errors[1] < errors[0] * 1.01
-  leaves = double.quantise(kernel)
+  leaves = double.quantize(kernel)
   scale = leaves["kernel_scale"] * leaves["kernel_scale_scale"] + leaves["kernel_scale_middle"]
   true = np.abs(kernel.reshape(4, 64, -1)).max(1)
   assert (np.abs(scale - true) <= leaves["kernel_scale_scale"] * 0.501).all()
@@ -112,15 +112,15 @@ def test_double_quantisation_loses_little_more() -> None:
 def test_numpy_and_jax_agree_to_the_bit(name: str) -> None:
   """Loading quantises in numpy, a module's own initialisation in jax."""
   form = REAL[name]
-  there, here = form.quantise(jnp.asarray(KERNEL)), form.quantise(KERNEL)
+  there, here = form.quantize(jnp.asarray(KERNEL)), form.quantize(KERNEL)
   assert there.keys() == here.keys()
   for key in here:
     np.testing.assert_array_equal(there[key], here[key], err_msg=key)
     assert there[key].dtype == here[key].dtype
     assert leaf_shapes(form, KERNEL.shape)[key].shape == here[key].shape
-    assert is_quantised(f"language_model/layers/q_proj/{key}")
-  jitted = jax.jit(functools.partial(form.dequantise, dtype=jnp.float32))(there)
-  np.testing.assert_allclose(jitted, form.dequantise(here, np.float32), rtol=ROUNDING[name])
+    assert is_quantized(f"language_model/layers/q_proj/{key}")
+  jitted = jax.jit(functools.partial(form.dequantize, dtype=jnp.float32))(there)
+  np.testing.assert_allclose(jitted, form.dequantize(here, np.float32), rtol=ROUNDING[name])
 
 
 @pytest.mark.parametrize(
@@ -128,16 +128,16 @@ def test_numpy_and_jax_agree_to_the_bit(name: str) -> None:
 )
 def test_bits_per_value(name: str, bits: float) -> None:
   """Of a kernel with 256 inputs; the scales of a whole output weigh less in longer ones."""
-  leaves = REAL[name].quantise(KERNEL)
+  leaves = REAL[name].quantize(KERNEL)
   assert sum(x.nbytes for x in leaves.values()) * 8 / KERNEL.size == bits
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_dense_computes_with_the_dequantised_kernel(name: str) -> None:
+def test_dense_computes_with_the_dequantized_kernel(name: str) -> None:
   form = REAL[name]
-  dense = QuantisedDense(48, form)
-  params = {**form.quantise(jnp.asarray(KERNEL)), "bias": jnp.arange(48.0)}
-  plain = {"kernel": form.dequantise(params, jnp.float32), "bias": params["bias"]}
+  dense = QuantizedDense(48, form)
+  params = {**form.quantize(jnp.asarray(KERNEL)), "bias": jnp.arange(48.0)}
+  plain = {"kernel": form.dequantize(params, jnp.float32), "bias": params["bias"]}
   ours = jax.jit(dense.apply)({"params": params}, X)
   plainly = jax.jit(nn.Dense(48).apply)({"params": plain}, X)
   np.testing.assert_allclose(ours, plainly, rtol=ROUNDING[name], atol=ROUNDING[name])
@@ -145,28 +145,28 @@ def test_dense_computes_with_the_dequantised_kernel(name: str) -> None:
   assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(
     lambda x: (x.shape, x.dtype), params
   )
-  assert float(jnp.std(form.dequantise(fresh, jnp.float32))) == pytest.approx(1 / 16, rel=0.05)
+  assert float(jnp.std(form.dequantize(fresh, jnp.float32))) == pytest.approx(1 / 16, rel=0.05)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_gradients_reach_activations_only(name: str) -> None:
   form = REAL[name]
-  dense = QuantisedDense(48, form, use_bias=False)
-  params = form.quantise(jnp.asarray(KERNEL))
+  dense = QuantizedDense(48, form, use_bias=False)
+  params = form.quantize(jnp.asarray(KERNEL))
   floats = {k: v for k, v in params.items() if v.dtype == jnp.float32}
 
   def total(x: jax.Array, floats: dict) -> jax.Array:
     return jnp.sum(dense.apply({"params": {**params, **floats}}, x) ** 2)
 
   dx, dscale = jax.grad(total, argnums=(0, 1))(jnp.asarray(X), floats)
-  kernel = form.dequantise(params, jnp.float32)
+  kernel = form.dequantize(params, jnp.float32)
   np.testing.assert_allclose(dx, 2 * (X @ kernel) @ kernel.T, rtol=2e-4, atol=2e-4)
   assert not any(np.any(g) for g in dscale.values())
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_no_float_kernel_waits_for_the_backward_pass(name: str) -> None:
-  dense = Lora(4, 8.0, base=functools.partial(QuantisedDense, form=REAL[name])).dense()(48)
+  dense = Lora(4, 8.0, base=functools.partial(QuantizedDense, form=REAL[name])).dense()(48)
   params = dense.init(jax.random.key(0), X)["params"]
   assert {"lora_a", "lora_b", "kernel_q", "kernel_scale", "bias"} <= set(params)
   adapters = {k: v for k, v in params.items() if k.startswith("lora")}
@@ -192,13 +192,13 @@ def model(quantize: str, rank: int = 4) -> config_lib.Model:
   )  # fmt: skip
 
 
-def quantised(flat: dict, form: str) -> dict:
+def quantized(flat: dict, form: str) -> dict:
   """Float parameters of the whole model with the decoder's stacked kernels quantised."""
   result = {}
   for path, leaf in flat.items():
     stem, _, last = path.rpartition("/")
     if "language_model/layers/" in path and last == "kernel":
-      leaves = jax.vmap(REAL[form].quantise)(leaf)
+      leaves = jax.vmap(REAL[form].quantize)(leaf)
       result |= {f"{stem}/{name}": x for name, x in leaves.items()}
     else:
       result[path] = leaf
@@ -208,7 +208,7 @@ def quantised(flat: dict, form: str) -> dict:
 @pytest.fixture(scope="module")
 def floats() -> dict:
   """Parameters of the unquantised model, with adapters that do something."""
-  tree = jax.jit(functools.partial(build.initialise, model("none")))(jax.random.key(0))
+  tree = jax.jit(functools.partial(build.initialize, model("none")))(jax.random.key(0))
   flat = flatten_dict(tree, sep="/")
   return {p: x + 0.02 if p.endswith("lora_b") else x for p, x in flat.items()}
 
@@ -239,7 +239,7 @@ def test_logits_stay_near_those_of_the_float_model(name: str, bound: float, floa
   branches outweigh the residual stream, so that the errors of all 21 kernels add up: measured
   0.020 and 0.31.
   """
-  params = quantised(floats, name)
+  params = quantized(floats, name)
   assert {p: x.shape for p, x in params.items()} == {
     p: s.shape for p, s in flatten_dict(build.abstract(model(name)), sep="/").items()
   }
@@ -252,7 +252,7 @@ def test_logits_stay_near_those_of_the_float_model(name: str, bound: float, floa
 def test_sharded_is_the_same(name: str, floats: dict) -> None:
   """Every leaf lies along its kernel's axes; the scales of whole outputs are cut along outputs."""
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-  params = quantised(floats, name)
+  params = quantized(floats, name)
   places = sharding.shardings(params, mesh)
   down = "language_model/layers/down_proj/kernel_"
   assert places[down + "q"].spec == PartitionSpec(None, "tensor", "fsdp")

@@ -77,7 +77,7 @@ def test_loss_by_modality_is_the_loss_of_those_samples(tiny_config: ConfigMaker)
   """Against the same model on the same rows, where only one kind of sample has weights."""
   config = tiny_config()
   module = build.model(config.model)
-  params = build.initialise(config.model, jax.random.key(0))
+  params = build.initialize(config.model, jax.random.key(0))
   tile = anyres.Tile(*build.tile_shape(config.model))
   batch = next(pipeline.make(config.data, Tokenizer(config.data.tokenizer), tile, 4, 0))
   batch["slots"][1::2] = -1  # every other row is now about text

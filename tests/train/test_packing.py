@@ -39,7 +39,7 @@ def epoch(data: config_lib.Data) -> tuple[dict[str, np.ndarray], list[list[pipel
 @pytest.fixture(scope="module")
 def params(config: config_lib.Config) -> Any:
   """Random ones, with adapters that are not zero."""
-  tree = jax.jit(lambda: build.initialise(config.model, jax.random.key(0)))()
+  tree = jax.jit(lambda: build.initialize(config.model, jax.random.key(0)))()
   leaves, structure = jax.tree.flatten(tree)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

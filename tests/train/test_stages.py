@@ -15,7 +15,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import fingerprints, initial, opening, own_folders, runs
 from llava_sp_jax.convert import export, formats
-from llava_sp_jax.models.quantize import is_quantised
+from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import loop, optimizer
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.train.test_sharding import MESHES, mesh_of, run
@@ -40,7 +40,7 @@ def test_qlora_learns_on_any_mesh_and_its_base_stays(tiny_config: ConfigMaker, f
   config = qlora(tiny_config, form, train={"steps": 5})
   losses, state = run(config, mesh_of(MESHES["one"]))
   assert losses[-1] < losses[0] - 0.1
-  codes = {p: x for p, x in state.frozen.items() if is_quantised(p)}
+  codes = {p: x for p, x in state.frozen.items() if is_quantized(p)}
   assert {p.split("/")[2] for p in codes} == {
     f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")
   }
@@ -58,7 +58,7 @@ def test_qlora_learns_on_any_mesh_and_its_base_stays(tiny_config: ConfigMaker, f
   assert q.addressable_shards[0].data.size * 4 == q.size  # fsdp 2 x tensor 2
 
 
-def test_quantised_kernels_that_should_learn_are_refused(
+def test_quantized_kernels_that_should_learn_are_refused(
   tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:
   config = tiny_config("finetune_full", "none", model={**WIDE, "quantize": "nf4"})

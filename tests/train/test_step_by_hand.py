@@ -59,7 +59,7 @@ def made(config: config_lib.Config) -> list[Batch]:
 @pytest.fixture(scope="module")
 def begun(config: config_lib.Config) -> TrainState:
   """Adapters that do something, so that dropout and their scale show."""
-  params = jax.jit(lambda: build.initialise(config.model, jax.random.key(0)))()
+  params = jax.jit(lambda: build.initialize(config.model, jax.random.key(0)))()
   trainable, frozen = state.split(params, config)
   noise = np.random.default_rng(0)
   trainable = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.convert.leaves import Index, Leaf, Leaves
-from llava_sp_jax.models.quantize import Format, is_quantised
+from llava_sp_jax.models.quantize import Format, is_quantized
 
 
 class Pieces:
@@ -31,7 +31,7 @@ class Pieces:
     if str(index) not in self._found:
       layers, rows, columns = index
       parts = [
-        form.quantise(kernel.read((slice(i, i + 1), rows, columns))[0])
+        form.quantize(kernel.read((slice(i, i + 1), rows, columns))[0])
         for i in range(layers.start, layers.stop)
       ]
       self._found[str(index)] = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
@@ -39,7 +39,7 @@ class Pieces:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantised(Leaf):
+class Quantized(Leaf):
   """One leaf of a quantised kernel; [L, N, O] of the kernel's [L, I, O]."""
 
   kernel: Leaf
@@ -65,7 +65,7 @@ class Quantised(Leaf):
     return piece[self.path.rsplit("/", 1)[1]][:, rows.start - first : rows.stop - first]
 
 
-def quantise(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -> Leaves:
+def quantize(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -> Leaves:
   """Leaves of the unquantised model -> those that `expected`, the abstract tree, has of them.
 
   Both may lack parts of the model; with no `form` nothing changes.
@@ -75,16 +75,16 @@ def quantise(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -
   pieces, result, kernels = Pieces(), dict(leaves), set()
   for path, shape in expected.items():
     kernel = path.rsplit("/", 1)[0] + "/kernel"
-    if is_quantised(path) and kernel in leaves:
+    if is_quantized(path) and kernel in leaves:
       kernels.add(kernel)
-      result[path] = Quantised(
+      result[path] = Quantized(
         path, shape.shape, np.dtype(shape.dtype), leaves[kernel], form, pieces
       )
   return {path: leaf for path, leaf in result.items() if path not in kernels}
 
 
 @dataclasses.dataclass(frozen=True)
-class Dequantised(Leaf):
+class Dequantized(Leaf):
   """The float kernel [L, I, O] that quantised leaves stand for, rounded to `dtype`."""
 
   leaves: Leaves  # by their last names
@@ -96,17 +96,17 @@ class Dequantised(Leaf):
     found = []
     for i in range(*layers.indices(self.shape[0])):
       layer = {n: x.read((slice(i, i + 1), whole, whole))[0] for n, x in self.leaves.items()}
-      found.append(self.form.dequantise(layer, self.dtype)[rows, columns])
+      found.append(self.form.dequantize(layer, self.dtype)[rows, columns])
     return np.stack(found)
 
 
-def dequantise(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
+def dequantize(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
   """The inverse of `quantise`: float kernels of `dtype`, the ones that the quantised model uses."""
   if form is None:
     return leaves
   stems: dict[str, Leaves] = {}
   for path, leaf in leaves.items():
-    if is_quantised(path):
+    if is_quantized(path):
       stem, name = path.rsplit("/", 1)
       stems.setdefault(stem, {})[name] = leaf
   kernels: Leaves = {}
@@ -114,5 +114,5 @@ def dequantise(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
     layers, rows, columns = parts["kernel_q"].shape
     shape = (layers, rows * form.packed, columns)
     wanted = np.dtype(jnp.dtype(dtype))
-    kernels[f"{stem}/kernel"] = Dequantised(f"{stem}/kernel", shape, wanted, parts, form)
-  return {**{p: leaf for p, leaf in leaves.items() if not is_quantised(p)}, **kernels}
+    kernels[f"{stem}/kernel"] = Dequantized(f"{stem}/kernel", shape, wanted, parts, form)
+  return {**{p: leaf for p, leaf in leaves.items() if not is_quantized(p)}, **kernels}

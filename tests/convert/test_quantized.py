@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llava_sp_jax.convert import quantised
+from llava_sp_jax.convert import quantized
 from llava_sp_jax.convert.leaves import Index, InMemory, Leaf
 from llava_sp_jax.models.quantize import FORMATS, leaf_shapes
 
@@ -37,7 +37,7 @@ def leaves_of(kernel: Leaf, name: str) -> dict[str, Leaf]:
   shapes = leaf_shapes(REAL[name], VALUES.shape)
   expected = {f"{PATH}_{n.removeprefix('kernel_')}": s for n, s in shapes.items()}
   other = InMemory("x/scale", (2,), np.dtype("f"), np.ones(2, "f"))
-  found = quantised.quantise({PATH: kernel, "x/scale": other}, expected, REAL[name])
+  found = quantized.quantize({PATH: kernel, "x/scale": other}, expected, REAL[name])
   assert found.keys() == {*expected, "x/scale"}
   assert found.pop("x/scale") is other
   return found
@@ -45,7 +45,7 @@ def leaves_of(kernel: Leaf, name: str) -> dict[str, Leaf]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_slice_is_a_slice_of_the_whole(kernel: Watched, name: str) -> None:
-  want = [REAL[name].quantise(layer) for layer in VALUES]
+  want = [REAL[name].quantize(layer) for layer in VALUES]
   for path, leaf in leaves_of(kernel, name).items():
     whole = leaf.read()
     np.testing.assert_array_equal(whole, np.stack([w[path.rsplit("/", 1)[1]] for w in want]))
@@ -69,11 +69,11 @@ def test_a_layer_at_a_time_and_whole_blocks_of_wanted_columns(kernel: Watched) -
 
 @pytest.mark.parametrize("name", REAL)
 def test_back_to_floats(kernel: Watched, name: str) -> None:
-  back = quantised.dequantise(leaves_of(kernel, name), REAL[name], "bfloat16")
+  back = quantized.dequantize(leaves_of(kernel, name), REAL[name], "bfloat16")
   assert back.keys() == {PATH}
   leaf = back[PATH]
   assert (leaf.shape, str(leaf.dtype)) == (VALUES.shape, "bfloat16")
-  want = np.stack([REAL[name].dequantise(REAL[name].quantise(x), leaf.dtype) for x in VALUES])
+  want = np.stack([REAL[name].dequantize(REAL[name].quantize(x), leaf.dtype) for x in VALUES])
   np.testing.assert_array_equal(leaf.read(), want)
   index = (slice(1, 2), slice(60, 70), slice(0, 3))
   np.testing.assert_array_equal(leaf.read(index), want[index])
