@@ -19,7 +19,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer import decode as decode_lib
 from llava_sp_jax.infer import prefill as prefill_lib
 from llava_sp_jax.infer.counts import Counts
-from llava_sp_jax.infer.engine import Engine, Generation, Layout, Request
+from llava_sp_jax.infer.engine import Engine, EngineLayout, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.programs import Programs
 
@@ -31,7 +31,7 @@ def _programs(size: models.Size, quantize: str) -> tuple[Any, Programs]:
   """The engine's programs; answers never end by themselves."""
   config = models.config_of(size, 1, 0, quantize=quantize)
   device_mesh = models.one_mesh(models.device())
-  way = decode_lib.Single(decode_lib.Rule((), _room(size)))
+  way = decode_lib.Sampling(decode_lib.StopRule((), _room(size)))
   with jax.set_mesh(device_mesh):
     params = models.answering_params(config, device_mesh)
     return config, Programs(config, params, way, 0, device_mesh, Counts())
@@ -141,7 +141,7 @@ def _engine(record: Record) -> None:
     loaded = Pretrained(config, params, Tokenizer(folder / "tokenizer"))
     batch = 2 if record.options.tiny else 32
     new = 2 if record.options.tiny else 8
-    answering = Engine(loaded, batch, Generation(max_new_tokens=new), device_mesh, Layout(groups=batch))  # fmt: skip
+    answering = Engine(loaded, batch, Generation(max_new_tokens=new), device_mesh, EngineLayout(groups=batch))  # fmt: skip
     del params, loaded
     ask = {name: workload[3] for name, workload in WORKLOADS.items()}
     asked = {

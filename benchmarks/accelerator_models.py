@@ -90,7 +90,7 @@ def peak_flops(record: Record) -> float:
 
 
 def one_mesh(of: Any) -> Any:
-  return mesh_lib.create(config_lib.Mesh(), devices=[of])
+  return mesh_lib.create(config_lib.MeshConfig(), devices=[of])
 
 
 def best(run: Callable[[], Any], times: int = 3) -> float:

@@ -44,9 +44,9 @@ def make(folder: Path, size: str, layers: int) -> None:
   from llava_sp_jax.models import build
 
   width, heads, mlp, _ = SIZES[size]
-  text = config_lib.LanguageModel(width=width, heads=heads, kv_heads=heads, layers=layers,
+  text = config_lib.LanguageModelConfig(width=width, heads=heads, kv_heads=heads, layers=layers,
                                   head_dim=width // heads, mlp_width=mlp)  # fmt: skip
-  model = config_lib.Model(language_model=text)
+  model = config_lib.ModelConfig(language_model=text)
   dtype = np.dtype(jnp.bfloat16)
 
   @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 def ours(paths: list[Path], workers: int) -> Iterator[np.ndarray]:
   """[336, 336, 3] float32 for each file, read ahead by threads."""
-  data = config_lib.Data(image_aspect="pad")
+  data = config_lib.DataConfig(image_aspect="pad")
   reader = anyres.Reader(data, anyres.Tile(SIZE, SIZE // PATCH, 0, False))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     for picture in pool.map(lambda path: reader(decode.read(path)), paths):

@@ -116,7 +116,9 @@ def small_config(length: int, tiles: int, batch: int) -> config_lib.Config:
   return config_lib.from_dict(values)
 
 
-def row_of(row: packing.Row, sizes: packing.Sizes, tiles: int, rng: Any) -> dict[str, np.ndarray]:
+def row_of(
+  row: packing.PackedRow, sizes: packing.Sizes, tiles: int, rng: Any
+) -> dict[str, np.ndarray]:
   """Random words and pictures of the planned sizes."""
   from llava_sp_jax.data import example
 
@@ -156,7 +158,7 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
   rng = np.random.default_rng(0)
   mesh = mesh_lib.create(config.mesh, batch)
 
-  def put(some: list[packing.Row]) -> dict[str, Any]:
+  def put(some: list[packing.PackedRow]) -> dict[str, Any]:
     made = [row_of(row, sizes, tiles, rng) for row in some]
     return mesh_lib.put_batch({k: np.stack([m[k] for m in made]) for k in made[0]}, mesh)
 

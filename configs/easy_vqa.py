@@ -12,7 +12,7 @@ and the projector at a learning rate of its own.
 
 from ml_collections import ConfigDict
 
-from llava_sp_jax.config import ConfigError, Model, from_dict, lookup, parse_arg
+from llava_sp_jax.config import ConfigError, ModelConfig, from_dict, lookup, parse_arg
 
 TOWER = {"variant": "clip", "image_size": 64, "patch_size": 8, "width": 96, "layers": 3,
          "heads": 2, "mlp_width": 384, "select_layer": -1,
@@ -83,4 +83,4 @@ def tokens_of_an_image(projector: dict) -> int:
   """Spatial tokens and patches. Raises: ConfigError for a row or sizes that do not exist."""
   from llava_sp_jax.models import build
 
-  return build.image_token_count(from_dict({"tower": TOWER, "projector": projector}, Model))
+  return build.image_token_count(from_dict({"tower": TOWER, "projector": projector}, ModelConfig))

@@ -26,8 +26,8 @@ class ConfigError(LlavaSPError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tower:
-  """Vision transformer. `variant` names a row of `models.vit.VARIANTS`; image sizes in pixels."""
+class TowerConfig:
+  """Vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`; image sizes in pixels."""
 
   variant: str = "clip"  # architecture
   image_size: int = 336  # pixels of a side
@@ -58,7 +58,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModel:
+class LanguageModelConfig:
   """LLaMA-family decoder sizes, named as in the field."""
 
   vocab_size: int = 32000  # rows of the embedding
@@ -80,8 +80,8 @@ class LanguageModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Projector:
-  """`row` names a row of `models.projector.ROWS`; `token_width` is the paper's 512.
+class ProjectorConfig:
+  """`row` names a row of `models.projector.VARIANTS`; `token_width` is the paper's 512.
 
   `scales` are the sizes of the views in patches, small to large; empty: the row's own for the grid.
   """
@@ -92,7 +92,7 @@ class Projector:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora:
+class LoraConfig:
   """Adapters on the decoder's seven linear layers; rank 0 means none."""
 
   rank: int = 0  # of the adapters; 0: none
@@ -101,11 +101,11 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-  tower: Tower = dataclasses.field(default_factory=Tower)
-  language_model: LanguageModel = dataclasses.field(default_factory=LanguageModel)
-  projector: Projector = dataclasses.field(default_factory=Projector)
-  lora: Lora = dataclasses.field(default_factory=Lora)
+class ModelConfig:
+  tower: TowerConfig = dataclasses.field(default_factory=TowerConfig)
+  language_model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
+  projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations: float32 or bfloat16
   matmul_precision: str = "auto"  # of products; auto: highest where dtype is float32
@@ -117,7 +117,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
   """`source` names a row of `data.sources.SOURCES`; `row_length` counts text and image tokens.
 
   `image_aspect` names a row of `data.anyres.ASPECTS`, `image_fit` one of `data.image.FITS`,
@@ -153,7 +153,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerConfig:
   """AdamW with a cosine schedule; `stage` names a row of `training.optimizer.STAGES`."""
 
   stage: str = "finetune"  # what learns
@@ -169,7 +169,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
   steps: int = 1000  # of the optimizer, in all
   batch_size: int = 128  # rows over all devices
   seed: int = 0  # of weights, order, dropout, augmentation
@@ -189,7 +189,7 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class EvaluateConfig:
   """Scores a benchmark by generated text between the steps; `task` names a row of `tasks`."""
 
   every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
@@ -200,7 +200,7 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mesh:
+class MeshConfig:
   """Devices along each axis; -1 takes what is left. `base` names a row of `sharding.PRESETS`."""
 
   data: int = 1  # copies of the model, each with rows of its own
@@ -211,7 +211,7 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Init:
+class InitConfig:
   """Where parameters come from before training; empty means random."""
 
   language_model: str = ""  # folder of a torch language model
@@ -222,13 +222,13 @@ class Init:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   name: str = "llava-sp"  # of the run, for sinks
-  model: Model = dataclasses.field(default_factory=Model)
-  data: Data = dataclasses.field(default_factory=Data)
-  optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-  train: Train = dataclasses.field(default_factory=Train)
-  evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
-  mesh: Mesh = dataclasses.field(default_factory=Mesh)
-  init: Init = dataclasses.field(default_factory=Init)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
 
 def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
-TOWER = "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.Tower
+TOWER = (
+  "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.TowerConfig
+)
 
 # Recipes are installed inside the package; in a clone they stand beside it.
 FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -44,11 +46,11 @@ def find(text: str) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class ModelSize:
   """A published language model: its folder below `checkpoints=`, and its sizes."""
 
   folder: str
-  language_model: config_lib.LanguageModel
+  language_model: config_lib.LanguageModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Dataset:
 
 
 SIZES = {
-  "7b": Size("vicuna-7b-v1.5", config_lib.LanguageModel()),
-  "13b": Size(
+  "7b": ModelSize("vicuna-7b-v1.5", config_lib.LanguageModelConfig()),
+  "13b": ModelSize(
     "vicuna-13b-v1.5",
-    config_lib.LanguageModel(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824),
+    config_lib.LanguageModelConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824),
   ),
 }
 
@@ -95,7 +97,7 @@ def llava(
   Args:
     options: size, row, init, data and checkpoints, as `parse_arg` makes them of STAGE_1 or STAGE_2.
     name: of the recipe, a part of the run's name.
-    optimizer: stage and rates; cosine, warm-up .03 and no weight decay are `config.Optimizer`'s.
+    optimizer: stage and rates; cosine, warm-up .03 and no weight decay are `config.OptimizerConfig`'s.
     model: adapters and quantisation.
 
   Raises: ConfigError for an unknown size.

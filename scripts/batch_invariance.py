@@ -20,7 +20,7 @@ from typing import Any
 
 from llava_sp_jax import provenance
 
-# name: what differs from the first; `layout` are fields of infer.engine.Layout.
+# name: what differs from the first; `layout` are fields of infer.engine.EngineLayout.
 WAYS: dict[str, dict[str, Any]] = {
   "batch 16": {},
   "batch 1": {"batch": 1},
@@ -41,19 +41,19 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
   from llava_sp_jax import config as config_lib
   from llava_sp_jax.distributed import mesh as mesh_lib
   from llava_sp_jax.infer import pretrained
-  from llava_sp_jax.infer.engine import Engine, Generation, Layout, Request
+  from llava_sp_jax.infer.engine import Engine, EngineLayout, Generation, Request
   from llava_sp_jax.tasks.easy_vqa import EasyVqa
 
   items = EasyVqa(options.data).items()[: options.limit or None][part::parts]
   model = pretrained.from_run(options.checkpoint, dtype=options.dtype)
   mesh = None
   if "mesh" in way:
-    sizes = config_lib.Mesh(**way["mesh"])
+    sizes = config_lib.MeshConfig(**way["mesh"])
     count = sizes.data * sizes.fsdp * sizes.tensor
     mesh = mesh_lib.create(sizes, devices=jax.devices()[:count])
   engine = Engine(
     model, way.get("batch", 16), Generation(max_new_tokens=options.max_new_tokens), mesh,
-    Layout(**way.get("layout", {})),
+    EngineLayout(**way.get("layout", {})),
   )  # fmt: skip
   requests = (Request(i.question, i.images) for i in items)
   found = [

@@ -59,7 +59,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(
     return loop.Result(5, 1.0, 0)
 
   monkeypatch.setattr(loop, "train", train)
-  config = config_lib.Config(train=config_lib.Train(steps=5))
+  config = config_lib.Config(train=config_lib.TrainConfig(steps=5))
   monkeypatch.setattr(train_tool, "load_recipe", lambda value: config)
   with nobody_reads(monkeypatch):
     assert cli.main(["train", "--config=x", f"--workdir={tmp_path / 'run'}"]) == 0

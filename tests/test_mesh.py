@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.config import Mesh as Sizes
+from llava_sp_jax.config import MeshConfig as Sizes
 from llava_sp_jax.distributed import mesh as mesh_lib
 
 

@@ -17,7 +17,7 @@ from llava_sp_jax import recipes
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS, spatial_token_count
+from llava_sp_jax.models.projector import VARIANTS, spatial_token_count
 from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.training import loop, optimizer, state
 from tests.conftest import REPOSITORY
@@ -50,7 +50,7 @@ LEARNS = {
   "finetune_qlora": r"projector/|language_model/.*/lora_[ab]$",
 }
 SIZES = tuple(recipes.SIZES)
-MESH = config_lib.Mesh(data=1, fsdp=4, tensor=2)
+MESH = config_lib.MeshConfig(data=1, fsdp=4, tensor=2)
 
 
 def recipe(name: str, options: str = "") -> config_lib.Config:
@@ -88,7 +88,7 @@ def test_where_a_recipe_starts() -> None:
   assert first.language_model == "/c/vicuna-13b-v1.5"
   assert first.vision_tower == f"/c/{recipes.TOWER}"
   second = recipe("finetune_lora", "init=runs/mine").init
-  assert second == config_lib.Init(checkpoint="runs/mine")
+  assert second == config_lib.InitConfig(checkpoint="runs/mine")
   assert recipe("finetune_lora", "init=").init.language_model == "checkpoints/vicuna-7b-v1.5"
 
 
@@ -121,7 +121,7 @@ def abstract_step(config: config_lib.Config, mesh: Any) -> tuple[Any, Any, tuple
 STEPS = [
   pytest.param(name, row, marks=[pytest.mark.slow] if name != "finetune_lora" and i > 2 else [])
   for name in PAPER
-  for i, row in enumerate(ROWS)
+  for i, row in enumerate(VARIANTS)
 ]
 
 
@@ -209,7 +209,7 @@ def test_the_step_lowers(name: str, options: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PAPER)
 def test_every_step_lowers(name: str, size: str, row: str) -> None:

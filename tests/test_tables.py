@@ -24,9 +24,9 @@ from llava_sp_jax.data import conversation, image, packing, samples, sources
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import ROPES
-from llava_sp_jax.models.projector import ROWS, spatial_token_count
+from llava_sp_jax.models.projector import VARIANTS, spatial_token_count
 from llava_sp_jax.models.quantize import FORMATS
-from llava_sp_jax.models.vit import VARIANTS
+from llava_sp_jax.models.vit import TOWER_VARIANTS
 from llava_sp_jax.training import measure, optimizer
 from tests import documents
 from tests.conftest import REPOSITORY
@@ -44,26 +44,26 @@ def model(
   tied: bool = False,
   bias: bool = False,
   quantize: str = "none",
-) -> config_lib.Model:
+) -> config_lib.ModelConfig:
   """A model of few numbers with every kind of parameter that the row and variant have."""
   sizes = {"width": OUT_WIDTH, "head_dim": 4, "mlp_width": 24}
   if quantize != "none":
     sizes = {"width": 64, "head_dim": 16, "mlp_width": 128}  # whole blocks
-  return config_lib.Model(
-    tower=config_lib.Tower(
+  return config_lib.ModelConfig(
+    tower=config_lib.TowerConfig(
       variant=variant, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
       mlp_width=12,
     ),
-    language_model=config_lib.LanguageModel(
+    language_model=config_lib.LanguageModelConfig(
       vocab_size=32, layers=2, heads=4, kv_heads=2, tie_embeddings=tied, attention_bias=bias,
       **sizes,
     ),
-    projector=config_lib.Projector(row=row, token_width=TOKEN_WIDTH),
-    lora=config_lib.Lora(rank=rank), image_newline=True, quantize=quantize,
+    projector=config_lib.ProjectorConfig(row=row, token_width=TOKEN_WIDTH),
+    lora=config_lib.LoraConfig(rank=rank), image_newline=True, quantize=quantize,
   )  # fmt: skip
 
 
-def leaves(config: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
+def leaves(config: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   return flatten_dict(build.abstract(config), sep="/")
 
 
@@ -80,9 +80,9 @@ def projector_leaves(row: str, grid: int) -> dict[str, jax.ShapeDtypeStruct]:
 def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
   """Every path of every row and variant, adapters and biases on and off, head tied or not."""
   found: dict[str, jax.ShapeDtypeStruct] = {}
-  for row in ROWS:
+  for row in VARIANTS:
     found |= projector_leaves(row, 24)
-  for variant in VARIANTS:
+  for variant in TOWER_VARIANTS:
     found |= leaves(model("none", rank=4, variant=variant, bias=True))
   for name in FORMATS:
     found |= leaves(model("none", quantize=name))
@@ -90,10 +90,10 @@ def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 def test_every_projector_row_builds(row: str, grid: int) -> None:
   config = model(row, grid=grid)
-  if ROWS[row].views and grid < ROWS[row].parts:
+  if VARIANTS[row].views and grid < VARIANTS[row].parts:
     with pytest.raises(config_lib.ConfigError, match=f"a {grid}x{grid} grid is too small for "):
       build.image_token_count(config)
     return
@@ -109,7 +109,7 @@ def test_every_projector_row_builds(row: str, grid: int) -> None:
 
 def test_scales_that_do_not_fit_are_an_error() -> None:
   config = dataclasses.replace(
-    model("cropping"), projector=config_lib.Projector(row="cropping", scales=(4, 25))
+    model("cropping"), projector=config_lib.ProjectorConfig(row="cropping", scales=(4, 25))
   )
   with pytest.raises(
     config_lib.ConfigError,
@@ -194,7 +194,7 @@ def test_a_parameter_without_a_group_is_an_error() -> None:
     optimizer.group_of("new/x", "finetune")
 
 
-def torch_names(rows: tuple[tables.Row, ...], layers: int) -> dict[str, tables.Match]:
+def torch_names(rows: tuple[tables.NameRule, ...], layers: int) -> dict[str, tables.Match]:
   """All torch names that a table can give, written out, with what they match."""
   names: list[str] = []
   for row in rows:
@@ -214,7 +214,7 @@ def torch_names(rows: tuple[tables.Row, ...], layers: int) -> dict[str, tables.M
   return result
 
 
-def check_names(shapes: dict[str, Any], rows: tuple[tables.Row, ...]) -> None:
+def check_names(shapes: dict[str, Any], rows: tuple[tables.NameRule, ...]) -> None:
   """Each leaf, layer by layer, has one torch name and no other, and its layout is undone."""
   places = {
     (path, layer)
@@ -237,14 +237,14 @@ def check_names(shapes: dict[str, Any], rows: tuple[tables.Row, ...]) -> None:
 
 
 @pytest.mark.parametrize("grid", [16, 24, 27, 32])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 def test_every_projector_leaf_has_one_torch_name_that_round_trips(row: str, grid: int) -> None:
   scales = build.view_sizes(model(row, grid=grid))
   check_names(projector_leaves(row, grid), tables.projector(row, WIDTH, scales))
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TOWER_VARIANTS)
 def test_every_other_leaf_has_one_torch_name_that_round_trips(variant: str, bias: bool) -> None:
   shapes = leaves(model("none", rank=4, variant=variant, bias=bias))
   llama = tuple(r for r in tables.LLAMA if bias or not r.path.endswith("_proj/bias"))
@@ -285,32 +285,32 @@ def test_only_buffers_and_unused_halves_are_ignored() -> None:
   assert tables.ignored("model.value_projector_mid.1.weight")
   for name in torch_names(tables.LLAMA + tables.LORA, 1):
     assert not tables.ignored(name)
-  for variant in VARIANTS:
+  for variant in TOWER_VARIANTS:
     assert not any(tables.ignored(name) for name in torch_names(tables.TOWERS[variant], 1))
-  for row in ROWS:
-    names = torch_names(tables.projector(row, WIDTH, ROWS[row].scales(24)), 1)
+  for row in VARIANTS:
+    names = torch_names(tables.projector(row, WIDTH, VARIANTS[row].scales(24)), 1)
     assert not any(tables.ignored(name) for name in names)
 
 
 def test_every_projector_row_and_variant_has_its_names() -> None:
-  assert set(tables.PROJECTORS) == set(ROWS)
-  assert set(tables.TOWERS) == set(VARIANTS)
+  assert set(tables.PROJECTORS) == set(VARIANTS)
+  assert set(tables.TOWERS) == set(TOWER_VARIANTS)
 
 
 UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
-  "model.projector.row": (lambda: build.model(model("nope")), ROWS),
-  "model.tower.variant": (lambda: build.model(model("none", variant="nope")), VARIANTS),
+  "model.projector.row": (lambda: build.model(model("nope")), VARIANTS),
+  "model.tower.variant": (lambda: build.model(model("none", variant="nope")), TOWER_VARIANTS),
   "model.language_model.rope_scaling.kind": (
     lambda: build.model(
       config_lib.from_dict(
-        {"language_model": {"rope_scaling": {"kind": "nope"}}}, config_lib.Model, "model"
+        {"language_model": {"rope_scaling": {"kind": "nope"}}}, config_lib.ModelConfig, "model"
       )
     ),
     ROPES,
   ),
   "model.quantize": (lambda: build.model(model("none", quantize="nope")), FORMATS),
   "optimizer.moment_dtype": (
-    lambda: optimizer.build(config_lib.Optimizer(moment_dtype="nope"), 1, []),
+    lambda: optimizer.build(config_lib.OptimizerConfig(moment_dtype="nope"), 1, []),
     optimizer.MOMENT_DTYPES,
   ),
   "optimizer.stage": (lambda: optimizer.group_of("projector/x", "nope"), optimizer.STAGES),
@@ -390,7 +390,7 @@ def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
     "config.modle", "config.train.steps", "config.train.stepz", "config.data",
     "config.model.remat", "config.model.tower.width", "config.model.projector.scales[1]",
   ]  # fmt: skip
-  assert ", ".join(f.name for f in dataclasses.fields(config_lib.Train)) in str(error.value)
+  assert ", ".join(f.name for f in dataclasses.fields(config_lib.TrainConfig)) in str(error.value)
 
 
 @pytest.mark.parametrize(("saved", "policy"), [(True, "full"), (False, "none")])

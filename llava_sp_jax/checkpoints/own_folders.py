@@ -48,7 +48,7 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
     return next((str(there) for there in seen if there.exists()), path)
 
   init = {name: place(path) for name, path in dataclasses.asdict(config.init).items()}
-  return dataclasses.replace(config, init=config_lib.Init(**init))
+  return dataclasses.replace(config, init=config_lib.InitConfig(**init))
 
 
 def open_own(folder: str | Path, verify: bool = True) -> Loaded:
@@ -60,7 +60,7 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   """
   config = located(runs.read_config(folder), folder)
   place, about, step = runs.saved(folder, functools.partial(_check_trained, verify=verify))
-  trained = stream.Item(place).leaves()
+  trained = stream.SavedItem(place).leaves()
   form = build.quantization(config.model)
   expected = abstract_leaves(build.unquantized(config.model))
   parts = about.get("parts", list(formats.PARTS))
@@ -102,7 +102,7 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
   known = on_disk.checksums(place).get("params", {})
 
   def read() -> None:
-    leaves = stream.Item(place / "params").leaves()
+    leaves = stream.SavedItem(place / "params").leaves()
     for path, leaf in leaves.items() if verify and known else ():
       found = fingerprints.sums({path: jax.numpy.asarray(leaf.read())})
       fingerprints.compare_sums(found, known, place)
@@ -147,7 +147,7 @@ def _floats(loaded: Loaded) -> Leaves:
   return loaded.leaves if loaded.originals is None else loaded.originals
 
 
-def abstract_leaves(model: config_lib.Model) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   return flatten_dict(build.abstract(model), sep="/")
 
 
@@ -206,7 +206,9 @@ def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
 _FREE = (".initializer_range", ".max_positions", ".layers", ".select_layer")
 
 
-def _same_sizes(path: str, part: str, theirs: config_lib.Model, ours: config_lib.Model) -> None:
+def _same_sizes(
+  path: str, part: str, theirs: config_lib.ModelConfig, ours: config_lib.ModelConfig
+) -> None:
   """Raises: ConfigError where a torch folder's settings contradict the config."""
   group = {"language_model": "language_model", "vision_tower": "tower"}[part]
   lines = config_lib.differences(getattr(ours, group), getattr(theirs, group), f"model.{group}")

@@ -159,7 +159,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
     raise NotImplementedError("restore with Orbax's own handler")
 
 
-class Item:
+class SavedItem:
   """A saved `params` item; the leaf that was read last is kept, for the next slice of it."""
 
   def __init__(self, folder: Path):
@@ -186,7 +186,7 @@ class Item:
 class Stored(Leaf):
   """A leaf in a checkpoint of ours."""
 
-  item: Item
+  item: SavedItem
 
   def read(self, index: Index | None = None) -> np.ndarray:
     values = self.item.read(self.path)

@@ -43,7 +43,7 @@ def _write(source: Loaded, out: Path, dtype: str) -> None:
   # All of it is in the folder, wherever that is moved, and it is no run that could be unfinished.
   data = dataclasses.replace(source.config.data, tokenizer="tokenizer" if source.tokenizer else "")
   train = dataclasses.replace(source.config.train, steps=0)
-  config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.Init())
+  config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.InitConfig())
   about = {
     "fingerprint": fingerprints.fingerprint({}), "name": config.name, "stage": "convert",
     "parts": list(source.parts), "format": source.format, "base": places.lasting(source.base),

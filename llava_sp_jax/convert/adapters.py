@@ -40,12 +40,12 @@ class Recipe:
   said: Json
 
   @property
-  def lora(self) -> config_lib.Lora:
+  def lora(self) -> config_lib.LoraConfig:
     """Scale is alpha / rank here; PEFT's rsLoRA divides by the root of the rank."""
     rank, alpha = self.said["r"], float(self.said["lora_alpha"])
     if self.said.get("use_rslora"):
       alpha *= math.sqrt(rank)
-    return config_lib.Lora(
+    return config_lib.LoraConfig(
       rank=rank, alpha=alpha, dropout=float(self.said.get("lora_dropout", 0.0))
     )
 

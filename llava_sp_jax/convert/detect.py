@@ -12,7 +12,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import leaves, tables
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 
 # Where the width of the spatial tokens shows: the first of these leaves that a row has.
 _WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel",
@@ -20,15 +20,19 @@ _WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel
 
 
 def with_projector(
-  model: config_lib.Model, tensors: Tensors, wanted: str, origin: str, scales: tuple[int, ...] = ()
-) -> config_lib.Model:
+  model: config_lib.ModelConfig,
+  tensors: Tensors,
+  wanted: str,
+  origin: str,
+  scales: tuple[int, ...] = (),
+) -> config_lib.ModelConfig:
   """`model` with the projector row whose names and shapes are those of the tensors.
 
   The original's configs do not say which variant they are; our own exports say its `scales`. Raises: FormatError when no row fits
   (with what the nearest lacks), or when two do and `wanted` does not decide.
   """
   if wanted:
-    config_lib.lookup("--row", wanted, ROWS)
+    config_lib.lookup("--row", wanted, VARIANTS)
   mine = [t for t in tensors.values() if not _ELSEWHERE.match(t.name)]
   fitting, nearest = [], (10**9, 10**9, "", [""])
   for candidate in _candidates(model, wanted, scales):
@@ -69,18 +73,18 @@ _NEWLINE = "projector/image_newline"
 
 
 def _candidates(
-  model: config_lib.Model, wanted: str, said: tuple[int, ...]
-) -> Iterator[config_lib.Model]:
+  model: config_lib.ModelConfig, wanted: str, said: tuple[int, ...]
+) -> Iterator[config_lib.ModelConfig]:
   """Every row with its own scales for the tower's grid, and with those of the original's 24 grid.
 
   With the scales that were said, if there are any.
   """
-  for row in ROWS:
+  for row in VARIANTS:
     if wanted not in ("", row):
       continue
     seen = set()
-    for scales in (said,) if said else ((), ROWS[row].scales(24)):
-      projector = config_lib.Projector(row=row, scales=scales)
+    for scales in (said,) if said else ((), VARIANTS[row].scales(24)):
+      projector = config_lib.ProjectorConfig(row=row, scales=scales)
       candidate = dataclasses.replace(model, projector=projector)
       try:
         sizes = build.view_sizes(candidate)

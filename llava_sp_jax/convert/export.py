@@ -127,7 +127,7 @@ def _final(path: Path) -> str:
   )
 
 
-def _projector_rows(model: Loaded) -> tuple[tables.Row, ...]:
+def _projector_rows(model: Loaded) -> tuple[tables.NameRule, ...]:
   sizes = build.view_sizes(model.config.model)
   row, width = model.config.model.projector.row, model.config.model.tower.width
   return tables.projector(row, width, sizes)

@@ -111,7 +111,7 @@ def _read_alike(ours: Tokenizer, theirs: Any, image: int, template: Template, fo
   two = f"{one}{template.answer}it is{template.end}{template.before}And?{template.after}"
 
   def agrees(text: str) -> bool:
-    runs = reading.tokenize([conversation.Piece(text, False, 0)], ours)
+    runs = reading.tokenize([conversation.TextPiece(text, False, 0)], ours)
     wanted = [image if i == IMAGE_ID else i for run in runs for i in run.ids]
     return wanted == list(theirs(text).input_ids)
 

@@ -51,7 +51,7 @@ def fold(model: Loaded) -> Loaded:
     if path.endswith("/kernel") and a and b:
       leaf = Folded(path, leaf.shape, leaf.dtype, leaf, a, b, lora.alpha / lora.rank)
     leaves[path] = leaf
-  plain = dataclasses.replace(model.config.model, lora=config_lib.Lora(rank=0))
+  plain = dataclasses.replace(model.config.model, lora=config_lib.LoraConfig(rank=0))
   return dataclasses.replace(
     model, leaves=leaves, config=dataclasses.replace(model.config, model=plain)
   )

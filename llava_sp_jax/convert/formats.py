@@ -45,7 +45,7 @@ from llava_sp_jax.convert.tensor import alike
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.data import anyres, conversation
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 
 __all__ = ["FORMATS", "NOTE", "PARTS", "Options", "copy_tokenizer",
            "identify", "look", "open_checkpoint"]  # fmt: skip
@@ -76,7 +76,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   row, opened = FORMATS[name], _open(folder, name, options)
   tensors, parts, llm = opened.tensors, opened.parts, opened.llm
   data: Json = {}
-  tower = config_lib.Tower()
+  tower = config_lib.TowerConfig()
   if "vision_tower" in parts:
     tower, towers, data = _open_tower(opened, options)
     tensors = {**towers, **tensors}
@@ -86,13 +86,13 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   note = folder.path / NOTE
   said = settings.read_json(note) if note.is_file() else {}
   said = keys.read(said, key_tables.NOTE, str(note), options.allow_unknown)
-  for key, known in (("row", ROWS), ("template", conversation.TEMPLATES)):
+  for key, known in (("row", VARIANTS), ("template", conversation.TEMPLATES)):
     if said.get(key):
       config_lib.lookup(f"{note}: {key}", said[key], known)
-  model = config_lib.Model(
-    tower=tower, language_model=llm or config_lib.LanguageModel(),
-    lora=opened.recipe.lora if opened.recipe else config_lib.Lora(),
-    projector=config_lib.Projector(row="none"),
+  model = config_lib.ModelConfig(
+    tower=tower, language_model=llm or config_lib.LanguageModelConfig(),
+    lora=opened.recipe.lora if opened.recipe else config_lib.LoraConfig(),
+    projector=config_lib.ProjectorConfig(row="none"),
     image_newline="model.image_newline" in tensors,
   )  # fmt: skip
   problems: list[str] = []
@@ -116,7 +116,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
     data["row_length"] = opened.said["tokenizer_model_max_length"]
   config = config_lib.Config(
     name=folder.path.stem if name == "gguf" else folder.path.name, model=model,
-    data=config_lib.Data(**data), train=config_lib.Train(steps=0),
+    data=config_lib.DataConfig(**data), train=config_lib.TrainConfig(steps=0),
   )  # fmt: skip
   tokenizer = None
   if "language_model" in parts:  # a tower's texts are read by nobody here
@@ -131,8 +131,8 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
 
 
 def _tied(
-  llm: config_lib.LanguageModel | None, tensors: Tensors
-) -> tuple[config_lib.LanguageModel | None, Tensors]:
+  llm: config_lib.LanguageModelConfig | None, tensors: Tensors
+) -> tuple[config_lib.LanguageModelConfig | None, Tensors]:
   """One array for embedding and output layer where settings say so, unless two were trained apart."""
   head, embedding = tensors.get(adapters.HEAD), tensors.get(adapters.EMBEDDING)
   if llm is None or not llm.tie_embeddings or head is None:
@@ -165,7 +165,7 @@ class _Opened:
   config: Json  # the config.json that says what the model is
   home: Path  # where that stands
   said: Json  # what it says as a LLaVA
-  llm: config_lib.LanguageModel | None = None
+  llm: config_lib.LanguageModelConfig | None = None
   recipe: adapters.Recipe | None = None
   names: tuple[str, ...] = ()  # of the decoder, as its files call it
 
@@ -226,7 +226,7 @@ def _open_base(folder: Folder, recipe: adapters.Recipe | None, options: Options)
 
 
 def _same_decoder(
-  own: config_lib.LanguageModel | None, llm: config_lib.LanguageModel | None, base: Path, path: Path
+  own: config_lib.LanguageModelConfig | None, llm: config_lib.LanguageModelConfig | None, base: Path, path: Path
 ) -> None:  # fmt: skip
   """Raises: FormatError where a folder's own sizes contradict its base's."""
   if not own or not llm:
@@ -263,7 +263,7 @@ def _template(opened: _Opened) -> str:
   )
 
 
-def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.Tower, Tensors, Json]:
+def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.TowerConfig, Tensors, Json]:
   """The tower's sizes, its tensors unless the checkpoint brings them, and how it wants pictures."""
   config, origin, allow = opened.config, f"{opened.home}/config.json", options.allow_unknown
   layer = options.select_layer or settings.select_layer(opened.said, origin)
@@ -284,7 +284,7 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.Tower, Te
   return tower, found, data
 
 
-def _names(model: config_lib.Model, parts: tuple[str, ...]) -> tuple[tables.Row, ...]:
+def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[tables.NameRule, ...]:
   every = {
     "vision_tower": tables.TOWERS[model.tower.variant],
     "projector": tables.projector(
@@ -295,7 +295,7 @@ def _names(model: config_lib.Model, parts: tuple[str, ...]) -> tuple[tables.Row,
   return tuple(row for part in parts for row in every[part])
 
 
-def _used_layers(found: Leaves, model: config_lib.Model) -> Leaves:
+def _used_layers(found: Leaves, model: config_lib.ModelConfig) -> Leaves:
   """The tower's blocks up to the selected layer; those after it are never computed."""
   count = build.tower_layers(model)
   result = {}

@@ -221,7 +221,7 @@ _VISION: Table = {
     "vision_use_head", "text_config_dict", "num_image_tokens", "projector_hidden_act"),
   "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
-TOWERS: dict[str, Table] = {  # by `models.vit.VARIANTS`
+TOWERS: dict[str, Table] = {  # by `models.vit.TOWER_VARIANTS`
   "clip": {**_VISION,
     "hidden_act": only("CLIP's MLP here has the quick gelu", "quick_gelu"),
     "layer_norm_eps": only("CLIP's norms here have this epsilon", 1e-5),

@@ -15,16 +15,16 @@ BLOCK = 256  # side of the squares in which axes are exchanged
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorLayout:
   """`to_jax(to_torch(x)) == x` for every x of the right rank."""
 
   to_jax: Callable[[Array], Array]
   to_torch: Callable[[Array], Array]
 
 
-same = Layout(lambda x: x, lambda x: x)
-linear = Layout(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
-conv = Layout(  # [out, in, h, w] <-> [h, w, in, out]
+same = TensorLayout(lambda x: x, lambda x: x)
+linear = TensorLayout(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
+conv = TensorLayout(  # [out, in, h, w] <-> [h, w, in, out]
   lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
 )
 
@@ -62,9 +62,9 @@ def _flat_to_conv(x: Array, channels: int) -> Array:
   return x.reshape(side, side, channels, x.shape[1]).transpose(3, 2, 0, 1)
 
 
-def whole_view(channels: int) -> Layout:
+def whole_view(channels: int) -> TensorLayout:
   """A convolution whose kernel covers its view: [out, in, h, w] <-> [h*w*in, out]."""
-  return Layout(
+  return TensorLayout(
     lambda x: contiguous(x.transpose(2, 3, 1, 0).reshape(-1, channels, x.shape[0])).reshape(
       -1, x.shape[0]
     ),

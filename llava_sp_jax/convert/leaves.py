@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from llava_sp_jax.convert import tables
-from llava_sp_jax.convert.layout import Layout, contiguous
+from llava_sp_jax.convert.layout import TensorLayout, contiguous
 from llava_sp_jax.convert.torch_io import BFLOAT16, FormatError, Tensor
 
 SHOWN = 40  # problems, or missing layers, that an error lists
@@ -86,7 +86,7 @@ class InTensors(Leaf):
   """A leaf made of one torch tensor, or of one for each layer."""
 
   tensors: tuple[Tensor, ...]
-  layout: Layout
+  layout: TensorLayout
   stacked: bool  # the first axis counts the layers
 
   @property
@@ -141,12 +141,14 @@ def _sliced(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
   return tuple(len(range(*s.indices(n))) for n, s in zip(shape, index, strict=True))
 
 
-def gather(tensors: Iterable[Tensor], rows: tuple[tables.Row, ...], problems: list[str]) -> Leaves:
+def gather(
+  tensors: Iterable[Tensor], rows: tuple[tables.NameRule, ...], problems: list[str]
+) -> Leaves:
   """Finds the row of each tensor and stacks the layers.
 
   Adds to `problems` every tensor without a row, every gap among the layers, and layers that differ.
   """
-  found: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}
+  found: dict[str, dict[int | None, tuple[Tensor, TensorLayout]]] = {}
   for tensor in tensors:
     if tables.ignored(tensor.name):
       continue
@@ -168,7 +170,7 @@ def gather(tensors: Iterable[Tensor], rows: tuple[tables.Row, ...], problems: li
 
 
 def _leaf(
-  path: str, parts: Mapping[int | None, tuple[Tensor, Layout]], problems: list[str]
+  path: str, parts: Mapping[int | None, tuple[Tensor, TensorLayout]], problems: list[str]
 ) -> InTensors | None:
   (first, layout), *_ = parts.values()
   try:
@@ -235,7 +237,7 @@ def listed(problems: list[str]) -> str:
   return f" {shown[0]}" if len(shown) == 1 else "".join(f"\n  {line}" for line in shown + more)
 
 
-def to_tensors(leaves: Leaves, rows: tuple[tables.Row, ...]) -> list[Tensor]:
+def to_tensors(leaves: Leaves, rows: tuple[tables.NameRule, ...]) -> list[Tensor]:
   """The same values under torch's names and in its layout, layer by layer, not yet read.
 
   Raises: KeyError for a leaf without a row.

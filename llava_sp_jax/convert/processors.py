@@ -53,10 +53,10 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def images(
-  values: Json, folder: Path, origin: Path, tower: config_lib.Tower | None = None,
+  values: Json, folder: Path, origin: Path, tower: config_lib.TowerConfig | None = None,
   allow_unknown: bool = False, alone: bool = False,
 ) -> Json:  # fmt: skip
-  """Preprocessing as keys of `config.Data`: the model's own choices, then the tower's processor.
+  """Preprocessing as keys of `config.DataConfig`: the model's own choices, then the tower's processor.
 
   `values` is the LLaVA's config.json, or a tower's; `folder` holds the processor's settings; `alone`
   says that there is a tower and nothing else.
@@ -110,7 +110,7 @@ def _canvases(listed: Any, processor: Json, path: Path) -> Any:
 
 
 def _files(
-  folder: Path, said: Json, allow_unknown: bool, tower: config_lib.Tower | None, kind: str, alone: bool
+  folder: Path, said: Json, allow_unknown: bool, tower: config_lib.TowerConfig | None, kind: str, alone: bool
 ) -> list[tuple[Path, Json]]:  # fmt: skip
   """The files that say how pictures are prepared, and what is honored of each; one, or two.
 
@@ -142,7 +142,7 @@ def _files(
   ]
 
 
-def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.Tower | None) -> None:
+def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.TowerConfig | None) -> None:
   """Raises: FormatError for a processor_config.json of another model than the folder's."""
   name = "vision_feature_select_strategy"
   if name in said and outer.get(name) not in (None, said[name]):
@@ -153,9 +153,9 @@ def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.Tower | 
 
 
 def _pixels(
-  processor: Json, path: Path, tower: config_lib.Tower | None, default: str
+  processor: Json, path: Path, tower: config_lib.TowerConfig | None, default: str
 ) -> tuple[Json, str]:
-  """Keys of `config.Data`, and the aspect that the processor alone stands for."""
+  """Keys of `config.DataConfig`, and the aspect that the processor alone stands for."""
   kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
   kind = (kind or default).removesuffix("Fast").removesuffix("Pil")
   if kind not in _PROCESSORS:
@@ -208,7 +208,7 @@ def _side(value: Any, path: Path) -> tuple[int | None, bool]:
   )
 
 
-def _features(said: Json, tower: config_lib.Tower, origin: str) -> None:
+def _features(said: Json, tower: config_lib.TowerConfig, origin: str) -> None:
   """Raises: FormatError for features that the tower here does not give."""
   odd = {
     ("clip", "mm_vision_select_feature"): ("cls_patch", "patch"),

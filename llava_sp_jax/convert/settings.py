@@ -72,7 +72,7 @@ def decoder(values: Json) -> Json:
 
 def language_model(
   values: Json, origin: str, allow_unknown: bool = False
-) -> config_lib.LanguageModel:
+) -> config_lib.LanguageModelConfig:
   """Sizes of a LLaMA-family decoder. Raises: FormatError for what the decoder does not do."""
   kind = values.get("model_type", "llama") if isinstance(values, dict) else "llama"
   if not isinstance(kind, str) or kind not in FAMILIES:
@@ -92,7 +92,7 @@ def language_model(
   filled = _filled(family, said, origin)
   heads = filled.num_attention_heads
   window = _window(filled, origin, said)
-  return config_lib.LanguageModel(
+  return config_lib.LanguageModelConfig(
     vocab_size=filled.vocab_size, width=filled.hidden_size, layers=filled.num_hidden_layers,
     heads=heads, kv_heads=filled.num_key_value_heads or heads,
     head_dim=getattr(filled, "head_dim", None) or filled.hidden_size // heads,
@@ -163,7 +163,7 @@ ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
 
 def tower(
   folder_config: Json, origin: str, select_layer: int, allow_unknown: bool = False
-) -> config_lib.Tower:
+) -> config_lib.TowerConfig:
   """Sizes of a CLIP or SigLIP tower, from a full model's config or the vision part's.
 
   Raises: FormatError for another kind of tower, or a layer that it does not have.
@@ -185,7 +185,7 @@ def tower(
   count = filled.num_hidden_layers
   if not -count <= select_layer <= count or not select_layer:
     raise FormatError(f"{origin}: layer {select_layer} is selected of a tower with {count} layers")
-  return config_lib.Tower(
+  return config_lib.TowerConfig(
     variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,
     width=filled.hidden_size, layers=count, heads=filled.num_attention_heads,
     mlp_width=filled.intermediate_size, select_layer=select_layer,

@@ -9,7 +9,7 @@ from llava_sp_jax.convert.settings import ROPE_KEYS
 from llava_sp_jax.convert.torch_io import FormatError
 
 
-def family(model: config_lib.LanguageModel) -> str:
+def family(model: config_lib.LanguageModelConfig) -> str:
   """The value of FAMILIES whose decoder this is."""
   return "qwen2" if model.attention_bias else "mistral" if model.sliding_window else "llama"
 
@@ -19,7 +19,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
-def language_model_json(model: config_lib.LanguageModel, dtype: str) -> Json:
+def language_model_json(model: config_lib.LanguageModelConfig, dtype: str) -> Json:
   """A `config.json` that transformers reads (keys that versions 4 and 5 both know)."""
   kind = family(model)
   values: Json = {
@@ -48,7 +48,7 @@ def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
   return {"type": rope.kind, "rope_type": rope.kind, **values} if values else None
 
 
-def tower_json(tower: config_lib.Tower, layers: int) -> Json:
+def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
   """Config of the vision part alone, with as many layers as are used."""
   acts = {"clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
           "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6)}  # fmt: skip
@@ -61,7 +61,7 @@ def tower_json(tower: config_lib.Tower, layers: int) -> Json:
   }  # fmt: skip
 
 
-def processor_json(data: config_lib.Data, size: int) -> Json:
+def processor_json(data: config_lib.DataConfig, size: int) -> Json:
   """A `preprocessor_config.json` that gives the same pixels."""
   kind = {fit: name for name, fit in FITS.items()}[data.image_fit]
   square = {"height": size, "width": size}

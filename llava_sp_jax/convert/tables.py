@@ -12,35 +12,35 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from llava_sp_jax.convert.layout import Layout, conv, linear, same, whole_view
+from llava_sp_jax.convert.layout import TensorLayout, conv, linear, same, whole_view
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class NameRule:
   torch: str
   path: str
-  layout: Layout
+  layout: TensorLayout
 
 
 LLAMA = (
-  Row("model.embed_tokens.weight", "language_model/token_embed/embedding", same),
-  Row("model.layers.{layer}.self_attn.{p:q|k|v|o}_proj.weight",
+  NameRule("model.embed_tokens.weight", "language_model/token_embed/embedding", same),
+  NameRule("model.layers.{layer}.self_attn.{p:q|k|v|o}_proj.weight",
       "language_model/layers/{p}_proj/kernel", linear),
-  Row("model.layers.{layer}.self_attn.{p:q|k|v}_proj.bias",
+  NameRule("model.layers.{layer}.self_attn.{p:q|k|v}_proj.bias",
       "language_model/layers/{p}_proj/bias", same),  # Qwen2
-  Row("model.layers.{layer}.mlp.{p:gate|up|down}_proj.weight",
+  NameRule("model.layers.{layer}.mlp.{p:gate|up|down}_proj.weight",
       "language_model/layers/{p}_proj/kernel", linear),
-  Row("model.layers.{layer}.input_layernorm.weight",
+  NameRule("model.layers.{layer}.input_layernorm.weight",
       "language_model/layers/attn_norm/scale", same),
-  Row("model.layers.{layer}.post_attention_layernorm.weight",
+  NameRule("model.layers.{layer}.post_attention_layernorm.weight",
       "language_model/layers/mlp_norm/scale", same),
-  Row("model.norm.weight", "language_model/final_norm/scale", same),
-  Row("lm_head.weight", "language_model/lm_head/kernel", linear),
+  NameRule("model.norm.weight", "language_model/final_norm/scale", same),
+  NameRule("lm_head.weight", "language_model/lm_head/kernel", linear),
 )  # fmt: skip
 
 _LAYER = "base_model.model.model.layers.{layer}."
 LORA = tuple(
-  Row(f"{_LAYER}{block}.{{p:{names}}}_proj.lora_{letter}.weight",
+  NameRule(f"{_LAYER}{block}.{{p:{names}}}_proj.lora_{letter}.weight",
       f"language_model/layers/{{p}}_proj/lora_{letter.lower()}", linear)
   for block, names in (("self_attn", "q|k|v|o"), ("mlp", "gate|up|down"))
   for letter in "AB"
@@ -48,52 +48,52 @@ LORA = tuple(
 
 _VISION = "vision_model.encoder.layers.{layer}."
 _BLOCKS = (
-  Row("vision_model.embeddings.patch_embedding.weight", "vision_tower/patch_embed/kernel",
+  NameRule("vision_model.embeddings.patch_embedding.weight", "vision_tower/patch_embed/kernel",
       whole_view(3)),
-  Row("vision_model.embeddings.position_embedding.weight", "vision_tower/position_embed", same),
-  Row(_VISION + "self_attn.{p:q|k|v}_proj.weight", "vision_tower/layers/{p}_proj/kernel", linear),
-  Row(_VISION + "self_attn.{p:q|k|v}_proj.bias", "vision_tower/layers/{p}_proj/bias", same),
-  Row(_VISION + "self_attn.out_proj.weight", "vision_tower/layers/o_proj/kernel", linear),
-  Row(_VISION + "self_attn.out_proj.bias", "vision_tower/layers/o_proj/bias", same),
-  Row(_VISION + "mlp.{p:fc1|fc2}.weight", "vision_tower/layers/{p}/kernel", linear),
-  Row(_VISION + "mlp.{p:fc1|fc2}.bias", "vision_tower/layers/{p}/bias", same),
-  Row(_VISION + "layer_norm1.weight", "vision_tower/layers/attn_norm/scale", same),
-  Row(_VISION + "layer_norm1.bias", "vision_tower/layers/attn_norm/bias", same),
-  Row(_VISION + "layer_norm2.weight", "vision_tower/layers/mlp_norm/scale", same),
-  Row(_VISION + "layer_norm2.bias", "vision_tower/layers/mlp_norm/bias", same),
+  NameRule("vision_model.embeddings.position_embedding.weight", "vision_tower/position_embed", same),
+  NameRule(_VISION + "self_attn.{p:q|k|v}_proj.weight", "vision_tower/layers/{p}_proj/kernel", linear),
+  NameRule(_VISION + "self_attn.{p:q|k|v}_proj.bias", "vision_tower/layers/{p}_proj/bias", same),
+  NameRule(_VISION + "self_attn.out_proj.weight", "vision_tower/layers/o_proj/kernel", linear),
+  NameRule(_VISION + "self_attn.out_proj.bias", "vision_tower/layers/o_proj/bias", same),
+  NameRule(_VISION + "mlp.{p:fc1|fc2}.weight", "vision_tower/layers/{p}/kernel", linear),
+  NameRule(_VISION + "mlp.{p:fc1|fc2}.bias", "vision_tower/layers/{p}/bias", same),
+  NameRule(_VISION + "layer_norm1.weight", "vision_tower/layers/attn_norm/scale", same),
+  NameRule(_VISION + "layer_norm1.bias", "vision_tower/layers/attn_norm/bias", same),
+  NameRule(_VISION + "layer_norm2.weight", "vision_tower/layers/mlp_norm/scale", same),
+  NameRule(_VISION + "layer_norm2.bias", "vision_tower/layers/mlp_norm/bias", same),
 )  # fmt: skip
 CLIP = (
   *_BLOCKS,
-  Row("vision_model.embeddings.class_embedding", "vision_tower/class_embed", same),
+  NameRule("vision_model.embeddings.class_embedding", "vision_tower/class_embed", same),
   # the misspelling is Hugging Face's
-  Row("vision_model.pre_layrnorm.weight", "vision_tower/pre_norm/scale", same),
-  Row("vision_model.pre_layrnorm.bias", "vision_tower/pre_norm/bias", same),
+  NameRule("vision_model.pre_layrnorm.weight", "vision_tower/pre_norm/scale", same),
+  NameRule("vision_model.pre_layrnorm.bias", "vision_tower/pre_norm/bias", same),
 )
 SIGLIP = (
   *_BLOCKS,
-  Row("vision_model.embeddings.patch_embedding.bias", "vision_tower/patch_embed/bias", same),
+  NameRule("vision_model.embeddings.patch_embedding.bias", "vision_tower/patch_embed/bias", same),
 )
-TOWERS = {"clip": CLIP, "siglip": SIGLIP}  # by the name of a row of `models.vit.VARIANTS`
+TOWERS = {"clip": CLIP, "siglip": SIGLIP}  # by the name of a row of `models.vit.TOWER_VARIANTS`
 
 _MLP = (
-  Row("model.mm_projector.0.weight", "projector/fc1/kernel", linear),
-  Row("model.mm_projector.0.bias", "projector/fc1/bias", same),
-  Row("model.mm_projector.2.weight", "projector/fc2/kernel", linear),
-  Row("model.mm_projector.2.bias", "projector/fc2/bias", same),
-  Row("model.image_newline", "projector/image_newline", same),
+  NameRule("model.mm_projector.0.weight", "projector/fc1/kernel", linear),
+  NameRule("model.mm_projector.0.bias", "projector/fc1/bias", same),
+  NameRule("model.mm_projector.2.weight", "projector/fc2/kernel", linear),
+  NameRule("model.mm_projector.2.bias", "projector/fc2/bias", same),
+  NameRule("model.image_newline", "projector/image_newline", same),
 )
 
 # The parts of a projector row: (channels, scales) -> names. `{i}` of a path counts the scales.
-Part = Callable[[int, Sequence[int]], tuple[Row, ...]]
+Part = Callable[[int, Sequence[int]], tuple[NameRule, ...]]
 
 
 def _views(torch: str, view: str, last: str = "") -> Part:
   """One kernel for each scale; `last` is the name of the largest, if it has another."""
 
-  def part(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+  def part(channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
     names = [torch] * (len(scales) - 1) + [last or torch]
     return tuple(
-      Row(name.format(size=size, number=i + 1), f"projector/{view}_{i}/kernel",
+      NameRule(name.format(size=size, number=i + 1), f"projector/{view}_{i}/kernel",
           whole_view(channels))
       for i, (name, size) in enumerate(zip(names, scales, strict=True))
     )  # fmt: skip
@@ -103,8 +103,8 @@ def _views(torch: str, view: str, last: str = "") -> Part:
 
 def _out(torch: str, *parameters: str) -> Part:
   every = {
-    "weight": Row(f"model.{torch}.1.weight", "projector/out/kernel", linear),
-    "bias": Row(f"model.{torch}.1.bias", "projector/out/bias", same),
+    "weight": NameRule(f"model.{torch}.1.weight", "projector/out/kernel", linear),
+    "bias": NameRule(f"model.{torch}.1.bias", "projector/out/bias", same),
   }
   return lambda channels, scales: tuple(every[p] for p in parameters)
 
@@ -114,14 +114,14 @@ def _detail(
 ) -> Part:
   """A strided convolution and the norm and linear layer of each of `parts`."""
   path = f"projector/detail_{kernel}"
-  rows = [Row(f"model.{conv_name}.weight", f"{path}/conv/kernel", conv)]
+  rows = [NameRule(f"model.{conv_name}.weight", f"{path}/conv/kernel", conv)]
   for part in parts:
     name = f"model.{part}_projector{suffix}"
     rows += [
-      Row(f"{name}.0.weight", f"{path}/{part}_norm/scale", same),
-      Row(f"{name}.0.bias", f"{path}/{part}_norm/bias", same),
-      Row(f"{name}.1.weight", f"{path}/{part}/kernel", linear),
-      Row(f"{name}.1.bias", f"{path}/{part}/bias", same),
+      NameRule(f"{name}.0.weight", f"{path}/{part}_norm/scale", same),
+      NameRule(f"{name}.0.bias", f"{path}/{part}_norm/bias", same),
+      NameRule(f"{name}.1.weight", f"{path}/{part}/kernel", linear),
+      NameRule(f"{name}.1.bias", f"{path}/{part}/bias", same),
     ]
   return lambda channels, scales: tuple(rows)
 
@@ -129,27 +129,30 @@ def _detail(
 def _transformer(view: str) -> Part:
   """torch's nn.Transformer without biases, one for each scale, with its query token."""
 
-  def part(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
-    rows: list[Row] = []
+  def part(channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
+    rows: list[NameRule] = []
     for i, size in enumerate(scales):
       path = f"projector/{view}_{i}"
-      rows.append(Row(f"model.query_{size}", f"{path}/query", same))
+      rows.append(NameRule(f"model.query_{size}", f"{path}/query", same))
       for side, norms in _NORMS.items():
         torch, ours = f"model.tfm_{size}.{side}", f"{path}/{side}"
         layer = torch + ".layers.{layer}."
-        rows.append(Row(f"{torch}.norm.weight", f"{ours}/norm/scale", same))
+        rows.append(NameRule(f"{torch}.norm.weight", f"{ours}/norm/scale", same))
         rows += [
-          Row(f"{layer}norm{n + 1}.weight", f"{ours}/layers/{norm}_norm/scale", same)
+          NameRule(f"{layer}norm{n + 1}.weight", f"{ours}/layers/{norm}_norm/scale", same)
           for n, norm in enumerate(norms)
         ]
         rows += [
-          Row(f"{layer}linear{n}.weight", f"{ours}/layers/fc{n}/kernel", linear) for n in (1, 2)
+          NameRule(f"{layer}linear{n}.weight", f"{ours}/layers/fc{n}/kernel", linear)
+          for n in (1, 2)
         ]
         for norm in norms[:-1]:
           attention = layer + _ATTENTIONS[norm]
           rows += [
-            Row(f"{attention}.in_proj_weight", f"{ours}/layers/{norm}_attn/in_proj", linear),
-            Row(f"{attention}.out_proj.weight", f"{ours}/layers/{norm}_attn/o_proj/kernel", linear),
+            NameRule(f"{attention}.in_proj_weight", f"{ours}/layers/{norm}_attn/in_proj", linear),
+            NameRule(
+              f"{attention}.out_proj.weight", f"{ours}/layers/{norm}_attn/o_proj/kernel", linear
+            ),
           ]
     return tuple(rows)  # fmt: skip
 
@@ -160,9 +163,9 @@ _NORMS = {"encoder": ("self", "mlp"), "decoder": ("self", "cross", "mlp")}  # in
 _ATTENTIONS = {"self": "self_attn", "cross": "multihead_attn"}
 
 
-def _registers(channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+def _registers(channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
   return tuple(
-    Row(f"model.register_{size}", f"projector/register_{i}/token", same)
+    NameRule(f"model.register_{size}", f"projector/register_{i}/token", same)
     for i, size in enumerate(scales)
   )
 
@@ -182,7 +185,7 @@ _DETAILS = (
   _detail(5, "conv_huge", "_huge"),
 )
 
-# Rows of `models.projector.ROWS` and their parts. The original has no `both` and no `register`;
+# Rows of `models.projector.VARIANTS` and their parts. The original has no `both` and no `register`;
 # their own names are `pool_<size>` beside its crops' `conv_<size>`, and `register_<size>`.
 PROJECTORS: dict[str, tuple[Part, ...]] = {
   "none": (),
@@ -204,7 +207,7 @@ PROJECTORS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def projector(row: str, channels: int, scales: Sequence[int]) -> tuple[Row, ...]:
+def projector(row: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
   """The names of a projector row. Raises: KeyError.
 
   `channels` is the tower's width, `scales` are the sizes of the views (`build.view_sizes`), which
@@ -226,11 +229,11 @@ IGNORED = (
 @dataclasses.dataclass(frozen=True)
 class Match:
   path: str
-  layout: Layout
+  layout: TensorLayout
   layer: int | None
 
 
-def match(name: str, rows: tuple[Row, ...]) -> Match | None:
+def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
   """The row that a torch name belongs to. Raises: ValueError when there are two."""
   found = []
   for row in rows:
@@ -270,10 +273,10 @@ class Target:
   """Where a leaf goes: a torch name, with `{layer}` in it when the leaf is a stack of layers."""
 
   name: str
-  layout: Layout
+  layout: TensorLayout
 
 
-def by_path(rows: tuple[Row, ...]) -> dict[str, Target]:
+def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
   """The same rows read backwards: our path -> torch name. Raises: ValueError for a path twice."""
   targets: dict[str, Target] = {}
   for row in rows:

@@ -21,7 +21,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.data import decode
 from llava_sp_jax.data import image as image_lib
-from llava_sp_jax.data.example import NEWLINE, Plan
+from llava_sp_jax.data.example import NEWLINE, TokenPlan
 
 Size = tuple[int, int]  # width, height
 
@@ -45,13 +45,13 @@ class Picture:
   """An image ready for the model: its tiles [tiles, size, size, 3] float32, and their tokens."""
 
   tiles: np.ndarray
-  plan: Plan
+  plan: TokenPlan
 
 
 class Reader:
   """Turns pictures into `Picture`s as `data` says."""
 
-  def __init__(self, data: config_lib.Data, tile: Tile):
+  def __init__(self, data: config_lib.DataConfig, tile: Tile):
     """Raises: ConfigError for settings that do not exist or do not fit the tile."""
     self._aspect = lookup("data.image_aspect", data.image_aspect, ASPECTS)
     lookup("data.image_fit", data.image_fit, image_lib.FITS)
@@ -81,7 +81,7 @@ class Reader:
     views = self._aspect.views(self, decode.rgb(image))
     return Picture(np.stack([self.preprocess.square(v) for v in views]), plan)
 
-  def plan(self, size: Size) -> Plan:
+  def plan(self, size: Size) -> TokenPlan:
     """The tokens of a picture of that size, which need not be decoded for it.
 
     Raises: SampleError for a size that the settings cannot show.
@@ -180,7 +180,7 @@ def unpad(grid: np.ndarray, size: Size) -> np.ndarray:
   return grid[:, border : columns - border]
 
 
-def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> Plan:
+def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> TokenPlan:
   """The order of an image's tokens; `resolution` is the canvas of its tiles, None for a single one.
 
   `size` is the picture's before it was cut, `merge` names a row of MERGES (the original's
@@ -192,7 +192,7 @@ def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> Plan:
   spatial, base = slots[:, : tile.spatial], slots[0, tile.spatial :]
   patches = slots[1:, tile.spatial :].reshape(down, across, tile.grid, tile.grid)
   order = MERGES[merge](spatial, base, patches, size)
-  return Plan(np.concatenate([part.reshape(-1) for part in order]), tiles, tile.tokens)
+  return TokenPlan(np.concatenate([part.reshape(-1) for part in order]), tiles, tile.tokens)
 
 
 def _flat(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:

@@ -43,7 +43,7 @@ class Problem:
 
 
 @dataclasses.dataclass
-class Report:
+class CheckReport:
   """Counts over the samples that were checked; examples are the first of their kind."""
 
   total: int
@@ -87,7 +87,7 @@ class Checker:
   """Checks samples one by one; safe to call from several threads."""
 
   def __init__(
-    self, data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0,
+    self, data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0,
     part: str = held_out.TRAIN,
   ):  # fmt: skip
     """`seed` is the run's: it draws turns as the first epoch does. `part` is one of `held_out`.
@@ -95,7 +95,10 @@ class Checker:
     Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
     """
     self._data, self._seed = data, seed
-    self._reader, self._writer = anyres.Reader(data, tile), samples_lib.Writer(tokenizer, data)
+    self._reader, self._writer = (
+      anyres.Reader(data, tile),
+      samples_lib.SampleEncoder(tokenizer, data),
+    )
     self.source = sources.of(data, self._reader, part)
 
   def __call__(self, index: int, decode: bool) -> Found:
@@ -116,7 +119,7 @@ class Checker:
     tokens, problems = self._lay_out(index, sample, plans)
     return Found(tokens, folders, problems, len(images) if decode else 0)
 
-  def _plan(self, image: forms.Image, file: Any, name: str) -> example.Plan | Problem:
+  def _plan(self, image: forms.Image, file: Any, name: str) -> example.TokenPlan | Problem:
     """The tokens of an image, or what is wrong with its file."""
     folder = folder_of(image) if isinstance(image, str) else ""
     try:
@@ -151,10 +154,10 @@ def folder_of(name: str) -> str:
 
 
 def check(
-  data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
-  samples: int | None = None, progress: Callable[[Report], None] = lambda report: None,
+  data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
+  samples: int | None = None, progress: Callable[[CheckReport], None] = lambda report: None,
   seed: int = 0, part: str = held_out.TRAIN,
-) -> Report:  # fmt: skip
+) -> CheckReport:  # fmt: skip
   """Checks a data set.
 
   Args:
@@ -174,7 +177,7 @@ def check(
   )  # fmt: skip
   every = images is None or images >= len(chosen)
   decoded = set(chosen if every else draw.sample(chosen, images or 0))
-  report = Report(total)
+  report = CheckReport(total)
   with concurrent.futures.ThreadPoolExecutor(max(1, data.threads)) as pool:
     for group in _groups(chosen, AHEAD):
       found = pool.map(lambda i: checker(i, i in decoded), group)

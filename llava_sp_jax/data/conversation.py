@@ -152,7 +152,7 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class TextPiece:
   """Text of one role. `end` is the length of the mark that closes a reply, the last of its text."""
 
   text: str
@@ -184,27 +184,27 @@ def image_first(question: str, image: str = IMAGE) -> str:
   return question.replace(IMAGE, image)
 
 
-def write(turns: Turns, template: Template, open_end: str | None = None) -> list[Piece]:
+def write(turns: Turns, template: Template, open_end: str | None = None) -> list[TextPiece]:
   """The pieces of a dialogue, questions as they are; `open_end` (default `after`) follows the last.
 
   An empty reply is no reply, except where the template writes it.
   """
-  pieces = [Piece(template.system, False, 0)]
+  pieces = [TextPiece(template.system, False, 0)]
   for i, (question, reply) in enumerate(turns):
     after = template.after if reply is not None or open_end is None else open_end
-    pieces.append(Piece(_before(template, i) + question + after, False, 0))
+    pieces.append(TextPiece(_before(template, i) + question + after, False, 0))
     pieces += _reply(reply, template, 0)
   return pieces
 
 
-def chain(turns: Turns, template: Template) -> list[Piece]:
+def chain(turns: Turns, template: Template) -> list[TextPiece]:
   """One dialogue to learn from: every turn sees the turns before it."""
   text = template.training or template
   asked = [(_asked(question, text), reply) for question, reply in turns]
   return write(asked, text, text.unanswered)
 
 
-def branch(turns: Turns, template: Template) -> list[Piece]:
+def branch(turns: Turns, template: Template) -> list[TextPiece]:
   """Every turn alone with the image, as if it were a sample of its own, at the price of one image.
 
   Raises:
@@ -214,17 +214,17 @@ def branch(turns: Turns, template: Template) -> list[Piece]:
   first, *others = (question for question, _ in turns)
   if first.count(IMAGE) != 1 or any(IMAGE in q for q in others):
     raise SampleError("branched turns need exactly one <image>, in the first turn")
-  pieces: list[Piece] = []
+  pieces: list[TextPiece] = []
   for i, (question, reply) in enumerate(turns):
     asked = _before(text, 0) + _asked(IMAGE + question.replace(IMAGE, ""), text) + text.after
     head, _, tail = asked.partition(IMAGE)
-    pieces += [] if i else [Piece(text.system + head + IMAGE, False, 0)]
-    pieces.append(Piece(tail, False, i + 1))
+    pieces += [] if i else [TextPiece(text.system + head + IMAGE, False, 0)]
+    pieces.append(TextPiece(tail, False, i + 1))
     pieces += _reply(reply, text, i + 1)
   return pieces
 
 
-def prompt(question: str, template: Template, images: int = 0) -> list[Piece]:
+def prompt(question: str, template: Template, images: int = 0) -> list[TextPiece]:
   """The pieces of one open question, ready for an answer.
 
   `images` are put in front of a question that does not say where they stand.
@@ -250,10 +250,10 @@ def _asked(question: str, template: Template) -> str:
   return template.image * count if template.image_only else image_first(question, template.image)
 
 
-def _reply(reply: str | None, template: Template, segment: int) -> list[Piece]:
+def _reply(reply: str | None, template: Template, segment: int) -> list[TextPiece]:
   written = reply is not None and (reply or template.empty_reply)
   text = f"{template.answer}{reply}{template.end}"
-  return [Piece(text, True, segment, len(template.end))] if written else []
+  return [TextPiece(text, True, segment, len(template.end))] if written else []
 
 
 TURNS = {"chain": chain, "branch": branch}

@@ -28,7 +28,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class TokenPlan:
   """The tokens of one image, in the order in which the decoder reads them."""
 
   slots: np.ndarray  # [L] int32; token n of the image's tile t is t * N + n, or NEWLINE
@@ -36,13 +36,13 @@ class Plan:
   tile_tokens: int  # N, the same for every tile of a model
 
 
-def one_tile(tokens: int) -> Plan:
+def one_tile(tokens: int) -> TokenPlan:
   """An image that is one tile, its tokens in their own order."""
-  return Plan(np.arange(tokens, dtype=np.int32), 1, tokens)
+  return TokenPlan(np.arange(tokens, dtype=np.int32), 1, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TokenRow:
   """Arrays of length T, int32 but for `weights` (float32); a batch stacks them."""
 
   tokens: np.ndarray
@@ -59,7 +59,7 @@ class Row:
 
 
 def total_length(
-  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0
+  runs: list[Run], plans: Sequence[TokenPlan], row_length: int, row_tiles: int = 0
 ) -> int:
   """Tokens of a sample before anything is cut off, without laying it out.
 
@@ -88,9 +88,9 @@ def total_length(
 
 
 def layout(
-  runs: list[Run], plans: Sequence[Plan], row_length: int, row_tiles: int = 0, segment: int = 1,
+  runs: list[Run], plans: Sequence[TokenPlan], row_length: int, row_tiles: int = 0, segment: int = 1,
   first_tile: int = 0,
-) -> Row:  # fmt: skip
+) -> TokenRow:  # fmt: skip
   """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
 
   The tiles of a row's images follow each other, the first of this sample is `first_tile`.
@@ -130,10 +130,10 @@ def layout(
     arrays[name] = array
   if total > row_length:
     arrays["weights"][-1] = 0.0  # its target was cut off
-  return Row(length=min(total, row_length), **arrays)
+  return TokenRow(length=min(total, row_length), **arrays)
 
 
-def _places(plans: Sequence[Plan], row_tiles: int, first: int) -> list[list[int]]:
+def _places(plans: Sequence[TokenPlan], row_tiles: int, first: int) -> list[list[int]]:
   """The slots of each image within its row."""
   result, room = [], row_tiles or first + sum(plan.tiles for plan in plans)
   for plan in plans:
@@ -144,7 +144,7 @@ def _places(plans: Sequence[Plan], row_tiles: int, first: int) -> list[list[int]
   return result
 
 
-def join(rows: Sequence[Row], row_length: int) -> Row:
+def join(rows: Sequence[TokenRow], row_length: int) -> TokenRow:
   """Rows one after the other, without their padding, in one of `row_length`.
 
   Their segments and slots must be apart already. Raises: ValueError when they are too long.
@@ -154,11 +154,11 @@ def join(rows: Sequence[Row], row_length: int) -> Row:
     raise ValueError(f"rows of {used} tokens do not fit into one of {row_length}")
   empty = {"weights": np.float32(0), "slots": np.int32(-1)}
   arrays = {}
-  for field in dataclasses.fields(Row)[:-1]:
+  for field in dataclasses.fields(TokenRow)[:-1]:
     fill = np.full(row_length - used, empty.get(field.name, np.int32(0)))
     parts = [getattr(row, field.name)[: row.length] for row in rows]
     arrays[field.name] = np.concatenate([*parts, fill])
-  return Row(length=used, **arrays)
+  return TokenRow(length=used, **arrays)
 
 
 def from_labels(ids: list[int], labels: list[int], ignore: int = -100) -> list[Run]:

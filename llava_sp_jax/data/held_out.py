@@ -13,7 +13,7 @@ from llava_sp_jax.config import ConfigError
 TRAIN, VALIDATION = "train", "validation"
 
 
-def of_part(data: config_lib.Data, part: str) -> config_lib.Data:
+def of_part(data: config_lib.DataConfig, part: str) -> config_lib.DataConfig:
   """`data` as one part reads it: validation without augmentation, from a path of its own if given.
 
   Raises: ConfigError when what is held out is not given, given twice or no share.
@@ -35,13 +35,13 @@ def of_part(data: config_lib.Data, part: str) -> config_lib.Data:
   return dataclasses.replace(data, path=data.validation_path or data.path, augment="none")
 
 
-def path_key(data: config_lib.Data, part: str) -> str:
+def path_key(data: config_lib.DataConfig, part: str) -> str:
   """The setting that names the file of a part, for messages."""
   own = part == VALIDATION and data.validation_path
   return "data.validation_path" if own else "data.path"
 
 
-def samples(data: config_lib.Data, part: str, count: int) -> Sequence[int]:
+def samples(data: config_lib.DataConfig, part: str, count: int) -> Sequence[int]:
   """The indices, of `count` samples, that belong to a part.
 
   A sample is held out by a hash of its index: the same ones in every run, on any number of hosts,

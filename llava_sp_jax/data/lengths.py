@@ -64,7 +64,7 @@ class Lengths:
   """`sizes(epoch)`: measured, read from the file of an earlier pass, or the same as before."""
 
   def __init__(
-    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.Data, tile: anyres.Tile,
+    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.DataConfig, tile: anyres.Tile,
     seed: int, quarantine: Quarantine, folder: Path | None = None, say: Say | None = None,
   ):  # fmt: skip
     """`folder` is where passes are kept (None: nowhere); `say` is told how far one is."""
@@ -180,9 +180,15 @@ class Lengths:
 
 
 def _measurer(
-  data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Tokenizer
+  data: config_lib.DataConfig,
+  tile: anyres.Tile,
+  sizes: sources.Sizes,
+  seed: int,
+  tokenizer: Tokenizer,
 ) -> samples.Measurer:
-  return samples.Measurer(samples.Writer(tokenizer, data), anyres.Reader(data, tile), sizes, seed)
+  return samples.Measurer(
+    samples.SampleEncoder(tokenizer, data), anyres.Reader(data, tile), sizes, seed
+  )
 
 
 def _chunk(measure: samples.Measurer, chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
@@ -205,7 +211,7 @@ _process: list[samples.Measurer] = []  # of a process that `_start` has prepared
 
 
 def _start(
-  data: config_lib.Data, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
+  data: config_lib.DataConfig, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
 ) -> None:
   """`tokenizer` is the folder that it was loaded from."""
   _process.append(_measurer(data, tile, sizes, seed, Tokenizer(tokenizer)))

@@ -44,26 +44,26 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PackedRow:
   """The samples of a row, in their order, and its static length."""
 
   length: int
   samples: tuple[int, ...] = ()
 
 
-def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[Row]:
+def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
   """Every sample has a row to itself; sizes need not be known."""
-  return [Row(shape.length, (i,)) for i in order]
+  return [PackedRow(shape.length, (i,)) for i in order]
 
 
-def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[Row]:
+def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
   """Largest sample first, each into the fullest row that still has room for its tokens and tiles.
 
   It looks at WINDOW samples of the shuffled order at a time, which bounds how far samples of like
   size can be drawn together.
   """
   lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
-  rows: list[Row] = []
+  rows: list[PackedRow] = []
   for start in range(0, len(order), WINDOW):
     window = sorted(order[start : start + WINDOW], key=lambda i: -lengths[i])  # stable
     held: list[list[int]] = []
@@ -85,27 +85,27 @@ def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[Row]:
       held[row].append(i)
       if free > length:
         bisect.insort(room[left - count], (free - length, row))
-    rows += [Row(shape.length, tuple(samples)) for samples in held]
+    rows += [PackedRow(shape.length, tuple(samples)) for samples in held]
   return rows
 
 
-def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[Row]:
+def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
   """One sample to a row, padded to the shortest bucket that holds it; every batch is of one bucket.
 
   What does not fill a batch goes up a bucket; the last batch of all has empty rows.
   """
-  batches: list[list[Row]] = []
+  batches: list[list[PackedRow]] = []
   waiting: list[int] = []
   shorter = -1
   for length in shape.bucket_lengths:
     mine = waiting + [i for i in order if shorter < sizes.lengths[i] <= length]
     whole = len(mine) // shape.batch * shape.batch
-    rows = [Row(length, (i,)) for i in mine[:whole]]
+    rows = [PackedRow(length, (i,)) for i in mine[:whole]]
     batches += [rows[i : i + shape.batch] for i in range(0, whole, shape.batch)]
     waiting, shorter = mine[whole:], length
   if waiting:
-    empty = [Row(shape.length)] * (shape.batch - len(waiting))
-    batches.append([Row(shape.length, (i,)) for i in waiting] + empty)
+    empty = [PackedRow(shape.length)] * (shape.batch - len(waiting))
+    batches.append([PackedRow(shape.length, (i,)) for i in waiting] + empty)
   return [row for batch in batches for row in batch]
 
 
@@ -113,7 +113,7 @@ def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[Row]:
 class Packing:
   """How to group samples; `measured`: it needs their sizes."""
 
-  group: Callable[[Sequence[int], Sizes, Shape], list[Row]]
+  group: Callable[[Sequence[int], Sizes, Shape], list[PackedRow]]
   measured: bool = True
   batched: bool = False  # rows of a batch stay together
 
@@ -125,7 +125,7 @@ PACKINGS = {
 }
 
 
-def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[Row]:
+def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:
   """The rows of one epoch; every usable sample is in one of them, once."""
   rng = np.random.default_rng([seed, epoch])
   rows = packing.group(rng.permutation(sizes.usable).tolist(), sizes, shape)
@@ -134,7 +134,7 @@ def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) ->
   return [row for i in order for row in rows[i * size : (i + 1) * size]]
 
 
-def fill(rows: Sequence[Row], sizes: Sizes) -> float:
+def fill(rows: Sequence[PackedRow], sizes: Sizes) -> float:
   """The share of the rows' places that hold a token."""
   used = sum(int(sizes.lengths[i]) for row in rows for i in row.samples)
   return used / sum(row.length for row in rows)
@@ -147,15 +147,15 @@ class Stream:
     """`sizes` of an epoch are asked for when its rows are planned."""
     self._packing, self._shape, self._seed, self._sizes = packing, shape, seed, sizes
     self._ends: list[int] = []  # of the epochs that were planned, in rows
-    self._rows: dict[int, list[Row]] = {}
+    self._rows: dict[int, list[PackedRow]] = {}
     self._lock = threading.Lock()
 
-  def epoch(self, number: int) -> list[Row]:
+  def epoch(self, number: int) -> list[PackedRow]:
     """The rows of an epoch. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
 
-  def __getitem__(self, row: int) -> tuple[int, Row]:
+  def __getitem__(self, row: int) -> tuple[int, PackedRow]:
     """The epoch of row `row`, counted from the start of training, and the row itself."""
     with self._lock:
       while not self._ends or self._ends[-1] <= row:
@@ -164,7 +164,7 @@ class Stream:
       rows = self._planned(number)
       return number, rows[row - self._ends[number] + len(rows)]
 
-  def _planned(self, number: int) -> list[Row]:
+  def _planned(self, number: int) -> list[PackedRow]:
     if number not in self._rows:
       rows = plan(self._packing, self._sizes(number), self._shape, self._seed, number)
       if not rows:

@@ -39,7 +39,7 @@ class RowMaker:
   """Reads the samples of a row; the place of a bad one stays empty, and it is quarantined."""
 
   def __init__(
-    self, source: sources.Source, writer: samples.Writer, data: config_lib.Data, side: int,
+    self, source: sources.Source, writer: samples.SampleEncoder, data: config_lib.DataConfig, side: int,
     seed: int, quarantine: Quarantine,
   ):  # fmt: skip
     self._source, self._writer, self._data, self._side = source, writer, data, side
@@ -47,11 +47,11 @@ class RowMaker:
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
     self._any_good, self._bad = False, set[int]()
 
-  def __call__(self, epoch: int, row: packing.Row) -> dict[str, Any]:
+  def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
     """Arrays as described at `make`, without B."""
     room = self._data.images_per_row
     images = np.zeros((room, self._side, self._side, 3), np.float32)
-    parts: list[example.Row] = []
+    parts: list[example.TokenRow] = []
     held: list[Held] = []
     first = 0
     for segment, index in enumerate(row.samples, 1):
@@ -68,7 +68,7 @@ class RowMaker:
 
   def _sample(
     self, epoch: int, index: int, segment: int, first: int, left: int
-  ) -> tuple[example.Row, list[np.ndarray]] | None:
+  ) -> tuple[example.TokenRow, list[np.ndarray]] | None:
     made = attempt(lambda: self._made(epoch, index, segment, first, left))
     if isinstance(made, SampleError):
       self._quarantine.add(index, attempt(lambda: self._source[index]), made)
@@ -79,7 +79,7 @@ class RowMaker:
 
   def _made(
     self, epoch: int, index: int, segment: int, first: int, left: int
-  ) -> tuple[example.Row, list[np.ndarray]]:
+  ) -> tuple[example.TokenRow, list[np.ndarray]]:
     sample = self._source[index]
     rng = samples.rng_of(self._seed, epoch, index)
     runs = self._writer.runs(sample, rng)
@@ -177,7 +177,7 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
   return result
 
 
-def check_settings(data: config_lib.Data) -> None:
+def check_settings(data: config_lib.DataConfig) -> None:
   """Raises: ConfigError for settings of rows that do not exist, or do not fit each other."""
   lookup("data.packing", data.packing, packing.PACKINGS)
   lookup("data.augment", data.augment, image.AUGMENTS)
@@ -188,7 +188,7 @@ def check_settings(data: config_lib.Data) -> None:
 
 
 def open_source(
-  data: config_lib.Data, tile: anyres.Tile, part: str
+  data: config_lib.DataConfig, tile: anyres.Tile, part: str
 ) -> tuple[sources.Source, Sequence[int]]:
   """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
   source = sources.of(data, anyres.Reader(data, tile), part)
@@ -196,7 +196,7 @@ def open_source(
 
 
 def make(
-  data: config_lib.Data, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
+  data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
   quarantine: Quarantine | None = None, rows: Sequence[int] | None = None,
   part: str = held_out.TRAIN, folder: Path | None = None, say: Say | None = None,
 ) -> Batches:  # fmt: skip
@@ -213,7 +213,7 @@ def make(
   packed = packing.PACKINGS[data.packing]
   source, members = open_source(data, tile, part)
   data = held_out.of_part(data, part)
-  writer = samples.Writer(tokenizer, data)
+  writer = samples.SampleEncoder(tokenizer, data)
   shape = packing.Shape(data.row_length, data.images_per_row, batch_size, data.bucket_lengths)
   quarantine = quarantine or Quarantine()
   rows = range(batch_size) if rows is None else rows

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator
 
 from llava_sp_jax.data import conversation
-from llava_sp_jax.data.conversation import IMAGE, Piece, Template, Turns
+from llava_sp_jax.data.conversation import IMAGE, Template, TextPiece, Turns
 from llava_sp_jax.data.example import IMAGE_ID, Run
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
@@ -48,11 +48,11 @@ def question(
   pieces = conversation.prompt(text, template, images)
   said = reply.removeprefix(" ")  # the template's own blank stands there
   if said:
-    pieces.append(Piece(template.answer + said, True, 0))
+    pieces.append(TextPiece(template.answer + said, True, 0))
   return tokenize(pieces, tokenizer)
 
 
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> list[Run]:
+def tokenize(pieces: list[TextPiece], tokenizer: Tokenizer) -> list[Run]:
   """Ids of pieces; `<image>` becomes IMAGE_ID.
 
   As in the original, each stretch of text between images is a text of its own to the tokenizer, and
@@ -69,9 +69,9 @@ def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> list[Run]:
   return runs
 
 
-def _stretches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+def _stretches(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
   """Pieces without images; a stretch ends where an image stands."""
-  stretch: list[Piece] = []
+  stretch: list[TextPiece] = []
   for piece in pieces:
     *before, last = piece.text.split(IMAGE)
     for text in before:
@@ -81,7 +81,7 @@ def _stretches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
   yield stretch
 
 
-def _read(stretch: list[Piece], branch: int, tokenizer: Tokenizer) -> list[Run]:
+def _read(stretch: list[TextPiece], branch: int, tokenizer: Tokenizer) -> list[Run]:
   text = "".join(piece.text for piece in stretch)
   if not text:
     return []
@@ -98,7 +98,7 @@ def _read(stretch: list[Piece], branch: int, tokenizer: Tokenizer) -> list[Run]:
   return runs
 
 
-def _cuts(stretch: list[Piece], tokenizer: Tokenizer) -> list[int]:
+def _cuts(stretch: list[TextPiece], tokenizer: Tokenizer) -> list[int]:
   """Where a token must begin: at replies, and at end marks without a special token."""
   found, at = [], 0
   for piece in stretch:

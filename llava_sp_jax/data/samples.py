@@ -21,7 +21,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
+class SampleSize:
   """What a sample takes: `length` tokens of a row, `total` before it was cut, and its tiles."""
 
   length: int
@@ -34,10 +34,10 @@ def rng_of(seed: int, epoch: int, index: int) -> np.random.Generator:
   return np.random.default_rng([seed, epoch, index])
 
 
-class Writer:
+class SampleEncoder:
   """Turns samples into runs of ids, and says what they take of a row."""
 
-  def __init__(self, tokenizer: Tokenizer, data: config_lib.Data):
+  def __init__(self, tokenizer: Tokenizer, data: config_lib.DataConfig):
     """Raises: ConfigError for settings that do not exist."""
     self._tokenizer, self._data = tokenizer, data
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
@@ -53,12 +53,12 @@ class Writer:
     layout = self._data.turns
     return reading.dialogue(turns, self._template, layout, self._tokenizer, talk.system)
 
-  def size(self, runs: list[example.Run], plans: Sequence[example.Plan]) -> Size:
+  def size(self, runs: list[example.Run], plans: Sequence[example.TokenPlan]) -> SampleSize:
     """Raises: SampleError when it fits into no row, or may not be cut."""
     limit = self._data.row_length
     total = example.total_length(runs, plans, limit, self._data.images_per_row)
     length = self._shorten(total, limit) if total > limit else total
-    return Size(length, total, sum(plan.tiles for plan in plans))
+    return SampleSize(length, total, sum(plan.tiles for plan in plans))
 
 
 def _cut(total: int, limit: int) -> int:
@@ -94,11 +94,11 @@ def draw_turns(turns: Turns, limit: int, rng: np.random.Generator) -> Turns:
 class Measurer:
   """The size of a sample from its text and the heads of its image files; a process can build it."""
 
-  def __init__(self, writer: Writer, reader: anyres.Reader, sizes: Any, seed: int):
+  def __init__(self, writer: SampleEncoder, reader: anyres.Reader, sizes: Any, seed: int):
     """`sizes` is that of a `sources.Source`."""
     self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed
 
-  def __call__(self, sample: Any, epoch: int, index: int) -> Size:
+  def __call__(self, sample: Any, epoch: int, index: int) -> SampleSize:
     """Raises: SampleError for a sample that cannot be used."""
     runs = self._writer.runs(sample, rng_of(self._seed, epoch, index))
     return self._writer.size(runs, [self._reader.plan(size) for size in self._sizes(sample)])

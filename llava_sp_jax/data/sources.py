@@ -176,7 +176,7 @@ SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
 }
 
 
-def of(data: config_lib.Data, read: Reader, part: str = held_out.TRAIN) -> Source:
+def of(data: config_lib.DataConfig, read: Reader, part: str = held_out.TRAIN) -> Source:
   """The source of a part of `held_out`. Raises: ConfigError, FileNotFoundError, by the setting."""
   make = lookup("data.source", data.source, SOURCES)
   path = held_out.of_part(data, part).path

@@ -19,7 +19,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def create(
-  config: config_lib.Mesh, batch_size: int | None = None, accumulate: int = 1,
+  config: config_lib.MeshConfig, batch_size: int | None = None, accumulate: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:  # fmt: skip
   """A mesh with axes data, fsdp, tensor (Auto axes) over all devices, or `devices` if given.
@@ -55,10 +55,10 @@ def local(text: str) -> Mesh | None:
   devices = jax.local_devices()
   if -1 not in (data, fsdp, tensor):
     devices = devices[: data * fsdp * tensor]
-  return create(config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor), devices=devices)
+  return create(config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices=devices)
 
 
-def axis_sizes(config: config_lib.Mesh, count: int) -> list[int]:
+def axis_sizes(config: config_lib.MeshConfig, count: int) -> list[int]:
   """Devices along each of AXES when there are `count`. Raises: ConfigError."""
   sizes = [getattr(config, name) for name in AXES]
   known = math.prod(s for s in sizes if s != -1)
@@ -85,7 +85,7 @@ def check_batch(sizes: Sequence[int], batch_size: int, accumulate: int = 1) -> N
     )
 
 
-def slice_count(config: config_lib.Mesh, devices: Sequence[Any]) -> int:
+def slice_count(config: config_lib.MeshConfig, devices: Sequence[Any]) -> int:
   """How many groups of devices are joined by the slow network.
 
   TPUs say in which slice they stand; elsewhere `mesh.slices` groups processes. Raises: ConfigError.

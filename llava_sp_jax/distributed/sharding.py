@@ -58,7 +58,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # Rules for what every device of `fsdp` holds whole.
 WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
 
-# Where the frozen base lives (config.Mesh.base): rules by path, first match wins. Copies need no
+# Where the frozen base lives (config.MeshConfig.base): rules by path, first match wins. Copies need no
 # gathers, where memory allows; the tower's many small ones are slow on many devices.
 PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),

@@ -68,7 +68,7 @@ class InLoop:
       )
     else:
       self._engine.load(loaded)
-    model = run.Model.of(loaded, str(self._folder.parent))
+    model = run.ModelIdentity.of(loaded, str(self._folder.parent))
     if jax.process_index() == 0:
       return self._scored(self._engine, number, model, going)
     for _ in self._engine.as_ready(()):
@@ -76,7 +76,7 @@ class InLoop:
     return {}
 
   def _scored(
-    self, engine: Engine, number: int, model: run.Model, going: Callable[[], bool]
+    self, engine: Engine, number: int, model: run.ModelIdentity, going: Callable[[], bool]
   ) -> dict[str, float]:
     out = self._folder / f"step-{number}"
     shutil.rmtree(out, ignore_errors=True)  # of a step that a resumed run does again

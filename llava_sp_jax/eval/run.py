@@ -37,7 +37,7 @@ NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelIdentity:
   """Which model answered: its folder, its step, a hash of all that was loaded, and its settings."""
 
   checkpoint: str
@@ -48,7 +48,7 @@ class Model:
   reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
-  def of(cls, pretrained: Pretrained, folder: str = "") -> Model:
+  def of(cls, pretrained: Pretrained, folder: str = "") -> ModelIdentity:
     with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
       loaded = fingerprints.fingerprint(flatten_dict(pretrained.params, sep="/"))
     return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
@@ -73,7 +73,7 @@ def _host() -> Any:
 
 
 def run(
-  task: Task, engine: Engine, out: str | Path, limit: int = 0, model: Model | None = None,
+  task: Task, engine: Engine, out: str | Path, limit: int = 0, model: ModelIdentity | None = None,
   part: Part | None = None, retry: bool = False, compare: str | Path = "",
   each: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -99,7 +99,7 @@ def run(
   check(task, compare)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())
-  model = model or Model.of(engine.pretrained)
+  model = model or ModelIdentity.of(engine.pretrained)
   about = {"checkpoint": model.checkpoint, "step": model.step}
   predictions.check_settings(folder, settings(task, engine, model), about)
   items = questions(task)[: limit or None]
@@ -113,7 +113,7 @@ def run(
     print(f"{folder}: {len(found)} questions are answered already", flush=True)
   if retry:
     engine.forget()  # it would remember which images it could not read
-  with predictions.Writer(folder, part) as writer:
+  with predictions.PredictionWriter(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
     _ask(task, engine, mine, places, writer, each or Progress(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
@@ -150,7 +150,7 @@ def questions(task: Task) -> list[Item]:
   return items
 
 
-def settings(task: Task, engine: Engine, model: Model) -> dict[str, Any]:
+def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]:
   """What an answer depends on; the batch, the mesh and the hosts are not among it."""
   return {
     **asked(task),
@@ -172,7 +172,7 @@ def counts(engine: Engine) -> dict[str, int]:
 
 def _ask(
   task: Task, engine: Engine, items: Sequence[Item], places: Mapping[str, int],
-  writer: predictions.Writer, each: Callable[[Record], None],
+  writer: predictions.PredictionWriter, each: Callable[[Record], None],
 ) -> None:  # fmt: skip
   """`places` in the whole set: by them samples are drawn, so a part or a resumed run draws the same."""
   requests = (Request(item.question, item.images, number=places[item.id]) for item in items)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llava_sp_jax.infer.decode import Rule
+from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.cache import KVCache
 
@@ -38,8 +38,8 @@ class BeamAnswers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Beams:
-  rule: Rule
+class BeamSearch:
+  rule: StopRule
 
   def empty(self, rows: int) -> BeamAnswers:
     count, longest = self.rule.lanes, self.rule.max_new_tokens

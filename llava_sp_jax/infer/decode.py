@@ -37,7 +37,7 @@ class State(NamedTuple):
   rows: Any  # Answers, every array [R, ...]
 
 
-class Report(NamedTuple):
+class DecodeReport(NamedTuple):
   """What the host reads after some steps."""
 
   steps: Any  # [] int32, that were done
@@ -48,7 +48,7 @@ class Report(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class StopRule:
   """When an answer is over, and how a token is drawn; a constant of compiled programs."""
 
   stop_ids: tuple[int, ...]
@@ -68,11 +68,11 @@ class Rule:
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
-class Way(Protocol):
-  """How tokens are chosen: `Single`, or `beam.Beams`."""
+class Strategy(Protocol):
+  """How tokens are chosen: `Sampling`, or `beam.Beams`."""
 
   @property
-  def rule(self) -> Rule: ...
+  def rule(self) -> StopRule: ...
 
   def empty(self, rows: int) -> Any:
     """All rows free, as Answers."""
@@ -101,10 +101,10 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Single:
+class Sampling:
   """Greedy or by sampling."""
 
-  rule: Rule
+  rule: StopRule
 
   def empty(self, rows: int) -> Choice:
     none = jnp.zeros((rows,), jnp.int32)
@@ -136,7 +136,7 @@ class Single:
     return cache
 
 
-def step(module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array) -> State:
+def step(module: LlavaSP, params: Any, way: Strategy, state: State, key: jax.Array) -> State:
   """One more token for every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
@@ -153,8 +153,8 @@ def step(module: LlavaSP, params: Any, way: Way, state: State, key: jax.Array) -
 
 def decode(
   module: LlavaSP, params: Any, state: State, key: jax.Array, ended: jax.Array, steps: jax.Array,
-  until: jax.Array, *, way: Way,
-) -> tuple[State, Report]:  # fmt: skip
+  until: jax.Array, *, way: Strategy,
+) -> tuple[State, DecodeReport]:  # fmt: skip
   """Steps until `until` rows are done, at most `steps`.
 
   `ended` [R] bool are rows that the host has ended, at a stop string say. Both bounds are values,
@@ -172,4 +172,4 @@ def decode(
 
   number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
   rows = state.rows
-  return state, Report(number, rows.made, rows.done, rows.ids, rows.margin)
+  return state, DecodeReport(number, rows.made, rows.done, rows.ids, rows.margin)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_sp_jax.infer import decode, together
-from llava_sp_jax.infer.beam import Beams
+from llava_sp_jax.infer.beam import BeamSearch
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
@@ -27,8 +27,8 @@ from llava_sp_jax.infer.prompts import (
   Answer,
   ImageFile,
   LostImageError,
-  Piece,
   Prompt,
+  PromptPiece,
   Prompts,
   Request,
   keys_of,
@@ -38,7 +38,7 @@ from llava_sp_jax.infer.schedule import Ready, Schedule
 from llava_sp_jax.infer.shared import Encoder, Prefixes, bucket
 from llava_sp_jax.infer.text import Text
 
-__all__ = ["Answer", "Engine", "Generation", "ImageFile", "Layout", "Request"]
+__all__ = ["Answer", "Engine", "EngineLayout", "Generation", "ImageFile", "Request"]
 
 STREAMED = 4  # tokens between two looks at a row, where somebody waits for text
 CHECKED = 8  # tokens between two looks for stop strings
@@ -46,7 +46,7 @@ UNCHECKED = 32  # tokens after which the device reports, though no row may be do
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class EngineLayout:
   """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
 
   prefix: int = 8  # positions that are shared, a multiple of this
@@ -60,7 +60,7 @@ class Layout:
   share: bool = True  # False: every prompt is computed whole
 
 
-ROUNDED = Layout()
+ROUNDED = EngineLayout()
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class Engine:
 
   def __init__(
     self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
-    mesh: Mesh | None = None, layout: Layout = ROUNDED,
+    mesh: Mesh | None = None, layout: EngineLayout = ROUNDED,
   ):  # fmt: skip
     """Raises: ValueError for a `batch_size` below 1."""
     if batch_size < 1:
@@ -95,11 +95,11 @@ class Engine:
     share = layout.share and config.model.language_model.rope_scaling.kind != "dynamic"
     self._prompts = Prompts(config, pretrained.tokenizer, share)
     self._longest = config.model.language_model.max_positions
-    rule = decode.Rule(
+    rule = decode.StopRule(
       self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
       generation.num_beams, padded_from(pretrained),
     )  # fmt: skip
-    way: decode.Way = Beams(rule) if rule.lanes > 1 else decode.Single(rule)
+    way: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
     self._programs = Programs(config, pretrained.params, way, generation.seed, mesh, self.counts)
     parts = self._programs.parts
     self._rows = bucket(batch_size, parts)
@@ -142,7 +142,9 @@ class Engine:
     Afterwards answering such requests, in any order and number, compiles nothing.
     """
     kinds: dict[tuple[int, ...], Ready] = {}  # by what admitting them is compiled for
-    shared: dict[tuple[int, ...], tuple[Request, tuple[Piece, ...]]] = {}  # and growing prefixes
+    shared: dict[
+      tuple[int, ...], tuple[Request, tuple[PromptPiece, ...]]
+    ] = {}  # and growing prefixes
     starts: dict[tuple[int, int], int] = collections.defaultdict(int)  # the longest of a group
     lengths: dict[tuple[int, int], int] = collections.defaultdict(int)
     slots = 0

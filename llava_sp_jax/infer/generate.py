@@ -27,7 +27,7 @@ def generate(
   ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
-  way = decode.Single(decode.Rule(stop_ids, max_new_tokens, sampler))
+  way = decode.Sampling(decode.StopRule(stop_ids, max_new_tokens, sampler))
   rows, length = batch["tokens"].shape
   text = module.language_model
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.data import anyres, conversation, example, reading
-from llava_sp_jax.infer.decode import Rule
+from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.prompts import tiles_of
@@ -34,7 +34,7 @@ class Likelihood:
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
     module = build.model(config.model)
-    rule = Rule((), 0, vocabulary=padded_from(pretrained))
+    rule = StopRule((), 0, vocabulary=padded_from(pretrained))
 
     def score(params: Any, batch: dict[str, jax.Array], at: jax.Array) -> Any:
       """`at` [B, K]: positions before each token of the continuation. -> [B, K] twice."""

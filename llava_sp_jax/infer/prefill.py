@@ -75,7 +75,7 @@ def grow(module: LlavaSP, params: Any, group: Group, *, slots: int) -> tuple[Pre
 
 def admit(
   module: LlavaSP, params: Any, state: decode.State, key: jax.Array, group: Group, rows: jax.Array,
-  numbers: jax.Array, *, way: decode.Way,
+  numbers: jax.Array, *, way: decode.Strategy,
 ) -> decode.State:  # fmt: skip
   """Puts G prompts into `rows` of the state and chooses the first token of each.
 

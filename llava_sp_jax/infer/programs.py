@@ -32,10 +32,10 @@ class Programs:
   """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
 
   def __init__(
-    self, config: config_lib.Config, params: Any, way: decode_lib.Way, seed: int, mesh: Mesh | None,
+    self, config: config_lib.Config, params: Any, way: decode_lib.Strategy, seed: int, mesh: Mesh | None,
     counts: Counts,
   ):  # fmt: skip
-    self.mesh = mesh or mesh_lib.create(config_lib.Mesh(), devices=jax.local_devices()[:1])
+    self.mesh = mesh or mesh_lib.create(config_lib.MeshConfig(), devices=jax.local_devices()[:1])
     self.several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
     self._counts, self._way = counts, way
@@ -127,7 +127,7 @@ class Programs:
 
   def decode(
     self, state: State, ended: np.ndarray, steps: int, until: int
-  ) -> tuple[State, decode_lib.Report]:
+  ) -> tuple[State, decode_lib.DecodeReport]:
     """See `decode.decode`; the state is donated, the report of the host."""
     run = functools.partial(decode_lib.decode, self._module, way=self._way)
     bounds = self._same(ended, np.int32(steps), np.int32(until))

@@ -62,7 +62,7 @@ TileKey = tuple[str, int]  # key of the picture, index of its tile
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class PromptPiece:
   """Consecutive positions of a prompt. `slots` index the tokens of `tiles`, one tile after another.
 
   A slot of `len(tiles) * N` is the newline token. `key` stands for the piece and all before it.
@@ -79,7 +79,7 @@ class Piece:
 class Prompt:
   """All pieces but the last can be shared; the last is never empty."""
 
-  pieces: tuple[Piece, ...]
+  pieces: tuple[PromptPiece, ...]
 
   @property
   def length(self) -> int:
@@ -133,7 +133,7 @@ class Pictures:
   def __init__(self, reader: anyres.Reader):
     self._reader = reader
     self._lock = threading.Lock()
-    self._plans: dict[str, concurrent.futures.Future[example.Plan]] = {}
+    self._plans: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
     self._tiles: dict[str, np.ndarray] = {}
 
   def forget(self) -> None:
@@ -141,7 +141,7 @@ class Pictures:
       self._plans.clear()
       self._tiles.clear()
 
-  def plan(self, key: str, picture: ImageFile) -> example.Plan:
+  def plan(self, key: str, picture: ImageFile) -> example.TokenPlan:
     """Reads the picture unless it was before. Raises: SampleError when it cannot be used."""
     with self._lock:
       future = self._plans.get(key)
@@ -200,7 +200,7 @@ class Prompts:
     tiles = tuple((key, i) for key, p in zip(keys, plans, strict=True) for i in range(p.tiles))
     return Prompt(self._cut(row.tokens, row.slots, tiles))
 
-  def _row(self, request: Request, plans: list[example.Plan]) -> example.Row:
+  def _row(self, request: Request, plans: list[example.TokenPlan]) -> example.TokenRow:
     runs = reading.question(
       request.question, len(plans), self._template, self._tokenizer, request.system
     )
@@ -211,7 +211,7 @@ class Prompts:
 
   def _cut(
     self, tokens: np.ndarray, slots: np.ndarray, tiles: tuple[TileKey, ...]
-  ) -> tuple[Piece, ...]:
+  ) -> tuple[PromptPiece, ...]:
     """Borders stand before the first image and behind the last, where there is something to share."""
     places = np.flatnonzero(slots >= 0)
     borders = [0, len(tokens)]
@@ -224,5 +224,5 @@ class Prompts:
       digest = hashlib.sha256(key.encode() + tokens[start:end].tobytes())
       digest.update(slots[start:end].tobytes() + repr(shows).encode())
       key = digest.hexdigest()
-      pieces.append(Piece(tokens[start:end], slots[start:end], shows, key, start))
+      pieces.append(PromptPiece(tokens[start:end], slots[start:end], shows, key, start))
     return tuple(pieces)

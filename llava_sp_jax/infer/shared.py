@@ -14,7 +14,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import ImageFile, Pictures, Piece, Request, keys_of
+from llava_sp_jax.infer.prompts import ImageFile, Pictures, PromptPiece, Request, keys_of
 
 Features = tuple[jax.Array, ...]  # [N, D] for each tile
 
@@ -74,19 +74,19 @@ class Prefixes:
     self._programs, self._encoder, self._counts = programs, encoder, counts
     self._kept, self._multiple = Lru(limit), multiple
 
-  def slots(self, pieces: Sequence[Piece]) -> int:
+  def slots(self, pieces: Sequence[PromptPiece]) -> int:
     """P of the prefix that these pieces are."""
     if not pieces:
       return 0
     return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
 
-  def shape(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+  def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
     """What computing the last of these pieces is compiled for: P, P before it, T, M."""
     last = pieces[-1]
     return (self.slots(pieces), self.slots(pieces[:-1]),
             bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
 
-  def of(self, asked: Sequence[tuple[Request, tuple[Piece, ...]]]) -> list[Prefix | None]:
+  def of(self, asked: Sequence[tuple[Request, tuple[PromptPiece, ...]]]) -> list[Prefix | None]:
     """The prefix of each request, all its pieces together; None where it has none."""
     found: dict[str, Prefix] = {}
     depth: list[int] = []  # pieces of each that need not be computed
@@ -113,10 +113,10 @@ class Prefixes:
     return [found[pieces[-1].key] if pieces else None for _, pieces in asked]
 
   def _compute(
-    self, missing: list[tuple[Request, tuple[Piece, ...]]], found: dict[str, Prefix]
+    self, missing: list[tuple[Request, tuple[PromptPiece, ...]]], found: dict[str, Prefix]
   ) -> None:
     """As many at a time as the mesh has parts of rows, always: none depends on its company."""
-    alike: dict[tuple[int, ...], list[tuple[Request, tuple[Piece, ...]]]] = {}
+    alike: dict[tuple[int, ...], list[tuple[Request, tuple[PromptPiece, ...]]]] = {}
     for request, pieces in missing:
       alike.setdefault(self.shape(pieces), []).append((request, pieces))
     parts = self._programs.parts
@@ -132,7 +132,7 @@ class Prefixes:
         self._counts.prefills += len(some)
 
   def group(
-    self, requests: Sequence[Request], pieces: Sequence[Piece], before: Sequence[Prefix | None],
+    self, requests: Sequence[Request], pieces: Sequence[PromptPiece], before: Sequence[Prefix | None],
     length: int,
   ) -> Group:  # fmt: skip
     """Pieces of equal numbers of tiles behind prefixes of equal size, padded to `length`."""

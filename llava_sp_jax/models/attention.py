@@ -33,7 +33,7 @@ ALONE = {"cpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class AttentionChoice:
   """What is known of the attention before it is traced; a field of the decoder.
 
   `platform` is that of the devices it is compiled for ("" = where jax runs): they may be absent.
@@ -53,7 +53,7 @@ class Attention:
 class Case:
   """One call, as far as it is static."""
 
-  spec: Attention
+  spec: AttentionChoice
   length: int
   head_dim: int
   dtype: jnp.dtype
@@ -74,7 +74,7 @@ class Implementation:
 
 
 def attend(
-  spec: Attention, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
+  spec: AttentionChoice, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
   segments: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
   """Masked attention by the implementation that `choose` names.
@@ -89,7 +89,7 @@ def attend(
 
 
 def attend_cached(
-  spec: Attention, q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
+  spec: AttentionChoice, q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
   new: tuple[jax.Array, jax.Array], mask: jax.Array,
 ) -> jax.Array:  # fmt: skip
   """Attention to a cache and to the new positions themselves, as one softmax.
@@ -119,7 +119,7 @@ def attend_cached(
   return out.reshape(rows, count, heads, width)
 
 
-def _scores(spec: Attention, q: jax.Array, keys: jax.Array) -> jax.Array:
+def _scores(spec: AttentionChoice, q: jax.Array, keys: jax.Array) -> jax.Array:
   """[B, K, Q, H], [B, K, H, S] -> [B, K, Q, S], in as many products as the platform likes."""
   few = ALONE.get(spec.platform or jax.default_backend(), 1)
   several = q.shape[2] if 1 < q.shape[2] <= few else 1

@@ -1,4 +1,4 @@
-"""From names and numbers to modules: the only place that reads a `config.Model`."""
+"""From names and numbers to modules: the only place that reads a `config.ModelConfig`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.models.attention import IMPLEMENTATIONS, Attention
+from llava_sp_jax.models.attention import IMPLEMENTATIONS, AttentionChoice
 from llava_sp_jax.models.layers import ROPES, Rope
 from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.llava import LlavaSP
-from llava_sp_jax.models.lora import Lora
-from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
+from llava_sp_jax.models.lora import LoraRecipe
+from llava_sp_jax.models.projector import VARIANTS, Projector, spatial_token_count
 from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantizedDense
 from llava_sp_jax.models.remat import POLICIES
-from llava_sp_jax.models.vit import VARIANTS, VisionTransformer
+from llava_sp_jax.models.vit import TOWER_VARIANTS, VisionTransformer
 
 # Rows of model.matmul_precision: what matrix products and convolutions ask for, in jax's words, by
 # the activations' dtype. "" asks for nothing: then GPUs multiply float32 in TF32, TPUs in bfloat16.
@@ -32,15 +32,15 @@ PRECISIONS: dict[str, Callable[[jnp.dtype], str]] = {
 }
 
 
-def model(config: config_lib.Model) -> LlavaSP:
+def model(config: config_lib.ModelConfig) -> LlavaSP:
   """Builds the module tree.
 
   Raises:
     ConfigError: for a row, variant or size that does not exist or does not fit.
   """
   tower, text, projector = config.tower, config.language_model, config.projector
-  config_lib.lookup("model.tower.variant", tower.variant, VARIANTS)
-  config_lib.lookup("model.projector.row", projector.row, ROWS)
+  config_lib.lookup("model.tower.variant", tower.variant, TOWER_VARIANTS)
+  config_lib.lookup("model.projector.row", projector.row, VARIANTS)
   config_lib.lookup("model.language_model.rope_scaling.kind", text.rope_scaling.kind, ROPES)
   config_lib.lookup("model.remat", config.remat, POLICIES)
   config_lib.lookup("model.attention", config.attention, {"auto": None, **IMPLEMENTATIONS})
@@ -51,7 +51,7 @@ def model(config: config_lib.Model) -> LlavaSP:
   precision = ask(dtype)
   form = quantization(config)
   base = functools.partial(QuantizedDense, form=form) if form else nn.Dense
-  lora = Lora(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
+  lora = LoraRecipe(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
   return LlavaSP(
     vision_tower=VisionTransformer(
       variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
@@ -71,7 +71,7 @@ def model(config: config_lib.Model) -> LlavaSP:
       sliding_window=text.sliding_window, window_from_layer=text.window_from_layer,
       initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
       remat=config.remat, dtype=dtype, dense=lora.dense(),
-      attention=Attention(config.attention, precision=precision),
+      attention=AttentionChoice(config.attention, precision=precision),
     ),
     precision=precision,
   )  # fmt: skip
@@ -119,7 +119,7 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
     raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
 
 
-def quantization(config: config_lib.Model) -> Format | None:
+def quantization(config: config_lib.ModelConfig) -> Format | None:
   """How the decoder's kernels are held; None: as floats. Raises: ConfigError."""
   form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
   if form and form.block:
@@ -135,52 +135,54 @@ def quantization(config: config_lib.Model) -> Format | None:
   return form
 
 
-def unquantized(config: config_lib.Model) -> config_lib.Model:
+def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
   """The same model with all its kernels as floats."""
   return dataclasses.replace(config, quantize=NONE)
 
 
-def patch_grid(config: config_lib.Model) -> int:
+def patch_grid(config: config_lib.ModelConfig) -> int:
   """Patches along one side of the image; a remainder of the image is dropped."""
   return config.tower.image_size // config.tower.patch_size
 
 
-def tower_layers(config: config_lib.Model) -> int:
+def tower_layers(config: config_lib.ModelConfig) -> int:
   """Blocks of the tower that are computed: those up to the selected hidden state."""
   select = config.tower.select_layer
   return config.tower.layers + 1 + select if select < 0 else select
 
 
-def view_sizes(config: config_lib.Model) -> tuple[int, ...]:
+def view_sizes(config: config_lib.ModelConfig) -> tuple[int, ...]:
   """Sizes of the projector's views in patches, small to large. Raises: ConfigError."""
   row, grid = config.projector.row, patch_grid(config)
   try:
-    return ROWS[row].scales(grid, config.projector.scales)
+    return VARIANTS[row].scales(grid, config.projector.scales)
   except ValueError as error:
     raise config_lib.ConfigError(f"model.projector.row {row}: {error}") from None
 
 
-def image_token_count(config: config_lib.Model) -> int:
+def image_token_count(config: config_lib.ModelConfig) -> int:
   """Tokens of the language model that one image becomes: spatial tokens and patches."""
   grid, sizes = patch_grid(config), view_sizes(config)
   return spatial_token_count(config.projector.row, grid, sizes) + grid * grid
 
 
-def tile_shape(config: config_lib.Model) -> tuple[int, int, int, bool]:
+def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:
   """The arguments of `data.anyres.Tile`: what the model makes of one square of pixels."""
   grid = patch_grid(config)
   spatial = image_token_count(config) - grid * grid
   return config.tower.image_size, grid, spatial, config.image_newline
 
 
-def example_inputs(config: config_lib.Model, rows: int = 1, length: int = 8) -> tuple[Any, ...]:
+def example_inputs(
+  config: config_lib.ModelConfig, rows: int = 1, length: int = 8
+) -> tuple[Any, ...]:
   """Arguments of `LlavaSP.__call__` as shapes, for abstract initialisation."""
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   side = config.tower.image_size
   return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
 
 
-def initialize(config: config_lib.Model, rng: jax.Array) -> dict[str, Any]:
+def initialize(config: config_lib.ModelConfig, rng: jax.Array) -> dict[str, Any]:
   """Random parameters, a nested dictionary of float32 arrays. Call it inside jit."""
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
@@ -191,12 +193,12 @@ def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
   return module.logits(module(*inputs))
 
 
-def abstract(config: config_lib.Model) -> dict[str, Any]:
+def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
   """The parameter tree as shapes and dtypes."""
   return jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
 
 
-def parameter_counts(config: config_lib.Model) -> dict[str, int]:
+def parameter_counts(config: config_lib.ModelConfig) -> dict[str, int]:
   """Parameters of each part: vision_tower, projector, language_model, quantised or not."""
   tree = abstract(unquantized(config))
   return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.models.spatial import DETAIL_STRIDE, detail_size
 
 FORWARD, BACKWARD_INPUT, BACKWARD_KERNEL = 2, 2, 2  # per parameter and token
@@ -73,7 +73,7 @@ PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
 NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
 
 
-def costs(config: config_lib.Model, learns: Callable[[str], bool]) -> Costs:
+def costs(config: config_lib.ModelConfig, learns: Callable[[str], bool]) -> Costs:
   """FLOPs of a step of `config` when the parameters at paths that `learns` accepts are trained.
 
   Raises: KeyError for a parameter whose use is not known.
@@ -100,7 +100,7 @@ def _decoder(path: str, shape: tuple[int, ...], learns: bool) -> float:
   return _size(shape) * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * learns)
 
 
-def _tied_head(config: config_lib.Model, learns: Callable[[str], bool]) -> float:
+def _tied_head(config: config_lib.ModelConfig, learns: Callable[[str], bool]) -> float:
   text = config.language_model
   if not text.tie_embeddings:
     return 0.0
@@ -109,10 +109,10 @@ def _tied_head(config: config_lib.Model, learns: Callable[[str], bool]) -> float
 
 
 def _image(
-  config: config_lib.Model, shapes: dict[str, tuple[int, ...]], learns: Callable[[str], bool]
+  config: config_lib.ModelConfig, shapes: dict[str, tuple[int, ...]], learns: Callable[[str], bool]
 ) -> float:
   patches = build.patch_grid(config) ** 2
-  row, sizes = ROWS[config.projector.row], build.view_sizes(config)
+  row, sizes = VARIANTS[config.projector.row], build.view_sizes(config)
   field = row.detail_field(build.patch_grid(config), config.projector.scales)
   counts = _Sizes(patches, build.image_token_count(config) - patches, sizes, field)
   tower_learns = any(learns(path) for path in shapes if path.startswith("vision_tower/"))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_sp_jax.models import remat
-from llava_sp_jax.models.attention import Attention, attend, attend_cached
+from llava_sp_jax.models.attention import AttentionChoice, attend, attend_cached
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
 from llava_sp_jax.models.lora import together
@@ -33,7 +33,7 @@ class Past(NamedTuple):
   near: jax.Array | None  # [B, T, S] bool
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
   """One layer; the second value is its new keys and values where there is a cache, else None.
 
   `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or None. `windowed` says
@@ -49,7 +49,7 @@ class Block(nn.Module):
   initializer_range: float
   dtype: jnp.dtype
   dense: Any
-  attention: Attention
+  attention: AttentionChoice
 
   @nn.compact
   def __call__(self, x, cache, windowed, angles, mask, segments, near, past):
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
   stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
   dtype: jnp.dtype = jnp.float32
   dense: Any = nn.Dense
-  attention: Attention = Attention()
+  attention: AttentionChoice = AttentionChoice()
 
   def setup(self) -> None:
     normal = nn.initializers.normal(self.initializer_range)
@@ -125,12 +125,12 @@ class Decoder(nn.Module):
     )  # fmt: skip
     if self.stacked:
       self.blocks = nn.scan(
-        remat.wrap(Block, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+        remat.wrap(DecoderBlock, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
         in_axes=(0, 0, *[nn.broadcast] * 5), length=self.layers,
         unroll=min(self.scan_unroll, self.layers),
       )(*sizes, name="layers")  # fmt: skip
     else:
-      self.blocks = [Block(*sizes, name=f"layers_{i}") for i in range(self.layers)]
+      self.blocks = [DecoderBlock(*sizes, name=f"layers_{i}") for i in range(self.layers)]
     self.final_norm = RMSNorm(self.norm_eps)
     if not self.tie_embeddings:
       self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)

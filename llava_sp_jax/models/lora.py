@@ -22,7 +22,7 @@ from llava_sp_jax.models.spatial import torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class LoraRecipe:
   """A hashable recipe: `dense()` is the class that the decoder uses for its linear layers."""
 
   rank: int

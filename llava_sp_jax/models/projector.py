@@ -30,7 +30,7 @@ from llava_sp_jax.models.spatial import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Variant:
   """One variant of the projector; without views and detail kernels it is LLaVA-1.5's plain MLP."""
 
   views: tuple[str, ...] = ()  # rows of VIEWS; one token for each view and scale
@@ -64,36 +64,36 @@ class Row:
     return sizes[-1] if sizes else grid
 
 
-ROWS = {
-  "none": Row(),
-  "pooling": Row(views=("pool",)),
-  "cropping": Row(views=("crop",), detail_kernels=(16,), out_bias=True),
-  "cropping_sfe": Row(views=("crop",)),
-  "pooling_dfi": Row(views=("pool",), detail_kernels=(16,)),
+VARIANTS = {
+  "none": Variant(),
+  "pooling": Variant(views=("pool",)),
+  "cropping": Variant(views=("crop",), detail_kernels=(16,), out_bias=True),
+  "cropping_sfe": Variant(views=("crop",)),
+  "pooling_dfi": Variant(views=("pool",), detail_kernels=(16,)),
   # The original's middle kernel uses the value projection of the first one.
-  "cropping_multiscale_dfi": Row(
+  "cropping_multiscale_dfi": Variant(
     views=("crop",), detail_kernels=(12, 9, 5), detail_values=(12, 12, 5)
   ),
-  "pooling_multiscale_dfi": Row(
+  "pooling_multiscale_dfi": Variant(
     views=("pool",), detail_kernels=(12, 9, 5), detail_values=(12, 12, 5), detail_merge="sum",
     out_bias=True,
   ),
-  "tokens_1": Row(views=("crop",), parts=1),
-  "tokens_3": Row(views=("crop",), parts=3),
-  "tokens_12": Row(views=("crop",), parts=12),
-  "crop_224": Row(views=("crop",), parts=8),
-  "cropping_transformer": Row(views=("crop",), extractor="transformer"),
-  "pooling_transformer": Row(views=("pool",), extractor="transformer_channels_first"),
-  "detail_only": Row(detail_kernels=(12,), detail_as_tokens=True),
-  "both": Row(views=("crop", "pool")),
-  "register": Row(views=("register",), extractor="register"),
+  "tokens_1": Variant(views=("crop",), parts=1),
+  "tokens_3": Variant(views=("crop",), parts=3),
+  "tokens_12": Variant(views=("crop",), parts=12),
+  "crop_224": Variant(views=("crop",), parts=8),
+  "cropping_transformer": Variant(views=("crop",), extractor="transformer"),
+  "pooling_transformer": Variant(views=("pool",), extractor="transformer_channels_first"),
+  "detail_only": Variant(detail_kernels=(12,), detail_as_tokens=True),
+  "both": Variant(views=("crop", "pool")),
+  "register": Variant(views=("register",), extractor="register"),
 }  # fmt: skip
 
 
 def check_grid(row: str, shape: Sequence[int]) -> None:
   """Raises: ValueError for a row that does not exist, or features that are no square grid."""
-  if row not in ROWS:
-    raise ValueError(f"projector row {row!r}: expected one of {', '.join(ROWS)}")
+  if row not in VARIANTS:
+    raise ValueError(f"projector row {row!r}: expected one of {', '.join(VARIANTS)}")
   if len(shape) != 4 or shape[1] != shape[2] or 0 in shape:
     raise ValueError(
       f"projector {row}: expected features [B, G, G, C] of a square grid, found {list(shape)}; "
@@ -106,7 +106,7 @@ def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
 
   Raises: ValueError for scales that the grid or the row does not have.
   """
-  spec, sizes = ROWS[row], ROWS[row].scales(grid, scales)
+  spec, sizes = VARIANTS[row], VARIANTS[row].scales(grid, scales)
   field = spec.detail_field(grid, scales)
   positions = [(field - detail_size(k, field)) // DETAIL_STRIDE + 1 for k in spec.detail_kernels]
   as_tokens = sum(p * p for p in positions) if spec.detail_as_tokens else 0
@@ -144,12 +144,12 @@ class Projector(nn.Module):
     if not spatial_token_count(self.row, grid.shape[1], self.scales):
       return patches
     tokens = nn.gelu(self._spatial(grid), approximate=False)
-    tokens = dense(self.out_width, use_bias=ROWS[self.row].out_bias, name="out")(tokens)
+    tokens = dense(self.out_width, use_bias=VARIANTS[self.row].out_bias, name="out")(tokens)
     return jnp.concatenate([tokens, patches], axis=1)
 
   def _spatial(self, grid: jax.Array) -> jax.Array:
     """Spatial tokens with their details, before the output layer. [B, G, G, C] -> [B, S, ...]."""
-    row, side = ROWS[self.row], grid.shape[1]
+    row, side = VARIANTS[self.row], grid.shape[1]
     scales, field = row.scales(side, self.scales), row.detail_field(side, self.scales)
     details = {
       k: DetailInteraction(

@@ -64,7 +64,7 @@ def nothing(grid: jax.Array, size: int) -> jax.Array:
 VIEWS = {"crop": crop, "pool": pool, "register": nothing}
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
   """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
 
   One array holds the kernels of queries, keys and values, as in torch.
@@ -107,10 +107,10 @@ class TransformerLayer(nn.Module):
     norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
     dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
     y = norm(name="self_norm")(x)
-    x = x + dropout(Attention(self.dtype, name="self_attn")(y, y))
+    x = x + dropout(MultiHeadAttention(self.dtype, name="self_attn")(y, y))
     if memory is not None:
       y = norm(name="cross_norm")(x)
-      x = x + dropout(Attention(self.dtype, name="cross_attn")(y, memory))
+      x = x + dropout(MultiHeadAttention(self.dtype, name="cross_attn")(y, memory))
     y = norm(name="mlp_norm")(x)
     y = dropout(nn.relu(_bare(x.shape[-1], self.dtype, "fc1")(y)))
     return x + dropout(_bare(x.shape[-1], self.dtype, "fc2")(y)), None

@@ -23,7 +23,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class TowerVariant:
   class_token: bool
   pre_norm: bool
   patch_bias: bool
@@ -31,13 +31,13 @@ class Variant:
   eps: float
 
 
-VARIANTS = {
-  "clip": Variant(True, True, False, quick_gelu, 1e-5),
-  "siglip": Variant(False, False, True, functools.partial(nn.gelu, approximate=True), 1e-6),
+TOWER_VARIANTS = {
+  "clip": TowerVariant(True, True, False, quick_gelu, 1e-5),
+  "siglip": TowerVariant(False, False, True, functools.partial(nn.gelu, approximate=True), 1e-6),
 }
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
   """Pre-norm transformer block. [B, P, C] -> [B, P, C]; the second value is scan's empty output."""
 
   heads: int
@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, G, G, C]
-    row = VARIANTS[self.variant]
+    row = TOWER_VARIANTS[self.variant]
     norm = functools.partial(nn.LayerNorm, epsilon=row.eps, dtype=self.dtype)
     x = nn.Dense(self.width, use_bias=row.patch_bias, dtype=self.dtype, name="patch_embed")(
       patchify(images, self.patch_size, self.grid)
@@ -101,13 +101,13 @@ class VisionTransformer(nn.Module):
     sizes = (self.heads, self.mlp_width, row.activation, row.eps, self.dtype)
     if count and self.stacked:
       blocks = nn.scan(
-        Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
+        EncoderBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
         unroll=min(self.scan_unroll, count),
       )  # fmt: skip
       x, _ = blocks(*sizes, name="layers")(x)
     elif count:
       for i in range(count):
-        x, _ = Block(*sizes, name=f"layers_{i}")(x)
+        x, _ = EncoderBlock(*sizes, name=f"layers_{i}")(x)
     if row.class_token:
       x = x[:, 1:]
     return x.reshape(len(x), self.grid, self.grid, self.width)

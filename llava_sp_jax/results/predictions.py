@@ -253,7 +253,7 @@ def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
   return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
 
 
-class Writer(contextlib.AbstractContextManager):
+class PredictionWriter(contextlib.AbstractContextManager):
   """Appends to the predictions of one part: each line is handed to the system whole, at once.
 
   So a kill loses at most the line that is being written. Raises: EvalError when another process has

@@ -18,7 +18,7 @@ LETTERS = "ABCDE"  # that MMBench's rule reads
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class MatchRule:
   """`score` compares a text with the answers of a row, in [0, 1]; `suffix` ends each question."""
 
   says: str
@@ -38,15 +38,15 @@ def _contains(text: str, answer: str) -> bool:
 
 
 RULES = {
-  "exact": Rule("equal to an answer without case and punctuation", _any(scoring.plain_match),
+  "exact": MatchRule("equal to an answer without case and punctuation", _any(scoring.plain_match),
                 bare=scoring.plain),
-  "contains": Rule("an answer stands in the text, both normalised as for VQA", _any(_contains), "",
+  "contains": MatchRule("an answer stands in the text, both normalised as for VQA", _any(_contains), "",
                    bare=scoring.vqa_normal),
-  "vqa": Rule("VQA's soft accuracy over the humans' answers", scoring.vqa_accuracy,
+  "vqa": MatchRule("VQA's soft accuracy over the humans' answers", scoring.vqa_accuracy,
               least=scoring.HUMANS),
-  "relaxed": Rule("ChartQA's relaxed accuracy: numbers within 5%", _any(scoring.relaxed_match)),
-  "anls": Rule("DocVQA's normalised Levenshtein similarity", scoring.anls, metric="anls"),
-  "choice": Rule("the option that the text names, by MMBench's rules", _any(str.__eq__), LETTER),
+  "relaxed": MatchRule("ChartQA's relaxed accuracy: numbers within 5%", _any(scoring.relaxed_match)),
+  "anls": MatchRule("DocVQA's normalised Levenshtein similarity", scoring.anls, metric="anls"),
+  "choice": MatchRule("the option that the text names, by MMBench's rules", _any(str.__eq__), LETTER),
 }  # fmt: skip
 
 

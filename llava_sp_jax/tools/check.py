@@ -109,7 +109,7 @@ class Progress:
           f"eta {left // 60}:{left % 60:02d}, {bad:,} problems", file=sys.stderr, flush=True)  # fmt: skip
 
 
-def table(report: Any, data: config_lib.Data, seconds: float) -> str:
+def table(report: Any, data: config_lib.DataConfig, seconds: float) -> str:
   """The report as text."""
   from llava_sp_jax.data import check
 

@@ -18,9 +18,9 @@ from llava_sp_jax import limits
 
 # key -> (module, table) whose rows are its values.
 TABLES = {
-  "model.tower.variant": ("models.vit", "VARIANTS"),
+  "model.tower.variant": ("models.vit", "TOWER_VARIANTS"),
   "model.language_model.rope_scaling.kind": ("models.layers", "ROPES"),
-  "model.projector.row": ("models.projector", "ROWS"),
+  "model.projector.row": ("models.projector", "VARIANTS"),
   "model.matmul_precision": ("models.build", "PRECISIONS"),
   "model.quantize": ("models.quantize", "FORMATS"),
   "model.remat": ("models.remat", "POLICIES"),

@@ -270,7 +270,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   given = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
-  model = run.Model.of(loaded, options.checkpoint)
+  model = run.ModelIdentity.of(loaded, options.checkpoint)
   found = {}
   engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):

@@ -41,9 +41,9 @@ def _whole(source: Loaded) -> Loaded:
   from llava_sp_jax.convert.leaves import in_memory
   from llava_sp_jax.models import build
 
-  tower = config_lib.Tower(image_size=28, width=8, layers=2, heads=2, mlp_width=8)
+  tower = config_lib.TowerConfig(image_size=28, width=8, layers=2, heads=2, mlp_width=8)
   model = dataclasses.replace(
-    source.config.model, tower=tower, projector=config_lib.Projector(row="none")
+    source.config.model, tower=tower, projector=config_lib.ProjectorConfig(row="none")
   )
   kept = {p: leaf for p, leaf in source.leaves.items() if p.startswith("language_model/")}
   zeros = {p: np.zeros(x.shape, np.float32)

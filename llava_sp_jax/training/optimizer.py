@@ -75,7 +75,7 @@ def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> opt
   return value
 
 
-def rates(config: config_lib.Optimizer, steps: int, paths: Iterable[str]) -> Rates:
+def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) -> Rates:
   """Number of an update (from 0) -> {group: learning rate} for the groups of `paths`, on the host."""
   ratio = config.warmup_ratio
   schedules = {
@@ -86,7 +86,7 @@ def rates(config: config_lib.Optimizer, steps: int, paths: Iterable[str]) -> Rat
 
 
 def build(
-  config: config_lib.Optimizer, steps: int, paths: list[str]
+  config: config_lib.OptimizerConfig, steps: int, paths: list[str]
 ) -> optax.GradientTransformation:
   """AdamW for a flat `{path: array}` tree of the parameters that learn."""
   moments = config_lib.lookup("optimizer.moment_dtype", config.moment_dtype, MOMENT_DTYPES)

@@ -156,7 +156,7 @@ class Wandb:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class MetricsRow:
   """A sink and the module that it needs, with the extra of ours that installs it."""
 
   make: Callable[[Path, config_lib.Config], Sink]
@@ -164,10 +164,10 @@ class Row:
   extra: str = ""
 
 
-SINKS: dict[str, Row] = {
-  "terminal": Row(Terminal, "rich"),
-  "tensorboard": Row(TensorBoard, "tensorboardX", "tensorboard"),
-  "wandb": Row(Wandb, "wandb", "wandb"),
+SINKS: dict[str, MetricsRow] = {
+  "terminal": MetricsRow(Terminal, "rich"),
+  "tensorboard": MetricsRow(TensorBoard, "tensorboardX", "tensorboard"),
+  "wandb": MetricsRow(Wandb, "wandb", "wandb"),
 }
 
 

@@ -77,7 +77,7 @@ def working_copies(trainable: Flat, dtype: Any) -> Flat:
 
 
 def gradients(
-  module: LlavaSP, train: config_lib.Train, state: TrainState, batch: Batch, rng: jax.Array
+  module: LlavaSP, train: config_lib.TrainConfig, state: TrainState, batch: Batch, rng: jax.Array
 ) -> tuple[measure.Sums, Flat]:
   """Sums over the batch, and gradients of the token-mean loss of `state.trainable` (float32).
 
@@ -119,7 +119,7 @@ def gradients(
 
 
 def train_step(
-  module: LlavaSP, tx: optax.GradientTransformation, train: config_lib.Train, state: TrainState,
+  module: LlavaSP, tx: optax.GradientTransformation, train: config_lib.TrainConfig, state: TrainState,
   batch: Batch, rng: jax.Array,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
   """state, batch -> state, metrics of `measure.report`. `rng` seeds dropout, folded with the step."""

@@ -110,7 +110,7 @@ def test_inspect_reads_no_values(
   ours, run = tmp_path / "ours", tmp_path / "run"
   whole = source("pooling")
   writing.write(whole, ours)
-  init = config_lib.Init(checkpoint=str(ours))
+  init = config_lib.InitConfig(checkpoint=str(ours))
   runs.write_config(run, dataclasses.replace(runs.read_config(ours), init=init))
   (run / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}

@@ -265,7 +265,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_overflows_is_not_folded(tmp_path: Path) -> None:
-  ours = source("none", lora=config_lib.Lora(rank=2, alpha=1e6))
+  ours = source("none", lora=config_lib.LoraConfig(rank=2, alpha=1e6))
   ours.leaves["language_model/layers/q_proj/lora_a"].read()[...] *= np.float32(1e34)
   with pytest.raises(FormatError, match="q_proj/kernel: its adapter at scale 500000 is too large"):
     folding.fold(ours).leaves["language_model/layers/q_proj/kernel"].read()

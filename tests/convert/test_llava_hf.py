@@ -185,10 +185,10 @@ def test_a_sentencepiece_tokenizer_reads_prompts_alike(tmp_path: Path) -> None:
   theirs = AutoTokenizer.from_pretrained(tmp_path)
   assert theirs.padding_side == "left"
   said = "USER: <image>\nwhat shape? ASSISTANT: a circle</s>USER: and <image>\nthis? ASSISTANT:"
-  runs = reading.tokenize([conversation.Piece(said, False, 0)], ours)
+  runs = reading.tokenize([conversation.TextPiece(said, False, 0)], ours)
   wanted = [512 if i == IMAGE_ID else i for run in runs for i in run.ids]
   assert theirs(said).input_ids == wanted
-  back = reading.tokenize([conversation.Piece(said, False, 0)], Tokenizer(tmp_path))
+  back = reading.tokenize([conversation.TextPiece(said, False, 0)], Tokenizer(tmp_path))
   assert [run.ids for run in back] == [run.ids for run in runs]
 
 

@@ -21,7 +21,7 @@ def run_on(converted: Path, folder: Path) -> Path:
   """A finished run whose adapters and projector go on from those of a converted folder."""
   config = runs.read_config(converted)
   whole = opening.open_any(converted, formats.Options())
-  init = config_lib.Init(checkpoint=str(converted))
+  init = config_lib.InitConfig(checkpoint=str(converted))
   train = dataclasses.replace(config.train, steps=7)
   runs.write_config(folder, dataclasses.replace(config, init=init, train=train))
   (folder / "checkpoints").mkdir()
@@ -46,7 +46,7 @@ def test_a_merge_of_a_run_on_a_converted_adapter_stands_alone(
   shutil.rmtree(tmp_path / "adapter")
   moved = (tmp_path / "merged").rename(tmp_path / "elsewhere")
   opened = own_folders.finished(moved, "init.checkpoint")
-  assert opened.config.init == config_lib.Init()
+  assert opened.config.init == config_lib.InitConfig()
   assert opened.config.model.lora.rank == 0
   assert opened.leaves.keys() == wanted.leaves.keys()
   for path, leaf in wanted.leaves.items():

@@ -88,7 +88,7 @@ def beginning(language_model: str, vision_tower: str = "") -> Any:
   """Parameters of a model of the golden sizes before its training."""
   given = formats.Options(base=str(GOLDEN / "base-llm"), tower=str(GOLDEN / "clip-vit-tiny"))
   model = formats.open_checkpoint(GOLDEN / "baseline/llava-lora", given).config.model
-  init = config_lib.Init(language_model=language_model, vision_tower=vision_tower)
+  init = config_lib.InitConfig(language_model=language_model, vision_tower=vision_tower)
   return flatten_dict(initial.initial_params(config_lib.Config(model=model, init=init)), sep="/")
 
 

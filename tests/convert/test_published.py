@@ -116,7 +116,7 @@ def folder_with(path: Path, **files: Any) -> Path:
 
 
 def test_vicuna_and_llava() -> None:
-  default = config_lib.LanguageModel()  # a LLaMA-2 of 7B
+  default = config_lib.LanguageModelConfig()  # a LLaMA-2 of 7B
   assert settings.language_model(VICUNA, "x") == default
   assert settings.language_model(LLAVA, "x") == default
   assert settings.llava(LLAVA, "x")["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
@@ -126,10 +126,10 @@ def test_vicuna_and_llava() -> None:
 
 def test_clip(tmp_path: Path) -> None:
   tower = settings.tower(CLIP_336, "x", -2)
-  assert tower == config_lib.Tower()  # ViT-L/14 at 336
+  assert tower == config_lib.TowerConfig()  # ViT-L/14 at 336
   folder = folder_with(tmp_path, preprocessor_config=CLIP_PIXELS)
-  found = config_lib.Data(**processors.images(LLAVA, folder, folder, tower))
-  assert found == config_lib.Data()
+  found = config_lib.DataConfig(**processors.images(LLAVA, folder, folder, tower))
+  assert found == config_lib.DataConfig()
 
 
 def test_siglip_2_of_fixed_size(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_llava_hf(tmp_path: Path) -> None:
   text = settings.language_model(LLAVA_HF["text_config"], "x")
   assert (text.vocab_size, text.width, text.layers) == (32064, 4096, 32)
   tower = settings.tower(LLAVA_HF, "x", settings.select_layer(settings.llava(LLAVA_HF, "x"), "x"))
-  assert tower == config_lib.Tower()
+  assert tower == config_lib.TowerConfig()
   folder = folder_with(
     tmp_path, preprocessor_config={**CLIP_PIXELS, "size": {"shortest_edge": 336}}
   )
@@ -155,4 +155,4 @@ def test_llava_hf(tmp_path: Path) -> None:
 def test_the_original_s_adapter(tmp_path: Path) -> None:
   found = adapters.recipe(folder_with(tmp_path, adapter_config=ADAPTER))
   assert found is not None
-  assert found.lora == config_lib.Lora(rank=128, alpha=256.0, dropout=0.05)
+  assert found.lora == config_lib.LoraConfig(rank=128, alpha=256.0, dropout=0.05)

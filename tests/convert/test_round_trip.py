@@ -19,10 +19,12 @@ from llava_sp_jax.convert.loaded import Loaded, is_adapter
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.folders import FolderError
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 
-TOWER = config_lib.Tower(image_size=96, patch_size=4, width=8, layers=2, heads=2, mlp_width=16)
-TEXT = config_lib.LanguageModel(
+TOWER = config_lib.TowerConfig(
+  image_size=96, patch_size=4, width=8, layers=2, heads=2, mlp_width=16
+)
+TEXT = config_lib.LanguageModelConfig(
   vocab_size=32, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=12
 )
 GRID_16 = dataclasses.replace(TOWER, image_size=64)
@@ -31,9 +33,9 @@ GRID_16 = dataclasses.replace(TOWER, image_size=64)
 def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> Loaded:
   """A whole random model in memory."""
   tower = GRID_16 if row == "crop_224" else TOWER
-  values = config_lib.Model(
-    tower=tower, language_model=TEXT, projector=config_lib.Projector(row=row, token_width=8),
-    lora=config_lib.Lora(rank=rank, alpha=3.0), dtype=dtype, frozen_dtype=dtype,
+  values = config_lib.ModelConfig(
+    tower=tower, language_model=TEXT, projector=config_lib.ProjectorConfig(row=row, token_width=8),
+    lora=config_lib.LoraConfig(rank=rank, alpha=3.0), dtype=dtype, frozen_dtype=dtype,
   )  # fmt: skip
   values = dataclasses.replace(values, **model)
   rng = np.random.default_rng(0)
@@ -42,7 +44,7 @@ def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> Loa
     path: rng.normal(size=leaf.shape).astype(wanted)
     for path, leaf in flatten_dict(build.abstract(values), sep="/").items()
   }
-  config = config_lib.Config(name="random", model=values, train=config_lib.Train(steps=0))
+  config = config_lib.Config(name="random", model=values, train=config_lib.TrainConfig(steps=0))
   return Loaded("memory", config, leaves.in_memory(arrays), formats.PARTS, None)
 
 
@@ -54,7 +56,7 @@ def assert_same(one: Loaded, two: Loaded) -> None:
     assert ours.tobytes() == theirs.tobytes(), path
 
 
-CASES = [*((row, "float32") for row in ROWS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
+CASES = [*((row, "float32") for row in VARIANTS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
          ("none", "float16"), ("pooling_transformer", "bfloat16")]  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
 
 
 def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
-  projector = config_lib.Projector(row="pooling", scales=(3, 5), token_width=8)
+  projector = config_lib.ProjectorConfig(row="pooling", scales=(3, 5), token_width=8)
   ours = source("pooling", rank=0, projector=projector)
   export.export(ours, "llava", tmp_path / "x")
   back = formats.open_checkpoint(tmp_path / "x")

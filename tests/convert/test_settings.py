@@ -24,7 +24,7 @@ SIZES = {"vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 5, "num_atten
          "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 40, "rms_norm_eps": 2e-4,
          "rope_theta": 7777.0, "max_position_embeddings": 99, "initializer_range": 0.05,
          "tie_word_embeddings": True}  # fmt: skip
-OURS = config_lib.LanguageModel(
+OURS = config_lib.LanguageModelConfig(
   vocab_size=48, width=24, layers=5, heads=6, kv_heads=3, head_dim=8, mlp_width=40, norm_eps=2e-4,
   rope_theta=7777.0, max_positions=99, initializer_range=0.05, tie_embeddings=True,
 )  # fmt: skip
@@ -63,7 +63,7 @@ def test_a_decoder_s_sizes(kind: str, theirs: dict[str, Any], ours: dict[str, An
 
 @pytest.mark.parametrize("variant", ["clip", "siglip"])
 def test_a_tower_s_sizes(variant: str) -> None:
-  ours = config_lib.Tower(variant=variant, image_size=60, patch_size=12, width=32, layers=7, heads=4,
+  ours = config_lib.TowerConfig(variant=variant, image_size=60, patch_size=12, width=32, layers=7, heads=4,
                           mlp_width=56, select_layer=-3)  # fmt: skip
   said = settings_out.tower_json(ours, 7)
   assert settings.tower(said, "x", -3) == ours
@@ -84,7 +84,7 @@ def test_how_pictures_are_read(tmp_path: Path) -> None:
     "patch_merge": "spatial_unpad",
   }  # fmt: skip
   assert processors.images({}, tmp_path, tmp_path)["image_aspect"] == "square"
-  back = settings_out.processor_json(config_lib.Data(**found), 36)
+  back = settings_out.processor_json(config_lib.DataConfig(**found), 36)
   assert (back["image_mean"], back["image_std"]) == (mean, std)
   assert back["image_processor_type"] == "SiglipImageProcessor"
 
@@ -131,7 +131,7 @@ def stage_1(tmp_path: Path) -> Path:
 
 def second(stage_1: Path, row: str) -> config_lib.Config:
   model = source(row).config.model
-  return config_lib.Config(model=model, init=config_lib.Init(checkpoint=str(stage_1)))
+  return config_lib.Config(model=model, init=config_lib.InitConfig(checkpoint=str(stage_1)))
 
 
 def test_stage_2_takes_all_of_stage_1_and_only_adapters_are_new(stage_1: Path) -> None:
@@ -164,7 +164,7 @@ def test_random_weights_are_those_of_the_seed() -> None:
   model = dataclasses.replace(source("none", rank=0).config.model)
 
   def kernel(seed: int) -> np.ndarray:
-    config = config_lib.Config(model=model, train=config_lib.Train(seed=seed))
+    config = config_lib.Config(model=model, train=config_lib.TrainConfig(seed=seed))
     return np.asarray(initial.initial_params(config)["projector"]["fc1"]["kernel"])
 
   first = kernel(0)

@@ -80,17 +80,17 @@ def tokenizer(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer
 def config(path: Path) -> config_lib.Config:
   """Text only: the smallest tower and the plain projector stand beside the real decoder."""
   return config_lib.Config(
-    model=config_lib.Model(
-      tower=config_lib.Tower(
+    model=config_lib.ModelConfig(
+      tower=config_lib.TowerConfig(
         image_size=4, patch_size=4, width=4, layers=1, heads=1, mlp_width=4, select_layer=-1
       ),
       language_model=settings.language_model(gguf.config(path), "gguf"),
-      projector=config_lib.Projector(row="none"),
+      projector=config_lib.ProjectorConfig(row="none"),
       dtype="float32",
       frozen_dtype="float32",
       remat="none",
     ),
-    data=config_lib.Data(template="smollm2"),
+    data=config_lib.DataConfig(template="smollm2"),
   )
 
 

@@ -101,9 +101,9 @@ def test_any_mesh_places_it(exported: Path, tmp_path: Path, sizes: tuple[int, in
   writing.write(formats.open_checkpoint(exported), tmp_path / "out")
   own = own_folders.open_own(tmp_path / "out")
   config = config_lib.Config(
-    model=own.config.model, init=config_lib.Init(checkpoint=str(tmp_path / "out"))
+    model=own.config.model, init=config_lib.InitConfig(checkpoint=str(tmp_path / "out"))
   )
-  devices = mesh.create(config_lib.Mesh(**dict(zip(mesh.AXES, sizes, strict=True))))
+  devices = mesh.create(config_lib.MeshConfig(**dict(zip(mesh.AXES, sizes, strict=True))))
   placed = initial.initial_params(config, lambda tree: sharding.shardings(tree, devices))
   for path, leaf in own.leaves.items():
     value = placed

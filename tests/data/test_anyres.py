@@ -22,7 +22,7 @@ from tests.conftest import IMAGE_SIZE, PATCH_SIZE, ConfigMaker
 GOLDEN = Path(__file__).parents[1] / "golden"
 EXPECTED = np.load(GOLDEN / "imageproc" / "anyres.npz")
 INPUTS = json.loads((GOLDEN / "inputs.json").read_text())
-PINPOINTS = config_lib.Data().grid_pinpoints
+PINPOINTS = config_lib.DataConfig().grid_pinpoints
 SIZES = {"wide": (700, 320), "tall": (320, 900), "big": (640, 600), "a": (96, 64)}  # of images/
 CLIP = Tile(336, 24, 6, newline=True)
 
@@ -145,7 +145,7 @@ def test_images_of_a_row_follow_each_other_and_share_the_newline() -> None:
 
 
 def reader(**values: object) -> Reader:
-  return Reader(config_lib.Data(**values), CLIP)  # type: ignore[arg-type]
+  return Reader(config_lib.DataConfig(**values), CLIP)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_settings_that_do_not_fit_are_errors(values: dict, message: str) -> None
 
 def test_unpadding_needs_the_model_s_newline() -> None:
   with pytest.raises(ConfigError, match=r"'spatial_unpad' needs model.image_newline=true"):
-    Reader(config_lib.Data(patch_merge="spatial_unpad"), Tile(336, 24, 6))
+    Reader(config_lib.DataConfig(patch_merge="spatial_unpad"), Tile(336, 24, 6))
 
 
 def test_the_most_tiles_of_a_picture() -> None:

@@ -67,16 +67,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data(folder: Path, tiny_config: ConfigMaker) -> config_lib.Data:
+def data(folder: Path, tiny_config: ConfigMaker) -> config_lib.DataConfig:
   return tiny_config(data={"path": str(folder / "damaged.json"), "image_folder": str(folder)}).data
 
 
 @pytest.fixture
-def tokenizer(data: config_lib.Data) -> Tokenizer:
+def tokenizer(data: config_lib.DataConfig) -> Tokenizer:
   return Tokenizer(data.tokenizer)
 
 
-def test_each_kind_of_damage_is_found(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_each_kind_of_damage_is_found(data: config_lib.DataConfig, tokenizer: Tokenizer) -> None:
   checker = check.Checker(data, tokenizer, TILE)
   for i, (_, _, kinds) in enumerate(DAMAGE, start=11):
     assert {p.kind for p in checker(i, decode=True).problems} == kinds, DAMAGE[i - 11]
@@ -85,7 +85,9 @@ def test_each_kind_of_damage_is_found(data: config_lib.Data, tokenizer: Tokenize
     assert not checker(i, decode=True).problems
 
 
-def test_a_report_counts_samples_and_folders(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_a_report_counts_samples_and_folders(
+  data: config_lib.DataConfig, tokenizer: Tokenizer
+) -> None:
   report = check.check(data, tokenizer, TILE, images=None)
   assert (report.total, report.checked) == (22, 22)
   assert dict(report.kinds) == {"missing image": 2, "unreadable image": 1, "cannot be used": 5,
@@ -98,7 +100,7 @@ def test_a_report_counts_samples_and_folders(data: config_lib.Data, tokenizer: T
 
 
 def test_what_the_check_loses_is_what_training_quarantines(
-  data: config_lib.Data, tokenizer: Tokenizer, tmp_path: Path
+  data: config_lib.DataConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
   """But for samples without a reply, which training reads and learns nothing from."""
   quarantine = pipeline.Quarantine(tmp_path / "quarantine.jsonl")
@@ -116,10 +118,10 @@ def test_what_the_check_loses_is_what_training_quarantines(
 
 
 def test_sound_data_passes_and_its_length_is_the_row_s(
-  data: config_lib.Data, tokenizer: Tokenizer, folder: Path
+  data: config_lib.DataConfig, tokenizer: Tokenizer, folder: Path
 ) -> None:
   sound = config_lib.from_dict(
-    {**config_lib.to_dict(data), "path": str(folder / "sound.json")}, config_lib.Data
+    {**config_lib.to_dict(data), "path": str(folder / "sound.json")}, config_lib.DataConfig
   )
   seen: list[int] = []
   report = check.check(sound, tokenizer, TILE, 3, progress=lambda r: seen.append(r.checked))
@@ -132,19 +134,19 @@ def test_sound_data_passes_and_its_length_is_the_row_s(
   assert used in {checker(i, decode=False).tokens for i in range(11)}
 
 
-def test_fewer_samples_and_images(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_fewer_samples_and_images(data: config_lib.DataConfig, tokenizer: Tokenizer) -> None:
   report = check.check(data, tokenizer, TILE, images=0, samples=7)
   assert (report.checked, report.total, report.decoded) == (7, 22, 0)
   whole = check.check(data, tokenizer, TILE, images=0)
   assert whole.kinds["unreadable image"] == 1  # its head shows it
 
 
-def test_anyres_knows_every_size(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_anyres_knows_every_size(data: config_lib.DataConfig, tokenizer: Tokenizer) -> None:
   """An image's tokens depend on its size, which stands in the head of its file."""
   side = IMAGE_SIZE
   values = {"image_aspect": "anyres", "grid_pinpoints": ((side, 2 * side), (2 * side, side)),
             "images_per_row": 3, "row_length": 300}  # fmt: skip
-  tiled = config_lib.from_dict({**config_lib.to_dict(data), **values}, config_lib.Data)
+  tiled = config_lib.from_dict({**config_lib.to_dict(data), **values}, config_lib.DataConfig)
   found = check.Checker(tiled, tokenizer, TILE)(0, decode=False)
   assert found.decoded == 0
   plain = check.Checker(data, tokenizer, TILE)(0, decode=False)
@@ -267,7 +269,7 @@ def test_a_folder_of_images_drives_no_terminal(
   assert all(line.isprintable() and len(line) < 300 for line in out.splitlines())
 
 
-def test_one_file_for_both_parts_is_told_by_the_part(data: config_lib.Data) -> None:
+def test_one_file_for_both_parts_is_told_by_the_part(data: config_lib.DataConfig) -> None:
   gone = dataclasses.replace(data, path="gone.json", validation_path="gone.json")
   for part, key in ((held_out.TRAIN, "path"), (held_out.VALIDATION, "validation_path")):
     with pytest.raises(FileNotFoundError, match=rf"^data\.{key}: no file"):

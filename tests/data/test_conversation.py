@@ -22,7 +22,7 @@ def tokenizer(tiny_config: ConfigMaker) -> Tokenizer:
   return Tokenizer(tiny_config().data.tokenizer)
 
 
-def text_of(pieces: list[conversation.Piece]) -> str:
+def text_of(pieces: list[conversation.TextPiece]) -> str:
   return "".join(p.text for p in pieces)
 
 
@@ -62,7 +62,7 @@ def test_each_turn_places_its_images() -> None:
   assert "USER: <image>\nand  here? ASSISTANT: y</s>" in text
 
 
-def learned(pieces: list[conversation.Piece]) -> list[str]:
+def learned(pieces: list[conversation.TextPiece]) -> list[str]:
   return [p.text for p in pieces if p.learn]
 
 

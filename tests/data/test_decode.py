@@ -118,19 +118,19 @@ def test_the_square_around_a_picture_is_bounded(size: tuple[int, int], tmp_path:
   rows = b"".join(b"\0" + bytes(3 * size[0]) for _ in range(size[1]))
   path = tmp_path / "thin.png"
   path.write_bytes(png(*size, rows=rows))
-  padded = anyres.Reader(config_lib.Data(), anyres.Tile(336, 24))
+  padded = anyres.Reader(config_lib.DataConfig(), anyres.Tile(336, 24))
   with pytest.raises(SampleError, match=rf"{size[0]}x{size[1]} pixels, padded to [\d,]+; at most"):
     padded(decode.read(path))
   with pytest.raises(SampleError, match="padded to"):
     padded.plan(decode.read_size(path))
-  stretched = config_lib.Data(image_aspect="square", image_fit="stretch")
+  stretched = config_lib.DataConfig(image_aspect="square", image_fit="stretch")
   assert anyres.Reader(stretched, anyres.Tile(8, 2))(decode.read(path)).tiles.shape == (1, 8, 8, 3)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_a_picture_without_pixels_is_none(size: tuple[int, int]) -> None:
   """Padded, it would be a square of the mean color."""
-  reader = anyres.Reader(config_lib.Data(), anyres.Tile(8, 2))
+  reader = anyres.Reader(config_lib.DataConfig(), anyres.Tile(8, 2))
   with pytest.raises(SampleError, match=rf"a picture of {size[0]}x{size[1]} pixels; expected at"):
     reader(Image.new("RGB", size))
   with pytest.raises(SampleError, match="image of a test: cannot be decoded"):

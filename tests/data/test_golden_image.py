@@ -30,7 +30,7 @@ OUTPUTS = {k: o for p in GOLDEN["images"].values() for k, o in p["out"].items()}
 @functools.cache
 def reader(processor: str, mode: str) -> anyres.Reader:
   size, values = PROCESSORS[processor]
-  data = config_lib.Data(image_aspect=MODES[mode], grid_pinpoints=PINPOINTS, **values)  # type: ignore[arg-type]
+  data = config_lib.DataConfig(image_aspect=MODES[mode], grid_pinpoints=PINPOINTS, **values)  # type: ignore[arg-type]
   return anyres.Reader(data, anyres.Tile(size, size // 14))
 
 

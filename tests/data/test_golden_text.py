@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llava_sp_jax.data import conversation, example, forms, reading
-from llava_sp_jax.data.conversation import TEMPLATES, Piece
+from llava_sp_jax.data.conversation import TEMPLATES, TextPiece
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -99,7 +99,7 @@ def ids_and_labels(runs: list[example.Run]) -> tuple[list[int], list[int]]:
 )
 def test_text_around_images(tokenizers: dict[str, Tokenizer], key: str, name: str) -> None:
   for entry in TEXT["tokenizer_image_token"]:
-    runs = reading.tokenize([Piece(entry["prompt"], False, 0)], tokenizers[name])
+    runs = reading.tokenize([TextPiece(entry["prompt"], False, 0)], tokenizers[name])
     assert ids_and_labels(runs)[0] == entry[key], entry["prompt"]
 
 

@@ -65,7 +65,7 @@ def config(tiny_config: ConfigMaker, tmp_path: Path) -> config_lib.Config:
   return mixed_config(tiny_config, tmp_path)
 
 
-def make(data: config_lib.Data, **options: Any) -> pipeline.Batches:
+def make(data: config_lib.DataConfig, **options: Any) -> pipeline.Batches:
   values = {"batch_size": 4, "seed": 0} | options
   return pipeline.make(data, Tokenizer(data.tokenizer), TILE, **values)
 

@@ -27,7 +27,7 @@ def tokenizer(tiny_config: ConfigMaker) -> Tokenizer:
   return Tokenizer(tiny_config().data.tokenizer)
 
 
-def make(data: config_lib.Data, tokenizer: Tokenizer, **options: Any) -> Any:
+def make(data: config_lib.DataConfig, tokenizer: Tokenizer, **options: Any) -> Any:
   values = {"batch_size": 4, "seed": 0} | options
   return pipeline.make(data, tokenizer, TILE, **values)
 

@@ -70,7 +70,9 @@ def changed(draw: st.DrawFn) -> Any:
 
 
 @pytest.fixture(scope="module")
-def data(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> config_lib.Data:
+def data(
+  tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory
+) -> config_lib.DataConfig:
   folder = tmp_path_factory.mktemp("random") / "images"
   made = tiny_config().data
   folder.mkdir()
@@ -84,7 +86,7 @@ def data(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data: config_lib.Data) -> Tokenizer:
+def tokenizer(data: config_lib.DataConfig) -> Tokenizer:
   return Tokenizer(data.tokenizer)
 
 
@@ -94,7 +96,7 @@ def tokenizer(data: config_lib.Data) -> Tokenizer:
 )  # fmt: skip
 @given(items=st.lists(st.one_of(changed(), VALUES), min_size=ITEMS, max_size=ITEMS))
 def test_none_is_lost(
-  items: list[Any], data: config_lib.Data, tokenizer: Tokenizer, tiny_data: Path
+  items: list[Any], data: config_lib.DataConfig, tokenizer: Tokenizer, tiny_data: Path
 ) -> None:
   good = json.loads((tiny_data / "train.json").read_text())[0]
   samples = copy.deepcopy(items)

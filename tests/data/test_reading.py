@@ -162,7 +162,7 @@ def by_the_tokenizer(text: str, tokenizer: Tokenizer) -> list[int]:
   return ids
 
 
-def opened(turns: Turns, template: conversation.Template) -> list[conversation.Piece]:
+def opened(turns: Turns, template: conversation.Template) -> list[conversation.TextPiece]:
   """A dialogue whose last question waits for its reply, as a prompt writes it."""
   asked: Turns = [(conversation._asked(question, template), reply) for question, reply in turns]
   return conversation.write([*asked[:-1], (asked[-1][0], None)], template)
@@ -252,13 +252,13 @@ def test_a_system_text_of_its_own(tokenizer: Tokenizer) -> None:
 
 
 def test_training_takes_this_way(tokenizer: Tokenizer) -> None:
-  """`samples.Writer`, which the pipeline, validation and `check` call."""
+  """`samples.SampleEncoder`, which the pipeline, validation and `check` call."""
   turns = dialogue(random.Random(0), 3, 1, later=False)
   messages = [{"from": who, "value": text} for turn in turns
               for who, text in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
   for layout in conversation.TURNS:
-    data = config_lib.Data(template="v1", turns=layout)
-    runs = samples.Writer(tokenizer, data).runs(
+    data = config_lib.DataConfig(template="v1", turns=layout)
+    runs = samples.SampleEncoder(tokenizer, data).runs(
       {"conversations": messages}, samples.rng_of(0, 0, 0)
     )
     assert runs == reading.dialogue(turns, TEMPLATES["v1"], layout, tokenizer)

@@ -26,16 +26,16 @@ SEED, COUNT = 5, 12
 
 
 @pytest.fixture(scope="module")
-def data(tiny_config: ConfigMaker) -> config_lib.Data:
+def data(tiny_config: ConfigMaker) -> config_lib.DataConfig:
   return tiny_config(data={"turns_per_row": 1, "augment": "mirror_shift"}).data
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data: config_lib.Data) -> Tokenizer:
+def tokenizer(data: config_lib.DataConfig) -> Tokenizer:
   return Tokenizer(data.tokenizer)
 
 
-def make(data: config_lib.Data, tokenizer: Tokenizer, **options: Any) -> pipeline.Batches:
+def make(data: config_lib.DataConfig, tokenizer: Tokenizer, **options: Any) -> pipeline.Batches:
   return pipeline.make(data, tokenizer, TILE, **({"batch_size": COUNT, "seed": SEED} | options))
 
 
@@ -53,7 +53,7 @@ def shifted(tile: np.ndarray, rows: int, columns: int, mirror: int) -> np.ndarra
 
 
 def test_draws_are_those_of_seed_epoch_and_sample(
-  data: config_lib.Data, tokenizer: Tokenizer
+  data: config_lib.DataConfig, tokenizer: Tokenizer
 ) -> None:
   """Turns and pixels of each visit, drawn here by the rule that is written down: a generator of
   (seed, epoch, index), first the turns, then the shift of rows and columns, then the mirror."""
@@ -122,9 +122,9 @@ def test_turns_that_are_drawn_keep_every_image(question: str) -> None:
 
 @pytest.mark.parametrize(("limit", "answers"), [(1, 1), (2, 2), (3, 3), (4, 3)])
 def test_no_more_turns_than_asked_for(
-  data: config_lib.Data, tokenizer: Tokenizer, limit: int, answers: int
+  data: config_lib.DataConfig, tokenizer: Tokenizer, limit: int, answers: int
 ) -> None:
-  writer = samples.Writer(tokenizer, dataclasses.replace(data, turns_per_row=limit))
+  writer = samples.SampleEncoder(tokenizer, dataclasses.replace(data, turns_per_row=limit))
   talk = [{"from": who, "value": text} for i in range(3)
           for who, text in (("human", f"is it {i}?"), ("gpt", "red, yes"))]  # fmt: skip
   runs = writer.runs({"conversations": talk}, np.random.default_rng(0))
@@ -132,17 +132,19 @@ def test_no_more_turns_than_asked_for(
   assert tokenizer.decode(learned).count("red, yes") == answers
 
 
-def test_what_exactly_fits_is_not_too_long(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_what_exactly_fits_is_not_too_long(
+  data: config_lib.DataConfig, tokenizer: Tokenizer
+) -> None:
   talk = [{"from": "human", "value": "is it red?"}, {"from": "gpt", "value": "red, yes"}]
   sample = {"conversations": talk}
 
-  def size(limit: int) -> samples.Size:
+  def size(limit: int) -> samples.SampleSize:
     kept = dataclasses.replace(data, row_length=limit, too_long="quarantine")
-    writer = samples.Writer(tokenizer, kept)
+    writer = samples.SampleEncoder(tokenizer, kept)
     return writer.size(writer.runs(sample, np.random.default_rng(0)), [])
 
   length = size(500).length
-  assert size(length) == samples.Size(length, length, 0)
+  assert size(length) == samples.SampleSize(length, length, 0)
   with pytest.raises(SampleError, match=rf"{length} tokens, but data.row_length is {length - 1}"):
     size(length - 1)
 
@@ -150,13 +152,15 @@ def test_what_exactly_fits_is_not_too_long(data: config_lib.Data, tokenizer: Tok
 # ---- measuring --------------------------------------------------------------------------------------
 
 
-def measurer(data: config_lib.Data, tokenizer: Tokenizer, seed: int = SEED) -> lengths.Lengths:
+def measurer(
+  data: config_lib.DataConfig, tokenizer: Tokenizer, seed: int = SEED
+) -> lengths.Lengths:
   source = sources.LlavaJson(data.path, data.image_folder, Reader(data, TILE))
   return lengths.Lengths(source, tokenizer, data, TILE, seed, Quarantine())
 
 
 def test_what_is_measured_is_what_this_epoch_reads(
-  data: config_lib.Data, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+  data: config_lib.DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """Turns are drawn, so an epoch has sizes of its own; samples are handed over in chunks."""
   monkeypatch.setattr(lengths, "CHUNK", 5)
@@ -170,7 +174,9 @@ def test_what_is_measured_is_what_this_epoch_reads(
       assert found[epoch][held.sample] == (batch["segments"][row] > 0).sum()
 
 
-def test_one_token_too_many_is_cut_and_counted(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_one_token_too_many_is_cut_and_counted(
+  data: config_lib.DataConfig, tokenizer: Tokenizer
+) -> None:
   whole = dataclasses.replace(data, turns_per_row=0)
   longest = int(measurer(whole, tokenizer).measured(0).lengths.max())
   for limit, cut in ((longest, 0), (longest - 1, 1)):
@@ -190,14 +196,14 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(config_lib.Data)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(config_lib.DataConfig)])
 def test_sizes_are_kept_under_all_that_they_depend_on(
-  data: config_lib.Data, tokenizer: Tokenizer, field: str
+  data: config_lib.DataConfig, tokenizer: Tokenizer, field: str
 ) -> None:
   """A new setting is held to change sizes until it is written down that it does not."""
   source = sources.LlavaJson(data.path, data.image_folder, lambda picture: picture)
 
-  def key(data: config_lib.Data, seed: int = SEED, epoch: int = 0) -> str:
+  def key(data: config_lib.DataConfig, seed: int = SEED, epoch: int = 0) -> str:
     return lengths.Lengths(source, tokenizer, data, TILE, seed, Quarantine()).key(epoch)
 
   before = getattr(data, field)
@@ -238,7 +244,7 @@ def test_samples_are_packed_within_their_window(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", packing.PACKINGS)
 def test_what_is_held_out_never_trains(
-  data: config_lib.Data, tokenizer: Tokenizer, name: str
+  data: config_lib.DataConfig, tokenizer: Tokenizer, name: str
 ) -> None:
   held = dataclasses.replace(data, packing=name, validation_fraction=0.4)
   seen = {}
@@ -250,7 +256,9 @@ def test_what_is_held_out_never_trains(
   assert sorted(i for part in seen.values() for i in part) == list(range(COUNT))
 
 
-def test_what_is_held_out_is_not_augmented(data: config_lib.Data, tokenizer: Tokenizer) -> None:
+def test_what_is_held_out_is_not_augmented(
+  data: config_lib.DataConfig, tokenizer: Tokenizer
+) -> None:
   held = dataclasses.replace(data, validation_fraction=0.4)
   for part, same in ((held_out.VALIDATION, True), (held_out.TRAIN, False)):
     shown, plain = (

@@ -12,7 +12,7 @@ from llava_sp_jax.convert import export, formats
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import from_run
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.training import loop
 from tests.conftest import ConfigMaker
 
@@ -21,7 +21,7 @@ SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
 @pytest.mark.guard
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_path: Path) -> None:
   config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})
   loop.train(config, tmp_path / "run")

@@ -82,7 +82,7 @@ def batches(
   data = config_lib.from_dict(
     {**values, "path": str(folder / "replies.json"), "turns": layout, "augment": "none",
      "turns_per_row": 0, "threads": 1},
-    config_lib.Data,
+    config_lib.DataConfig,
   )  # fmt: skip
   iterator = pipeline.make(
     data, model.tokenizer, anyres.Tile(*build.tile_shape(model.config.model)), 8, seed=0

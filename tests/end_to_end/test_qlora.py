@@ -152,7 +152,7 @@ def test_a_further_stage_starts_from_the_original_base(
   config: config_lib.Config, run: Path, base: Path, tmp_path: Path
 ) -> None:
   """Quantised again to the same codes; not quantised, the floats of before."""
-  again = dataclasses.replace(config, init=config_lib.Init(checkpoint=str(run)))
+  again = dataclasses.replace(config, init=config_lib.InitConfig(checkpoint=str(run)))
   codes = flatten_dict(initial.initial_params(again), sep="/")
   own = own_folders.open_own(run).leaves
   for path in (p for p in codes if is_quantized(p)):

@@ -94,7 +94,7 @@ def unbroken(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def same_trained_parameters(ours: Path, theirs: Path) -> None:
   (one, _, step), (two, _, other) = (runs.saved(folder) for folder in (ours, theirs))
-  a, b = ({p: x.read() for p, x in stream.Item(item).leaves().items()} for item in (one, two))
+  a, b = ({p: x.read() for p, x in stream.SavedItem(item).leaves().items()} for item in (one, two))
   assert step == other == STEPS
   assert a.keys() == b.keys()
   for path in a:
@@ -171,7 +171,7 @@ def test_a_finished_run_stays_as_it_is(unbroken: Path, config: config_lib.Config
 
 def on_eight_devices(config: config_lib.Config) -> config_lib.Config:
   """The config on a mesh of this process, where four rows do not go over eight devices."""
-  return dataclasses.replace(config, mesh=config_lib.Mesh(data=1, fsdp=4, tensor=2))
+  return dataclasses.replace(config, mesh=config_lib.MeshConfig(data=1, fsdp=4, tensor=2))
 
 
 def test_a_contradiction_shows_both_values(unbroken: Path, config: config_lib.Config) -> None:
@@ -236,7 +236,7 @@ def test_second_stage_starts_from_the_first(
   assert changed == {p for p in before if p.startswith("projector/")}
   assert all(np.any(after[p]) for p in adapters if p.endswith("lora_b"))
   item, about, _ = runs.saved(tmp_path / "two")
-  assert set(stream.Item(item).leaves()) == adapters | changed
+  assert set(stream.SavedItem(item).leaves()) == adapters | changed
   assert about["stage"] == "finetune"
 
 

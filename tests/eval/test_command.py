@@ -142,7 +142,7 @@ def test_tasks_that_generate_alike_share_one_engine(
 
   monkeypatch.setattr(infer_engine, "Engine", Counted)
   monkeypatch.setattr(pretrained, "from_any", lambda *_, **__: None)
-  monkeypatch.setattr(run_lib.Model, "of", lambda *_: None)
+  monkeypatch.setattr(run_lib.ModelIdentity, "of", lambda *_: None)
   monkeypatch.setattr(run_lib, "run", answer)
   names = ("pope", "llava_bench", "gqa", "mmvet", "mme")
   assert run("--checkpoint=x", f"--data={root}", f"--task={','.join(names)}") == 0

@@ -78,7 +78,7 @@ def test_images_that_were_put_back_are_asked_again_on_request(
 
 def test_scores_say_what_they_are_of(engine: Engine, tiny_data: Path, tmp_path: Path) -> None:
   task = EasyVqa(tiny_data)
-  model = run_lib.Model.of(engine.pretrained, "runs/x")
+  model = run_lib.ModelIdentity.of(engine.pretrained, "runs/x")
   scores = run_lib.run(task, engine, tmp_path, model=model)
   assert scores["task"] == "easy_vqa"
   assert scores["protocol"] == task.protocol
@@ -101,7 +101,7 @@ def test_the_fingerprint_of_what_was_loaded_sees_the_trained_part(engine: Engine
   changed.flat[0] += 1e-3
   leaves[largest] = changed
   other = dataclasses.replace(loaded, params=jax.tree.unflatten(tree, leaves))
-  one, two = run_lib.Model.of(loaded), run_lib.Model.of(other)
+  one, two = run_lib.ModelIdentity.of(loaded), run_lib.ModelIdentity.of(other)
   assert one.loaded != two.loaded
   assert one.base == two.base
 
@@ -168,9 +168,9 @@ def test_other_settings_are_refused(
   tiny_data: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
   task = EasyVqa(tiny_data)
-  run_lib.run(task, Scripted(), tmp_path, model=run_lib.Model("", 0, "", "scripted"))
+  run_lib.run(task, Scripted(), tmp_path, model=run_lib.ModelIdentity("", 0, "", "scripted"))
   before = (tmp_path / "predictions.jsonl").read_bytes()
-  model = run_lib.Model("", 0, "", change.get("text", "scripted"))
+  model = run_lib.ModelIdentity("", 0, "", change.get("text", "scripted"))
   engine = Scripted(tokens=change.get("tokens", 4))
   with pytest.raises(EvalError, match=f"(?s){message}.*name another folder with --out"):
     run_lib.run(task, engine, tmp_path, model=model)
@@ -259,11 +259,11 @@ def test_a_damaged_line_is_named(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_one_part_is_written_by_one_process(tiny_data: Path, tmp_path: Path) -> None:
   with (
-    predictions.Writer(tmp_path, Part()),
+    predictions.PredictionWriter(tmp_path, Part()),
     pytest.raises(EvalError, match="another process is writing it"),
   ):
-    predictions.Writer(tmp_path, Part())
-  predictions.Writer(tmp_path, Part()).__exit__()
+    predictions.PredictionWriter(tmp_path, Part())
+  predictions.PredictionWriter(tmp_path, Part()).__exit__()
 
 
 def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.infer.decode import Rule, Single
+from llava_sp_jax.infer.decode import Sampling, StopRule
 from llava_sp_jax.infer.engine import Engine, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.sampling import Sampler
@@ -40,7 +40,7 @@ WANTED = (((1, 2, 3), 0.25), ((), 0.5), ((1,), 0.5), ((5, 5), 1.0))
 
 
 def test_answers_end_at_either_end_or_the_limit() -> None:
-  way, key = Single(Rule(ENDS, LIMIT)), jax.random.key(0)
+  way, key = Sampling(StopRule(ENDS, LIMIT)), jax.random.key(0)
   rows, done = None, []
   for turn in range(4):
     each = jnp.asarray(np.stack([logits(*row[turn]) for row in CHOICES]))
@@ -70,7 +70,7 @@ def test_an_engine_is_built_with_all_that_was_asked_for(model: Pretrained) -> No
   asked = Generation(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4)
   engine = Engine(model, 2, asked)
   rule = engine._programs._way.rule
-  assert rule == Rule(engine._prompts.stop_ids, 7, Sampler(0.5, 3, 0.9), 1)
+  assert rule == StopRule(engine._prompts.stop_ids, 7, Sampler(0.5, 3, 0.9), 1)
   np.testing.assert_array_equal(
     jax.random.key_data(engine._programs._key), jax.random.key_data(jax.random.key(4))
   )

@@ -18,7 +18,7 @@ from PIL import Image
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres
 from llava_sp_jax.distributed import mesh as mesh_lib
-from llava_sp_jax.infer.engine import Answer, Engine, Generation, Layout, Request
+from llava_sp_jax.infer.engine import Answer, Engine, EngineLayout, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.prompts import LostImageError, Pictures
 from llava_sp_jax.models import build
@@ -126,10 +126,10 @@ def test_a_decode_step_copies_nothing_of_the_cache(engine: Engine, asked: list[R
 
 
 LAYOUTS = {
-  "one at a time": (1, Layout()),
-  "nothing shared": (4, Layout(share=False)),
+  "one at a time": (1, EngineLayout()),
+  "nothing shared": (4, EngineLayout(share=False)),
   "other buckets, no memory": (
-    3, Layout(prefix=48, suffix=24, slots=96, prefix_bytes=1, feature_bytes=1, window=3)
+    3, EngineLayout(prefix=48, suffix=24, slots=96, prefix_bytes=1, feature_bytes=1, window=3)
   ),
 }  # fmt: skip
 
@@ -156,7 +156,7 @@ def test_no_answer_depends_on_the_mesh(
   sizes: tuple[int, ...], model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:
   data, fsdp, tensor = sizes
-  config = config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor)
+  config = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
   mesh = mesh_lib.create(config, devices=jax.devices()[: data * fsdp * tensor])
   engine = Engine(model, 4, GENERATION, mesh=mesh)
   assert ids(engine.answer(asked)) == wanted
@@ -168,7 +168,7 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
   model: Pretrained, asked: list[Request], tiny_data: Path
 ) -> None:
   asked = asked[:9]  # about three images, and one about none
-  engine = Engine(model, 4, GENERATION, layout=Layout(suffix=64))  # one bucket of questions
+  engine = Engine(model, 4, GENERATION, layout=EngineLayout(suffix=64))  # one bucket of questions
   engine.warm_up(asked)
   engine.forget()
   counts = engine.counts
@@ -199,7 +199,7 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
 
 def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_data: Path) -> None:
   """Prefixes of one size that are made of pieces of other sizes, before questions of other lengths."""
-  layout = Layout(slots=1, suffix=4, groups=2)
+  layout = EngineLayout(slots=1, suffix=4, groups=2)
   engine = Engine(model, 2, Generation(max_new_tokens=1), layout=layout)
   images = (tiny_data / "images" / "0.png",)
 
@@ -394,7 +394,7 @@ def test_samples_depend_on_the_request_and_the_seed_only(
 ) -> None:
   def drawing(batch: int, seed: int) -> Engine:
     generation = Generation(max_new_tokens=NEW, temperature=1.5, top_k=20, top_p=0.95, seed=seed)
-    return Engine(model, batch, generation, layout=Layout(share=False))
+    return Engine(model, batch, generation, layout=EngineLayout(share=False))
 
   alone, together = drawing(1, 0), drawing(4, 0)
   one = ids(alone.answer(asked[:4]))

@@ -45,7 +45,7 @@ def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tu
   """Token by token without an image, without padding, in float64 from the logits on."""
   template = conversation.TEMPLATES[loaded.config.data.template]
   prompt = conversation.prompt(question, template)
-  pieces = [*prompt, conversation.Piece(f" {continuation}", True, 0)]
+  pieces = [*prompt, conversation.TextPiece(f" {continuation}", True, 0)]
   runs = reading.tokenize(pieces, loaded.tokenizer)
   ids = [i for run in runs for i in run.ids]
   first = len(ids) - sum(sum(run.learn) for run in runs)

@@ -18,7 +18,7 @@ from llava_sp_jax.models import attention, build
 from llava_sp_jax.models.attention import (
   IMPLEMENTATIONS,
   PLATFORMS,
-  Attention,
+  AttentionChoice,
   Case,
   attend,
   choose,
@@ -53,7 +53,7 @@ def inputs(window: int) -> tuple[jax.Array, ...]:
   return q, k, v, mask, segments, out * (segments > 0)[..., None, None]
 
 
-def results(spec: Attention, window: int = 0) -> tuple[jax.Array, ...]:
+def results(spec: AttentionChoice, window: int = 0) -> tuple[jax.Array, ...]:
   """Output at tokens and the gradients of q, k, v."""
   q, k, v, mask, segments, weights = inputs(window)
 
@@ -75,19 +75,26 @@ def test_splash_equals_the_reference(
 ) -> None:
   """Packed samples, grouped heads, padding; the kernel is interpreted, in one tile and several."""
   monkeypatch.setattr(attention, "BLOCK", block)
-  spec = Attention("splash", branches=False, window=window)
-  for ours, reference in zip(results(spec, window), results(Attention("xla"), window), strict=True):
+  spec = AttentionChoice("splash", branches=False, window=window)
+  for ours, reference in zip(
+    results(spec, window), results(AttentionChoice("xla"), window), strict=True
+  ):
     np.testing.assert_allclose(ours, reference, atol=2e-5)  # float32, sums of 256 in tiles
   if window:  # the window must matter, or equality says nothing
-    assert np.abs(results(Attention("xla"), window)[0] - results(Attention("xla"))[0]).max() > 0.1
+    assert (
+      np.abs(results(AttentionChoice("xla"), window)[0] - results(AttentionChoice("xla"))[0]).max()
+      > 0.1
+    )
 
 
 def test_splash_on_a_mesh_equals_the_reference() -> None:
   """Rows over data and fsdp, heads over tensor; nothing is gathered."""
-  mesh = mesh_lib.create(config_lib.Mesh(data=2, fsdp=2, tensor=2))
-  reference = results(Attention("xla"))
+  mesh = mesh_lib.create(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
+  reference = results(AttentionChoice("xla"))
   with jax.set_mesh(mesh):
-    for ours, theirs in zip(results(Attention("splash", branches=False)), reference, strict=True):
+    for ours, theirs in zip(
+      results(AttentionChoice("splash", branches=False)), reference, strict=True
+    ):
       np.testing.assert_allclose(ours, theirs, atol=2e-5)
       spec = [s if isinstance(s, tuple) else (s,) for s in ours.sharding.spec if s]
       assert spec[0] == ("data", "fsdp"), "rows are divided"
@@ -95,7 +102,12 @@ def test_splash_on_a_mesh_equals_the_reference() -> None:
 
 
 CASE = Case(
-  Attention("auto", "tpu", branches=False), 2048, 128, jnp.dtype(jnp.bfloat16), False, (1, 32, 32)
+  AttentionChoice("auto", "tpu", branches=False),
+  2048,
+  128,
+  jnp.dtype(jnp.bfloat16),
+  False,
+  (1, 32, 32),
 )
 
 
@@ -166,7 +178,7 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
   q, k, v, mask, segments, _ = inputs(0)
   monkeypatch.setattr(jax.nn, "dot_product_attention", watch)
-  attend(Attention("auto", "gpu"), q.astype("bfloat16"), k, v, mask, segments)
+  attend(AttentionChoice("auto", "gpu"), q.astype("bfloat16"), k, v, mask, segments)
   assert seen == [("cudnn", (B, 1, T, T))]
 
 

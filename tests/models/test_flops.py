@@ -11,7 +11,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.models.projector import ROWS
+from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.training import optimizer, state, step
 from tests.test_tables import model as table_model
 
@@ -25,15 +25,15 @@ def learns(stage: str) -> Any:
   return lambda path: optimizer.group_of(path, stage) != optimizer.FROZEN
 
 
-def wide(row: str, rank: int) -> config_lib.Model:
+def wide(row: str, rank: int) -> config_lib.ModelConfig:
   """Small, but wide enough that matmuls dominate; nothing is scanned, nothing recomputed."""
-  return config_lib.Model(
-    tower=config_lib.Tower(image_size=48, patch_size=8, width=128, layers=3, heads=4,
+  return config_lib.ModelConfig(
+    tower=config_lib.TowerConfig(image_size=48, patch_size=8, width=128, layers=3, heads=4,
                            mlp_width=512),
-    language_model=config_lib.LanguageModel(vocab_size=512, width=192, layers=2, heads=4,
+    language_model=config_lib.LanguageModelConfig(vocab_size=512, width=192, layers=2, heads=4,
                                             kv_heads=2, head_dim=48, mlp_width=512),
-    projector=config_lib.Projector(row=row, token_width=128),
-    lora=config_lib.Lora(rank=rank, dropout=0.0),
+    projector=config_lib.ProjectorConfig(row=row, token_width=128),
+    lora=config_lib.LoraConfig(rank=rank, dropout=0.0),
     dtype="float32", frozen_dtype="float32", scan_unroll=8, remat="none",
   )  # fmt: skip
 
@@ -65,7 +65,9 @@ def counted(config: config_lib.Config) -> float:
   ],
 )
 def test_the_formula_counts_what_xla_counts(stage: str, row: str, rank: int) -> None:
-  config = config_lib.Config(model=wide(row, rank), optimizer=config_lib.Optimizer(stage=stage))
+  config = config_lib.Config(
+    model=wide(row, rank), optimizer=config_lib.OptimizerConfig(stage=stage)
+  )
   costs = flops.costs(config.model, learns(stage))
   # XLA's attention computes the masked half as well
   ours = costs.step(BATCH * LENGTH, BATCH * LENGTH**2, BATCH)
@@ -75,7 +77,7 @@ def test_the_formula_counts_what_xla_counts(stage: str, row: str, rank: int) -> 
 
 def test_a_frozen_7b_by_hand() -> None:
   """6.6 G frozen matmul parameters at 4 each, 320 M of LoRA at 6, 12 channels of attention."""
-  config = config_lib.Model(lora=config_lib.Lora(rank=128))
+  config = config_lib.ModelConfig(lora=config_lib.LoraConfig(rank=128))
   text = config.language_model
   costs = flops.costs(config, learns("finetune"))
   layer = 4 * text.width**2 + 3 * text.width * text.mlp_width
@@ -87,7 +89,7 @@ def test_a_frozen_7b_by_hand() -> None:
   assert costs.image == pytest.approx(0.41e12, rel=0.1)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 def test_every_row_has_costs(row: str) -> None:
   costs = flops.costs(table_model(row, rank=4), learns("finetune"))
   frozen = flops.costs(table_model(row, rank=4), lambda path: False)

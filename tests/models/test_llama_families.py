@@ -95,13 +95,13 @@ class Ours:
   """The same model as a Decoder, its weights through the table of names."""
 
   def __init__(self, name: str):
-    config = config_lib.Model(
-      tower=config_lib.Tower(image_size=8, patch_size=4, width=8, layers=2, heads=2, mlp_width=8),
-      language_model=config_lib.LanguageModel(
+    config = config_lib.ModelConfig(
+      tower=config_lib.TowerConfig(image_size=8, patch_size=4, width=8, layers=2, heads=2, mlp_width=8),
+      language_model=config_lib.LanguageModelConfig(
         vocab_size=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS,
         head_dim=HEAD_DIM, mlp_width=MLP, **FAMILIES[name].ours,
       ),
-      projector=config_lib.Projector(row="none"), dtype="float32", remat="none",
+      projector=config_lib.ProjectorConfig(row="none"), dtype="float32", remat="none",
     )  # fmt: skip
     self.decoder: Decoder = build.model(config).language_model
     self.params = self._params(reference(name).state_dict())

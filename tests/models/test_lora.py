@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.models.lora import Lora, LoraDense, keep, together
+from llava_sp_jax.models.lora import LoraDense, LoraRecipe, keep, together
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
@@ -53,8 +53,8 @@ def test_dropout_acts_on_the_adapter_and_only_with_a_key(params: dict) -> None:
 
 
 def test_rank_zero_is_the_plain_class() -> None:
-  assert Lora(0, 1.0).dense() is nn.Dense
-  assert hash(Lora(2, 4.0)) == hash(Lora(2, 4.0))
+  assert LoraRecipe(0, 1.0).dense() is nn.Dense
+  assert hash(LoraRecipe(2, 4.0)) == hash(LoraRecipe(2, 4.0))
 
 
 def test_layers_read_their_input_through_one_matmul() -> None:

@@ -215,7 +215,7 @@ def test_a_score_keeps_it_among_its_settings(tiny_config: ConfigMaker) -> None:
 
 def test_splash_is_not_taken_where_a_precision_is_asked_for() -> None:
   """Its gradients are traced when the forward pass is over, so they would not have it."""
-  spec = attention.Attention("auto", "tpu", branches=False)
+  spec = attention.AttentionChoice("auto", "tpu", branches=False)
   case = attention.Case(spec, 512, 64, jnp.dtype(jnp.float32), False, (1, 4, 4))
   asking = dataclasses.replace(case, spec=dataclasses.replace(spec, precision="highest"))
   assert (attention.choose(case), attention.choose(asking)) == ("splash", "xla")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.convert import tables
-from llava_sp_jax.models.projector import ROWS, Projector, spatial_token_count
+from llava_sp_jax.models.projector import VARIANTS, Projector, spatial_token_count
 from llava_sp_jax.models.spatial import (
   EXTRACTORS,
   MERGES,
@@ -64,8 +64,8 @@ def test_crop_takes_the_center(side: int, size: int, start: int) -> None:
 
 @pytest.mark.parametrize("side", SIXTHS)
 def test_scales_are_sixths_of_the_grid(side: int) -> None:
-  assert ROWS["pooling"].scales(side) == SIXTHS[side]
-  assert ROWS["none"].scales(side) == ()
+  assert VARIANTS["pooling"].scales(side) == SIXTHS[side]
+  assert VARIANTS["none"].scales(side) == ()
   assert spatial_token_count("cropping", side) == 6
   assert spatial_token_count("none", side) == 0
 
@@ -74,7 +74,7 @@ COUNTS = {"none": 0, "tokens_1": 1, "tokens_3": 3, "tokens_12": 12, "crop_224": 
           "detail_only": 49}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", VARIANTS)
 def test_token_counts_on_the_paper_s_grid(row: str) -> None:
   assert spatial_token_count(row, 24) == COUNTS.get(row, 6)
 
@@ -88,7 +88,7 @@ def test_token_counts_on_the_paper_s_grid(row: str) -> None:
   ],
 )  # fmt: skip
 def test_own_scales_of_a_row(row: str, grid: int, wanted: tuple[int, ...]) -> None:
-  assert ROWS[row].scales(grid) == wanted
+  assert VARIANTS[row].scales(grid) == wanted
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_scales_that_do_not_fit_are_an_error(row: str, scales: Any, problem: str
 
 
 def test_rows_name_known_views_extractors_and_merges() -> None:
-  for row in ROWS.values():
+  for row in VARIANTS.values():
     assert set(row.views) <= set(VIEWS)
     assert row.extractor in EXTRACTORS
     assert row.detail_merge in MERGES
@@ -193,7 +193,7 @@ def test_details_of_several_kernels(row: str, view: str) -> None:
   p = random_params(row, grid)
   assert "value" not in p["detail_9"]
   assert "value_norm" not in p["detail_9"]
-  views = [VIEWS[view](grid, size).reshape(2, -1) for size in ROWS[row].scales(12)]
+  views = [VIEWS[view](grid, size).reshape(2, -1) for size in VARIANTS[row].scales(12)]
   tokens = np.stack([x @ p[f"{view}_{i}"]["kernel"] for i, x in enumerate(views)], axis=1)
   details = []
   for kernel, size in ((12, 6), (9, 4), (5, 2)):  # half the paper's grid, half its kernels
@@ -281,7 +281,7 @@ def test_transformer_equals_torch_s(row: str) -> None:
 
     @nn.compact
     def __call__(self, view: jax.Array) -> jax.Array:
-      return EXTRACTORS[ROWS[row].extractor](view, 8, jnp.float32, "x")
+      return EXTRACTORS[VARIANTS[row].extractor](view, 8, jnp.float32, "x")
 
   found = jax.jit(Host().apply)({"params": {"x": tree}}, view)
   np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())

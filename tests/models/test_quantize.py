@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.models.lora import Lora
+from llava_sp_jax.models.lora import LoraRecipe
 from llava_sp_jax.models.quantize import (
   FORMATS,
   NF4_LEVELS,
@@ -166,7 +166,7 @@ def test_gradients_reach_activations_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_no_float_kernel_waits_for_the_backward_pass(name: str) -> None:
-  dense = Lora(4, 8.0, base=functools.partial(QuantizedDense, form=REAL[name])).dense()(48)
+  dense = LoraRecipe(4, 8.0, base=functools.partial(QuantizedDense, form=REAL[name])).dense()(48)
   params = dense.init(jax.random.key(0), X)["params"]
   assert {"lora_a", "lora_b", "kernel_q", "kernel_scale", "bias"} <= set(params)
   adapters = {k: v for k, v in params.items() if k.startswith("lora")}
@@ -179,16 +179,16 @@ def test_no_float_kernel_waits_for_the_backward_pass(name: str) -> None:
   assert not [a for a in kept if a.size >= KERNEL.size and a.dtype == jnp.float32]
 
 
-TEXT = config_lib.LanguageModel(
+TEXT = config_lib.LanguageModelConfig(
   vocab_size=64, width=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp_width=128
 )
 
 
-def model(quantize: str, rank: int = 4) -> config_lib.Model:
-  return config_lib.Model(
-    tower=config_lib.Tower(image_size=24, patch_size=4, width=16, layers=2, heads=2, mlp_width=16),
-    language_model=TEXT, projector=config_lib.Projector(row="none"), dtype="float32",
-    lora=config_lib.Lora(rank=rank), quantize=quantize,
+def model(quantize: str, rank: int = 4) -> config_lib.ModelConfig:
+  return config_lib.ModelConfig(
+    tower=config_lib.TowerConfig(image_size=24, patch_size=4, width=16, layers=2, heads=2, mlp_width=16),
+    language_model=TEXT, projector=config_lib.ProjectorConfig(row="none"), dtype="float32",
+    lora=config_lib.LoraConfig(rank=rank), quantize=quantize,
   )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from llava_sp_jax.models import build
-from llava_sp_jax.models.attention import SAVED_PRIMITIVE, Attention, Case, choose
+from llava_sp_jax.models.attention import SAVED_PRIMITIVE, AttentionChoice, Case, choose
 from tests.conftest import ConfigMaker
 
 B, T = 2, 128
@@ -87,7 +87,7 @@ def test_full_recomputation_keeps_nothing_of_it(tiny_config: ConfigMaker) -> Non
 
 
 def test_cudnn_is_not_taken_for_rows_of_odd_length() -> None:
-  spec = Attention("auto", "gpu", branches=False)
+  spec = AttentionChoice("auto", "gpu", branches=False)
   case = Case(spec, 2048, 64, jnp.dtype(jnp.bfloat16), False, (1, 4, 4))
   assert choose(case) == "cudnn"
   assert choose(dataclasses.replace(case, length=2047)) == "xla"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax.convert import tables
-from llava_sp_jax.models.vit import VARIANTS, VisionTransformer, patchify
+from llava_sp_jax.models.vit import TOWER_VARIANTS, VisionTransformer, patchify
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -52,14 +52,14 @@ def params(model: Any, variant: str, layers: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("select", [-2, -3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TOWER_VARIANTS)
 def test_features_equal_those_of_transformers(variant: str, select: int) -> None:
   model = reference(variant)
   images = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3)).astype(np.float32)
   with torch.no_grad():
     out = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
   wanted = out.hidden_states[select].numpy()
-  wanted = wanted[:, 1:] if VARIANTS[variant].class_token else wanted
+  wanted = wanted[:, 1:] if TOWER_VARIANTS[variant].class_token else wanted
   tower = VisionTransformer(variant, SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP, select_layer=select)
   tree = params(model, variant, LAYERS + 1 + select)
   found = jax.jit(tower.apply)({"params": tree}, images)
@@ -70,7 +70,7 @@ def test_features_equal_those_of_transformers(variant: str, select: int) -> None
 
 
 def test_every_variant_has_a_table_of_names() -> None:
-  assert set(tables.TOWERS) == set(VARIANTS)
+  assert set(tables.TOWERS) == set(TOWER_VARIANTS)
 
 
 def test_patchify_drops_the_remainder() -> None:

@@ -147,7 +147,7 @@ class Case:
     self.reader = self.reader_of(self.source.config.data)
     self.spatial = self.reader.tile.spatial
 
-  def reader_of(self, data: config_lib.Data) -> anyres.Reader:
+  def reader_of(self, data: config_lib.DataConfig) -> anyres.Reader:
     return anyres.Reader(data, anyres.Tile(*build.tile_shape(self.model)))
 
   @functools.cache  # noqa: B019 - a case lives as long as its test
@@ -298,10 +298,10 @@ def greedy(case: Case) -> Iterator[Rung]:
 def training_config(case: Case, lr: float, projector_lr: float) -> config_lib.Config:
   return config_lib.Config(
     model=case.model,
-    optimizer=config_lib.Optimizer(
+    optimizer=config_lib.OptimizerConfig(
       stage="finetune", learning_rate=lr, projector_learning_rate=projector_lr
     ),
-    train=config_lib.Train(steps=20, batch_size=2, loss_chunk=500),
+    train=config_lib.TrainConfig(steps=20, batch_size=2, loss_chunk=500),
   )
 
 

@@ -147,7 +147,7 @@ def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
   """Forward and backward as `models.attention` traces them: products within a tile, times the tiles
   that the causal triangle touches, found here position by position."""
   heads, width = 3, 128
-  spec = attention.Attention("splash", "tpu", branches=False)
+  spec = attention.AttentionChoice("splash", "tpu", branches=False)
   x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
   segments = jnp.ones((1, length), jnp.int32)
   mask = jnp.ones((1, length, length), bool)

@@ -82,7 +82,7 @@ def rate_at(count: int, peak: float, steps: int, ratio: float) -> float:
   ("steps", "ratio"), [(10, 0.0), (10, 0.31), (7, 0.03), (1, 0.5), (40, 0.1)]
 )
 def test_the_schedule_written_out(steps: int, ratio: float) -> None:
-  values = config_lib.Optimizer(
+  values = config_lib.OptimizerConfig(
     stage="finetune", learning_rate=0.5, projector_learning_rate=0.2, warmup_ratio=ratio
   )
   for xp in (np, jnp):
@@ -101,7 +101,7 @@ def test_the_schedule_written_out(steps: int, ratio: float) -> None:
 class AdamW:
   """Loshchilov and Hutter 2019, algorithm 2, behind clipping by the global norm; float64 loops."""
 
-  def __init__(self, values: config_lib.Optimizer, steps: int, params: dict[str, np.ndarray]):
+  def __init__(self, values: config_lib.OptimizerConfig, steps: int, params: dict[str, np.ndarray]):
     self.values, self.steps, self.count = values, steps, 0
     self.m = {p: np.zeros(x.shape) for p, x in params.items()}
     self.v = {p: np.zeros(x.shape) for p, x in params.items()}
@@ -128,7 +128,7 @@ class AdamW:
 
 
 # An eps that matters, betas that are not the usual ones, rates that differ.
-VALUES = config_lib.Optimizer(
+VALUES = config_lib.OptimizerConfig(
   stage="finetune_full", learning_rate=0.03, projector_learning_rate=0.01, warmup_ratio=0.3,
   weight_decay=0.2, b1=0.8, b2=0.95, eps=0.05, clip_norm=1.0,
 )  # fmt: skip

@@ -28,7 +28,7 @@ def config(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -
   return mixed_config(tiny_config, tmp_path_factory.mktemp("mixed"))
 
 
-def epoch(data: config_lib.Data) -> tuple[dict[str, np.ndarray], list[list[pipeline.Held]]]:
+def epoch(data: config_lib.DataConfig) -> tuple[dict[str, np.ndarray], list[list[pipeline.Held]]]:
   """All rows of an epoch in one batch, and what they hold."""
   rows = make(data, batch_size=1)
   rows = make(data, batch_size=len(rows.stream.epoch(0)))
@@ -76,13 +76,13 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(
     assert relative(grads[part], wanted_grads[part]) <= TOLERANCE, part
 
 
-def _samples(data: config_lib.Data) -> list[dict[str, Any]]:
+def _samples(data: config_lib.DataConfig) -> list[dict[str, Any]]:
   import json
 
   return json.loads(Path(data.path).read_text())
 
 
-def _write(data: config_lib.Data, samples: list[dict[str, Any]]) -> str:
+def _write(data: config_lib.DataConfig, samples: list[dict[str, Any]]) -> str:
   import json
 
   path = Path(data.path).with_name("some.json")

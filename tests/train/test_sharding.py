@@ -31,7 +31,7 @@ SPATIAL = "projector/pool_5/kernel"
 
 def mesh_of(sizes: tuple[int, ...]) -> Mesh:
   if np.prod(sizes) == jax.device_count():
-    return mesh_lib.create(config_lib.Mesh(**dict(zip(mesh_lib.AXES, sizes, strict=True))))
+    return mesh_lib.create(config_lib.MeshConfig(**dict(zip(mesh_lib.AXES, sizes, strict=True))))
   axis_types = (AxisType.Auto,) * len(sizes)
   devices = jax.devices()[: int(np.prod(sizes))]
   return jax.make_mesh(sizes, mesh_lib.AXES, axis_types=axis_types, devices=devices)
@@ -213,8 +213,8 @@ def test_a_dimension_that_does_not_divide_is_left_whole() -> None:
 
 def test_mesh_errors_name_the_sizes() -> None:
   with pytest.raises(config_lib.ConfigError, match="data=3, fsdp=-1, tensor=1 does not make 8"):
-    mesh_lib.create(config_lib.Mesh(data=3))
+    mesh_lib.create(config_lib.MeshConfig(data=3))
   with pytest.raises(
     config_lib.ConfigError, match=r"12 rows cannot be divided over .* = 8 devices"
   ):
-    mesh_lib.create(config_lib.Mesh(), batch_size=12)
+    mesh_lib.create(config_lib.MeshConfig(), batch_size=12)

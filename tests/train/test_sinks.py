@@ -21,7 +21,7 @@ RECORD = {"step": 3, "loss": 1.5, "val_loss": 2.25, "grad_norm": 0.5, "steps_per
 
 
 def config(*names: str) -> config_lib.Config:
-  return config_lib.Config(train=config_lib.Train(steps=100, sinks=names))
+  return config_lib.Config(train=config_lib.TrainConfig(steps=100, sinks=names))
 
 
 def test_json_lines_hold_every_record(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_a_sink_that_cannot_be_opened_is_one_line(
   def bad(folder: Path, config: config_lib.Config) -> sinks.Sink:
     raise KeyError("no login")
 
-  monkeypatch.setitem(sinks.SINKS, "good", sinks.Row(Good))
-  monkeypatch.setitem(sinks.SINKS, "bad", sinks.Row(bad))
+  monkeypatch.setitem(sinks.SINKS, "good", sinks.MetricsRow(Good))
+  monkeypatch.setitem(sinks.SINKS, "bad", sinks.MetricsRow(bad))
   wanted = tiny_config(train={"sinks": ["good", "bad"]})
   with pytest.raises(config_lib.ConfigError, match=r"train.sinks: 'bad' cannot be opened \(KeyErr"):
     sinks.open_all(tmp_path, wanted)

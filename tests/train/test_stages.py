@@ -98,7 +98,7 @@ def test_weight_decay_leaves_biases_and_norms_alone() -> None:
   paths = {"projector/fc1/bias": False, "language_model/final_norm/scale": False,
            "language_model/layers/attn_norm/scale": False, "projector/fc1/kernel": True,
            "language_model/token_embed/embedding": True, "language_model/x/lora_a": True}  # fmt: skip
-  config = config_lib.Optimizer(
+  config = config_lib.OptimizerConfig(
     stage="finetune_full", weight_decay=0.5, warmup_ratio=0.0, learning_rate=0.1,
     projector_learning_rate=0.1,
   )  # fmt: skip

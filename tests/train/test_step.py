@@ -69,7 +69,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
   with pytest.raises(
     config_lib.ConfigError, match=r"16 rows .* = 8 devices .* in train.accumulate = 4"
   ):
-    mesh_lib.create(config_lib.Mesh(), batch_size=16, accumulate=4)
+    mesh_lib.create(config_lib.MeshConfig(), batch_size=16, accumulate=4)
 
 
 def reference(params: dict, hidden: Any, targets: Any, weights: Any) -> jax.Array:

@@ -160,15 +160,15 @@ def test_steps_that_a_resumed_run_has_done_are_refused() -> None:
 
 
 def test_parts_are_disjoint_whole_and_do_not_depend_on_the_rest() -> None:
-  data = config_lib.Data(validation_fraction=0.25)
+  data = config_lib.DataConfig(validation_fraction=0.25)
   train = held_out.samples(data, held_out.TRAIN, 4000)
   held = held_out.samples(data, held_out.VALIDATION, 4000)
   assert sorted([*train, *held]) == list(range(4000))
   assert 900 < len(held) < 1100
   assert held[:50] == held_out.samples(data, held_out.VALIDATION, 1000)[:50]
-  more = held_out.samples(config_lib.Data(validation_fraction=0.5), held_out.VALIDATION, 4000)
+  more = held_out.samples(config_lib.DataConfig(validation_fraction=0.5), held_out.VALIDATION, 4000)
   assert set(held) < set(more)
-  assert held_out.samples(config_lib.Data(), held_out.TRAIN, 7) == range(7)
+  assert held_out.samples(config_lib.DataConfig(), held_out.TRAIN, 7) == range(7)
 
 
 def test_held_out_samples_do_not_train(config: Any) -> None:
@@ -193,13 +193,13 @@ def test_held_out_samples_do_not_train(config: Any) -> None:
 )  # fmt: skip
 def test_what_cannot_be_held_out(values: dict[str, Any], message: str) -> None:
   with pytest.raises(config_lib.ConfigError, match=message):
-    held_out.of_part(config_lib.Data(**values), held_out.VALIDATION)
+    held_out.of_part(config_lib.DataConfig(**values), held_out.VALIDATION)
   with pytest.raises(config_lib.ConfigError, match="leaves none for validation"):
-    held_out.samples(config_lib.Data(validation_fraction=1e-9), held_out.VALIDATION, 5)
+    held_out.samples(config_lib.DataConfig(validation_fraction=1e-9), held_out.VALIDATION, 5)
 
 
 def test_validation_may_have_a_file_of_its_own() -> None:
-  data = config_lib.Data(path="a", validation_path="b", augment="mirror_shift")
+  data = config_lib.DataConfig(path="a", validation_path="b", augment="mirror_shift")
   part = held_out.of_part(data, held_out.VALIDATION)
   assert (part.path, part.augment) == ("b", "none")
   assert held_out.of_part(data, held_out.TRAIN) == data
