@@ -41,7 +41,7 @@ class Size:
   questions: int
 
 
-CROPPING = {"row": "cropping"}
+CROPPING = {"variant": "cropping"}
 SIZES = {
   # Vicuna 7B and CLIP L/14 at 336 pixels.
   "7b": Size({"projector": CROPPING}, 128, 2048, 3, 640, 32, (64, 8, 1), 96),
@@ -54,13 +54,13 @@ SIZES = {
     "tower": {"image_size": 112, "width": 256, "layers": 4, "heads": 4, "mlp_width": 1024},
     "language_model": {"vocab_size": 4096, "width": 512, "layers": 4, "heads": 4, "kv_heads": 4,
                        "mlp_width": 1408},
-    "projector": {"row": "cropping", "token_width": 128},
+    "projector": {"variant": "cropping", "token_width": 128},
   }, 8, 512, 3, 64, 8, (2,), 4),
   "tiny": Size({
     "tower": {"image_size": 84, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32},
     "language_model": {"vocab_size": 1024, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2,
                        "head_dim": 16, "mlp_width": 64, "max_positions": 512},
-    "projector": {"row": "cropping", "token_width": 16, "scales": (3, 6)},
+    "projector": {"variant": "cropping", "token_width": 16, "scales": (3, 6)},
   }, 4, 128, 2, 32, 2, (2,), 4),
 }  # fmt: skip
 ROOM_OF_7B = 40 * GIB  # of the device's memory

@@ -37,9 +37,9 @@ WORKLOADS: dict[str, Workload] = {
 class Torch:
   """The other process."""
 
-  def __init__(self, folder: Path, row: str, layers: int):
+  def __init__(self, folder: Path, variant: str, layers: int):
     script = Path(__file__).with_name("torch_loop.py")
-    command = [sys.executable, str(script), str(folder), row, str(layers)]
+    command = [sys.executable, str(script), str(folder), variant, str(layers)]
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
@@ -64,13 +64,13 @@ class Torch:
     self.process.wait()
 
 
-def config_of(row: str, size: str, tokenizer: Path) -> Any:
+def config_of(variant: str, size: str, tokenizer: Path) -> Any:
   from llava_sp_jax import config as config_lib
 
   return config_lib.from_dict({
     "model": {
       "tower": TOWER, "language_model": SIZES[size],
-      "projector": {"row": row, "token_width": 128}, "dtype": "float32",
+      "projector": {"variant": variant, "token_width": 128}, "dtype": "float32",
       "frozen_dtype": "float32", "remat": "none",
     },
     "data": {"tokenizer": str(tokenizer), "template": "v1", "threads": WORKERS},
@@ -111,7 +111,7 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
     export.export(source, "vision_tower", folder / "tower")
     export.export(source, "language_model", folder / "text")
   projector = {k.removeprefix("projector/"): v for k, v in flat.items() if "projector/" in k}
-  np.savez(folder / f"{config.model.projector.row}.npz", **projector)
+  np.savez(folder / f"{config.model.projector.variant}.npz", **projector)
   return Pretrained(config, unflatten_dict(flat, sep="/"), tokenizer)
 
 
@@ -139,15 +139,15 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 class Bench:
-  """Both sides of one row of the projector."""
+  """Both sides of one variant of the projector."""
 
-  def __init__(self, row: str, size: str, folder: Path, images: list[Path], like: Any = None):
+  def __init__(self, variant: str, size: str, folder: Path, images: list[Path], like: Any = None):
     from llava_sp_jax.models import build
 
-    self.images, self.row = images, row
-    self.config = config_of(row, size, folder / "tokenizer")
+    self.images, self.variant = images, variant
+    self.config = config_of(variant, size, folder / "tokenizer")
     self.model = weights(self.config, folder, like)
-    self.torch = Torch(folder, row, build.tower_layers(self.config.model))
+    self.torch = Torch(folder, variant, build.tower_layers(self.config.model))
 
   def requests(self, workload: Workload) -> list[Any]:
     from llava_sp_jax.infer.engine import Request

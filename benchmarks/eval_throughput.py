@@ -25,7 +25,7 @@ from eval_sides import SIZES, WORKERS, WORKLOADS, Bench, write_images, write_tok
 
 from llava_sp_jax import provenance
 
-ROWS = ("none", "pooling", "cropping")
+VARIANTS = ("none", "pooling", "cropping")
 PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
 # Programs of the engine, and what a reader calls them.
 PROGRAMS = {"encode": "images", "grow": "shared prefixes", "admit": "the rest of prompts",
@@ -185,7 +185,7 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
 
 
 def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
-  """From a new image to the first token of one answer, its tokens a second, and FLOPs of each row.
+  """From a new image to the first token of one answer, its tokens a second, and FLOPs of each variant.
 
   All rows take turns, and each is compared with the first of its own turn: the machine's speed
   drifts by more than what they differ in.
@@ -217,7 +217,7 @@ def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
             for n in ("first", "torch_first")}  # fmt: skip
     middle = {name: statistics.median(seconds) for name, seconds in mine.items()}
     records.append({
-      "row": bench.row, "first_token_ms": 1e3 * middle["first"], "against_none": more["first"],
+      "variant": bench.variant, "first_token_ms": 1e3 * middle["first"], "against_none": more["first"],
       "torch_first_token_ms": 1e3 * middle["torch_first"],
       "torch_against_none": more["torch_first"],
       "tokens_per_s": STEPS / middle["whole"], "torch_tokens_per_s": STEPS / middle["torch_whole"],
@@ -296,12 +296,12 @@ def page(result: dict[str, Any]) -> str:
   lines += [
     "", "From a new image to the first token, one question alone, medians of "
     f"{first_token_turns(result['repeats'])} turns; tokens/s with it included:", "",
-    "| row | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
+    "| variant | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
     "|---|---|---|---|---|---|---|---|",
   ]  # fmt: skip
-  for r in result["rows"]:
+  for r in result["variants"]:
     lines.append(
-      f"| {r['row']} | {r['first_token_ms']:.0f} | {100 * r['against_none']:+.1f}% | "
+      f"| {r['variant']} | {r['first_token_ms']:.0f} | {100 * r['against_none']:+.1f}% | "
       f"{r['torch_first_token_ms']:.0f} | {100 * r['torch_against_none']:+.1f}% | {r['tokens_per_s']:.1f} | "
       f"{r['torch_tokens_per_s']:.1f} | {r['gflops']:.1f} |"
     )
@@ -323,7 +323,7 @@ def main() -> int:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   result: dict[str, Any] = {
     "machine": machine(), "size": options.size, "repeats": options.repeats, "records": [],
-    "parts": [], "rows": [],
+    "parts": [], "variants": [],
   }  # fmt: skip
 
   def time_left() -> bool:
@@ -343,10 +343,12 @@ def main() -> int:
     benches = [bench]
     if time_left():
       benches = [
-        bench if row == bench.row else Bench(row, options.size, folder, images, bench.model)
-        for row in ROWS
+        bench
+        if variant == bench.variant
+        else Bench(variant, options.size, folder, images, bench.model)
+        for variant in VARIANTS
       ]
-      result["rows"] = first_tokens(benches, options.repeats)
+      result["variants"] = first_tokens(benches, options.repeats)
     for each in benches:
       each.torch.close()
   provenance.write(options.out, result)

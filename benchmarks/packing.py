@@ -107,7 +107,7 @@ def small_config(length: int, tiles: int, batch: int) -> config_lib.Config:
                 "mlp_width": 256},
       "language_model": {"vocab_size": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4,
                          "head_dim": 32, "mlp_width": 352},
-      "projector": {"row": "pooling", "token_width": 32}, "lora": {"rank": 8, "alpha": 16.0},
+      "projector": {"variant": "pooling", "token_width": 32}, "lora": {"rank": 8, "alpha": 16.0},
       "dtype": "float32", "frozen_dtype": "float32", "remat": "none", "scan_unroll": 4,
     },
     "data": {"row_length": length, "images_per_row": tiles},

@@ -28,8 +28,8 @@ IMAGE_ID = -200
 class Projector:
   """Rows none, pooling and cropping, float32. [B, P, C] -> [B, S + P, D]."""
 
-  def __init__(self, row: str, arrays: dict[str, np.ndarray]):
-    self.row = row
+  def __init__(self, variant: str, arrays: dict[str, np.ndarray]):
+    self.variant = variant
     self.w = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
     kernels = [k for k in self.w if k.startswith(("pool_", "crop_"))]
     self.kernels = []
@@ -48,7 +48,7 @@ class Projector:
 
   def __call__(self, patches: torch.Tensor) -> torch.Tensor:
     out = self.linear("fc2", F.gelu(self.linear("fc1", patches)))
-    if self.row == "none":
+    if self.variant == "none":
       return out
     side = round(patches.shape[1] ** 0.5)
     grid = patches.transpose(1, 2).reshape(len(patches), -1, side, side)
@@ -56,10 +56,10 @@ class Projector:
     for size, kernel in self.kernels:
       at = side // 2 - size // 2
       cut = grid[:, :, at : at + size, at : at + size]
-      view = F.adaptive_avg_pool2d(grid, size) if self.row == "pooling" else cut
+      view = F.adaptive_avg_pool2d(grid, size) if self.variant == "pooling" else cut
       tokens.append(F.conv2d(view, kernel)[:, :, 0, 0])
     x = torch.stack(tokens, 1)
-    if self.row == "cropping":
+    if self.variant == "cropping":
       x = torch.cat([x, self.detail(x, grid)], -1)
     return torch.cat([self.linear("out", F.gelu(x)), out], 1)
 
@@ -77,12 +77,12 @@ class Projector:
 class Model:
   """Tower and decoder as transformers opens our exports, and the projector."""
 
-  def __init__(self, folder: Path, row: str, layers: int):
+  def __init__(self, folder: Path, variant: str, layers: int):
     """`layers` of the tower are used, whatever its file says of the select layer."""
     self.tower = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.float32).eval()
     self.text = AutoModelForCausalLM.from_pretrained(folder / "text", dtype=torch.float32).eval()
-    with np.load(folder / f"{row}.npz") as arrays:
-      self.projector = Projector(row, dict(arrays))
+    with np.load(folder / f"{variant}.npz") as arrays:
+      self.projector = Projector(variant, dict(arrays))
     self.layers = layers
 
   def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # [B, 3, H, W] -> [B, N, D]
@@ -171,12 +171,12 @@ DO: dict[str, Callable[[Model, dict[str, Any]], dict[str, Any]]] = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("folder", type=Path, help="tower/, text/ and ROW.npz")
-  parser.add_argument("row", help="of the projector: none, pooling or cropping")
+  parser.add_argument("variant", help="of the projector: none, pooling or cropping")
   parser.add_argument("layers", type=int, help="of the tower that are used")
   options = parser.parse_args()
   torch.manual_seed(0)
   torch.set_grad_enabled(False)
-  model = Model(options.folder, options.row, options.layers)
+  model = Model(options.folder, options.variant, options.layers)
   print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
   for line in sys.stdin:
     task = json.loads(line)

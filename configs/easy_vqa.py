@@ -1,7 +1,7 @@
 """Small LLaVA-SP from scratch on easy-VQA: llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
 
-Options after the colon, separated by commas: row=none|pooling|cropping or any other of the
-projector's rows, scales=2+4+8 (sizes of the row's views in patches; empty: its own),
+Options after the colon, separated by commas: variant=none|pooling|cropping or any other of the
+projector's, scales=2+4+8 (sizes of its views in patches; empty: its own),
 stage=pretrain|finetune, init=<stage 1's run folder> (finetune), data=<folder of
 scripts/prepare_easy_vqa.py>, seed=0, scale=1 (multiplies the steps of both stages).
 
@@ -25,7 +25,7 @@ BATCH = 8  # rows: their activations fit into the caches of a CPU's core
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(
     arg,
-    row="pooling",
+    variant="pooling",
     scales="",
     stage="pretrain",
     init="",
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     seed=0,
     scale=1.0,
   )
-  projector = {"row": arg.row, "token_width": 64, "scales": sizes(arg.scales)}
+  projector = {"variant": arg.variant, "token_width": 64, "scales": sizes(arg.scales)}
   image_tokens = tokens_of_an_image(projector)
   stages = {
     "pretrain": {
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   }  # fmt: skip
   stage = lookup("stage", arg.stage, stages)
   return ConfigDict({
-    "name": f"easy_vqa-{arg.row}-{arg.stage}",
+    "name": f"easy_vqa-{arg.variant}-{arg.stage}",
     "model": {
       "tower": TOWER,
       "language_model": {"vocab_size": 512, "width": 96, "layers": 2, "heads": 4, "kv_heads": 4,
@@ -80,7 +80,7 @@ def sizes(text: str) -> list[int]:
 
 
 def tokens_of_an_image(projector: dict) -> int:
-  """Spatial tokens and patches. Raises: ConfigError for a row or sizes that do not exist."""
+  """Spatial tokens and patches. Raises: ConfigError for a variant or sizes that do not exist."""
   from llava_sp_jax.models import build
 
   return build.image_token_count(from_dict({"tower": TOWER, "projector": projector}, ModelConfig))

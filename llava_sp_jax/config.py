@@ -81,14 +81,14 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-  """`row` names a row of `models.projector.VARIANTS`; `token_width` is the paper's 512.
+  """`variant` names a row of `models.projector.VARIANTS`; `token_width` is the paper's 512.
 
-  `scales` are the sizes of the views in patches, small to large; empty: the row's own for the grid.
+  `scales` are the sizes of the views in patches, small to large; empty: the variant's own for the grid.
   """
 
-  row: str = "cropping"  # design of the spatial tokens
+  variant: str = "cropping"  # design of the spatial tokens
   token_width: int = 512  # of spatial tokens before the projector; the paper's 512
-  scales: tuple[int, ...] = ()  # views in patches, small to large; empty: the row's own
+  scales: tuple[int, ...] = ()  # views in patches, small to large; empty: the variant's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,15 +231,39 @@ class Config:
   init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
 
+# Keys by their former names, for each group: read in files, options and flags, and never written.
+FORMER: dict[type, dict[str, str]] = {ProjectorConfig: {"row": "variant"}}
+# Where an option, a flag or a note stands for a key of any group.
+FORMER_NAMES = {old: new for names in FORMER.values() for old, new in names.items()}
+
+
+def renamed(values: Any, cls: type, path: str = "config") -> dict[str, Any]:
+  """Nested mappings of `cls` in which keys with a former name have the present one.
+
+  Raises: ConfigError where a mapping has both.
+  """
+  names, hints, result = FORMER.get(cls, {}), typing.get_type_hints(cls), {}
+  for key, value in values.items():
+    name = names.get(key, key)
+    if name != key and name in values:
+      raise ConfigError(
+        f"{path}.{key}: the former name of {name}, which is there too; leave it out"
+      )
+    group = hints.get(name)
+    nested = dataclasses.is_dataclass(group) and hasattr(value, "items")
+    result[name] = renamed(value, typing.cast(type, group), f"{path}.{name}") if nested else value
+  return result
+
+
 def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
-  """Builds `cls` from nested mappings.
+  """Builds `cls` from nested mappings; keys may have a former name.
 
   Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
   problems: list[str] = []
   if not hasattr(values, "items"):
     raise ConfigError(f"{path}: expected a group of keys, found {values!r:.60}")
-  result = _build(values, cls, path, problems)
+  result = _build(renamed(values, cls, path), cls, path, problems)
   if problems:
     raise ConfigError("invalid config:\n  " + "\n  ".join(problems))
   return result
@@ -335,16 +359,17 @@ def override(config: Any, texts: Mapping[str, str]) -> Any:
   """
   values, problems = to_dict(config), []
   for key, text in texts.items():
-    place, where = values, "config"
+    place, where, holder = values, "config", config
     *groups, name = key.split(".")[1:]
     for group in groups:
       if not isinstance(place.get(group), dict):
         name = group
         break
-      place, where = place[group], f"{where}.{group}"
+      place, where, holder = place[group], f"{where}.{group}", getattr(holder, group)
+    former, name = name, FORMER.get(type(holder), {}).get(name, name)
     if name not in place:
       problems.append(f"{where}.{name}: unknown key; known here: {', '.join(place)}")
-    elif not key.endswith(f"{where}.{name}"):
+    elif not key.endswith(f"{where}.{former}"):
       problems.append(f"{key}: {where}.{name} is a value, and has no keys")
     elif isinstance(place[name], dict):
       problems.append(f"{where}.{name}: a group; name one of its keys: {', '.join(place[name])}")
@@ -374,15 +399,17 @@ def parse(text: str, like: Any) -> Any:
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-  """Options of a config file: `row=pooling,seed=3` -> a namespace with the types of `defaults`.
+  """Options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of `defaults`.
 
+  An option may have a former name, unless it is one of `defaults`.
   Raises: ConfigError for an unknown option or a value of the wrong type.
   """
   values = dict(defaults)
   for item in filter(None, arg.split(",")):
-    key, _, text = item.partition("=")
+    given, _, text = item.partition("=")
+    key = given if given in defaults else FORMER_NAMES.get(given, given)
     if key not in defaults:
-      raise ConfigError(f"unknown option {key!r} after ':'; known: {', '.join(defaults)}")
+      raise ConfigError(f"unknown option {given!r} after ':'; known: {', '.join(defaults)}")
     try:
       values[key] = parse(text, defaults[key])
     except (ValueError, KeyError):

@@ -83,7 +83,7 @@ INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, "v1")
 
 LORA = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
 
-STAGE_1 = {"size": "7b", "row": "cropping", "init": "", "data": "data/llava_pretrain",
+STAGE_1 = {"size": "7b", "variant": "cropping", "init": "", "data": "data/llava_pretrain",
            "checkpoints": "checkpoints"}  # fmt: skip
 STAGE_2 = {**STAGE_1, "init": "runs/pretrain", "data": "data/llava_finetune"}
 
@@ -107,9 +107,9 @@ def llava(
   # A run knows its own base; without one, the projector starts at random.
   base = {"language_model": language_model, "vision_tower": f"{options.checkpoints}/{TOWER}"}
   return {
-    "name": f"llava-sp-{options.size}-{options.row}-{name}",
+    "name": f"llava-sp-{options.size}-{options.variant}-{name}",
     "model": {"language_model": dataclasses.asdict(size.language_model),
-              "projector": {"row": options.row}, **(model or {})},
+              "projector": {"variant": options.variant}, **(model or {})},
     "data": {"path": f"{options.data}/{dataset.file}",
              "image_folder": f"{options.data}/{dataset.images}".rstrip("/"),
              "tokenizer": language_model, "template": dataset.template, "row_length": 2048},

@@ -2,7 +2,7 @@
 
 Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.25]
 
-A variant is any row of the projector, with sizes of its views in patches behind an @ if they are
+A variant is any of the projector's, with sizes of its views in patches behind an @ if they are
 not its own. Every variant meets the same seeds, so the same initial tower and decoder and the same
 samples in the same order. Runs that OUT.json holds for the sources as they are now are not done
 again. Says what it will cost before it starts; --dry-run says only that.
@@ -169,7 +169,7 @@ def shares(at_once: int) -> list[list[int]]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="ROW[@SIZE+SIZE..]")
+  parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME[@SIZE+SIZE..]")
   parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, .. of each (%(default)s)")
   parser.add_argument("--scale", type=float, default=0.25, help="of the steps (%(default)s)")
   parser.add_argument("--at-once", type=int, default=1,

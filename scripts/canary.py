@@ -40,11 +40,11 @@ def easy_vqa(variant: str, scale: float, folder: Path, data: str, core: int) -> 
            f"--limit={QUESTIONS}")  # fmt: skip
 
 
-def smollm2(row: str, scale: float, folder: Path, data: str, core: int) -> None:
+def smollm2(variant: str, scale: float, folder: Path, data: str, core: int) -> None:
   """A short run of scripts/easy_vqa_smollm2.sh."""
   with (folder / "log").open("w") as log:
     done = subprocess.run(
-      ["taskset", "--cpu-list", str(core), "bash", "scripts/easy_vqa_smollm2.sh", "--row", row,
+      ["taskset", "--cpu-list", str(core), "bash", "scripts/easy_vqa_smollm2.sh", "--variant", variant,
        "--scale", f"{scale:g}", "--tower-steps", "30", "--limit", "40", "--data", data,
        "--runs", str(folder)],
       check=False, stdout=log, stderr=log, env={**os.environ, "VENV": sys.prefix},

@@ -3,7 +3,7 @@
 #
 #   bash scripts/easy_vqa_smollm2.sh                 ends with runs/smollm2/pooling-0/report/report.md
 #   bash scripts/easy_vqa_smollm2.sh --scale 4       four times the steps of both stages
-#   bash scripts/easy_vqa_smollm2.sh --row cropping  another projector: none, pooling, cropping
+#   bash scripts/easy_vqa_smollm2.sh --variant cropping another projector: none, pooling, cropping
 #   bash scripts/easy_vqa_smollm2.sh --tower-steps 0 no tower of its own: stage 1 trains it
 #
 # No pretrained vision tower is at hand. So the tower is first trained beside the small decoder of
@@ -14,12 +14,13 @@
 # --data FOLDER, --publish OUT (copies the report to OUT/ and its figures with their stamp to
 # OUT.json). A killed job goes on where it was when the same command is given again.
 set -euo pipefail
-row=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000 publish=
+variant=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000 publish=
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
+  [ "$1" != --row ] || set -- --variant "${@:2}" # its former name
   case "$1" in
     -h | --help) usage; exit 0 ;;
-    --row | --seed | --scale | --limit | --runs | --data | --publish)
+    --variant | --seed | --scale | --limit | --runs | --data | --publish)
       [ $# -gt 1 ] || { echo "$1 needs a value; see --help" >&2; exit 2; }
       printf -v "${1#--}" %s "$2"; shift 2 ;;
     --tower-steps)
@@ -36,8 +37,8 @@ prepare_environment report,gguf
 python=$VENV/bin/python
 config=configs/easy_vqa_smollm2.py
 tokenizer=$data/tokenizer_smollm2
-base=$runs/$row-$seed
-options="row=$row,seed=$seed,scale=$scale,data=$data,tokenizer=$tokenizer"
+base=$runs/$variant-$seed
+options="variant=$variant,seed=$seed,scale=$scale,data=$data,tokenizer=$tokenizer"
 
 # Runs `llava-sp ...` and shows the command.
 llava_sp() { printf '\n$ llava-sp %s\n' "$*"; "$python" -m llava_sp_jax.cli "$@"; }
@@ -50,7 +51,7 @@ fi
 tower=
 if [ "$tower_steps" -gt 0 ]; then
   tower=$base/tower
-  llava_sp train --config="configs/easy_vqa.py:stage=pretrain,row=none,seed=$seed,data=$data" \
+  llava_sp train --config="configs/easy_vqa.py:stage=pretrain,variant=none,seed=$seed,data=$data" \
     --workdir="$tower" --config.train.steps="$tower_steps" --config.data.row_length=66 \
     --config.model.tower.image_size=48 --config.model.tower.patch_size=8 \
     --config.model.tower.width=96 --config.model.tower.layers=3 --config.model.tower.heads=2 \
@@ -67,5 +68,5 @@ if [ -n "$publish" ]; then
   "$python" -c 'import json, sys; from pathlib import Path; from llava_sp_jax import provenance
 provenance.write(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), command=sys.argv[3])' \
     "$publish" "$base/report/scores.json" \
-    "bash scripts/easy_vqa_smollm2.sh --row $row --seed $seed --scale $scale --limit $limit"
+    "bash scripts/easy_vqa_smollm2.sh --variant $variant --seed $seed --scale $scale --limit $limit"
 fi

@@ -1,6 +1,6 @@
 """The main job on easy-VQA: prepares the data, trains both stages, evaluates, writes a report.
 
-Usage: python scripts/run_easy_vqa.py [--row pooling] [--seed 0] [--scale 1] [--runs runs/easy_vqa]
+Usage: python scripts/run_easy_vqa.py [--variant pooling] [--seed 0] [--scale 1] [--runs runs/easy_vqa]
 
 Each stage is a `llava-sp` command that it prints first; a killed job goes on where it was. It ends
 with code 1 when the model answers less than README promises.
@@ -23,23 +23,23 @@ from typing import Any
 SOURCES = "sources.txt"  # the hash of the package that trained a run
 ATTEMPTS = "attempts.txt"  # seconds of each attempt that did not reach its end
 CONFIG = "configs/easy_vqa.py"
-# (least scale, least share of right answers) of the row `pooling`, over any seed; README says so.
+# (least scale, least share of right answers) of the variant `pooling`, over any seed; README says so.
 PROMISED = ((3.0, 0.99), (1.0, 0.90))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One model: a row of the projector (with scales of its own), a seed, a length of training."""
+  """One model: a variant of the projector (with scales of its own), a seed, a length of training."""
 
-  variant: str  # ROW or ROW@SIZE+SIZE.., sizes of the views in patches
+  variant: str  # NAME or NAME@SIZE+SIZE.., sizes of the views in patches
   seed: int
   scale: float
 
   @property
   def options(self) -> str:
     """Options of the recipe."""
-    row, _, scales = self.variant.partition("@")
-    return f"row={row},scales={scales},seed={self.seed},scale={self.scale:g}"
+    variant, _, scales = self.variant.partition("@")
+    return f"variant={variant},scales={scales},seed={self.seed},scale={self.scale:g}"
 
   @property
   def name(self) -> str:
@@ -148,19 +148,26 @@ def show_answers(report: Path, count: int = 6) -> None:
     print(f"  {Path(row['images'][0]).name:>9}  {row['question']:<45} {row['text']:<10} ({mark})")
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--row", default="pooling", metavar="ROW[@SIZE+SIZE..]",
-                      help="projector: none, pooling, cropping or any other row (%(default)s); "
+  parser.add_argument("--variant", default="pooling", metavar="NAME[@SIZE+SIZE..]",
+                      help="projector: none, pooling, cropping or any other (%(default)s); "
                       "sizes of its views in patches")  # fmt: skip
+  parser.add_argument(  # the former name
+    "--row", dest="variant", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--scale", type=float, default=1.0,
                       help="multiplies the steps of both stages (%(default)s)")  # fmt: skip
   parser.add_argument("--runs", type=Path, default=Path("runs/easy_vqa"), help="%(default)s")
   parser.add_argument("--data", default="data/easy_vqa", help="%(default)s")
-  options = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main() -> None:
+  options = parse()
   command("scripts/prepare_easy_vqa.py", "--out", options.data)
-  job = Job(options.row, options.seed, options.scale)
+  job = Job(options.variant, options.seed, options.scale)
   report = run(job, options.runs, options.data)
   show_answers(report)
   record = json.loads((report / "record.json").read_text())

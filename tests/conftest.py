@@ -96,18 +96,18 @@ def tiny_config(tiny_data: Path) -> ConfigMaker:
 
 
 def config_maker(tiny_data: Path) -> ConfigMaker:
-  """`make(stage, row, **changes)`: a valid config of a model that trains in a second."""
+  """`make(stage, variant, **changes)`: a valid config of a model that trains in a second."""
 
-  def make(stage: str = "finetune", row: str = "pooling", **changes: Any) -> config_lib.Config:
+  def make(stage: str = "finetune", variant: str = "pooling", **changes: Any) -> config_lib.Config:
     captions = stage.startswith("pretrain")
     values = {
-      "name": f"tiny-{row}-{stage}",
+      "name": f"tiny-{variant}-{stage}",
       "model": {
         "tower": {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": 32, "layers": 2,
                   "heads": 2, "mlp_width": 64, "select_layer": -2},
         "language_model": {"vocab_size": VOCAB_SIZE, "width": 32, "layers": 2, "heads": 4,
                            "kv_heads": 2, "head_dim": 8, "mlp_width": 64},
-        "projector": {"row": row, "token_width": 16},
+        "projector": {"variant": variant, "token_width": 16},
         "lora": {"rank": 0 if captions else 8, "alpha": 20.0, "dropout": 0.05},
         "dtype": "float32", "frozen_dtype": "float32", "remat": "none",
       },
@@ -136,7 +136,7 @@ def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactor
 
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
-  "test_every_row", "test_distributed", "test_ladder", "test_smollm2", "test_resume", "test_qlora",
+  "test_every_variant", "test_distributed", "test_ladder", "test_smollm2", "test_resume", "test_qlora",
   "test_step", "test_engine", "test_in_loop", "test_never_lost", "test_demo", "test_stages",
   "test_sharding", "test_watching", "test_llava", "test_recipes",
 )  # fmt: skip

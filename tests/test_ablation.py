@@ -190,11 +190,11 @@ def test_student_s_interval() -> None:
 
 def test_any_variant_and_any_scales(scripts: Any) -> None:
   _, run_easy_vqa, _ = scripts
-  for variant, row, scales in (("cropping@2+4+8", "cropping", (2, 4, 8)), ("both", "both", ()),
+  for text, variant, scales in (("cropping@2+4+8", "cropping", (2, 4, 8)), ("both", "both", ()),
                                ("register", "register", ()), ("none", "none", ())):  # fmt: skip
-    job = run_easy_vqa.Job(variant, 3, 0.5)
+    job = run_easy_vqa.Job(text, 3, 0.5)
     config = load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
-    assert (config.model.projector.row, config.model.projector.scales) == (row, scales)
+    assert (config.model.projector.variant, config.model.projector.scales) == (variant, scales)
     assert config.train.seed == 3
     assert config.train.steps == 3500
 

@@ -53,7 +53,7 @@ def test_the_demo_s_help_needs_no_environment(tmp_path: Path) -> None:
     ["bash", "scripts/demo.sh", "--help"], capture_output=True, text=True, cwd=tmp_path,
     timeout=20, check=True,
   )  # fmt: skip
-  assert {"--row", "--seed", "--scale"} <= set(done.stdout.split())
+  assert {"--variant", "--seed", "--scale"} <= set(done.stdout.split())
   assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 

@@ -1,4 +1,4 @@
-"""The paper's recipes: its numbers, every size and row as shapes, and the real step lowered."""
+"""The paper's recipes: its numbers, every size and variant as shapes, and the real step lowered."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_paper_s_numbers(name: str) -> None:
 @pytest.mark.parametrize(("size", "billions"), [("7b", 6.738), ("13b", 13.016)])
 def test_sizes_are_vicuna_s(size: str, billions: float) -> None:
   """The published counts of LLaMA-2 7B and 13B: 6,738,415,616 and 13,015,864,320."""
-  config = recipe("pretrain", f"size={size},row=none").model
+  config = recipe("pretrain", f"size={size},variant=none").model
   assert build.parameter_counts(config)["language_model"] / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
@@ -119,16 +119,16 @@ def abstract_step(config: config_lib.Config, mesh: Any) -> tuple[Any, Any, tuple
 
 # Rows differ in the projector, which learns in both stages: what other recipes have beyond the first rows is slow.
 STEPS = [
-  pytest.param(name, row, marks=[pytest.mark.slow] if name != "finetune_lora" and i > 2 else [])
+  pytest.param(name, variant, marks=[pytest.mark.slow] if name != "finetune_lora" and i > 2 else [])
   for name in PAPER
-  for i, row in enumerate(VARIANTS)
+  for i, variant in enumerate(VARIANTS)
 ]
 
 
-@pytest.mark.parametrize(("name", "row"), STEPS)
-def test_every_row_makes_a_step_of_shapes(name: str, row: str) -> None:
+@pytest.mark.parametrize(("name", "variant"), STEPS)
+def test_every_variant_makes_a_step_of_shapes(name: str, variant: str) -> None:
   """The state that the step gives is the state that it takes; nothing is computed."""
-  config = recipe(name, f"row={row}")
+  config = recipe(name, f"variant={variant}")
   mesh = mesh_lib.create(MESH, config.train.batch_size)
   with jax.set_mesh(mesh):
     step, start, arguments = abstract_step(config, mesh)
@@ -141,7 +141,7 @@ def test_every_row_makes_a_step_of_shapes(name: str, row: str) -> None:
   assert set(start.trainable) == learning
   adapters = [path for path in learning if "/lora_" in path]
   assert len(adapters) == 14 * bool(config.model.lora.rank)  # a and b of the seven linear layers
-  spatial = spatial_token_count(row, build.patch_grid(config.model))
+  spatial = spatial_token_count(variant, build.patch_grid(config.model))
   patch_mlp = 4  # two kernels, two biases
   assert (sum(path.startswith("projector/") for path in learning) > patch_mlp) == bool(spatial)
 
@@ -157,10 +157,10 @@ STAGES = {"stage 1": "pretrain", "stage 2 with LoRA": "finetune_lora"}
 @pytest.mark.parametrize("line", SIZE.findall(PODS), ids=lambda line: f"{line[0]} {line[1]}")
 def test_what_learns_and_what_a_checkpoint_takes(line: tuple[str, ...]) -> None:
   """The table by which docs/pods.md sizes the disk, from shapes."""
-  stage, row, *figures = line
+  stage, variant, *figures = line
   found = []
   for size in SIZES:
-    config = recipe(STAGES[stage], f"size={size},row={row}")
+    config = recipe(STAGES[stage], f"size={size},variant={variant}")
     trainable, frozen = jax.eval_shape(
       functools.partial(state.split, config=config), build.abstract(config.model)
     )
@@ -196,7 +196,7 @@ def lower(name: str, options: str) -> str:
     ("finetune_lora", ""),
     ("finetune_full", ""),
     ("finetune_qlora", ""),
-    ("finetune_qlora", "kernels=int8,row=none"),
+    ("finetune_qlora", "kernels=int8,variant=none"),
   ],
 )
 def test_the_step_lowers(name: str, options: str) -> None:
@@ -209,11 +209,11 @@ def test_the_step_lowers(name: str, options: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PAPER)
-def test_every_step_lowers(name: str, size: str, row: str) -> None:
-  assert "dot_general" in lower(name, f"size={size},row={row}")
+def test_every_step_lowers(name: str, size: str, variant: str) -> None:
+  assert "dot_general" in lower(name, f"size={size},variant={variant}")
 
 
 def test_every_recipe_of_the_paper_is_tested_here() -> None:

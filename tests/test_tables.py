@@ -37,28 +37,28 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
 def model(
-  row: str,
+  variant: str,
   rank: int = 0,
   grid: int = 24,
-  variant: str = "clip",
+  tower: str = "clip",
   tied: bool = False,
   bias: bool = False,
   quantize: str = "none",
 ) -> config_lib.ModelConfig:
-  """A model of few numbers with every kind of parameter that the row and variant have."""
+  """A model of few numbers with every kind of parameter that the variant and tower have."""
   sizes = {"width": OUT_WIDTH, "head_dim": 4, "mlp_width": 24}
   if quantize != "none":
     sizes = {"width": 64, "head_dim": 16, "mlp_width": 128}  # whole blocks
   return config_lib.ModelConfig(
     tower=config_lib.TowerConfig(
-      variant=variant, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
+      variant=tower, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
       mlp_width=12,
     ),
     language_model=config_lib.LanguageModelConfig(
       vocab_size=32, layers=2, heads=4, kv_heads=2, tie_embeddings=tied, attention_bias=bias,
       **sizes,
     ),
-    projector=config_lib.ProjectorConfig(row=row, token_width=TOKEN_WIDTH),
+    projector=config_lib.ProjectorConfig(variant=variant, token_width=TOKEN_WIDTH),
     lora=config_lib.LoraConfig(rank=rank), image_newline=True, quantize=quantize,
   )  # fmt: skip
 
@@ -68,9 +68,9 @@ def leaves(config: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @functools.cache
-def projector_leaves(row: str, grid: int) -> dict[str, jax.ShapeDtypeStruct]:
+def projector_leaves(variant: str, grid: int) -> dict[str, jax.ShapeDtypeStruct]:
   """The leaves of a projector alone, which is quicker than the whole model."""
-  module = build.model(model(row, grid=grid)).projector
+  module = build.model(model(variant, grid=grid)).projector
   features = jax.ShapeDtypeStruct((1, grid, grid, WIDTH), np.float32)
   tree = jax.eval_shape(module.init, jax.random.key(0), features)["params"]
   return {f"projector/{path}": leaf for path, leaf in flatten_dict(tree, sep="/").items()}
@@ -78,22 +78,22 @@ def projector_leaves(row: str, grid: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 @pytest.fixture(scope="module")
 def every_leaf() -> dict[str, jax.ShapeDtypeStruct]:
-  """Every path of every row and variant, adapters and biases on and off, head tied or not."""
+  """Every path of every variant and tower, adapters and biases on and off, head tied or not."""
   found: dict[str, jax.ShapeDtypeStruct] = {}
-  for row in VARIANTS:
-    found |= projector_leaves(row, 24)
+  for name in VARIANTS:
+    found |= projector_leaves(name, 24)
   for variant in TOWER_VARIANTS:
-    found |= leaves(model("none", rank=4, variant=variant, bias=True))
+    found |= leaves(model("none", rank=4, tower=variant, bias=True))
   for name in FORMATS:
     found |= leaves(model("none", quantize=name))
   return found | leaves(model("none", tied=True))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("row", VARIANTS)
-def test_every_projector_row_builds(row: str, grid: int) -> None:
-  config = model(row, grid=grid)
-  if VARIANTS[row].views and grid < VARIANTS[row].parts:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_projector_builds(variant: str, grid: int) -> None:
+  config = model(variant, grid=grid)
+  if VARIANTS[variant].views and grid < VARIANTS[variant].parts:
     with pytest.raises(config_lib.ConfigError, match=f"a {grid}x{grid} grid is too small for "):
       build.image_token_count(config)
     return
@@ -104,16 +104,16 @@ def test_every_projector_row_builds(row: str, grid: int) -> None:
   )
   count = build.image_token_count(config)
   assert tokens.shape == (2, 3 * count + 1, OUT_WIDTH)  # three images and the newline
-  assert count - grid * grid == spatial_token_count(row, grid)
+  assert count - grid * grid == spatial_token_count(variant, grid)
 
 
 def test_scales_that_do_not_fit_are_an_error() -> None:
   config = dataclasses.replace(
-    model("cropping"), projector=config_lib.ProjectorConfig(row="cropping", scales=(4, 25))
+    model("cropping"), projector=config_lib.ProjectorConfig(variant="cropping", scales=(4, 25))
   )
   with pytest.raises(
     config_lib.ConfigError,
-    match=r"model.projector.row cropping: scales \(4, 25\): expected growing sizes from 1 to",
+    match=r"model.projector.variant cropping: scales \(4, 25\): expected growing sizes from 1 to",
   ):
     build.model(config)
 
@@ -237,16 +237,16 @@ def check_names(shapes: dict[str, Any], rows: tuple[tables.NameRule, ...]) -> No
 
 
 @pytest.mark.parametrize("grid", [16, 24, 27, 32])
-@pytest.mark.parametrize("row", VARIANTS)
-def test_every_projector_leaf_has_one_torch_name_that_round_trips(row: str, grid: int) -> None:
-  scales = build.view_sizes(model(row, grid=grid))
-  check_names(projector_leaves(row, grid), tables.projector(row, WIDTH, scales))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_projector_leaf_has_one_torch_name_that_round_trips(variant: str, grid: int) -> None:
+  scales = build.view_sizes(model(variant, grid=grid))
+  check_names(projector_leaves(variant, grid), tables.projector(variant, WIDTH, scales))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("variant", TOWER_VARIANTS)
 def test_every_other_leaf_has_one_torch_name_that_round_trips(variant: str, bias: bool) -> None:
-  shapes = leaves(model("none", rank=4, variant=variant, bias=bias))
+  shapes = leaves(model("none", rank=4, tower=variant, bias=bias))
   llama = tuple(r for r in tables.LLAMA if bias or not r.path.endswith("_proj/bias"))
   rows = llama + tables.LORA + tables.TOWERS[variant] + tables.projector("none", WIDTH, ())
   check_names(shapes, rows)
@@ -287,19 +287,19 @@ def test_only_buffers_and_unused_halves_are_ignored() -> None:
     assert not tables.ignored(name)
   for variant in TOWER_VARIANTS:
     assert not any(tables.ignored(name) for name in torch_names(tables.TOWERS[variant], 1))
-  for row in VARIANTS:
-    names = torch_names(tables.projector(row, WIDTH, VARIANTS[row].scales(24)), 1)
+  for name, variant in VARIANTS.items():
+    names = torch_names(tables.projector(name, WIDTH, variant.scales(24)), 1)
     assert not any(tables.ignored(name) for name in names)
 
 
-def test_every_projector_row_and_variant_has_its_names() -> None:
+def test_every_projector_and_tower_has_its_names() -> None:
   assert set(tables.PROJECTORS) == set(VARIANTS)
   assert set(tables.TOWERS) == set(TOWER_VARIANTS)
 
 
 UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
-  "model.projector.row": (lambda: build.model(model("nope")), VARIANTS),
-  "model.tower.variant": (lambda: build.model(model("none", variant="nope")), TOWER_VARIANTS),
+  "model.projector.variant": (lambda: build.model(model("nope")), VARIANTS),
+  "model.tower.variant": (lambda: build.model(model("none", tower="nope")), TOWER_VARIANTS),
   "model.language_model.rope_scaling.kind": (
     lambda: build.model(
       config_lib.from_dict(
@@ -343,7 +343,7 @@ def load_config(path: Path) -> ModuleType:
 
 
 def documented_options(path: Path) -> list[str]:
-  """Each option of a config's docstring: `row=a|b` gives each value, `seed=0` gives itself."""
+  """Each option of a config's docstring: `variant=a|b` gives each value, `seed=0` gives itself."""
   text = (load_config(path).__doc__ or "").partition("Options after the colon")[2]
   result = []
   for key, values in re.findall(r"(\w+)=(<[^>]*>|[\w.|/-]+)", text):

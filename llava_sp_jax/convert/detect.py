@@ -1,4 +1,4 @@
-"""Which row of the projector's table a checkpoint is, by the names and shapes of its tensors."""
+"""Which variant of the projector a checkpoint is, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import VARIANTS
 
-# Where the width of the spatial tokens shows: the first of these leaves that a row has.
+# Where the width of the spatial tokens shows: the first of these leaves that a variant has.
 _WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel",
            r"projector/register_0/token")  # fmt: skip
 
@@ -26,18 +26,19 @@ def with_projector(
   origin: str,
   scales: tuple[int, ...] = (),
 ) -> config_lib.ModelConfig:
-  """`model` with the projector row whose names and shapes are those of the tensors.
+  """`model` with the projector's variant whose names and shapes are those of the tensors.
 
-  The original's configs do not say which variant they are; our own exports say its `scales`. Raises: FormatError when no row fits
-  (with what the nearest lacks), or when two do and `wanted` does not decide.
+  The original's configs do not say which variant they are; our own exports say its
+  `scales`. Raises: FormatError when none fits (with what the nearest lacks), or when two do and
+  `wanted` does not decide.
   """
   if wanted:
-    config_lib.lookup("--row", wanted, VARIANTS)
+    config_lib.lookup("--variant", wanted, VARIANTS)
   mine = [t for t in tensors.values() if not _ELSEWHERE.match(t.name)]
   fitting, nearest = [], (10**9, 10**9, "", [""])
   for candidate in _candidates(model, wanted, scales):
-    row, sizes = candidate.projector.row, build.view_sizes(candidate)
-    names = tables.projector(row, model.tower.width, sizes)
+    variant, sizes = candidate.projector.variant, build.view_sizes(candidate)
+    names = tables.projector(variant, model.tower.width, sizes)
     unexpected: list[str] = []
     found = leaves.gather(mine, names, unexpected)
     complete = {p: target.name for p, target in tables.by_path(names).items()
@@ -52,20 +53,20 @@ def with_projector(
       leaves.fit(found, expected, problems)
       if not problems:
         fitting.append(candidate)
-    found_here = (len(unexpected), len(problems), row, unexpected + problems)
+    found_here = (len(unexpected), len(problems), variant, unexpected + problems)
     nearest = min(nearest, found_here, key=lambda n: n[:2])
   if len(fitting) == 1:
     return fitting[0]
   if fitting:
-    rows = " and ".join(c.projector.row for c in fitting)
+    variants = " and ".join(c.projector.variant for c in fitting)
     raise FormatError(
-      f"{origin}: its tensors fit the projector rows {rows}, which differ only in how they "
-      "compute; the original's config does not say which it is. Give --row."
+      f"{origin}: its tensors fit the projector variants {variants}, which differ only in how they "
+      "compute; the original's config does not say which it is. Give --variant."
     )
-  *_, row, problems = nearest
+  *_, variant, problems = nearest
   raise FormatError(
-    f"{origin}: its projector is incomplete or of no known row, nothing was converted. The nearest "
-    f"row is {row!r}:{leaves.listed(problems)}"
+    f"{origin}: its projector is incomplete or of no known variant, nothing was converted. The "
+    f"nearest is {variant!r}:{leaves.listed(problems)}"
   )
 
 
@@ -75,16 +76,16 @@ _NEWLINE = "projector/image_newline"
 def _candidates(
   model: config_lib.ModelConfig, wanted: str, said: tuple[int, ...]
 ) -> Iterator[config_lib.ModelConfig]:
-  """Every row with its own scales for the tower's grid, and with those of the original's 24 grid.
+  """Every variant with its own scales for the tower's grid, and with those of the original's 24 grid.
 
   With the scales that were said, if there are any.
   """
-  for row in VARIANTS:
-    if wanted not in ("", row):
+  for variant in VARIANTS:
+    if wanted not in ("", variant):
       continue
     seen = set()
-    for scales in (said,) if said else ((), VARIANTS[row].scales(24)):
-      projector = config_lib.ProjectorConfig(row=row, scales=scales)
+    for scales in (said,) if said else ((), VARIANTS[variant].scales(24)):
+      projector = config_lib.ProjectorConfig(variant=variant, scales=scales)
       candidate = dataclasses.replace(model, projector=projector)
       try:
         sizes = build.view_sizes(candidate)
@@ -95,7 +96,7 @@ def _candidates(
         yield candidate
 
 
-# Everything that is no projector's; what no row knows among the rest decides against a row.
+# Everything that is no projector's; what no variant knows among the rest decides against it.
 _ELSEWHERE = re.compile(
   r"base_model\.|lm_head\.|model\.(layers|embed_tokens|norm)\.|vision_model\.|text_model\."
 )

@@ -49,7 +49,7 @@ def _llava(model: Loaded, out: Path) -> None:
   """The original's merged layout; the tower stays where the config says, or goes beside it."""
   config, tower = _with_tower(model, out)
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
-  tensors += to_tensors(model.part("projector"), _projector_rows(model))
+  tensors += to_tensors(model.part("projector"), _projector_names(model))
   torch_write.save_safetensors(tensors, out)
   _json(out / "config.json", settings_out.llava_json(config, tower))
   _note(model, out)
@@ -68,7 +68,7 @@ def _llava_lora(model: Loaded, out: Path) -> None:
     _language_model(model, out / "base")
   adapters = model.part("language_model", adapters=True)
   torch_write.save_safetensors(to_tensors(adapters, tables.LORA), out, "adapter_model")
-  projector = to_tensors(model.part("projector"), _projector_rows(model))
+  projector = to_tensors(model.part("projector"), _projector_names(model))
   renamed = [t.renamed(f"base_model.model.{t.name}") for t in projector]
   torch_write.save_bin(renamed, out / "non_lora_trainables.bin")
   names = sorted({path.split("/")[-2] for path in adapters})
@@ -86,7 +86,7 @@ def _llava_lora(model: Loaded, out: Path) -> None:
 
 def _llava_hf(model: Loaded, out: Path) -> None:
   """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
-  projector = to_tensors(model.part("projector"), _projector_rows(model))
+  projector = to_tensors(model.part("projector"), _projector_names(model))
   save_hf.write(model, out, _tower_tensors(model), projector)
   _note(model, out)
 
@@ -127,16 +127,16 @@ def _final(path: Path) -> str:
   )
 
 
-def _projector_rows(model: Loaded) -> tuple[tables.NameRule, ...]:
+def _projector_names(model: Loaded) -> tuple[tables.NameRule, ...]:
   sizes = build.view_sizes(model.config.model)
-  row, width = model.config.model.projector.row, model.config.model.tower.width
-  return tables.projector(row, width, sizes)
+  variant, width = model.config.model.projector.variant, model.config.model.tower.width
+  return tables.projector(variant, width, sizes)
 
 
 def _note(model: Loaded, out: Path) -> None:
-  """What the original's files do not say: the projector's row, and which base was trained on."""
+  """What the original's files do not say: the projector's variant, and which base was trained on."""
   projector = model.config.model.projector
-  _json(out / NOTE, {"row": projector.row, "scales": list(projector.scales),
+  _json(out / NOTE, {"variant": projector.variant, "scales": list(projector.scales),
                      "template": model.config.data.template,
                      "base_fingerprint": model.fingerprint,
                      "base_dtype": model.config.model.frozen_dtype})  # fmt: skip
@@ -171,7 +171,7 @@ EXPORTS: dict[str, Export] = {
   ),
   "llava": Export("merged folder of the original code", _llava,
                   ("vision_tower", "projector", "language_model")),
-  "llava_hf": Export("transformers' LlavaForConditionalGeneration (row none)", _llava_hf,
+  "llava_hf": Export("transformers' LlavaForConditionalGeneration (variant none)", _llava_hf,
                      ("vision_tower", "projector", "language_model")),
   "language_model": Export("the decoder alone, for transformers", _language_model,
                            ("language_model",)),

@@ -31,10 +31,10 @@ _ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # what has a row for ea
 
 def refuse(model: Loaded) -> None:
   """Raises: FormatError for what transformers' Llava does not compute."""
-  row, data = model.config.model.projector.row, model.config.data
-  if row != "none":
+  variant, data = model.config.model.projector.variant, model.config.data
+  if variant != "none":
     raise FormatError(
-      f"--format llava_hf: transformers has no spatial tokens (row {row}); export 'llava' for the "
+      f"--format llava_hf: transformers has no spatial tokens (variant {variant}); export 'llava' for the "
       "original code, or 'language_model' for the decoder alone"
     )
   if data.image_aspect == "anyres" or model.config.model.image_newline:

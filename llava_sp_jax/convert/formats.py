@@ -57,7 +57,7 @@ class Options:
 
   base: str = ""
   tower: str = ""
-  row: str = ""
+  variant: str = ""
   template: str = ""
   select_layer: int = 0  # of a tower alone; 0: LLaVA's -2
   allow_unknown: bool = False  # keys of settings files that no table knows
@@ -85,21 +85,22 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   llm, tensors = _tied(llm, tensors)
   note = folder.path / NOTE
   said = settings.read_json(note) if note.is_file() else {}
+  said = {config_lib.FORMER_NAMES.get(key, key): value for key, value in said.items()}
   said = keys.read(said, key_tables.NOTE, str(note), options.allow_unknown)
-  for key, known in (("row", VARIANTS), ("template", conversation.TEMPLATES)):
+  for key, known in (("variant", VARIANTS), ("template", conversation.TEMPLATES)):
     if said.get(key):
       config_lib.lookup(f"{note}: {key}", said[key], known)
   model = config_lib.ModelConfig(
     tower=tower, language_model=llm or config_lib.LanguageModelConfig(),
     lora=opened.recipe.lora if opened.recipe else config_lib.LoraConfig(),
-    projector=config_lib.ProjectorConfig(row="none"),
+    projector=config_lib.ProjectorConfig(variant="none"),
     image_newline="model.image_newline" in tensors,
   )  # fmt: skip
   problems: list[str] = []
   if "projector" in parts:
     model = detect.with_projector(
-      model, tensors, options.row or said.get("row", ""), str(folder.path),
-      scales=() if options.row else tuple(said.get("scales", ())),
+      model, tensors, options.variant or said.get("variant", ""), str(folder.path),
+      scales=() if options.variant else tuple(said.get("scales", ())),
     )  # fmt: skip
   found = leaves.gather(tensors.values(), _names(model, parts), problems)
   found = _used_layers(found, model)
@@ -288,7 +289,7 @@ def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[table
   every = {
     "vision_tower": tables.TOWERS[model.tower.variant],
     "projector": tables.projector(
-      model.projector.row, model.tower.width, build.view_sizes(model)
+      model.projector.variant, model.tower.width, build.view_sizes(model)
     ),
     "language_model": tables.LLAMA + tables.LORA,
   }  # fmt: skip

@@ -342,7 +342,7 @@ TOKENIZER: Table = {  # tokenizer_config.json
 }  # fmt: skip
 
 NOTE: Table = {  # llava_sp.json of our own exports
-  "row": honored(TEXT, "the projector's row"),
+  "variant": honored(TEXT, "the projector's variant"),
   "scales": honored(listing(SIZE, 0), "its views"),
   "template": honored(TEXT, "the conversation template"),
   "base_fingerprint": honored(TEXT, "of the base that adapters were trained on"),

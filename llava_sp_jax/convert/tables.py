@@ -83,7 +83,7 @@ _MLP = (
   NameRule("model.image_newline", "projector/image_newline", same),
 )
 
-# The parts of a projector row: (channels, scales) -> names. `{i}` of a path counts the scales.
+# The parts of a projector's variant: (channels, scales) -> names. `{i}` of a path counts the scales.
 Part = Callable[[int, Sequence[int]], tuple[NameRule, ...]]
 
 
@@ -207,13 +207,13 @@ PROJECTORS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def projector(row: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
-  """The names of a projector row. Raises: KeyError.
+def projector(variant: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
+  """The names of a projector's variant. Raises: KeyError.
 
   `channels` is the tower's width, `scales` are the sizes of the views (`build.view_sizes`), which
   the original has in its names. `image_newline` is among them, used or not.
   """
-  return _MLP + tuple(r for part in PROJECTORS[row] for r in part(channels, scales))
+  return _MLP + tuple(r for part in PROJECTORS[variant] for r in part(channels, scales))
 
 
 IGNORED = (

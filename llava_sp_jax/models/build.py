@@ -36,11 +36,11 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
   """Builds the module tree.
 
   Raises:
-    ConfigError: for a row, variant or size that does not exist or does not fit.
+    ConfigError: for a variant or size that does not exist or does not fit.
   """
   tower, text, projector = config.tower, config.language_model, config.projector
   config_lib.lookup("model.tower.variant", tower.variant, TOWER_VARIANTS)
-  config_lib.lookup("model.projector.row", projector.row, VARIANTS)
+  config_lib.lookup("model.projector.variant", projector.variant, VARIANTS)
   config_lib.lookup("model.language_model.rope_scaling.kind", text.rope_scaling.kind, ROPES)
   config_lib.lookup("model.remat", config.remat, POLICIES)
   config_lib.lookup("model.attention", config.attention, {"auto": None, **IMPLEMENTATIONS})
@@ -60,7 +60,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
       initializer_range=tower.initializer_range,
     ),
     projector=Projector(
-      projector.row, projector.token_width, text.width, dtype, view_sizes(config),
+      projector.variant, projector.token_width, text.width, dtype, view_sizes(config),
       config.image_newline,
     ),
     language_model=Decoder(
@@ -153,17 +153,17 @@ def tower_layers(config: config_lib.ModelConfig) -> int:
 
 def view_sizes(config: config_lib.ModelConfig) -> tuple[int, ...]:
   """Sizes of the projector's views in patches, small to large. Raises: ConfigError."""
-  row, grid = config.projector.row, patch_grid(config)
+  variant, grid = config.projector.variant, patch_grid(config)
   try:
-    return VARIANTS[row].scales(grid, config.projector.scales)
+    return VARIANTS[variant].scales(grid, config.projector.scales)
   except ValueError as error:
-    raise config_lib.ConfigError(f"model.projector.row {row}: {error}") from None
+    raise config_lib.ConfigError(f"model.projector.variant {variant}: {error}") from None
 
 
 def image_token_count(config: config_lib.ModelConfig) -> int:
   """Tokens of the language model that one image becomes: spatial tokens and patches."""
   grid, sizes = patch_grid(config), view_sizes(config)
-  return spatial_token_count(config.projector.row, grid, sizes) + grid * grid
+  return spatial_token_count(config.projector.variant, grid, sizes) + grid * grid
 
 
 def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:

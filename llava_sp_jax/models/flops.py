@@ -112,8 +112,8 @@ def _image(
   config: config_lib.ModelConfig, shapes: dict[str, tuple[int, ...]], learns: Callable[[str], bool]
 ) -> float:
   patches = build.patch_grid(config) ** 2
-  row, sizes = VARIANTS[config.projector.row], build.view_sizes(config)
-  field = row.detail_field(build.patch_grid(config), config.projector.scales)
+  variant, sizes = VARIANTS[config.projector.variant], build.view_sizes(config)
+  field = variant.detail_field(build.patch_grid(config), config.projector.scales)
   counts = _Sizes(patches, build.image_token_count(config) - patches, sizes, field)
   tower_learns = any(learns(path) for path in shapes if path.startswith("vision_tower/"))
   positions = patches + ("vision_tower/class_embed" in shapes)

@@ -1,6 +1,6 @@
 """Vision-to-language projector: a patch MLP, optionally preceded by visual spatial tokens.
 
-Every variant is a row of ROWS; `spatial` has the parts that a row names.
+Every variant is a row of VARIANTS; `spatial` has the parts that a row names.
 
 Shape letters:  B images . G grid side . C vision width . S spatial tokens . D model width
 Source: paper section 3; `llava/model/llava_arch.py` of the original code.
@@ -45,11 +45,11 @@ class Variant:
   def scales(self, grid: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
     """View sizes for a grid side, small to large: the wanted ones, or equal parts of the grid.
 
-    Raises: ValueError for sizes that the grid or the row does not have.
+    Raises: ValueError for sizes that the grid or the variant does not have.
     """
     if not self.views:
       if wanted:
-        raise ValueError(f"scales {tuple(wanted)}, but the row has no views; leave them out")
+        raise ValueError(f"scales {tuple(wanted)}, but the variant has no views; leave them out")
       return ()
     if not wanted and grid < self.parts:
       raise ValueError(f"a {grid}x{grid} grid is too small for {self.parts} scales")
@@ -90,23 +90,23 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def check_grid(row: str, shape: Sequence[int]) -> None:
-  """Raises: ValueError for a row that does not exist, or features that are no square grid."""
-  if row not in VARIANTS:
-    raise ValueError(f"projector row {row!r}: expected one of {', '.join(VARIANTS)}")
+def check_grid(variant: str, shape: Sequence[int]) -> None:
+  """Raises: ValueError for a variant that does not exist, or features that are no square grid."""
+  if variant not in VARIANTS:
+    raise ValueError(f"projector variant {variant!r}: expected one of {', '.join(VARIANTS)}")
   if len(shape) != 4 or shape[1] != shape[2] or 0 in shape:
     raise ValueError(
-      f"projector {row}: expected features [B, G, G, C] of a square grid, found {list(shape)}; "
+      f"projector {variant}: expected features [B, G, G, C] of a square grid, found {list(shape)}; "
       "patch tokens [B, G*G, C] are reshaped so, without a class token"
     )
 
 
-def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
+def spatial_token_count(variant: str, grid: int, scales: Sequence[int] = ()) -> int:
   """How many spatial tokens stand before the patch tokens of one image.
 
-  Raises: ValueError for scales that the grid or the row does not have.
+  Raises: ValueError for scales that the grid or the variant does not have.
   """
-  spec, sizes = VARIANTS[row], VARIANTS[row].scales(grid, scales)
+  spec, sizes = VARIANTS[variant], VARIANTS[variant].scales(grid, scales)
   field = spec.detail_field(grid, scales)
   positions = [(field - detail_size(k, field)) // DETAIL_STRIDE + 1 for k in spec.detail_kernels]
   as_tokens = sum(p * p for p in positions) if spec.detail_as_tokens else 0
@@ -116,11 +116,11 @@ def spatial_token_count(row: str, grid: int, scales: Sequence[int] = ()) -> int:
 class Projector(nn.Module):
   """Image tokens of the language model: spatial tokens first, then one per patch.
 
-  `scales` replaces the row's own view sizes. With `newline` it also holds `image_newline` [D], the
+  `scales` replaces the variant's own view sizes. With `newline` it also holds `image_newline` [D], the
   token that ends a row of tile patches. `platform` is that of the devices ("": where jax runs).
   """
 
-  row: str
+  variant: str
   token_width: int
   out_width: int
   dtype: jnp.dtype = jnp.float32
@@ -135,35 +135,35 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, S + G*G, D]
-    check_grid(self.row, grid.shape)
+    check_grid(self.variant, grid.shape)
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
     grid = constrain(grid, "batch", None, None, None)  # only the views below move
     patches = grid.reshape(len(grid), -1, grid.shape[-1])
     patches = dense(self.out_width, name="fc1")(patches)
     patches = dense(self.out_width, name="fc2")(nn.gelu(patches, approximate=False))
-    if not spatial_token_count(self.row, grid.shape[1], self.scales):
+    if not spatial_token_count(self.variant, grid.shape[1], self.scales):
       return patches
     tokens = nn.gelu(self._spatial(grid), approximate=False)
-    tokens = dense(self.out_width, use_bias=VARIANTS[self.row].out_bias, name="out")(tokens)
+    tokens = dense(self.out_width, use_bias=VARIANTS[self.variant].out_bias, name="out")(tokens)
     return jnp.concatenate([tokens, patches], axis=1)
 
   def _spatial(self, grid: jax.Array) -> jax.Array:
     """Spatial tokens with their details, before the output layer. [B, G, G, C] -> [B, S, ...]."""
-    row, side = VARIANTS[self.row], grid.shape[1]
-    scales, field = row.scales(side, self.scales), row.detail_field(side, self.scales)
+    variant, side = VARIANTS[self.variant], grid.shape[1]
+    scales, field = variant.scales(side, self.scales), variant.detail_field(side, self.scales)
     details = {
       k: DetailInteraction(
         detail_size(k, field), self.token_width, self.dtype, self.platform, name=f"detail_{k}"
       )
-      for k in row.detail_kernels
+      for k in variant.detail_kernels
     }
-    if row.detail_as_tokens:
+    if variant.detail_as_tokens:
       return jnp.concatenate([detail.convolve(grid) for detail in details.values()], axis=1)
-    extract = EXTRACTORS[row.extractor]
+    extract = EXTRACTORS[variant.extractor]
     tokens = jnp.stack(
       [
         extract(VIEWS[view](grid, size), self.token_width, self.dtype, f"{view}_{i}")
-        for view in row.views
+        for view in variant.views
         for i, size in enumerate(scales)
       ],
       axis=1,
@@ -171,8 +171,8 @@ class Projector(nn.Module):
     if not details:
       return tokens
     # The details see the largest view: the whole grid, unless the config's scales stop before it.
-    seen = VIEWS[row.views[0]](grid, field)
-    owners = row.detail_values or row.detail_kernels
+    seen = VIEWS[variant.views[0]](grid, field)
+    owners = variant.detail_values or variant.detail_kernels
     found = [details[k](tokens, seen, details[owner].values)
-             for k, owner in zip(row.detail_kernels, owners, strict=True)]  # fmt: skip
-    return jnp.concatenate([tokens, *MERGES[row.detail_merge](found)], axis=-1)
+             for k, owner in zip(variant.detail_kernels, owners, strict=True)]  # fmt: skip
+    return jnp.concatenate([tokens, *MERGES[variant.detail_merge](found)], axis=-1)

@@ -3,7 +3,7 @@
 A spatial token is one view of the grid (a central crop or an adaptive average pool) that an extractor
 turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the whole view.
 With detail kernels, tokens also attend to a strided convolution of the grid (its Detail Feature
-Integrator). Which of these a variant has is a row of `projector.ROWS`.
+Integrator). Which of these a variant has is a row of `projector.VARIANTS`.
 
 Shape letters:  B images . G grid side . s view side . C vision width . K token width . S tokens
                 P positions of a strided convolution . T,M sequences . N heads . H head width

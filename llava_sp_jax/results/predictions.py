@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax import files as regular
 from llava_sp_jax import jsonl
 from llava_sp_jax.json_files import NUMBER, fits
@@ -153,7 +154,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
       f"{path}: damaged, so nobody knows what the answers beside it were made with; put it back from "
       "a copy, or name another folder with --out"
     )
-  return json.loads(path.read_bytes())
+  found = json.loads(path.read_bytes())
+  if isinstance(model := found["settings"].get("model"), dict):  # as a run's config has it
+    found["settings"]["model"] = config_lib.renamed(model, config_lib.ModelConfig, "model")
+  return found
 
 
 def _whole(path: Path) -> bool:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from llava_sp_jax import console
-from llava_sp_jax.config import ConfigError
+from llava_sp_jax.config import FORMER_NAMES, ConfigError
 
 DIGITS = 18  # of a whole number: what 64 bits hold
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser whose errors are one line; a mistyped option is told with the one that was meant."""
+  """A parser whose errors are one line; a mistyped option is told with the one that was meant.
+
+  Options are found by their former names as well.
+  """
 
   def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
     """Ends the process with code 2 for what it does not take."""
-    found, unknown = self.parse_known_args(args, namespace)
+    known = [name for action in self._actions for name in action.option_strings]
+    given = [present(text, known) for text in (sys.argv[1:] if args is None else args)]
+    found, unknown = self.parse_known_args(given, namespace)
     if unknown:
-      known = [name for action in self._actions for name in action.option_strings]
       self.error(unknown_options(unknown, known))
     return found
 
@@ -34,6 +39,13 @@ def whole(flag: str, text: str, least: int) -> int:
   if not plain or int(text) < least:
     raise ConfigError(f"--{flag}: expected a whole number from {least}, found {text!r:.40}")
   return int(text)
+
+
+def present(text: str, known: Iterable[str]) -> str:
+  """An argument with the present name of its option, where `known` has that and not the former."""
+  flag, equals, value = text.partition("=")
+  name = "--" + FORMER_NAMES.get(flag.removeprefix("--"), "")
+  return f"{name}{equals}{value}" if flag not in known and name in known else text
 
 
 def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:

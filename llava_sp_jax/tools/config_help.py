@@ -20,7 +20,7 @@ from llava_sp_jax import limits
 TABLES = {
   "model.tower.variant": ("models.vit", "TOWER_VARIANTS"),
   "model.language_model.rope_scaling.kind": ("models.layers", "ROPES"),
-  "model.projector.row": ("models.projector", "VARIANTS"),
+  "model.projector.variant": ("models.projector", "VARIANTS"),
   "model.matmul_precision": ("models.build", "PRECISIONS"),
   "model.quantize": ("models.quantize", "FORMATS"),
   "model.remat": ("models.remat", "POLICIES"),
@@ -37,9 +37,9 @@ TABLES = {
   "data.patch_merge": ("data.anyres", "MERGES"),
   "optimizer.stage": ("training.optimizer", "STAGES"),
   "optimizer.moment_dtype": ("training.optimizer", "MOMENT_DTYPES"),
-  "train.sinks": ("train.sinks", "SINKS"),
-  "evaluate.task": ("tasks", "TASKS"),
-  "mesh.base": ("sharding", "PRESETS"),
+  "train.sinks": ("training.sinks", "SINKS"),
+  "evaluate.task": ("tasks.catalog", "TASKS"),
+  "mesh.base": ("distributed.sharding", "PRESETS"),
 }
 BESIDES = {"model.attention": ("auto",)}  # values that no row of a table stands for
 FIELD = re.compile(r"  (\w+): .*?  # (.+)")

@@ -24,7 +24,7 @@ def source_options(parser: argparse.ArgumentParser) -> None:
   """What a checkpoint may not say itself."""
   parser.add_argument("--base", default="", help="folder of the base language model of a LoRA")
   parser.add_argument("--tower", default="", help="folder of the vision tower")
-  parser.add_argument("--row", default="", help="projector row, where names do not tell it")
+  parser.add_argument("--variant", default="", help="of the projector, where names do not tell it")
   parser.add_argument("--template", default="",
                       help="conversation template (default: v1, where nothing speaks against it)")  # fmt: skip
   parser.add_argument("--allow-unknown", action="store_true",
@@ -40,11 +40,11 @@ def to_options(given: argparse.Namespace, path: str) -> formats.Options:
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.convert import formats
 
-  said = [f"--{name}" for name in ("row", "template") if getattr(given, name)]
+  said = [f"--{name}" for name in ("variant", "template") if getattr(given, name)]
   if said and own_folders.is_ours(path):
     raise ConfigError(f"{path}: says itself what {' and '.join(said)} would say; leave that out")
   return formats.Options(
-    given.base, given.tower, given.row, given.template, allow_unknown=given.allow_unknown
+    given.base, given.tower, given.variant, given.template, allow_unknown=given.allow_unknown
   )
 
 
@@ -68,7 +68,7 @@ def described(source: Loaded) -> list[str]:
     lines.append(f"pictures    {data.image_aspect}, {data.image_fit}, {data.image_resample}, mean "
                  f"{_numbers(data.image_mean)}, std {_numbers(data.image_std)}")  # fmt: skip
   if "projector" in source.parts:
-    lines.append(f"variant     {model.projector.row}, views {build.view_sizes(model)}, "
+    lines.append(f"variant     {model.projector.variant}, views {build.view_sizes(model)}, "
                  f"{build.image_token_count(model)} tokens an image")  # fmt: skip
     lines.append(f"template    {data.template}")
   else:
@@ -118,5 +118,5 @@ def main(argv: list[str]) -> None:
   size = sum(leaf.nbytes for leaf in source.leaves.values())
   console.say("\n".join(described(source)))
   form = formats.FORMATS.get(source.format)
-  console.say(f"{options.out}: {form.what if form else 'a folder of ours'}, row "
-        f"{source.config.model.projector.row}, {size / 1e9:.2f} GB")  # fmt: skip
+  console.say(f"{options.out}: {form.what if form else 'a folder of ours'}, variant "
+        f"{source.config.model.projector.variant}, {size / 1e9:.2f} GB")  # fmt: skip

@@ -13,7 +13,7 @@ from llava_sp_jax.tools.convert import source_options, to_options
 def parser() -> argparse.ArgumentParser:
   result = arguments.Parser(
     prog="llava-sp inspect",
-    description="Prints format, projector row, families, sizes, dtypes, fingerprint and parameter "
+    description="Prints format, projector variant, families, sizes, dtypes, fingerprint and parameter "
     "counts of a run, a converted checkpoint, or anything that convert reads.",
     epilog="example: llava-sp inspect runs/finetune",
   )
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     console.say(f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
           f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}")  # fmt: skip
   if "projector" in source.parts:
-    row = model.projector
-    console.say(f"projector       row {row.row}, views {build.view_sizes(model)}, token width "
-          f"{row.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
+    projector = model.projector
+    console.say(f"projector       variant {projector.variant}, views {build.view_sizes(model)}, token width "
+          f"{projector.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
     console.say(
       f"images          {data.image_aspect}, {data.image_fit}, {data.image_resample}; template {data.template}"
     )

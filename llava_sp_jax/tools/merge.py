@@ -43,7 +43,7 @@ def _whole(source: Loaded) -> Loaded:
 
   tower = config_lib.TowerConfig(image_size=28, width=8, layers=2, heads=2, mlp_width=8)
   model = dataclasses.replace(
-    source.config.model, tower=tower, projector=config_lib.ProjectorConfig(row="none")
+    source.config.model, tower=tower, projector=config_lib.ProjectorConfig(variant="none")
   )
   kept = {p: leaf for p, leaf in source.leaves.items() if p.startswith("language_model/")}
   zeros = {p: np.zeros(x.shape, np.float32)

@@ -32,7 +32,7 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
                            several processes; found out on TPU pods, under SLURM, in GKE and MPI
 
 example:
-  llava-sp train --config configs/easy_vqa.py:stage=pretrain,row=cropping --workdir runs/pretrain \\
+  llava-sp train --config configs/easy_vqa.py:stage=pretrain,variant=cropping --workdir runs/pretrain \\
     --config.train.steps=200
 
 keys with their defaults, what they mean, and what they allow:

@@ -330,6 +330,6 @@ def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> s
   axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
   parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
   return (
-    f"{config.name}: stage {config.optimizer.stage}, row {config.model.projector.row}, "
+    f"{config.name}: stage {config.optimizer.stage}, variant {config.model.projector.variant}, "
     f"{learns:,} parameters learn, {frozen:,} are frozen ({parts}); mesh {axes}"
   )

@@ -35,7 +35,7 @@ def kernel(opened: Loaded, alpha: float) -> np.ndarray:
 @pytest.mark.parametrize("alpha", [4, 2.5])
 def test_alpha_is_the_folder_s_own(folder: Path, tmp_path: Path, alpha: float) -> None:
   change_json(folder / "adapter_config.json", lora_alpha=alpha, lora_dropout=0.25)
-  opened = formats.open_checkpoint(folder, formats.Options(row="cropping"))
+  opened = formats.open_checkpoint(folder, formats.Options(variant="cropping"))
   assert opened.config.model.lora == config_lib.LoraConfig(rank=4, alpha=float(alpha), dropout=0.25)
   merged = folding.fold(opened).leaves["language_model/layers/q_proj/kernel"].read()
   np.testing.assert_allclose(merged, kernel(opened, alpha), rtol=1e-2, atol=1e-3)

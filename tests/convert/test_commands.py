@@ -41,7 +41,8 @@ def test_a_published_adapter_in_and_out(
 
   said = llava_sp(capsys, "inspect", ours, "--fingerprint")
   assert (
-    "projector       row cropping, views (4, 8, 12, 16, 20, 24), token width 8, 582 tokens" in said
+    "projector       variant cropping, views (4, 8, 12, 16, 20, 24), token width 8, 582 tokens"
+    in said
   )
   assert "adapters        rank 4, alpha 8" in said
   assert f"fingerprint {opening.base_fingerprint(wanted)}" in said
@@ -118,7 +119,7 @@ def test_inspect_reads_no_values(
   for kind in subclasses(leaves.Leaf):
     monkeypatch.setattr(kind, "read", lambda self, index=None: pytest.fail(f"{self.path} is read"))
   for given in (LORA, [str(ours)], [str(run)]):
-    assert "projector       row " in llava_sp(capsys, "inspect", *given)
+    assert "projector       variant " in llava_sp(capsys, "inspect", *given)
     with pytest.raises(pytest.fail.Exception, match="is read"):
       cli.main(["inspect", *given, "--fingerprint"])
 

@@ -22,7 +22,7 @@ from tests.conftest import ConfigMaker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-FOUND = (  # folder, format, projector row
+FOUND = (  # folder, format, variant of the projector
   ("base-llm", "language_model", "none"),
   ("clip-vit-tiny", "vision_tower", "none"),
   ("clip-vit-tiny-224", "vision_tower", "none"),
@@ -36,10 +36,10 @@ FOUND = (  # folder, format, projector row
 )
 
 
-@pytest.mark.parametrize(("folder", "name", "row"), FOUND)
-def test_format_and_row_are_found(folder: str, name: str, row: str) -> None:
+@pytest.mark.parametrize(("folder", "name", "variant"), FOUND)
+def test_format_and_variant_are_found(folder: str, name: str, variant: str) -> None:
   source = open_checkpoint(GOLDEN / folder)
-  assert (source.format, source.config.model.projector.row) == (name, row)
+  assert (source.format, source.config.model.projector.variant) == (name, variant)
 
 
 def test_settings_of_the_files_are_in_our_config() -> None:
@@ -139,7 +139,7 @@ def test_another_base_is_refused_by_its_sizes(folder: Path) -> None:
 
 def test_another_tower_is_refused_by_its_grid(folder: Path) -> None:
   shutil.copytree(GOLDEN / "clip-vit-tiny-224", folder / "small")
-  with pytest.raises(FormatError, match="projector is incomplete or of no known row"):
+  with pytest.raises(FormatError, match="projector is incomplete or of no known variant"):
     open_checkpoint(folder / "cropping/llava-lora", Options(tower=str(folder / "small")))
 
 
@@ -172,7 +172,7 @@ def test_hub_names_are_fetched_or_explained(folder: Path, monkeypatch: pytest.Mo
 
 def test_an_incomplete_stage_1_file_names_what_it_lacks() -> None:
   """The original's intermediate checkpoints keep some of the spatial tensors only."""
-  with pytest.raises(FormatError, match="nearest row is 'cropping'") as error:
+  with pytest.raises(FormatError, match="nearest is 'cropping'") as error:
     open_checkpoint(
       GOLDEN / "cropping/stage1/checkpoint-7",
       Options(base=str(GOLDEN / "base-llm"), tower=str(GOLDEN / "clip-vit-tiny")),
@@ -182,10 +182,10 @@ def test_an_incomplete_stage_1_file_names_what_it_lacks() -> None:
 
 
 def test_a_row_that_does_not_exist_or_does_not_fit(folder: Path) -> None:
-  with pytest.raises(ConfigError, match=r"--row: unknown 'crop'; known: .*cropping"):
-    open_checkpoint(folder / "cropping/llava-lora", Options(row="crop"))
-  with pytest.raises(FormatError, match="nearest row is 'pooling'"):
-    open_checkpoint(folder / "cropping/llava-lora", Options(row="pooling"))
+  with pytest.raises(ConfigError, match=r"--variant: unknown 'crop'; known: .*cropping"):
+    open_checkpoint(folder / "cropping/llava-lora", Options(variant="crop"))
+  with pytest.raises(FormatError, match="nearest is 'pooling'"):
+    open_checkpoint(folder / "cropping/llava-lora", Options(variant="pooling"))
 
 
 @pytest.mark.parametrize(

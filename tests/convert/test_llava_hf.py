@@ -130,7 +130,7 @@ def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path:
     f"{v1.system}{v1.before}\n{q}{v1.after} {a}" for q, a in zip(questions, answers_, strict=True)
   ]
   train_bpe(texts[:4000], tmp_path / "tokenizer", 512)
-  config = tool.load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,row=none")
+  config = tool.load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,variant=none")
   config = config_lib.override(config, {
     "config.data.path": str(tmp_path / "train.json"), "config.optimizer.stage": "pretrain_all",
     "config.data.image_folder": str(Path(easy_vqa.__file__).parent / "data/train/images"),

@@ -119,9 +119,9 @@ def test_training_begins_from_a_folder_with_an_unknown_key(
 # ---- a LoRA folder on a merged LLaVA, and towers that learned ---------------------------------------
 
 
-def exported(folder: Path, row: str, factor: float, name: str = "llava", rank: int = 0) -> Path:
+def exported(folder: Path, variant: str, factor: float, name: str = "llava", rank: int = 0) -> Path:
   """A random model with all its values times `factor`."""
-  model = source(row, rank=rank)
+  model = source(variant, rank=rank)
   for leaf in model.leaves.values():
     leaf.read()[...] *= factor
   export.export(model, name, folder)
@@ -156,7 +156,7 @@ def test_adapters_over_a_merged_llava(tmp_path: Path) -> None:
     else:
       wanted = value(under, path) * np.float32(0.5)
     np.testing.assert_array_equal(value(opened, path), wanted, err_msg=path)
-  assert opened.config.model.projector.row == "pooling"
+  assert opened.config.model.projector.variant == "pooling"
   assert opened.base == base.name
 
 

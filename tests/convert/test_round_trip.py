@@ -1,4 +1,4 @@
-"""In -> out -> in is bit-equal for every row and format, and torch's own readers agree."""
+"""In -> out -> in is bit-equal for every variant and format, and torch's own readers agree."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ TEXT = config_lib.LanguageModelConfig(
 GRID_16 = dataclasses.replace(TOWER, image_size=64)
 
 
-def source(row: str, dtype: str = "float32", rank: int = 2, **model: Any) -> Loaded:
+def source(variant: str, dtype: str = "float32", rank: int = 2, **model: Any) -> Loaded:
   """A whole random model in memory."""
-  tower = GRID_16 if row == "crop_224" else TOWER
+  tower = GRID_16 if variant == "crop_224" else TOWER
   values = config_lib.ModelConfig(
-    tower=tower, language_model=TEXT, projector=config_lib.ProjectorConfig(row=row, token_width=8),
+    tower=tower, language_model=TEXT, projector=config_lib.ProjectorConfig(variant=variant, token_width=8),
     lora=config_lib.LoraConfig(rank=rank, alpha=3.0), dtype=dtype, frozen_dtype=dtype,
   )  # fmt: skip
   values = dataclasses.replace(values, **model)
@@ -56,16 +56,16 @@ def assert_same(one: Loaded, two: Loaded) -> None:
     assert ours.tobytes() == theirs.tobytes(), path
 
 
-CASES = [*((row, "float32") for row in VARIANTS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
+CASES = [*((variant, "float32") for variant in VARIANTS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
          ("none", "float16"), ("pooling_transformer", "bfloat16")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "dtype"), CASES)
-def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> None:
-  ours = source(row, dtype)
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_adapter_folder_and_our_own(variant: str, dtype: str, tmp_path: Path) -> None:
+  ours = source(variant, dtype)
   export.export(ours, "llava_lora", tmp_path / "lora")
   back = formats.open_checkpoint(tmp_path / "lora")
-  assert back.config.model.projector.row == row
+  assert back.config.model.projector.variant == variant
   assert back.config.model.lora == dataclasses.replace(ours.config.model.lora)
   assert back.config.model.language_model == TEXT
   assert_same(ours, back)
@@ -73,12 +73,12 @@ def test_adapter_folder_and_our_own(row: str, dtype: str, tmp_path: Path) -> Non
   assert_same(ours, opening.open_any(tmp_path / "ours", formats.Options()))
 
 
-@pytest.mark.parametrize(("row", "dtype"), CASES)
-def test_merged_folder(row: str, dtype: str, tmp_path: Path) -> None:
-  ours = source(row, dtype, rank=0)
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_merged_folder(variant: str, dtype: str, tmp_path: Path) -> None:
+  ours = source(variant, dtype, rank=0)
   export.export(ours, "llava", tmp_path / "merged")
   back = formats.open_checkpoint(tmp_path / "merged")
-  assert back.config.model.projector.row == row
+  assert back.config.model.projector.variant == variant
   assert_same(ours, back)
 
 
@@ -118,18 +118,20 @@ def test_folding_adds_the_scaled_product() -> None:
 
 def test_the_note_decides_what_names_cannot(tmp_path: Path) -> None:
   export.export(source("pooling_transformer", rank=0), "llava", tmp_path / "x")
-  assert formats.open_checkpoint(tmp_path / "x").config.model.projector.row == "pooling_transformer"
+  assert (
+    formats.open_checkpoint(tmp_path / "x").config.model.projector.variant == "pooling_transformer"
+  )
   (tmp_path / "x" / formats.NOTE).unlink()
   with pytest.raises(
-    FormatError, match=r"rows cropping_transformer and pooling_transformer.*--row"
+    FormatError, match=r"variants cropping_transformer and pooling_transformer.*--variant"
   ):
     formats.open_checkpoint(tmp_path / "x")
-  told = formats.open_checkpoint(tmp_path / "x", formats.Options(row="cropping_transformer"))
-  assert told.config.model.projector.row == "cropping_transformer"
+  told = formats.open_checkpoint(tmp_path / "x", formats.Options(variant="cropping_transformer"))
+  assert told.config.model.projector.variant == "cropping_transformer"
 
 
 def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
-  projector = config_lib.ProjectorConfig(row="pooling", scales=(3, 5), token_width=8)
+  projector = config_lib.ProjectorConfig(variant="pooling", scales=(3, 5), token_width=8)
   ours = source("pooling", rank=0, projector=projector)
   export.export(ours, "llava", tmp_path / "x")
   back = formats.open_checkpoint(tmp_path / "x")
@@ -137,9 +139,15 @@ def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
   assert_same(ours, back)
   note = tmp_path / "x" / formats.NOTE
   said = json.loads(note.read_text())
-  for changed, message in (({"row": "pool"}, "llava_sp.json: row: unknown 'pool'"),
+  former = {"row" if key == "variant" else key: value for key, value in said.items()}
+  note.write_text(json.dumps(former))
+  assert formats.open_checkpoint(tmp_path / "x").config.model.projector == projector
+  note.write_text(json.dumps({**former, "row": "pool"}))
+  with pytest.raises(config_lib.ConfigError, match=r"llava_sp.json: variant: unknown 'pool'"):
+    formats.open_checkpoint(tmp_path / "x")
+  for changed, message in (({"variant": "pool"}, "llava_sp.json: variant: unknown 'pool'"),
                            ({"template": "v2"}, "llava_sp.json: template: unknown 'v2'"),
-                           ({"scales": [3, 6]}, "of no known row")):  # fmt: skip
+                           ({"scales": [3, 6]}, "of no known variant")):  # fmt: skip
     note.write_text(json.dumps({**said, **changed}))
     with pytest.raises((FormatError, config_lib.ConfigError), match=message):
       formats.open_checkpoint(tmp_path / "x")

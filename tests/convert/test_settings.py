@@ -95,7 +95,7 @@ def test_the_layer_that_a_checkpoint_was_trained_with(tmp_path: Path, layer: int
     shutil.copytree(GOLDEN / name, tmp_path / name)
   folder = tmp_path / "cropping/llava-lora"
   change_json(folder / "config.json", mm_vision_select_layer=layer)
-  opened = formats.open_checkpoint(folder, formats.Options(row="cropping"))
+  opened = formats.open_checkpoint(folder, formats.Options(variant="cropping"))
   tower = opened.config.model.tower
   assert tower.select_layer == layer
   assert opened.leaves["vision_tower/layers/q_proj/kernel"].shape[0] == tower.layers + 1 + layer
@@ -129,8 +129,8 @@ def stage_1(tmp_path: Path) -> Path:
   return tmp_path / "one"
 
 
-def second(stage_1: Path, row: str) -> config_lib.Config:
-  model = source(row).config.model
+def second(stage_1: Path, variant: str) -> config_lib.Config:
+  model = source(variant).config.model
   return config_lib.Config(model=model, init=config_lib.InitConfig(checkpoint=str(stage_1)))
 
 

@@ -85,7 +85,7 @@ def config(path: Path) -> config_lib.Config:
         image_size=4, patch_size=4, width=4, layers=1, heads=1, mlp_width=4, select_layer=-1
       ),
       language_model=settings.language_model(gguf.config(path), "gguf"),
-      projector=config_lib.ProjectorConfig(row="none"),
+      projector=config_lib.ProjectorConfig(variant="none"),
       dtype="float32",
       frozen_dtype="float32",
       remat="none",
@@ -250,13 +250,16 @@ def recipe(options: str) -> config_lib.Config:
   return config_lib.from_dict(values.to_dict())
 
 
-@pytest.mark.parametrize("row", ["none", "pooling", "cropping"])
-def test_recipe_has_the_sizes_of_the_file(path: Path, row: str) -> None:
-  ours = [recipe(f"row={row},stage=pretrain"), recipe(f"row={row},stage=finetune,init=somewhere")]
+@pytest.mark.parametrize("variant", ["none", "pooling", "cropping"])
+def test_recipe_has_the_sizes_of_the_file(path: Path, variant: str) -> None:
+  ours = [
+    recipe(f"variant={variant},stage=pretrain"),
+    recipe(f"variant={variant},stage=finetune,init=somewhere"),
+  ]
   for stage in ours:
     assert stage.model.language_model == settings.language_model(gguf.config(path), "gguf")
     build.model(stage.model)
-    assert build.image_token_count(stage.model) == (36 if row == "none" else 42)
+    assert build.image_token_count(stage.model) == (36 if variant == "none" else 42)
   assert ours[0].init.language_model == str(path)
   learns = {
     p.split("/")[0] for p in own_folders.abstract_leaves(ours[0].model)

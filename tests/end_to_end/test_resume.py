@@ -217,15 +217,15 @@ def test_fingerprint_refuses_another_base_when_loading(other_base: Path, unbroke
 
 
 @pytest.mark.guard
-@pytest.mark.parametrize("row", [pytest.param("none", marks=pytest.mark.slow), "pooling"])
+@pytest.mark.parametrize("variant", [pytest.param("none", marks=pytest.mark.slow), "pooling"])
 def test_second_stage_starts_from_the_first(
-  tiny_config: ConfigMaker, tmp_path: Path, row: str
+  tiny_config: ConfigMaker, tmp_path: Path, variant: str
 ) -> None:
   """Stage 2 takes all of stage 1; only adapters and projector learn, and they do."""
-  first = tiny_config("pretrain_all", row, train={"steps": 2})
+  first = tiny_config("pretrain_all", variant, train={"steps": 2})
   loop.train(first, tmp_path / "one")
   second = tiny_config(
-    "finetune", row, train={"steps": 3}, init={"checkpoint": str(tmp_path / "one")}
+    "finetune", variant, train={"steps": 3}, init={"checkpoint": str(tmp_path / "one")}
   )
   loop.train(second, tmp_path / "two")
   before, after = (own_folders.open_own(tmp_path / name).params() for name in ("one", "two"))

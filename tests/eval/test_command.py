@@ -109,9 +109,9 @@ def test_what_a_run_says_itself_is_not_said_again(
   out = [str(tmp_path / "out")] if name in ("merge", "convert") else []
   place = [str(run_folder), *out] if name in ("merge", "inspect", "convert") else []
   place = place or [f"--checkpoint={run_folder}"]
-  assert cli.main([name, *rest, *place, "--template=foo", "--row=bar"]) == 1
+  assert cli.main([name, *rest, *place, "--template=foo", "--variant=bar"]) == 1
   (line,) = capsys.readouterr().err.splitlines()
-  assert f"{run_folder}: says itself what --row and --template would say" in line
+  assert f"{run_folder}: says itself what --variant and --template would say" in line
 
 
 def test_a_run_can_be_converted(

@@ -71,6 +71,24 @@ def test_answers_of_another_version_are_refused(
     run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path, limit=2)
 
 
+def test_a_folder_with_former_names_of_keys_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+  task, path = EasyVqa(tiny_data), tmp_path / predictions.SETTINGS
+  before = run_lib.run(task, Scripted(), tmp_path, limit=2)
+  saved = json.loads(path.read_text())
+  projector = saved["settings"]["model"]["projector"]
+  projector["row"] = projector.pop("variant")
+  path.write_text(old := json.dumps(saved))
+  after = run_lib.run(task, engine := Scripted(), tmp_path, limit=4)
+  assert after["model"] == before["model"]
+  assert after["asked"] == 4
+  assert len(engine.asked) == 2
+  assert path.read_text() == old
+  projector["row"] = "both"
+  path.write_text(json.dumps(saved))
+  with pytest.raises(EvalError, match=r"model\.projector\.variant: '\w+' here, 'both' there"):
+    run_lib.run(task, Scripted(), tmp_path, limit=4)
+
+
 def test_a_line_says_how_narrow_an_answer_was(tiny_data: Path) -> None:
   task = EasyVqa(tiny_data)
   (item, *_) = task.items()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from llava_sp_jax.checkpoints import opening
+from llava_sp_jax.checkpoints import opening, runs
 from llava_sp_jax.convert import export, formats
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
@@ -25,6 +27,18 @@ def test_a_folder_of_the_original_s_layout(run_folder: Path, tmp_path: Path) -> 
   assert theirs.fingerprint
   assert theirs.tokenizer.fingerprint() == ours.tokenizer.fingerprint()
   assert (ours.step, theirs.step) == (2, 0)
+
+
+def test_a_run_whose_config_has_former_names_of_keys(run_folder: Path, tmp_path: Path) -> None:
+  run = shutil.copytree(run_folder, tmp_path / "run")
+  values = json.loads((run / runs.CONFIG_FILE).read_text())
+  projector = values["model"]["projector"]
+  projector["row"] = projector.pop("variant")
+  (run / runs.CONFIG_FILE).write_text(json.dumps(values))
+  ours, theirs = (pretrained.from_run(folder) for folder in (run_folder, run))
+  assert theirs.config == ours.config
+  one, two = (flatten_dict(loaded.params, sep="/") for loaded in (ours, theirs))
+  assert one.keys() == two.keys()
 
 
 def test_a_part_of_a_model_is_refused(run_folder: Path, tmp_path: Path) -> None:

@@ -25,14 +25,14 @@ def learns(stage: str) -> Any:
   return lambda path: optimizer.group_of(path, stage) != optimizer.FROZEN
 
 
-def wide(row: str, rank: int) -> config_lib.ModelConfig:
+def wide(variant: str, rank: int) -> config_lib.ModelConfig:
   """Small, but wide enough that matmuls dominate; nothing is scanned, nothing recomputed."""
   return config_lib.ModelConfig(
     tower=config_lib.TowerConfig(image_size=48, patch_size=8, width=128, layers=3, heads=4,
                            mlp_width=512),
     language_model=config_lib.LanguageModelConfig(vocab_size=512, width=192, layers=2, heads=4,
                                             kv_heads=2, head_dim=48, mlp_width=512),
-    projector=config_lib.ProjectorConfig(row=row, token_width=128),
+    projector=config_lib.ProjectorConfig(variant=variant, token_width=128),
     lora=config_lib.LoraConfig(rank=rank, dropout=0.0),
     dtype="float32", frozen_dtype="float32", scan_unroll=8, remat="none",
   )  # fmt: skip
@@ -56,7 +56,7 @@ def counted(config: config_lib.Config) -> float:
 
 
 @pytest.mark.parametrize(
-  ("stage", "row", "rank"),
+  ("stage", "variant", "rank"),
   [
     ("finetune", "cropping", 16),
     ("pretrain", "pooling", 0),
@@ -64,9 +64,9 @@ def counted(config: config_lib.Config) -> float:
     ("pretrain_all", "none", 0),
   ],
 )
-def test_the_formula_counts_what_xla_counts(stage: str, row: str, rank: int) -> None:
+def test_the_formula_counts_what_xla_counts(stage: str, variant: str, rank: int) -> None:
   config = config_lib.Config(
-    model=wide(row, rank), optimizer=config_lib.OptimizerConfig(stage=stage)
+    model=wide(variant, rank), optimizer=config_lib.OptimizerConfig(stage=stage)
   )
   costs = flops.costs(config.model, learns(stage))
   # XLA's attention computes the masked half as well
@@ -89,10 +89,10 @@ def test_a_frozen_7b_by_hand() -> None:
   assert costs.image == pytest.approx(0.41e12, rel=0.1)
 
 
-@pytest.mark.parametrize("row", VARIANTS)
-def test_every_row_has_costs(row: str) -> None:
-  costs = flops.costs(table_model(row, rank=4), learns("finetune"))
-  frozen = flops.costs(table_model(row, rank=4), lambda path: False)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_costs(variant: str) -> None:
+  costs = flops.costs(table_model(variant, rank=4), learns("finetune"))
+  frozen = flops.costs(table_model(variant, rank=4), lambda path: False)
   assert min(dataclasses.astuple(frozen)) > 0
   assert costs.image > frozen.image
   assert costs.position > frozen.position
@@ -103,7 +103,7 @@ def test_unknown_parameters_are_an_error() -> None:
     flops._uses("projector/gone/kernel", flops._Sizes(1, 1, (1,), 1))
 
 
-def by_hand(row: str, tower: bool) -> float:
+def by_hand(variant: str, tower: bool) -> float:
   """FLOPs of one image: 48 pixels in patches of 8, width 128, two of three blocks, 4 times as wide."""
   patches, width = 36, 128
   tokens, blocks = patches + 1, 2
@@ -113,18 +113,18 @@ def by_hand(row: str, tower: bool) -> float:
   total = 2 * (kernels + inner + attention) + tower * (2 * kernels + 4 * inner + 4 * attention)
   projector = patches * 128 * 192, patches * 192 * 192
   total += projector[0] * (6 if tower else 4) + projector[1] * 6
-  for side in (1, 2, 3, 4, 5, 6) if row == "pooling" else ():
+  for side in (1, 2, 3, 4, 5, 6) if variant == "pooling" else ():
     total += side**2 * 128 * 128 * (6 if tower else 4)
-  return total + (6 * 6 * 128 * 192 if row == "pooling" else 0)
+  return total + (6 * 6 * 128 * 192 if variant == "pooling" else 0)
 
 
-@pytest.mark.parametrize("row", ["none", "pooling"])
+@pytest.mark.parametrize("variant", ["none", "pooling"])
 @pytest.mark.parametrize("stage", ["pretrain", "pretrain_tower", "finetune", "pretrain_all"])
-def test_an_image_by_hand(stage: str, row: str) -> None:
+def test_an_image_by_hand(stage: str, variant: str) -> None:
   """A frozen tower is computed once; one that learns costs three times its attention as well."""
-  config = wide(row, 4 if stage == "finetune" else 0)
+  config = wide(variant, 4 if stage == "finetune" else 0)
   found = flops.costs(config, learns(stage)).image
-  assert found == by_hand(row, tower=stage in ("pretrain_tower", "pretrain_all"))
+  assert found == by_hand(variant, tower=stage in ("pretrain_tower", "pretrain_all"))
 
 
 @pytest.mark.parametrize("tied", [False, True])

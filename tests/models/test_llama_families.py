@@ -101,7 +101,7 @@ class Ours:
         vocab_size=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS,
         head_dim=HEAD_DIM, mlp_width=MLP, **FAMILIES[name].ours,
       ),
-      projector=config_lib.ProjectorConfig(row="none"), dtype="float32", remat="none",
+      projector=config_lib.ProjectorConfig(variant="none"), dtype="float32", remat="none",
     )  # fmt: skip
     self.decoder: Decoder = build.model(config).language_model
     self.params = self._params(reference(name).state_dict())

@@ -74,43 +74,43 @@ COUNTS = {"none": 0, "tokens_1": 1, "tokens_3": 3, "tokens_12": 12, "crop_224": 
           "detail_only": 49}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", VARIANTS)
-def test_token_counts_on_the_paper_s_grid(row: str) -> None:
-  assert spatial_token_count(row, 24) == COUNTS.get(row, 6)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_token_counts_on_the_paper_s_grid(variant: str) -> None:
+  assert spatial_token_count(variant, 24) == COUNTS.get(variant, 6)
 
 
 @pytest.mark.parametrize(
-  ("row", "grid", "wanted"),
+  ("variant", "grid", "wanted"),
   [
     ("tokens_3", 24, (8, 16, 24)), ("tokens_12", 24, tuple(range(2, 25, 2))),
     ("crop_224", 16, tuple(range(2, 17, 2))), ("tokens_1", 24, (24,)),
     ("cropping", 16, (2, 5, 8, 10, 13, 16)), ("cropping", 32, (5, 10, 16, 21, 26, 32)),
   ],
 )  # fmt: skip
-def test_own_scales_of_a_row(row: str, grid: int, wanted: tuple[int, ...]) -> None:
-  assert VARIANTS[row].scales(grid) == wanted
+def test_own_scales_of_a_variant(variant: str, grid: int, wanted: tuple[int, ...]) -> None:
+  assert VARIANTS[variant].scales(grid) == wanted
 
 
 @pytest.mark.parametrize(
-  ("row", "scales", "problem"),
+  ("variant", "scales", "problem"),
   [
     ("cropping", (4, 30), r"scales \(4, 30\): expected growing sizes from 1 to the grid's 24"),
     ("cropping", (8, 4), "expected growing sizes"), ("cropping", (4, 4), "expected growing sizes"),
-    ("pooling", (0, 4), "expected growing sizes"), ("none", (4,), "the row has no views"),
-    ("detail_only", (4,), "the row has no views"),
+    ("pooling", (0, 4), "expected growing sizes"), ("none", (4,), "the variant has no views"),
+    ("detail_only", (4,), "the variant has no views"),
   ],
 )  # fmt: skip
-def test_scales_that_do_not_fit_are_an_error(row: str, scales: Any, problem: str) -> None:
+def test_scales_that_do_not_fit_are_an_error(variant: str, scales: Any, problem: str) -> None:
   with pytest.raises(ValueError, match=problem):
-    spatial_token_count(row, 24, scales)
+    spatial_token_count(variant, 24, scales)
 
 
 def test_rows_name_known_views_extractors_and_merges() -> None:
-  for row in VARIANTS.values():
-    assert set(row.views) <= set(VIEWS)
-    assert row.extractor in EXTRACTORS
-    assert row.detail_merge in MERGES
-    assert set(row.detail_values) <= set(row.detail_kernels)
+  for variant in VARIANTS.values():
+    assert set(variant.views) <= set(VIEWS)
+    assert variant.extractor in EXTRACTORS
+    assert variant.detail_merge in MERGES
+    assert set(variant.detail_values) <= set(variant.detail_kernels)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -166,15 +166,15 @@ def test_a_crop_s_token_sees_its_crop_only() -> None:
   assert moved == [False] * 5 + [True]
 
 
-def tokens_of(row: str, grid: np.ndarray, params: Any, **fields: Any) -> np.ndarray:
+def tokens_of(variant: str, grid: np.ndarray, params: Any, **fields: Any) -> np.ndarray:
   """Spatial tokens alone, for token width 8 and model width 5."""
-  module = Projector(row, token_width=8, out_width=5, **fields)
-  count = spatial_token_count(row, grid.shape[1], module.scales)
+  module = Projector(variant, token_width=8, out_width=5, **fields)
+  count = spatial_token_count(variant, grid.shape[1], module.scales)
   return np.asarray(jax.jit(module.apply)({"params": params}, grid))[:, :count]
 
 
-def random_params(row: str, grid: np.ndarray, **fields: Any) -> Any:
-  return random_of(Projector(row, token_width=8, out_width=5, **fields), grid)
+def random_params(variant: str, grid: np.ndarray, **fields: Any) -> Any:
+  return random_of(Projector(variant, token_width=8, out_width=5, **fields), grid)
 
 
 def random_of(module: nn.Module, x: np.ndarray) -> Any:
@@ -185,15 +185,15 @@ def random_of(module: nn.Module, x: np.ndarray) -> Any:
 
 
 @pytest.mark.parametrize(
-  ("row", "view"), [("cropping_multiscale_dfi", "crop"), ("pooling_multiscale_dfi", "pool")]
+  ("variant", "view"), [("cropping_multiscale_dfi", "crop"), ("pooling_multiscale_dfi", "pool")]
 )
-def test_details_of_several_kernels(row: str, view: str) -> None:
+def test_details_of_several_kernels(variant: str, view: str) -> None:
   """Crops put them side by side, pools add them up; the middle one has the first one's values."""
   grid = np.random.default_rng(5).normal(size=(2, 12, 12, 3)).astype(np.float32)
-  p = random_params(row, grid)
+  p = random_params(variant, grid)
   assert "value" not in p["detail_9"]
   assert "value_norm" not in p["detail_9"]
-  views = [VIEWS[view](grid, size).reshape(2, -1) for size in VARIANTS[row].scales(12)]
+  views = [VIEWS[view](grid, size).reshape(2, -1) for size in VARIANTS[variant].scales(12)]
   tokens = np.stack([x @ p[f"{view}_{i}"]["kernel"] for i, x in enumerate(views)], axis=1)
   details = []
   for kernel, size in ((12, 6), (9, 4), (5, 2)):  # half the paper's grid, half its kernels
@@ -205,7 +205,7 @@ def test_details_of_several_kernels(row: str, view: str) -> None:
   wanted = gelu(np.concatenate(parts, axis=-1)) @ p["out"]["kernel"]
   if view == "pool":
     wanted += p["out"]["bias"]
-  np.testing.assert_allclose(tokens_of(row, grid, p), wanted, atol=1e-5)
+  np.testing.assert_allclose(tokens_of(variant, grid, p), wanted, atol=1e-5)
 
 
 def test_positions_of_a_convolution_as_tokens() -> None:
@@ -221,7 +221,7 @@ def test_positions_of_a_convolution_as_tokens() -> None:
 def test_both_are_the_crops_and_then_the_pools() -> None:
   grid = np.random.default_rng(7).normal(size=(2, 6, 6, 3)).astype(np.float32)
   p = random_params("both", grid)
-  parts = [tokens_of(row, grid, p) for row in ("cropping_sfe", "pooling")]
+  parts = [tokens_of(variant, grid, p) for variant in ("cropping_sfe", "pooling")]
   found = tokens_of("both", grid, p)
   np.testing.assert_allclose(found, np.concatenate(parts, axis=1), atol=1e-6)
 
@@ -246,8 +246,8 @@ def test_scales_that_stop_before_the_border_see_the_center_only() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("row", ["cropping_transformer", "pooling_transformer"])
-def test_transformer_equals_torch_s(row: str) -> None:
+@pytest.mark.parametrize("variant", ["cropping_transformer", "pooling_transformer"])
+def test_transformer_equals_torch_s(variant: str) -> None:
   """One scale, its weights through the table of names; pools are reshaped, not transposed."""
   torch = pytest.importorskip("torch")
   torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_transformer_equals_torch_s(row: str) -> None:
     for parameter in reference.parameters():
       parameter += 0.1 * torch.randn(parameter.shape)
   query = torch.randn(1, 1, 16)
-  rows = tables.projector(row, 16, (3,))
+  rows = tables.projector(variant, 16, (3,))
   tensors = {f"model.tfm_3.{k}": v for k, v in reference.state_dict().items()}
   stacks: dict[str, list[np.ndarray]] = {}
   for name, tensor in {**tensors, "model.query_3": query}.items():
@@ -271,17 +271,17 @@ def test_transformer_equals_torch_s(row: str) -> None:
       place = place.setdefault(group, {})
     place[leaf] = np.stack(arrays) if "/layers/" in path else arrays[0]
   view = np.random.default_rng(10).normal(size=(2, 3, 3, 16)).astype(np.float32)
-  read = view if row == "cropping_transformer" else view.transpose(0, 3, 1, 2)
+  read = view if variant == "cropping_transformer" else view.transpose(0, 3, 1, 2)
   memory = torch.from_numpy(read.reshape(2, 9, 16).copy())
   with torch.no_grad():
     wanted = reference.eval()(memory, query.expand(2, 1, 16))[:, 0].numpy()
 
   class Host(nn.Module):
-    """Calls the row's extractor inside a module, as the projector does."""
+    """Calls the variant's extractor inside a module, as the projector does."""
 
     @nn.compact
     def __call__(self, view: jax.Array) -> jax.Array:
-      return EXTRACTORS[VARIANTS[row].extractor](view, 8, jnp.float32, "x")
+      return EXTRACTORS[VARIANTS[variant].extractor](view, 8, jnp.float32, "x")
 
   found = jax.jit(Host().apply)({"params": {"x": tree}}, view)
   np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())

@@ -41,16 +41,16 @@ GOLDEN = Path(os.environ.get("LLAVA_SP_GOLDEN", KEPT))
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """Where a case's checkpoint and numbers are; `row` only where the checkpoint cannot tell it."""
+  """Where a case's checkpoint and numbers are; `variant` only where the checkpoint cannot tell it."""
 
   checkpoint: str
   expected: str
-  row: str = ""
+  variant: str = ""
   prefix: str = "single/"  # of the names of single's numbers
 
 
-def _adapters(name: str, row: str = "") -> Spec:
-  return Spec(f"{name}/llava-lora", f"{name}/expected.npz", row)
+def _adapters(name: str, variant: str = "") -> Spec:
+  return Spec(f"{name}/llava-lora", f"{name}/expected.npz", variant)
 
 
 SPECS = {
@@ -135,7 +135,7 @@ class Case:
     self.name, self.spec = name, CASES[name]
     self.expected = np.load(GOLDEN / self.spec.expected)
     self.inputs = json.loads((GOLDEN / "inputs.json").read_text())
-    options = formats.Options(row=self.spec.row)
+    options = formats.Options(variant=self.spec.variant)
     self.source = formats.open_checkpoint(GOLDEN / self.spec.checkpoint, options)
     self.model = dataclasses.replace(
       self.source.config.model, dtype="float32", frozen_dtype="float32", remat="none"
@@ -187,7 +187,9 @@ class Case:
   ) -> Iterator[tuple[str, np.ndarray]]:
     """Our arrays under the original's names and in its layout."""
     scales = build.view_sizes(self.model)
-    rows = tables.LORA + tables.projector(self.model.projector.row, self.model.tower.width, scales)
+    rows = tables.LORA + tables.projector(
+      self.model.projector.variant, self.model.tower.width, scales
+    )
     for name in names:
       plain = name.replace(".default.", ".")
       if ".lora_" not in plain:

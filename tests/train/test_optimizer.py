@@ -55,13 +55,13 @@ def test_groups_are_those_of_the_table(stage: str, kind: str) -> None:
   assert optimizer.group_of(KINDS[kind], stage) == LEARNS[stage].get(kind, "frozen")
 
 
-@pytest.mark.parametrize("row", ["cropping", "both", "register"])
+@pytest.mark.parametrize("variant", ["cropping", "both", "register"])
 @pytest.mark.parametrize("stage", LEARNS)
 def test_whole_models_are_divided_by_their_parts(
-  tiny_config: ConfigMaker, stage: str, row: str
+  tiny_config: ConfigMaker, stage: str, variant: str
 ) -> None:
   """Every path of a real tree: by its first name, and by whether it is an adapter."""
-  config = tiny_config(stage, row, model={"image_newline": True})
+  config = tiny_config(stage, variant, model={"image_newline": True})
   learned = {KINDS[k].split("/")[0]: v for k, v in LEARNS[stage].items() if "lora" not in k}
   adapters = LEARNS[stage].get("lora_a", "frozen")
   for path in flatten_dict(build.abstract(config.model), sep="/"):

@@ -211,12 +211,12 @@ def collectives(text: str) -> list[tuple[str, int]]:
   return result
 
 
-@pytest.mark.parametrize("row", [pytest.param("pooling", marks=pytest.mark.slow), "cropping"])
-def test_spatial_kernels_and_their_gradients_stay(tiny_config: ConfigMaker, row: str) -> None:
+@pytest.mark.parametrize("variant", [pytest.param("pooling", marks=pytest.mark.slow), "cropping"])
+def test_spatial_kernels_and_their_gradients_stay(tiny_config: ConfigMaker, variant: str) -> None:
   """No collective is as large as a kernel of more than one view: what moves are views and sums."""
   width = 256  # kernels must be larger than all that has to move
-  changes = {"projector": {"token_width": width, "row": row}, "lora": {"rank": 2}}
-  config = tiny_config("finetune", row, model=changes)
+  changes = {"projector": {"token_width": width, "variant": variant}, "lora": {"rank": 2}}
+  config = tiny_config("finetune", variant, model=changes)
   moved = collectives(compiled(config, (2, 2, 2)).as_text())
   assert moved
   kernel = 6 * 6 * config.model.tower.width * width

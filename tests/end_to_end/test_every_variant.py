@@ -1,4 +1,4 @@
-"""Every row of the projector table trains, answers, goes out as a torch folder and comes back."""
+"""Every variant of the projector trains, answers, goes out as a torch folder and comes back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
 @pytest.mark.guard
-@pytest.mark.parametrize("row", VARIANTS)
-def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_path: Path) -> None:
-  config = tiny_config("finetune", row, model=SIZES, train={"steps": 2}, data={"row_length": 384})
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_answers_and_comes_back(
+  variant: str, tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+  config = tiny_config(
+    "finetune", variant, model=SIZES, train={"steps": 2}, data={"row_length": 384}
+  )
   loop.train(config, tmp_path / "run")
   started = initial.initial_params(config)["projector"]
   trained = own_folders.open_own(tmp_path / "run")
@@ -40,7 +44,7 @@ def test_trains_answers_and_comes_back(row: str, tiny_config: ConfigMaker, tmp_p
   export.export(source, "llava_lora", tmp_path / "torch")
   writing.write(formats.open_checkpoint(tmp_path / "torch"), tmp_path / "back")
   back = own_folders.open_own(tmp_path / "back")
-  assert back.config.model.projector.row == row
+  assert back.config.model.projector.variant == variant
   for path, leaf in trained.leaves.items():
     np.testing.assert_array_equal(leaf.read(), back.leaves[path].read(), err_msg=path)
   assert answer(tmp_path / "run") == answer(tmp_path / "back")
