@@ -192,9 +192,7 @@ class TrainConfig:
   preflight: bool = free(True)  # refuse, before anything is kept, a run that cannot learn
   validate_every: int = free(0)  # steps; 0: never
   validate_batches: int = free(8)  # at most; each held-out sample counts once
-  max_nonfinite: int = free(
-    8
-  )  # so many steps in a row without a finite loss and gradient end training
+  max_nonfinite: int = free(8)  # steps in a row without finite loss and gradient end training
   peer_seconds: int = free(100)  # a process not heard of for so long is dead, and the others stop
   stall_seconds: int = free(1800)  # a process without a step for so long stops; 0: never
 
