@@ -157,8 +157,8 @@ class DataConfig:
   image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of each channel, in [0, 1]
   image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # of each channel
   threads: int = free(4)  # that read and decode samples
-  validation_path: str = free("")  # samples of the same source that are held out
-  validation_fraction: float = 0.0  # without such a path: this share of the samples is held out
+  validation_path: str = free("")  # the validation split: samples of the same source
+  validation_fraction: float = 0.0  # without such a path: this share of the samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class TrainConfig:
   peak_tflops: float = free(0.0)  # bf16 peak of one chip for the MFU; 0: as hardware.CHIPS has it
   preflight: bool = free(True)  # refuse, before anything is kept, a run that cannot learn
   validate_every: int = free(0)  # steps; 0: never
-  validate_batches: int = free(8)  # at most; each held-out sample counts once
+  validate_batches: int = free(8)  # at most; each sample of the split counts once
   max_nonfinite: int = free(8)  # steps in a row without finite loss and gradient end training
   peer_seconds: int = free(100)  # a process not heard of for so long is dead, and the others stop
   stall_seconds: int = free(1800)  # a process without a step for so long stops; 0: never

@@ -18,7 +18,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.console import shortened
-from llava_sp_jax.data import anyres, example, forms, held_out, sources
+from llava_sp_jax.data import anyres, example, forms, sources, validation_split
 from llava_sp_jax.data import decode as decode_lib
 from llava_sp_jax.data import samples as samples_lib
 from llava_sp_jax.data.failure import REASON, SampleError, attempt, of_one_sample
@@ -88,9 +88,9 @@ class Checker:
 
   def __init__(
     self, data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0,
-    part: str = held_out.TRAIN,
+    split: str = validation_split.TRAIN,
   ):  # fmt: skip
-    """`seed` is the run's: it draws turns as the first epoch does. `part` is one of `held_out`.
+    """`seed` is the run's: it draws turns as the first epoch does. `split` is one of `validation_split`.
 
     Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
     """
@@ -99,7 +99,7 @@ class Checker:
       anyres.Reader(data, tile),
       samples_lib.SampleEncoder(tokenizer, data),
     )
-    self.source = sources.of(data, self._reader, part)
+    self.source = sources.of(data, self._reader, split)
 
   def __call__(self, index: int, decode: bool) -> Found:
     """Checks one sample; its pictures are decoded when `decode` is set."""
@@ -156,7 +156,7 @@ def folder_of(name: str) -> str:
 def check(
   data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
   samples: int | None = None, progress: Callable[[CheckReport], None] = lambda report: None,
-  seed: int = 0, part: str = held_out.TRAIN,
+  seed: int = 0, split: str = validation_split.TRAIN,
 ) -> CheckReport:  # fmt: skip
   """Checks a data set.
 
@@ -166,11 +166,11 @@ def check(
     samples: how many samples are checked, drawn at random; None: all.
     progress: called with the report after every few samples.
     seed: the run's, with which turns are drawn.
-    part: of `held_out`; its file is checked as a whole.
+    split: one of `validation_split`; its file is checked as a whole.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
   """
-  checker = Checker(data, tokenizer, tile, seed, part)
+  checker = Checker(data, tokenizer, tile, seed, split)
   total, draw = len(checker.source), random.Random(0)
   chosen = range(total) if samples is None or samples >= total else sorted(
     draw.sample(range(total), samples)

@@ -15,7 +15,15 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
-from llava_sp_jax.data import anyres, example, held_out, image, packing, samples, sources
+from llava_sp_jax.data import (
+  anyres,
+  example,
+  image,
+  packing,
+  samples,
+  sources,
+  validation_split,
+)
 from llava_sp_jax.data.ahead import Ahead
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.data.lengths import Lengths, Say
@@ -188,31 +196,31 @@ def check_settings(data: config_lib.DataConfig) -> None:
 
 
 def open_source(
-  data: config_lib.DataConfig, tile: anyres.Tile, part: str
+  data: config_lib.DataConfig, tile: anyres.Tile, split: str
 ) -> tuple[sources.Source, Sequence[int]]:
-  """The samples of `data` and the indices of those that belong to a part (see `held_out`)."""
-  source = sources.of(data, anyres.Reader(data, tile), part)
-  return source, held_out.samples(data, part, len(source))
+  """The samples of `data` and the indices of those that belong to a split (see `validation_split`)."""
+  source = sources.of(data, anyres.Reader(data, tile), split)
+  return source, validation_split.samples(data, split, len(source))
 
 
 def make(
   data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
   quarantine: Quarantine | None = None, rows: Sequence[int] | None = None,
-  part: str = held_out.TRAIN, folder: Path | None = None, say: Say | None = None,
+  split: str = validation_split.TRAIN, folder: Path | None = None, say: Say | None = None,
 ) -> Batches:  # fmt: skip
   """Batches of `batch_size` rows over all processes, of which `rows` are made here (None: all).
 
   A batch has tokens, targets, weights, positions, segments, slots [B, T], images [B, M, H, W, 3]
   float32, and for the host SAMPLES. T is `data.row_length`, or one of the buckets' lengths. Where
   samples are packed they are measured first: `folder` keeps their sizes, `say` is told of progress.
-  `part` names a part of `held_out`: what trains, or what is held out.
+  `split` is one of `validation_split`: TRAIN or VALIDATION.
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
   check_settings(data)
   packed = packing.PACKINGS[data.packing]
-  source, members = open_source(data, tile, part)
-  data = held_out.of_part(data, part)
+  source, members = open_source(data, tile, split)
+  data = validation_split.of_split(data, split)
   writer = samples.SampleEncoder(tokenizer, data)
   shape = packing.Shape(data.row_length, data.images_per_row, batch_size, data.bucket_lengths)
   quarantine = quarantine or Quarantine()

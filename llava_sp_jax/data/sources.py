@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import lookup
-from llava_sp_jax.data import decode, forms, held_out, sample_file
+from llava_sp_jax.data import decode, forms, sample_file, validation_split
 from llava_sp_jax.data.failure import attempt
 
 Reader = Callable[[Image.Image], Any]  # a picture into what the model takes
@@ -176,8 +176,8 @@ SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
 }
 
 
-def of(data: config_lib.DataConfig, read: Reader, part: str = held_out.TRAIN) -> Source:
-  """The source of a part of `held_out`. Raises: ConfigError, FileNotFoundError, by the setting."""
+def of(data: config_lib.DataConfig, read: Reader, split: str = validation_split.TRAIN) -> Source:
+  """The source of a split (see `validation_split`). Raises: ConfigError, FileNotFoundError, by the setting."""
   make = lookup("data.source", data.source, SOURCES)
-  path = held_out.of_part(data, part).path
-  return make(path, data.image_folder, read, held_out.path_key(data, part))
+  path = validation_split.of_split(data, split).path
+  return make(path, data.image_folder, read, validation_split.path_key(data, split))

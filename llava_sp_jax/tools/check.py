@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
   config, images, samples = read(argv)
   limits.check(config)
   from llava_sp_jax.convert import places
-  from llava_sp_jax.data import anyres, check, held_out, pipeline
+  from llava_sp_jax.data import anyres, check, pipeline, validation_split
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
   from llava_sp_jax.training import preflight
@@ -51,21 +51,24 @@ def main(argv: list[str]) -> int:
   tile = anyres.Tile(*build.tile_shape(config.model))
   tokenizer = Tokenizer(places.tokenizer(config.data.tokenizer))
   preflight.check_data(config, tokenizer)
-  parts = [held_out.TRAIN, *[held_out.VALIDATION] * bool(config.data.validation_path)]
+  files = [
+    validation_split.TRAIN,
+    *[validation_split.VALIDATION] * bool(config.data.validation_path),
+  ]
   pipeline.check_settings(config.data)
-  split = [held_out.VALIDATION] * bool(config.data.validation_fraction)
-  for part in (*parts, *split):  # what cannot be opened is told before an hour of checking
-    pipeline.open_source(config.data, tile, part)
+  shares = [validation_split.VALIDATION] * bool(config.data.validation_fraction)
+  for split in (*files, *shares):  # what cannot be opened is told before an hour of checking
+    pipeline.open_source(config.data, tile, split)
   well = True
-  for part in parts:
+  for split in files:
     told, seed = Progress(0, "samples", stream=sys.stderr), config.train.seed
 
     def tell(report: check.CheckReport, told: Progress = told) -> None:
       told.total = min(samples or report.total, report.total)
       told.at(report.checked, f"{sum(report.kinds.values()):,} problems")
 
-    report = check.check(config.data, tokenizer, tile, images, samples, tell, seed, part)
-    data = held_out.of_part(config.data, part)
+    report = check.check(config.data, tokenizer, tile, images, samples, tell, seed, split)
+    data = validation_split.of_split(config.data, split)
     console.say(table(report, data, told.seconds))
     well = well and report.passed
   return 0 if well else 1

@@ -16,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
-from llava_sp_jax.data import ahead, anyres, held_out, pipeline
+from llava_sp_jax.data import ahead, anyres, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.models import build
@@ -116,7 +116,7 @@ def open_tokenizer(config: config_lib.Config) -> Tokenizer:
 def _inputs(config: config_lib.Config) -> dict[str, str]:
   """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
   tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, held_out.TRAIN)
+  source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
   return {
     "data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]
   }  # fmt: skip
@@ -127,7 +127,7 @@ def validation_input(config: config_lib.Config) -> dict[str, str]:
   if not (config.train.validate_every and config.data.validation_path):
     return {}
   tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, held_out.VALIDATION)
+  source, _ = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
   return {"validation data": source.fingerprint()[:16]}
 
 
@@ -240,18 +240,18 @@ def _loop(
       skips.step(number, metrics)
       if number % config.train.log_every == 0:
         skips.settle()
-      held_out: dict[str, float] = {}
+      validated: dict[str, float] = {}
       if run.validator.due(number):
         with log.pause(metrics):
           waits = stop.during(f"the validation of step {number}")
-          held_out |= run.validator(train_state, waits)
+          validated |= run.validator(train_state, waits)
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
-          held_out |= run.evaluator(
+          validated |= run.evaluator(
             number, state.join(train_state.trainable, train_state.frozen), base,
             functools.partial(_going, run.watch, stop, number),
           )  # fmt: skip
-      log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, held_out)
+      log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()
       run.watch.beat(number)

@@ -54,7 +54,7 @@ def line(record: Record, steps: int) -> str:
 # (name in a record, how the terminal shows it)
 LINE: tuple[tuple[str, str], ...] = (
   ("loss", "loss {:.4f}"),
-  ("val_loss", "held out {:.4f}"),
+  ("val_loss", "val loss {:.4f}"),
   ("eval_score", "score {:.4f}"),
   ("token_accuracy", "tokens right {:.3f}"),
   ("grad_norm", "grad {:.2f}"),

@@ -1,4 +1,4 @@
-"""Loss and token accuracy on held-out samples, between the steps of a run."""
+"""Loss and token accuracy on the validation split, between the steps of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import ahead, anyres, held_out, pipeline
+from llava_sp_jax.data import ahead, anyres, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
@@ -19,7 +19,7 @@ from llava_sp_jax.training import state, step
 class Validator:
   """Scores the same batches each time, without dropout; the training data are not touched.
 
-  Of n held-out samples, min(train.validate_batches, n // batch) batches are scored, at least one,
+  Of n samples of the validation split, min(train.validate_batches, n // batch) batches are scored, at least one,
   so no sample counts twice unless there are fewer than one batch. Quarantined samples are left out.
   """
 
@@ -30,7 +30,7 @@ class Validator:
     self._train, self._mesh = config.train, device_mesh
     self._iterator, self._count = None, 0
     if not config.train.validate_every:
-      held_out.of_part(config.data, held_out.TRAIN)
+      validation_split.of_split(config.data, validation_split.TRAIN)
       return
     if config.train.validate_batches < 1:
       raise config_lib.ConfigError(
@@ -38,12 +38,12 @@ class Validator:
       )
     tile = anyres.Tile(*build.tile_shape(config.model))
     rows = config.train.batch_size
-    _, samples = pipeline.open_source(config.data, tile, held_out.VALIDATION)
+    _, samples = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
     self._count = max(1, min(config.train.validate_batches, len(samples) // rows))
     mine, _ = mesh.rows(device_mesh, rows)
     self._iterator = pipeline.make(
       config.data, tokenizer, tile, rows, config.train.seed, None, mine.tolist(),
-      held_out.VALIDATION,
+      validation_split.VALIDATION,
     )  # fmt: skip
     self._start = self._iterator.get_state()
     next(self._iterator)  # unusable samples show now, not after the first thousand steps

@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import check, held_out, pipeline
+from llava_sp_jax.data import check, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import IMAGE_SIZE, ConfigMaker
 from tests.data.test_pipeline import TILE
@@ -269,8 +269,11 @@ def test_a_folder_of_images_drives_no_terminal(
   assert all(line.isprintable() and len(line) < 300 for line in out.splitlines())
 
 
-def test_one_file_for_both_parts_is_told_by_the_part(data: config_lib.DataConfig) -> None:
+def test_one_file_for_both_splits_is_told_by_the_split(data: config_lib.DataConfig) -> None:
   gone = dataclasses.replace(data, path="gone.json", validation_path="gone.json")
-  for part, key in ((held_out.TRAIN, "path"), (held_out.VALIDATION, "validation_path")):
+  for part, key in (
+    (validation_split.TRAIN, "path"),
+    (validation_split.VALIDATION, "validation_path"),
+  ):
     with pytest.raises(FileNotFoundError, match=rf"^data\.{key}: no file"):
       pipeline.open_source(gone, TILE, part)

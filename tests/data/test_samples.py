@@ -13,7 +13,15 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl
-from llava_sp_jax.data import held_out, image, lengths, packing, pipeline, samples, sources
+from llava_sp_jax.data import (
+  image,
+  lengths,
+  packing,
+  pipeline,
+  samples,
+  sources,
+  validation_split,
+)
 from llava_sp_jax.data.anyres import Reader, Tile
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.packing import Shape, Sizes
@@ -243,26 +251,30 @@ def test_samples_are_packed_within_their_window(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", packing.PACKINGS)
-def test_what_is_held_out_never_trains(
+def test_the_validation_split_never_trains(
   data: config_lib.DataConfig, tokenizer: Tokenizer, name: str
 ) -> None:
   held = dataclasses.replace(data, packing=name, validation_fraction=0.4)
   seen = {}
-  for part in (held_out.TRAIN, held_out.VALIDATION):
-    iterator = make(held, tokenizer, batch_size=2, part=part)
+  for split in (validation_split.TRAIN, validation_split.VALIDATION):
+    iterator = make(held, tokenizer, batch_size=2, split=split)
     rows = iterator.stream.epoch(0)
-    seen[part] = [i for row in rows for i in row.samples]
-    assert sorted(seen[part]) == list(held_out.samples(held, part, COUNT)) == list(iterator.usable)
-  assert sorted(i for part in seen.values() for i in part) == list(range(COUNT))
+    seen[split] = [i for row in rows for i in row.samples]
+    assert (
+      sorted(seen[split])
+      == list(validation_split.samples(held, split, COUNT))
+      == list(iterator.usable)
+    )
+  assert sorted(i for indices in seen.values() for i in indices) == list(range(COUNT))
 
 
-def test_what_is_held_out_is_not_augmented(
+def test_the_validation_split_is_not_augmented(
   data: config_lib.DataConfig, tokenizer: Tokenizer
 ) -> None:
   held = dataclasses.replace(data, validation_fraction=0.4)
-  for part, same in ((held_out.VALIDATION, True), (held_out.TRAIN, False)):
+  for split, same in ((validation_split.VALIDATION, True), (validation_split.TRAIN, False)):
     shown, plain = (
-      next(make(d, tokenizer, batch_size=3, part=part))["images"]
+      next(make(d, tokenizer, batch_size=3, split=split))["images"]
       for d in (held, dataclasses.replace(held, augment="none"))
     )
     assert np.array_equal(shown, plain) == same

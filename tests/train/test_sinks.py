@@ -37,7 +37,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture) 
   sink.write(RECORD)
   sink.close()
   assert capsys.readouterr().out == (
-    "step      3/100  loss 1.5000  held out 2.2500  grad 0.50  0.50 steps/s  MFU 41.3%  "
+    "step      3/100  loss 1.5000  val loss 2.2500  grad 0.50  0.50 steps/s  MFU 41.3%  "
     "eta 0:03:14\n"
   )
 

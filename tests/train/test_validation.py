@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, held_out, pipeline
+from llava_sp_jax.data import anyres, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.training import setup, step
@@ -49,10 +49,10 @@ def state(config: config_lib.Config) -> TrainState:
 
 
 def one_by_one(config: config_lib.Config, state: TrainState, batches: int) -> dict[str, float]:
-  """Means over the learned tokens of the first `batches` of the held-out part, row by row."""
+  """Means over the learned tokens of the first `batches` of the validation split, row by row."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   rows = pipeline.make(config.data, Tokenizer(config.data.tokenizer), tile, 1, config.train.seed,
-                       part=held_out.VALIDATION)  # fmt: skip
+                       part=validation_split.VALIDATION)  # fmt: skip
   module, params = build.model(config.model), join(state.trainable, state.frozen)
   run: Any = jax.jit(lambda batch: step.loss_and_counts(module, params, batch, 512)[1])
   total = dict.fromkeys(("loss", "right", "count"), 0.0)
@@ -65,11 +65,11 @@ def one_by_one(config: config_lib.Config, state: TrainState, batches: int) -> di
   return {"val_loss": total["loss"] / count, "val_token_accuracy": total["right"] / count}
 
 
-def test_every_held_out_sample_counts_once_each_time(
+def test_every_validation_sample_counts_once_each_time(
   config: config_lib.Config, state: TrainState
 ) -> None:
   """All whole batches of them, the same ones again; no dropout, no other turns or shifts."""
-  held = len(held_out.samples(config.data, held_out.VALIDATION, 12))
+  held = len(validation_split.samples(config.data, validation_split.VALIDATION, 12))
   assert held // ROWS > 1
   made = validator(config)
   first = made(state)

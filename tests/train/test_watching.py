@@ -12,7 +12,7 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, held_out, pipeline
+from llava_sp_jax.data import anyres, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.training import loop, optimizer, preflight, trace
@@ -161,26 +161,30 @@ def test_steps_that_a_resumed_run_has_done_are_refused() -> None:
 
 def test_parts_are_disjoint_whole_and_do_not_depend_on_the_rest() -> None:
   data = config_lib.DataConfig(validation_fraction=0.25)
-  train = held_out.samples(data, held_out.TRAIN, 4000)
-  held = held_out.samples(data, held_out.VALIDATION, 4000)
+  train = validation_split.samples(data, validation_split.TRAIN, 4000)
+  held = validation_split.samples(data, validation_split.VALIDATION, 4000)
   assert sorted([*train, *held]) == list(range(4000))
   assert 900 < len(held) < 1100
-  assert held[:50] == held_out.samples(data, held_out.VALIDATION, 1000)[:50]
-  more = held_out.samples(config_lib.DataConfig(validation_fraction=0.5), held_out.VALIDATION, 4000)
+  assert held[:50] == validation_split.samples(data, validation_split.VALIDATION, 1000)[:50]
+  more = validation_split.samples(
+    config_lib.DataConfig(validation_fraction=0.5), validation_split.VALIDATION, 4000
+  )
   assert set(held) < set(more)
-  assert held_out.samples(config_lib.DataConfig(), held_out.TRAIN, 7) == range(7)
+  assert validation_split.samples(config_lib.DataConfig(), validation_split.TRAIN, 7) == range(7)
 
 
-def test_held_out_samples_do_not_train(config: Any) -> None:
+def test_validation_samples_do_not_train(config: Any) -> None:
   data = config().data
   tile = anyres.Tile(*build.tile_shape(config().model))
-  held = held_out.samples(data, held_out.VALIDATION, SAMPLES)
-  source, train = pipeline.open_source(data, tile, held_out.TRAIN)
+  held = validation_split.samples(data, validation_split.VALIDATION, SAMPLES)
+  source, train = pipeline.open_source(data, tile, validation_split.TRAIN)
   assert len(source) == SAMPLES
   assert not set(train) & set(held)
   tokenizer = Tokenizer(data.tokenizer)
   rows = pipeline.make(data, tokenizer, tile, len(train), 0)  # one epoch
-  others = pipeline.make(data, tokenizer, tile, len(held), 0, None, (0, 1), held_out.VALIDATION)
+  others = pipeline.make(
+    data, tokenizer, tile, len(held), 0, None, (0, 1), validation_split.VALIDATION
+  )
   seen, validated = ({tuple(r) for r in next(i)["tokens"]} for i in (rows, others))
   assert len(seen) > len(validated) > 0
   assert not seen & validated
@@ -188,22 +192,24 @@ def test_held_out_samples_do_not_train(config: Any) -> None:
 
 @pytest.mark.parametrize(
   ("values", "message"),
-  [({}, "nothing is held out"), ({"validation_fraction": 1.5}, "expected a share"),
+  [({}, "no validation split"), ({"validation_fraction": 1.5}, "expected a share"),
    ({"validation_fraction": 0.1, "validation_path": "x"}, "give one of the two")],
 )  # fmt: skip
-def test_what_cannot_be_held_out(values: dict[str, Any], message: str) -> None:
+def test_what_is_no_validation_split(values: dict[str, Any], message: str) -> None:
   with pytest.raises(config_lib.ConfigError, match=message):
-    held_out.of_part(config_lib.DataConfig(**values), held_out.VALIDATION)
+    validation_split.of_split(config_lib.DataConfig(**values), validation_split.VALIDATION)
   with pytest.raises(config_lib.ConfigError, match="leaves none for validation"):
-    held_out.samples(config_lib.DataConfig(validation_fraction=1e-9), held_out.VALIDATION, 5)
+    validation_split.samples(
+      config_lib.DataConfig(validation_fraction=1e-9), validation_split.VALIDATION, 5
+    )
 
 
 def test_validation_may_have_a_file_of_its_own() -> None:
   data = config_lib.DataConfig(path="a", validation_path="b", augment="mirror_shift")
-  part = held_out.of_part(data, held_out.VALIDATION)
+  part = validation_split.of_split(data, validation_split.VALIDATION)
   assert (part.path, part.augment) == ("b", "none")
-  assert held_out.of_part(data, held_out.TRAIN) == data
-  assert list(held_out.samples(data, held_out.VALIDATION, 3)) == [0, 1, 2]
+  assert validation_split.of_split(data, validation_split.TRAIN) == data
+  assert list(validation_split.samples(data, validation_split.VALIDATION, 3)) == [0, 1, 2]
 
 
 def test_the_preflight_looked_at_this_run(config: Any) -> None:

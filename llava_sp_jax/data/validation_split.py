@@ -1,4 +1,4 @@
-"""Which samples train and which are held out for validation."""
+"""The training and the validation split: which samples belong to each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llava_sp_jax.config import ConfigError
 TRAIN, VALIDATION = "train", "validation"
 
 
-def of_part(data: config_lib.DataConfig, part: str) -> config_lib.DataConfig:
-  """`data` as one part reads it: validation without augmentation, from a path of its own if given.
+def of_part(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
+  """`data` as one split reads it: validation without augmentation, from a path of its own if given.
 
-  Raises: ConfigError when what is held out is not given, given twice or no share.
+  Raises: ConfigError for a validation split that is not given, given twice, or no share.
   """
   if not 0 <= data.validation_fraction < 1:
     raise ConfigError(
@@ -25,36 +25,36 @@ def of_part(data: config_lib.DataConfig, part: str) -> config_lib.DataConfig:
     )
   if data.validation_path and data.validation_fraction:
     raise ConfigError("data.validation_path, data.validation_fraction: give one of the two")
-  if part == TRAIN:
+  if split == TRAIN:
     return data
   if not data.validation_path and not data.validation_fraction:
     raise ConfigError(
-      "train.validate_every: nothing is held out; give data.validation_path or "
+      "train.validate_every: no validation split; give data.validation_path or "
       "data.validation_fraction"
     )
   return dataclasses.replace(data, path=data.validation_path or data.path, augment="none")
 
 
-def path_key(data: config_lib.DataConfig, part: str) -> str:
-  """The setting that names the file of a part, for messages."""
-  own = part == VALIDATION and data.validation_path
+def path_key(data: config_lib.DataConfig, split: str) -> str:
+  """The setting that names the file of a split, for messages."""
+  own = split == VALIDATION and data.validation_path
   return "data.validation_path" if own else "data.path"
 
 
-def samples(data: config_lib.DataConfig, part: str, count: int) -> Sequence[int]:
-  """The indices, of `count` samples, that belong to a part.
+def samples(data: config_lib.DataConfig, split: str, count: int) -> Sequence[int]:
+  """The indices, of `count` samples, that belong to a split.
 
-  A sample is held out by a hash of its index: the same ones in every run, on any number of hosts,
-  and with a larger fraction these and more. Raises: ConfigError when a part would be empty.
+  A hash of its index decides: the same ones in every run, on any number of hosts,
+  and with a larger fraction these and more. Raises: ConfigError when a split would be empty.
   """
   if not data.validation_fraction:
     return range(count)
   held = _hash(np.arange(count, dtype=np.uint64)) < data.validation_fraction
-  chosen = np.flatnonzero(held if part == VALIDATION else ~held).tolist()
+  chosen = np.flatnonzero(held if split == VALIDATION else ~held).tolist()
   if not chosen:
     raise ConfigError(
       f"data.validation_fraction: {data.validation_fraction} of {count} samples leaves none for "
-      f"{part}; give another fraction, or data.validation_path"
+      f"{split}; give another fraction, or data.validation_path"
     )
   return chosen
 
