@@ -62,8 +62,8 @@ def decode(record: Record) -> None:
 def _decoded(
   record: Record, size: models.Size, config: Any, programs: Programs, batch: int
 ) -> dict[str, Any]:
-  slots = size.prompt + _room(size)
-  state = programs.state(batch, slots)
+  capacity = size.prompt + _room(size)
+  state = programs.state(batch, capacity)
   length = jax.device_put(np.full(batch, size.prompt, np.int32), state.cache.length.sharding)
   going = jax.device_put(np.zeros(batch, bool), state.rows.done.sharding)
   state = state._replace(
@@ -84,7 +84,7 @@ def _decoded(
     for path, x in flatten_dict(programs._params, sep="/").items()
     if path.startswith("language_model/") and "token_embed" not in path
   )
-  cache = 2 * text.layers * batch * slots * text.kv_heads * text.head_dim * 2
+  cache = 2 * text.layers * batch * capacity * text.kv_heads * text.head_dim * 2
   rate = record.last("rates", "read_gb_s")
   limit = (kernels + cache) / (rate * 1e9) / min(found) if rate else None
   return {

@@ -77,7 +77,7 @@ def test_who_is_alone_says_so_within_the_limit(capfd: pytest.CaptureFixture) -> 
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   code = (
-    "import sys; from llava_sp_jax import processes; processes.START_SECONDS = 3\n"
+    "import sys; from llava_sp_jax.distributed import processes; processes.START_SECONDS = 3\n"
     "processes.start({'coordinator': sys.argv[1], 'processes': '2', 'process': '0'})"
   )
   done = subprocess.run([sys.executable, "-c", code, address], cwd=REPOSITORY, timeout=60,
@@ -157,10 +157,10 @@ def wait_until(condition: Any) -> None:
 
 def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
   left: list[int] = []
-  with processes.Watch(0.2, left.append) as watch:
+  with processes.Watchdog(0.2, left.append) as watchdog:
     time.sleep(0.5)
     assert not left, "the first step may take its time"
-    watch.beat(7)
+    watchdog.beat(7)
     wait_until(lambda: left)
   assert left[0] == 1
   assert "process 0 of 1 stops: no step since step 7, 0 s ago" in capsys.readouterr().err
@@ -168,9 +168,9 @@ def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
 
 def test_steps_keep_it_alive() -> None:
   left: list[int] = []
-  with processes.Watch(0.4, left.append) as watch:
+  with processes.Watchdog(0.4, left.append) as watchdog:
     for step in range(12):
-      watch.beat(step)
+      watchdog.beat(step)
       time.sleep(0.05)
   assert not left
 
@@ -179,17 +179,17 @@ def test_an_error_among_several_ends_at_once(
   capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   left: list[int] = []
-  with pytest.raises(ConfigError), processes.Watch(0, left.append):
+  with pytest.raises(ConfigError), processes.Watchdog(0, left.append):
     raise ConfigError("a single process raises it")
   assert not left
   monkeypatch.setattr(jax, "process_count", lambda: 4)
-  watch = processes.Watch(0, left.append)
-  watch.beat(3)
-  with pytest.raises(ConfigError), watch:
+  watchdog = processes.Watchdog(0, left.append)
+  watchdog.beat(3)
+  with pytest.raises(ConfigError), watchdog:
     raise ConfigError("no such thing")
   assert left == [1]
   assert capsys.readouterr().err == "llava-sp: process 0 of 4 stops: ConfigError: no such thing\n"
-  with pytest.raises(OSError, match="peer"), watch:
+  with pytest.raises(OSError, match="peer"), watchdog:
     raise OSError("connection closed by peer")
   assert "process 0 of 4 stops: failed after step 3 (above). If the error names a connection" in (
     capsys.readouterr().err
@@ -202,15 +202,15 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
-from llava_sp_jax import processes
+from llava_sp_jax.distributed import processes
 address, count, index, begun = sys.argv[1:]
 flags = {"coordinator": address, "processes": count, "process": index}
 processes.start(flags, peer_seconds=10)
-with processes.Watch(0) as watch:
-  processes.meet("start")
+with processes.Watchdog(0) as watchdog:
+  processes.barrier("start")
   for step in range(10**9):
     multihost_utils.process_allgather(jnp.ones(()))
-    watch.beat(step)
+    watchdog.beat(step)
     Path(begun).touch()
 """
 
@@ -219,10 +219,10 @@ with processes.Watch(0) as watch:
 EARLY = """
 import sys, time
 import jax
-from llava_sp_jax import processes
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.tools import evaluate
 address, count, index = sys.argv[1:]
-processes.MEET_SECONDS = 1
+processes.BARRIER_SECONDS = 1
 def answer(tasks, options):
   jax.devices()  # all have begun
   time.sleep(4 * int(index))

@@ -199,9 +199,9 @@ def torch_names(rows: tuple[tables.NameRule, ...], layers: int) -> dict[str, tab
   names: list[str] = []
   for row in rows:
     found = [row.torch]
-    for slot in re.findall(r"\{\w+:[^}]*\}", row.torch):
-      words = slot[1:-1].split(":")[1].split("|")
-      found = [name.replace(slot, word) for name in found for word in words]
+    for field in re.findall(r"\{\w+:[^}]*\}", row.torch):
+      words = field[1:-1].split(":")[1].split("|")
+      found = [name.replace(field, word) for name in found for word in words]
     if "{layer}" in row.torch:
       found = [name.replace("{layer}", str(i)) for name in found for i in range(layers)]
     names += found

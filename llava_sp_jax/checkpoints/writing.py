@@ -29,7 +29,7 @@ def write(
   makes = (runs.CONFIG_FILE, "checkpoints", "tokenizer")
   with contextlib.ExitStack() as whole:
     place = folders.new(out, command, makes)
-    processes.together(f"{out} is begun", lambda: whole.enter_context(place), only=0)
+    processes.collective(f"{out} is begun", lambda: whole.enter_context(place), only=0)
     try:
       _write(source, out, dtype)
     except FormatError:  # the next call would end in the same way

@@ -282,9 +282,9 @@ def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
   for row in rows:
     for words in _choices(row.torch):
       torch, path = row.torch, row.path
-      for slot, word in words.items():
-        torch = torch.replace(slot, word)
-        path = path.replace("{" + slot[1:].split(":")[0] + "}", word)
+      for field, word in words.items():
+        torch = torch.replace(field, word)
+        path = path.replace("{" + field[1:].split(":")[0] + "}", word)
       if path in targets:
         raise ValueError(f"{path} has two names: {targets[path].name}, {torch}")
       targets[path] = Target(torch, row.layout)
@@ -293,6 +293,6 @@ def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
 
 def _choices(template: str) -> Iterator[dict[str, str]]:
   """Every way to fill the `{name:a|b}` of a template."""
-  slots = re.findall(r"\{[^}:]*:[^}]*\}", template)
-  for words in itertools.product(*(s[1:-1].split(":")[1].split("|") for s in slots)):
-    yield dict(zip(slots, words, strict=True))
+  fields = re.findall(r"\{[^}:]*:[^}]*\}", template)
+  for words in itertools.product(*(s[1:-1].split(":")[1].split("|") for s in fields)):
+    yield dict(zip(fields, words, strict=True))

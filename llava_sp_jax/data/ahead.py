@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-LOOK = 0.2  # seconds between two looks at whether to stop
+POLL_SECONDS = 0.2  # between two polls of whether to stop
 
 
 class Stopped(Exception):  # noqa: N818 - the end of a wait, and no error
@@ -64,7 +64,7 @@ class _Work:
       while self._taken not in self._made:
         if stopped():
           raise Stopped
-        self._changed.wait(LOOK)
+        self._changed.wait(POLL_SECONDS)
       found, error = self._made.pop(self._taken)
       self._taken += 1
       self._changed.notify_all()

@@ -13,7 +13,7 @@ from llava_sp_jax.config import ConfigError
 TRAIN, VALIDATION = "train", "validation"
 
 
-def of_part(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
+def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
   """`data` as one split reads it: validation without augmentation, from a path of its own if given.
 
   Raises: ConfigError for a validation split that is not given, given twice, or no share.

@@ -27,14 +27,14 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, environment
 from llava_sp_jax.errors import LlavaSPError
 
-MEET_SECONDS = 3600
+BARRIER_SECONDS = 3600
 START_SECONDS = 300  # until all processes have found each other
-LOOK = 2.0  # seconds between two looks at the other processes and at the clock
+POLL_SECONDS = 2.0  # between two polls of the other processes and of the clock
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
 # Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM; and ours.
-NOTICE, LEFT = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/left"
+NOTICE, ABORTED = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/aborted"
 
 Environment = Mapping[str, str]
 Result = TypeVar("Result")
@@ -186,15 +186,15 @@ def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
   return flags["coordinator"], numbers["processes"], numbers["process"]
 
 
-def meet(name: str, seconds: int = 0) -> None:
-  """Waits until every process is here, also when one needs long; nothing for a single one.
+def barrier(name: str, seconds: int = 0) -> None:
+  """Blocks until every process has reached the barrier `name`; returns at once in a single one.
 
-  After `seconds` (0: MEET_SECONDS) it fails.
+  Fails after `seconds` (0: BARRIER_SECONDS).
 
   Collectives wait less patiently (gloo: 30 s until all have joined), so slow work that ends at
-  different times, such as compiling, ends with this.
+  different times, such as compiling, ends with a barrier.
   """
-  limit = 1000 * (seconds or MEET_SECONDS)
+  limit = 1000 * (seconds or BARRIER_SECONDS)
   ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
 
 
@@ -202,8 +202,8 @@ class PeerError(LlavaSPError, RuntimeError):
   """Another process of this run failed; the message says which and why."""
 
 
-def all_meet(name: str, seconds: float) -> bool:
-  """Whether every process is here within so many seconds."""
+def barrier_within(name: str, seconds: float) -> bool:
+  """Whether every process reaches the barrier `name` within so many seconds."""
   try:
     ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=int(1000 * seconds))
   except RuntimeError:
@@ -216,15 +216,15 @@ def asked_to_stop() -> bool:
   return _said(NOTICE) is not None
 
 
-def leave(what: str, code: int) -> None:
-  """Ends this process at once, and the others as soon as they look (`Watch`)."""
+def abort(what: str, code: int) -> None:
+  """Ends this process at once, and the others at their next poll (`Watchdog`)."""
   who = f"process {jax.process_index()} of {jax.process_count()}"
   with contextlib.suppress(RuntimeError):
-    _client().key_value_set(LEFT, f"{code} {jax.process_index()} {who}: {what}")
+    _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
   sys.stdout.flush()
   if not jax.process_index():  # the service ends with it, and JAX then ends the others by a fault
-    time.sleep(2 * LOOK)
+    time.sleep(2 * POLL_SECONDS)
   os._exit(code)
 
 
@@ -246,7 +246,7 @@ def gather(text: str, name: str) -> list[str]:
   """`text` of every process, in their order; call it in all of them with the same `name`."""
   if jax.process_count() == 1:
     return [text]
-  meet(name)  # a collective waits less patiently
+  barrier(name)  # a collective waits less patiently
   mine = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
   padded = np.zeros(int(sizes.max()) + 1, np.uint8)  # never empty
@@ -255,7 +255,7 @@ def gather(text: str, name: str) -> list[str]:
   return [bytes(row[:size]).decode() for row, size in zip(every, sizes, strict=True)]
 
 
-def together(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
+def collective(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
   """Does `work` in all processes, or in process `only`; an error of one is an error of all.
 
   So none goes on, or waits, alone. Returns what `work` returned here.
@@ -282,12 +282,12 @@ def _full(error: BaseException) -> bool:
   return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-class Watch(contextlib.AbstractContextManager):
+class Watchdog(contextlib.AbstractContextManager):
   """Ends this process when it fails or stands still, so that the others do not wait for it for ever.
 
   JAX ends the survivors of a process that *died* (`peer_seconds`). Two cases are left: an error in
   one process, whose exit would wait for all the others; and a step that never ends although all are
-  alive. Both end with a message and status 1. Where one has left (`leave`), all follow. A single
+  alive. Both end with a message and status 1. Where one has aborted (`abort`), all follow. A single
   process raises its errors as ever.
   """
 
@@ -296,17 +296,17 @@ class Watch(contextlib.AbstractContextManager):
     self._last: float | None = None
     self._done = threading.Event()
 
-  def __enter__(self) -> Watch:
+  def __enter__(self) -> Watchdog:
     if self._stall > 0 or jax.process_count() > 1:
-      threading.Thread(target=self._look, name="watch", daemon=True).start()
+      threading.Thread(target=self._poll, name="watchdog", daemon=True).start()
     return self
 
   def beat(self, step: int) -> None:
     """Step `step` is done. The first one compiles, so the clock starts with it."""
     self._step, self._last = step, time.monotonic()
 
-  def _look(self) -> None:
-    while not self._done.wait(min(self._stall / 4 or LOOK, LOOK)):
+  def _poll(self) -> None:
+    while not self._done.wait(min(self._stall / 4 or POLL_SECONDS, POLL_SECONDS)):
       self._follow()
       if not self._stall:
         continue
@@ -318,7 +318,7 @@ class Watch(contextlib.AbstractContextManager):
     self._done.set()
     if error is None or jax.process_count() == 1:
       return
-    self._follow()  # a connection that broke says less than who left
+    self._follow()  # a connection that broke says less than who aborted
     if isinstance(error, KeyboardInterrupt):
       self._end("interrupted")
       return
@@ -332,9 +332,9 @@ class Watch(contextlib.AbstractContextManager):
     )
 
   def _follow(self) -> None:
-    """Ends as another process did that has left the run."""
-    if left := _said(LEFT):
-      code, process, what = left.split(" ", 2)
+    """Ends as another process did that has aborted the run."""
+    if said := _said(ABORTED):
+      code, process, what = said.split(" ", 2)
       if int(process) != jax.process_index():
         self._end(what, int(code))
 

@@ -103,7 +103,7 @@ class BeamSearch:
   def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
     """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
     start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
-    width = min(self.rule.max_new_tokens, cache.slots)
+    width = min(self.rule.max_new_tokens, cache.capacity)
 
     def move(axis: int, x: jax.Array) -> jax.Array:
       cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis))

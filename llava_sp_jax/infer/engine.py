@@ -3,7 +3,7 @@
 Rows of one static batch decode together; each ends by itself and is refilled from the queue. Images
 are encoded once, and what prompts share (system text and images) is prefilled once.
 
-Shape letters:  B rows . G rows of a group . S slots of a row
+Shape letters:  B rows . G rows of a group . S capacity of a row
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from collections.abc import Generator, Iterable, Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_sp_jax.infer import decode, together
+from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
+from llava_sp_jax.infer.broadcast import broadcast_requests
+from llava_sp_jax.infer.caches import FeatureCache, PrefixCache, bucket
 from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.detokenizer import Detokenizer
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
@@ -35,8 +38,6 @@ from llava_sp_jax.infer.prompts import (
 )
 from llava_sp_jax.infer.sampling import Sampler
 from llava_sp_jax.infer.schedule import Ready, Schedule
-from llava_sp_jax.infer.shared import Encoder, Prefixes, bucket
-from llava_sp_jax.infer.text import Text
 
 __all__ = ["Answer", "Engine", "EngineLayout", "Generation", "ImageFile", "Request"]
 
@@ -51,7 +52,7 @@ class EngineLayout:
 
   prefix: int = 8  # positions that are shared, a multiple of this
   suffix: int = 16  # positions of a prompt's own, likewise
-  slots: int = 64  # of a row of the cache, likewise
+  capacity: int = 64  # positions of a row of the cache, likewise
   groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
   window: int = 1024  # requests that are taken ahead and may be answered in another order
   feature_bytes: int = 2 << 30  # of encoded images
@@ -68,7 +69,7 @@ class _Row:
   """A request that stands in a row."""
 
   index: int
-  text: Text
+  text: Detokenizer
 
 
 class Engine:
@@ -128,12 +129,12 @@ class Engine:
     """Drops images and prefixes that were kept for the next questions about them."""
     layout = self._layout
     self._prompts.pictures.forget()
-    self._encoder = Encoder(
+    self._features = FeatureCache(
       self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
       layout.tiles * self._programs.parts,
     )  # fmt: skip
-    self._prefixes = Prefixes(
-      self._programs, self._encoder, self.counts, layout.prefix_bytes, layout.prefix
+    self._prefixes = PrefixCache(
+      self._programs, self._features, self.counts, layout.prefix_bytes, layout.prefix
     )
 
   def warm_up(self, requests: Iterable[Request]) -> None:
@@ -147,7 +148,7 @@ class Engine:
     ] = {}  # and growing prefixes
     starts: dict[tuple[int, int], int] = collections.defaultdict(int)  # the longest of a group
     lengths: dict[tuple[int, int], int] = collections.defaultdict(int)
-    slots = 0
+    capacity = 0
     with self._running(requests) as schedule:
       while (ready := schedule.take()) is not None:
         if ready.prompt is None or self._too_long(ready.prompt):
@@ -160,12 +161,12 @@ class Engine:
           shared.setdefault(self._prefixes.shape(pieces), (ready.request, pieces))
         starts[group] = max(starts[group], last.start)
         lengths[group] = max(lengths[group], length)
-        slots = max(slots, self._room(ready.prompt, length))
+        capacity = max(capacity, self._room(ready.prompt, length))
       if not kinds:
         return
       # The prompt with the longest prefix may stand beside the one with the longest question.
       reach = max(starts[group] + lengths[group] for group in starts)
-      self._make_room(max(slots, bucket(reach, self._layout.slots)))
+      self._make_room(max(capacity, bucket(reach, self._layout.capacity)))
       with contextlib.suppress(LostImageError):  # answering says so
         self._prefixes.of(list(shared.values()))
       admitted = self.counts.admitted
@@ -221,7 +222,7 @@ class Engine:
         "this engine is answering already: end or close that iterator first, or make a second engine"
       )
     self._busy = True
-    requests = together.shared(requests) if self._programs.several else requests
+    requests = broadcast_requests(requests) if self._programs.several else requests
     schedule = Schedule(requests, self._prompts, self._threads, self._layout.window, 2 * self._rows)
     try:
       yield schedule
@@ -229,7 +230,7 @@ class Engine:
       schedule.close()
       self._state, self._busy = None, False
 
-  def _run(self, schedule: Schedule, every: int) -> Iterator[tuple[int, Text]]:
+  def _run(self, schedule: Schedule, every: int) -> Iterator[tuple[int, Detokenizer]]:
     """Every row after every report of the device, with its text so far."""
     rows: dict[int, _Row] = {}
     ended = np.zeros(self._rows, bool)
@@ -256,7 +257,7 @@ class Engine:
 
   def _refill(
     self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
-  ) -> Iterator[tuple[int, Text]]:
+  ) -> Iterator[tuple[int, Detokenizer]]:
     """Puts waiting requests into free rows, as groups of equal shape. Yields those with errors."""
     while len(rows) < self._rows:
       free = [i for i in range(self._rows) if i not in rows]
@@ -299,13 +300,13 @@ class Engine:
         group = [r for r, asks in zip(group, asking, strict=True) if not asks]
     return group, lost
 
-  def _failed(self, error: str) -> Text:
+  def _failed(self, error: str) -> Detokenizer:
     self.counts.requests += 1
     self.counts.errors += 1
     return self._text(error)
 
-  def _text(self, error: str = "") -> Text:
-    return Text(self._tokenizer, self._generation.stop, error)
+  def _text(self, error: str = "") -> Detokenizer:
+    return Detokenizer(self._tokenizer, self._generation.stop, error)
 
   def _too_long(self, prompt: Prompt | None) -> str:
     if prompt is None:
@@ -337,21 +338,23 @@ class Engine:
 
   def _room(self, prompt: Prompt, length: int) -> int:
     """S for a prompt whose last piece is padded to `length`."""
-    shared = self._prefixes.slots(prompt.pieces[:-1])
+    shared = self._prefixes.capacity(prompt.pieces[:-1])
     last = prompt.pieces[-1]
     needed = max(shared, last.start + max(length, len(last.tokens)))
-    return bucket(max(needed, prompt.length + self._generation.max_new_tokens), self._layout.slots)
+    return bucket(
+      max(needed, prompt.length + self._generation.max_new_tokens), self._layout.capacity
+    )
 
-  def _make_room(self, slots: int) -> None:
+  def _make_room(self, capacity: int) -> None:
     if self._state is None:
-      self._state = self._programs.state(self._rows, max(slots, self._widest))
-    elif self._state.cache.slots < slots:
-      self._state = self._programs.widen(self._state, slots)
-    self._widest = max(self._widest, slots)
+      self._state = self._programs.state(self._rows, max(capacity, self._widest))
+    elif self._state.cache.capacity < capacity:
+      self._state = self._programs.widen(self._state, capacity)
+    self._widest = max(self._widest, capacity)
 
 
 def _shape(engine: Engine, ready: Ready) -> tuple[int, int]:
   """What the prompts of a group have in common."""
   assert ready.prompt is not None
   *before, last = ready.prompt.pieces
-  return engine._prefixes.slots(before), len(last.tiles)
+  return engine._prefixes.capacity(before), len(last.tiles)

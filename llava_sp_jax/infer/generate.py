@@ -31,9 +31,9 @@ def generate(
   rows, length = batch["tokens"].shape
   text = module.language_model
 
-  def allocate(slots: int) -> cache_lib.KVCache:
+  def allocate(capacity: int) -> cache_lib.KVCache:
     return cache_lib.allocate(
-      text.layers, rows, slots, text.kv_heads, text.head_dim, text.dtype, text.stacked
+      text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, text.stacked
     )
 
   image = apply(batch["images"], method="encode_image")

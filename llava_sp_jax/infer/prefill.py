@@ -1,6 +1,6 @@
 """Prefill in pieces: what questions share is computed once, what is their own goes behind it.
 
-Shape letters:  L layers . G rows of a group . T new positions . P slots of a prefix . M tiles
+Shape letters:  L layers . G rows of a group . T new positions . P capacity of a prefix . M tiles
                 N tokens per tile . D width . K key-value heads . H head width
 """
 
@@ -60,14 +60,14 @@ def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New,
   return hidden, new, past
 
 
-def grow(module: LlavaSP, params: Any, group: Group, *, slots: int) -> tuple[Prefix, ...]:
-  """The prefixes of G prompts, each with the new positions behind; `slots` is their new P."""
+def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[Prefix, ...]:
+  """The prefixes of G prompts, each with the new positions behind; `capacity` is their new P."""
   _, new, past = _extend(module, params, group)
-  room = past.slots + group.tokens.shape[1]
+  room = past.capacity + group.tokens.shape[1]
   whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
 
   def cut(axis: int, x: jax.Array) -> jax.Array:
-    return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+    return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
 
   keys, values = map(cache_lib.stack, cache_lib.both(cut, whole))
   return tuple(Prefix(keys[:, g], values[:, g]) for g in range(len(group.tokens)))
@@ -93,7 +93,7 @@ def admit(
 
 
 def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax.Array) -> KVCache:
-  """Prefixes of P slots of G rows, and the T that follow them, into their lanes [G, n] of B.
+  """Prefixes of capacity P of G rows, and the T that follow them, into their lanes [G, n] of B.
 
   A loop over the lanes, so that a program is not as many times longer.
   """

@@ -1,7 +1,7 @@
 """The engine's compiled programs: a table by name and shapes, built ahead of time and counted.
 
-Shape letters:  B rows . G rows of a group . T new positions . P slots of a prefix . M tiles
-                S slots of a row . E tiles at a time
+Shape letters:  B rows . G rows of a group . T new positions . P capacity of a prefix . M tiles
+                S capacity of a row . E tiles at a time
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class Programs:
 
   # ---- the programs -------------------------------------------------------------------------------
 
-  def state(self, rows: int, slots: int) -> State:
-    """All rows free, with room for `slots` positions each."""
+  def state(self, rows: int, capacity: int) -> State:
+    """All rows free, with room for `capacity` positions each."""
     text = self._module.language_model
 
     def make() -> State:
       cache = cache_lib.allocate(
         text.layers,
         rows * self._way.rule.lanes,
-        slots,
+        capacity,
         text.kv_heads,
         text.head_dim,
         text.dtype,
@@ -90,14 +90,14 @@ class Programs:
       )
       return State(cache, self._way.empty(rows))
 
-    return self._run(("state", rows, slots), make, (), out=self._state_places(rows))
+    return self._run(("state", rows, capacity), make, (), out=self._state_places(rows))
 
-  def widen(self, state: State, slots: int) -> State:
+  def widen(self, state: State, capacity: int) -> State:
     """The same rows with room for more."""
     rows = len(state.rows.done)
     return self._run(
-      ("widen", rows, state.cache.slots, slots),
-      lambda s: s._replace(cache=cache_lib.widen(s.cache, slots)), (state,),
+      ("widen", rows, state.cache.capacity, capacity),
+      lambda s: s._replace(cache=cache_lib.widen(s.cache, capacity)), (state,),
       out=self._state_places(rows),
     )  # fmt: skip
 
@@ -110,10 +110,10 @@ class Programs:
 
     return self._run(("encode", len(tiles)), run, (self._params, self._put(tiles)), out=self._whole)
 
-  def grow(self, group: prefill.Group, slots: int) -> tuple[prefill.Prefix, ...]:
+  def grow(self, group: prefill.Group, capacity: int) -> tuple[prefill.Prefix, ...]:
     """See `prefill.grow`."""
-    run = functools.partial(prefill.grow, self._module, slots=slots)
-    key = ("grow", slots, *_shapes(group))
+    run = functools.partial(prefill.grow, self._module, capacity=capacity)
+    key = ("grow", capacity, *_shapes(group))
     return self._run(key, run, (self._params, self._group(group)), out=self._whole)
 
   def admit(
@@ -121,7 +121,7 @@ class Programs:
   ) -> State:
     """See `prefill.admit`; the state is donated."""
     run = functools.partial(prefill.admit, self._module, way=self._way)
-    key = ("admit", len(state.rows.done), state.cache.slots, *_shapes(group))
+    key = ("admit", len(state.rows.done), state.cache.capacity, *_shapes(group))
     arguments = (self._params, state, self._key, self._group(group), *self._same(rows, numbers))
     return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
 
@@ -132,7 +132,7 @@ class Programs:
     run = functools.partial(decode_lib.decode, self._module, way=self._way)
     bounds = self._same(ended, np.int32(steps), np.int32(until))
     arguments = (self._params, state, self._key, *bounds)
-    key = ("decode", len(state.rows.done), state.cache.slots)
+    key = ("decode", len(state.rows.done), state.cache.capacity)
     out = (self._state_places(len(ended)), self._whole)
     state, report = self._run(key, run, arguments, (1,), out)
     return state, jax.device_get(report)
@@ -155,7 +155,7 @@ class Programs:
         compiled = self._table[key] = jitted.lower(*arguments).compile()
       self._counts.compiles += 1
       if self.several:  # none runs before all have compiled
-        processes.meet(f"program {self._counts.compiles} is compiled")
+        processes.barrier(f"program {self._counts.compiles} is compiled")
     return compiled(*arguments)
 
   def _group(self, group: prefill.Group) -> prefill.Group:
@@ -190,5 +190,5 @@ def _on(params: Any, mesh: Mesh) -> bool:
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:
   """G, T, P, M."""
-  slots = group.prefixes[0].values.shape[2] if group.prefixes else 0
-  return (*group.tokens.shape, slots, len(group.tiles[0]) if group.tiles else 0)
+  capacity = group.prefixes[0].values.shape[2] if group.prefixes else 0
+  return (*group.tokens.shape, capacity, len(group.tiles[0]) if group.tiles else 0)

@@ -3,7 +3,7 @@
 Written once for all layers, into a donated buffer, a step copies nothing of what it keeps. Keys lie
 transposed, so that both products of attention run along the lines of what they read.
 
-Shape letters:  L layers . B rows . S slots . T new positions . K key-value heads . H head width
+Shape letters:  L layers . B rows . S capacity . T new positions . K key-value heads . H head width
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 
 Layers = Any  # [L, ...] for stacked layers, otherwise a tuple of L arrays [...]
-SLOTS = (-1, -2)  # the axis of the slots in keys and in values
+POSITION_AXES = (-1, -2)  # in keys and in values
 
 
 class KVCache(NamedTuple):
-  """Slot i of a row holds position i of its sample; only the first `length` hold anything."""
+  """Keys and values of each row's first `length` positions, with room for S, the capacity."""
 
   keys: Layers  # [B, K, H, S] for each layer
   values: Layers  # [B, K, S, H] for each layer
   length: jax.Array  # [B] int32
 
   @property
-  def slots(self) -> int:
+  def capacity(self) -> int:
     return self.values[0].shape[-2]
 
 
@@ -39,21 +39,27 @@ class New(NamedTuple):
 
 
 def both(change: Callable[..., Any], *held: Any) -> tuple[Any, Any]:
-  """`change(axis of the slots, *arrays)` of the keys, and of the values, of every layer.
+  """`change(axis of the positions, *arrays)` of the keys, and of the values, of every layer.
 
   `held` begin with keys and values, as `KVCache` and `New` do.
   """
   keys, values = (
     jax.tree.map(functools.partial(change, axis), *(pair[i] for pair in held))
-    for i, axis in enumerate(SLOTS)
+    for i, axis in enumerate(POSITION_AXES)
   )
   return keys, values
 
 
 def allocate(
-  layers: int, rows: int, slots: int, kv_heads: int, head_dim: int, dtype: Any, stacked: bool = True
+  layers: int,
+  rows: int,
+  capacity: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype: Any,
+  stacked: bool = True,
 ) -> KVCache:
-  """An empty cache of static size; with 0 slots, what a prompt starts from."""
+  """An empty cache of static size; with a capacity of 0, what a prompt starts from."""
 
   def empty(*sizes: int) -> Layers:
     shape = (rows, kv_heads, *sizes)
@@ -61,32 +67,34 @@ def allocate(
       return jnp.zeros((layers, *shape), dtype)
     return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-  return KVCache(empty(head_dim, slots), empty(slots, head_dim), jnp.zeros((rows,), jnp.int32))
+  return KVCache(
+    empty(head_dim, capacity), empty(capacity, head_dim), jnp.zeros((rows,), jnp.int32)
+  )
 
 
 def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
   """Writes what is new behind each row's length, which grows by `count` [B] of its positions.
 
-  There must be T free slots behind the length; those after `count` are written and do not matter.
+  There must be room for T behind the length; those after `count` are written and do not matter.
   """
 
-  def place(axis: int, slots: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, ...] of both
+  def place(axis: int, held: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, ...] of both
     def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
       return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), start, axis)
 
     rows = jax.vmap(put)
-    rows = jax.vmap(rows, (0, 0, None)) if slots.ndim == 5 else rows
-    return rows(slots, new, cache.length)
+    rows = jax.vmap(rows, (0, 0, None)) if held.ndim == 5 else rows
+    return rows(held, new, cache.length)
 
   return KVCache(*both(place, cache, new), cache.length + count)
 
 
-def widen(cache: KVCache, slots: int) -> KVCache:
-  """The same with `slots` slots in each row, at least as many as there are."""
+def widen(cache: KVCache, capacity: int) -> KVCache:
+  """The same with room for `capacity` positions in each row, at least as many as before."""
 
   def pad(axis: int, x: jax.Array) -> jax.Array:
     extra = [(0, 0)] * x.ndim
-    extra[axis] = (0, slots - x.shape[axis])
+    extra[axis] = (0, capacity - x.shape[axis])
     return jnp.pad(x, extra)
 
   return KVCache(*both(pad, cache), cache.length)

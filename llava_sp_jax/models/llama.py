@@ -21,13 +21,13 @@ from llava_sp_jax.models import remat
 from llava_sp_jax.models.attention import AttentionChoice, attend, attend_cached
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
-from llava_sp_jax.models.lora import together
+from llava_sp_jax.models.lora import fused
 
 BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations between blocks
 
 
 class Past(NamedTuple):
-  """Which slots of a cache each new position sees, and which of them a sliding window leaves."""
+  """Which positions of a cache each new one sees, and which of them a sliding window leaves."""
 
   seen: jax.Array  # [B, T, S] bool
   near: jax.Array | None  # [B, T, S] bool
@@ -62,7 +62,7 @@ class DecoderBlock(nn.Module):
     y = RMSNorm(self.norm_eps, name="attn_norm")(x)
 
     counts = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
-    made = together(
+    made = fused(
       [dense(n * self.head_dim, use_bias=self.attention_bias, name=p) for p, n in counts.items()], y
     )
     q, k, v = (h.reshape(*y.shape[:2], -1, self.head_dim) for h in made)
@@ -80,7 +80,7 @@ class DecoderBlock(nn.Module):
     out = dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     x = checkpoint_name(x + out, "middle")
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)
-    gate, up = together([dense(self.mlp_width, name=p) for p in ("gate_proj", "up_proj")], y)
+    gate, up = fused([dense(self.mlp_width, name=p) for p in ("gate_proj", "up_proj")], y)
     y = nn.silu(checkpoint_name(gate, "gate")) * checkpoint_name(up, "up")
     x = x + dense(x.shape[-1], name="down_proj")(y)
     return nn.with_logical_constraint(x, BLOCK_AXES), new
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
       near = window_mask(positions, positions, self.sliding_window)
     if cache is not None:
       held = (cache.keys, cache.values)
-      past = self._past(cache, positions) if cache.slots else None
+      past = self._past(cache, positions) if cache.capacity else None
     angles = self.rope.angles(self.head_dim, positions, segments)
     x = nn.with_logical_constraint(embeds, BLOCK_AXES)
     shared = (angles, mask, None if past else segments, near, past)
@@ -180,10 +180,10 @@ class Decoder(nn.Module):
     return self.final_norm(x), None if cache is None else New(*new)
 
   def _past(self, cache: KVCache, positions: jax.Array) -> Past:
-    slot = jnp.arange(cache.slots)
+    kept = jnp.arange(cache.capacity)
     rows, count = positions.shape
-    seen = jnp.broadcast_to(slot < cache.length[:, None, None], (rows, count, cache.slots))
+    seen = jnp.broadcast_to(kept < cache.length[:, None, None], (rows, count, cache.capacity))
     if not self.sliding_window:
       return Past(seen, None)
-    slots = jnp.broadcast_to(slot, (rows, cache.slots))
-    return Past(seen, window_mask(positions, slots, self.sliding_window))
+    kept = jnp.broadcast_to(kept, (rows, cache.capacity))
+    return Past(seen, window_mask(positions, kept, self.sliding_window))

@@ -55,7 +55,7 @@ class LoraDense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, low: jax.Array | None = None, only_a: bool = False) -> jax.Array:
-    """`low` is what `lower` returns when `together` has made it [..., R]; `only_a` returns A [I, R]."""
+    """`low` is what `lower` returns when `fused` has made it [..., R]; `only_a` returns A [I, R]."""
     base = self.base(
       self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
     )
@@ -102,7 +102,7 @@ def _mix(x: jax.Array) -> jax.Array:
   return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
 
 
-def together(layers: Sequence[nn.Module], x: jax.Array) -> list[jax.Array]:
+def fused(layers: Sequence[nn.Module], x: jax.Array) -> list[jax.Array]:
   """What each layer makes of the same input, called inside a compact method. [..., I] -> list.
 
   Adapters read it through one matmul with all their A side by side: on its own, an A of rank 128

@@ -96,11 +96,11 @@ def main(argv: list[str]) -> int:
 
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
-  with processes.Watch(0):
+  with processes.Watchdog(0):
     tasks = _tasks(_names(options), options)
     found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
     # The first to leave would end the others, whose questions may take hours longer.
-    processes.meet("answers are written", processes.WITHOUT_LIMIT)
+    processes.barrier("answers are written", processes.WITHOUT_LIMIT)
   lines = [line for name, scores in found.items() if (line := _unanswered(name, scores))]
   for line in lines:
     console.say(f"llava-sp eval: {console.one_line(line)}", error=True)

@@ -78,15 +78,15 @@ def train(
       "evaluate.every: nothing to evaluate with; train(..., evaluator=eval.in_loop.InLoop(...))"
     )
   processes.start(peer_seconds=config.train.peer_seconds)
-  with processes.Watch(config.train.stall_seconds) as watch, contextlib.ExitStack() as held:
+  with processes.Watchdog(config.train.stall_seconds) as watchdog, contextlib.ExitStack() as held:
     lock = locks.Lock(Path(workdir), "llava-sp train")
 
     def begin() -> None:
       runs.check_folder(Path(workdir))
       held.enter_context(lock)
 
-    processes.together("the run folder is locked", begin, only=0)
-    return _train(config, Path(workdir), profile, watch, evaluator, wish or resume.Wish(), lock)
+    processes.collective("the run folder is locked", begin, only=0)
+    return _train(config, Path(workdir), profile, watchdog, evaluator, wish or resume.Wish(), lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Run:
   evaluator: Evaluator | None
   profiler: trace.Profiler
   book: ledger.Ledger
-  watch: processes.Watch
+  watchdog: processes.Watchdog
   lock: locks.Lock
   wish: resume.Wish
   inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
@@ -132,7 +132,7 @@ def validation_input(config: config_lib.Config) -> dict[str, str]:
 
 
 def _train(
-  config: config_lib.Config, folder: Path, profile: str, watch: processes.Watch,
+  config: config_lib.Config, folder: Path, profile: str, watchdog: processes.Watchdog,
   evaluator: Evaluator | None, wish: resume.Wish, lock: locks.Lock,
 ) -> Result:  # fmt: skip
   read = functools.cache(functools.partial(_inputs, config))
@@ -159,7 +159,7 @@ def _train(
   if not begun:
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
   validator = Validator(config, module, tokenizer, device_mesh)
-  processes.meet("data is opened")
+  processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
@@ -168,9 +168,9 @@ def _train(
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
       config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book,
-      watch, lock, wish, {"inputs": inputs, "inputs_before": before},
+      watchdog, lock, wish, {"inputs": inputs, "inputs_before": before},
     )  # fmt: skip
-    processes.together("the way is free", lambda: resume.make_way(folder, begun), only=0)
+    processes.collective("the way is free", lambda: resume.make_way(folder, begun), only=0)
     return _steps(run, module, prepared)
 
 
@@ -179,7 +179,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   train_state, shardings, tx = prepared
   if jax.process_index() == 0:
     print(_summary(config, train_state, run.mesh), flush=True)
-  processes.meet("parameters are placed")
+  processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
     train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
@@ -197,7 +197,7 @@ def _loop(
     if bad := jsonl.cut_after(folder / METRICS_FILE, first):
       print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
     ledger.drop_after(folder, first)
-  processes.meet("logs are cut off")
+  processes.barrier("logs are cut off")
   run.iterator.seek(first)
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
@@ -231,7 +231,7 @@ def _loop(
       placed = mesh.put_batch(batch, run.mesh)
       if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
         run_step.lower(train_state, placed, rng).compile()
-        processes.meet("the step is compiled")
+        processes.barrier("the step is compiled")
       with run.profiler.step(number, metrics):
         train_state, metrics = run_step(train_state, placed, rng)
       run.profiler.after(number, metrics)
@@ -249,12 +249,12 @@ def _loop(
         with log.pause(metrics):
           validated |= run.evaluator(
             number, state.join(train_state.trainable, train_state.frozen), base,
-            functools.partial(_going, run.watch, stop, number),
+            functools.partial(_going, run.watchdog, stop, number),
           )  # fmt: skip
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()
-      run.watch.beat(number)
+      run.watchdog.beat(number)
       run.lock.check()
       if asked or number % config.train.save_every == 0 or number == config.train.steps:
         save(number)
@@ -272,9 +272,9 @@ def _loop(
   return Result(number, log.seconds, quarantine.count)
 
 
-def _going(watch: processes.Watch, stop: StopRequest, number: int) -> bool:
-  """Whether work between steps may go on; tells the watch that it does."""
-  watch.beat(number)
+def _going(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
+  """Whether work between steps may go on; tells the watchdog that it does."""
+  watchdog.beat(number)
   return not stop.asked
 
 

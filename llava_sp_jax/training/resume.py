@@ -135,7 +135,7 @@ def restore(
       return checkpoints.restore(fresh.trainable, fresh.opt_state, number)
 
     try:
-      found = processes.together(f"step {number} is restored", read)
+      found = processes.collective(f"step {number} is restored", read)
     except (CheckpointError, processes.PeerError) as error:
       bad[number] = str(error)
       if wish.step == number:
@@ -165,7 +165,7 @@ def _leave_behind(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[i
     for number, why in sorted(bad.items()):
       _set_aside(folder, number, why)
 
-  processes.together("steps are set aside", move, only=0)
+  processes.collective("steps are set aside", move, only=0)
   checkpoints.reload()
 
 

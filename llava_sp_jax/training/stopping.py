@@ -10,7 +10,7 @@ from typing import Any
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import STOPPED_EARLY
 
-LOOK = 0.2  # seconds of a wait between two looks at whether any process was asked
+POLL_SECONDS = 0.2  # of a wait, between two polls of whether any process was asked
 GRACE = 0.5  # seconds that data may take once one was
 AGREE = 3.0  # seconds until all must have said that they wait, too
 LIMIT = 12.0  # seconds of waiting on when others do not; SIGKILL follows 30 s after SIGTERM
@@ -66,7 +66,7 @@ class Wait:
   def __call__(self) -> bool:
     """Called by the one thread that waits; once it has agreed to stop it must do so."""
     now = time.monotonic()
-    if now - self._looked < LOOK:
+    if now - self._looked < POLL_SECONDS:
       return False
     self._looked = now
     if self._told is None:
@@ -75,9 +75,9 @@ class Wait:
     waited = now - self._told
     if waited > GRACE and not self._tried:
       self._tried = True
-      return processes.all_meet(f"all wait for data at {self._place}", AGREE)
+      return processes.barrier_within(f"all wait for data at {self._place}", AGREE)
     if waited > LIMIT:
-      processes.leave(
+      processes.abort(
         f"asked to stop, and no data came for {waited:.0f} s at {self._place}, which others have "
         "begun; the same command goes on from the last checkpoint",
         STOPPED_EARLY,

@@ -31,7 +31,8 @@ import jax
 given, out, process, count, port, slow = sys.argv[1:]
 if int(count) > 1:
   jax.distributed.initialize(f"localhost:{port}", int(count), int(process))
-from llava_sp_jax.convert import formats, leaves, load
+from llava_sp_jax.checkpoints import writing
+from llava_sp_jax.convert import formats, leaves
 read, parts = leaves.InTensors.read, []
 def slowly(self, index=None):
   time.sleep(float(slow)); parts.append(self.path)

@@ -129,7 +129,7 @@ LAYOUTS = {
   "one at a time": (1, EngineLayout()),
   "nothing shared": (4, EngineLayout(share=False)),
   "other buckets, no memory": (
-    3, EngineLayout(prefix=48, suffix=24, slots=96, prefix_bytes=1, feature_bytes=1, window=3)
+    3, EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3)
   ),
 }  # fmt: skip
 
@@ -199,7 +199,7 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
 
 def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_data: Path) -> None:
   """Prefixes of one size that are made of pieces of other sizes, before questions of other lengths."""
-  layout = EngineLayout(slots=1, suffix=4, groups=2)
+  layout = EngineLayout(capacity=1, suffix=4, groups=2)
   engine = Engine(model, 2, Generation(max_new_tokens=1), layout=layout)
   images = (tiny_data / "images" / "0.png",)
 
@@ -208,7 +208,7 @@ def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_dat
 
   def sizes(words: int) -> list[int]:
     *before, _ = engine._prompts(request(words, "red?")).pieces
-    return [engine._prefixes.slots(before[: i + 1]) for i in range(len(before))]
+    return [engine._prefixes.capacity(before[: i + 1]) for i in range(len(before))]
 
   short = next(n for n in range(8, 40) if len(sizes(n)) == 2 and
                sizes(n)[0] < sizes(n + 1)[0] and sizes(n)[1] == sizes(n + 1)[1])  # fmt: skip

@@ -145,8 +145,8 @@ class Ours:
     logits, new = self.run(tokens, positions, segments, kv)
     return logits, cache.append(kv, new, np.full(1, tokens.shape[1]))
 
-  def cache(self, slots: int) -> cache.KVCache:
-    return cache.allocate(LAYERS, 1, slots, KV_HEADS, HEAD_DIM, jnp.float32)
+  def cache(self, capacity: int) -> cache.KVCache:
+    return cache.allocate(LAYERS, 1, capacity, KV_HEADS, HEAD_DIM, jnp.float32)
 
 
 ours = functools.cache(Ours)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.models.lora import LoraDense, LoraRecipe, keep, together
+from llava_sp_jax.models.lora import LoraDense, LoraRecipe, keep
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
@@ -58,7 +58,7 @@ def test_rank_zero_is_the_plain_class() -> None:
 
 
 def test_layers_read_their_input_through_one_matmul() -> None:
-  """`together` gives what each layer gives alone, and its program has one product with A."""
+  """`fused` gives what each layer gives alone, and its program has one product with A."""
 
   class Pair(nn.Module):
     fused: bool
@@ -68,7 +68,7 @@ def test_layers_read_their_input_through_one_matmul() -> None:
       layers = [
         LoraDense(n, rank=2, alpha=4.0, use_bias=False, name=f"l{n}") for n in (3, 5, 5 + 2)
       ]
-      return together(layers, x) if self.fused else [layer(x) for layer in layers]
+      return fused(layers, x) if self.fused else [layer(x) for layer in layers]
 
   params = Pair(False).init(jax.random.key(0), X)
   assert jax.tree.structure(Pair(True).init(jax.random.key(0), X)) == jax.tree.structure(params)
@@ -124,7 +124,7 @@ def test_dropout_leaves_the_mean_as_it_is(params: dict, rate: float, fused: bool
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
       layers = [m.clone(parent=self) for m in dense.values()]
-      return together(layers, x) if fused else [layer(x) for layer in layers]
+      return fused(layers, x) if fused else [layer(x) for layer in layers]
 
   variables = {"params": dict.fromkeys("ab", with_b)}
   calm = np.stack(Pair().apply(variables, X))

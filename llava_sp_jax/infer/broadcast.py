@@ -1,7 +1,7 @@
-"""Requests of one process, asked in all: what processes that share a mesh compute must be the same.
+"""Broadcasts the requests of process 0: processes that share a mesh must compute the same.
 
-Only process 0 needs the files: it reads them and sends their bytes, so that no host's disk can make
-it ask another question, or fail, alone.
+Only process 0 needs the files: it reads them and broadcasts their bytes, so that no host's disk can
+make it ask another question, or fail, alone.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.prompts import ImageFile, Request
 
-AT_ONCE = 16  # requests that are sent together
+AT_ONCE = 16  # requests of one broadcast
 
 
-def shared(requests: Iterable[Request]) -> Iterator[Request]:
+def broadcast_requests(requests: Iterable[Request]) -> Iterator[Request]:
   """The requests of process 0, in every process; those of others are not looked at.
 
-  Every process takes them at the same places of its work: sending is a collective.
+  Every process takes them at the same places of its work: a broadcast is a collective.
   """
   mine = iter(requests)
   while True:
     some = list(itertools.islice(mine, AT_ONCE)) if jax.process_index() == 0 else []
-    found = _from_first([_packed(request) for request in some])
+    found = _broadcast([_packed(request) for request in some])
     if not found:
       return
     yield from map(_request, found)
 
 
-def _from_first(what: list[Any]) -> list[Any]:
-  """What process 0 gives, in all."""
+def _broadcast(what: list[Any]) -> list[Any]:
+  """The value of process 0, in every process."""
   data = np.frombuffer(serialization.msgpack_serialize(what), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
   room = 1 << (size - 1).bit_length()  # few sizes: each is a program

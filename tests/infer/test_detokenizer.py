@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from llava_sp_jax.infer.caches import bucket
 from llava_sp_jax.infer.counts import Counts
-from llava_sp_jax.infer.shared import bucket
-from llava_sp_jax.infer.text import UNFINISHED, Text
+from llava_sp_jax.infer.detokenizer import UNFINISHED, Detokenizer
 
 
 class Letters:
@@ -18,9 +18,9 @@ class Letters:
     return "".join(UNFINISHED if i == 0 else chr(i) for i in ids)
 
 
-def text(stop: tuple[str, ...] = ()) -> Text:
+def text(stop: tuple[str, ...] = ()) -> Detokenizer:
   tokenizer: Any = Letters()
-  return Text(tokenizer, stop)
+  return Detokenizer(tokenizer, stop)
 
 
 def ids(said: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What requests share on the device: features of images, and prefixes of prompts.
+"""Caches on the device: features of images, and keys and values of prompts' prefixes.
 
 Shape letters:  G rows of a group . T new positions . M tiles . N tokens per tile
 """
@@ -24,8 +24,8 @@ def bucket(length: int, multiple: int) -> int:
   return -(-length // multiple) * multiple
 
 
-class Encoder:
-  """Features of images, computed once while they fit into `limit` bytes."""
+class FeatureCache:
+  """Encodes each image once while its features fit into `limit` bytes; the least recently used go."""
 
   def __init__(
     self, programs: Programs, pictures: Pictures, counts: Counts, limit: int, tiles: int
@@ -65,17 +65,17 @@ class Encoder:
     return [tuple(next(rest) for _ in stack) for stack in stacks]
 
 
-class Prefixes:
-  """Keys and values of shared pieces, computed once while they fit into `limit` bytes."""
+class PrefixCache:
+  """Prefills each shared piece once while its keys and values fit into `limit` bytes."""
 
   def __init__(
-    self, programs: Programs, encoder: Encoder, counts: Counts, limit: int, multiple: int
+    self, programs: Programs, features: FeatureCache, counts: Counts, limit: int, multiple: int
   ):
-    self._programs, self._encoder, self._counts = programs, encoder, counts
+    self._programs, self._features, self._counts = programs, features, counts
     self._kept, self._multiple = Lru(limit), multiple
 
-  def slots(self, pieces: Sequence[PromptPiece]) -> int:
-    """P of the prefix that these pieces are."""
+  def capacity(self, pieces: Sequence[PromptPiece]) -> int:
+    """P of the prefix that these pieces make up."""
     if not pieces:
       return 0
     return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
@@ -83,7 +83,7 @@ class Prefixes:
   def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
     """What computing the last of these pieces is compiled for: P, P before it, T, M."""
     last = pieces[-1]
-    return (self.slots(pieces), self.slots(pieces[:-1]),
+    return (self.capacity(pieces), self.capacity(pieces[:-1]),
             bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
 
   def of(self, asked: Sequence[tuple[Request, tuple[PromptPiece, ...]]]) -> list[Prefix | None]:
@@ -120,13 +120,13 @@ class Prefixes:
     for request, pieces in missing:
       alike.setdefault(self.shape(pieces), []).append((request, pieces))
     parts = self._programs.parts
-    for (slots, _, length, _), members in alike.items():
+    for (capacity, _, length, _), members in alike.items():
       for start in range(0, len(members), parts):
         some = members[start : start + parts]
         full = [*some, *[some[0]] * (parts - len(some))]
         before = [found[p[-2].key] if len(p) > 1 else None for _, p in full]
         group = self.group([r for r, _ in full], [p[-1] for _, p in full], before, length)
-        for (_, pieces), prefix in zip(some, self._programs.grow(group, slots), strict=False):
+        for (_, pieces), prefix in zip(some, self._programs.grow(group, capacity), strict=False):
           found[pieces[-1].key] = prefix
           self._kept.put(pieces[-1].key, prefix)
         self._counts.prefills += len(some)
@@ -143,7 +143,7 @@ class Prefixes:
       slots[row, : len(piece.slots)] = piece.slots
     tiles: tuple[Features, ...] = ()
     if pieces[0].tiles:
-      features = self._encoder.features(requests)
+      features = self._features.features(requests)
       tiles = tuple(tuple(features[key][i] for key, i in piece.tiles) for piece in pieces)
     return Group(
       tokens, slots, np.asarray([len(p.tokens) for p in pieces], np.int32),

@@ -1,4 +1,4 @@
-"""From an answer's tokens to its text: stop strings, and what of it is settled already."""
+"""Detokenizes an answer as it grows: stop strings, and the text that no later token changes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llava_sp_jax.infer.prompts import Answer
 UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
 
 
-class Text:
-  """Grows with an answer."""
+class Detokenizer:
+  """Turns the tokens of one answer into text; ends it at a stop string."""
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), error: str = ""):
     self._tokenizer, self._stop = tokenizer, stop
