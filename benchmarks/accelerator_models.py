@@ -172,10 +172,10 @@ def train_state(config: Any, device_mesh: Any, values: Any = None) -> tuple[Any,
       return random_leaves(tree, where)
     return {p: jax.device_put(values[p].astype(s.dtype), where[p]) for p, s in tree.items()}
 
-  learns, stays = make(trainable, places.trainable), make(frozen, places.frozen)
-  moments = jax.jit(tx.init, out_shardings=places.opt_state)(learns)
+  masters, stays = make(trainable, places.trainable), make(frozen, places.frozen)
+  moments = jax.jit(tx.init, out_shardings=places.opt_state)(masters)
   first = jax.device_put(jnp.zeros((), jnp.int32), places.step)
-  return state.TrainState(first, learns, stays, moments), places, tx
+  return state.TrainState(first, masters, stays, moments), places, tx
 
 
 def batch_of(config: Any, device_mesh: Any) -> tuple[Any, np.ndarray]:

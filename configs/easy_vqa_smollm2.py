@@ -13,7 +13,7 @@ Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and the proje
 rate of its own; the tower is frozen. Stage 2 takes the tower and projector from stage 1's
 checkpoint, and the decoder from the GGUF that stage 1 names. Sized for a CPU, in float32.
 
-With tower=RUN, stage 1 is the paper's as well: only the projector learns, between the decoder and a
+With tower=RUN, stage 1 is the paper's as well: only the projector is trained, between the decoder and a
 frozen tower of the same sizes that another run trained (scripts/easy_vqa_smollm2.sh makes one).
 """
 

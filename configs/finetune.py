@@ -3,12 +3,12 @@
 Options after the colon, separated by commas: init=<a finished run, or a folder of `llava-sp convert`>,
 data=<JSON list or JSON lines of samples>, images=<folder that image names start from; default: that of
 data>, epochs=1, batch=16 (rows of a step), row_length=2048 (tokens of a row), rank=128 (of the
-adapters, where the checkpoint has none; 0: the whole decoder learns), rate=<peak learning rate;
+adapters, where the checkpoint has none; 0: the whole decoder is trained), rate=<peak learning rate;
 default: 2e-4 for adapters, 2e-5 for the whole decoder>, template=<default: the checkpoint's>,
 quantize=<nf4, int8, ..: the frozen decoder; default: as the checkpoint has it>, seed=0.
 
 Sizes, projector, tokenizer, template and the preparation of pictures are the checkpoint's. Adapters
-that it has go on learning. The projector learns at 2e-5 as in the paper's stage 2.
+that it has go on. The projector is trained at 2e-5 as in the paper's stage 2.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ coco, gqa, ocr_vqa, textvqa, vg>, checkpoints=<folder with vicuna-7b-v1.5/ or vi
 clip-vit-large-patch14-336/> (read when init is empty; the tokenizer is read from there always).
 
 The whole decoder and the projector learn at LLaVA-1.5's rate (its `finetune.sh`); the tower is
-frozen. The paper has no such run. Masters and moments are 12 bytes for each parameter that learns.
+frozen. The paper has no such run. Masters and moments are 12 bytes for each trainable parameter.
 """
 
 from ml_collections import ConfigDict

@@ -118,7 +118,7 @@ class ModelConfig:
   image_newline: bool = False  # a learned token that ends a row of tile patches (anyres)
   dtype: str = "bfloat16"  # of activations: float32 or bfloat16
   matmul_precision: str = "auto"  # of products; auto: highest where dtype is float32
-  frozen_dtype: str = "bfloat16"  # of parameters that do not learn, likewise
+  frozen_dtype: str = "bfloat16"  # of frozen parameters, likewise
   quantize: str = "none"  # the decoder's frozen kernels
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
   remat: str = "projections"  # what a layer keeps for its backward pass
@@ -165,7 +165,7 @@ class DataConfig:
 class OptimizerConfig:
   """AdamW with a cosine schedule; `stage` names a row of `training.optimizer.STAGES`."""
 
-  stage: str = "finetune"  # what learns
+  stage: str = "finetune"  # which parameters are trained
   learning_rate: float = 2e-4  # peak, of all but the projector
   projector_learning_rate: float = 2e-5  # peak, of the projector
   warmup_ratio: float = 0.03  # share of the steps with a rising rate

@@ -111,7 +111,7 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
 
 
 class AsFrozen(Mapping[str, Any]):
-  """Leaves read one at a time, as the model holds them when they do not learn."""
+  """Leaves read one at a time, as the model holds them when they are frozen."""
 
   def __init__(self, leaves: Leaves, dtype: str):
     self._leaves, self._dtype = leaves, dtype

@@ -58,11 +58,11 @@ def _llava(model: Loaded, out: Path) -> None:
 
 
 def _llava_lora(model: Loaded, out: Path) -> None:
-  """Adapter, everything else that learned, and configs, as the original's `train.py` leaves them."""
+  """Adapter, everything else that was trained, and configs, as the original's `train.py` leaves them."""
   lora = model.config.model.lora
   config, tower = _with_tower(model, out)
   base = model.base
-  if not base:  # it learned too, or its origin is unknown
+  if not base:  # it was trained too, or its origin is unknown
     base = _final(out / "base")
     (out / "base").mkdir()
     _language_model(model, out / "base")

@@ -34,7 +34,7 @@ PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"(bias|scale|class_embed|image_newline|register_\d+/token)$", (None,)),
   (r"patch_embed/kernel$", (None, "embed")),
   (r"position_embed$", (None, "embed")),
-  # The spatial kernels hold most of what learns: their long contraction axis takes every device.
+  # The spatial kernels hold most of the trainable parameters: their long contraction axis takes every device.
   (r"projector/(crop|pool)_\d+/kernel$", ("contraction", None)),
   (r"projector/detail_\d+/conv/kernel$", (None, None, "contraction", None)),
   (r"projector/(out|detail_\d+/(query|key|value))/kernel$", (None, "embed")),

@@ -1,8 +1,8 @@
 """FLOPs of a training step, by formula: what the model needs, whatever the compiler makes of it.
 
 A kernel of N parameters costs 2N per token forward, 2N for the gradient of its input and 2N for its
-own: 4N when it is frozen (nothing below it would learn without it), 6N when it learns, 2N in a
-frozen tower, below which nothing learns. Rematerialised work and padding do not count, as in the
+own: 4N when it is frozen (gradients pass through it), 6N when it is trainable, 2N in a frozen tower,
+below which nothing is trainable. Rematerialised work and padding do not count, as in the
 usual definition of MFU (Chowdhery et al. 2022, appendix B); norms, rotary and softmax are left out.
 """
 
@@ -73,8 +73,8 @@ PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
 NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
 
 
-def costs(config: config_lib.ModelConfig, learns: Callable[[str], bool]) -> Costs:
-  """FLOPs of a step of `config` when the parameters at paths that `learns` accepts are trained.
+def costs(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> Costs:
+  """FLOPs of a step of `config` when the parameters at paths that `trainable` accepts are trained.
 
   Raises: KeyError for a parameter whose use is not known.
   """
@@ -83,39 +83,41 @@ def costs(config: config_lib.ModelConfig, learns: Callable[[str], bool]) -> Cost
     path: leaf.shape for path, leaf in flatten_dict(build.abstract(config), sep="/").items()
   }
   return Costs(
-    position=sum(_decoder(path, shape, learns(path)) for path, shape in shapes.items())
-    + _tied_head(config, learns),
+    position=sum(_decoder(path, shape, trainable(path)) for path, shape in shapes.items())
+    + _tied_head(config, trainable),
     # scores and weighted values, 2 FLOPs each per channel; both operands of both need gradients
     pair=12.0 * config.language_model.layers * config.language_model.heads
     * config.language_model.head_dim,
-    image=_image(config, shapes, learns),
+    image=_image(config, shapes, trainable),
   )  # fmt: skip
 
 
-def _decoder(path: str, shape: tuple[int, ...], learns: bool) -> float:
+def _decoder(path: str, shape: tuple[int, ...], trainable: bool) -> float:
   if not path.startswith("language_model/") or re.match(NO_MATMUL, path) or "embed" in path:
     return 0.0
   if not re.search(r"/(kernel|lora_[ab])$", path):
     raise KeyError(f"FLOPs of parameter {path!r} are not known")
-  return _size(shape) * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * learns)
+  return _size(shape) * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * trainable)
 
 
-def _tied_head(config: config_lib.ModelConfig, learns: Callable[[str], bool]) -> float:
+def _tied_head(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> float:
   text = config.language_model
   if not text.tie_embeddings:
     return 0.0
-  learned = learns("language_model/token_embed/embedding")
-  return text.vocab_size * text.width * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * learned)
+  embedding = trainable("language_model/token_embed/embedding")
+  return text.vocab_size * text.width * (FORWARD + BACKWARD_INPUT + BACKWARD_KERNEL * embedding)
 
 
 def _image(
-  config: config_lib.ModelConfig, shapes: dict[str, tuple[int, ...]], learns: Callable[[str], bool]
+  config: config_lib.ModelConfig,
+  shapes: dict[str, tuple[int, ...]],
+  trainable: Callable[[str], bool],
 ) -> float:
   patches = build.patch_grid(config) ** 2
   variant, sizes = VARIANTS[config.projector.variant], build.view_sizes(config)
   field = variant.detail_field(build.patch_grid(config), config.projector.scales)
   counts = _Sizes(patches, build.image_token_count(config) - patches, sizes, field)
-  tower_learns = any(learns(path) for path in shapes if path.startswith("vision_tower/"))
+  tower_trainable = any(trainable(path) for path in shapes if path.startswith("vision_tower/"))
   positions = patches + ("vision_tower/class_embed" in shapes)
   total = 0.0
   for path, shape in shapes.items():
@@ -124,14 +126,14 @@ def _image(
     if path.startswith("vision_tower/"):
       first = "patch_embed" in path
       uses: float = patches if first else positions
-      passes_on = tower_learns and not first
+      passes_on = tower_trainable and not first
     else:
       uses, reads_tower = _uses(path, counts)
-      passes_on = tower_learns or not reads_tower
-    each = FORWARD + BACKWARD_INPUT * passes_on + BACKWARD_KERNEL * learns(path)
+      passes_on = tower_trainable or not reads_tower
+    each = FORWARD + BACKWARD_INPUT * passes_on + BACKWARD_KERNEL * trainable(path)
     total += _size(shape) * uses * each
   attention = 4.0 * build.tower_layers(config) * config.tower.width * positions**2
-  return total + attention * (3 if tower_learns else 1)
+  return total + attention * (3 if tower_trainable else 1)
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:

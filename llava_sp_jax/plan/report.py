@@ -177,7 +177,7 @@ def _speed(plan: Plan, top: int) -> list[str]:
     lines += [
       f"  MFU {plan.mfu:.3f} = useful FLOPs / (step seconds x {plan.topology.chips} chips x "
       f"{chip.peak_flops / 1e12:.0f} TFLOP/s)",
-      f"  useful FLOPs {useful:.3e} (4N per token for frozen kernels, 6N for learning ones, 2N in "
+      f"  useful FLOPs {useful:.3e} (4N per token for frozen kernels, 6N for trainable ones, 2N in "
       "the frozen tower, causal attention)",
       f"  matmul FLOPs compiled {all_flops:.3e}: useful share {useful / max(all_flops, 1):.3f}",
       f"  the recipe's {config.train.steps:,} steps: {days:.2f} days, "

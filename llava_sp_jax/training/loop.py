@@ -204,10 +204,10 @@ def _loop(
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
   if run.wish.step is not None:
     about["from_step"] = run.wish.step
-  learns = list(train_state.trainable)
+  trainable = list(train_state.trainable)
   if not jax.process_index() and first < config.train.steps:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
-  log = Log(folder, config, learns)
+  log = Log(folder, config, trainable)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
@@ -236,7 +236,7 @@ def _loop(
         train_state, metrics = run_step(train_state, placed, rng)
       run.profiler.after(number, metrics)
       if number == 1:
-        preflight.check_gradients(config, metrics, learns)
+        preflight.check_gradients(config, metrics, trainable)
       skips.step(number, metrics)
       if number % config.train.log_every == 0:
         skips.settle()
@@ -279,11 +279,11 @@ def _going(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool
 
 
 def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> str:
-  learns = sum(x.size for x in train_state.trainable.values())
+  trainable = sum(x.size for x in train_state.trainable.values())
   frozen = sum(x.size for x in train_state.frozen.values())
   axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
   parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
   return (
     f"{config.name}: stage {config.optimizer.stage}, variant {config.model.projector.variant}, "
-    f"{learns:,} parameters learn, {frozen:,} are frozen ({parts}); mesh {axes}"
+    f"{trainable:,} trainable parameters, {frozen:,} frozen ({parts}); mesh {axes}"
   )

@@ -20,26 +20,26 @@ Head = Callable[[Flat, jax.Array], jax.Array]  # parameters, [..., D] -> [..., V
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sums(
-  head: Head, chunk: int, learning: Flat, frozen: Flat, hidden: jax.Array, targets: jax.Array,
+  head: Head, chunk: int, trainable: Flat, frozen: Flat, hidden: jax.Array, targets: jax.Array,
   weights: jax.Array, about_image: jax.Array,
 ) -> jax.Array:  # fmt: skip
   """[sum of weighted losses, sum of weights of correct tokens, losses about images], float32 [3].
 
-  Differentiable in `learning` and `hidden`. The gradients are made together with the loss, slice by
+  Differentiable in `trainable` and `hidden`. The gradients are made together with the loss, slice by
   slice, so the head's logits are computed once, and no gradient of a frozen head exists.
 
-  Args: head; chunk, positions of a slice; learning and frozen, the head's parameters by path; hidden
+  Args: head; chunk, positions of a slice; trainable and frozen, the head's parameters by path; hidden
   [B, T, D]; targets, weights, about_image (1 in samples with an image, else 0) [B, T].
   """
   total, _, _ = _scan(
-    head, chunk, learning, frozen, hidden, targets, weights, about_image, gradients=False
+    head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=False
   )
   return total
 
 
-def _forward(head, chunk, learning, frozen, hidden, targets, weights, about_image):
+def _forward(head, chunk, trainable, frozen, hidden, targets, weights, about_image):
   total, d_learning, d_hidden = _scan(
-    head, chunk, learning, frozen, hidden, targets, weights, about_image, gradients=True
+    head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=True
   )
   return total, (d_learning, d_hidden)
 
@@ -54,20 +54,20 @@ def _backward(head, chunk, kept, cotangent):
 sums.defvjp(_forward, _backward)
 
 
-def _scan(head, chunk, learning, frozen, hidden, targets, weights, about_image, *, gradients):
+def _scan(head, chunk, trainable, frozen, hidden, targets, weights, about_image, *, gradients):
   frozen = sharding.gather(frozen)  # once, not in every slice
 
-  def one(learning, h, targets, weights, image):
-    logits = head({**learning, **frozen}, h)
+  def one(trainable, h, targets, weights, image):
+    logits = head({**trainable, **frozen}, h)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
     right = (jnp.argmax(logits, axis=-1) == targets) * weights
     return loss.sum(), (right.sum(), (loss * image).sum())
 
   def slice_sums(h, *rest):
     if not gradients:
-      loss, others = one(learning, h, *rest)
+      loss, others = one(trainable, h, *rest)
       return jnp.stack([loss, *others]), {}, jnp.zeros((), h.dtype)
-    loss, pull, others = jax.vjp(lambda p, h: one(p, h, *rest), learning, h, has_aux=True)
+    loss, pull, others = jax.vjp(lambda p, h: one(p, h, *rest), trainable, h, has_aux=True)
     return jnp.stack([loss, *others]), *pull(jnp.ones((), loss.dtype))
 
   length = hidden.shape[1]
@@ -86,7 +86,7 @@ def _scan(head, chunk, learning, frozen, hidden, targets, weights, about_image, 
     d_learning = sharding.constrain(jax.tree.map(jnp.add, d_learning, more_learning))
     return (total + more, d_learning), d_hidden
 
-  nothing = jax.tree.map(jnp.zeros_like, learning) if gradients else {}
+  nothing = jax.tree.map(jnp.zeros_like, trainable) if gradients else {}
   starts = jnp.arange(0, length + extra, chunk)
   (total, d_learning), d_hidden = jax.lax.scan(body, (jnp.zeros(3), nothing), starts)
   if gradients:  # [T / C, B, C, D]

@@ -2,7 +2,7 @@
 
 Everything that depends on the batch is a sum, so micro-batches add up.
 
-Shape letters:  B rows . T row length . P parameters that learn
+Shape letters:  B rows . T row length . P trainable parameters
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
 
 
 def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Metrics of a step from its sums and the gradients (before clipping) of what learns.
+  """Metrics of a step from its sums and the gradients (before clipping) of the trainable parameters.
 
   Float32 scalars but for `grad_squares` [P], the sum of squares of each gradient in the order of
   sorted paths. `loss_text` and `loss_image` are means over the tokens of their samples, 0 without

@@ -29,7 +29,7 @@ class Log:
   """
 
   def __init__(self, folder: Path, config: config_lib.Config, paths: Sequence[str]):
-    """`paths` of the parameters that learn; `sinks.check` has accepted the config."""
+    """`paths` of the trainable parameters; `sinks.check` has accepted the config."""
     self._config, self._paths = config, sorted(paths)
     everywhere = jax.devices()
     self._chips = devices.chip_count(everywhere)

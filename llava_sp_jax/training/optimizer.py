@@ -1,4 +1,4 @@
-"""What learns, and how fast: a table of regular expressions over parameter paths per stage."""
+"""Which parameters each stage trains and at which rate: regular expressions over their paths."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) 
 def build(
   config: config_lib.OptimizerConfig, steps: int, paths: list[str]
 ) -> optax.GradientTransformation:
-  """AdamW for a flat `{path: array}` tree of the parameters that learn."""
+  """AdamW for a flat `{path: array}` tree of the trainable parameters."""
   moments = config_lib.lookup("optimizer.moment_dtype", config.moment_dtype, MOMENT_DTYPES)
 
   def adamw(rate: float) -> optax.GradientTransformation:

@@ -74,8 +74,8 @@ def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]
   ]
 
 
-def something_learns(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Every learning row of the stage matches a parameter: LoRA with rank 0 is the usual miss."""
+def something_is_trained(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """Every trained row of the stage matches a parameter: LoRA with rank 0 is the usual miss."""
   stage = config.optimizer.stage
   paths = list(flatten_dict(build.abstract(config.model), sep="/"))
   first = {  # the row that each parameter is caught by
@@ -111,7 +111,7 @@ def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
 Check = Callable[[config_lib.Config, Tokenizer], list[str]]
 ALWAYS: tuple[Check, ...] = (vocabulary,)
 SETTINGS: tuple[Check, ...] = (
-  vocabulary, replies_end, learning_rates, something_learns, images_fit,
+  vocabulary, replies_end, learning_rates, something_is_trained, images_fit,
 )  # fmt: skip
 # What a check of the data looks at as well: settings that the samples have to fit.
 OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
@@ -138,7 +138,7 @@ class Seen:
   """Counts over the batches that were looked at, on all processes."""
 
   samples: int = 0
-  supervised: int = 0  # samples with at least one token to learn
+  supervised: int = 0  # samples with at least one supervised token
   with_image: int = 0
   cut_images: int = 0  # tiles with fewer tokens than a tile has
   quarantined: int = 0
@@ -232,7 +232,7 @@ def check_gradients(
 ) -> None:
   """Judges the gradients of the first step, from the metrics that it reports anyway.
 
-  Every parameter that learns must have one, but for ZERO_AT_START; projector and tower only when
+  Every trainable parameter must have one, but for ZERO_AT_START; projector and tower only when
   the batch has an image. Raises: PreflightError that lists the parameters by part.
   """
   if not config.train.preflight:

@@ -1,4 +1,4 @@
-"""Train state: what learns and what does not, as two flat `{path: array}` trees."""
+"""Train state: trainable and frozen parameters, as two flat `{path: array}` trees."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class TrainState(struct.PyTreeNode):
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError when kernels should be quantised and learn."""
+  """Raises: ConfigError when kernels should be quantised and trainable."""
   kernel, stage = "language_model/layers/q_proj/kernel", config.optimizer.stage
-  learns = optimizer.group_of(kernel, stage) != optimizer.FROZEN
-  if build.quantization(config.model) and learns:
+  trained = optimizer.group_of(kernel, stage) != optimizer.FROZEN
+  if build.quantization(config.model) and trained:
     raise config_lib.ConfigError(
-      f"model.quantize {config.model.quantize}: quantised kernels cannot learn, but optimizer.stage "
+      f"model.quantize {config.model.quantize}: quantised kernels cannot be trained, but optimizer.stage "
       f"{stage} trains the decoder; use a stage that freezes it (finetune, with lora.rank > 0), or "
       "model.quantize none"
     )

@@ -1,4 +1,4 @@
-"""One training step: token-mean loss over the global batch, gradients of what learns, AdamW.
+"""One training step: token-mean loss over the global batch, gradients of the trainable parameters, AdamW.
 
 Shape letters:  B rows . A micro-batches . T row length . D width . V vocabulary
 """
@@ -37,15 +37,22 @@ def loss_sums(
     rngs=rngs,
   )  # fmt: skip
   paths = module.language_model.head_paths()
-  learning = {p: trainable[p] for p in paths if p in trainable}
-  fixed = {p: frozen[p] for p in paths if p in frozen}
+  head_trainable = {p: trainable[p] for p in paths if p in trainable}
+  head_frozen = {p: frozen[p] for p in paths if p in frozen}
 
   def head(params: Flat, h: jax.Array) -> jax.Array:
     return module.apply({"params": join(params, {})}, h, method="logits")
 
   about_image = measure.about_image(batch)
   total = loss_lib.sums(
-    head, chunk, learning, fixed, hidden, batch["targets"], batch["weights"], about_image
+    head,
+    chunk,
+    head_trainable,
+    head_frozen,
+    hidden,
+    batch["targets"],
+    batch["weights"],
+    about_image,
   )
   counts = measure.batch_sums(batch, about_image)
   return {**counts, "loss": total[0], "right": total[1], "image_loss": total[2]}
@@ -54,7 +61,7 @@ def loss_sums(
 def loss_and_counts(
   module: LlavaSP, params: Any, batch: Batch, chunk: int, rngs: Any = None
 ) -> tuple[jax.Array, measure.Sums]:
-  """Sum of the loss over learned tokens / their number, and the sums; `params` nested."""
+  """Sum of the loss over supervised tokens / their number, and the sums; `params` nested."""
   sums = loss_sums(module, flatten_dict(params, sep="/"), {}, batch, chunk, rngs)
   return sums["loss"] / jnp.maximum(sums["count"], 1), sums
 

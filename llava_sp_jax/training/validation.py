@@ -64,7 +64,7 @@ class Validator:
   def __call__(
     self, train_state: state.TrainState, stopped: Callable[[], bool] = lambda: False
   ) -> dict[str, float]:
-    """`val_loss` and `val_token_accuracy`, means over the learned tokens of all batches.
+    """`val_loss` and `val_token_accuracy`, means over the supervised tokens of all batches.
 
     Gives up, with {}, when `stopped()` while data are waited for.
     """

@@ -261,11 +261,11 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, variant: str) -> None:
     build.model(stage.model)
     assert build.image_token_count(stage.model) == (36 if variant == "none" else 42)
   assert ours[0].init.language_model == str(path)
-  learns = {
+  trained = {
     p.split("/")[0] for p in own_folders.abstract_leaves(ours[0].model)
     if optimizer.group_of(p, ours[0].optimizer.stage) != optimizer.FROZEN
   }  # fmt: skip
-  assert learns == {"vision_tower", "projector"}
+  assert trained == {"vision_tower", "projector"}
 
 
 @pytest.mark.slow

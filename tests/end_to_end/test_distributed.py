@@ -50,7 +50,7 @@ def test_told_alone_they_stop_together_and_one_process_goes_on(
   """SIGTERM to one of two: both save the same step. Then one process with eight devices ends it."""
   workdir = tmp_path / "run"
   two = Cluster(config_file, workdir, TWO)
-  assert two.wait_for(lambda: "parameters learn" in two.printed())
+  assert two.wait_for(lambda: "trainable parameters" in two.printed())
   two.send(signal.SIGTERM, 1)
   assert two.wait(cluster.GRACE) == [STOPPED_EARLY] * 2
   printed = two.printed()
@@ -58,7 +58,7 @@ def test_told_alone_they_stop_together_and_one_process_goes_on(
   assert 0 < step < STEPS
   assert cluster.saved(workdir) == [step]
   assert f"asked to stop: saved step {step} in " in printed
-  assert "parameters learn" not in two.printed(1), "one process speaks"
+  assert "trainable parameters" not in two.printed(1), "one process speaks"
   np.testing.assert_allclose(cluster.losses(workdir), cluster.losses(alone)[:step], atol=1e-5)
   books = {line["rows"][0]: line["rows"] for line in ledger.read(workdir)}
   assert books == {0: [0, 1, 2, 3], 4: [4, 5, 6, 7]}, "each reads its half"

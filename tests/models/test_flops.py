@@ -21,7 +21,7 @@ BATCH, LENGTH = 2, 96
 ABOVE = 0.04
 
 
-def learns(stage: str) -> Any:
+def trainable(stage: str) -> Any:
   return lambda path: optimizer.group_of(path, stage) != optimizer.FROZEN
 
 
@@ -68,7 +68,7 @@ def test_the_formula_counts_what_xla_counts(stage: str, variant: str, rank: int)
   config = config_lib.Config(
     model=wide(variant, rank), optimizer=config_lib.OptimizerConfig(stage=stage)
   )
-  costs = flops.costs(config.model, learns(stage))
+  costs = flops.costs(config.model, trainable(stage))
   # XLA's attention computes the masked half as well
   ours = costs.step(BATCH * LENGTH, BATCH * LENGTH**2, BATCH)
   xla = counted(config)
@@ -79,7 +79,7 @@ def test_a_frozen_7b_by_hand() -> None:
   """6.6 G frozen matmul parameters at 4 each, 320 M of LoRA at 6, 12 channels of attention."""
   config = config_lib.ModelConfig(lora=config_lib.LoraConfig(rank=128))
   text = config.language_model
-  costs = flops.costs(config, learns("finetune"))
+  costs = flops.costs(config, trainable("finetune"))
   layer = 4 * text.width**2 + 3 * text.width * text.mlp_width
   adapters = 128 * (4 * 2 * text.width + 3 * (text.width + text.mlp_width))
   head = text.vocab_size * text.width
@@ -91,7 +91,7 @@ def test_a_frozen_7b_by_hand() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_has_costs(variant: str) -> None:
-  costs = flops.costs(table_model(variant, rank=4), learns("finetune"))
+  costs = flops.costs(table_model(variant, rank=4), trainable("finetune"))
   frozen = flops.costs(table_model(variant, rank=4), lambda path: False)
   assert min(dataclasses.astuple(frozen)) > 0
   assert costs.image > frozen.image
@@ -121,9 +121,9 @@ def by_hand(variant: str, tower: bool) -> float:
 @pytest.mark.parametrize("variant", ["none", "pooling"])
 @pytest.mark.parametrize("stage", ["pretrain", "pretrain_tower", "finetune", "pretrain_all"])
 def test_an_image_by_hand(stage: str, variant: str) -> None:
-  """A frozen tower is computed once; one that learns costs three times its attention as well."""
+  """A frozen tower is computed once; a trainable one costs three times its attention as well."""
   config = wide(variant, 4 if stage == "finetune" else 0)
-  found = flops.costs(config, learns(stage)).image
+  found = flops.costs(config, trainable(stage)).image
   assert found == by_hand(variant, tower=stage in ("pretrain_tower", "pretrain_all"))
 
 
@@ -136,8 +136,8 @@ def test_a_position_and_a_pair_by_hand(tied: bool) -> None:
   kernels = 2 * (192 * 192 * 2 + 192 * 96 * 2 + 3 * 192 * 512)
   adapters = 2 * 4 * (4 * 192 + 2 * (192 + 96) + 3 * (192 + 512))
   head = 192 * 512
-  frozen = flops.costs(config, learns("finetune"))
+  frozen = flops.costs(config, trainable("finetune"))
   assert frozen.position == 4 * (kernels + head) + 6 * adapters
-  full = flops.costs(config, learns("finetune_full"))
+  full = flops.costs(config, trainable("finetune_full"))
   assert full.position == 6 * (kernels + head + adapters)
   assert frozen.pair == full.pair == 12 * 2 * 4 * 48

@@ -1,4 +1,4 @@
-"""What learns at which rate, by a written table; AdamW, its schedule and clipping, written out."""
+"""Which parameters are trained at which rate, by a written table; AdamW, its schedule and clipping, written out."""
 
 from __future__ import annotations
 

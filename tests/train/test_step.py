@@ -78,8 +78,8 @@ def reference(params: dict, hidden: Any, targets: Any, weights: Any) -> jax.Arra
 
 
 @pytest.mark.parametrize("chunk", [5, 7, 21, 64])
-@pytest.mark.parametrize("learns", [True, False])
-def test_the_loss_in_slices_is_the_loss(chunk: int, learns: bool) -> None:
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_loss_in_slices_is_the_loss(chunk: int, trainable: bool) -> None:
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(3, 21, 8)), jnp.float32)
   head = {"head": jnp.asarray(rng.normal(size=(8, 30)), jnp.float32)}
@@ -88,9 +88,9 @@ def test_the_loss_in_slices_is_the_loss(chunk: int, learns: bool) -> None:
   weights = weights * jnp.asarray(rng.uniform(0.5, 2.0, (3, 21)), jnp.float32)
 
   def ours(params: dict, hidden: jax.Array) -> jax.Array:
-    learning, frozen = (params, {}) if learns else ({}, head)
+    trained, frozen = (params, {}) if trainable else ({}, head)
     total = loss.sums(
-      lambda p, h: h @ p["head"], chunk, learning, frozen, hidden, targets, weights, image
+      lambda p, h: h @ p["head"], chunk, trained, frozen, hidden, targets, weights, image
     )
     return 3 * total[0]  # the cotangent need not be one
 
@@ -99,7 +99,7 @@ def test_the_loss_in_slices_is_the_loss(chunk: int, learns: bool) -> None:
   reference_value, (r_head, r_hidden) = wanted(head, hidden)
   np.testing.assert_allclose(value, reference_value, rtol=1e-6)
   np.testing.assert_allclose(d_hidden, r_hidden, atol=1e-5)
-  np.testing.assert_allclose(d_head["head"], r_head["head"] * learns, atol=1e-5)
+  np.testing.assert_allclose(d_head["head"], r_head["head"] * trainable, atol=1e-5)
   _, right, about_image = loss.sums(
     lambda p, h: h @ p["head"], chunk, head, {}, hidden, targets, weights, image
   )
@@ -135,7 +135,7 @@ def test_the_program_does_not_grow_with_the_number_of_slices(tiny_config: Config
 
 
 def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker) -> None:
-  """What learns is all that the optimizer knows, and no kernel-sized gradient of the base exists."""
+  """The optimizer knows the trainable parameters alone, and no kernel-sized gradient of the base exists."""
   config = tiny_config("finetune")
   mesh = mesh_of((1, 1, 1))
   with jax.set_mesh(mesh):
@@ -180,7 +180,7 @@ def test_the_state_is_donated(tiny_config: ConfigMaker, accumulate: int) -> None
 
 @pytest.mark.guard
 def test_a_replicated_base(tiny_config: ConfigMaker) -> None:
-  """The same losses; the base is whole on each device of fsdp, what learns is still divided."""
+  """The same losses; the base is whole on each device of fsdp, trainable parameters are still divided."""
   runs = {
     base: train(tiny_config("finetune", mesh={"base": base}, model=NO_DROPOUT), (1, 8, 1), 2)
     for base in sharding.PRESETS

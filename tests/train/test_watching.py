@@ -104,8 +104,8 @@ def test_rates_are_those_of_the_batches(unwatched: Path, config: Any) -> None:
   settings = config()
   tile = anyres.Tile(*build.tile_shape(settings.model))
   rows = pipeline.make(settings.data, Tokenizer(settings.data.tokenizer), tile, ROWS, 0)
-  learns = lambda path: optimizer.group_of(path, "finetune") != optimizer.FROZEN  # noqa: E731
-  costs = flops.costs(settings.model, learns)
+  trainable = lambda path: optimizer.group_of(path, "finetune") != optimizer.FROZEN  # noqa: E731
+  costs = flops.costs(settings.model, trainable)
   chips = jax.device_count()
   for record in records(unwatched):
     batch = next(rows)
