@@ -127,10 +127,10 @@ def row_of(
     shown = int(sizes.tiles[i])
     words = int(sizes.lengths[i]) - shown * IMAGE
     ids = (1, *[example.IMAGE_ID] * shown, *rng.integers(3, 2000, words - 1).tolist())
-    learn = tuple(2 * place > len(ids) for place in range(len(ids)))
+    supervised = tuple(2 * place > len(ids) for place in range(len(ids)))
     plans = [example.one_tile(IMAGE)] * shown
     parts.append(
-      example.layout([example.Run(ids, learn)], plans, row.length, tiles, segment, first)
+      example.layout([example.Run(ids, supervised)], plans, row.length, tiles, segment, first)
     )
     first += shown
   images = np.zeros((tiles, GRID * 4, GRID * 4, 3), np.float32)

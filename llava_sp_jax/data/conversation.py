@@ -1,9 +1,9 @@
-"""Conversation templates: turns become pieces of text that know whether they are learned.
+"""Conversation templates: turns become pieces of text, each supervised or context.
 
-A piece is text of one role; answers and their end marks are learned, everything else is context.
+A piece is text of one role; answers and their end marks are supervised, everything else is context.
 Labels are born here, turn by turn, and never searched for in the finished prompt. So a sample that
 the original drops with "tokenization mismatch" (a separator inside an answer, most dialogues of the
-mpt and chatml templates) is learned, and its v0 labels, which slip by some tokens, are not ours.
+mpt and chatml templates) is supervised, and its v0 labels, which slip by some tokens, are not ours.
 Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the original code.
 """
 
@@ -35,7 +35,7 @@ class Template:
   unanswered: str | None = None  # in place of `after`, where training has no reply
   image: str = IMAGE  # how training writes an image
   image_only: bool = False  # the question is reduced to its image
-  empty_reply: bool = False  # an empty reply is written and learned, not left out
+  empty_reply: bool = False  # an empty reply is written and supervised, not left out
   training: Template | None = None  # what training writes, where the original prompts otherwise
   with_system: Callable[[str], Template] | None = dataclasses.field(default=None, compare=False)
 
@@ -156,7 +156,7 @@ class TextPiece:
   """Text of one role. `end` is the length of the mark that closes a reply, the last of its text."""
 
   text: str
-  learn: bool
+  supervised: bool
   branch: int  # 0 is the trunk, which every branch sees
   end: int = 0
 
@@ -198,7 +198,7 @@ def write(turns: Turns, template: Template, open_end: str | None = None) -> list
 
 
 def chain(turns: Turns, template: Template) -> list[TextPiece]:
-  """One dialogue to learn from: every turn sees the turns before it."""
+  """One dialogue to train on: every turn sees the turns before it."""
   text = template.training or template
   asked = [(_asked(question, text), reply) for question, reply in turns]
   return write(asked, text, text.unanswered)

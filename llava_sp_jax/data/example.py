@@ -20,10 +20,10 @@ NEWLINE = -2  # in a plan: the learned token that ends a row of patches
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Consecutive ids of one branch; `learn` marks the ids that are predicted."""
+  """Consecutive ids of one branch; `supervised` marks the ids that are predicted."""
 
   ids: tuple[int, ...]
-  learn: tuple[bool, ...]
+  supervised: tuple[bool, ...]
   branch: int = 0
 
 
@@ -101,26 +101,26 @@ def layout(
   total = total_length(runs, plans, row_length, row_tiles)
   places = iter(_places(plans, row_tiles, first_tile))
   ids: list[int] = []
-  learn: list[bool] = []
+  supervised: list[bool] = []
   slots: list[int] = []
   positions: list[int] = []
   segments: list[int] = []
   ends = {0: 0}
   for run in runs:
     at = ends.setdefault(run.branch, ends[0])
-    for token, learned in zip(run.ids, run.learn, strict=True):
+    for token, counts in zip(run.ids, run.supervised, strict=True):
       taken = next(places) if token == IMAGE_ID else [-1]
       count = len(taken)
       slots += taken
       ids += [max(token, 0)] * count
-      learn += [learned and token != IMAGE_ID] * count
+      supervised += [counts and token != IMAGE_ID] * count
       positions += range(at, at + count)
       segments += [segment * BRANCHES + run.branch] * count
       at += count
     ends[run.branch] = at
   row: dict[str, list[Any]] = {
     "tokens": ids, "positions": positions, "segments": segments, "slots": slots,
-    "targets": [*ids[1:], 0], "weights": [*learn[1:], False],
+    "targets": [*ids[1:], 0], "weights": [*supervised[1:], False],
   }  # fmt: skip
   fill = {"slots": -1}
   arrays = {}

@@ -49,7 +49,7 @@ _PICTURE_MARK = re.compile(
   r"<(image|img|picture)[ _-]?(\d+|here|pad|token|placeholder|context)>|<\|(image|vision)\w*\|>",
   re.IGNORECASE,
 )
-# Keys, of a reply or with a value for each turn, that say how much a reply is learned.
+# Keys, of a reply or with a value for each turn, that weigh a reply in the loss.
 WEIGHTS = ("loss", "loss_mask", "loss_scale", "loss_weight", "weight", "train", "trainable")
 
 Image = str | bytes  # a file's name, or its bytes
@@ -236,7 +236,7 @@ def _is_medium(value: Any) -> bool:
 
 
 def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
-  """Raises: SampleError where a reply is not to be learned like all others."""
+  """Raises: SampleError where a reply is to be weighed unlike all others."""
   for key in WEIGHTS:
     every = sample.get(key)
     spread = every if isinstance(every, list) and len(every) == len(messages) else None
@@ -244,7 +244,7 @@ def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
       for value in (message.turn.get(key), spread[number] if spread else None):
         if message.role == REPLIES and value is not None and value != 1:
           raise SampleError(
-            f"turn {number}: `{key}` {_shown(value)} is not read; all replies are learned alike"
+            f"turn {number}: `{key}` {_shown(value)} is not read; all replies count alike"
           )
 
 

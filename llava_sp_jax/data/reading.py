@@ -1,7 +1,7 @@
 """The one way from text to ids: training, validation, the engine and likelihoods all read here.
 
 A stretch of text between two images is one text to the tokenizer, and is then divided into what is
-learned and what is not. So a border between pieces is no border between tokens, but for two, at
+supervised and what is not. So a border between pieces is no border between tokens, but for two, at
 which generation begins and ends: a reply starts with a token of its own, since the ids of a prompt
 are there before it; and an end mark of ordinary text does, since it must be found behind any reply.
 """
@@ -25,7 +25,7 @@ AGAIN = 1 << 23  # characters of a text that are read anew, over all its replies
 def dialogue(
   turns: Turns, template: Template, layout: str, tokenizer: Tokenizer, system: str | None = None
 ) -> list[Run]:
-  """Ids of a dialogue to learn from; `layout` names a row of `conversation.TURNS`.
+  """Ids of a dialogue to train on; `layout` names a row of `conversation.TURNS`.
 
   `system` stands in place of the template's own text. Raises: SampleError for turns that do not fit
   the layout, and for a system text that has no place.
@@ -41,7 +41,7 @@ def question(
   """Ids of one open question, as training would have them in front of its reply.
 
   `images` stand in front of a question that does not place them, `system` in place of the template's
-  own text. A `reply` is read as the beginning of the answer: its ids are learned, and no end mark
+  own text. A `reply` is read as the beginning of the answer: its ids are supervised, and no end mark
   follows. Raises: SampleError for a system text that has no place.
   """
   template = conversation.saying(template, system)
@@ -94,7 +94,7 @@ def _read(stretch: list[TextPiece], branch: int, tokenizer: Tokenizer) -> list[R
       ids.append(waiting[0])
       waiting = next(spans, None)
     if ids:
-      runs.append(Run(tuple(ids), (piece.learn,) * len(ids), branch))
+      runs.append(Run(tuple(ids), (piece.supervised,) * len(ids), branch))
   return runs
 
 
@@ -102,7 +102,7 @@ def _cuts(stretch: list[TextPiece], tokenizer: Tokenizer) -> list[int]:
   """Where a token must begin: at replies, and at end marks without a special token."""
   found, at = [], 0
   for piece in stretch:
-    if piece.learn:
+    if piece.supervised:
       found.append(at)
     at += len(piece.text)
     if piece.end and not tokenizer.has_special(piece.text[-piece.end :]):

@@ -63,7 +63,7 @@ def test_each_turn_places_its_images() -> None:
 
 
 def learned(pieces: list[conversation.TextPiece]) -> list[str]:
-  return [p.text for p in pieces if p.learn]
+  return [p.text for p in pieces if p.supervised]
 
 
 def test_chain_of_v1() -> None:

@@ -62,4 +62,4 @@ def test_images_and_text_must_agree(images: int) -> None:
 
 def test_runs_from_the_original_s_arrays() -> None:
   (run,) = from_labels([1, IMAGE_ID, 5, 6], [-100, -100, -100, 6])
-  assert run.learn == (False, False, False, True)
+  assert run.supervised == (False, False, False, True)

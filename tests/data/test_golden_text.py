@@ -90,8 +90,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 def ids_and_labels(runs: list[example.Run]) -> tuple[list[int], list[int]]:
   ids = [i for run in runs for i in run.ids]
-  learn = [flag for run in runs for flag in run.learn]
-  return ids, [i if flag else -100 for i, flag in zip(ids, learn, strict=True)]
+  supervised = [flag for run in runs for flag in run.supervised]
+  return ids, [i if flag else -100 for i, flag in zip(ids, supervised, strict=True)]
 
 
 @pytest.mark.parametrize(

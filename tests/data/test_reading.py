@@ -145,7 +145,7 @@ def before_replies(runs: list[Run]) -> list[list[int]]:
   """All ids that the first token of each reply sees."""
   found = []
   for number, run in enumerate(runs):
-    if run.learn[0]:
+    if run.supervised[0]:
       seen = [r for r in runs[:number] if r.branch in (0, run.branch)]
       found.append(flat(seen))
   return found
@@ -185,7 +185,7 @@ def test_training_reads_before_a_reply_what_a_prompt_reads(name: str, tokenizer:
       assert found[0] == flat(reading.question(turns[0][0], 0, template, tokenizer))
       if name not in reading.fitting(tokenizer):
         continue
-      learned = [i for run in runs if run.learn[0] for i in run.ids]
+      learned = [i for run in runs if run.supervised[0] for i in run.ids]
       said = "".join(f"{template.answer}{reply}{template.end}" for _, reply in turns)
       assert tokenizer.decode(learned).split() == tokenizer.decode(tokenizer.encode(said)).split()
 
@@ -233,7 +233,7 @@ def test_a_likelihood_reads_a_continuation_as_a_reply(tokenizer: Tokenizer) -> N
     turns: Turns = [(f"{IMAGE}\nis it red?", "yes it is")]
     trained = reading.dialogue(turns, template, "chain", tokenizer)
     assert flat(trained)[: len(flat(asked))] == flat(asked), name
-    assert asked[-1].learn == (True,) * len(asked[-1].ids)
+    assert asked[-1].supervised == (True,) * len(asked[-1].ids)
 
 
 def test_a_system_text_of_its_own(tokenizer: Tokenizer) -> None:
@@ -346,7 +346,7 @@ def test_a_dialogue_of_many_turns_is_read_at_once(tmp_path: Path) -> None:
   started = time.process_time()
   runs = reading.dialogue(turns, TEMPLATES["v1"], "chain", tokenizer)
   assert time.process_time() - started < 5
-  assert sum(map(any, (run.learn for run in runs))) == 5000
+  assert sum(map(any, (run.supervised for run in runs))) == 5000
 
 
 def test_reading_anew_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def test_no_more_turns_than_asked_for(
   talk = [{"from": who, "value": text} for i in range(3)
           for who, text in (("human", f"is it {i}?"), ("gpt", "red, yes"))]  # fmt: skip
   runs = writer.runs({"conversations": talk}, np.random.default_rng(0))
-  learned = [i for run in runs for i, learn in zip(run.ids, run.learn, strict=True) if learn]
+  learned = [
+    i for run in runs for i, supervised in zip(run.ids, run.supervised, strict=True) if supervised
+  ]
   assert tokenizer.decode(learned).count("red, yes") == answers
 
 

@@ -48,7 +48,7 @@ def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tu
   pieces = [*prompt, conversation.TextPiece(f" {continuation}", True, 0)]
   runs = reading.tokenize(pieces, loaded.tokenizer)
   ids = [i for run in runs for i in run.ids]
-  first = len(ids) - sum(sum(run.learn) for run in runs)
+  first = len(ids) - sum(sum(run.supervised) for run in runs)
   module = build.model(loaded.config.model)
   total, greedy = 0.0, True
   for at in range(first, len(ids)):
@@ -95,7 +95,9 @@ def test_what_greedy_decoding_writes_is_greedy(
   score, seen = Likelihood(loaded), 0
   for request, answer in zip(requests, engine.answer(requests), strict=True):
     runs, _ = score._read(request, answer.text)
-    read = [i for run in runs for i, learned in zip(run.ids, run.learn, strict=True) if learned]
+    read = [
+      i for run in runs for i, learned in zip(run.ids, run.supervised, strict=True) if learned
+    ]
     if tuple(read) != answer.ids or not read:
       continue  # text that the tokenizer would write otherwise
     seen += 1
