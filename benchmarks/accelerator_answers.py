@@ -31,10 +31,10 @@ def _programs(size: models.Size, quantize: str) -> tuple[Any, Programs]:
   """The engine's programs; answers never end by themselves."""
   config = models.config_of(size, 1, 0, quantize=quantize)
   device_mesh = models.one_mesh(models.device())
-  way = decode_lib.Sampling(decode_lib.StopRule((), _room(size)))
+  strategy = decode_lib.Sampling(decode_lib.StopRule((), _room(size)))
   with jax.set_mesh(device_mesh):
     params = models.answering_params(config, device_mesh)
-    return config, Programs(config, params, way, 0, device_mesh, Counts())
+    return config, Programs(config, params, strategy, 0, device_mesh, Counts())
 
 
 def _room(size: models.Size) -> int:

@@ -133,8 +133,8 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
   from llava_sp_jax.infer.counts import Counts
   from llava_sp_jax.infer.programs import Programs
 
-  way = decode.Sampling(decode.StopRule((), STEPS + 1))
-  programs = Programs(bench.config, bench.model.params, way, 0, None, Counts())
+  strategy = decode.Sampling(decode.StopRule((), STEPS + 1))
+  programs = Programs(bench.config, bench.model.params, strategy, 0, None, Counts())
   rng = np.random.default_rng(0)
 
   def group(rows: int) -> prefill.Group:

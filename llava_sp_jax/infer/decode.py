@@ -21,7 +21,7 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 class Answers(Protocol):
-  """What every way of choosing keeps of each row; a row that is `done` is free."""
+  """What every sampling strategy keeps of each row; a row that is `done` is free."""
 
   token: jax.Array  # [R, n] or [R] int32, chosen and not yet in the cache
   ids: jax.Array  # [R, N] int32, the answer so far
@@ -136,24 +136,24 @@ class Sampling:
     return cache
 
 
-def step(module: LlavaSP, params: Any, way: Strategy, state: State, key: jax.Array) -> State:
+def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: jax.Array) -> State:
   """One more token for every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
   hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
-  going = jnp.repeat(~state.rows.done, way.rule.lanes).astype(jnp.int32)
-  rows, parents = way.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
+  going = jnp.repeat(~state.rows.done, strategy.rule.lanes).astype(jnp.int32)
+  rows, parents = strategy.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
   # No token is below zero, which the compiler cannot know: so the write waits for all that is read,
   # and needs no copy of it. (XLA on CPU drops optimization_barrier before it decides on copies.)
   length = cache.length + jnp.minimum(jnp.min(rows.token), 0)
   cache = cache_lib.append(cache._replace(length=length), new, going)
-  return State(cache if parents is None else way.reorder(cache, state.rows, parents), rows)
+  return State(cache if parents is None else strategy.reorder(cache, state.rows, parents), rows)
 
 
 def decode(
   module: LlavaSP, params: Any, state: State, key: jax.Array, ended: jax.Array, steps: jax.Array,
-  until: jax.Array, *, way: Strategy,
+  until: jax.Array, *, strategy: Strategy,
 ) -> tuple[State, DecodeReport]:  # fmt: skip
   """Steps until `until` rows are done, at most `steps`.
 
@@ -168,7 +168,7 @@ def decode(
 
   def once(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
     number, state = carry
-    return number + 1, step(module, params, way, state, key)
+    return number + 1, step(module, params, strategy, state, key)
 
   number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
   rows = state.rows

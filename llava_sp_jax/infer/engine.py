@@ -100,8 +100,10 @@ class Engine:
       self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
       generation.num_beams, padded_from(pretrained),
     )  # fmt: skip
-    way: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
-    self._programs = Programs(config, pretrained.params, way, generation.seed, mesh, self.counts)
+    strategy: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
+    self._programs = Programs(
+      config, pretrained.params, strategy, generation.seed, mesh, self.counts
+    )
     parts = self._programs.parts
     self._rows = bucket(batch_size, parts)
     sizes = [parts]

@@ -27,7 +27,7 @@ def generate(
   ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
-  way = decode.Sampling(decode.StopRule(stop_ids, max_new_tokens, sampler))
+  strategy = decode.Sampling(decode.StopRule(stop_ids, max_new_tokens, sampler))
   rows, length = batch["tokens"].shape
   text = module.language_model
 
@@ -44,9 +44,9 @@ def generate(
   counts = jnp.sum(batch["segments"] > 0, axis=1)
   cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
   last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
-  first = way.first(apply(last, method="logits"), jnp.arange(rows, dtype=jnp.int32), key)
+  first = strategy.first(apply(last, method="logits"), jnp.arange(rows, dtype=jnp.int32), key)
   state, _ = decode.decode(
     module, params, decode.State(cache, first), key, jnp.zeros((rows,), bool),
-    jnp.int32(max_new_tokens), jnp.int32(rows), way=way,
+    jnp.int32(max_new_tokens), jnp.int32(rows), strategy=strategy,
   )  # fmt: skip
   return state.rows.ids, state.rows.made

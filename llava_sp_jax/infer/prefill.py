@@ -75,7 +75,7 @@ def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[
 
 def admit(
   module: LlavaSP, params: Any, state: decode.State, key: jax.Array, group: Group, rows: jax.Array,
-  numbers: jax.Array, *, way: decode.Strategy,
+  numbers: jax.Array, *, strategy: decode.Strategy,
 ) -> decode.State:  # fmt: skip
   """Puts G prompts into `rows` of the state and chooses the first token of each.
 
@@ -84,8 +84,8 @@ def admit(
   hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
-  first = way.first(logits, numbers, key)
-  lanes = rows[:, None] * way.rule.lanes + jnp.arange(way.rule.lanes, dtype=rows.dtype)
+  first = strategy.first(logits, numbers, key)
+  lanes = rows[:, None] * strategy.rule.lanes + jnp.arange(strategy.rule.lanes, dtype=rows.dtype)
   cache = _place(state.cache, new, past, group.start, lanes)
   length = cache.length.at[lanes].set((group.start + group.length)[:, None])
   answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)

@@ -32,13 +32,13 @@ class Programs:
   """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
 
   def __init__(
-    self, config: config_lib.Config, params: Any, way: decode_lib.Strategy, seed: int, mesh: Mesh | None,
+    self, config: config_lib.Config, params: Any, strategy: decode_lib.Strategy, seed: int, mesh: Mesh | None,
     counts: Counts,
   ):  # fmt: skip
     self.mesh = mesh or mesh_lib.create(config_lib.MeshConfig(), devices=jax.local_devices()[:1])
     self.several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
-    self._counts, self._way = counts, way
+    self._counts, self._strategy = counts, strategy
     self._table: dict[Hashable, Any] = {}
     platform = self.mesh.devices.flat[0].platform
     module = build.compiled_for(build.model(config.model), platform, branches=False)
@@ -81,14 +81,14 @@ class Programs:
     def make() -> State:
       cache = cache_lib.allocate(
         text.layers,
-        rows * self._way.rule.lanes,
+        rows * self._strategy.rule.lanes,
         capacity,
         text.kv_heads,
         text.head_dim,
         text.dtype,
         stacked=False,
       )
-      return State(cache, self._way.empty(rows))
+      return State(cache, self._strategy.empty(rows))
 
     return self._run(("state", rows, capacity), make, (), out=self._state_places(rows))
 
@@ -120,7 +120,7 @@ class Programs:
     self, state: State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
   ) -> State:
     """See `prefill.admit`; the state is donated."""
-    run = functools.partial(prefill.admit, self._module, way=self._way)
+    run = functools.partial(prefill.admit, self._module, strategy=self._strategy)
     key = ("admit", len(state.rows.done), state.cache.capacity, *_shapes(group))
     arguments = (self._params, state, self._key, self._group(group), *self._same(rows, numbers))
     return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
@@ -129,7 +129,7 @@ class Programs:
     self, state: State, ended: np.ndarray, steps: int, until: int
   ) -> tuple[State, decode_lib.DecodeReport]:
     """See `decode.decode`; the state is donated, the report of the host."""
-    run = functools.partial(decode_lib.decode, self._module, way=self._way)
+    run = functools.partial(decode_lib.decode, self._module, strategy=self._strategy)
     bounds = self._same(ended, np.int32(steps), np.int32(until))
     arguments = (self._params, state, self._key, *bounds)
     key = ("decode", len(state.rows.done), state.cache.capacity)
@@ -177,7 +177,7 @@ class Programs:
     each = NamedSharding(self.mesh, PartitionSpec(row))
     layers = (kept,) * text.layers
     cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]
-    answers = jax.eval_shape(lambda: self._way.empty(rows))
+    answers = jax.eval_shape(lambda: self._strategy.empty(rows))
     return State(cache, jax.tree.map(lambda _: each, answers))
 
 

@@ -40,14 +40,14 @@ WANTED = (((1, 2, 3), 0.25), ((), 0.5), ((1,), 0.5), ((5, 5), 1.0))
 
 
 def test_answers_end_at_either_end_or_the_limit() -> None:
-  way, key = Sampling(StopRule(ENDS, LIMIT)), jax.random.key(0)
+  strategy, key = Sampling(StopRule(ENDS, LIMIT)), jax.random.key(0)
   rows, done = None, []
   for turn in range(4):
     each = jnp.asarray(np.stack([logits(*row[turn]) for row in CHOICES]))
     if rows is None:
-      rows = way.first(each, jnp.arange(4, dtype=jnp.int32), key)
+      rows = strategy.first(each, jnp.arange(4, dtype=jnp.int32), key)
     else:
-      rows, parents = way.choose(rows, each, key)
+      rows, parents = strategy.choose(rows, each, key)
       assert parents is None
     done.append(rows.done.tolist())
   assert done == [[False, True, False, False], [False, True, True, False], [True] * 4, [True] * 4]
@@ -56,7 +56,7 @@ def test_answers_end_at_either_end_or_the_limit() -> None:
     assert tuple(rows.ids[row, : int(rows.made[row])].tolist()) == ids
     assert float(rows.margin[row]) == pytest.approx(margin)
   assert rows.number.tolist() == [0, 1, 2, 3]
-  free = way.empty(2)
+  free = strategy.empty(2)
   assert free.done.tolist() == [True, True]
   assert np.isinf(free.margin).all()
 
@@ -69,12 +69,12 @@ def model(tiny_config: ConfigMaker) -> Pretrained:
 def test_an_engine_is_built_with_all_that_was_asked_for(model: Pretrained) -> None:
   asked = Generation(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4)
   engine = Engine(model, 2, asked)
-  rule = engine._programs._way.rule
+  rule = engine._programs._strategy.rule
   assert rule == StopRule(engine._prompts.stop_ids, 7, Sampler(0.5, 3, 0.9), 1)
   np.testing.assert_array_equal(
     jax.random.key_data(engine._programs._key), jax.random.key_data(jax.random.key(4))
   )
-  assert Engine(model, 2, Generation(num_beams=3))._programs._way.rule.lanes == 3
+  assert Engine(model, 2, Generation(num_beams=3))._programs._strategy.rule.lanes == 3
 
 
 def test_prefixes_are_shared_unless_positions_depend_on_the_whole_prompt(
