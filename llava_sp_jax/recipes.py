@@ -95,7 +95,7 @@ def llava(
   """The config of a recipe as nested dictionaries.
 
   Args:
-    options: size, row, init, data and checkpoints, as `parse_arg` makes them of STAGE_1 or STAGE_2.
+    options: size, variant, init, data and checkpoints, as `parse_arg` makes them of STAGE_1 or STAGE_2.
     name: of the recipe, a part of the run's name.
     optimizer: stage and rates; cosine, warm-up .03 and no weight decay are `config.OptimizerConfig`'s.
     model: adapters and quantisation.

@@ -163,12 +163,12 @@ class Engine:
           shared.setdefault(self._prefixes.shape(pieces), (ready.request, pieces))
         starts[group] = max(starts[group], last.start)
         lengths[group] = max(lengths[group], length)
-        capacity = max(capacity, self._room(ready.prompt, length))
+        capacity = max(capacity, self._capacity(ready.prompt, length))
       if not kinds:
         return
       # The prompt with the longest prefix may stand beside the one with the longest question.
       reach = max(starts[group] + lengths[group] for group in starts)
-      self._make_room(max(capacity, bucket(reach, self._layout.capacity)))
+      self._reserve(max(capacity, bucket(reach, self._layout.capacity)))
       with contextlib.suppress(LostImageError):  # answering says so
         self._prefixes.of(list(shared.values()))
       admitted = self.counts.admitted
@@ -330,7 +330,7 @@ class Engine:
       [requests[i] for i in order], [prompts[i].pieces[-1] for i in order],
       [before[i] for i in order], length,
     )  # fmt: skip
-    self._make_room(max(self._room(p, length) for p in prompts))
+    self._reserve(max(self._capacity(p, length) for p in prompts))
     assert self._state is not None
     self._state = self._programs.admit(
       self._state, packed, np.asarray([rows[i] for i in order], np.int32),
@@ -338,8 +338,8 @@ class Engine:
     )  # fmt: skip
     self.counts.admitted += len(group)
 
-  def _room(self, prompt: Prompt, length: int) -> int:
-    """S for a prompt whose last piece is padded to `length`."""
+  def _capacity(self, prompt: Prompt, length: int) -> int:
+    """S that a prompt needs whose last piece is padded to `length`."""
     shared = self._prefixes.capacity(prompt.pieces[:-1])
     last = prompt.pieces[-1]
     needed = max(shared, last.start + max(length, len(last.tokens)))
@@ -347,7 +347,7 @@ class Engine:
       max(needed, prompt.length + self._generation.max_new_tokens), self._layout.capacity
     )
 
-  def _make_room(self, capacity: int) -> None:
+  def _reserve(self, capacity: int) -> None:
     if self._state is None:
       self._state = self._programs.state(self._rows, max(capacity, self._widest))
     elif self._state.cache.capacity < capacity:
