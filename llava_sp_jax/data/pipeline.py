@@ -24,14 +24,14 @@ from llava_sp_jax.data import (
   sources,
   validation_split,
 )
-from llava_sp_jax.data.ahead import Ahead
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.data.lengths import Lengths, Say
+from llava_sp_jax.data.prefetch import Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
-AHEAD = 64  # rows that are made before they are asked for
+PREFETCH = 64  # rows that are made before they are asked for
 SAMPLES = "samples"  # in a batch: for each row, a list of Held; for the host, no array
 
 
@@ -132,7 +132,7 @@ class Batches(grain.DatasetIterator):
     self.stream, self.usable = stream, usable
     self.stopped: Callable[[], bool] = lambda: False
     self._count, self._threads = len(rows), threads
-    self._ahead: Ahead | None = None
+    self._prefetcher: Prefetcher | None = None
 
     def row(number: int) -> dict[str, Any]:  # of those that this process makes
       step, place = divmod(number, len(rows))
@@ -149,9 +149,9 @@ class Batches(grain.DatasetIterator):
   def seek(self, step: int) -> None:
     """The next batch is that of step `step` + 1, as if `step` batches had been read."""
     self._position = step
-    if self._ahead:
-      self._ahead.close()
-    self._ahead = None
+    if self._prefetcher:
+      self._prefetcher.close()
+    self._prefetcher = None
 
   def close(self) -> None:
     """Ends the threads."""
@@ -160,9 +160,11 @@ class Batches(grain.DatasetIterator):
 
   def __next__(self) -> dict[str, Any]:
     """Raises: Stopped when `stopped()` before the batch is there; the position is then unknown."""
-    if self._ahead is None:
-      self._ahead = Ahead(self._row, self._position * self._count, self._threads, AHEAD)
-    rows = [self._ahead.take(self.stopped) for _ in range(self._count)]
+    if self._prefetcher is None:
+      self._prefetcher = Prefetcher(
+        self._row, self._position * self._count, self._threads, PREFETCH
+      )
+    rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
     self._position += 1
     held = [row.pop(SAMPLES) for row in rows]
     return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}

@@ -16,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
-from llava_sp_jax.data import ahead, anyres, pipeline, validation_split
+from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.models import build
@@ -222,7 +222,7 @@ def _loop(
       run.iterator.stopped = stop.during(f"step {number}")
       try:
         batch = log.waiting(run.iterator)
-      except ahead.Stopped:  # the step before this one is the last
+      except prefetch.Stopped:  # the step before this one is the last
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
           save(number)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import ahead, anyres, pipeline, validation_split
+from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
@@ -75,7 +75,7 @@ class Validator:
     for _ in range(self._count):
       try:
         batch = next(self._iterator)
-      except ahead.Stopped:
+      except prefetch.Stopped:
         return {}
       batch.pop(pipeline.SAMPLES)
       batch = mesh.put_batch(batch, self._mesh)

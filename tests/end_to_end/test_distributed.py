@@ -76,9 +76,9 @@ import pathlib
 import sys
 import threading
 
-from llava_sp_jax.data import ahead
+from llava_sp_jax.data import prefetch
 
-begin, me = ahead.Ahead.__init__, next(a for a in sys.argv if a.startswith("--process="))[-1]
+begin, me = prefetch.Prefetcher.__init__, next(a for a in sys.argv if a.startswith("--process="))[-1]
 
 
 def hanging(self, make, start, *sizes):
@@ -91,7 +91,7 @@ def hanging(self, make, start, *sizes):
   begin(self, slow, start, *sizes)
 
 
-ahead.Ahead.__init__ = hanging
+prefetch.Prefetcher.__init__ = hanging
 """
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llava_sp_jax.checkpoints import on_disk
-from llava_sp_jax.data import ahead, sources
+from llava_sp_jax.data import prefetch, sources
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 from tests.train.test_loop import Looker, config, looker  # noqa: F401
@@ -88,8 +88,8 @@ def test_what_hangs_does_not_keep_the_process() -> None:
   """The threads that read ahead are left behind when the interpreter ends."""
   code = (
     "import threading\n"
-    "from llava_sp_jax.data.ahead import Ahead, Stopped\n"
-    "reader = Ahead(lambda number: threading.Event().wait(), 0, 2, 4)\n"
+    "from llava_sp_jax.data.prefetch import Prefetcher, Stopped\n"
+    "reader = Prefetcher(lambda number: threading.Event().wait(), 0, 2, 4)\n"
     "try:\n  reader.take(lambda: True)\n"
     "except Stopped:\n  print('stopped')\n"
   )
@@ -100,12 +100,12 @@ def test_what_hangs_does_not_keep_the_process() -> None:
 
 def test_threads_end_with_their_reader() -> None:
   made: list[int] = []
-  reader = ahead.Ahead(lambda number: made.append(number) or number, 5, 3, 4)
+  reader = prefetch.Prefetcher(lambda number: made.append(number) or number, 5, 3, 4)
   assert [reader.take(lambda: False) for _ in range(6)] == [5, 6, 7, 8, 9, 10]
   assert max(made) <= 10 + 4
   del reader
   for _ in range(500):
-    if not any(thread.name.startswith("llava-sp-ahead") for thread in threading.enumerate()):
+    if not any(thread.name.startswith("llava-sp-prefetch") for thread in threading.enumerate()):
       break
     time.sleep(0.01)
   else:
@@ -118,7 +118,7 @@ def test_an_error_comes_to_whoever_takes_its_place() -> None:
       raise ValueError("two")
     return number
 
-  reader = ahead.Ahead(make, 0, 2, 8)
+  reader = prefetch.Prefetcher(make, 0, 2, 8)
   assert [reader.take(lambda: False) for _ in range(2)] == [0, 1]
   with pytest.raises(ValueError, match="two"):
     reader.take(lambda: False)

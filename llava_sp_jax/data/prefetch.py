@@ -1,4 +1,4 @@
-"""Reads ahead in threads that never keep a process from ending."""
+"""Prefetches in threads that never keep a process from ending."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Stopped(Exception):  # noqa: N818 - the end of a wait, and no error
   """The reader was asked to stop while it waited."""
 
 
-class Ahead:
+class Prefetcher:
   """`make(start)`, `make(start + 1)`, ... in order, at most `room` ahead of what is taken.
 
   The threads are daemons: one that hangs in a file system does not keep the process from ending.
@@ -25,7 +25,7 @@ class Ahead:
     self._work = _Work(make, start, room)
     self.close = weakref.finalize(self, self._work.close)
     for number in range(max(1, threads)):
-      name = f"llava-sp-ahead-{number}"
+      name = f"llava-sp-prefetch-{number}"
       threading.Thread(target=self._work.run, name=name, daemon=True).start()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
