@@ -242,7 +242,7 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
-def gather(text: str, name: str) -> list[str]:
+def all_gather(text: str, name: str) -> list[str]:
   """`text` of every process, in their order; call it in all of them with the same `name`."""
   if jax.process_count() == 1:
     return [text]
@@ -268,7 +268,7 @@ def collective(name: str, work: Callable[[], Result], only: int | None = None) -
       result = work()
     except Exception as error:
       failed = error
-  said = gather(f"{type(failed).__name__}: {failed}" if failed else "", name)
+  said = all_gather(f"{type(failed).__name__}: {failed}" if failed else "", name)
   if failed:
     raise failed
   problems = [f"process {i}: {text}" for i, text in enumerate(said) if text]

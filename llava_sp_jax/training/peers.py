@@ -48,7 +48,7 @@ def facts(config: config_lib.Config, inputs: Callable[[], Mapping[str, str]]) ->
 
 def compare(mine: Facts) -> None:
   """Call it in every process alike. Raises: ConfigError in all of them, with all that differs."""
-  said = processes.gather(json.dumps([socket.gethostname(), mine]), "settings are compared")
+  said = processes.all_gather(json.dumps([socket.gethostname(), mine]), "settings are compared")
   lines = differences([tuple(json.loads(text)) for text in said])
   if lines:
     raise config_lib.ConfigError(
