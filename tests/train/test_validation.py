@@ -49,10 +49,10 @@ def state(config: config_lib.Config) -> TrainState:
 
 
 def one_by_one(config: config_lib.Config, state: TrainState, batches: int) -> dict[str, float]:
-  """Means over the learned tokens of the first `batches` of the validation split, row by row."""
+  """Means over the supervised tokens of the first `batches` of the validation split, row by row."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   rows = pipeline.make(config.data, Tokenizer(config.data.tokenizer), tile, 1, config.train.seed,
-                       part=validation_split.VALIDATION)  # fmt: skip
+                       split=validation_split.VALIDATION)  # fmt: skip
   module, params = build.model(config.model), join(state.trainable, state.frozen)
   run: Any = jax.jit(lambda batch: step.loss_and_counts(module, params, batch, 512)[1])
   total = dict.fromkeys(("loss", "right", "count"), 0.0)

@@ -206,8 +206,8 @@ def test_what_is_no_validation_split(values: dict[str, Any], message: str) -> No
 
 def test_validation_may_have_a_file_of_its_own() -> None:
   data = config_lib.DataConfig(path="a", validation_path="b", augment="mirror_shift")
-  part = validation_split.of_split(data, validation_split.VALIDATION)
-  assert (part.path, part.augment) == ("b", "none")
+  split = validation_split.of_split(data, validation_split.VALIDATION)
+  assert (split.path, split.augment) == ("b", "none")
   assert validation_split.of_split(data, validation_split.TRAIN) == data
   assert list(validation_split.samples(data, validation_split.VALIDATION, 3)) == [0, 1, 2]
 
