@@ -118,5 +118,5 @@ def test_a_projector_takes_square_grids_alone(shape: tuple[int, ...]) -> None:
 
 
 def test_a_projector_names_the_rows_that_there_are() -> None:
-  with pytest.raises(ValueError, match="row 'poling': expected one of none, pooling, cropping"):
+  with pytest.raises(ValueError, match="variant 'poling': expected one of none, pooling, cropping"):
     llava.Projector("poling", 4, 8).init({}, np.zeros((1, 6, 6, 8), np.float32))

@@ -37,7 +37,7 @@ def test_a_published_adapter_in_and_out(
 ) -> None:
   ours, merged = tmp_path / "ours", tmp_path / "merged"
   wanted = formats.open_checkpoint(LORA[0], formats.Options(base=LORA[2], tower=LORA[4]))
-  assert "row cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
+  assert "variant cropping" in llava_sp(capsys, "convert", LORA[0], ours, *LORA[1:])
   assert_same(wanted, opening.open_any(ours, formats.Options()))
 
   said = llava_sp(capsys, "inspect", ours, "--fingerprint")

@@ -119,7 +119,7 @@ def test_a_run_can_be_converted(
 ) -> None:
   """And what was taken is told."""
   assert cli.main(["convert", str(run_folder), str(tmp_path / "out")]) == 0
-  assert f"{tmp_path / 'out'}: a folder of ours, row pooling" in capsys.readouterr().out
+  assert f"{tmp_path / 'out'}: a folder of ours, variant pooling" in capsys.readouterr().out
 
 
 def test_tasks_that_generate_alike_share_one_engine(

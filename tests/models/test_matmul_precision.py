@@ -96,15 +96,15 @@ STEPS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_every_product_of_the_train_step(tiny_config: ConfigMaker, name: str) -> None:
   """Forward, backward and recomputed, on a mesh, where details are a convolution."""
-  stage, row, changes, expected = STEPS[name]
-  config = tiny_config(stage, row, **changes)
+  stage, variant, changes, expected = STEPS[name]
+  config = tiny_config(stage, variant, **changes)
   mesh = mesh_lib.create(config.mesh, config.train.batch_size, config.train.accumulate)
   with jax.set_mesh(mesh):
     text = lower.train_step(config, mesh).as_text()
   found = asked(text)
   assert len(found) > 50
   assert found == [{expected}] * len(found)
-  assert ("stablehlo.convolution" in text) == (row == "cropping")
+  assert ("stablehlo.convolution" in text) == (variant == "cropping")
 
 
 def ask_engine(config: config_lib.Config, folder: Path, **generation: Any) -> None:
