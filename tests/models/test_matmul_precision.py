@@ -157,7 +157,7 @@ PROGRAMS: dict[str, tuple[Callable[[config_lib.Config, Path], None], tuple[str, 
   "engine, beams": (beams, ("_run.<locals>.traced",) * 4),
   "likelihood": (likelihood, ("Likelihood.__init__.<locals>.score",)),
   "validation": (validation, ("Validator.__init__.<locals>.sums",)),
-  "generate": (generated, ("answers.<locals>.run",)),
+  "generate": (generated, ("answers.<locals>.program",)),
   "verify": (verified, ("_logits.<locals>.run",)),
 }
 
