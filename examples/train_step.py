@@ -18,14 +18,15 @@ def main(config: llava.Config, fsdp: int = 1, steps: int = 2) -> list[float]:
   shape, auto = (jax.device_count() // fsdp, fsdp, 1), jax.sharding.AxisType.Auto
   mesh = jax.make_mesh(shape, mesh_lib.AXES, axis_types=(auto,) * 3)
   tokenizer, tile = Tokenizer(config.data.tokenizer), anyres.Tile(*build.tile_shape(config.model))
-  batches = pipeline.make(config.data, tokenizer, tile, config.train.batch_size, seed=0)
+  size, seed = config.train.batch_size, config.train.seed
   losses = []
   with jax.set_mesh(mesh):
     state, shardings, tx = loop.initial_state(config, mesh)  # parameters and moments, placed
     step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    batches = pipeline.make(config.data, tokenizer, tile, size, seed)
     for batch in itertools.islice(batches, steps):
       batch.pop(pipeline.SAMPLES)  # which samples these are: for the host
-      state, metrics = step(state, mesh_lib.put_batch(batch, mesh), jax.random.key(0))
+      state, metrics = step(state, mesh_lib.put_batch(batch, mesh), jax.random.key(seed))
       losses.append(float(metrics["loss"]))
   return losses
 
