@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.plan import lower, memory
-from llava_sp_jax.training import loop, optimizer
+from llava_sp_jax.training import optimizer, setup
 
 SPARE = 2 * models.GIB  # left beside what the compiler counts
 FEWER = 7 / 8  # of the rows, where they did not fit after all
@@ -48,7 +48,7 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
     def compiled(rows: int) -> tuple[Any, Any, memory.Memory, Any, Any]:
       config = models.config_of(size, rows, **more)
       batch, segments = models.batch_of(config, device_mesh)
-      step = loop.compile_step(build.model(config.model), tx, config, places)
+      step = setup.compile_step(build.model(config.model), tx, config, places)
       started = time.monotonic()
       lowered = step.lower(held, batch, jax.random.key(0))
       program = lowered.compile()

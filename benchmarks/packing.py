@@ -144,7 +144,7 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
 
   from llava_sp_jax.distributed import mesh as mesh_lib
   from llava_sp_jax.models import build
-  from llava_sp_jax.training import loop
+  from llava_sp_jax.training import setup
 
   name, key, length, tiles, batch = way
   length //= SHRINK
@@ -163,8 +163,8 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
     return mesh_lib.put_batch({k: np.stack([m[k] for m in made]) for k in made[0]}, mesh)
 
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     key_ = jax.random.key(0)
     warm = {some[0].length: some for some in batches}
     for some in warm.values():

@@ -25,6 +25,15 @@ class ConfigError(LlavaSPError, ValueError):
   """A configuration that cannot be used; the message names the key and what to do."""
 
 
+# A value, or a group of them, that may change when a run goes on: it alters neither numbers nor files.
+FREE = {"resume": "free"}
+
+
+def free(default: Any) -> Any:
+  """A field whose value may be another one when a run goes on."""
+  return dataclasses.field(default=default, metadata=FREE)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
   """Vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`; image sizes in pixels."""
@@ -135,7 +144,7 @@ class DataConfig:
   packing: str = "none"  # how samples share rows
   bucket_lengths: tuple[int, ...] = ()  # buckets: their row lengths; none: quarters of row_length
   too_long: str = "cut"  # for a row: cut (as the original), or quarantine
-  processes: int = 0  # that measure samples before they are packed; 0: one for each core
+  processes: int = free(0)  # that measure samples before they are packed; 0: one for each core
   images_per_row: int = 1  # counts tiles: an anyres image has 1 + the tiles of its canvas
   augment: str = "none"  # random changes to pictures, in training
   image_aspect: str = "pad"  # the original's image_aspect_ratio
@@ -147,8 +156,8 @@ class DataConfig:
   patch_merge: str = "flat"  # order of an image's tokens
   image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of each channel, in [0, 1]
   image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # of each channel
-  threads: int = 4  # that read and decode samples
-  validation_path: str = ""  # samples of the same source that are held out
+  threads: int = free(4)  # that read and decode samples
+  validation_path: str = free("")  # samples of the same source that are held out
   validation_fraction: float = 0.0  # without such a path: this share of the samples is held out
 
 
@@ -173,24 +182,24 @@ class TrainConfig:
   steps: int = 1000  # of the optimizer, in all
   batch_size: int = 128  # rows over all devices
   seed: int = 0  # of weights, order, dropout, augmentation
-  log_every: int = 10  # steps between two records
-  save_every: int = 500  # steps between two checkpoints
-  keep: int = 2  # checkpoints that stay
+  log_every: int = free(10)  # steps between two records
+  save_every: int = free(500)  # steps between two checkpoints
+  keep: int = free(2)  # checkpoints that stay
   accumulate: int = 1  # micro-batches of a step; their gradients are added up
   loss_chunk: int = 512  # positions per slice of the loss, so that [B, T, V] never exists
-  sinks: tuple[str, ...] = ("terminal",)  # beside metrics.jsonl, which is always there
-  peak_tflops: float = 0.0  # bf16 peak of one chip for the MFU; 0: as devices.PEAKS knows it
-  preflight: bool = True  # refuse, before anything is kept, a run that cannot learn
-  validate_every: int = 0  # steps; 0: never
-  validate_batches: int = 8  # at most; each held-out sample counts once
-  max_nonfinite: int = 8  # so many steps in a row without a finite loss and gradient end training
-  peer_seconds: int = 100  # a process not heard of for so long is dead, and the others stop
-  stall_seconds: int = 1800  # a process without a step for so long stops; 0: never
+  sinks: tuple[str, ...] = free(("terminal",))  # beside metrics.jsonl, which is always there
+  peak_tflops: float = free(0.0)  # bf16 peak of one chip for the MFU; 0: as hardware.CHIPS has it
+  preflight: bool = free(True)  # refuse, before anything is kept, a run that cannot learn
+  validate_every: int = free(0)  # steps; 0: never
+  validate_batches: int = free(8)  # at most; each held-out sample counts once
+  max_nonfinite: int = free(8)  # steps in a row without finite loss and gradient end training
+  peer_seconds: int = free(100)  # a process not heard of for so long is dead, and the others stop
+  stall_seconds: int = free(1800)  # a process without a step for so long stops; 0: never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-  """Scores a benchmark by generated text between the steps; `task` names a row of `tasks`."""
+  """Scores a benchmark by generated text between the steps; `task` names a row of `tasks.catalog.TASKS`."""
 
   every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
   task: str = "easy_vqa"  # benchmark, or FILE.py:Class
@@ -201,7 +210,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices along each axis; -1 takes what is left. `base` names a row of `sharding.PRESETS`."""
+  """Devices along each axis; -1 takes what is left. `base` names a row of `distributed.sharding.PRESETS`."""
 
   data: int = 1  # copies of the model, each with rows of its own
   fsdp: int = -1  # parts of parameters and rows; -1: the devices that are left
@@ -226,8 +235,8 @@ class Config:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-  evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig, metadata=FREE)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=FREE)
   init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
 
@@ -308,14 +317,16 @@ def from_json(text: str) -> Config:
   return from_dict(values)
 
 
-def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
-  """Lines that name each value in which two configs differ."""
+def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
+  """Lines that name each value in which two configs differ; `but_free` leaves out those of `free`."""
   lines = []
   for field in dataclasses.fields(ours):
+    if but_free and field.metadata == FREE:
+      continue
     a, b = getattr(ours, field.name), getattr(theirs, field.name)
     where = f"{path}.{field.name}"
     if dataclasses.is_dataclass(a):
-      lines += differences(a, b, where)
+      lines += differences(a, b, where, but_free)
     elif a != b:
       lines.append(f"{where}: {a!r} here, {b!r} there")
   return lines

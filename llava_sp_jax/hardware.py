@@ -1,31 +1,72 @@
-"""What one chip can do: peak rates by the name that jax gives its devices."""
+"""What one chip can do: peak rates, memory and links, in one table.
+
+Sources: the vendors' data sheets (peak, without sparsity); Google's pages "TPU v4 / v5e / v5p / v6e"
+(HBM); "How to scale your model" (Austin et al. 2025), chapter 2 (links, wrap-around, vector unit).
+Effective HBM rates and clocks were found by comparing the compiler's own cycle estimates.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
 
-# (regex over `device_kind`, peak dense bf16 TFLOP/s of one chip); the first match wins. Source: the
-# vendors' data sheets (without sparsity).
-PEAKS: tuple[tuple[str, float], ...] = (
-  (r"TPU v4$", 275.0),
-  (r"TPU v5( lite|e)", 197.0),
-  (r"TPU v5p?$", 459.0),
-  (r"TPU v6( lite|e)", 918.0),
-  (r"TPU ?v?7x?", 2307.0),
-  (r"NVIDIA H100 PCIe", 756.0),
-  (r"NVIDIA H(100|200|800)", 989.0),
-  (r"NVIDIA (A100|A800)", 312.0),
-  (r"NVIDIA B200", 2250.0),
-  (r"NVIDIA L40S", 362.0),
-  (r"NVIDIA A40", 149.7),
-)
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One accelerator. Rates in bytes or operations per second; what only `plan` asks is 0 where unknown."""
+
+  device_kind: str  # regular expression over jax's name of the device
+  peak_flops: float  # bf16, dense
+  platform: str = "cuda"
+  hbm_bytes: int = 0  # what a program may use: the compiler's own limit where it is known
+  hbm_rate: float = 0.0  # effective, not the data sheet's
+  link_rate: float = 0.0  # one ICI link, one way
+  vector_rate: float = 0.0  # elementwise operations
+  clock: float = 0.0  # Hz
+  config_name: str = ""  # how libtpu is told to see a chip's two cores as one device
+  wrap: int = 0  # sides of a slice that are a multiple of this are rings; 0: never
+  speed: bool = False  # whether a step time can be predicted
+
+
+# The first whose `device_kind` matches is a device's.
+CHIPS: dict[str, Chip] = {
+  "v4": Chip(
+    device_kind=r"TPU v4$", platform="tpu", peak_flops=275e12, hbm_bytes=int(30.75 * GIB),
+    hbm_rate=1.1e12, link_rate=4.5e10, vector_rate=8.6e12, clock=1.05e9, wrap=4,
+    config_name="megacore", speed=True,
+  ),
+  "v5e": Chip(
+    device_kind=r"TPU v5( lite|e)", platform="tpu", peak_flops=197e12, hbm_bytes=int(15.75 * GIB),
+    hbm_rate=7.38e11, link_rate=4.5e10, vector_rate=6.1e12, clock=1.5e9, wrap=16, speed=True,
+  ),
+  "v5p": Chip(
+    device_kind=r"TPU v5p?$", platform="tpu", peak_flops=459e12, hbm_bytes=int(95.74 * GIB),
+    hbm_rate=2.35e12, link_rate=9e10, vector_rate=14.3e12, clock=1.75e9, wrap=4, speed=True,
+  ),
+  "v6e": Chip(
+    device_kind=r"TPU v6( lite|e)", platform="tpu", peak_flops=918e12, hbm_bytes=int(31.25 * GIB),
+    hbm_rate=1.638e12, link_rate=9e10, vector_rate=7.2e12, clock=1.75e9, wrap=16, speed=True,
+  ),
+  "v7x": Chip(device_kind=r"TPU ?v?7x?", platform="tpu", peak_flops=2307e12),
+  "h100-pcie": Chip(device_kind=r"NVIDIA H100 PCIe", peak_flops=756e12),
+  "h100": Chip(
+    device_kind=r"NVIDIA H(100|200|800)", peak_flops=989e12, hbm_bytes=80 * 10**9
+  ),
+  "a100": Chip(device_kind=r"NVIDIA (A100|A800)", peak_flops=312e12),
+  "b200": Chip(device_kind=r"NVIDIA B200", peak_flops=2250e12),
+  "l40s": Chip(device_kind=r"NVIDIA L40S", peak_flops=362e12),
+  "a40": Chip(device_kind=r"NVIDIA A40", peak_flops=149.7e12),
+}  # fmt: skip
 
 
 def peak_tflops(kind: str) -> float | None:
   """Peak dense bf16 TFLOP/s of one chip of `kind`; None when no row knows it (a CPU, say)."""
-  return next((peak for pattern, peak in PEAKS if re.match(pattern, kind)), None)
+  found = (chip for chip in CHIPS.values() if re.match(chip.device_kind, kind))
+  return next((chip.peak_flops / 1e12 for chip in found), None)
 
 
 def chip_count(devices: Iterable[Any]) -> int:

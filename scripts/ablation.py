@@ -26,6 +26,7 @@ from typing import Any
 from run_easy_vqa import Job, command, run
 
 from llava_sp_jax import provenance
+from llava_sp_jax.progress import eta
 from llava_sp_jax.results import interval
 
 BASELINE = "none"
@@ -226,9 +227,9 @@ def main() -> None:
       if options.pictures and job == jobs[0]:
         shutil.copytree(report, options.pictures, dirs_exist_ok=True)
       done += 1
-      left = (time.monotonic() - started) / done * (len(todo) - done) / 60
+      left = (time.monotonic() - started) / done * (len(todo) - done)
       print(f"{job.name}: {record['accuracy']:.2%} in {record['seconds']} s; {done} of {len(todo)} "
-            f"done, eta {left:.0f} min", flush=True)  # fmt: skip
+            f"done, {eta(left)}", flush=True)  # fmt: skip
   print(show(book, options))
   if failed:
     raise SystemExit(f"{len(failed)} of {len(todo)} runs failed: {'; '.join(failed)}")

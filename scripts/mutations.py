@@ -34,6 +34,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_sp_jax import provenance
+from llava_sp_jax.progress import eta
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "llava_sp_jax", "tests"
@@ -293,9 +294,9 @@ def main() -> int:
     records[key(record)] = record
     if options.out:
       write(options.out, records)
-    left = int((time.monotonic() - started) / len(done) * (len(chosen) - len(done)))
+    left = (time.monotonic() - started) / len(done) * (len(chosen) - len(done))
     print(f"[{len(done)}/{len(chosen)}] {record.outcome:11} {record.file}:{record.line} "
-          f"{record.hurts}  {record.by}  eta {left // 60}:{left % 60:02d}", flush=True)  # fmt: skip
+          f"{record.hurts}  {record.by}  {eta(left)}", flush=True)  # fmt: skip
   noticed = sum(record.outcome == NOTICED for record in done)
   for room, (n, m) in sorted(share(done).items()):
     print(f"{room:12} {n}/{m}")

@@ -22,7 +22,7 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 FLOORS = (
   "errors",
   "console files locks",
-  "folders json_files environment hardware provenance",
+  "folders json_files environment hardware progress provenance",
   "jsonl config",
   "limits recipes",
   "data models distributed",
@@ -55,7 +55,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(config|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console)",
+    r"(config|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),

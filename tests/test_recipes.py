@@ -19,7 +19,7 @@ from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import VARIANTS, spatial_token_count
 from llava_sp_jax.tools.train import load_recipe
-from llava_sp_jax.training import loop, optimizer, state
+from llava_sp_jax.training import optimizer, setup, state
 from tests.conftest import REPOSITORY
 
 # What stands in the original's scripts (FACTS: pretrain.sh, finetune_lora.sh), by recipe.
@@ -113,7 +113,7 @@ def abstract_step(config: config_lib.Config, mesh: Any) -> tuple[Any, Any, tuple
   batch["images"] = jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows)
   rng = jax.eval_shape(lambda: jax.random.key(0))
   rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-  step = loop.compile_step(build.model(config.model), tx, config, shardings)
+  step = setup.compile_step(build.model(config.model), tx, config, shardings)
   return step, start, (placed, batch, rng)
 
 

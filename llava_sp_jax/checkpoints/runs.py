@@ -37,14 +37,6 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
   temporary.replace(folder / CONFIG_FILE)
 
 
-# Values that may change when a run goes on: they alter neither its numbers nor its files.
-MAY_CHANGE = ("config.train.log_every", "config.train.save_every", "config.train.keep",
-              "config.data.threads", "config.data.processes", "config.mesh.", "config.train.sinks",
-              "config.train.peak_tflops", "config.train.preflight", "config.train.validate_",
-              "config.data.validation_path", "config.evaluate.", "config.train.max_nonfinite",
-              "config.train.peer_seconds", "config.train.stall_seconds")  # fmt: skip
-
-
 def check_folder(folder: Path) -> None:
   """Raises: CheckpointError for a `--workdir` whose files are not those of a training run.
 
@@ -79,9 +71,7 @@ def check_config(folder: Path, config: config_lib.Config) -> None:
   """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
   if not (folder / CONFIG_FILE).is_file() or not steps(folder):
     return  # nothing was trained yet, so there is nothing to contradict
-  lines = config_lib.differences(config, read_config(folder))
-  lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
-  if lines:
+  if lines := config_lib.differences(config, read_config(folder), but_free=True):
     raise CheckpointError(
       f"{folder} was started with another config ('here' is yours, 'there' is the run's):\n  "
       + "\n  ".join(lines)

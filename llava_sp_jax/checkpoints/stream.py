@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from llava_sp_jax.convert.leaves import Index, InTensors, Leaf, Leaves
+from llava_sp_jax.progress import Progress
 
 STAGED_BYTES = 1 << 25  # written parts that wait for one commit (each costs an fsync)
 CHUNK_BYTES = 1 << 23  # of the file's grid: what a device that restores a slice must read at least
@@ -45,24 +45,6 @@ def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progres
   ) as manager:
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(tracked), about=ocp.args.JsonSave(about))
     manager.save(0, args=args)
-
-
-class Progress:
-  """Prints how far a conversion is: share, rate, time left."""
-
-  def __init__(self, total: int, every: float = 5.0):
-    self.total, self.done, self._every = total, 0, every
-    self._started = self._said = time.monotonic()
-
-  def add(self, count: int) -> None:
-    self.done += count
-    now = time.monotonic()
-    if now - self._said >= self._every and jax.process_index() == 0:
-      self._said = now
-      rate = self.done / (now - self._started)
-      left = round((self.total - self.done) / rate)
-      print(f"{self.done / 1e9:8.2f} of {self.total / 1e9:.2f} GB  {rate / 1e9:.2f} GB/s  "
-            f"eta {left // 60}:{left % 60:02}", flush=True)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

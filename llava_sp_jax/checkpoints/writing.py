@@ -15,6 +15,7 @@ from llava_sp_jax.convert import formats, places
 from llava_sp_jax.convert.loaded import Loaded, cast
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.progress import Progress
 
 
 def write(
@@ -55,4 +56,5 @@ def _write(source: Loaded, out: Path, dtype: str) -> None:
     if source.tokenizer:
       formats.copy_tokenizer(source.tokenizer, out / "tokenizer")
   total = sum(leaf.nbytes for leaf in source.leaves.values())
-  stream.write(out, source.leaves, about, stream.Progress(total))
+  shown = jax.process_index() == 0
+  stream.write(out, source.leaves, about, Progress(total, "GB", scale=1e9, shown=shown))

@@ -29,6 +29,7 @@ from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.progress import Progress
 
 VERSION = 1  # of the file, and of the code that measures
 CHUNK = 256  # samples that go to a process at a time
@@ -108,19 +109,17 @@ class Lengths:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
   def _measure(self, epoch: int) -> Measured:
-    count, started, told = len(self._source), time.monotonic(), time.monotonic()
+    count = len(self._source)
+    progress, told = Progress(count, "samples"), time.monotonic()
     found: list[Found] = []
     last = ""
     for part in self._parts(epoch):
       found += part
       last = next((error for *_, error in reversed(part) if error), last)
-      now = time.monotonic()
-      if now - told > SAY_EVERY:
-        told, rate = now, len(found) / (now - started)
-        self._say(
-          f"measuring samples: {len(found):,} of {count:,}, {rate:,.0f} a second, "
-          f"eta {(count - len(found)) / rate:,.0f} s"
-        )
+      progress.done = len(found)
+      if time.monotonic() - told > SAY_EVERY:
+        told = time.monotonic()
+        self._say(f"measuring: {progress.line()}")
     lengths, totals, tiles = np.array([f[:3] for f in found], np.int32).T
     errors = {i: f[3] for i, f in enumerate(found) if f[3]}
     if len(errors) == count:
@@ -129,7 +128,7 @@ class Lengths:
       )
     result = Measured(lengths, totals, tiles, errors)
     self._say(
-      f"measured {count:,} samples in {time.monotonic() - started:,.1f} s: {len(errors):,} cannot "
+      f"measured {count:,} samples in {progress.seconds:,.1f} s: {len(errors):,} cannot "
       f"be used, {result.cut:,} are cut at {self._data.row_length} tokens"
     )
     return result

@@ -19,12 +19,12 @@ from llava_sp_jax import __version__
 from llava_sp_jax.checkpoints import fingerprints
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
+from llava_sp_jax.progress import Progress
 from llava_sp_jax.results import compare as compare_lib
 from llava_sp_jax.results import interval, page, predictions
 from llava_sp_jax.results.predictions import Part, Record
 from llava_sp_jax.tasks.task import EvalError, Item, Scores, Task
 
-SECONDS_PER_LINE = 5.0  # of progress
 SCORES, SUBMISSION = "scores.json", "submission"
 
 # Of `config.data`: what a question and its pictures become before the model reads them.
@@ -115,7 +115,7 @@ def run(
     engine.forget()  # it would remember which images it could not read
   with predictions.PredictionWriter(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
-    _ask(task, engine, mine, places, writer, each or Progress(len(mine)))
+    _ask(task, engine, mine, places, writer, each or Scored(len(mine)))
     session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
                "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
     predictions.append(folder / part.named("sessions"), session)
@@ -199,33 +199,23 @@ def _verdict(task: Task, item: Item, text: str) -> dict[str, Any]:
   return {"problem": item.problem} if item.problem else task.verdict(item, text)
 
 
-class Progress:
-  """A line every few seconds: how many, how good so far, how fast, how long still."""
+class Scored:
+  """Tells how many questions are answered, and how well so far."""
 
   def __init__(self, total: int):
-    self._total = total
-    self._started = self._said = time.monotonic()
-    self._done = self._failed = self._judged = 0
+    self._progress = Progress(total, "questions")
+    self._failed = self._judged = 0
     self._sum = 0.0
 
   def __call__(self, line: Record) -> None:
-    self._done += 1
     self._failed += bool(line["error"])
     if "score" in line["verdict"]:
       self._judged += 1
       self._sum += line["verdict"]["score"]
-    now = time.monotonic()
-    if now - self._said < SECONDS_PER_LINE and self._done < self._total:
-      return
-    self._said = now
-    rate = self._done / max(now - self._started, 1e-9)
-    mean = f"  mean score {self._sum / self._judged:.4f}" if self._judged else ""
-    failed = f"  {self._failed} failed" if self._failed else ""
-    left = (self._total - self._done) / rate
-    print(
-      f"{self._done:>6}/{self._total} questions{mean}{failed}  {rate:.1f}/s  eta {left:.0f} s",
-      flush=True,
-    )
+    mean = [f"mean score {self._sum / self._judged:.4f}"] if self._judged else []
+    failed = [f"{self._failed} failed"] if self._failed else []
+    last = self._progress.done + 1 == self._progress.total
+    self._progress.add(1, "  ".join(mean + failed), last)
 
 
 def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:

@@ -24,11 +24,15 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.plan import hlo, memory
 from llava_sp_jax.plan.topologies import Topology
+from llava_sp_jax.training import TRAIN_STEP
 
-SCHEDULE = "*jit_run*.after_optimizations_after_buffer_assignment.txt"
-BUFFERS = "*jit_run*.after_optimizations-buffer-assignment.txt"
-TOO_LARGE = "*jit_run*.oom_intermediate_module.txt"  # in place of the schedule
-CODE = "*jit_run*.after_codegen.txt"
+# What can be planned: the name of its compiled program, by which the compiler's files are found.
+PROGRAMS = {"train": TRAIN_STEP, "eval": "answer_rows"}
+# How the names of those files end.
+SCHEDULE = ".after_optimizations_after_buffer_assignment.txt"
+BUFFERS = ".after_optimizations-buffer-assignment.txt"
+TOO_LARGE = ".oom_intermediate_module.txt"  # in place of the schedule
+CODE = ".after_codegen.txt"
 PATIENCE = 3600  # seconds
 
 # platform: (modules of which one must be there, the extra of jax that brings the first)
@@ -83,7 +87,7 @@ def compile_config(
   with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as temporary:
     folder = keep or Path(temporary)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*jit_run*.txt"):
+    for old in _dumps(folder, what, ".txt"):
       old.unlink()
     for name in ("about.json", "done.json"):
       (folder / name).unlink(missing_ok=True)
@@ -93,11 +97,11 @@ def compile_config(
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))
     started = time.monotonic()
-    errors = _run(folder, fast)
-    return _read(folder, errors, time.monotonic() - started, topology)
+    errors = _run(folder, what, fast)
+    return _read(folder, what, errors, time.monotonic() - started, topology)
 
 
-def _run(folder: Path, fast: bool) -> str:
+def _run(folder: Path, what: str, fast: bool) -> str:
   """Runs the child until it ends, or (fast) has written the schedule; returns what it printed."""
   flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
   environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags}
@@ -110,7 +114,7 @@ def _run(folder: Path, fast: bool) -> str:
     try:
       deadline = time.monotonic() + PATIENCE
       while child.poll() is None:
-        if fast and _written(folder, SCHEDULE) and _written(folder, BUFFERS):
+        if fast and all(_written(_dumps(folder, what, ending)) for ending in (SCHEDULE, BUFFERS)):
           break
         if time.monotonic() > deadline:
           raise PlanError(f"the compiler has not finished after {PATIENCE} s")
@@ -122,22 +126,26 @@ def _run(folder: Path, fast: bool) -> str:
   return log.read_text(errors="replace")
 
 
-def _written(folder: Path, pattern: str) -> bool:
+def _dumps(folder: Path, what: str, ending: str) -> list[Path]:
+  """The compiler's files about a program."""
+  return list(folder.glob(f"*jit_{PROGRAMS[what]}*{ending}"))
+
+
+def _written(files: list[Path]) -> bool:
   """Whether a file is there and has not grown for a moment."""
-  files = list(folder.glob(pattern))
   return (
     bool(files) and time.time() - files[0].stat().st_mtime > 1.0 and files[0].stat().st_size > 0
   )
 
 
-def _read(folder: Path, printed: str, seconds: float, topology: Topology) -> Compiled:
+def _read(folder: Path, what: str, printed: str, seconds: float, topology: Topology) -> Compiled:
   about_file, done_file = folder / "about.json", folder / "done.json"
   about = json.loads(about_file.read_text()) if about_file.is_file() else {}
-  schedules = [file for p in (CODE, SCHEDULE, TOO_LARGE) for file in folder.glob(p)]
-  if schedules and (buffers := list(folder.glob(BUFFERS))):
+  schedules = [f for ending in (CODE, SCHEDULE, TOO_LARGE) for f in _dumps(folder, what, ending)]
+  if schedules and (buffers := _dumps(folder, what, BUFFERS)):
     module = hlo.parse(schedules[0].read_text())
     return Compiled(memory.of_assignment(buffers[0].read_text(), module), seconds, about, module,
-                    schedules[0].match(CODE))  # fmt: skip
+                    schedules[0].name.endswith(CODE))  # fmt: skip
   if about and done_file.is_file():
     sizes = json.loads(done_file.read_text())
     return Compiled(memory.of_analysis(sizes), seconds, about)

@@ -7,7 +7,6 @@ compiles, `done.json` after; no array is ever made.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import sys
@@ -29,9 +28,10 @@ from llava_sp_jax.distributed import sharding
 from llava_sp_jax.infer import generate
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.quantize import is_quantized
-from llava_sp_jax.training import loop, optimizer, state
+from llava_sp_jax.plan.compile import PROGRAMS
+from llava_sp_jax.training import optimizer, setup
 
-# Beside what the step itself asks for (`loop.COMPILER_OPTIONS`).
+# Beside what the step itself asks for (`setup.COMPILER_OPTIONS`).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "tpu": {},
   "cuda": {"xla_gpu_enable_triton_gemm": False},  # it wants to measure on a real one
@@ -41,15 +41,10 @@ NEW_TOKENS = 128  # of an answer, in the plan of an evaluation
 
 def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
   """The lowered train step of `config`, from shapes."""
-  module = build.model(config.model)
-  params = build.abstract(config.model)
-  trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), params)
-  tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
-  shapes = jax.eval_shape(functools.partial(state.start, tx=tx), trainable, frozen)
-  places = sharding.shardings(shapes, device_mesh, config.mesh.base)
+  shapes, places, tx = setup.abstract_state(config, device_mesh)
   whole = NamedSharding(device_mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
-  step = loop.compile_step(module, tx, config, places)
+  step = setup.compile_step(build.model(config.model), tx, config, places)
   return step.lower(placed(shapes, places), batch(config, device_mesh), placed(key, whole))
 
 
@@ -69,15 +64,16 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
     jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(device_mesh, PartitionSpec())
   )
 
-  def run(params: Any, prompt: Any, rng: Any) -> Any:
+  def program(params: Any, prompt: Any, rng: Any) -> Any:
     return generate.generate(module, params, prompt, rng, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
 
-  options = loop.COMPILER_OPTIONS.get(platform)
-  return jax.jit(run, compiler_options=options).lower(params, prompt, key)
+  program.__name__ = PROGRAMS["eval"]
+  options = setup.COMPILER_OPTIONS.get(platform)
+  return jax.jit(program, compiler_options=options).lower(params, prompt, key)
 
 
 _LEARNING = ("targets", "weights")  # what only training reads of a batch
-# What can be planned: name -> (config, mesh) -> lowered. Each traced function is called `run`.
+# What can be planned: name -> (config, mesh) -> lowered. The traced functions are named as PROGRAMS says.
 LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Any]] = {
   "train": train_step,
   "eval": answers,

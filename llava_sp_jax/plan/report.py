@@ -10,9 +10,10 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
+from llava_sp_jax.hardware import GIB
 from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import Compiled, PlanError
-from llava_sp_jax.plan.topologies import GIB, Topology
+from llava_sp_jax.plan.topologies import Topology
 
 # Program, collective scratch and what the runtime keeps are not in the buffer assignment.
 RESERVE = int(0.35 * GIB)

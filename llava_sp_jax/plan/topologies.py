@@ -1,8 +1,6 @@
-"""Chips and slices that `llava-sp plan` knows, by the names that users rent them under.
+"""Slices that `llava-sp plan` knows, by the names that users rent them under; `hardware` has the chips.
 
-Sources: Google's pages "TPU v4 / v5e / v5p / v6e" (peak, HBM, chips); "How to scale your model"
-(Austin et al. 2025), chapter 2 (links, wrap-around, vector unit); NVIDIA's H100 SXM data sheet.
-Effective HBM rates and clocks were found by comparing the compiler's own cycle estimates.
+Source: Google's pages "TPU v4 / v5e / v5p / v6e" (chips of a slice).
 """
 
 from __future__ import annotations
@@ -11,51 +9,11 @@ import dataclasses
 import math
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.hardware import CHIPS, Chip
 from llava_sp_jax.plan import gpu
 
-GIB = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-  """One accelerator. Rates in bytes or operations per second."""
-
-  platform: str
-  peak_flops: float  # bf16, dense
-  hbm_bytes: int  # what a program may use: the compiler's own limit where it is known
-  hbm_rate: float  # effective, not the data sheet's
-  link_rate: float  # one ICI link, one way
-  vector_rate: float  # elementwise operations
-  clock: float  # Hz
-  config_name: str = ""  # how libtpu is told to see a chip's two cores as one device
-  wrap: int = 0  # sides of a slice that are a multiple of this are rings; 0: never
-  speed: bool = True  # whether a step time can be predicted
-  target: str = ""  # of a GPU, see plan.gpu
-
-
-CHIPS: dict[str, Chip] = {
-  "v4": Chip(
-    platform="tpu", peak_flops=275e12, hbm_bytes=int(30.75 * GIB), hbm_rate=1.1e12,
-    link_rate=4.5e10, vector_rate=8.6e12, clock=1.05e9, wrap=4, config_name="megacore",
-  ),
-  "v5e": Chip(
-    platform="tpu", peak_flops=197e12, hbm_bytes=int(15.75 * GIB), hbm_rate=7.38e11,
-    link_rate=4.5e10, vector_rate=6.1e12, clock=1.5e9, wrap=16,
-  ),
-  "v5p": Chip(
-    platform="tpu", peak_flops=459e12, hbm_bytes=int(95.74 * GIB), hbm_rate=2.35e12,
-    link_rate=9e10, vector_rate=14.3e12, clock=1.75e9, wrap=4,
-  ),
-  "v6e": Chip(
-    platform="tpu", peak_flops=918e12, hbm_bytes=int(31.25 * GIB), hbm_rate=1.638e12,
-    link_rate=9e10, vector_rate=7.2e12, clock=1.75e9, wrap=16,
-  ),
-  "h100": Chip(
-    platform="cuda", peak_flops=989e12, hbm_bytes=80 * 10**9, hbm_rate=0.0, link_rate=0.0,
-    vector_rate=0.0, clock=0.0, speed=False,
-    target=gpu.H100,
-  ),
-}  # fmt: skip
+# What XLA must know of a GPU to compile for it without one.
+TARGETS = {"h100": gpu.H100}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +43,7 @@ class Topology:
     """Further arguments of `get_topology_desc`: on GPUs slices x hosts x devices, and the GPU."""
     if self.chip.platform == "tpu":
       return {"chip_config_name": self.chip.config_name} if self.chip.config_name else {}
-    return {"target_config": self.chip.target, "topology": f"1x1x{self.chips}"}
+    return {"target_config": TARGETS[self.chip_name], "topology": f"1x1x{self.chips}"}
 
   def ring_rate(self, varying: tuple[bool, ...]) -> float:
     """Bytes per second that a chip receives when a group spans the axes that vary.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, limits
+from llava_sp_jax.progress import Progress
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.train import flags, load_recipe
 
@@ -32,7 +32,6 @@ example:
 FLAGS = ("config", "images", "samples")
 FOLDERS = 20  # lines of the table of folders: those with most missing first, then the largest
 LONGEST = 80  # characters of a folder in the table
-EVERY = 5.0  # seconds between two lines of progress
 
 
 def main(argv: list[str]) -> int:
@@ -59,10 +58,15 @@ def main(argv: list[str]) -> int:
     pipeline.open_source(config.data, tile, part)
   well = True
   for part in parts:
-    progress, seed = Progress(samples), config.train.seed
-    report = check.check(config.data, tokenizer, tile, images, samples, progress, seed, part)
+    told, seed = Progress(0, "samples", stream=sys.stderr), config.train.seed
+
+    def tell(report: check.CheckReport, told: Progress = told) -> None:
+      told.total = min(samples or report.total, report.total)
+      told.at(report.checked, f"{sum(report.kinds.values()):,} problems")
+
+    report = check.check(config.data, tokenizer, tile, images, samples, tell, seed, part)
     data = held_out.of_part(config.data, part)
-    console.say(table(report, data, time.monotonic() - progress.started))
+    console.say(table(report, data, told.seconds))
     well = well and report.passed
   return 0 if well else 1
 
@@ -87,26 +91,6 @@ def number(given: dict[str, str], name: str, default: int | None, least: int) ->
   if text is None or text == "all":
     return default if text is None else None
   return arguments.whole(name, text, least)
-
-
-class Progress:
-  """Lines on stderr with rate and time left, every few seconds."""
-
-  def __init__(self, samples: int | None):
-    self._samples, self.started = samples, time.monotonic()
-    self._last = self.started
-
-  def __call__(self, report: Any) -> None:
-    now = time.monotonic()
-    if now - self._last < EVERY:
-      return
-    self._last = now
-    total = min(self._samples or report.total, report.total)
-    rate = report.checked / (now - self.started)
-    left = int((total - report.checked) / rate)
-    bad = sum(report.kinds.values())
-    print(f"{report.checked:,} of {total:,} samples, {rate:.0f} a second, "
-          f"eta {left // 60}:{left % 60:02d}, {bad:,} problems", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def table(report: Any, data: config_lib.DataConfig, seconds: float) -> str:

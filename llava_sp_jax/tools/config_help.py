@@ -37,9 +37,9 @@ TABLES = {
   "data.patch_merge": ("data.anyres", "MERGES"),
   "optimizer.stage": ("training.optimizer", "STAGES"),
   "optimizer.moment_dtype": ("training.optimizer", "MOMENT_DTYPES"),
-  "train.sinks": ("train.sinks", "SINKS"),
-  "evaluate.task": ("tasks", "TASKS"),
-  "mesh.base": ("sharding", "PRESETS"),
+  "train.sinks": ("training.sinks", "SINKS"),
+  "evaluate.task": ("tasks.catalog", "TASKS"),
+  "mesh.base": ("distributed.sharding", "PRESETS"),
 }
 BESIDES = {"model.attention": ("auto",)}  # values that no row of a table stands for
 FIELD = re.compile(r"  (\w+): .*?  # (.+)")

@@ -10,49 +10,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
-from llava_sp_jax.checkpoints import fingerprints, initial, manager, runs
+from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
 from llava_sp_jax.data import ahead, anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.distributed import mesh, processes, sharding
+from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.models import build
 from llava_sp_jax.training import (
   guard,
   ledger,
-  optimizer,
   peers,
   preflight,
   resume,
   sinks,
   state,
-  step,
   trace,
 )
 from llava_sp_jax.training.metrics import Log
+from llava_sp_jax.training.setup import compile_step, initial_state
 from llava_sp_jax.training.stopping import StopRequest
 from llava_sp_jax.training.validation import Validator
 
 METRICS_FILE = sinks.METRICS_FILE
-
-# Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
-# permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
-# gathers of weights and sums of gradients run beside matmuls on v6e, as they do unasked on v5.
-COMPILER_OPTIONS: dict[str, dict[str, str]] = {
-  "tpu": {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_enable_async_all_gather": "true",
-    "xla_enable_async_all_reduce": "true",
-  },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,35 +45,6 @@ class Result:
   step: int
   seconds: float
   quarantined: int
-
-
-def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
-  """The jitted step `(state, batch, rng) -> (state, metrics)`; the state's buffers are donated."""
-
-  places = jax.tree.leaves(shardings)
-  platform = places[0].mesh.devices.flat[0].platform if places else jax.default_backend()
-  module = build.compiled_for(module, platform, branches=config.data.turns == "branch")
-
-  def run(*arguments: Any) -> Any:
-    with nn.logical_axis_rules(sharding.activation_rules()):
-      return step.train_step(module, tx, config.train, *arguments)
-
-  return jax.jit(
-    run, donate_argnums=0, out_shardings=(shardings, None),
-    compiler_options=COMPILER_OPTIONS.get(platform),
-  )  # fmt: skip
-
-
-def initial_state(config: config_lib.Config, device_mesh: Any) -> tuple[Any, Any, Any]:
-  """(state, its shardings, optimizer) at step 0, placed on the mesh."""
-  state.check(config)
-  params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
-  trainable, frozen = state.split(params, config)
-  tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
-  start = functools.partial(state.start, tx=tx)
-  shapes = jax.eval_shape(start, trainable, frozen)
-  shardings = sharding.shardings(shapes, device_mesh, config.mesh.base)
-  return jax.jit(start, out_shardings=shardings)(trainable, frozen), shardings, tx
 
 
 class Evaluator(Protocol):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl
+from llava_sp_jax.progress import eta
 
 METRICS_FILE = "metrics.jsonl"
 Record = Mapping[str, Any]
@@ -46,8 +47,7 @@ def line(record: Record, steps: int) -> str:
       parts.append(text.format(value))
   rate = record.get("steps_per_second")
   if rate and math.isfinite(rate):
-    left = int((steps - record["step"]) / rate)
-    parts.append(f"eta {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}")
+    parts.append(eta((steps - record["step"]) / rate))
   return "  ".join(parts)
 
 

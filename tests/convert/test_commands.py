@@ -15,6 +15,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, runs, stream, writing
 from llava_sp_jax.convert import export, folding, formats, leaves
+from llava_sp_jax.progress import Progress
 from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source, without_image_row
@@ -114,7 +115,7 @@ def test_inspect_reads_no_values(
   runs.write_config(run, dataclasses.replace(runs.read_config(ours), init=init))
   (run / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
-  stream.write(run, trained, {"fingerprint": "another"}, stream.Progress(1))
+  stream.write(run, trained, {"fingerprint": "another"}, Progress(1, "GB"))
   for kind in subclasses(leaves.Leaf):
     monkeypatch.setattr(kind, "read", lambda self, index=None: pytest.fail(f"{self.path} is read"))
   for given in (LORA, [str(ours)], [str(run)]):

@@ -14,6 +14,7 @@ from llava_sp_jax import cli, folders
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, own_folders, runs, stream, writing
 from llava_sp_jax.convert import folding, formats
+from llava_sp_jax.progress import Progress
 from tests.convert.test_round_trip import source
 
 
@@ -27,7 +28,7 @@ def run_on(converted: Path, folder: Path) -> Path:
   (folder / "checkpoints").mkdir()
   trained = {p: x for p, x in whole.leaves.items() if p.startswith("projector/") or "/lora_" in p}
   about = {"fingerprint": opening.base_fingerprint(whole), "stage": "finetune", "name": "run"}
-  stream.write(folder, trained, about, stream.Progress(1))
+  stream.write(folder, trained, about, Progress(1, "GB"))
   (folder / "checkpoints/0").rename(folder / "checkpoints/7")
   return folder
 

@@ -125,12 +125,3 @@ def test_parts_cover_a_leaf_and_chunks_are_small() -> None:
   odd = leaves.Leaf("projector/out/bias", (3,), dtype)
   assert stream.chunk(odd) == (3,)
   assert list(stream.parts(odd)) == [(slice(None),)]
-
-
-def test_progress_says_share_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-  progress = stream.Progress(4 * 10**9, every=0.0)
-  time.sleep(0.01)
-  progress.add(10**9)
-  line = capsys.readouterr().out
-  assert "1.00 of 4.00 GB" in line
-  assert "GB/s  eta 0:" in line

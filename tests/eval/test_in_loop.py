@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.eval import in_loop, run
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine
@@ -21,7 +21,7 @@ from llava_sp_jax.tasks import easy_vqa
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.task import Item, Predictions, Scores
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.training import loop
+from llava_sp_jax.training import loop, setup, state
 from tests.conftest import ConfigMaker
 from tests.end_to_end.cluster import Cluster, Topology, write_config
 
@@ -120,8 +120,8 @@ def test_stopping_does_not_wait_for_it(config: Any, tmp_path: Path) -> None:
   """Asked to stop in the middle of an evaluation, it is left out; the run can save at once."""
   settings = config()
   evaluator = in_loop.InLoop(settings, tmp_path)
-  train_state, *_ = loop.initial_state(settings, loop.mesh.create(settings.mesh, 8))
-  params = loop.state.join(train_state.trainable, train_state.frozen)
+  train_state, *_ = setup.initial_state(settings, mesh.create(settings.mesh, 8))
+  params = state.join(train_state.trainable, train_state.frozen)
   asked: list[int] = []
 
   def going() -> bool:

@@ -33,7 +33,7 @@ from llava_sp_jax.convert import formats, tables
 from llava_sp_jax.data import anyres, decode, example
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop, optimizer, state, step
+from llava_sp_jax.training import optimizer, setup, state, step
 
 KEPT = Path(__file__).parents[1] / "golden"
 GOLDEN = Path(os.environ.get("LLAVA_SP_GOLDEN", KEPT))
@@ -350,7 +350,7 @@ def trajectory(
   trainable, frozen = state.split(case.params, config)
   start = {path: np.asarray(a) for path, a in trainable.items()}
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
-  run = loop.compile_step(case.module, tx, config, None)
+  run = setup.compile_step(case.module, tx, config, None)
   current = state.start({p: jnp.array(a) for p, a in trainable.items()},
                         {p: jnp.array(a) for p, a in frozen.items()}, tx)  # fmt: skip
   losses, norms = [], []

@@ -15,7 +15,7 @@ from llava_sp_jax.data import pipeline
 from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop, step
+from llava_sp_jax.training import setup, step
 from tests.conftest import ConfigMaker
 from tests.data.test_packed_batches import COUNT, make, mixed_config
 
@@ -131,8 +131,8 @@ def test_programs_for_a_whole_epoch(
   rows = make(config.data, batch_size=2)
   steps = -(-len(rows.stream.epoch(0)) // 2)
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    run = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    run = setup.compile_step(build.model(config.model), tx, config, shardings)
     lengths = set()
     for _ in range(steps):
       batch = next(rows)

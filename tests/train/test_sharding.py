@@ -20,7 +20,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop
+from llava_sp_jax.training import setup
 from tests.conftest import ConfigMaker
 
 STEPS = 5
@@ -48,8 +48,8 @@ def batches(config: config_lib.Config) -> Iterator[dict[str, np.ndarray]]:
 def run(config: config_lib.Config, mesh: Mesh) -> tuple[list[float], Any]:
   """Losses of STEPS steps through the package's own step, and the state after them."""
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     rng, losses = jax.random.key(0), []
     rows = batches(config)
     for _ in range(STEPS):
@@ -150,8 +150,8 @@ def block_shardings(config: config_lib.Config, mesh: Mesh, monkeypatch: Any) -> 
   scan = functools.partial(nn.scan, check_constancy_invariants=False)
   monkeypatch.setattr(nn, "scan", scan)
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batch = mesh_lib.put_batch(next(batches(config)), mesh)
     jax.jit(step).lower(state, batch, jax.random.key(0)).compile()
   return seen
@@ -183,8 +183,8 @@ def test_the_compiled_step_is_constrained_by_the_rules(config: config_lib.Config
   """The lowered step carries a sharding annotation over the batch axes for every block's output."""
   mesh = mesh_of(MESHES["three"])
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batch = mesh_lib.put_batch(next(batches(config)), mesh)
     text = step.lower(state, batch, jax.random.key(0)).as_text()
   shape = f"tensor<{config.train.batch_size}x{config.data.row_length}x32xf32>"
@@ -196,8 +196,8 @@ def test_the_compiled_step_is_constrained_by_the_rules(config: config_lib.Config
 def test_a_step_compiles_once(config: config_lib.Config) -> None:
   mesh = mesh_of(MESHES["three"])
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     rows = batches(config)
     for _ in range(3):
       state, _ = step(state, mesh_lib.put_batch(next(rows), mesh), jax.random.key(0))

@@ -16,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import fingerprints, initial, opening, own_folders, runs
 from llava_sp_jax.convert import export, formats
 from llava_sp_jax.models.quantize import is_quantized
-from llava_sp_jax.training import loop, optimizer
+from llava_sp_jax.training import loop, optimizer, setup
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.train.test_sharding import MESHES, mesh_of, run
 
@@ -90,7 +90,7 @@ def test_full_fine_tuning_moves_all_but_the_tower_on_any_mesh(tiny_config: Confi
 def _initial(config: config_lib.Config) -> Any:
   mesh = mesh_of(MESHES["one"])
   with jax.set_mesh(mesh):
-    return loop.initial_state(config, mesh)
+    return setup.initial_state(config, mesh)
 
 
 def test_weight_decay_leaves_biases_and_norms_alone() -> None:

@@ -16,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop, loss
+from llava_sp_jax.training import loss, setup
 from tests.conftest import VOCAB_SIZE, ConfigMaker
 from tests.train.test_sharding import batches, mesh_of, parts
 
@@ -26,8 +26,8 @@ NO_DROPOUT = {"lora": {"dropout": 0.0}}
 def train(config: config_lib.Config, sizes: tuple[int, ...], steps: int) -> tuple[list[float], Any]:
   mesh = mesh_of(sizes)
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     rows, losses = batches(config), []
     for _ in range(steps):
       state, metrics = step(state, mesh_lib.put_batch(next(rows), mesh), jax.random.key(0))
@@ -38,8 +38,8 @@ def train(config: config_lib.Config, sizes: tuple[int, ...], steps: int) -> tupl
 def compiled(config: config_lib.Config, sizes: tuple[int, ...]) -> Any:
   mesh = mesh_of(sizes)
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batch = mesh_lib.put_batch(next(batches(config)), mesh)
     return step.lower(state, batch, jax.random.key(0)).compile()
 
@@ -139,7 +139,7 @@ def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker
   config = tiny_config("finetune")
   mesh = mesh_of((1, 1, 1))
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)
+    state, shardings, tx = setup.initial_state(config, mesh)
     paths = {
       k.key
       for keys, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -148,7 +148,7 @@ def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker
     }
     assert paths == set(state.trainable)
     assert not paths & set(state.frozen)
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batch = mesh_lib.put_batch(next(batches(config)), mesh)
     before = {p: np.asarray(x) for p, x in state.frozen.items()}
     jaxpr = str(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))
@@ -161,8 +161,8 @@ def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker
   assert kernel not in jaxpr
   full = tiny_config("pretrain_all")
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(full, mesh)
-    step = loop.compile_step(build.model(full.model), tx, full, shardings)
+    state, shardings, tx = setup.initial_state(full, mesh)
+    step = setup.compile_step(build.model(full.model), tx, full, shardings)
     batch = mesh_lib.put_batch(next(batches(full)), mesh)
     assert kernel in str(jax.make_jaxpr(step)(state, batch, jax.random.key(0)))
 

@@ -14,7 +14,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop, optimizer, state, step
+from llava_sp_jax.training import optimizer, setup, state, step
 from llava_sp_jax.training.state import TrainState
 from tests.conftest import ConfigMaker
 from tests.train.test_optimizer import AdamW
@@ -117,7 +117,7 @@ def test_steps_are_the_oracle_s_gradients_through_adamw(
   """Parameters after each of some steps, through the package's own compiled step."""
   config = without_dropout(config)
   tx = optimizer.build(config.optimizer, config.train.steps, list(begun.trainable))
-  run = loop.compile_step(build.model(config.model), tx, config, None)
+  run = setup.compile_step(build.model(config.model), tx, config, None)
   hand = AdamW(config.optimizer, config.train.steps, dict(begun.trainable))
   current = jax.tree.map(jnp.array, begun)  # the step donates what it gets
   for number, batch in enumerate(made, 1):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llava_sp_jax.tools import train as train_tool
-from llava_sp_jax.training import ledger, loop
+from llava_sp_jax.training import ledger
+from llava_sp_jax.training.stopping import StopRequest
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
 
@@ -45,7 +46,7 @@ def test_ctrl_c_saves_the_step_and_ends_with_75(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_does_not_wait(number: signal.Signals) -> None:
-  with loop.StopRequest() as stop:
+  with StopRequest() as stop:
     assert not stop.asked
     signal.raise_signal(number)
     assert stop.asked

@@ -13,7 +13,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, held_out, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
-from llava_sp_jax.training import loop, step
+from llava_sp_jax.training import setup, step
 from llava_sp_jax.training.state import TrainState, join
 from llava_sp_jax.training.validation import Validator
 from tests.conftest import ConfigMaker
@@ -41,7 +41,7 @@ def validator(config: config_lib.Config) -> Validator:
 def state(config: config_lib.Config) -> TrainState:
   mesh = mesh_of((1, 1, 1))
   with jax.set_mesh(mesh):
-    made, _, _ = loop.initial_state(config, mesh)
+    made, _, _ = setup.initial_state(config, mesh)
   noise = np.random.default_rng(0)
   return made.replace(trainable={
     p: x + 0.1 * noise.normal(size=x.shape).astype(np.float32) for p, x in made.trainable.items()

@@ -1,0 +1,59 @@
+"""How far long work is: one line every few seconds, with rate and time left, in a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+EVERY = 5.0  # seconds between two lines
+
+
+def eta(seconds: float) -> str:
+  """Time left, as `eta h:mm:ss`."""
+  left = max(0, int(seconds))
+  return f"eta {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+
+
+class Progress:
+  """Counts what is done of `total` units, and prints a line when some seconds have passed.
+
+  `scale` divides counts before they are shown (1e9: bytes as GB); `shown` is false in processes that
+  print nothing. A line goes to `stream`, standard output if not given.
+  """
+
+  def __init__(
+    self, total: float, unit: str, *, scale: float = 1.0, every: float = EVERY, shown: bool = True,
+    stream: TextIO | None = None,
+  ):  # fmt: skip
+    self.total, self.done, self._unit, self._scale = total, 0.0, unit, scale
+    self._every, self._shown, self._stream = every, shown, stream
+    self._started = self._said = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Time since it began."""
+    return time.monotonic() - self._started
+
+  def add(self, count: float = 1, note: str = "", last: bool = False) -> None:
+    """Counts more units; `note` ends the line. The line of the `last` ones is always printed."""
+    self.at(self.done + count, note, last)
+
+  def at(self, done: float, note: str = "", last: bool = False) -> None:
+    """Says how many units are done in all."""
+    self.done = done
+    now = time.monotonic()
+    if self._shown and (last or now - self._said >= self._every):
+      self._said = now
+      print(self.line(note), file=self._stream or sys.stdout, flush=True)
+
+  def line(self, note: str = "") -> str:
+    """The state as a line."""
+    rate = self.done / max(self.seconds, 1e-9)
+    digits = 0 if self._scale == 1 else 2
+    done, total = (f"{count / self._scale:,.{digits}f}" for count in (self.done, self.total))
+    speed = rate / self._scale
+    parts = [f"{done:>{len(total)}} of {total} {self._unit}",
+             f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s",
+             eta((self.total - self.done) / rate if rate else 0)]  # fmt: skip
+    return "  ".join(parts + [note] * bool(note))

@@ -1,0 +1,84 @@
+"""What a run starts with: the abstract state, its shardings, and the compiled step.
+
+The same shapes serve initialization, restoring and planning for devices that are not here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.checkpoints import initial
+from llava_sp_jax.distributed import sharding
+from llava_sp_jax.models import build
+from llava_sp_jax.training import (
+  TRAIN_STEP,
+  optimizer,
+  state,
+  step,
+)
+
+# Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
+# permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
+# gathers of weights and sums of gradients run beside matmuls on v6e, as they do unasked on v5.
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
+  "tpu": {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
+  },
+}
+
+
+def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
+  """The jitted step `(state, batch, rng) -> (state, metrics)`; the state's buffers are donated."""
+
+  places = jax.tree.leaves(shardings)
+  platform = places[0].mesh.devices.flat[0].platform if places else jax.default_backend()
+  module = build.compiled_for(module, platform, branches=config.data.turns == "branch")
+
+  def program(*arguments: Any) -> Any:
+    with nn.logical_axis_rules(sharding.activation_rules()):
+      return step.train_step(module, tx, config.train, *arguments)
+
+  program.__name__ = TRAIN_STEP  # what traces and the compiler's dumps call it
+  return jax.jit(
+    program, donate_argnums=0, out_shardings=(shardings, None),
+    compiler_options=COMPILER_OPTIONS.get(platform),
+  )  # fmt: skip
+
+
+class Abstract(NamedTuple):
+  """A train state without values."""
+
+  shapes: Any  # state.TrainState of ShapeDtypeStructs
+  shardings: Any  # of the same tree, where each leaf goes
+  tx: optax.GradientTransformation
+
+
+def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = None) -> Abstract:
+  """The state of step 0 as shapes, for `params` (nested arrays or shapes) or those of a new model."""
+  params = build.abstract(config.model) if params is None else params
+  trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), params)
+  tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
+  shapes = jax.eval_shape(functools.partial(state.start, tx=tx), trainable, frozen)
+  return Abstract(shapes, sharding.shardings(shapes, device_mesh, config.mesh.base), tx)
+
+
+def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, Any, Any]:
+  """(state, its shardings, optimizer) at step 0, placed on the mesh."""
+  state.check(config)
+  params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
+  abstract = abstract_state(config, device_mesh, params)
+  start = jax.jit(functools.partial(state.start, tx=abstract.tx), out_shardings=abstract.shardings)
+  return start(*state.split(params, config)), abstract.shardings, abstract.tx
