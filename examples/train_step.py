@@ -11,7 +11,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
 from llava_sp_jax.tools.train import load_recipe
-from llava_sp_jax.training import loop
+from llava_sp_jax.training import setup
 
 
 def main(config: llava.Config, fsdp: int = 1, steps: int = 2) -> list[float]:
@@ -21,8 +21,8 @@ def main(config: llava.Config, fsdp: int = 1, steps: int = 2) -> list[float]:
   size, seed = config.train.batch_size, config.train.seed
   losses = []
   with jax.set_mesh(mesh):
-    state, shardings, tx = loop.initial_state(config, mesh)  # parameters and moments, placed
-    step = loop.compile_step(build.model(config.model), tx, config, shardings)
+    state, shardings, tx = setup.initial_state(config, mesh)  # parameters and moments, placed
+    step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batches = pipeline.make(config.data, tokenizer, tile, size, seed)
     for batch in itertools.islice(batches, steps):
       batch.pop(pipeline.SAMPLES)  # which samples these are: for the host
