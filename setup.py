@@ -1,40 +1,20 @@
-"""Install: pip install -e . -c constraints.txt (Python 3.11; later: constraints-py312.txt). See README.md."""
+"""Install: pip install -e . -c constraints.txt (Python 3.11; later: constraints-py312.txt). See README.md.
 
-from pathlib import Path
+Name, version, and commands stand in pyproject.toml; what depends on the Python, here.
+"""
 
 from setuptools import find_packages, setup
 
-HERE = Path(__file__).parent
 # Two sets of versions are tested, each with a file of constraints: what Python 3.11 gets, and today's.
 # flax 0.12.8, the last one for Python 3.11, does not import with jax 0.11.1 or newer; flax 0.12.12
 # wants one. jax 0.11.2 is the oldest that was tried with it (on a GPU), 0.12 the newest.
 OLD, NEW = "python_version < '3.12'", "python_version >= '3.12'"
 
 setup(
-  name="llava-sp-jax",
-  version="0.1.0",
-  description="LLaVA-SP (visual spatial tokens for vision-language models) in JAX",
-  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-  long_description_content_type="text/markdown",
-  url="https://arxiv.org/abs/2507.00505",  # the paper: the code has no home page of its own yet
-  license="Apache-2.0",
-  license_files=["LICENSE"],
-  keywords="jax flax vision-language LLaVA LLaVA-SP multimodal TPU",
-  classifiers=[
-    "Development Status :: 4 - Beta",
-    "Intended Audience :: Science/Research",
-    "Operating System :: POSIX :: Linux",
-    "Programming Language :: Python :: 3",
-    "Programming Language :: Python :: 3.11",
-    "Programming Language :: Python :: 3.12",
-    "Programming Language :: Python :: 3.13",
-    "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    "Topic :: Scientific/Engineering :: Image Recognition",
-  ],
   # The recipes live in configs/ and are installed as llava_sp_jax/configs.
   packages=[*find_packages(include=["llava_sp_jax", "llava_sp_jax.*"]), "llava_sp_jax.configs"],
   package_dir={"llava_sp_jax.configs": "configs"},
-  python_requires=">=3.11",
+  package_data={"llava_sp_jax": ["py.typed"]},
   install_requires=[
     f"jax>=0.10.2,<0.11; {OLD}",
     f"jax>=0.11.2,<0.13; {NEW}",
@@ -76,11 +56,9 @@ setup(
       f"torch==2.13.0; {OLD}",
       f"peft>=0.21; {OLD}",
     ],
+    # The site: sphinx-build -W --keep-going docs site. (sphinx 9.1 wants Python 3.12.)
+    "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12"],
     # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler and both sinks.
     "guards": ["jax[tpu]", "tensorboardX>=2.6", "wandb>=0.21"],
-  },
-  entry_points={
-    "console_scripts": ["llava-sp=llava_sp_jax.cli:main"],
-    "lmms_eval.models": ["llava_sp_jax = llava_sp_jax.eval.lmms:manifest"],  # where it is installed
   },
 )

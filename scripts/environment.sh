@@ -14,7 +14,7 @@ constraints_of() {
 print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")'
 }
 
-# Installs what is missing; does nothing when setup.py and the constraints have not changed.
+# Installs what is missing; does nothing when setup.py, pyproject.toml and constraints have not changed.
 prepare_environment() {
   local extras="$1" constraints state
   local stamp="$VENV/installed-$extras" python="$VENV/bin/python" maker="${PYTHON:-python3}"
@@ -23,7 +23,7 @@ prepare_environment() {
     "$maker" -m venv "$VENV" || return 1
   fi
   constraints=$(constraints_of "$python") || return 1
-  state=$(cat setup.py "$constraints" | cksum)
+  state=$(cat setup.py pyproject.toml "$constraints" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
     echo "installing llava-sp-jax[$extras] into $VENV (some minutes the first time)"
     "$python" -m pip install --quiet --disable-pip-version-check \

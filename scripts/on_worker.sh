@@ -24,7 +24,7 @@ shift
 
 if ! running; then
   [ -z "$setup" ] || bash -c "$setup"
-  state=$(cat setup.py constraints.txt | cksum)
+  state=$(cat setup.py pyproject.toml constraints.txt | cksum)
   if [ "$(cat .venv/installed-tpu 2> /dev/null)" != "$state" ]; then  # images have Python 3.10
     PATH=$HOME/.local/bin:$PATH
     command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh

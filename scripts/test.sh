@@ -20,7 +20,5 @@ bin="${VENV:-.venv}/bin"
 tests=("$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
        --durations 20 -rs)
 "$guards" && exec "${tests[@]}" -m "guard and not slow" "$@"
-"$bin/ruff" format --check .
-"$bin/ruff" check .
-"$bin/mypy"
+VENV="${VENV:-.venv}" bash scripts/lint.sh
 exec "${tests[@]}" "$@"

@@ -1,4 +1,4 @@
-"""The command lines that README.md, docs/*.md and the recipes show, as words, with where they stand."""
+"""The command lines that README.md, CONTRIBUTING.md, docs/*.md and the recipes show, as words, with where they stand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data import sample_file
 from tests.conftest import REPOSITORY
 
-PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
+         *sorted((REPOSITORY / "docs").glob("*.md")))  # fmt: skip
 RECIPES = tuple(sorted((REPOSITORY / "configs").glob("*.py")))
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 VARIABLE = re.compile(r"\w+=")  # set for one command: `PYTHONPATH=deps python x.py`

@@ -1,6 +1,6 @@
 """Where each figure of README and docs comes from: a record under docs/results, or a stated reason.
 
-A figure is a number with a unit in running text or a table of README.md and docs/*.md.
+A figure is a number with a unit in running text or a table of these pages.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests import documents
 from tests.conftest import REPOSITORY
 
-PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+PAGES = documents.PAGES
 UNIT = (
   r"(?:\s?%|x\b|\s(?:times as|seconds|s|ms|minutes|min|hours|steps/s|tokens/s|samples/s|images/s"
   r"|questions/s|GB/s|GB|GiB|MB|TFLOP/s)(?![\w/]))"
@@ -68,6 +69,11 @@ def changed(dtype: str, precision: str, of: int) -> float:
               if (r["dtype"], r["matmul_precision"], r["questions"]) == (dtype, precision, of))  # fmt: skip
 
 
+def workload(name: str) -> float:
+  """How much faster than one question at a time."""
+  return next(r["ratio"] for r in result("eval_throughput")["records"] if r["workload"] == name)
+
+
 # Means of the ablation as README's table shows them.
 VARIANTS = {"none": "81.4%", "register": "80.9%", "pooling": "83.5%", "cropping": "83.6%",
             "both": "84.4%", "cropping_sfe": "85.2%", "pooling_dfi": "84.5%"}  # fmt: skip
@@ -95,6 +101,15 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/training.md", "1 of 9,673"): lambda: changed("float32", "default", 9673),
   ("docs/training.md", "0 of 6,624"): lambda: changed("float32", "highest", 6624),
   ("docs/training.md", "14 of 9,673"): lambda: changed("bfloat16", "default", 9673),
+  ("docs/performance.md", "8.5 times as"): lambda: workload("pope"),
+  ("docs/performance.md", "1.4 times as"): lambda: workload("vizwiz"),
+  ("docs/performance.md", "1.38 times as"): lambda: result("image_loading")[-1]["ratio"],
+  ("docs/performance.md", "40.3%"): lambda: 100 * result("packing")["fill"][0]["fill"],
+  ("docs/performance.md", "86.6%"): lambda: 100 * result("packing")["fill"][2]["fill"],
+  ("docs/performance.md", "95.4%"): lambda: 100 * result("packing")["fill"][3]["fill"],
+  ("docs/performance.md", "2.50 GB"): lambda: result("conversion")[1]["peak_gb"],
+  ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],
+  ("docs/performance.md", "3.636 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/converting.md", "2.5 GB"): lambda: max(
     r["peak_gb"] for r in result("conversion") if r["way"] == "llava-sp convert"),
 }  # fmt: skip

@@ -30,7 +30,8 @@ from tests.conftest import REPOSITORY
 from tests.documents import PAGES, Command
 
 # Programs of others that the pages call: their options are not ours to know.
-OTHERS = ("[", "gcloud", "hf", "lmms-eval", "mkdir", "mount", "mountpoint", "sudo", "unzip", "wget")
+OTHERS = ("[", "gcloud", "hf", "lmms-eval", "mkdir", "mount", "mountpoint", "sphinx-build", "sudo",
+          "unzip", "wget")  # fmt: skip
 # What a part of a command leaves out.
 REST = {"config": "configs/finetune_lora.py", "workdir": "runs/x", "topology": "v5e-16"}
 
@@ -111,6 +112,11 @@ def train(words: list[str], partial: bool) -> None:
     train_tool.read_config(flags(words, partial, "config", "workdir"))
 
 
+def check_(words: list[str], partial: bool) -> None:
+  with documents.stand_ins():
+    check.read(flags(words, partial, "config"))
+
+
 def plan_(words: list[str], partial: bool) -> None:
   options, _ = plan.read(flags(words, partial, "config", "topology"))
   topologies.topology(options["topology"])
@@ -119,7 +125,7 @@ def plan_(words: list[str], partial: bool) -> None:
 # Commands whose words are more than their argparse knows.
 COMMANDS: dict[str, Callable[[list[str], bool], Any]] = {
   "eval": eval_, "export": export_, "train": train, "plan": plan_,
-  "check": lambda words, partial: check.read(flags(words, partial, "config")),
+  "check": check_,
 }  # fmt: skip
 
 

@@ -247,14 +247,18 @@ exit "$(cat finish)"
 """
 
 
+# What decides whether a worker installs anew.
+INSTALLED = ("setup.py", "pyproject.toml", "constraints.txt")
+
+
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[Path]:
   folder = tmp_path / "llava-sp-jax"
   (folder / "scripts").mkdir(parents=True)
   (folder / ".venv" / "bin").mkdir(parents=True)
-  for name in ("setup.py", "constraints.txt", "scripts/on_worker.sh"):
+  for name in (*INSTALLED, "scripts/on_worker.sh"):
     shutil.copy(REPOSITORY / name, folder / name)
-  state = subprocess.check_output("cat setup.py constraints.txt | cksum", shell=True, cwd=folder)
+  state = subprocess.check_output(f"cat {' '.join(INSTALLED)} | cksum", shell=True, cwd=folder)
   (folder / ".venv" / "installed-tpu").write_bytes(state)
   program(folder / ".venv" / "bin", "llava-sp", TRAINING)
   yield folder

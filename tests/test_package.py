@@ -19,12 +19,13 @@ import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import llava_sp_jax
 from llava_sp_jax import recipes
 from llava_sp_jax.config import ConfigError
 from tests.conftest import REPOSITORY
 
 CONSTRAINTS = {"3.11": "constraints.txt", "3.12": "constraints-py312.txt"}
-EXTRAS = ("", "test", "gguf", "report", "xlsx", "tpu", "cuda")
+EXTRAS = ("", "test", "gguf", "report", "xlsx", "docs", "tpu", "cuda")
 NAMES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 
 
@@ -120,12 +121,26 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
   with zipfile.ZipFile(wheel) as archive:
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     about: Message = Parser().parsestr(archive.read(name).decode())
+    commands = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
   assert about["Name"] == "llava-sp-jax"
+  assert about["Version"] == llava_sp_jax.__version__
   assert about["Requires-Python"] == ">=3.11"
-  assert about["Home-page"].startswith("https://")
+  assert about["License-Expression"] == "Apache-2.0"
+  assert about["Project-URL"].startswith("Paper, https://")
+  assert commands.split() == [
+    "[console_scripts]", "llava-sp", "=", "llava_sp_jax.cli:main",
+    "[lmms_eval.models]", "llava_sp_jax", "=", "llava_sp_jax.eval.lmms:manifest",
+  ]  # fmt: skip
+  asked = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
+  assert {"jax", "flax", "sphinx", "pytest"} <= {requirement.name for requirement in asked}
   assert "Programming Language :: Python :: 3.13" in (about.get_all("Classifier") or [])
   assert about["Description-Content-Type"] == "text/markdown"
   assert str(about.get_payload()).strip() == (REPOSITORY / "README.md").read_text().strip()
+
+
+def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
+  with zipfile.ZipFile(wheel) as archive:
+    assert "llava_sp_jax/py.typed" in archive.namelist()
 
 
 def test_the_wheel_s_command_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:

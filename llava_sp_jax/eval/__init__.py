@@ -1,1 +1,1 @@
-"""Tasks, scores and reports over generated text."""
+"""Asking a benchmark: from the command, between the steps of a training, and through lmms-eval."""

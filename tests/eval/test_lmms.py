@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import importlib
 import sys
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.tasks.task import EvalError
+from tests.conftest import REPOSITORY
 
 
 class CacheHook:
@@ -114,8 +116,8 @@ def test_the_harness_finds_a_whole_model(harness: Any) -> None:
   assert not cls.__abstractmethods__
   assert cls.is_simple
   assert found.model_id == "llava_sp_jax"
-  setup = Path(__file__).parents[2].joinpath("setup.py").read_text()
-  assert f'"{found.model_id} = {module}:manifest"' in setup
+  project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+  assert project["entry-points"]["lmms_eval.models"] == {found.model_id: f"{module}:manifest"}
 
 
 def test_answers_are_the_engine_s_in_order(model: Any, engine: Engine, tiny_data: Path) -> None:

@@ -1,0 +1,90 @@
+"""What contributors are given: one script behind the hooks and the workflow, guides that work, a site."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_sp_jax.tasks import catalog
+from llava_sp_jax.tasks.task import Prediction
+from tests.conftest import REPOSITORY
+from tests.test_layers_of_imports import HEIGHT
+
+DOCS = REPOSITORY / "docs"
+SITE = ("sphinx", "myst_parser", "furo")
+
+
+def settings(name: str) -> dict:
+  return yaml.safe_load((REPOSITORY / name).read_text())
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+  jobs = settings(".github/workflows/ci.yml")["jobs"].values()
+  ran = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+  scripts = re.findall(
+    r"^bash scripts/[\w.]+(?: --\w+)?", (REPOSITORY / ".ci/run").read_text(), re.M
+  )
+  assert len(scripts) == 3
+  assert set(scripts) <= set(ran)
+
+
+def test_hooks_are_the_checks_of_the_suite() -> None:
+  (repository,) = settings(".pre-commit-config.yaml")["repos"]
+  assert repository["repo"] == "local", "the tools are those of the environment"
+  checks = [hook["entry"].removeprefix("bash scripts/lint.sh ") for hook in repository["hooks"]]
+  assert checks == ["format", "lint", "types"]
+  assert "bash scripts/lint.sh\n" in (REPOSITORY / "scripts/test.sh").read_text()
+
+
+def test_a_check_that_does_not_exist_ends_with_the_known_ones() -> None:
+  done = subprocess.run(
+    ["bash", "scripts/lint.sh", "spelling"], capture_output=True, text=True, cwd=REPOSITORY,
+    check=False, env={**os.environ, "VENV": str(Path(sys.executable).parents[1])},
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "format, lint, types" in done.stderr
+
+
+def test_every_room_is_drawn_and_has_its_reference() -> None:
+  drawn = re.findall(r"^\| [\d, ]+ \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.M)
+  assert {name for cell in drawn for name in re.findall(r"`(\w+)`", cell)} == set(HEIGHT)
+  pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+  documented = " ".join(re.findall(r"^```\{room\} (.*)", pages, re.M)).split()
+  assert sorted(documented) == sorted(set(HEIGHT) - {"__main__"})
+
+
+def test_the_benchmark_of_the_guide_works(tmp_path: Path) -> None:
+  (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "add-a-benchmark.md").read_text(), re.DOTALL)
+  (tmp_path / "counting.py").write_text(code)
+  rows = [{"question": "how many?", "image": f"{i}.png", "count": i} for i in range(3)]
+  (tmp_path / "counting.json").write_text(json.dumps(rows))
+  task = catalog.find("--task", f"{tmp_path}/counting.py:Counting")(tmp_path)
+  items = task.items()
+  texts = ("0", "about 3", "many")
+  scores = task.score(items, {i.id: Prediction(i.id, t) for i, t in zip(items, texts, strict=True)})
+  assert scores.headline == pytest.approx((1 + 1 / 3 + 0) / 3)
+  assert scores.by_kind["all objects"]["items"] == 3
+  assert len(task.data_hash()) == 16
+
+
+@pytest.mark.slow  # reads every module of the package
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+  """On a machine without devices: a module that asks for one when it is imported is a warning."""
+  if missing := [name for name in SITE if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"without {', '.join(missing)}: pip install -e '.[docs]' -c constraints.txt")
+  done = subprocess.run(
+    [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, tmp_path / "site"],
+    capture_output=True, text=True, cwd=tmp_path, check=False,
+    env={**os.environ, "JAX_PLATFORMS": "absent", "XLA_FLAGS": ""},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  reference = (tmp_path / "site" / "api" / "index.html").read_text()
+  assert 'id="llava_sp_jax.VisionLanguageModel.answer"' in reference
