@@ -387,7 +387,7 @@ def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
     config_lib.from_dict(values)
   lines = str(error.value).splitlines()[1:]
   assert [line.strip().partition(":")[0] for line in lines] == [
-    "config.modle", "config.train.steps", "config.train.stepz", "config.data",
+    "config.modle", "config.train.stepz", "config.train.steps", "config.data",
     "config.model.remat", "config.model.tower.width", "config.model.projector.scales[1]",
   ]  # fmt: skip
   assert ", ".join(f.name for f in dataclasses.fields(config_lib.TrainConfig)) in str(error.value)

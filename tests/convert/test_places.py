@@ -19,7 +19,7 @@ from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.infer import pretrained
 from tests.convert.test_formats import GOLDEN, change_json
-from tests.convert.test_round_trip import source
+from tests.convert.test_round_trip import TEXT, source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -77,7 +77,9 @@ def test_base_and_tower_are_names_of_the_hub(hub: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_model_of_the_hub_answers(hub: Path, tmp_path: Path) -> None:
-  ours = dataclasses.replace(source("none", rank=0), tokenizer=GOLDEN / "base-llm")
+  rows = dataclasses.replace(TEXT, vocab_size=512)  # as many as the tokenizer has
+  model = source("none", rank=0, language_model=rows)
+  ours = dataclasses.replace(model, tokenizer=GOLDEN / "base-llm")
   export.export(ours, "llava", tmp_path / "llava")
   keep(hub, "org/llava", tmp_path / "llava")
   loaded = pretrained.from_any("hf:org/llava", formats.Options(select_layer=-1))

@@ -191,7 +191,7 @@ IRREGULAR: dict[str, tuple[Callable[[Path], Path], str]] = {
   "below a file": (lambda folder: Path(__file__) / "x.png", "no such file"),
   "a long name": (lambda folder: folder / ("a" * 256), r"cannot be opened \(File name too long\)"),
   "a long path": (lambda folder: folder / ("a/" * 3000), r"cannot be opened \(File name too long\)"),
-  "a zero": (lambda folder: folder / "a\0b.png", r"cannot be decoded \(ValueError: embedded null"),
+  "a zero": (lambda folder: folder / "a\0b.png", r"cannot be decoded \(ValueError: .*embedded null"),
   "half a pair": (lambda folder: folder / "\ud83d.png", r"\\ud83d.png: cannot be decoded \(Unicode"),
 }  # fmt: skip
 
