@@ -110,7 +110,7 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "2.50 GB"): lambda: result("conversion")[1]["peak_gb"],
   ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],
   ("docs/performance.md", "3.636 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
-  ("docs/converting.md", "2.5 GB"): lambda: max(
+  ("docs/converting.md", "2.4 GB"): lambda: max(
     r["peak_gb"] for r in result("conversion") if r["way"] == "llava-sp convert"),
 }  # fmt: skip
 
