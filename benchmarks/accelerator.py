@@ -41,8 +41,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument(
     "--size", default="auto", choices=("auto", "7b", "1b"), help="of the decoder; auto: by memory"
   )
-  parser.add_argument("--peak", type=float, default=0.0,
-                      help="bf16 TFLOP/s of a device that llava_sp_jax.hardware does not know")  # fmt: skip
+  parser.add_argument(
+    "--peak",
+    type=float,
+    default=0.0,
+    help="bf16 TFLOP/s of a device that llava_sp_jax.hardware does not know",
+  )
   parser.add_argument("--checkpoint", default="", help="run folder of the demo, for flips")
   parser.add_argument("--data", default="", help="folder of scripts/prepare_easy_vqa.py, for flips")
   parser.add_argument("--tiny", action="store_true", help="a few seconds a section, on a CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -88,9 +89,11 @@ def _decoded(
   rate = record.last("rates", "read_gb_s")
   limit = (kernels + cache) / (rate * 1e9) / min(found) if rate else None
   return {
-    "tokens_per_s": batch / min(found), "step_ms": 1e3 * min(found),
-    "of_memory_limit": limit, "compile_s": compile_s,
-  }  # fmt: skip
+    "tokens_per_s": batch / min(found),
+    "step_ms": 1e3 * min(found),
+    "of_memory_limit": limit,
+    "compile_s": compile_s,
+  }
 
 
 def prefill(record: Record) -> None:
@@ -100,8 +103,13 @@ def prefill(record: Record) -> None:
   if not record.part("prefill", 30, lambda: held.extend(_programs(size, "none"))):
     return
   for rows in (8, 1) if not record.options.tiny else (1,):
-    record.part("prefill", 40, lambda: _prefilled(record, size, *held, rows), batch=rows,  # noqa: B023
-                positions=size.prompt)  # fmt: skip
+    record.part(
+      "prefill",
+      40,
+      functools.partial(_prefilled, record, size, *held, rows),
+      batch=rows,
+      positions=size.prompt,
+    )
 
 
 def _prefilled(
@@ -117,9 +125,10 @@ def _prefilled(
   causal = text.heads * text.head_dim * (size.prompt + 1)  # both products, half of the square
   needed = 2 * rows * size.prompt * text.layers * (layer + causal)
   return {
-    "seconds": seconds, "tokens_per_s": rows * size.prompt / seconds,
+    "seconds": seconds,
+    "tokens_per_s": rows * size.prompt / seconds,
     "mfu": needed / seconds / models.peak_flops(record),
-  }  # fmt: skip
+  }
 
 
 def engine(record: Record) -> None:
@@ -141,7 +150,9 @@ def _engine(record: Record) -> None:
     loaded = Pretrained(config, params, Tokenizer(folder / "tokenizer"))
     batch = 2 if record.options.tiny else 32
     new = 2 if record.options.tiny else 8
-    answering = Engine(loaded, batch, Generation(max_new_tokens=new), device_mesh, EngineLayout(groups=batch))  # fmt: skip
+    answering = Engine(
+      loaded, batch, Generation(max_new_tokens=new), device_mesh, EngineLayout(groups=batch)
+    )
     del params, loaded
     ask = {name: workload[3] for name, workload in WORKLOADS.items()}
     asked = {
@@ -163,7 +174,12 @@ def _engine(record: Record) -> None:
       seconds = time.perf_counter() - started
       counts = {k: v - before[k] for k, v in dataclasses.asdict(answering.counts).items()}
       record.say(
-        "engine", workload=workload, questions=len(requests), failed=failed,
-        questions_per_s=len(requests) / seconds, compiles=counts["compiles"],
-        decode_steps=counts["decode_steps"], new_tokens=counts["new_tokens"],
-      )  # fmt: skip
+        "engine",
+        workload=workload,
+        questions=len(requests),
+        failed=failed,
+        questions_per_s=len(requests) / seconds,
+        compiles=counts["compiles"],
+        decode_steps=counts["decode_steps"],
+        new_tokens=counts["new_tokens"],
+      )

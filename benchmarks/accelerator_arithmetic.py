@@ -24,9 +24,11 @@ def rates(record: Record) -> None:
   """TFLOP/s of large products and GB/s of one reading, beside the memory that programs may use."""
   d = models.device()
   record.say(
-    "rates", device=d.device_kind, memory_gib=models.memory_limit() / models.GIB,
+    "rates",
+    device=d.device_kind,
+    memory_gib=models.memory_limit() / models.GIB,
     peak_tflops=models.peak_flops(record) / 1e12,
-  )  # fmt: skip
+  )
   size = 256 if record.options.tiny else 8192
 
   def product(dtype: str, precision: str) -> dict[str, Any]:
@@ -89,9 +91,13 @@ def _computed(config: Any, where: Any, values: Any) -> tuple[float, dict[str, An
       sums, grads = step.gradients(module, config.train, held, batch, rng)
       variables = {"params": state.join(held.trainable, held.frozen)}
       hidden = module.apply(
-        variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        batch["segments"],
+        batch["images"],
         batch["slots"],
-      )  # fmt: skip
+      )
       return sums, grads, module.apply(variables, hidden[:, ::37], method="logits")
 
   with jax.set_mesh(device_mesh):
@@ -113,9 +119,11 @@ def _compared(ours: Any, reference: Any) -> dict[str, Any]:
     a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
     errors[f"gradient_error_{part}"] = _distance(a, b)
   return {
-    "loss": ours[0], "loss_error": abs(ours[0] - reference[0]),
-    "logits_error": _distance(ours[2], reference[2]), **errors,
-  }  # fmt: skip
+    "loss": ours[0],
+    "loss_error": abs(ours[0] - reference[0]),
+    "logits_error": _distance(ours[2], reference[2]),
+    **errors,
+  }
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -74,6 +74,7 @@ def compare(expected: list[Answer], found: list[Answer]) -> dict[str, Any]:
     min(a.margin, b.margin) for a, b in zip(expected, found, strict=True) if a.ids != b.ids
   ]
   return {
-    "questions": len(found), "changed": len(margins),
+    "questions": len(found),
+    "changed": len(margins),
     "largest_margin_changed": max(margins, default=None),
-  }  # fmt: skip
+  }

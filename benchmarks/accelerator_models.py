@@ -110,13 +110,19 @@ def config_of(
   """A config to finetune `size` with adapters (or, with rank 0, to answer); bfloat16 unless said."""
   rank = size.rank if rank is None else rank
   values = {"dtype": "bfloat16", **model}
-  return config_lib.from_dict({
-    "name": "accelerator",
-    "model": {**size.model, "lora": {"rank": rank, "alpha": 2.0 * rank, "dropout": dropout},
-              "frozen_dtype": values["dtype"], **values},
-    "data": {"row_length": size.row_length, "images_per_row": size.images, "threads": 8},
-    "train": {"steps": 100, "batch_size": rows},
-  })  # fmt: skip
+  return config_lib.from_dict(
+    {
+      "name": "accelerator",
+      "model": {
+        **size.model,
+        "lora": {"rank": rank, "alpha": 2.0 * rank, "dropout": dropout},
+        "frozen_dtype": values["dtype"],
+        **values,
+      },
+      "data": {"row_length": size.row_length, "images_per_row": size.images, "threads": 8},
+      "train": {"steps": 100, "batch_size": rows},
+    }
+  )
 
 
 @functools.cache
@@ -198,7 +204,9 @@ def batch_of(config: Any, device_mesh: Any) -> tuple[Any, np.ndarray]:
     "tokens": rng.integers(0, vocabulary, (rows, length), dtype=np.int32),
     "targets": rng.integers(0, vocabulary, (rows, length), dtype=np.int32),
     "weights": ((slots < 0) & (rng.random((rows, length)) < 0.5)).astype(np.float32),
-    "positions": positions, "segments": segments, "slots": slots,
+    "positions": positions,
+    "segments": segments,
+    "slots": slots,
     "images": rng.standard_normal((rows, count, side, side, 3), np.float32),
-  }  # fmt: skip
+  }
   return mesh_lib.put_batch(arrays, device_mesh), segments

@@ -25,13 +25,20 @@ def page(record: Mapping[str, Any]) -> str:
   stamp = record["record"]
   machine, versions = stamp["machine"], stamp["versions"]
   known = [f"{name} {version}" for name, version in versions.items() if version]
-  made_by = f"`{stamp['command']}`" if stamp["command"] else \
-    "an earlier form of `benchmarks/accelerator.py`"  # fmt: skip
+  made_by = (
+    f"`{stamp['command']}`"
+    if stamp["command"]
+    else "an earlier form of `benchmarks/accelerator.py`"
+  )
   about = [f"Made by {made_by}", f"at commit {stamp['commit'] or '-'}"]
   about += [stamp["when"]] if stamp["when"] else []
   runs = ", ".join([str(machine["device"]), *filter(None, [machine.get("runtime")]), *known])
-  lines = ["# On an accelerator", "", f"{', '.join(about)}. {runs}.",
-           "What each section measures: [accelerator.md](../accelerator.md)."]  # fmt: skip
+  lines = [
+    "# On an accelerator",
+    "",
+    f"{', '.join(about)}. {runs}.",
+    "What each section measures: [accelerator.md](../accelerator.md).",
+  ]
   for section, rows in record["figures"].items():
     lines += ["", f"## {section}", "", SAYS[section], "", *_table(rows)]
   return "\n".join(lines) + "\n"

@@ -94,7 +94,10 @@ def about() -> dict[str, Any]:
   return {
     **provenance.stamp(sources),
     "machine": {
-      "device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-      "runtime": device.client.platform_version, "cpu": platform.machine(),
+      "device": device.device_kind,
+      "platform": device.platform,
+      "devices": jax.device_count(),
+      "runtime": device.client.platform_version,
+      "cpu": platform.machine(),
     },
-  }  # fmt: skip
+  }

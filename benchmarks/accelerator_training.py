@@ -87,13 +87,19 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
   )
   needed = costs.step(rows_of, pairs, rows * size.images)
   return {
-    "rows": rows, "row_length": size.row_length, "images": size.images,
-    "lora_dropout": config.model.lora.dropout, "seconds": seconds,
-    "tokens_per_s": rows_of / seconds, "mfu": needed / seconds / models.peak_flops(record),
-    "loss": loss, "compile_s": spent, "plan_gib": plan.total / models.GIB,
+    "rows": rows,
+    "row_length": size.row_length,
+    "images": size.images,
+    "lora_dropout": config.model.lora.dropout,
+    "seconds": seconds,
+    "tokens_per_s": rows_of / seconds,
+    "mfu": needed / seconds / models.peak_flops(record),
+    "loss": loss,
+    "compile_s": spent,
+    "plan_gib": plan.total / models.GIB,
     "plan_parts_gib": {k: round(v / models.GIB, 3) for k, v in plan.parts.items()},
     "peak_gib": _peak_gib(),
-  }  # fmt: skip
+  }
 
 
 def planned(lowered: Any, program: Any) -> memory.Memory:

@@ -44,8 +44,9 @@ def make(folder: Path, size: str, layers: int) -> None:
   from llava_sp_jax.models import build
 
   width, heads, mlp, _ = SIZES[size]
-  text = config_lib.LanguageModelConfig(width=width, heads=heads, kv_heads=heads, layers=layers,
-                                  head_dim=width // heads, mlp_width=mlp)  # fmt: skip
+  text = config_lib.LanguageModelConfig(
+    width=width, heads=heads, kv_heads=heads, layers=layers, head_dim=width // heads, mlp_width=mlp
+  )
   model = config_lib.ModelConfig(language_model=text)
   dtype = np.dtype(jnp.bfloat16)
 
@@ -116,13 +117,23 @@ def measure(way: str, folder: Path, out: Path) -> None:
   count = WAYS[way](folder, out)
   seconds = time.monotonic() - started
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  print(json.dumps({"way": way, "gb": count / 1e9, "seconds": seconds,
-                    "gb_per_second": count / 1e9 / seconds, "peak_gb": peak / 1e9}))  # fmt: skip
+  print(
+    json.dumps(
+      {
+        "way": way,
+        "gb": count / 1e9,
+        "seconds": seconds,
+        "gb_per_second": count / 1e9 / seconds,
+        "peak_gb": peak / 1e9,
+      }
+    )
+  )
 
 
 def run(arguments: list[str]) -> str:
-  done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True,
-                        check=True)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
+  )
   return done.stdout.splitlines()[-1] if done.stdout else ""
 
 
@@ -149,20 +160,28 @@ def main() -> None:
   machine = f"{os.cpu_count()} cores {platform.machine()}, CPU, Python {platform.python_version()}"
   total = SIZES[options.size][3]
   lines = [
-    "# Conversion: speed and memory", "",
+    "# Conversion: speed and memory",
+    "",
     f"A {options.size} LLaVA-SP-Cropping in bfloat16 with {options.layers} of {total} decoder",
     "layers, random weights; each way in a process of its own. A conversion",
     "reads, transposes, checks and writes every value; its bound is twice the largest stacked leaf",
     f"plus 1 GB: {bound(options.size, options.layers):.2f} GB. Made by",
-    f"`python benchmarks/convert_memory.py --size {options.size} --layers {options.layers}`.", "",
-    "| way | GB | seconds | GB/s | peak memory, GB |", "|---|---|---|---|---|",
-    *(f"| {r['way']} | {r['gb']:.2f} | {r['seconds']:.1f} | {r['gb_per_second']:.2f} | "
-      f"{r['peak_gb']:.2f} |" for r in records),
-    "", f"Machine: {machine}.",
-  ]  # fmt: skip
+    f"`python benchmarks/convert_memory.py --size {options.size} --layers {options.layers}`.",
+    "",
+    "| way | GB | seconds | GB/s | peak memory, GB |",
+    "|---|---|---|---|---|",
+    *(
+      f"| {r['way']} | {r['gb']:.2f} | {r['seconds']:.1f} | {r['gb_per_second']:.2f} | "
+      f"{r['peak_gb']:.2f} |"
+      for r in records
+    ),
+    "",
+    f"Machine: {machine}.",
+  ]
   provenance.named(options.out, "md").write_text("\n".join(lines) + "\n")
-  records = [{**r, "size": options.size, "layers": options.layers, "machine": machine}
-             for r in records]  # fmt: skip
+  records = [
+    {**r, "size": options.size, "layers": options.layers, "machine": machine} for r in records
+  ]
   provenance.write(options.out, records)
   print("\n".join(lines))
   return None

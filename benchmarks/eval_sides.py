@@ -67,14 +67,19 @@ class Torch:
 def config_of(variant: str, size: str, tokenizer: Path) -> Any:
   from llava_sp_jax import config as config_lib
 
-  return config_lib.from_dict({
-    "model": {
-      "tower": TOWER, "language_model": SIZES[size],
-      "projector": {"variant": variant, "token_width": 128}, "dtype": "float32",
-      "frozen_dtype": "float32", "remat": "none",
-    },
-    "data": {"tokenizer": str(tokenizer), "template": "v1", "threads": WORKERS},
-  })  # fmt: skip
+  return config_lib.from_dict(
+    {
+      "model": {
+        "tower": TOWER,
+        "language_model": SIZES[size],
+        "projector": {"variant": variant, "token_width": 128},
+        "dtype": "float32",
+        "frozen_dtype": "float32",
+        "remat": "none",
+      },
+      "data": {"tokenizer": str(tokenizer), "template": "v1", "threads": WORKERS},
+    }
+  )
 
 
 def weights(config: Any, folder: Path, like: Any = None) -> Any:
@@ -153,8 +158,11 @@ class Bench:
     from llava_sp_jax.infer.engine import Request
 
     images, each, _, ask = workload
-    return [Request(ask(i % len(THINGS) if each == 1 else j), (self.images[i],))
-            for i in range(images) for j in range(each)]  # fmt: skip
+    return [
+      Request(ask(i % len(THINGS) if each == 1 else j), (self.images[i],))
+      for i in range(images)
+      for j in range(each)
+    ]
 
   def engine(self, new: int, batch: int = 16) -> Any:
     from llava_sp_jax.infer.engine import Engine, Generation
@@ -171,7 +179,8 @@ class Bench:
       pieces = conversation.prompt(f"{conversation.IMAGE}\n{request.question}", template)
       runs = reading.tokenize(pieces, self.model.tokenizer)
       rows.append({"image": str(request.images[0]), "ids": [i for run in runs for i in run.ids]})
-    found = self.torch.do("answers", rows=rows, new=new, workers=workers, stop=list(stop),
-                          size=TOWER["image_size"])  # fmt: skip
+    found = self.torch.do(
+      "answers", rows=rows, new=new, workers=workers, stop=list(stop), size=TOWER["image_size"]
+    )
     found["ids"] = [tuple(i for i in ids if i not in stop) for ids in found["ids"]]
     return found

@@ -69,10 +69,15 @@ def workload(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
   assert engine.counts.compiles == compiles, "nothing compiles after the warm-up"
   same = sum(a == b for a, b in zip(found["ours"], found["torch"], strict=True))
   return {
-    "workload": name, "ours_qps": len(requests) / one, "torch_qps": len(requests) / other,
-    "ratio": other / one, "machine": machine(), "questions": len(requests), "same_answers": same,
+    "workload": name,
+    "ours_qps": len(requests) / one,
+    "torch_qps": len(requests) / other,
+    "ratio": other / one,
+    "machine": machine(),
+    "questions": len(requests),
+    "same_answers": same,
     "shares": shares(engine, requests),
-  }  # fmt: skip
+  }
 
 
 def shares(engine: Any, requests: list[Any]) -> dict[str, float]:
@@ -105,8 +110,10 @@ def limits() -> dict[str, float]:
 
   vector, wide = jnp.ones((1, 4096)), jnp.ones((4096, 22016))
   a, b = jnp.ones((2560, 2048)), jnp.ones((2048, 2048))
-  return {"read_gb_s": wide.nbytes / 1e9 / best(jnp.matmul, vector, wide),
-          "matmul_gflop_s": 2 * a.size * b.shape[1] / 1e9 / best(jnp.matmul, a, b)}  # fmt: skip
+  return {
+    "read_gb_s": wide.nbytes / 1e9 / best(jnp.matmul, vector, wide),
+    "matmul_gflop_s": 2 * a.size * b.shape[1] / 1e9 / best(jnp.matmul, a, b),
+  }
 
 
 def work(config: Any, name: str, rows: int) -> tuple[float, float]:
@@ -175,11 +182,20 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     read, flop = work(bench.config, name, rows)
     bounds = {"memory": read / peak["read_gb_s"], "matmul": flop / peak["matmul_gflop_s"]}
     bound = max(bounds, key=lambda k: bounds[k])
-    records.append({
-      "part": name, "batch": rows, "ours_tokens_per_s": tokens / one,
-      "torch_tokens_per_s": tokens / other, "ratio": other / one, "bound": bound,
-      "of_bound": bounds[bound] / one, "gbytes": read, "gflops": flop, **peak,
-    })  # fmt: skip
+    records.append(
+      {
+        "part": name,
+        "batch": rows,
+        "ours_tokens_per_s": tokens / one,
+        "torch_tokens_per_s": tokens / other,
+        "ratio": other / one,
+        "bound": bound,
+        "of_bound": bounds[bound] / one,
+        "gbytes": read,
+        "gflops": flop,
+        **peak,
+      }
+    )
     said(records[-1])
   return records
 
@@ -213,16 +229,23 @@ def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
   for i, bench in enumerate(benches):
     mine = {name: [turn[len(names) * i + k] for turn in taken] for k, name in enumerate(names)}
     base = {name: [turn[k] for turn in taken] for k, name in enumerate(names)}
-    more = {n: statistics.median(a / b for a, b in zip(mine[n], base[n], strict=True)) - 1
-            for n in ("first", "torch_first")}  # fmt: skip
+    more = {
+      n: statistics.median(a / b for a, b in zip(mine[n], base[n], strict=True)) - 1
+      for n in ("first", "torch_first")
+    }
     middle = {name: statistics.median(seconds) for name, seconds in mine.items()}
-    records.append({
-      "variant": bench.variant, "first_token_ms": 1e3 * middle["first"], "against_none": more["first"],
-      "torch_first_token_ms": 1e3 * middle["torch_first"],
-      "torch_against_none": more["torch_first"],
-      "tokens_per_s": STEPS / middle["whole"], "torch_tokens_per_s": STEPS / middle["torch_whole"],
-      "gflops": flops(bench.config) / 1e9,
-    })  # fmt: skip
+    records.append(
+      {
+        "variant": bench.variant,
+        "first_token_ms": 1e3 * middle["first"],
+        "against_none": more["first"],
+        "torch_first_token_ms": 1e3 * middle["torch_first"],
+        "torch_against_none": more["torch_first"],
+        "tokens_per_s": STEPS / middle["whole"],
+        "torch_tokens_per_s": STEPS / middle["torch_whole"],
+        "gflops": flops(bench.config) / 1e9,
+      }
+    )
     said(records[-1])
   return records
 
@@ -256,49 +279,62 @@ def machine() -> str:
 def said(record: dict[str, Any]) -> None:
   """One line of progress."""
   shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in record.items()}
-  print(f"{time.monotonic() - STARTED:5.0f} s  " + "  ".join(f"{k} {v}" for k, v in shown.items()),
-        flush=True)  # fmt: skip
+  print(
+    f"{time.monotonic() - STARTED:5.0f} s  " + "  ".join(f"{k} {v}" for k, v in shown.items()),
+    flush=True,
+  )
 
 
 def page(result: dict[str, Any]) -> str:
   lines = [
-    "# Evaluation throughput: the engine against a torch loop", "",
+    "# Evaluation throughput: the engine against a torch loop",
+    "",
     f"Made by `python benchmarks/eval_throughput.py --repeats {result['repeats']}`: random weights "
     f"(`{result['size']}`), float32, "
     f"medians of {result['repeats']}, both sides in one run on {result['machine']}. The other side "
-    "is transformers one question at a time behind a DataLoader, as the original evaluates.", "",
+    "is transformers one question at a time behind a DataLoader, as the original evaluates.",
+    "",
     "| workload | questions | ours, questions/s | torch | ratio | same answers |",
     "|---|---|---|---|---|---|",
-  ]  # fmt: skip
+  ]
   lines += [
     f"| {r['workload']} | {r['questions']} | {r['ours_qps']:.2f} | {r['torch_qps']:.2f} | "
-    f"{r['ratio']:.2f} | {r['same_answers']} |" for r in result["records"]
-  ]  # fmt: skip
+    f"{r['ratio']:.2f} | {r['same_answers']} |"
+    for r in result["records"]
+  ]
   lines += [
-    "", "Where our seconds go (every program waited for in a run of its own):", "",
-    f"| workload | {' | '.join(PROGRAMS.values())} | host |", f"|---|{'---|' * (len(PROGRAMS) + 1)}",
-  ]  # fmt: skip
+    "",
+    "Where our seconds go (every program waited for in a run of its own):",
+    "",
+    f"| workload | {' | '.join(PROGRAMS.values())} | host |",
+    f"|---|{'---|' * (len(PROGRAMS) + 1)}",
+  ]
   for r in result["records"]:
     cells = (f"{100 * r['shares'].get(name, 0):.0f}%" for name in (*PROGRAMS, "host"))
     lines.append(f"| {r['workload']} | {' | '.join(cells)} |")
   if result["parts"]:
     peak = result["parts"][0]
     lines += [
-      "", f"Alone, {PROMPT} positions a row. The limit is what must be read or multiplied, at what "
-      f"XLA reaches here: {peak['read_gb_s']:.1f} GB/s, {peak['matmul_gflop_s']:.0f} GFLOP/s.", "",
+      "",
+      f"Alone, {PROMPT} positions a row. The limit is what must be read or multiplied, at what "
+      f"XLA reaches here: {peak['read_gb_s']:.1f} GB/s, {peak['matmul_gflop_s']:.0f} GFLOP/s.",
+      "",
       "| part | batch | ours, tokens/s | torch | ratio | bound by | of that limit |",
       "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
   lines += [
     f"| {r['part']} | {r['batch']} | {r['ours_tokens_per_s']:.0f} | {r['torch_tokens_per_s']:.0f} | "
-    f"{r['ratio']:.2f} | {r['bound']} | {100 * r['of_bound']:.0f}% |" for r in result["parts"]
-  ]  # fmt: skip
+    f"{r['ratio']:.2f} | {r['bound']} | {100 * r['of_bound']:.0f}% |"
+    for r in result["parts"]
+  ]
   lines += [
-    "", "From a new image to the first token, one question alone, medians of "
-    f"{first_token_turns(result['repeats'])} turns; tokens/s with it included:", "",
+    "",
+    "From a new image to the first token, one question alone, medians of "
+    f"{first_token_turns(result['repeats'])} turns; tokens/s with it included:",
+    "",
     "| variant | first token, ms | against none | torch, ms | against none | tokens/s | torch | GFLOP |",
     "|---|---|---|---|---|---|---|---|",
-  ]  # fmt: skip
+  ]
   for r in result["variants"]:
     lines.append(
       f"| {r['variant']} | {r['first_token_ms']:.0f} | {100 * r['against_none']:+.1f}% | "
@@ -322,9 +358,13 @@ def main() -> int:
   options = parser.parse_args()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   result: dict[str, Any] = {
-    "machine": machine(), "size": options.size, "repeats": options.repeats, "records": [],
-    "parts": [], "variants": [],
-  }  # fmt: skip
+    "machine": machine(),
+    "size": options.size,
+    "repeats": options.repeats,
+    "records": [],
+    "parts": [],
+    "variants": [],
+  }
 
   def time_left() -> bool:
     return time.monotonic() - STARTED < 60 * options.minutes

@@ -107,14 +107,20 @@ def check_equal(paths: list[Path]) -> None:
 
 def markdown(records: list[dict[str, Any]]) -> str:
   lines = [
-    "# Pictures a second, from files to pixels", "",
+    "# Pictures a second, from files to pixels",
+    "",
     "JPEG files of 1024x768 to 336x336 float32, equal to the last bit; medians of turns. Made by "
-    "`python benchmarks/image_loading.py`.", "",
-    "| workers | ours (threads) | DataLoader (processes) | ratio |", "|---|---|---|---|",
-    *[f"| {r['workers']} | {r['ours']:.1f}/s | {r['torch']:.1f}/s | {r['ratio']:.2f} |"
-      for r in records],
-    "", f"Machine: {records[0]['machine']}.",
-  ]  # fmt: skip
+    "`python benchmarks/image_loading.py`.",
+    "",
+    "| workers | ours (threads) | DataLoader (processes) | ratio |",
+    "|---|---|---|---|",
+    *[
+      f"| {r['workers']} | {r['ours']:.1f}/s | {r['torch']:.1f}/s | {r['ratio']:.2f} |"
+      for r in records
+    ],
+    "",
+    f"Machine: {records[0]['machine']}.",
+  ]
   return "\n".join(lines) + "\n"
 
 
@@ -134,11 +140,15 @@ def main() -> None:
     for workers in options.workers:
       turns = [{way: rate(way, paths, workers) for way in WAYS} for _ in range(options.repeats)]
       medians = {way: statistics.median(turn[way] for turn in turns) for way in WAYS}
-      records.append({
-        "workers": workers, **medians, "ratio": medians["ours"] / medians["torch"],
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, CPU, "
-                   f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}",
-      })  # fmt: skip
+      records.append(
+        {
+          "workers": workers,
+          **medians,
+          "ratio": medians["ours"] / medians["torch"],
+          "machine": f"{os.cpu_count()} cores {platform.machine()}, CPU, "
+          f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}",
+        }
+      )
       print(markdown(records).splitlines()[-3], flush=True)
   out = Path(options.out)
   out.parent.mkdir(parents=True, exist_ok=True)

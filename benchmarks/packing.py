@@ -91,11 +91,17 @@ def fills(count: int) -> list[dict[str, Any]]:
     rows = packing.plan(packing.PACKINGS[key], sizes, shape, 0, 0)
     spent, fill = time.process_time() - started, packing.fill(rows, sizes)
     asks = key == "first_fit" and fill < NEARLY_FULL
-    records.append({
-      "way": name, "row_length": length, "images_per_row": tiles, "fill": fill, "rows": len(rows),
-      "plan_cpu_seconds_per_100k": spent / count * 1e5,
-      "bound": bound(few, length, tiles) if asks else None,
-    })  # fmt: skip
+    records.append(
+      {
+        "way": name,
+        "row_length": length,
+        "images_per_row": tiles,
+        "fill": fill,
+        "rows": len(rows),
+        "plan_cpu_seconds_per_100k": spent / count * 1e5,
+        "bound": bound(few, length, tiles) if asks else None,
+      }
+    )
     print(records[-1], flush=True)
   return records
 
@@ -103,16 +109,33 @@ def fills(count: int) -> list[dict[str, Any]]:
 def small_config(length: int, tiles: int, batch: int) -> config_lib.Config:
   values = {
     "model": {
-      "tower": {"image_size": GRID * 4, "patch_size": 4, "width": 64, "layers": 3, "heads": 2,
-                "mlp_width": 256},
-      "language_model": {"vocab_size": 2048, "width": 128, "layers": 4, "heads": 4, "kv_heads": 4,
-                         "head_dim": 32, "mlp_width": 352},
-      "projector": {"variant": "pooling", "token_width": 32}, "lora": {"rank": 8, "alpha": 16.0},
-      "dtype": "float32", "frozen_dtype": "float32", "remat": "none", "scan_unroll": 4,
+      "tower": {
+        "image_size": GRID * 4,
+        "patch_size": 4,
+        "width": 64,
+        "layers": 3,
+        "heads": 2,
+        "mlp_width": 256,
+      },
+      "language_model": {
+        "vocab_size": 2048,
+        "width": 128,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 32,
+        "mlp_width": 352,
+      },
+      "projector": {"variant": "pooling", "token_width": 32},
+      "lora": {"rank": 8, "alpha": 16.0},
+      "dtype": "float32",
+      "frozen_dtype": "float32",
+      "remat": "none",
+      "scan_unroll": 4,
     },
     "data": {"row_length": length, "images_per_row": tiles},
     "train": {"batch_size": batch},
-  }  # fmt: skip
+  }
   return config_lib.from_dict(values)
 
 
@@ -183,31 +206,48 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
       steps += 1
       if spent > seconds:
         break
-  return {"way": name, "tokens_per_second": used / spent, "fill": used / places, "steps": steps,
-          "seconds": spent, "programs": step._cache_size()}  # fmt: skip
+  return {
+    "way": name,
+    "tokens_per_second": used / spent,
+    "fill": used / places,
+    "steps": steps,
+    "seconds": spent,
+    "programs": step._cache_size(),
+  }
 
 
 def report(full: list[dict[str, Any]], small: list[dict[str, Any]], machine: str) -> str:
   plain = small[0]["tokens_per_second"]
   lines = [
-    "# Packing: how full rows are, and what it is worth", "",
+    "# Packing: how full rows are, and what it is worth",
+    "",
     "Lengths are a model of LLaVA's 665K mixture (`benchmarks/mixture.py`). The planner at full",
     "size, images of 582 tokens, one epoch; `bound` is what no packing at all can exceed on these",
     "lengths: rows of 2048 do not divide well by samples of 582 and their text. Made by",
-    "`python benchmarks/packing.py`.", "",
+    "`python benchmarks/packing.py`.",
+    "",
     "| | row length | images a row | places that hold a token | bound | rows |",
     "|---|---|---|---|---|---|",
-    *(f"| {r['way']} | {r['row_length']} | {r['images_per_row']} | {r['fill']:.1%} | "
-      f"{'' if r['bound'] is None else format(r['bound'], '.1%')} | {r['rows']:,} |" for r in full),
-    "", f"The package's train step (LoRA, float32), a small model, all lengths divided by {SHRINK}.",
+    *(
+      f"| {r['way']} | {r['row_length']} | {r['images_per_row']} | {r['fill']:.1%} | "
+      f"{'' if r['bound'] is None else format(r['bound'], '.1%')} | {r['rows']:,} |"
+      for r in full
+    ),
+    "",
+    f"The package's train step (LoRA, float32), a small model, all lengths divided by {SHRINK}.",
     "Attention computes whole rows, so longer ones cost more; the TPU kernel too masks what the",
     "samples of a row do not see of each other, and does not skip it.",
-    "", "| | tokens a second, no padding | against plain padding | places used | programs | steps |",
+    "",
+    "| | tokens a second, no padding | against plain padding | places used | programs | steps |",
     "|---|---|---|---|---|---|",
-    *(f"| {r['way']} | {r['tokens_per_second']:,.0f} | {r['tokens_per_second'] / plain:.2f} | "
-      f"{r['fill']:.1%} | {r['programs']} | {r['steps']} |" for r in small),
-    "", f"Machine: {machine}.",
-  ]  # fmt: skip
+    *(
+      f"| {r['way']} | {r['tokens_per_second']:,.0f} | {r['tokens_per_second'] / plain:.2f} | "
+      f"{r['fill']:.1%} | {r['programs']} | {r['steps']} |"
+      for r in small
+    ),
+    "",
+    f"Machine: {machine}.",
+  ]
   return "\n".join(lines) + "\n"
 
 
@@ -222,8 +262,10 @@ def main() -> None:
   for way in WAYS:
     small.append(speed(way, options.seconds))
     print(small[-1], flush=True)
-  machine = (f"{os.cpu_count()} cores {platform.machine()}, CPU, Python "
-             f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+  machine = (
+    f"{os.cpu_count()} cores {platform.machine()}, CPU, Python "
+    f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+  )
   text = report(full, small, machine)
   provenance.named(options.out, "md").write_text(text)
   records = {"fill": full, "speed": small, "machine": machine, "samples": options.samples}

@@ -100,9 +100,13 @@ class Model:
   ) -> list[list[int]]:
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     return self.text.generate(
-      inputs_embeds=embeds, attention_mask=mask, max_new_tokens=new, do_sample=False,
-      eos_token_id=stop, pad_token_id=0,
-    ).tolist()  # fmt: skip
+      inputs_embeds=embeds,
+      attention_mask=mask,
+      max_new_tokens=new,
+      do_sample=False,
+      eos_token_id=stop,
+      pad_token_id=0,
+    ).tolist()
 
 
 class Questions(torch.utils.data.Dataset):

@@ -37,39 +37,68 @@ def get_config(arg: str = "") -> ConfigDict:
   image_tokens = tokens_of_an_image(projector)
   stages = {
     "pretrain": {
-      "data": {"path": f"{arg.data}/captions.json", "template": "plain",
-               "row_length": image_tokens + 30},
+      "data": {
+        "path": f"{arg.data}/captions.json",
+        "template": "plain",
+        "row_length": image_tokens + 30,
+      },
       # Small batches learn colors at once, but shapes only at a low rate.
-      "optimizer": {"stage": "pretrain_all", "learning_rate": 5e-4,
-                    "projector_learning_rate": 7e-4, "warmup_ratio": 0.05},
+      "optimizer": {
+        "stage": "pretrain_all",
+        "learning_rate": 5e-4,
+        "projector_learning_rate": 7e-4,
+        "warmup_ratio": 0.05,
+      },
       "train": {"steps": int(7000 * arg.scale), "batch_size": BATCH},
       "lora": {"rank": 0},
     },
     "finetune": {
-      "data": {"path": f"{arg.data}/train.json", "template": "v1", "turns": "branch",
-               "turns_per_row": TURNS, "row_length": image_tokens + 32 + 15 * TURNS},
+      "data": {
+        "path": f"{arg.data}/train.json",
+        "template": "v1",
+        "turns": "branch",
+        "turns_per_row": TURNS,
+        "row_length": image_tokens + 32 + 15 * TURNS,
+      },
       "optimizer": {"stage": "finetune", "learning_rate": 2e-3, "projector_learning_rate": 1e-3},
       "train": {"steps": int(1500 * arg.scale), "batch_size": BATCH},
       "lora": {"rank": 32, "alpha": 64.0, "dropout": 0.0},
     },
-  }  # fmt: skip
+  }
   stage = lookup("stage", arg.stage, stages)
-  return ConfigDict({
-    "name": f"easy_vqa-{arg.variant}-{arg.stage}",
-    "model": {
-      "tower": TOWER,
-      "language_model": {"vocab_size": 512, "width": 96, "layers": 2, "heads": 4, "kv_heads": 4,
-                         "head_dim": 24, "mlp_width": 256, "initializer_range": 0.1},
-      "projector": projector,
-      "lora": stage["lora"],
-      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 8, "remat": "none",
-    },
-    "data": {"image_folder": f"{arg.data}/images", "tokenizer": f"{arg.data}/tokenizer",
-             "augment": "mirror_shift", **stage["data"]},
-    "optimizer": {"b2": 0.98, **stage["optimizer"]},
-    "train": {"seed": arg.seed, "log_every": 100, "save_every": 1000, **stage["train"]},
-    "init": {"checkpoint": arg.init},
-  })  # fmt: skip
+  return ConfigDict(
+    {
+      "name": f"easy_vqa-{arg.variant}-{arg.stage}",
+      "model": {
+        "tower": TOWER,
+        "language_model": {
+          "vocab_size": 512,
+          "width": 96,
+          "layers": 2,
+          "heads": 4,
+          "kv_heads": 4,
+          "head_dim": 24,
+          "mlp_width": 256,
+          "initializer_range": 0.1,
+        },
+        "projector": projector,
+        "lora": stage["lora"],
+        "dtype": "float32",
+        "frozen_dtype": "float32",
+        "scan_unroll": 8,
+        "remat": "none",
+      },
+      "data": {
+        "image_folder": f"{arg.data}/images",
+        "tokenizer": f"{arg.data}/tokenizer",
+        "augment": "mirror_shift",
+        **stage["data"],
+      },
+      "optimizer": {"b2": 0.98, **stage["optimizer"]},
+      "train": {"seed": arg.seed, "log_every": 100, "save_every": 1000, **stage["train"]},
+      "init": {"checkpoint": arg.init},
+    }
+  )
 
 
 def sizes(text: str) -> list[int]:

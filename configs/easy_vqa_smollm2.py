@@ -46,45 +46,95 @@ def gguf_path() -> str:
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(
-    arg, variant="pooling", stage="pretrain", init="", data="data/easy_vqa",
-    tokenizer="data/easy_vqa/tokenizer_smollm2", llm="", tower="", seed=0, scale=1.0,
-  )  # fmt: skip
+    arg,
+    variant="pooling",
+    stage="pretrain",
+    init="",
+    data="data/easy_vqa",
+    tokenizer="data/easy_vqa/tokenizer_smollm2",
+    llm="",
+    tower="",
+    seed=0,
+    scale=1.0,
+  )
   image_tokens = PATCHES + (0 if arg.variant == "none" else SPATIAL)
   stages = {
     "pretrain": {
-      "data": {"path": f"{arg.data}/captions.json", "template": "plain",
-               "row_length": image_tokens + CAPTION},
-      "optimizer": {"stage": "pretrain" if arg.tower else "pretrain_tower",
-                    "projector_learning_rate": 1e-3, "warmup_ratio": 0.05},
-      "train": {"steps": int((60 if arg.tower else 150) * arg.scale), "batch_size": 16, "loss_chunk": 256},
+      "data": {
+        "path": f"{arg.data}/captions.json",
+        "template": "plain",
+        "row_length": image_tokens + CAPTION,
+      },
+      "optimizer": {
+        "stage": "pretrain" if arg.tower else "pretrain_tower",
+        "projector_learning_rate": 1e-3,
+        "warmup_ratio": 0.05,
+      },
+      "train": {
+        "steps": int((60 if arg.tower else 150) * arg.scale),
+        "batch_size": 16,
+        "loss_chunk": 256,
+      },
       "lora": {"rank": 0},
       "init": {"language_model": arg.llm or gguf_path(), "vision_tower": arg.tower},
     },
     "finetune": {
-      "data": {"path": f"{arg.data}/train.json", "template": "smollm2", "turns": "branch",
-               "turns_per_row": TURNS, "row_length": image_tokens + TRUNK + TURN * TURNS},
+      "data": {
+        "path": f"{arg.data}/train.json",
+        "template": "smollm2",
+        "turns": "branch",
+        "turns_per_row": TURNS,
+        "row_length": image_tokens + TRUNK + TURN * TURNS,
+      },
       "optimizer": {"stage": "finetune", "learning_rate": 1e-3, "projector_learning_rate": 5e-4},
       "train": {"steps": int(50 * arg.scale), "batch_size": 4, "loss_chunk": 256},
       "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0},
       "init": {"checkpoint": arg.init},
     },
-  }  # fmt: skip
+  }
   stage = lookup("stage", arg.stage, stages)
-  return ConfigDict({
-    "name": f"easy_vqa_smollm2-{arg.variant}-{arg.stage}",
-    "model": {
-      "tower": {"variant": "clip", "image_size": 48, "patch_size": 8, "width": 96, "layers": 3,
-                "heads": 2, "mlp_width": 384, "select_layer": -1},
-      "language_model": {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9,
-                         "kv_heads": 3, "head_dim": 64, "mlp_width": 1536, "rope_theta": 1e5,
-                         "norm_eps": 1e-5, "tie_embeddings": True, "max_positions": 8192},
-      "projector": {"variant": arg.variant, "token_width": 64},
-      "lora": stage["lora"],
-      "dtype": "float32", "frozen_dtype": "float32", "scan_unroll": 1, "remat": "none",
-    },
-    "data": {"image_folder": f"{arg.data}/images", "tokenizer": arg.tokenizer,
-             "augment": "mirror_shift", **stage["data"]},
-    "optimizer": {"b2": 0.98, **stage["optimizer"]},
-    "train": {"seed": arg.seed, "log_every": 5, "save_every": 50, **stage["train"]},
-    "init": stage["init"],
-  })  # fmt: skip
+  return ConfigDict(
+    {
+      "name": f"easy_vqa_smollm2-{arg.variant}-{arg.stage}",
+      "model": {
+        "tower": {
+          "variant": "clip",
+          "image_size": 48,
+          "patch_size": 8,
+          "width": 96,
+          "layers": 3,
+          "heads": 2,
+          "mlp_width": 384,
+          "select_layer": -1,
+        },
+        "language_model": {
+          "vocab_size": 49152,
+          "width": 576,
+          "layers": 30,
+          "heads": 9,
+          "kv_heads": 3,
+          "head_dim": 64,
+          "mlp_width": 1536,
+          "rope_theta": 1e5,
+          "norm_eps": 1e-5,
+          "tie_embeddings": True,
+          "max_positions": 8192,
+        },
+        "projector": {"variant": arg.variant, "token_width": 64},
+        "lora": stage["lora"],
+        "dtype": "float32",
+        "frozen_dtype": "float32",
+        "scan_unroll": 1,
+        "remat": "none",
+      },
+      "data": {
+        "image_folder": f"{arg.data}/images",
+        "tokenizer": arg.tokenizer,
+        "augment": "mirror_shift",
+        **stage["data"],
+      },
+      "optimizer": {"b2": 0.98, **stage["optimizer"]},
+      "train": {"seed": arg.seed, "log_every": 5, "save_every": 50, **stage["train"]},
+      "init": stage["init"],
+    }
+  )

@@ -30,9 +30,19 @@ CAPTIONS = ("plain", "v0_plain")  # templates of stage 1, which know no question
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = config_lib.parse_arg(
-    arg, init="", data="", images="", epochs=1.0, batch=16, row_length=2048, rank=128, rate=0.0,
-    template="", quantize="", seed=0,
-  )  # fmt: skip
+    arg,
+    init="",
+    data="",
+    images="",
+    epochs=1.0,
+    batch=16,
+    row_length=2048,
+    rank=128,
+    rate=0.0,
+    template="",
+    quantize="",
+    seed=0,
+  )
   missing = [name for name in ("init", "data") if not getattr(arg, name)]
   if missing:
     raise config_lib.ConfigError(
@@ -59,15 +69,28 @@ def get_config(arg: str = "") -> ConfigDict:
   data = {name: getattr(base.data, name) for name in READ}
   tokenizer = Path(arg.init) / "tokenizer"
   model = dataclasses.replace(base.model, lora=lora, quantize=arg.quantize or base.model.quantize)
-  return ConfigDict({
-    "name": f"finetune-{Path(arg.data).stem}",
-    "model": dataclasses.asdict(model),
-    "data": {**data, "template": template, "path": arg.data, "row_length": arg.row_length,
-             "image_folder": arg.images or str(Path(arg.data).parent),
-             "tokenizer": str(tokenizer) if tokenizer.is_dir() else base.data.tokenizer},
-    "optimizer": {"stage": stage, "learning_rate": arg.rate or RATES[stage],
-                  "projector_learning_rate": 2e-5},
-    "train": {"steps": math.ceil(arg.epochs * samples / arg.batch), "batch_size": arg.batch,
-              "seed": arg.seed},
-    "init": {"checkpoint": arg.init},
-  })  # fmt: skip
+  return ConfigDict(
+    {
+      "name": f"finetune-{Path(arg.data).stem}",
+      "model": dataclasses.asdict(model),
+      "data": {
+        **data,
+        "template": template,
+        "path": arg.data,
+        "row_length": arg.row_length,
+        "image_folder": arg.images or str(Path(arg.data).parent),
+        "tokenizer": str(tokenizer) if tokenizer.is_dir() else base.data.tokenizer,
+      },
+      "optimizer": {
+        "stage": stage,
+        "learning_rate": arg.rate or RATES[stage],
+        "projector_learning_rate": 2e-5,
+      },
+      "train": {
+        "steps": math.ceil(arg.epochs * samples / arg.batch),
+        "batch_size": arg.batch,
+        "seed": arg.seed,
+      },
+      "init": {"checkpoint": arg.init},
+    }
+  )

@@ -17,7 +17,11 @@ from llava_sp_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  return ConfigDict(recipes.llava(
-    parse_arg(arg, **recipes.STAGE_2), "finetune-full", recipes.INSTRUCTIONS,
-    {"stage": "finetune_full", "learning_rate": 2e-5, "projector_learning_rate": 2e-5},
-  ))  # fmt: skip
+  return ConfigDict(
+    recipes.llava(
+      parse_arg(arg, **recipes.STAGE_2),
+      "finetune-full",
+      recipes.INSTRUCTIONS,
+      {"stage": "finetune_full", "learning_rate": 2e-5, "projector_learning_rate": 2e-5},
+    )
+  )

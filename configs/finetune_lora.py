@@ -17,8 +17,12 @@ from llava_sp_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  return ConfigDict(recipes.llava(
-    parse_arg(arg, **recipes.STAGE_2), "finetune-lora", recipes.INSTRUCTIONS,
-    {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
-    {"lora": recipes.LORA},
-  ))  # fmt: skip
+  return ConfigDict(
+    recipes.llava(
+      parse_arg(arg, **recipes.STAGE_2),
+      "finetune-lora",
+      recipes.INSTRUCTIONS,
+      {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
+      {"lora": recipes.LORA},
+    )
+  )

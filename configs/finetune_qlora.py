@@ -18,8 +18,12 @@ from llava_sp_jax.config import parse_arg
 
 def get_config(arg: str = "") -> ConfigDict:
   arg = parse_arg(arg, kernels="nf4", **recipes.STAGE_2)
-  return ConfigDict(recipes.llava(
-    arg, f"finetune-qlora-{arg.kernels}", recipes.INSTRUCTIONS,
-    {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
-    {"lora": recipes.LORA, "quantize": arg.kernels},
-  ))  # fmt: skip
+  return ConfigDict(
+    recipes.llava(
+      arg,
+      f"finetune-qlora-{arg.kernels}",
+      recipes.INSTRUCTIONS,
+      {"stage": "finetune", "learning_rate": 2e-4, "projector_learning_rate": 2e-5},
+      {"lora": recipes.LORA, "quantize": arg.kernels},
+    )
+  )

@@ -15,8 +15,12 @@ from llava_sp_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  return ConfigDict(recipes.llava(
-    parse_arg(arg, **recipes.STAGE_1), "pretrain", recipes.CAPTIONS,
-    # Only the projector is trained, so its rate is the only one in use.
-    {"stage": "pretrain", "learning_rate": 1e-3, "projector_learning_rate": 1e-3},
-  ))  # fmt: skip
+  return ConfigDict(
+    recipes.llava(
+      parse_arg(arg, **recipes.STAGE_1),
+      "pretrain",
+      recipes.CAPTIONS,
+      # Only the projector is trained, so its rate is the only one in use.
+      {"stage": "pretrain", "learning_rate": 1e-3, "projector_learning_rate": 1e-3},
+    )
+  )

@@ -291,8 +291,11 @@ def _build(values: Any, cls: type, path: str, problems: list[str]) -> Any:
     )
     more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     problems.append(f"{path}{what}{more}; known here: {', '.join(known)}")
-  kwargs = {key: _convert(value, hints[key], f"{path}.{key}", problems)
-            for key, value in dict(values).items() if key in known}  # fmt: skip
+  kwargs = {
+    key: _convert(value, hints[key], f"{path}.{key}", problems)
+    for key, value in dict(values).items()
+    if key in known
+  }
   return cls(**kwargs)
 
 

@@ -105,8 +105,11 @@ def _compilation_cache(wanted: bool, environment: Environment) -> None:
   except OSError as error:
     environment[ENABLED] = "false"
     reason = error.strerror or str(error)
-    print(f"llava-sp: compiled programs are not kept in {folder}: {reason}; set {FOLDER} to a "
-          f"folder that can be written, or give {NO_CACHE}", file=sys.stderr)  # fmt: skip
+    print(
+      f"llava-sp: compiled programs are not kept in {folder}: {reason}; set {FOLDER} to a "
+      f"folder that can be written, or give {NO_CACHE}",
+      file=sys.stderr,
+    )
 
 
 def _cpu() -> str:

@@ -54,9 +54,12 @@ def parse(data: bytes, origin: str) -> Any:
     )
   try:
     value = json.loads(
-      data.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_constant,
-      parse_float=_finite, parse_int=_integer,
-    )  # fmt: skip
+      data.decode("utf-8-sig"),
+      object_pairs_hook=_once,
+      parse_constant=_no_constant,
+      parse_float=_finite,
+      parse_int=_integer,
+    )
     _walk(value, texts=bool(_HALF_PAIR.search(data)))
   except RecursionError:
     raise FormatError(f"{origin}: JSON nested deeper than {MAX_DEPTH} levels") from None
@@ -100,8 +103,12 @@ def _walk(value: Any, *, texts: bool) -> None:
     if texts:
       for item in level:
         _encodable(item)
-    level = [child for item in level if isinstance(item, list | dict)
-             for child in (item.values() if isinstance(item, dict) else item)]  # fmt: skip
+    level = [
+      child
+      for item in level
+      if isinstance(item, list | dict)
+      for child in (item.values() if isinstance(item, dict) else item)
+    ]
     if not level:
       return
   raise RecursionError

@@ -103,8 +103,10 @@ def check(config: config_lib.Config) -> None:
   ]
   tower, heads = config.model.tower, config.model.language_model.head_dim
   if not -tower.layers - 1 <= tower.select_layer <= tower.layers:
-    problems.append(f"model.tower.select_layer: expected {-tower.layers - 1} to {tower.layers}, as "
-                    f"the tower has {tower.layers} layers, found {tower.select_layer}")  # fmt: skip
+    problems.append(
+      f"model.tower.select_layer: expected {-tower.layers - 1} to {tower.layers}, as "
+      f"the tower has {tower.layers} layers, found {tower.select_layer}"
+    )
   if heads % 2:
     problems.append(f"model.language_model.head_dim: expected an even number, found {heads}")
   for name in ("dtype", "frozen_dtype"):

@@ -48,8 +48,15 @@ class Owner:
   @classmethod
   def here(cls, command: str) -> Owner:
     number = os.getpid()
-    return cls(command, socket.gethostname(), number, _started(number), _boot(),
-               time.strftime("%Y-%m-%d %H:%M:%S %Z"), secrets.token_hex(8))  # fmt: skip
+    return cls(
+      command,
+      socket.gethostname(),
+      number,
+      _started(number),
+      _boot(),
+      time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+      secrets.token_hex(8),
+    )
 
   def alive(self) -> bool | None:
     """Whether the process runs; None where only its own host could say."""
@@ -145,8 +152,11 @@ class Lock(contextlib.AbstractContextManager):
         return seen
       if seen.owner and not told:
         told = True
-        print(f"{self._folder}: locked by {seen.owner}, which this host cannot see; looking for up "
-              f"to {PATIENCE:.0f} s whether it is alive", flush=True)  # fmt: skip
+        print(
+          f"{self._folder}: locked by {seen.owner}, which this host cannot see; looking for up "
+          f"to {PATIENCE:.0f} s whether it is alive",
+          flush=True,
+        )
       time.sleep(min(BEAT, TORN) / 4)
       now = _look(self._path)
       if now and now.owner and seen.owner and (now.owner, now.beats) != (seen.owner, seen.beats):
@@ -171,8 +181,10 @@ class Lock(contextlib.AbstractContextManager):
       if _look(self._path) == dead:
         self._path.unlink()
         if dead.owner:
-          print(f"{self._folder}: the lock of {dead.owner} was left behind and is taken over",
-                flush=True)  # fmt: skip
+          print(
+            f"{self._folder}: the lock of {dead.owner} was left behind and is taken over",
+            flush=True,
+          )
     finally:
       guard.unlink(missing_ok=True)
 

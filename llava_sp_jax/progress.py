@@ -23,9 +23,15 @@ class Progress:
   """
 
   def __init__(
-    self, total: float, unit: str, *, scale: float = 1.0, every: float = EVERY, shown: bool = True,
+    self,
+    total: float,
+    unit: str,
+    *,
+    scale: float = 1.0,
+    every: float = EVERY,
+    shown: bool = True,
     stream: TextIO | None = None,
-  ):  # fmt: skip
+  ):
     self.total, self.done, self._unit, self._scale = total, 0.0, unit, scale
     self._every, self._shown, self._stream = every, shown, stream
     self._started = self._said = time.monotonic()
@@ -53,7 +59,9 @@ class Progress:
     digits = 0 if self._scale == 1 else 2
     done, total = (f"{count / self._scale:,.{digits}f}" for count in (self.done, self.total))
     speed = rate / self._scale
-    parts = [f"{done:>{len(total)}} of {total} {self._unit}",
-             f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s",
-             eta((self.total - self.done) / rate if rate else 0)]  # fmt: skip
+    parts = [
+      f"{done:>{len(total)}} of {total} {self._unit}",
+      f"{speed:,.{0 if speed >= 100 else 2}f} {self._unit}/s",
+      eta((self.total - self.done) / rate if rate else 0),
+    ]
     return "  ".join(parts + [note] * bool(note))

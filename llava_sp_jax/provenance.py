@@ -41,8 +41,9 @@ def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
   rows = tomllib.loads(path.read_text()) if path.is_file() else {}
   groups = rows.pop("groups", {})
   for row in rows.values():
-    parts = [groups[s.removeprefix("group:")] if s.startswith("group:") else [s]
-             for s in row["sources"]]  # fmt: skip
+    parts = [
+      groups[s.removeprefix("group:")] if s.startswith("group:") else [s] for s in row["sources"]
+    ]
     row["sources"] = [source for part in parts for source in part]
   return rows
 

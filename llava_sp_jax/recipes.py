@@ -89,9 +89,12 @@ STAGE_2 = {**STAGE_1, "init": "runs/pretrain", "data": "data/llava_finetune"}
 
 
 def llava(
-  options: types.SimpleNamespace, name: str, dataset: Dataset, optimizer: dict[str, Any],
+  options: types.SimpleNamespace,
+  name: str,
+  dataset: Dataset,
+  optimizer: dict[str, Any],
   model: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """The config of a recipe as nested dictionaries.
 
   Args:
@@ -108,12 +111,19 @@ def llava(
   base = {"language_model": language_model, "vision_tower": f"{options.checkpoints}/{TOWER}"}
   return {
     "name": f"llava-sp-{options.size}-{options.variant}-{name}",
-    "model": {"language_model": dataclasses.asdict(size.language_model),
-              "projector": {"variant": options.variant}, **(model or {})},
-    "data": {"path": f"{options.data}/{dataset.file}",
-             "image_folder": f"{options.data}/{dataset.images}".rstrip("/"),
-             "tokenizer": language_model, "template": dataset.template, "row_length": 2048},
+    "model": {
+      "language_model": dataclasses.asdict(size.language_model),
+      "projector": {"variant": options.variant},
+      **(model or {}),
+    },
+    "data": {
+      "path": f"{options.data}/{dataset.file}",
+      "image_folder": f"{options.data}/{dataset.images}".rstrip("/"),
+      "tokenizer": language_model,
+      "template": dataset.template,
+      "row_length": 2048,
+    },
     "optimizer": optimizer,
     "train": {"steps": dataset.steps, "batch_size": dataset.batch_size},
     "init": {"checkpoint": options.init} if options.init else base,
-  }  # fmt: skip
+  }

@@ -54,8 +54,10 @@ class Book:
   def find(self, job: Job) -> Record | None:
     """The record of a run that was made by the sources as they are now."""
     wanted = dataclasses.asdict(job)
-    return next((r for r in self.records if {k: r[k] for k in KEYS} == wanted
-                 and r["sources"] in self.same), None)  # fmt: skip
+    return next(
+      (r for r in self.records if {k: r[k] for k in KEYS} == wanted and r["sources"] in self.same),
+      None,
+    )
 
   def add(self, record: Record) -> None:
     """Takes the place of an older record of the same run; written at once."""
@@ -79,8 +81,12 @@ def cost(todo: list[Job], out: Path, at_once: int) -> str:
   """What the runs will take, from all records of such runs by the length of their training."""
   files = {provenance.named(out, "json"), *Path("docs/results").glob("easy_vqa_*.json")}
   held = [json.loads(path.read_text())["figures"] for path in files if path.is_file()]
-  known = [r["seconds"] / r["scale"] for figures in held for r in figures
-           if isinstance(r, dict) and set(KEYS) <= set(r)]  # fmt: skip
+  known = [
+    r["seconds"] / r["scale"]
+    for figures in held
+    for r in figures
+    if isinstance(r, dict) and set(KEYS) <= set(r)
+  ]
   if not todo:
     return ""
   if not known:
@@ -97,12 +103,17 @@ def summary(records: list[Record]) -> list[dict[str, Any]]:
   base, rows = by_variant.get(BASELINE, {}), []
   for variant, found in by_variant.items():
     both = sorted(set(found) & set(base)) if variant != BASELINE else []
-    rows.append({
-      "variant": variant, "seeds": len(found), **interval.of_mean(list(found.values())),
-      "lowest": min(found.values()), "highest": max(found.values()),
-      "paired": interval.of_mean([found[s] - base[s] for s in both]) if both else None,
-      "pairs": len(both),
-    })  # fmt: skip
+    rows.append(
+      {
+        "variant": variant,
+        "seeds": len(found),
+        **interval.of_mean(list(found.values())),
+        "lowest": min(found.values()),
+        "highest": max(found.values()),
+        "paired": interval.of_mean([found[s] - base[s] for s in both]) if both else None,
+        "pairs": len(both),
+      }
+    )
   return rows
 
 
@@ -113,22 +124,29 @@ def spread(row: dict[str, Any]) -> str:
 def page(book: Book, records: list[Record], scale: float, out: Path, called: str) -> str:
   rows = summary(records)
   lines = [
-    "# easy-VQA: variants of the projector", "",
+    "# easy-VQA: variants of the projector",
+    "",
     "Exact match of generated answers over the whole test split (9,673 questions), small LLaVA-SP",
     f"from scratch, both stages at `--scale {scale:g}`. Intervals are Student's, 95%, over seeds; a",
     f"difference to `{BASELINE}` is that of runs with the same seed and the same order of samples.",
-    f"Made by `{called}`.", "",
+    f"Made by `{called}`.",
+    "",
     f"| variant | seeds | mean | 95% interval | lowest | highest | minus `{BASELINE}` | 95% interval |",
     "|---|---|---|---|---|---|---|---|",
-  ]  # fmt: skip
+  ]
   for row in rows:
     paired = row["paired"]
     against = f"{paired['mean']:+.2f} | {spread(paired)}" if paired else "- | -"
-    lines.append(f"| {row['variant']} | {row['seeds']} | {row['mean']:.2f}% | {spread(row)} | "
-                 f"{row['lowest']:.2f}% | {row['highest']:.2f}% | {against} |")  # fmt: skip
+    lines.append(
+      f"| {row['variant']} | {row['seeds']} | {row['mean']:.2f}% | {spread(row)} | "
+      f"{row['lowest']:.2f}% | {row['highest']:.2f}% | {against} |"
+    )
   kinds = sorted({kind for r in records for kind in r["by_kind"]})
-  lines += ["", f"| variant | {' | '.join(kinds)} | seconds of a run, median |",
-            "|---" * (len(kinds) + 2) + "|"]  # fmt: skip
+  lines += [
+    "",
+    f"| variant | {' | '.join(kinds)} | seconds of a run, median |",
+    "|---" * (len(kinds) + 2) + "|",
+  ]
   for row in rows:
     mine = [r for r in records if r["variant"] == row["variant"]]
     means = [f"{100 * statistics.mean(r['by_kind'][kind] for r in mine):.2f}%" for kind in kinds]
@@ -136,8 +154,13 @@ def page(book: Book, records: list[Record], scale: float, out: Path, called: str
     lines.append(f"| {row['variant']} | {' | '.join(means)} | {seconds:.0f} |")
   commits = sorted({r["commit"] for r in records})
   machines = sorted({f"{r['machine']}, jax {r['versions']['jax']}" for r in records})
-  lines += ["", f"Commits {', '.join(commits)}; {'; '.join(machines)}.", "",
-            f"![mean and interval of each variant]({provenance.named(out, 'png').name})", ""]  # fmt: skip
+  lines += [
+    "",
+    f"Commits {', '.join(commits)}; {'; '.join(machines)}.",
+    "",
+    f"![mean and interval of each variant]({provenance.named(out, 'png').name})",
+    "",
+  ]
   return "\n".join(lines)
 
 
@@ -153,8 +176,15 @@ def picture(rows: list[dict[str, Any]], records: list[Record], path: Path) -> No
     values = [100 * r["accuracy"] for r in records if r["variant"] == row["variant"]]
     axis.plot([place] * len(values), values, "o", color="#9bbfb2", markersize=4)
     low, high = (row["low"], row["high"]) if row["low"] is not None else (row["mean"],) * 2
-    axis.errorbar(place, row["mean"], yerr=[[row["mean"] - low], [high - row["mean"]]], fmt="_",
-                  markersize=16, capsize=4, color="#2a7f62")  # fmt: skip
+    axis.errorbar(
+      place,
+      row["mean"],
+      yerr=[[row["mean"] - low], [high - row["mean"]]],
+      fmt="_",
+      markersize=16,
+      capsize=4,
+      color="#2a7f62",
+    )
   axis.set_xticks(range(len(rows)), [row["variant"] for row in rows], rotation=20)
   axis.set_ylabel("right answers, %")
   axis.grid(axis="y", alpha=0.3)
@@ -173,14 +203,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME[@SIZE+SIZE..]")
   parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, .. of each (%(default)s)")
   parser.add_argument("--scale", type=float, default=0.25, help="of the steps (%(default)s)")
-  parser.add_argument("--at-once", type=int, default=1,
-                      help="runs at a time, with a share of the cores each (%(default)s)")  # fmt: skip
+  parser.add_argument(
+    "--at-once",
+    type=int,
+    default=1,
+    help="runs at a time, with a share of the cores each (%(default)s)",
+  )
   parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="%(default)s")
   parser.add_argument("--data", default="data/easy_vqa", help="%(default)s")
-  parser.add_argument("--out", type=Path, default=Path("docs/results/easy_vqa_ablation"),
-                      help="path without ending (%(default)s)")  # fmt: skip
-  parser.add_argument("--pictures", type=Path, default=None, metavar="FOLDER",
-                      help="copies the report of the first run there")  # fmt: skip
+  parser.add_argument(
+    "--out",
+    type=Path,
+    default=Path("docs/results/easy_vqa_ablation"),
+    help="path without ending (%(default)s)",
+  )
+  parser.add_argument(
+    "--pictures",
+    type=Path,
+    default=None,
+    metavar="FOLDER",
+    help="copies the report of the first run there",
+  )
   parser.add_argument("--dry-run", action="store_true", help="says what there is to do and ends")
   return parser.parse_args(argv)
 
@@ -188,11 +231,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
   options = parse()
   book = Book(options.out)
-  jobs = [Job(variant, seed, options.scale) for seed in range(options.seeds)
-          for variant in options.variants]  # fmt: skip
+  jobs = [
+    Job(variant, seed, options.scale)
+    for seed in range(options.seeds)
+    for variant in options.variants
+  ]
   todo = [job for job in jobs if not book.find(job)]
-  print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them on record for these sources; "
-        f"{len(todo)} to do{cost(todo, options.out, options.at_once)}", flush=True)  # fmt: skip
+  print(
+    f"{len(jobs)} runs, {len(jobs) - len(todo)} of them on record for these sources; "
+    f"{len(todo)} to do{cost(todo, options.out, options.at_once)}",
+    flush=True,
+  )
   if options.dry_run:
     return
   command("scripts/prepare_easy_vqa.py", "--out", options.data)
@@ -228,8 +277,11 @@ def main() -> None:
         shutil.copytree(report, options.pictures, dirs_exist_ok=True)
       done += 1
       left = (time.monotonic() - started) / done * (len(todo) - done)
-      print(f"{job.name}: {record['accuracy']:.2%} in {record['seconds']} s; {done} of {len(todo)} "
-            f"done, {eta(left)}", flush=True)  # fmt: skip
+      print(
+        f"{job.name}: {record['accuracy']:.2%} in {record['seconds']} s; {done} of {len(todo)} "
+        f"done, {eta(left)}",
+        flush=True,
+      )
   print(show(book, options))
   if failed:
     raise SystemExit(f"{len(failed)} of {len(todo)} runs failed: {'; '.join(failed)}")

@@ -52,9 +52,12 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
     count = sizes.data * sizes.fsdp * sizes.tensor
     mesh = mesh_lib.create(sizes, devices=jax.devices()[:count])
   engine = Engine(
-    model, way.get("batch", 16), Generation(max_new_tokens=options.max_new_tokens), mesh,
+    model,
+    way.get("batch", 16),
+    Generation(max_new_tokens=options.max_new_tokens),
+    mesh,
     EngineLayout(**way.get("layout", {})),
-  )  # fmt: skip
+  )
   requests = (Request(i.question, i.images) for i in items)
   found = [
     [part + parts * n, a.ids, a.margin, a.text == i.truth, a.error]
@@ -72,10 +75,11 @@ def child(options: argparse.Namespace, name: str) -> list[Any]:
   environment = {**os.environ, "XLA_FLAGS": flags if "mesh" in way else flags.rsplit(" ", 1)[0]}
   command = [sys.executable, __file__, *sys.argv[1:], "--way", name]
   running = [
-    subprocess.Popen([*command, "--part", f"{i}/{parts}"], stdout=subprocess.PIPE, text=True,
-                     env=environment)
+    subprocess.Popen(
+      [*command, "--part", f"{i}/{parts}"], stdout=subprocess.PIPE, text=True, env=environment
+    )
     for i in range(parts)
-  ]  # fmt: skip
+  ]
   found = []
   for process in running:
     text = process.communicate()[0]
@@ -110,16 +114,22 @@ def write(out: Path, report: dict[str, Any]) -> None:
   reports[report["dtype"]] = report
   provenance.write(out, reports)
   lines = [
-    "# Batch invariance: the same questions, asked in many ways", "",
+    "# Batch invariance: the same questions, asked in many ways",
+    "",
     "Made by `python scripts/batch_invariance.py`. Changed: answers with other tokens than in the "
     "first way. Margin: the lead, in logits, of the closest choice among an answer's tokens.",
-  ]  # fmt: skip
+  ]
   for dtype, found in reports.items():
     lines += [
-      "", f"## {dtype}", "", f"{found['answers']} questions; the closest choices of the first way, in "
-      f"logits: {', '.join(f'{m:.1e}' for m in found['closest_choices'])}.", "",
-      "| way | changed | right | margins of the changed: median, largest |", "|---|---|---|---|",
-    ]  # fmt: skip
+      "",
+      f"## {dtype}",
+      "",
+      f"{found['answers']} questions; the closest choices of the first way, in "
+      f"logits: {', '.join(f'{m:.1e}' for m in found['closest_choices'])}.",
+      "",
+      "| way | changed | right | margins of the changed: median, largest |",
+      "|---|---|---|---|",
+    ]
     for name, way in found["ways"].items():
       margins = sorted(flip["margin"] for flip in way["changed"])
       shown = f"{margins[len(margins) // 2]:.1e}, {margins[-1]:.1e}" if margins else "-"
@@ -154,8 +164,11 @@ def main() -> None:
     first = first or found
     changed = compare(first, found)
     right = sum(f[3] for f in found) / len(found)
-    print(f"{number}/{len(WAYS)} {name}: {len(changed)} of {len(found)} answers changed, right "
-          f"{100 * right:.2f}%, {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+    print(
+      f"{number}/{len(WAYS)} {name}: {len(changed)} of {len(found)} answers changed, right "
+      f"{100 * right:.2f}%, {time.monotonic() - started:.0f} s",
+      flush=True,
+    )
     for flip in changed[:20]:
       print(
         "    question {question}: {was} became {became}; closest choice {margin:.2e}".format(**flip)
@@ -164,8 +177,10 @@ def main() -> None:
   closest = sorted(f[2] for f in first)[:5]
   print(f"closest choices, in logits: {', '.join(f'{m:.2e}' for m in closest)}")
   if options.out:
-    write(Path(options.out), {"dtype": options.dtype, "answers": len(first), "ways": ways,
-                              "closest_choices": closest})  # fmt: skip
+    write(
+      Path(options.out),
+      {"dtype": options.dtype, "answers": len(first), "ways": ways, "closest_choices": closest},
+    )
   total = sum(len(way["changed"]) for way in ways.values())
   if total and options.dtype == "float32":
     raise SystemExit(f"{total} answers changed: in float32 none may")

@@ -34,21 +34,49 @@ def easy_vqa(variant: str, scale: float, folder: Path, data: str, core: int) -> 
     command("-m", "llava_sp_jax.cli", *arguments, cores=[core], log=folder / "log")
 
   for stage, init in {"pretrain": "", "finetune": f",init={folder}/pretrain"}.items():
-    llava_sp("train", f"--config={CONFIG}:stage={stage}{init},{options}",
-             f"--workdir={folder}/{stage}", "--config.train.log_every=5")  # fmt: skip
-  llava_sp("eval", f"--checkpoint={folder}/finetune", f"--data={data}", f"--out={folder}/eval",
-           f"--limit={QUESTIONS}")  # fmt: skip
+    llava_sp(
+      "train",
+      f"--config={CONFIG}:stage={stage}{init},{options}",
+      f"--workdir={folder}/{stage}",
+      "--config.train.log_every=5",
+    )
+  llava_sp(
+    "eval",
+    f"--checkpoint={folder}/finetune",
+    f"--data={data}",
+    f"--out={folder}/eval",
+    f"--limit={QUESTIONS}",
+  )
 
 
 def smollm2(variant: str, scale: float, folder: Path, data: str, core: int) -> None:
   """A short run of scripts/easy_vqa_smollm2.sh."""
   with (folder / "log").open("w") as log:
     done = subprocess.run(
-      ["taskset", "--cpu-list", str(core), "bash", "scripts/easy_vqa_smollm2.sh", "--variant", variant,
-       "--scale", f"{scale:g}", "--tower-steps", "30", "--limit", "40", "--data", data,
-       "--runs", str(folder)],
-      check=False, stdout=log, stderr=log, env={**os.environ, "VENV": sys.prefix},
-    )  # fmt: skip
+      [
+        "taskset",
+        "--cpu-list",
+        str(core),
+        "bash",
+        "scripts/easy_vqa_smollm2.sh",
+        "--variant",
+        variant,
+        "--scale",
+        f"{scale:g}",
+        "--tower-steps",
+        "30",
+        "--limit",
+        "40",
+        "--data",
+        data,
+        "--runs",
+        str(folder),
+      ],
+      check=False,
+      stdout=log,
+      stderr=log,
+      env={**os.environ, "VENV": sys.prefix},
+    )
   if done.returncode:
     raise SystemExit(f"{(folder / 'log').read_text()}\nscripts/easy_vqa_smollm2.sh: see above")
 

@@ -118,8 +118,11 @@ def copy_tree(target: Path) -> None:
   """The files of the working tree that git knows or would add."""
   names = subprocess.run(
     ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-    cwd=REPOSITORY, check=True, capture_output=True, text=True,
-  ).stdout  # fmt: skip
+    cwd=REPOSITORY,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
   for name in filter(None, names.split("\0")):
     if (REPOSITORY / name).is_file():
       (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -234,18 +237,32 @@ def markdown(records: Sequence[Record], commit: str) -> str:
   by_room = share(records)
   noticed, count = (sum(column) for column in zip(*by_room.values(), strict=True))
   survivors = [r for r in records if r.outcome == SURVIVED]
-  return "\n".join([
-    "# Mutations", "",
-    f"Of {count} single-line changes that would hurt in silence, the default suite notices {noticed} "
-    f"({noticed / count:.1%}) at {commit}. Made by `python scripts/mutations.py --out "
-    "docs/results/mutations`; the sites stand in `tests/mutations/`.", "",
-    "| room | noticed | of |", "|---|---|---|",
-    *(f"| {room} | {n} | {m} |" for room, (n, m) in sorted(by_room.items())), "",
-    "| not noticed | what would hurt |", "|---|---|",
-    *(f"| `{r.file}:{r.line}` | {r.hurts} |" for r in survivors), "",
-    "| where | what would hurt | the first test that fails |", "|---|---|---|",
-    *(f"| `{r.file}:{r.line}` | {r.hurts} | `{r.by}` |" for r in records if r.outcome == NOTICED),
-  ]) + "\n"  # fmt: skip
+  return (
+    "\n".join(
+      [
+        "# Mutations",
+        "",
+        f"Of {count} single-line changes that would hurt in silence, the default suite notices {noticed} "
+        f"({noticed / count:.1%}) at {commit}. Made by `python scripts/mutations.py --out "
+        "docs/results/mutations`; the sites stand in `tests/mutations/`.",
+        "",
+        "| room | noticed | of |",
+        "|---|---|---|",
+        *(f"| {room} | {n} | {m} |" for room, (n, m) in sorted(by_room.items())),
+        "",
+        "| not noticed | what would hurt |",
+        "|---|---|",
+        *(f"| `{r.file}:{r.line}` | {r.hurts} |" for r in survivors),
+        "",
+        "| where | what would hurt | the first test that fails |",
+        "|---|---|---|",
+        *(
+          f"| `{r.file}:{r.line}` | {r.hurts} | `{r.by}` |" for r in records if r.outcome == NOTICED
+        ),
+      ]
+    )
+    + "\n"
+  )
 
 
 def write(out: Path, records: dict[str, Record]) -> None:
@@ -295,8 +312,11 @@ def main() -> int:
     if options.out:
       write(options.out, records)
     left = (time.monotonic() - started) / len(done) * (len(chosen) - len(done))
-    print(f"[{len(done)}/{len(chosen)}] {record.outcome:11} {record.file}:{record.line} "
-          f"{record.hurts}  {record.by}  {eta(left)}", flush=True)  # fmt: skip
+    print(
+      f"[{len(done)}/{len(chosen)}] {record.outcome:11} {record.file}:{record.line} "
+      f"{record.hurts}  {record.by}  {eta(left)}",
+      flush=True,
+    )
   noticed = sum(record.outcome == NOTICED for record in done)
   for room, (n, m) in sorted(share(done).items()):
     print(f"{room:12} {n}/{m}")

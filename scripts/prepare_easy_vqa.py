@@ -95,11 +95,16 @@ def main() -> None:
       shutil.copy(path, folder)
   train = by_image(splits["train"][0])
   captions = [
-    {"id": f"caption-{i}", "image": f"train/{i}.png",
-     "conversations": [{"from": "human", "value": "<image>"},
-                       {"from": "gpt", "value": caption(pairs)}]}
+    {
+      "id": f"caption-{i}",
+      "image": f"train/{i}.png",
+      "conversations": [
+        {"from": "human", "value": "<image>"},
+        {"from": "gpt", "value": caption(pairs)},
+      ],
+    }
     for i, pairs in train.items()
-  ]  # fmt: skip
+  ]
   dialogues = [
     {"id": f"train-{i}", "image": f"train/{i}.png", "conversations": conversation(pairs)}
     for i, pairs in train.items()

@@ -104,8 +104,9 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
   """What is said of a result."""
   how, changed = state(name, row)
   lines = [f"{name}: {how}"]
-  made = {tuple(str(r.get(key) or "?") for key in ("commit", "machine", "when"))
-          for r in records(name)}  # fmt: skip
+  made = {
+    tuple(str(r.get(key) or "?") for key in ("commit", "machine", "when")) for r in records(name)
+  }
   lines += [f"  made at {c} on {m}, {w}" for c, m, w in sorted(made)[-1:]]
   if len(made) > 1:
     lines[-1] += f", and {len(made) - 1} more records"
@@ -140,8 +141,10 @@ def main() -> int:
   for name, row in table.items():
     print("\n".join(line(name, row)), end="\n\n")
   bad = [n for n, row in table.items() if state(n, row)[0] != CURRENT and not row.get("older")]
-  print(f"{len(table)} results, {len(bad)} older than their sources without a reason"
-        f"{': ' * bool(bad)}{', '.join(bad)}")  # fmt: skip
+  print(
+    f"{len(table)} results, {len(bad)} older than their sources without a reason"
+    f"{': ' * bool(bad)}{', '.join(bad)}"
+  )
   return int(options.check and bool(bad))
 
 

@@ -58,8 +58,9 @@ def command(*arguments: str, cores: Sequence[int] = (), log: Path | None = None)
   taken = ["taskset", "--cpu-list", ",".join(map(str, cores))] if cores else []
   with log.open("a") if log else open(os.devnull, "w") as file:
     output: Any = file if log else None
-    done = subprocess.run([*taken, sys.executable, *arguments], check=False, stdout=output,
-                          stderr=output)  # fmt: skip
+    done = subprocess.run(
+      [*taken, sys.executable, *arguments], check=False, stdout=output, stderr=output
+    )
   if done.returncode:
     told = f"; what it printed is in {log}" if log else ""
     raise SystemExit(f"{shlex.join(shown)}: ended with code {done.returncode}{told}")
@@ -84,18 +85,29 @@ def run(
       raise
 
   llava_sp("train", f"--config={CONFIG}:stage=pretrain,{options}", f"--workdir={base}/pretrain")
-  llava_sp("train", f"--config={CONFIG}:stage=finetune,init={base}/pretrain,{options}",
-           f"--workdir={base}/finetune")  # fmt: skip
+  llava_sp(
+    "train",
+    f"--config={CONFIG}:stage=finetune,init={base}/pretrain,{options}",
+    f"--workdir={base}/finetune",
+  )
   llava_sp("eval", f"--checkpoint={base}/finetune", f"--data={data}", f"--out={base}/eval")
-  llava_sp("report", "--runs", f"{base}/pretrain", f"{base}/finetune", f"--scores={base}/eval",
-           f"--out={base}/report")  # fmt: skip
+  llava_sp(
+    "report",
+    "--runs",
+    f"{base}/pretrain",
+    f"{base}/finetune",
+    f"--scores={base}/eval",
+    f"--out={base}/report",
+  )
   kinds = json.loads((base / "eval/scores.json").read_text())["by_kind"]
   found = {
-    "variant": job.variant, "seed": job.seed, "scale": job.scale,
+    "variant": job.variant,
+    "seed": job.seed,
+    "scale": job.scale,
     "accuracy": kinds["all"]["accuracy"],
     "by_kind": {kind: values["accuracy"] for kind, values in kinds.items() if kind != "all"},
     "seconds": taken(base, time.monotonic() - started),
-  }  # fmt: skip
+  }
   record.write_text(json.dumps(found) + "\n")
   return base / "report"
 
@@ -150,15 +162,20 @@ def show_answers(report: Path, count: int = 6) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--variant", default="pooling", metavar="NAME[@SIZE+SIZE..]",
-                      help="projector: none, pooling, cropping or any other (%(default)s); "
-                      "sizes of its views in patches")  # fmt: skip
+  parser.add_argument(
+    "--variant",
+    default="pooling",
+    metavar="NAME[@SIZE+SIZE..]",
+    help="projector: none, pooling, cropping or any other (%(default)s); "
+    "sizes of its views in patches",
+  )
   parser.add_argument(  # the former name
     "--row", dest="variant", default=argparse.SUPPRESS, help=argparse.SUPPRESS
   )
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--scale", type=float, default=1.0,
-                      help="multiplies the steps of both stages (%(default)s)")  # fmt: skip
+  parser.add_argument(
+    "--scale", type=float, default=1.0, help="multiplies the steps of both stages (%(default)s)"
+  )
   parser.add_argument("--runs", type=Path, default=Path("runs/easy_vqa"), help="%(default)s")
   parser.add_argument("--data", default="data/easy_vqa", help="%(default)s")
   return parser.parse_args(argv)

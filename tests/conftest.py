@@ -58,8 +58,10 @@ def write_data(folder: Path, count: int = 12) -> None:
     pixels = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     color = COLORS[i % len(COLORS)]
-    caption = [{"from": "human", "value": "<image>"},
-               {"from": "gpt", "value": f"a {color} picture"}]  # fmt: skip
+    caption = [
+      {"from": "human", "value": "<image>"},
+      {"from": "gpt", "value": f"a {color} picture"},
+    ]
     captions.append({"id": f"caption-{i}", "image": f"{i}.png", "conversations": caption})
     dialogues.append({"id": f"train-{i}", "image": f"{i}.png", "conversations": dialogue(i)})
     answer = ("yes", "circle", color)[i % 3]
@@ -103,22 +105,41 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
     values = {
       "name": f"tiny-{variant}-{stage}",
       "model": {
-        "tower": {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": 32, "layers": 2,
-                  "heads": 2, "mlp_width": 64, "select_layer": -2},
-        "language_model": {"vocab_size": VOCAB_SIZE, "width": 32, "layers": 2, "heads": 4,
-                           "kv_heads": 2, "head_dim": 8, "mlp_width": 64},
+        "tower": {
+          "image_size": IMAGE_SIZE,
+          "patch_size": PATCH_SIZE,
+          "width": 32,
+          "layers": 2,
+          "heads": 2,
+          "mlp_width": 64,
+          "select_layer": -2,
+        },
+        "language_model": {
+          "vocab_size": VOCAB_SIZE,
+          "width": 32,
+          "layers": 2,
+          "heads": 4,
+          "kv_heads": 2,
+          "head_dim": 8,
+          "mlp_width": 64,
+        },
         "projector": {"variant": variant, "token_width": 16},
         "lora": {"rank": 0 if captions else 8, "alpha": 20.0, "dropout": 0.05},
-        "dtype": "float32", "frozen_dtype": "float32", "remat": "none",
+        "dtype": "float32",
+        "frozen_dtype": "float32",
+        "remat": "none",
       },
-      "data": {"path": str(tiny_data / f"{'captions' if captions else 'train'}.json"),
-               "image_folder": str(tiny_data / "images"),
-               "tokenizer": str(tiny_data / "tokenizer"),
-               "template": "plain" if captions else "v1",
-               "row_length": 64 if captions else 208, "threads": 2},
+      "data": {
+        "path": str(tiny_data / f"{'captions' if captions else 'train'}.json"),
+        "image_folder": str(tiny_data / "images"),
+        "tokenizer": str(tiny_data / "tokenizer"),
+        "template": "plain" if captions else "v1",
+        "row_length": 64 if captions else 208,
+        "threads": 2,
+      },
       "optimizer": {"stage": stage, "learning_rate": 1e-2, "projector_learning_rate": 5e-3},
       "train": {"steps": 4, "batch_size": 8, "log_every": 1, "save_every": 100},
-    }  # fmt: skip
+    }
     return config_lib.from_dict(merged(values, changes))
 
   return make

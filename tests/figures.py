@@ -50,8 +50,11 @@ def result(name: str) -> Any:
 
 def plan(model: str, topology: str) -> float:
   rows = result("plan")
-  return next(r["step_seconds"] for r in rows
-              if (r["model"], r["topology"], r["what"]) == (model, topology, "train"))  # fmt: skip
+  return next(
+    r["step_seconds"]
+    for r in rows
+    if (r["model"], r["topology"], r["what"]) == (model, topology, "train")
+  )
 
 
 def answered(name: str, variant: str = "pooling") -> list[float]:
@@ -65,8 +68,11 @@ def minutes(name: str) -> float:
 
 def changed(dtype: str, precision: str, of: int) -> float:
   """Answers on the accelerator that are not the CPU's."""
-  return next(r["changed"] for r in result("accelerator")["flips"]
-              if (r["dtype"], r["matmul_precision"], r["questions"]) == (dtype, precision, of))  # fmt: skip
+  return next(
+    r["changed"]
+    for r in result("accelerator")["flips"]
+    if (r["dtype"], r["matmul_precision"], r["questions"]) == (dtype, precision, of)
+  )
 
 
 def workload(name: str) -> float:

@@ -34,8 +34,14 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     report = runs / job.name / "report"
     report.mkdir(parents=True)
     accuracy = ACCURACY[job.variant][job.seed]
-    record = {"variant": job.variant, "seed": job.seed, "scale": job.scale, "accuracy": accuracy,
-              "by_kind": {"shape": accuracy - 0.1, "colour": 1.0}, "seconds": 100}  # fmt: skip
+    record = {
+      "variant": job.variant,
+      "seed": job.seed,
+      "scale": job.scale,
+      "accuracy": accuracy,
+      "by_kind": {"shape": accuracy - 0.1, "colour": 1.0},
+      "seconds": 100,
+    }
     (report / "record.json").write_text(json.dumps(record))
     return report
 
@@ -48,8 +54,19 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 
 def start(ablation: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> None:
-  argv = ["ablation.py", "--variants", "none", "pooling", "--scale", "0.5", "--out",
-          str(folder / "table"), "--runs", str(folder / "runs"), *more]  # fmt: skip
+  argv = [
+    "ablation.py",
+    "--variants",
+    "none",
+    "pooling",
+    "--scale",
+    "0.5",
+    "--out",
+    str(folder / "table"),
+    "--runs",
+    str(folder / "runs"),
+    *more,
+  ]
   monkeypatch.setattr(sys, "argv", argv)
   ablation.main()
 
@@ -190,8 +207,12 @@ def test_student_s_interval() -> None:
 
 def test_any_variant_and_any_scales(scripts: Any) -> None:
   _, run_easy_vqa, _ = scripts
-  for text, variant, scales in (("cropping@2+4+8", "cropping", (2, 4, 8)), ("both", "both", ()),
-                               ("register", "register", ()), ("none", "none", ())):  # fmt: skip
+  for text, variant, scales in (
+    ("cropping@2+4+8", "cropping", (2, 4, 8)),
+    ("both", "both", ()),
+    ("register", "register", ()),
+    ("none", "none", ()),
+  ):
     job = run_easy_vqa.Job(text, 3, 0.5)
     config = load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
     assert (config.model.projector.variant, config.model.projector.scales) == (variant, scales)

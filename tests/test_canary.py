@@ -34,9 +34,11 @@ def write_run(folder: Path, loss: float = 1.25, rate: float = 3.0, text: str = "
 def test_losses_in_the_order_of_stages_then_answers(canary: Any, tmp_path: Path) -> None:
   write_run(tmp_path)
   assert canary.bits(tmp_path) == [
-    '{"step": 5, "loss": 1.25}', '{"step": 5, "loss": 0.5}', '["yes", "right"]',
+    '{"step": 5, "loss": 1.25}',
+    '{"step": 5, "loss": 0.5}',
+    '["yes", "right"]',
     '{"all": {"accuracy": 1.0}}',
-  ]  # fmt: skip
+  ]
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,13 @@ def test_swapping_any_two_values_changes_it() -> None:
 def test_names_shapes_and_dtypes_change_it() -> None:
   x = TREE["a/x"]
   others = [
-    {"a/y": x, "b": TREE["b"]}, {**TREE, "a/x": x.reshape(3, 8)}, {**TREE, "c": x},
-    {"a/x": x}, {**TREE, "a/x": x.view(np.int32)}, {**TREE, "a/x": x.astype(jnp.bfloat16)},
-  ]  # fmt: skip
+    {"a/y": x, "b": TREE["b"]},
+    {**TREE, "a/x": x.reshape(3, 8)},
+    {**TREE, "c": x},
+    {"a/x": x},
+    {**TREE, "a/x": x.view(np.int32)},
+    {**TREE, "a/x": x.astype(jnp.bfloat16)},
+  ]
   assert len({fingerprint(TREE), *map(fingerprint, others)}) == len(others) + 1
 
 
@@ -217,8 +221,10 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   assert on_disk.steps(tmp_path) == [1, 2, 4]
   runs.write_config(tmp_path, config_lib.Config())
   assert runs.saved(tmp_path) == (
-    tmp_path / "checkpoints" / "4" / "params", {"told": 4, "step": 4}, 4
-  )  # fmt: skip
+    tmp_path / "checkpoints" / "4" / "params",
+    {"told": 4, "step": 4},
+    4,
+  )
 
 
 FLIPS = 60

@@ -26,9 +26,13 @@ IMPORTING = {"train": 4.0}  # its help names the rows of tables, which import ja
 
 def llava_sp(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-    [sys.executable, "-m", "llava_sp_jax.cli", *arguments], capture_output=True, text=True,
-    cwd=REPOSITORY, check=False, env={**os.environ, "XLA_FLAGS": ""},
-  )  # fmt: skip
+    [sys.executable, "-m", "llava_sp_jax.cli", *arguments],
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=False,
+    env={**os.environ, "XLA_FLAGS": ""},
+  )
 
 
 def children_seconds() -> float:
@@ -50,18 +54,25 @@ def test_help_is_quick_and_has_an_example(command: str) -> None:
 def test_the_demo_s_help_needs_no_environment(tmp_path: Path) -> None:
   shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
   done = subprocess.run(
-    ["bash", "scripts/demo.sh", "--help"], capture_output=True, text=True, cwd=tmp_path,
-    timeout=20, check=True,
-  )  # fmt: skip
+    ["bash", "scripts/demo.sh", "--help"],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    timeout=20,
+    check=True,
+  )
   assert {"--variant", "--seed", "--scale"} <= set(done.stdout.split())
   assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
 def test_the_package_runs_as_a_command_too() -> None:
   done = subprocess.run(
-    [sys.executable, "-m", "llava_sp_jax", "--version"], capture_output=True, text=True,
-    cwd=REPOSITORY, check=True,
-  )  # fmt: skip
+    [sys.executable, "-m", "llava_sp_jax", "--version"],
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=True,
+  )
   assert done.stdout == f"{llava_sp_jax.__version__}\n"
 
 
@@ -85,10 +96,21 @@ def test_train_s_help_says_what_every_key_means_and_allows(capsys: pytest.Captur
 
 def test_names_that_a_key_allows_are_those_of_its_table() -> None:
   """Every text that is no path, name or dtype has a table; its default is a row of it."""
-  free = {"name", "model.dtype", "model.frozen_dtype", "data.path", "data.image_folder",
-          "data.tokenizer", "data.validation_path", "evaluate.data"}  # fmt: skip
-  texts = {key: value for key, value, _ in config_help.fields(config_lib.Config())
-           if isinstance(value, str) and not key.startswith("init.")}  # fmt: skip
+  free = {
+    "name",
+    "model.dtype",
+    "model.frozen_dtype",
+    "data.path",
+    "data.image_folder",
+    "data.tokenizer",
+    "data.validation_path",
+    "evaluate.data",
+  }
+  texts = {
+    key: value
+    for key, value, _ in config_help.fields(config_lib.Config())
+    if isinstance(value, str) and not key.startswith("init.")
+  }
   assert set(texts) - free == set(config_help.TABLES) - {"train.sinks"}
   for key in set(texts) - free:
     assert texts[key] in config_help.allowed(key, texts[key]).split(", "), key
@@ -124,8 +146,13 @@ def only_line(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_an_unknown_key_lists_the_known_ones(
   capsys: pytest.CaptureFixture, config_file: str, tmp_path: Path
 ) -> None:
-  line = only_line(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
-                   "--config.train.stepz=3")  # fmt: skip
+  line = only_line(
+    capsys,
+    "train",
+    f"--config={config_file}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.train.stepz=3",
+  )
   assert "config.train.stepz: unknown key; known here: steps, batch_size" in line
   assert not (tmp_path / "run").exists()
 
@@ -143,16 +170,27 @@ def test_many_unknown_keys_are_named_once() -> None:
 def test_a_value_of_the_wrong_type(
   capsys: pytest.CaptureFixture, config_file: str, tmp_path: Path
 ) -> None:
-  line = only_line(capsys, "train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
-                   "--config.train.steps=many")  # fmt: skip
+  line = only_line(
+    capsys,
+    "train",
+    f"--config={config_file}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.train.steps=many",
+  )
   assert "config.train.steps: expected int, found 'many'" in line
 
 
 def test_overrides_reach_the_config(config_file: str) -> None:
   config, workdir = train_tool.read_config(
-    [f"--config={config_file}", "--workdir", "x", "--config.model.tower.width=64",
-     "--config.train.steps", "7"]
-  )  # fmt: skip
+    [
+      f"--config={config_file}",
+      "--workdir",
+      "x",
+      "--config.model.tower.width=64",
+      "--config.train.steps",
+      "7",
+    ]
+  )
   assert (config.model.tower.width, config.train.steps, workdir) == (64, 7, "x")
 
 
@@ -170,9 +208,12 @@ def test_overrides_reach_the_config(config_file: str) -> None:
   ],
 )  # fmt: skip
 def test_missing_files_are_named(
-  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-  arguments: list[str], message: str,
-) -> None:  # fmt: skip
+  capsys: pytest.CaptureFixture,
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: Path,
+  arguments: list[str],
+  message: str,
+) -> None:
   monkeypatch.chdir(tmp_path)
   assert message in only_line(capsys, *arguments)
 

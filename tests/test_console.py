@@ -97,9 +97,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
   ],
 )  # fmt: skip
 def test_what_a_user_can_cause_is_one_line(
-  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: BaseException, code: int,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+  error: BaseException,
+  code: int,
   line: str,
-) -> None:  # fmt: skip
+) -> None:
   assert command(monkeypatch, failing(error)) == code
   assert capsys.readouterr() == ("", f"llava-sp train: {line}\n")
 

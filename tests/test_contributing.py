@@ -46,9 +46,13 @@ def test_hooks_are_the_checks_of_the_suite() -> None:
 
 def test_a_check_that_does_not_exist_ends_with_the_known_ones() -> None:
   done = subprocess.run(
-    ["bash", "scripts/lint.sh", "spelling"], capture_output=True, text=True, cwd=REPOSITORY,
-    check=False, env={**os.environ, "VENV": str(Path(sys.executable).parents[1])},
-  )  # fmt: skip
+    ["bash", "scripts/lint.sh", "spelling"],
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=False,
+    env={**os.environ, "VENV": str(Path(sys.executable).parents[1])},
+  )
   assert done.returncode == 2
   assert "format, lint, types" in done.stderr
 
@@ -82,9 +86,12 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.skip(f"without {', '.join(missing)}: pip install -e '.[docs]' -c constraints.txt")
   done = subprocess.run(
     [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, tmp_path / "site"],
-    capture_output=True, text=True, cwd=tmp_path, check=False,
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    check=False,
     env={**os.environ, "JAX_PLATFORMS": "absent", "XLA_FLAGS": ""},
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stderr
   reference = (tmp_path / "site" / "api" / "index.html").read_text()
   assert 'id="llava_sp_jax.VisionLanguageModel.answer"' in reference

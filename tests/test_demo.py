@@ -85,9 +85,13 @@ def test_the_demo_from_data_to_report(data: Path, tmp_path: Path) -> None:
   environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VENV", "XLA_FLAGS")}
   done = subprocess.run(
     ["bash", "scripts/demo.sh", "--scale", "0.005", "--runs", runs, "--data", data],
-    cwd=clone, env={**environment, "PYTHONPATH": str(clone)}, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-  )  # fmt: skip
+    cwd=clone,
+    env={**environment, "PYTHONPATH": str(clone)},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    check=False,
+  )
   assert done.returncode == 0, done.stdout
   (report,) = runs.glob("*/report")
   assert str(report / "report.md") in done.stdout

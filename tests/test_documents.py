@@ -167,8 +167,9 @@ def bash(command: Command) -> None:
   text = script.read_text()
   handed = re.search(r"python\"? (\S+\.py)[^\n]*\"\$@\"", text)
   if "--dry-run" in text or "pod.sh" in text:
-    done = subprocess.run(["bash", str(script), "--dry-run", *words], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+      ["bash", str(script), "--dry-run", *words], capture_output=True, text=True, check=False
+    )
     if done.returncode:
       raise ValueError(done.stderr)
     end = words.index("--") if "--" in words else len(words)
@@ -183,8 +184,9 @@ def bash(command: Command) -> None:
 def pip(command: Command) -> None:
   """Extras exist, and a version that is named is the one that this repository uses."""
   setup = ast.parse((REPOSITORY / "setup.py").read_text())
-  (extras,) = [k.value for k in ast.walk(setup) if isinstance(k, ast.keyword)
-               and k.arg == "extras_require"]  # fmt: skip
+  (extras,) = [
+    k.value for k in ast.walk(setup) if isinstance(k, ast.keyword) and k.arg == "extras_require"
+  ]
   known = [key.value for key in extras.keys]
   pins = (REPOSITORY / "scripts" / "environment.sh").read_text()
   pins += "".join(path.read_text() for path in REPOSITORY.glob("constraints*.txt"))
@@ -286,11 +288,16 @@ def test_lines_are_found_where_they_stand() -> None:
   )
   found = [(c.line, c.words, c.partial) for c in documents.of_page(page, "page.md")]
   assert found == [
-    (4, ("llava-sp", "a"), False), (11, ("llava-sp", "c", "--d", "e f"), False),
-    (13, ("h",), False), (13, ("i",), False), (13, ("j",), False),
-    (1, ("llava-sp", "train"), True), (1, ("--config.model.quantize=int8",), True),
-    (1, ("--config.model.quantize=nf4",), True), (1, ("llava-sp", "check", "--images", "all"), True),
-  ]  # fmt: skip
+    (4, ("llava-sp", "a"), False),
+    (11, ("llava-sp", "c", "--d", "e f"), False),
+    (13, ("h",), False),
+    (13, ("i",), False),
+    (13, ("j",), False),
+    (1, ("llava-sp", "train"), True),
+    (1, ("--config.model.quantize=int8",), True),
+    (1, ("--config.model.quantize=nf4",), True),
+    (1, ("llava-sp", "check", "--images", "all"), True),
+  ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=documents.name)

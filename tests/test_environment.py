@@ -33,9 +33,13 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess:
   """Runs code as a user would who has set nothing but `variables`."""
   kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TRANSFORMERS"))}
   return subprocess.run(
-    [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False,
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=False,
     env=kept | {"JAX_PLATFORMS": "cpu"} | variables,
-  )  # fmt: skip
+  )
 
 
 def compiled(home: Path, *arguments: str, **variables: str) -> tuple[int, int, str]:
@@ -72,9 +76,12 @@ def test_no_cache_neither_reads_nor_writes(tmp_path: Path) -> None:
 
 
 def test_what_the_user_has_set_stays() -> None:
-  given = {"JAX_COMPILATION_CACHE_DIR": "gs://bucket/programs", "TPU_WORKER_HOSTNAMES": "a,b",
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2",
-           "TRANSFORMERS_NO_ADVISORY_WARNINGS": ""}  # fmt: skip
+  given = {
+    "JAX_COMPILATION_CACHE_DIR": "gs://bucket/programs",
+    "TPU_WORKER_HOSTNAMES": "a,b",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "",
+  }
   after = dict(given)
   environment.prepare([], after)
   assert {name: after[name] for name in given} == given

@@ -46,8 +46,11 @@ def test_the_table_of_variants_is_that_of_the_records(monkeypatch: pytest.Monkey
 
 def test_figures_are_found_and_compared() -> None:
   assert figures.FIGURE.findall("92.8% of 1,000 in .5 s, 2.5 GB, 3x, 10 steps, v5.2 GB") == [
-    "92.8%", ".5 s", "2.5 GB", "3x",
-  ]  # fmt: skip
+    "92.8%",
+    ".5 s",
+    "2.5 GB",
+    "3x",
+  ]
   assert figures.shown_as(92.84, "92.8%")
   assert not figures.shown_as(92.86, "92.8%")
   assert figures.shown_as(1234.4, "1,234 s")

@@ -44,10 +44,17 @@ def test_a_converted_checkpoint_is_trained_on(
   )
   whole = load_recipe(f"{RECIPE}:{options},rank=0")
   assert (whole.optimizer.stage, whole.optimizer.learning_rate) == ("finetune_full", 2e-5)
-  assert cli.main([
-    "train", f"--config={RECIPE}:{options},rank=4", f"--workdir={tmp_path}/run",
-    "--config.train.steps=2",
-  ]) == 0  # fmt: skip
+  assert (
+    cli.main(
+      [
+        "train",
+        f"--config={RECIPE}:{options},rank=4",
+        f"--workdir={tmp_path}/run",
+        "--config.train.steps=2",
+      ]
+    )
+    == 0
+  )
   config = json.loads((tmp_path / "run/config.json").read_text())
   assert config["model"]["lora"] == {"rank": 4, "alpha": 8.0, "dropout": 0.05}
   assert config["data"]["tokenizer"] == str(merged / "tokenizer")

@@ -81,10 +81,13 @@ def test_a_run_goes_on(
 def test_options_of_recipes(name: str) -> None:
   with documents.stand_ins():
     old, new = (
-      train.load_recipe(f"{REPOSITORY}/configs/{name}.py:llm=x,{option}=none" if "smol" in name
-                        else f"{REPOSITORY}/configs/{name}.py:{option}=none")
+      train.load_recipe(
+        f"{REPOSITORY}/configs/{name}.py:llm=x,{option}=none"
+        if "smol" in name
+        else f"{REPOSITORY}/configs/{name}.py:{option}=none"
+      )
       for option in ("row", "variant")
-    )  # fmt: skip
+    )
   assert old == new
   assert new.model.projector.variant == "none"
 
@@ -118,7 +121,10 @@ def test_options_of_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
   for flag in ("--row", "--variant"):
     assert run_easy_vqa.parse([flag, "both"]).variant == "both"
     done = subprocess.run(  # told of the next option: this one was taken
-      ["bash", "scripts/easy_vqa_smollm2.sh", flag, "both", "--no-such"], cwd=REPOSITORY,
-      capture_output=True, text=True, check=False,
-    )  # fmt: skip
+      ["bash", "scripts/easy_vqa_smollm2.sh", flag, "both", "--no-such"],
+      cwd=REPOSITORY,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
     assert done.stderr == "unknown option --no-such; see --help\n"

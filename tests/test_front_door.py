@@ -53,8 +53,10 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_the_readme_runs(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
   """README's lines, on a folder of the original's format in place of the demo's run."""
   (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-  for written, there in ((README_RUN, REPOSITORY / "tests/golden/pooling/llava-lora"),
-                         (README_PICTURE, picture)):  # fmt: skip
+  for written, there in (
+    (README_RUN, REPOSITORY / "tests/golden/pooling/llava-lora"),
+    (README_PICTURE, picture),
+  ):
     assert code.count(written) == 1
     code = code.replace(written, str(there))
   exec(code, {})
@@ -81,9 +83,11 @@ def test_a_question_without_an_answer_is_an_error(
   model: llava.VisionLanguageModel, tmp_path: Path
 ) -> None:
   missing = tmp_path / "gone.png"
-  for ask in (lambda: model.answer(QUESTION, [missing], generation=SHORT),
-              lambda: model.loglikelihood(QUESTION, "red", [missing]),
-              lambda: model.encode_image(missing)):  # fmt: skip
+  for ask in (
+    lambda: model.answer(QUESTION, [missing], generation=SHORT),
+    lambda: model.loglikelihood(QUESTION, "red", [missing]),
+    lambda: model.encode_image(missing),
+  ):
     with pytest.raises(ValueError, match=r"gone\.png"):
       ask()
 

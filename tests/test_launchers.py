@@ -33,16 +33,21 @@ def shellcheck(*arguments: str, text: str | None = None) -> str:
   path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
   program = shutil.which("shellcheck", path=path)
   assert program, "no shellcheck: pip install -e '.[test]' -c constraints.txt brings it"
-  done = subprocess.run([program, *arguments], capture_output=True, text=True, cwd=REPOSITORY,
-                        input=text, check=False)  # fmt: skip
+  done = subprocess.run(
+    [program, *arguments], capture_output=True, text=True, cwd=REPOSITORY, input=text, check=False
+  )
   return done.stdout + done.stderr
 
 
 def launch(name: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-    ["bash", str(REPOSITORY / "scripts" / f"{name}.sh"), *options], capture_output=True, text=True,
-    cwd="/", env={**os.environ, "POLL_SECONDS": "0", **environment}, check=False,
-  )  # fmt: skip
+    ["bash", str(REPOSITORY / "scripts" / f"{name}.sh"), *options],
+    capture_output=True,
+    text=True,
+    cwd="/",
+    env={**os.environ, "POLL_SECONDS": "0", **environment},
+    check=False,
+  )
 
 
 def test_every_script_passes_shellcheck() -> None:
@@ -105,8 +110,9 @@ TRAIN = [
   "$ gcloud compute tpus tpu-vm scp {tmp}/llava-sp-jax-pod.tgz pod:llava-sp-jax.tgz --zone=here-1a"
   " --worker=all",
   "$ gcloud compute tpus tpu-vm ssh pod --zone=here-1a --worker=all '--command="
-  + ON_WORKER.format(setup=r"'\'''\''") + "'",
-]  # fmt: skip
+  + ON_WORKER.format(setup=r"'\'''\''")
+  + "'",
+]
 COMMANDS = {
   "launch_tpu_vm": [
     COPY,
@@ -144,8 +150,17 @@ def test_words_reach_the_worker_as_they_were_given(tmp_path: Path) -> None:
   remote = subprocess.check_output(["bash", "-c", show + line], text=True)
   inner = "tar() { :; }\nbash() { printf '%s\\n' \"$@\"; }\n"
   seen = subprocess.check_output(["bash", "-c", inner + remote], text=True).splitlines()
-  assert seen == ["llava-sp-jax/scripts/on_worker.sh", "--setup", "echo 'x'; y", "--", "--config",
-                  RECIPE, "--workdir", "/mnt/share/run", *words]  # fmt: skip
+  assert seen == [
+    "llava-sp-jax/scripts/on_worker.sh",
+    "--setup",
+    "echo 'x'; y",
+    "--",
+    "--config",
+    RECIPE,
+    "--workdir",
+    "/mnt/share/run",
+    *words,
+  ]
 
 
 def program(folder: Path, name: str, body: str) -> None:
@@ -212,8 +227,17 @@ exit "$code"
 
 
 def test_dry_run_of_a_job() -> None:
-  done = launch("launch_slurm", *JOB, "--sbatch-flag", "--partition=gpu", "--setup",
-                "module load cuda", "--dry-run", "--", "--config.train.keep=3")  # fmt: skip
+  done = launch(
+    "launch_slurm",
+    *JOB,
+    "--sbatch-flag",
+    "--partition=gpu",
+    "--setup",
+    "module load cuda",
+    "--dry-run",
+    "--",
+    "--config.train.keep=3",
+  )
   assert (done.returncode, done.stderr) == (0, "")
   first, _, script = done.stdout.partition(" <<EOF\n")
   assert first == (
@@ -266,9 +290,14 @@ def worker(tmp_path: Path) -> Iterator[Path]:
 
 
 def on_worker(folder: Path, *options: str) -> subprocess.Popen:
-  return subprocess.Popen(["bash", str(folder / "scripts" / "on_worker.sh"), *options], cwd="/",
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True)  # fmt: skip
+  return subprocess.Popen(
+    ["bash", str(folder / "scripts" / "on_worker.sh"), *options],
+    cwd="/",
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
 
 
 def wait_for(path: Path) -> None:

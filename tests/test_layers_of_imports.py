@@ -119,8 +119,9 @@ def test_rooms_are_kept_apart(who: str, what: str) -> None:
   mine = [name for name in MODULES if re.match(who, name)]
   assert mine, f"no module matches {who!r}"
   assert any(re.match(what, name) for name in MODULES), f"no module matches {what!r}"
-  wrong = {n: bad for n in mine
-           if (bad := [o for o in own_imports(MODULES[n]) if re.match(what, o)])}  # fmt: skip
+  wrong = {
+    n: bad for n in mine if (bad := [o for o in own_imports(MODULES[n]) if re.match(what, o)])
+  }
   assert not wrong
 
 
@@ -128,8 +129,9 @@ def test_rooms_are_kept_apart(who: str, what: str) -> None:
 def test_packages_that_a_room_does_without(who: str, packages: tuple[str, ...]) -> None:
   mine = [name for name in MODULES if re.match(who, name)]
   assert mine
-  wrong = {n: bad for n in mine
-           if (bad := {i.split(".")[0] for i in imports(MODULES[n])} & set(packages))}  # fmt: skip
+  wrong = {
+    n: bad for n in mine if (bad := {i.split(".")[0] for i in imports(MODULES[n])} & set(packages))
+  }
   assert not wrong
 
 

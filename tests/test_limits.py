@@ -63,8 +63,15 @@ def test_a_number_beyond_its_limit_is_named(
 def test_all_are_named_at_once_by_the_command_before_anything_is_made(
   tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-  code = cli.main(["train", "--config=easy_vqa", f"--workdir={tmp_path / 'run'}",
-                   "--config.train.steps=-4", "--config.train.log_every=0"])  # fmt: skip
+  code = cli.main(
+    [
+      "train",
+      "--config=easy_vqa",
+      f"--workdir={tmp_path / 'run'}",
+      "--config.train.steps=-4",
+      "--config.train.log_every=0",
+    ]
+  )
   assert code == 1
   assert capsys.readouterr().err == (
     "llava-sp train: train.steps: expected at least 1, found -4; train.log_every: expected at least "

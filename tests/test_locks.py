@@ -55,8 +55,14 @@ def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
     "except locks.LockError as error:\n  print(error)\n"
   )
   with locks.Lock(tmp_path / "run", "llava-sp train"):
-    said = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=REPOSITORY,
-                          capture_output=True, text=True, timeout=20, check=True).stdout  # fmt: skip
+    said = subprocess.run(
+      [sys.executable, "-c", code, str(tmp_path / "run")],
+      cwd=REPOSITORY,
+      capture_output=True,
+      text=True,
+      timeout=20,
+      check=True,
+    ).stdout
   assert f"run: in use by llava-sp train (process {os.getpid()} on {os.uname().nodename}" in said
   assert not (tmp_path / "run").exists(), "nothing was put there"
 
@@ -154,6 +160,12 @@ for _ in range(40):
   assert len(won) == len(holders) == 1, (len(won), len(holders))
   won[0].__exit__(None, None, None)
 """
-  done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY,
-                        capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)],
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr

@@ -147,8 +147,17 @@ def test_tests_run_with_the_package_of_their_copy(tmp_path: Path, value: int, co
 def test_records_of_sites_that_are_gone_are_left_out(tmp_path: Path) -> None:
   known = SITES[0]
   line = known.line()
-  values = {"room": known.room, "file": known.file, "line": line, "old": known.old,
-            "new": known.new, "hurts": known.hurts, "outcome": "noticed", "by": "x", "seconds": 1.0}  # fmt: skip
+  values = {
+    "room": known.room,
+    "file": known.file,
+    "line": line,
+    "old": known.old,
+    "new": known.new,
+    "hurts": known.hurts,
+    "outcome": "noticed",
+    "by": "x",
+    "seconds": 1.0,
+  }
   gone = {**values, "old": "nothing of the kind"}
   (tmp_path / "m.json").write_text(json.dumps({"figures": [values, gone]}))
   found = mutations.read(tmp_path / "m", SITES)

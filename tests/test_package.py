@@ -79,8 +79,9 @@ def test_both_stacks_are_allowed_for_their_python_alone(settings: dict[str, Any]
 
 def test_the_environment_takes_the_constraints_of_its_python() -> None:
   code = f"source scripts/environment.sh && constraints_of {sys.executable}"
-  done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=REPOSITORY,
-                        check=True)  # fmt: skip
+  done = subprocess.run(
+    ["bash", "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+  )
   expected = "3.11" if sys.version_info < (3, 12) else "3.12"
   assert done.stdout == f"{CONSTRAINTS[expected]}\n"
 
@@ -111,8 +112,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(REPOSITORY / name, folder)
   subprocess.run(
     [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('.')"],
-    cwd=folder, check=True, capture_output=True,
-  )  # fmt: skip
+    cwd=folder,
+    check=True,
+    capture_output=True,
+  )
   (file,) = folder.glob("*.whl")
   return file
 
@@ -128,9 +131,15 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
   assert about["License-Expression"] == "Apache-2.0"
   assert about["Project-URL"].startswith("Paper, https://")
   assert commands.split() == [
-    "[console_scripts]", "llava-sp", "=", "llava_sp_jax.cli:main",
-    "[lmms_eval.models]", "llava_sp_jax", "=", "llava_sp_jax.eval.lmms:manifest",
-  ]  # fmt: skip
+    "[console_scripts]",
+    "llava-sp",
+    "=",
+    "llava_sp_jax.cli:main",
+    "[lmms_eval.models]",
+    "llava_sp_jax",
+    "=",
+    "llava_sp_jax.eval.lmms:manifest",
+  ]
   asked = [Requirement(text) for text in about.get_all("Requires-Dist") or []]
   assert {"jax", "flax", "sphinx", "pytest"} <= {requirement.name for requirement in asked}
   assert "Programming Language :: Python :: 3.13" in (about.get_all("Classifier") or [])
@@ -151,15 +160,24 @@ def test_the_wheel_s_command_finds_its_recipes(wheel: Path, tmp_path: Path) -> N
   (tmp_path / "work").mkdir()
   done = subprocess.run(
     [sys.executable, "-m", "llava_sp_jax", "check", "--config=easy_vqa:stage=finetune"],
-    capture_output=True, text=True, cwd=tmp_path / "work", check=False,
+    capture_output=True,
+    text=True,
+    cwd=tmp_path / "work",
+    check=False,
     env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-  )  # fmt: skip
+  )
   assert done.returncode == 1
   assert done.stderr.startswith("llava-sp check: data/easy_vqa/tokenizer: no tokenizer here")
   known = subprocess.run(
-    [sys.executable, "-c",
-     "from llava_sp_jax import recipes; print(*recipes.known(), recipes.__file__, sep='\\n')"],
-    capture_output=True, text=True, cwd=tmp_path / "work", check=True,
+    [
+      sys.executable,
+      "-c",
+      "from llava_sp_jax import recipes; print(*recipes.known(), recipes.__file__, sep='\\n')",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path / "work",
+    check=True,
     env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-  ).stdout.split()  # fmt: skip
+  ).stdout.split()
   assert known == [*NAMES, str(tmp_path / "site" / "llava_sp_jax" / "recipes.py")]

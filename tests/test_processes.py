@@ -80,8 +80,14 @@ def test_who_is_alone_says_so_within_the_limit(capfd: pytest.CaptureFixture) -> 
     "import sys; from llava_sp_jax.distributed import processes; processes.START_SECONDS = 3\n"
     "processes.start({'coordinator': sys.argv[1], 'processes': '2', 'process': '0'})"
   )
-  done = subprocess.run([sys.executable, "-c", code, address], cwd=REPOSITORY, timeout=60,
-                        capture_output=True, text=True, check=False)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", code, address],
+    cwd=REPOSITORY,
+    timeout=60,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 1
   assert done.stderr == (
     "llava-sp: the processes of this run did not find each other within 3 s; are all of them "
@@ -239,10 +245,12 @@ def test_one_that_is_done_early_waits_for_those_that_answer() -> None:
   two = [
     subprocess.Popen(
       [sys.executable, "-c", EARLY, address, "2", str(i)],
-      cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+      cwd=REPOSITORY,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for i in range(2)
-  ]  # fmt: skip
+  ]
   said = [process.communicate(timeout=300)[1] for process in two]
   assert [process.returncode for process in two] == [0, 0], said
 
@@ -255,10 +263,12 @@ def test_the_death_of_one_ends_the_other(tmp_path: Path, victim: int) -> None:
   two = [
     subprocess.Popen(
       [sys.executable, "-c", LOOP, address, "2", str(i), str(tmp_path / f"begun{i}")],
-      cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+      cwd=REPOSITORY,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for i in range(2)
-  ]  # fmt: skip
+  ]
   until = time.monotonic() + 600
   while len(list(tmp_path.iterdir())) < 2:
     assert time.monotonic() < until

@@ -25,21 +25,33 @@ from tests.conftest import REPOSITORY
 # What stands in the original's scripts (FACTS: pretrain.sh, finetune_lora.sh), by recipe.
 PAPER: dict[str, dict[str, Any]] = {
   "pretrain": {
-    "train.steps": 2180, "train.batch_size": 256, "data.template": "plain",
-    "data.row_length": 2048, "model.lora.rank": 0, "optimizer.stage": "pretrain",
+    "train.steps": 2180,
+    "train.batch_size": 256,
+    "data.template": "plain",
+    "data.row_length": 2048,
+    "model.lora.rank": 0,
+    "optimizer.stage": "pretrain",
     "optimizer.projector_learning_rate": 1e-3,
   },
   "finetune_lora": {
-    "train.steps": 5197, "train.batch_size": 128, "data.template": "v1", "data.row_length": 2048,
-    "model.lora.rank": 128, "model.lora.alpha": 256.0, "model.lora.dropout": 0.05,
-    "optimizer.stage": "finetune", "optimizer.learning_rate": 2e-4,
+    "train.steps": 5197,
+    "train.batch_size": 128,
+    "data.template": "v1",
+    "data.row_length": 2048,
+    "model.lora.rank": 128,
+    "model.lora.alpha": 256.0,
+    "model.lora.dropout": 0.05,
+    "optimizer.stage": "finetune",
+    "optimizer.learning_rate": 2e-4,
     "optimizer.projector_learning_rate": 2e-5,
   },
-}  # fmt: skip
+}
 # What is not the paper's: LLaVA-1.5's finetune.sh, and stage 2 on quantised kernels.
 PAPER["finetune_full"] = PAPER["finetune_lora"] | {
-  "model.lora.rank": 0, "optimizer.stage": "finetune_full", "optimizer.learning_rate": 2e-5,
-}  # fmt: skip
+  "model.lora.rank": 0,
+  "optimizer.stage": "finetune_full",
+  "optimizer.learning_rate": 2e-5,
+}
 PAPER["finetune_qlora"] = PAPER["finetune_lora"] | {"model.quantize": "nf4"}
 SHARED = {"optimizer.warmup_ratio": 0.03, "optimizer.weight_decay": 0.0, "model.dtype": "bfloat16",
           "model.frozen_dtype": "bfloat16"}  # fmt: skip
@@ -106,8 +118,14 @@ def abstract_step(config: config_lib.Config, mesh: Any) -> tuple[Any, Any, tuple
   rows = NamedSharding(mesh, mesh_lib.BATCH)
   shape = (config.train.batch_size, config.data.row_length)
   side = config.model.tower.image_size
-  kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32,
-           "positions": jnp.int32, "segments": jnp.int32, "slots": jnp.int32}  # fmt: skip
+  kinds = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+    "positions": jnp.int32,
+    "segments": jnp.int32,
+    "slots": jnp.int32,
+  }
   batch = {k: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for k, kind in kinds.items()}
   images = (shape[0], config.data.images_per_row, side, side, 3)
   batch["images"] = jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows)
@@ -172,9 +190,11 @@ def test_what_learns_and_what_a_checkpoint_takes(line: tuple[str, ...]) -> None:
     )
   (small, small_bytes), (large, large_bytes) = found
   assert figures == [
-    f"{small / 1e6:,.0f}", f"{large / 1e6:,.0f}",
-    f"{small_bytes / 1e9:.1f}", f"{large_bytes / 1e9:.1f}",
-  ]  # fmt: skip
+    f"{small / 1e6:,.0f}",
+    f"{large / 1e6:,.0f}",
+    f"{small_bytes / 1e9:.1f}",
+    f"{large_bytes / 1e9:.1f}",
+  ]
 
 
 def test_the_table_of_sizes_is_found() -> None:

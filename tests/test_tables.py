@@ -51,16 +51,28 @@ def model(
     sizes = {"width": 64, "head_dim": 16, "mlp_width": 128}  # whole blocks
   return config_lib.ModelConfig(
     tower=config_lib.TowerConfig(
-      variant=tower, image_size=2 * grid, patch_size=2, width=WIDTH, layers=3, heads=2,
+      variant=tower,
+      image_size=2 * grid,
+      patch_size=2,
+      width=WIDTH,
+      layers=3,
+      heads=2,
       mlp_width=12,
     ),
     language_model=config_lib.LanguageModelConfig(
-      vocab_size=32, layers=2, heads=4, kv_heads=2, tie_embeddings=tied, attention_bias=bias,
+      vocab_size=32,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      tie_embeddings=tied,
+      attention_bias=bias,
       **sizes,
     ),
     projector=config_lib.ProjectorConfig(variant=variant, token_width=TOKEN_WIDTH),
-    lora=config_lib.LoraConfig(rank=rank), image_newline=True, quantize=quantize,
-  )  # fmt: skip
+    lora=config_lib.LoraConfig(rank=rank),
+    image_newline=True,
+    quantize=quantize,
+  )
 
 
 def leaves(config: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -380,16 +392,24 @@ def test_every_config_opens_with_its_command_and_refuses_unknown_options(path: P
 
 
 def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
-  values = {"modle": {}, "train": {"steps": "many", "stepz": 1}, "data": 3,
-            "model": {"remat": 1, "tower": {"width": True}, "projector": {"scales": [4, 8.5]}},
-            }  # fmt: skip
+  values = {
+    "modle": {},
+    "train": {"steps": "many", "stepz": 1},
+    "data": 3,
+    "model": {"remat": 1, "tower": {"width": True}, "projector": {"scales": [4, 8.5]}},
+  }
   with pytest.raises(config_lib.ConfigError) as error:
     config_lib.from_dict(values)
   lines = str(error.value).splitlines()[1:]
   assert [line.strip().partition(":")[0] for line in lines] == [
-    "config.modle", "config.train.stepz", "config.train.steps", "config.data",
-    "config.model.remat", "config.model.tower.width", "config.model.projector.scales[1]",
-  ]  # fmt: skip
+    "config.modle",
+    "config.train.stepz",
+    "config.train.steps",
+    "config.data",
+    "config.model.remat",
+    "config.model.tower.width",
+    "config.model.projector.scales[1]",
+  ]
   assert ", ".join(f.name for f in dataclasses.fields(config_lib.TrainConfig)) in str(error.value)
 
 
@@ -402,9 +422,13 @@ def test_runs_saved_before_policies_had_names_open(saved: bool, policy: str) -> 
 
 def test_numbers_typed_by_a_user_keep_their_kind() -> None:
   """Scales are whole numbers, image means are not; an empty list is one."""
-  config = config_lib.override(config_lib.Config(), {
-    "config.model.projector.scales": "4,8, 12", "config.data.image_mean": "(1, 0.5, 0)",
-  })  # fmt: skip
+  config = config_lib.override(
+    config_lib.Config(),
+    {
+      "config.model.projector.scales": "4,8, 12",
+      "config.data.image_mean": "(1, 0.5, 0)",
+    },
+  )
   assert config.model.projector.scales == (4, 8, 12)
   assert all(type(size) is int for size in config.model.projector.scales)
   assert config.data.image_mean == (1.0, 0.5, 0.0)

@@ -51,9 +51,11 @@ def test_an_error_is_one_line_whatever_it_names(
 def test_a_table_keeps_its_columns(capsys: pytest.CaptureFixture) -> None:
   text = tables.markdown(["kind", "n"], [[HOSTILE, "1"], ["b\\", "2"]])
   assert text.splitlines() == [
-    "| kind | n |", "| --- | --- |", f"| {SHOWN.replace(chr(92), 2 * chr(92)).replace('|', chr(92) + '|')} | 1 |",
+    "| kind | n |",
+    "| --- | --- |",
+    f"| {SHOWN.replace(chr(92), 2 * chr(92)).replace('|', chr(92) + '|')} | 1 |",
     "| b\\\\ | 2 |",
-  ]  # fmt: skip
+  ]
   tables.draw(HOSTILE, ["kind"], [["x"]])
   assert capsys.readouterr().out.startswith(f"{SHOWN}\n\n| kind |")
 
@@ -158,9 +160,13 @@ SHELL: list[tuple[str, int, str, str]] = [
 @pytest.mark.parametrize(("redirected", "code", "out", "err"), SHELL)
 def test_streams_may_be_closed_or_full(redirected: str, code: int, out: str, err: str) -> None:
   done = subprocess.run(
-    f"{sys.executable} -m llava_sp_jax --version {redirected}", shell=True, capture_output=True,
-    text=True, cwd=REPOSITORY, check=False,
-  )  # fmt: skip
+    f"{sys.executable} -m llava_sp_jax --version {redirected}",
+    shell=True,
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=False,
+  )
   assert (done.returncode, done.stderr) == (code, err)
   assert bool(done.stdout) == bool(out)
 
@@ -169,8 +175,17 @@ def test_help_may_be_read_in_part_and_in_ascii() -> None:
   command = f"{sys.executable} -m llava_sp_jax"
   done = subprocess.run(
     ["bash", "-c", f"set -o pipefail; {command} eval --help | true; {command} eval --list | wc -l"],
-    capture_output=True, text=True, cwd=REPOSITORY, check=True,
-    env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"},
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=True,
+    env={
+      **os.environ,
+      "PYTHONIOENCODING": "ascii",
+      "COLUMNS": "20",
+      "TERM": "dumb",
+      "NO_COLOR": "1",
+    },
+  )
   assert done.stderr == ""
   assert int(done.stdout) > 20

@@ -65,10 +65,13 @@ def plain(text: str) -> str:
   """Text in which reStructuredText finds code alone."""
   parts = re.split(r"(`+[^`]+`+)", text)
   return "".join(
-    f"``{part.strip('`')}``" + ("\\ " if re.match(r"\w", after) else "") if code else
-    re.sub(r"([\\*|`_])|::$|^(\.\. |[A-Za-z0-9]+[.)] )", lambda m: "\\" + m[0], part)
-    for code, part, after in zip((i % 2 for i in range(len(parts))), parts, [*parts[1:], ""], strict=True)
-  )  # fmt: skip
+    f"``{part.strip('`')}``" + ("\\ " if re.match(r"\w", after) else "")
+    if code
+    else re.sub(r"([\\*|`_])|::$|^(\.\. |[A-Za-z0-9]+[.)] )", lambda m: "\\" + m[0], part)
+    for code, part, after in zip(
+      (i % 2 for i in range(len(parts))), parts, [*parts[1:], ""], strict=True
+    )
+  )
 
 
 def field(section: str, lines: list[str]) -> Iterator[str]:
@@ -96,8 +99,10 @@ def paragraph(lines: list[str]) -> Iterator[str]:
   elif all(indented):
     yield from ("::", "", *lines)
   elif any(indented) and not lines[0].startswith("- "):
-    yield from (f"| {line[:-len(line.lstrip())] if line[0] == ' ' else ''}{plain(line.lstrip())}"
-                for line in lines)  # fmt: skip
+    yield from (
+      f"| {line[: -len(line.lstrip())] if line[0] == ' ' else ''}{plain(line.lstrip())}"
+      for line in lines
+    )
   else:
     yield from (line[: len(line) - len(line.lstrip())] + plain(line.lstrip()) for line in lines)
   yield ""
@@ -114,9 +119,7 @@ def paragraphs(lines: list[str]) -> Iterator[list[str]]:
       held.append(line.rstrip())
 
 
-def docstring(
-  app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:  # fmt: skip
+def docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
   lines[:] = [out for part in paragraphs(lines) for out in paragraph(part)]
 
 

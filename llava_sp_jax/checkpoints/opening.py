@@ -34,10 +34,12 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   form = build.quantization(own.config.model)
   model = build.unquantized(own.config.model)
   source = dataclasses.replace(
-    own, config=dataclasses.replace(own.config, model=model),
+    own,
+    config=dataclasses.replace(own.config, model=model),
     leaves=quantized.dequantize(own.leaves, form, model.frozen_dtype),
-    base=options.base or own.base, tower=options.tower or own.tower,
-  )  # fmt: skip
+    base=options.base or own.base,
+    tower=options.tower or own.tower,
+  )
   if not form or not verify:
     return source
   named = dataclasses.replace(source, leaves=own.originals or {}) if source.base else source
@@ -46,8 +48,11 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
 
 def base_fingerprint(source: Loaded) -> str:
   """Reads all that stage 2 does not train: tower and decoder without adapters."""
-  base = {p: leaf for p, leaf in source.leaves.items()
-          if not p.startswith("projector/") and not re.match(ADAPTERS, p)}  # fmt: skip
+  base = {
+    p: leaf
+    for p, leaf in source.leaves.items()
+    if not p.startswith("projector/") and not re.match(ADAPTERS, p)
+  }
   return fingerprints.fingerprint(AsFrozen(base, source.config.model.frozen_dtype))
 
 

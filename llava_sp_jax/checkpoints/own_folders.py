@@ -85,11 +85,18 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
   leaves: Leaves = {**frozen, **trained}
   tokenizer = Path(folder) / "tokenizer"
   return Loaded(
-    OURS, config, leaves, tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in leaves)),
-    tokenizer if tokenizer.is_dir() else None, base=places.reachable(about.get("base", "")),
-    tower=places.reachable(about.get("tower", "")), fingerprint=about["fingerprint"], step=step,
-    about=about, originals=originals if form else leaves,
-  )  # fmt: skip
+    OURS,
+    config,
+    leaves,
+    tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in leaves)),
+    tokenizer if tokenizer.is_dir() else None,
+    base=places.reachable(about.get("base", "")),
+    tower=places.reachable(about.get("tower", "")),
+    fingerprint=about["fingerprint"],
+    step=step,
+    about=about,
+    originals=originals if form else leaves,
+  )
 
 
 def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
@@ -182,8 +189,9 @@ def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
     if not path:
       continue
     leaves = _open_part(path, part, config)
-    wanted = {p: s for p, s in expected.items()
-              if p.startswith(part + "/") and not re.match(ADAPTERS, p)}  # fmt: skip
+    wanted = {
+      p: s for p, s in expected.items() if p.startswith(part + "/") and not re.match(ADAPTERS, p)
+    }
     fit(leaves, wanted, problems)
     refuse(f"init.{part} {path}", problems)
     found |= leaves

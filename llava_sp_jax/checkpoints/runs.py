@@ -102,8 +102,11 @@ def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[
       problems[step] = str(error)
       continue
     if newer := {number: why for number, why in problems.items() if number > step}:
-      print(f"llava-sp: WARNING: {folder}: {listed(newer)}; step {step} is used instead",
-            file=sys.stderr, flush=True)  # fmt: skip
+      print(
+        f"llava-sp: WARNING: {folder}: {listed(newer)}; step {step} is used instead",
+        file=sys.stderr,
+        flush=True,
+      )
     return place / "params", said, step
   if problems:
     raise CheckpointError(f"{folder}: no checkpoint can be used: {listed(problems)}")

@@ -34,9 +34,15 @@ def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progres
     (_Tracked, _Handler()), (jax.Array, arrays)
   )
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  handlers.add("params", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(
-    type_handler_registry=registry, use_zarr3=True, use_compression=False,
-  ))  # fmt: skip
+  handlers.add(
+    "params",
+    ocp.args.PyTreeSave,
+    ocp.PyTreeCheckpointHandler(
+      type_handler_registry=registry,
+      use_zarr3=True,
+      use_compression=False,
+    ),
+  )
   handlers.add("about", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
   options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   tracked = {path: _Tracked(leaf, progress) for path, leaf in leaves.items()}
@@ -107,10 +113,14 @@ class _Handler(ocp.type_handlers.TypeHandler):
       await info.await_path_creation()
       spec = ts.Spec(
         ocp.type_handlers.get_json_tspec_write(
-          info, use_ocdbt=True, global_shape=leaf.shape, local_shape=chunk(leaf),
-          dtype=leaf.dtype, process_index=process,
+          info,
+          use_ocdbt=True,
+          global_shape=leaf.shape,
+          local_shape=chunk(leaf),
+          dtype=leaf.dtype,
+          process_index=process,
         )
-      )  # fmt: skip
+      )
       for index in parts(leaf):
         turn += 1
         if turn % processes != process:

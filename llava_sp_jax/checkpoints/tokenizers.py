@@ -37,8 +37,10 @@ def open_tokenizer(source: Loaded) -> Tokenizer | None:
   if special:
     print(
       f"llava-sp: WARNING: {source.tokenizer}: {special} special tokens have no row in the embedding "
-      f"of {rows:,}; no text may name them", file=sys.stderr, flush=True,
-    )  # fmt: skip
+      f"of {rows:,}; no text may name them",
+      file=sys.stderr,
+      flush=True,
+    )
   if "projector" not in source.parts:
     return tokenizer
   name = source.config.data.template

@@ -18,9 +18,7 @@ from llava_sp_jax.distributed import processes
 from llava_sp_jax.progress import Progress
 
 
-def write(
-  source: Loaded, out: Path, dtype: str = "", command: str = "convert"
-) -> None:  # fmt: skip
+def write(source: Loaded, out: Path, dtype: str = "", command: str = "convert") -> None:
   """Writes a folder of ours with every leaf in it, streamed; call it in every process.
 
   It names no other folder, so it can be moved. A folder that an interrupted call of the same
@@ -46,10 +44,14 @@ def _write(source: Loaded, out: Path, dtype: str) -> None:
   train = dataclasses.replace(source.config.train, steps=0)
   config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.InitConfig())
   about = {
-    "fingerprint": fingerprints.fingerprint({}), "name": config.name, "stage": "convert",
-    "parts": list(source.parts), "format": source.format, "base": places.lasting(source.base),
+    "fingerprint": fingerprints.fingerprint({}),
+    "name": config.name,
+    "stage": "convert",
+    "parts": list(source.parts),
+    "format": source.format,
+    "base": places.lasting(source.base),
     "tower": places.lasting(source.tower),
-  }  # fmt: skip
+  }
   if jax.process_index() == 0:
     runs.write_config(out, config)
     (out / "checkpoints").mkdir(exist_ok=True)

@@ -164,8 +164,11 @@ def place(
   pairs = _pairs(tensors, of.path.parent, canonical)
   if not pairs:
     raise FormatError(f"{of.path.parent}: no adapters in it, though {FILE} is there")
-  odd = [pair.module for stem, pair in pairs.items()
-         if f"{stem}.weight" in base and of.wants(pair.module) is False]  # fmt: skip
+  odd = [
+    pair.module
+    for stem, pair in pairs.items()
+    if f"{stem}.weight" in base and of.wants(pair.module) is False
+  ]
   if odd:
     raise FormatError(
       f"{of.path.parent}: adapters of modules that {FILE} leaves out, so that PEFT would not use them: "
@@ -212,8 +215,11 @@ def fold(tensors: Tensors, of: Recipe) -> Tensors:
   """
   pairs = _pairs(tensors, of.path.parent, lambda name: name)
   pairs = {stem: pair for stem, pair in pairs.items() if not _DECODER.fullmatch(stem)}
-  result = {name: tensor for name, tensor in tensors.items()
-            if not (found := _PAIR.fullmatch(name)) or found["module"] not in pairs}  # fmt: skip
+  result = {
+    name: tensor
+    for name, tensor in tensors.items()
+    if not (found := _PAIR.fullmatch(name)) or found["module"] not in pairs
+  }
   homeless = []
   for stem, pair in pairs.items():
     weight = result.get(f"{stem}.weight")

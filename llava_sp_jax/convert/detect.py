@@ -41,15 +41,21 @@ def with_projector(
     names = tables.projector(variant, model.tower.width, sizes)
     unexpected: list[str] = []
     found = leaves.gather(mine, names, unexpected)
-    complete = {p: target.name for p, target in tables.by_path(names).items()
-                if model.image_newline or p != _NEWLINE}  # fmt: skip
+    complete = {
+      p: target.name
+      for p, target in tables.by_path(names).items()
+      if model.image_newline or p != _NEWLINE
+    }
     problems = [f"missing {name}" for p, name in complete.items() if p not in found]
     if not unexpected and not problems:
       width = next((found[p].shape[-1] for w in _WIDTHS for p in found if re.fullmatch(w, p)), 512)
       projector = dataclasses.replace(candidate.projector, token_width=width)
       candidate = dataclasses.replace(candidate, projector=projector)
-      expected = {p: s for p, s in flatten_dict(build.abstract(candidate), sep="/").items()
-                  if p.startswith("projector/")}  # fmt: skip
+      expected = {
+        p: s
+        for p, s in flatten_dict(build.abstract(candidate), sep="/").items()
+        if p.startswith("projector/")
+      }
       leaves.fit(found, expected, problems)
       if not problems:
         fitting.append(candidate)

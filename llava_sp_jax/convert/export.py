@@ -41,8 +41,10 @@ def _vision_tower(model: Loaded, out: Path) -> None:
   tower = model.config.model.tower
   torch_write.save_safetensors(_tower_tensors(model), out)
   _json(out / "config.json", settings_out.tower_json(tower, build.tower_layers(model.config.model)))
-  _json(out / "preprocessor_config.json",
-        settings_out.processor_json(model.config.data, tower.image_size))  # fmt: skip
+  _json(
+    out / "preprocessor_config.json",
+    settings_out.processor_json(model.config.data, tower.image_size),
+  )
 
 
 def _llava(model: Loaded, out: Path) -> None:
@@ -72,12 +74,23 @@ def _llava_lora(model: Loaded, out: Path) -> None:
   renamed = [t.renamed(f"base_model.model.{t.name}") for t in projector]
   torch_write.save_bin(renamed, out / "non_lora_trainables.bin")
   names = sorted({path.split("/")[-2] for path in adapters})
-  _json(out / "adapter_config.json", {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-    "r": lora.rank, "lora_alpha": _plain(lora.alpha), "lora_dropout": lora.dropout,
-    "target_modules": names, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-    "init_lora_weights": True, "modules_to_save": None,
-  })  # fmt: skip
+  _json(
+    out / "adapter_config.json",
+    {
+      "peft_type": "LORA",
+      "task_type": "CAUSAL_LM",
+      "base_model_name_or_path": base,
+      "r": lora.rank,
+      "lora_alpha": _plain(lora.alpha),
+      "lora_dropout": lora.dropout,
+      "target_modules": names,
+      "bias": "none",
+      "fan_in_fan_out": False,
+      "inference_mode": True,
+      "init_lora_weights": True,
+      "modules_to_save": None,
+    },
+  )
   _json(out / "config.json", {**settings_out.llava_json(config, tower), "_name_or_path": base})
   _note(model, out)
   if model.tokenizer:
@@ -136,10 +149,16 @@ def _projector_names(model: Loaded) -> tuple[tables.NameRule, ...]:
 def _note(model: Loaded, out: Path) -> None:
   """What the original's files do not say: the projector's variant, and which base was trained on."""
   projector = model.config.model.projector
-  _json(out / NOTE, {"variant": projector.variant, "scales": list(projector.scales),
-                     "template": model.config.data.template,
-                     "base_fingerprint": model.fingerprint,
-                     "base_dtype": model.config.model.frozen_dtype})  # fmt: skip
+  _json(
+    out / NOTE,
+    {
+      "variant": projector.variant,
+      "scales": list(projector.scales),
+      "template": model.config.data.template,
+      "base_fingerprint": model.fingerprint,
+      "base_dtype": model.config.model.frozen_dtype,
+    },
+  )
 
 
 def _dtype(tensors: list[Tensor]) -> str:

@@ -172,19 +172,26 @@ def _settings(config: config_lib.Config, tokens: _Tokens, rows: int) -> dict[str
   ids = {"bos_token_id": tokens.bos, "eos_token_id": ends or None, "pad_token_id": tokens.pad}
   text = settings_out.language_model_json(language_model, model.frozen_dtype)
   whole = {
-    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
     "text_config": {**text, **ids, "eos_token_id": ends[0] if ends else None},
     "vision_config": settings_out.tower_json(model.tower, build.tower_layers(model)),
-    "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-    "vision_feature_layer": -1, "vision_feature_select_strategy": strategy,
-    "image_seq_length": build.image_token_count(model), "image_token_index": tokens.image,
-    "torch_dtype": model.frozen_dtype, "tie_word_embeddings": language_model.tie_embeddings,
-  }  # fmt: skip
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": strategy,
+    "image_seq_length": build.image_token_count(model),
+    "image_token_index": tokens.image,
+    "torch_dtype": model.frozen_dtype,
+    "tie_word_embeddings": language_model.tie_embeddings,
+  }
   processor = {
-    "processor_class": "LlavaProcessor", "patch_size": model.tower.patch_size,
-    "vision_feature_select_strategy": strategy, "image_token": IMAGE,
+    "processor_class": "LlavaProcessor",
+    "patch_size": model.tower.patch_size,
+    "vision_feature_select_strategy": strategy,
+    "image_token": IMAGE,
     "num_additional_image_tokens": int(clip),
-  }  # fmt: skip
+  }
   generation = {**ids, "do_sample": False, "suppress_tokens": [tokens.image, *tokens.padded]}
   pixels = settings_out.processor_json(data, model.tower.image_size)
   if data.image_aspect == "pad":
@@ -196,9 +203,11 @@ def _settings(config: config_lib.Config, tokens: _Tokens, rows: int) -> dict[str
     }
   pixels["processor_class"] = "LlavaProcessor"
   return {
-    "config.json": whole, "processor_config.json": processor,
-    "preprocessor_config.json": pixels, "generation_config.json": generation,
-  }  # fmt: skip
+    "config.json": whole,
+    "processor_config.json": processor,
+    "preprocessor_config.json": pixels,
+    "generation_config.json": generation,
+  }
 
 
 _CHAT = """\
@@ -219,7 +228,13 @@ def chat_template(template: Template) -> str:
   if template.image_only:
     return ""
   first = template.before if template.first is None else template.first
-  values = {"system": template.system, "first": first, "before": template.before,
-            "after": template.after, "answer": template.answer, "end": template.end,
-            "image": f"{template.image}\n"}  # fmt: skip
+  values = {
+    "system": template.system,
+    "first": first,
+    "before": template.before,
+    "after": template.after,
+    "answer": template.answer,
+    "end": template.end,
+    "image": f"{template.image}\n",
+  }
   return _CHAT.format(**{name: json.dumps(text) for name, text in values.items()})

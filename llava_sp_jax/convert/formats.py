@@ -91,21 +91,28 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
     if said.get(key):
       config_lib.lookup(f"{note}: {key}", said[key], known)
   model = config_lib.ModelConfig(
-    tower=tower, language_model=llm or config_lib.LanguageModelConfig(),
+    tower=tower,
+    language_model=llm or config_lib.LanguageModelConfig(),
     lora=opened.recipe.lora if opened.recipe else config_lib.LoraConfig(),
     projector=config_lib.ProjectorConfig(variant="none"),
     image_newline="model.image_newline" in tensors,
-  )  # fmt: skip
+  )
   problems: list[str] = []
   if "projector" in parts:
     model = detect.with_projector(
-      model, tensors, options.variant or said.get("variant", ""), str(folder.path),
+      model,
+      tensors,
+      options.variant or said.get("variant", ""),
+      str(folder.path),
       scales=() if options.variant else tuple(said.get("scales", ())),
-    )  # fmt: skip
+    )
   found = leaves.gather(tensors.values(), _names(model, parts), problems)
   found = _used_layers(found, model)
-  expected = {p: s for p, s in flatten_dict(build.abstract(model), sep="/").items()
-              if p.split("/")[0] in parts}  # fmt: skip
+  expected = {
+    p: s
+    for p, s in flatten_dict(build.abstract(model), sep="/").items()
+    if p.split("/")[0] in parts
+  }
   leaves.fit(found, expected, problems)
   leaves.refuse(f"{folder.path} ({row.what})", problems)
   kind = _dtype(found)
@@ -116,19 +123,25 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   if "tokenizer_model_max_length" in opened.said:
     data["row_length"] = opened.said["tokenizer_model_max_length"]
   config = config_lib.Config(
-    name=folder.path.stem if name == "gguf" else folder.path.name, model=model,
-    data=config_lib.DataConfig(**data), train=config_lib.TrainConfig(steps=0),
-  )  # fmt: skip
+    name=folder.path.stem if name == "gguf" else folder.path.name,
+    model=model,
+    data=config_lib.DataConfig(**data),
+    train=config_lib.TrainConfig(steps=0),
+  )
   tokenizer = None
   if "language_model" in parts:  # a tower's texts are read by nobody here
     places.check_settings(opened.folders, options.allow_unknown)
     tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
   return Loaded(
-    name, checked(folder.path, config, parts), found, parts, tokenizer,
+    name,
+    checked(folder.path, config, parts),
+    found,
+    parts,
+    tokenizer,
     base=options.base or _base_name(folder, opened.recipe),
     tower=options.tower or opened.said.get("mm_vision_tower") or "",
     fingerprint=said.get("base_fingerprint", ""),
-  )  # fmt: skip
+  )
 
 
 def _tied(
@@ -183,8 +196,11 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   if "language_model" in row.parts and folder.config:
     values = settings.decoder(folder.config)
     own = settings.language_model(values, origin, allow)
-    names = [values.get("model_type"), values.get("_name_or_path"),
-             folder.config.get("_name_or_path")]  # fmt: skip
+    names = [
+      values.get("model_type"),
+      values.get("_name_or_path"),
+      folder.config.get("_name_or_path"),
+    ]
   if name == "peft":
     adapters.refuse_unfinished(path, folder.files, settings.is_llava(folder.config))
   recipe = adapters.recipe(path, allow)
@@ -208,9 +224,13 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
     {**base.tensors, **tensors},
     tuple(p for p in PARTS if p in row.parts or p in base.parts),
     (path, *base.folders),
-    folder.config if mine else base.config, path if mine else base.home,
-    said if mine else base.said, text, recipe, hints + base.names,
-  )  # fmt: skip
+    folder.config if mine else base.config,
+    path if mine else base.home,
+    said if mine else base.said,
+    text,
+    recipe,
+    hints + base.names,
+  )
 
 
 def _open_base(folder: Folder, recipe: adapters.Recipe | None, options: Options) -> _Opened:
@@ -227,8 +247,11 @@ def _open_base(folder: Folder, recipe: adapters.Recipe | None, options: Options)
 
 
 def _same_decoder(
-  own: config_lib.LanguageModelConfig | None, llm: config_lib.LanguageModelConfig | None, base: Path, path: Path
-) -> None:  # fmt: skip
+  own: config_lib.LanguageModelConfig | None,
+  llm: config_lib.LanguageModelConfig | None,
+  base: Path,
+  path: Path,
+) -> None:
   """Raises: FormatError where a folder's own sizes contradict its base's."""
   if not own or not llm:
     return
@@ -292,7 +315,7 @@ def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[table
       model.projector.variant, model.tower.width, build.view_sizes(model)
     ),
     "language_model": tables.LLAMA + tables.LORA,
-  }  # fmt: skip
+  }
   return tuple(row for part in parts for row in every[part])
 
 

@@ -124,9 +124,14 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
   import gguf
 
   kinds, file = gguf.GGMLQuantizationType, container.file
-  kind, plain = kinds(place.kind), {
-    kinds.F32: np.dtype(np.float32), kinds.F16: np.dtype(np.float16), kinds.BF16: BFLOAT16,
-  }  # fmt: skip
+  kind, plain = (
+    kinds(place.kind),
+    {
+      kinds.F32: np.dtype(np.float32),
+      kinds.F16: np.dtype(np.float16),
+      kinds.BF16: BFLOAT16,
+    },
+  )
   if kind in plain:
     dtype = plain[kind]
     count = place.size // dtype.itemsize
@@ -200,7 +205,7 @@ def _config(container: Container, allow_unknown: bool) -> Json:
     **_divided(container, head, result.get("rope_theta", 10000.0)),
     "rms_norm_eps": round(float(result["rms_norm_eps"]), 9),
     "tie_word_embeddings": "output.weight" not in tensors,
-  }  # fmt: skip
+  }
 
 
 def _stretched(said: Json) -> Json:
@@ -232,10 +237,15 @@ def _divided(container: Container, head: int, theta: float) -> Json:
     )
   if factor == 1.0:
     return {}
-  return {"rope_scaling": {
-    "rope_type": "llama3", "factor": factor, "low_freq_factor": _LOW, "high_freq_factor": _HIGH,
-    "original_max_position_embeddings": _TRAINED,
-  }}  # fmt: skip
+  return {
+    "rope_scaling": {
+      "rope_type": "llama3",
+      "factor": factor,
+      "low_freq_factor": _LOW,
+      "high_freq_factor": _HIGH,
+      "original_max_position_embeddings": _TRAINED,
+    }
+  }
 
 
 _TRAINED, _LOW, _HIGH = 8192, 1.0, 4.0

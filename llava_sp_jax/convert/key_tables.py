@@ -222,15 +222,17 @@ _VISION: Table = {
   "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 TOWERS: dict[str, Table] = {  # by `models.vit.TOWER_VARIANTS`
-  "clip": {**_VISION,
+  "clip": {
+    **_VISION,
     "hidden_act": only("CLIP's MLP here has the quick gelu", "quick_gelu"),
     "layer_norm_eps": only("CLIP's norms here have this epsilon", 1e-5),
   },
-  "siglip": {**_VISION,
+  "siglip": {
+    **_VISION,
     "hidden_act": only("SigLIP's MLP here has the tanh gelu", "gelu_pytorch_tanh"),
     "layer_norm_eps": only("SigLIP's norms here have this epsilon", 1e-6),
   },
-}  # fmt: skip
+}
 WHOLE_TOWER: Table = {  # config.json of the full CLIP or SigLIP
   **PRETRAINED,
   "vision_config": honored(GROUP, "the tower: its own table"),
@@ -241,8 +243,10 @@ WHOLE_TOWER: Table = {  # config.json of the full CLIP or SigLIP
   "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
 
-_NO_BASE = ("it changes the base's weights when PEFT loads it; save it as a plain LoRA (PEFT: "
-            "save_pretrained(.., path_initial_model_for_weight_conversion=..))")  # fmt: skip
+_NO_BASE = (
+  "it changes the base's weights when PEFT loads it; save it as a plain LoRA (PEFT: "
+  "save_pretrained(.., path_initial_model_for_weight_conversion=..))"
+)
 _OTHER_LORA = "another computation than LoRA's"
 ADAPTER: Table = {  # adapter_config.json
   "peft_type": only("LoRA is computed", "LORA"),

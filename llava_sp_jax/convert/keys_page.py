@@ -34,10 +34,16 @@ def page() -> str:
 
 
 def _section(table: Table) -> str:
-  honored = [f"| `{name}` | {key.why} | {key.kind.what} |\n" for name, key in table.items()
-             if key.place == keys.HONORED]  # fmt: skip
-  refused = [f"| `{name}` | {_values(key)} | {key.why} |\n" for name, key in table.items()
-             if key.place == keys.REFUSED]  # fmt: skip
+  honored = [
+    f"| `{name}` | {key.why} | {key.kind.what} |\n"
+    for name, key in table.items()
+    if key.place == keys.HONORED
+  ]
+  refused = [
+    f"| `{name}` | {_values(key)} | {key.why} |\n"
+    for name, key in table.items()
+    if key.place == keys.REFUSED
+  ]
   text = ""
   if honored:
     text += "| honored | what it decides | values |\n|---|---|---|\n" + "".join(honored) + "\n"

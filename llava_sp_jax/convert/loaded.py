@@ -34,8 +34,11 @@ class Loaded:
 
   def part(self, name: str, *, adapters: bool = False) -> Leaves:
     """The leaves of one part, or its adapters."""
-    return {p: leaf for p, leaf in self.leaves.items()
-            if p.startswith(name + "/") and is_adapter(p) == adapters}  # fmt: skip
+    return {
+      p: leaf
+      for p, leaf in self.leaves.items()
+      if p.startswith(name + "/") and is_adapter(p) == adapters
+    }
 
   def params(self) -> dict[str, np.ndarray]:
     """All leaves read, flat."""

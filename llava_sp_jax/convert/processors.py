@@ -53,9 +53,13 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def images(
-  values: Json, folder: Path, origin: Path, tower: config_lib.TowerConfig | None = None,
-  allow_unknown: bool = False, alone: bool = False,
-) -> Json:  # fmt: skip
+  values: Json,
+  folder: Path,
+  origin: Path,
+  tower: config_lib.TowerConfig | None = None,
+  allow_unknown: bool = False,
+  alone: bool = False,
+) -> Json:
   """Preprocessing as keys of `config.DataConfig`: the model's own choices, then the tower's processor.
 
   `values` is the LLaVA's config.json, or a tower's; `folder` holds the processor's settings; `alone`
@@ -110,8 +114,13 @@ def _canvases(listed: Any, processor: Json, path: Path) -> Any:
 
 
 def _files(
-  folder: Path, said: Json, allow_unknown: bool, tower: config_lib.TowerConfig | None, kind: str, alone: bool
-) -> list[tuple[Path, Json]]:  # fmt: skip
+  folder: Path,
+  said: Json,
+  allow_unknown: bool,
+  tower: config_lib.TowerConfig | None,
+  kind: str,
+  alone: bool,
+) -> list[tuple[Path, Json]]:
   """The files that say how pictures are prepared, and what is honored of each; one, or two.
 
   A tower alone may have none: then its class's defaults are taken, as transformers does.
@@ -128,8 +137,11 @@ def _files(
   if not found and joint.is_file():
     raise FormatError(f"{joint}: no image_processor in it: how pictures are prepared is not said")
   if not found and alone and tower:
-    sizes = {name: dict.fromkeys(names, tower.image_size)
-             for name, names in _DEFAULTS[_PROCESSORS[kind][0]].items() if name.endswith("size")}  # fmt: skip
+    sizes = {
+      name: dict.fromkeys(names, tower.image_size)
+      for name, names in _DEFAULTS[_PROCESSORS[kind][0]].items()
+      if name.endswith("size")
+    }
     found.append((folder, {"image_processor_type": kind, **sizes}))
   if not found:
     raise FormatError(
@@ -192,7 +204,7 @@ def _pixels(
     "image_resample": RESAMPLE[processor.get("resample", 3)],
     "image_mean": tuple(float(v) for v in processor["image_mean"]),
     "image_std": tuple(float(v) for v in processor["image_std"]),
-  }, aspect  # fmt: skip
+  }, aspect
 
 
 def _side(value: Any, path: Path) -> tuple[int | None, bool]:

@@ -31,8 +31,10 @@ FAMILIES = {
 
 TOWERS = {"clip": "clip", "clip_vision_model": "clip", "siglip": "siglip",
           "siglip_vision_model": "siglip"}  # fmt: skip
-_NAFLEX = ("SigLIP 2 of variable resolution (NaFlex) is not computed here; take one of fixed size, as "
-           "google/siglip2-so400m-patch14-384")  # fmt: skip
+_NAFLEX = (
+  "SigLIP 2 of variable resolution (NaFlex) is not computed here; take one of fixed size, as "
+  "google/siglip2-so400m-patch14-384"
+)
 OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # what is refused, and why
 
 
@@ -93,18 +95,23 @@ def language_model(
   heads = filled.num_attention_heads
   window = _window(filled, origin, said)
   return config_lib.LanguageModelConfig(
-    vocab_size=filled.vocab_size, width=filled.hidden_size, layers=filled.num_hidden_layers,
-    heads=heads, kv_heads=filled.num_key_value_heads or heads,
+    vocab_size=filled.vocab_size,
+    width=filled.hidden_size,
+    layers=filled.num_hidden_layers,
+    heads=heads,
+    kv_heads=filled.num_key_value_heads or heads,
     head_dim=getattr(filled, "head_dim", None) or filled.hidden_size // heads,
-    mlp_width=filled.intermediate_size, norm_eps=float(filled.rms_norm_eps),
+    mlp_width=filled.intermediate_size,
+    norm_eps=float(filled.rms_norm_eps),
     rope_theta=float(filled.rope_parameters["rope_theta"]),
-    rope_scaling=_rope(filled, origin), sliding_window=window,
+    rope_scaling=_rope(filled, origin),
+    sliding_window=window,
     window_from_layer=_window_start(filled) if window else 0,
     attention_bias=family == "qwen2",  # Qwen2 always has biases on q, k, v
     max_positions=filled.max_position_embeddings,
     tie_embeddings=filled.tie_word_embeddings,
     initializer_range=float(filled.initializer_range),
-  )  # fmt: skip
+  )
 
 
 def _window(filled: Any, origin: str, said: Json) -> int:
@@ -186,10 +193,15 @@ def tower(
   if not -count <= select_layer <= count or not select_layer:
     raise FormatError(f"{origin}: layer {select_layer} is selected of a tower with {count} layers")
   return config_lib.TowerConfig(
-    variant=variant, image_size=filled.image_size, patch_size=filled.patch_size,
-    width=filled.hidden_size, layers=count, heads=filled.num_attention_heads,
-    mlp_width=filled.intermediate_size, select_layer=select_layer,
-  )  # fmt: skip
+    variant=variant,
+    image_size=filled.image_size,
+    patch_size=filled.patch_size,
+    width=filled.hidden_size,
+    layers=count,
+    heads=filled.num_attention_heads,
+    mlp_width=filled.intermediate_size,
+    select_layer=select_layer,
+  )
 
 
 def _tower_group(whole: Json, origin: str) -> Any:

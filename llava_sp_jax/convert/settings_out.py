@@ -23,23 +23,38 @@ def language_model_json(model: config_lib.LanguageModelConfig, dtype: str) -> Js
   """A `config.json` that transformers reads (keys that versions 4 and 5 both know)."""
   kind = family(model)
   values: Json = {
-    "model_type": kind, "architectures": [_ARCHITECTURES[kind]], "vocab_size": model.vocab_size,
-    "hidden_size": model.width, "num_hidden_layers": model.layers,
-    "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
-    "head_dim": model.head_dim, "intermediate_size": model.mlp_width, "hidden_act": "silu",
-    "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
+    "model_type": kind,
+    "architectures": [_ARCHITECTURES[kind]],
+    "vocab_size": model.vocab_size,
+    "hidden_size": model.width,
+    "num_hidden_layers": model.layers,
+    "num_attention_heads": model.heads,
+    "num_key_value_heads": model.kv_heads,
+    "head_dim": model.head_dim,
+    "intermediate_size": model.mlp_width,
+    "hidden_act": "silu",
+    "rms_norm_eps": model.norm_eps,
+    "rope_theta": model.rope_theta,
     "rope_scaling": _rope_json(model.rope_scaling),
     "max_position_embeddings": model.max_positions,
-    "tie_word_embeddings": model.tie_embeddings, "initializer_range": model.initializer_range,
-    "torch_dtype": DTYPES[dtype], "use_cache": True,
-  }  # fmt: skip
+    "tie_word_embeddings": model.tie_embeddings,
+    "initializer_range": model.initializer_range,
+    "torch_dtype": DTYPES[dtype],
+    "use_cache": True,
+  }
   windowed: Json = {"sliding_window": model.sliding_window or None}
-  return values | {
-    "llama": {"attention_bias": False},
-    "mistral": windowed,
-    "qwen2": windowed | {"use_sliding_window": bool(model.sliding_window),
-                         "max_window_layers": model.window_from_layer},
-  }[kind]  # fmt: skip
+  return (
+    values
+    | {
+      "llama": {"attention_bias": False},
+      "mistral": windowed,
+      "qwen2": windowed
+      | {
+        "use_sliding_window": bool(model.sliding_window),
+        "max_window_layers": model.window_from_layer,
+      },
+    }[kind]
+  )
 
 
 def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
@@ -50,15 +65,24 @@ def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
 
 def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
   """Config of the vision part alone, with as many layers as are used."""
-  acts = {"clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
-          "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6)}  # fmt: skip
+  acts = {
+    "clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
+    "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6),
+  }
   kind, architecture, act, eps = acts[tower.variant]
   return {
-    "model_type": kind, "architectures": [architecture], "image_size": tower.image_size,
-    "patch_size": tower.patch_size, "hidden_size": tower.width, "num_hidden_layers": layers,
-    "num_attention_heads": tower.heads, "intermediate_size": tower.mlp_width, "hidden_act": act,
-    "layer_norm_eps": eps, "num_channels": 3,
-  }  # fmt: skip
+    "model_type": kind,
+    "architectures": [architecture],
+    "image_size": tower.image_size,
+    "patch_size": tower.patch_size,
+    "hidden_size": tower.width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": tower.heads,
+    "intermediate_size": tower.mlp_width,
+    "hidden_act": act,
+    "layer_norm_eps": eps,
+    "num_channels": 3,
+  }
 
 
 def processor_json(data: config_lib.DataConfig, size: int) -> Json:
@@ -67,18 +91,25 @@ def processor_json(data: config_lib.DataConfig, size: int) -> Json:
   square = {"height": size, "width": size}
   crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
   return {
-    "image_processor_type": kind, "do_resize": True,
-    "resample": RESAMPLE.index(data.image_resample), "do_rescale": True,
-    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(data.image_mean),
-    "image_std": list(data.image_std), "do_convert_rgb": True,
+    "image_processor_type": kind,
+    "do_resize": True,
+    "resample": RESAMPLE.index(data.image_resample),
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(data.image_mean),
+    "image_std": list(data.image_std),
+    "do_convert_rgb": True,
     **(crop if data.image_fit == "crop" else {"size": square}),
-  }  # fmt: skip
+  }
 
 
 def llava_json(config: config_lib.Config, tower: str) -> Json:
   """The original's `config.json`. Raises: FormatError for a decoder that the original lacks."""
-  kinds = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-           "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}  # fmt: skip
+  kinds = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+  }
   model, data = config.model, config.data
   if family(model.language_model) not in kinds:
     raise FormatError(
@@ -86,17 +117,28 @@ def llava_json(config: config_lib.Config, tower: str) -> Json:
       "llava_hf or language_model"
     )
   kind, architecture = kinds[family(model.language_model)]
-  anyres = {"image_grid_pinpoints": [list(p) for p in data.grid_pinpoints],
-            "mm_patch_merge_type": data.patch_merge}  # fmt: skip
+  anyres = {
+    "image_grid_pinpoints": [list(p) for p in data.grid_pinpoints],
+    "mm_patch_merge_type": data.patch_merge,
+  }
   return {
     **language_model_json(model.language_model, model.frozen_dtype),
-    "model_type": kind, "architectures": [architecture], "mm_vision_tower": tower,
-    "mm_hidden_size": model.tower.width, "mm_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": model.tower.select_layer, "mm_vision_select_feature": "patch",
-    "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
-    "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+    "model_type": kind,
+    "architectures": [architecture],
+    "mm_vision_tower": tower,
+    "mm_hidden_size": model.tower.width,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": model.tower.select_layer,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_mm_proj": True,
+    "tune_mm_mlp_adapter": False,
+    "freeze_mm_mlp_adapter": False,
     "mm_projector_lr": config.optimizer.projector_learning_rate,
-    "image_aspect_ratio": data.image_aspect, "mm_patch_merge_type": "flat",
-    "tokenizer_model_max_length": data.row_length, "tokenizer_padding_side": "right",
+    "image_aspect_ratio": data.image_aspect,
+    "mm_patch_merge_type": "flat",
+    "tokenizer_model_max_length": data.row_length,
+    "tokenizer_padding_side": "right",
     **(anyres if data.image_aspect == "anyres" else {}),
-  }  # fmt: skip
+  }

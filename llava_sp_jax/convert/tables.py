@@ -40,11 +40,14 @@ LLAMA = (
 
 _LAYER = "base_model.model.model.layers.{layer}."
 LORA = tuple(
-  NameRule(f"{_LAYER}{block}.{{p:{names}}}_proj.lora_{letter}.weight",
-      f"language_model/layers/{{p}}_proj/lora_{letter.lower()}", linear)
+  NameRule(
+    f"{_LAYER}{block}.{{p:{names}}}_proj.lora_{letter}.weight",
+    f"language_model/layers/{{p}}_proj/lora_{letter.lower()}",
+    linear,
+  )
   for block, names in (("self_attn", "q|k|v|o"), ("mlp", "gate|up|down"))
   for letter in "AB"
-)  # fmt: skip
+)
 
 _VISION = "vision_model.encoder.layers.{layer}."
 _BLOCKS = (
@@ -93,10 +96,11 @@ def _views(torch: str, view: str, last: str = "") -> Part:
   def part(channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
     names = [torch] * (len(scales) - 1) + [last or torch]
     return tuple(
-      NameRule(name.format(size=size, number=i + 1), f"projector/{view}_{i}/kernel",
-          whole_view(channels))
+      NameRule(
+        name.format(size=size, number=i + 1), f"projector/{view}_{i}/kernel", whole_view(channels)
+      )
       for i, (name, size) in enumerate(zip(names, scales, strict=True))
-    )  # fmt: skip
+    )
 
   return part
 
@@ -154,7 +158,7 @@ def _transformer(view: str) -> Part:
               f"{attention}.out_proj.weight", f"{ours}/layers/{norm}_attn/o_proj/kernel", linear
             ),
           ]
-    return tuple(rows)  # fmt: skip
+    return tuple(rows)
 
   return part
 

@@ -59,8 +59,13 @@ def _pickled(tensors: list[Tensor], kinds: dict[np.dtype, str]) -> bytes:
     count = int(np.prod(tensor.shape))
     strides = [int(np.prod(tensor.shape[axis + 1 :])) for axis in range(len(tensor.shape))]
     put(text(tensor.name), name("torch._utils", "_rebuild_tensor_v2"), pickle.MARK)
-    storage = (text("storage"), name("torch", kinds[tensor.dtype]), text(str(i)), text("cpu"),
-               number(count))  # fmt: skip
+    storage = (
+      text("storage"),
+      name("torch", kinds[tensor.dtype]),
+      text(str(i)),
+      text("cpu"),
+      number(count),
+    )
     put(pickle.MARK, *storage, pickle.TUPLE, pickle.BINPERSID)
     put(number(0), numbers(tensor.shape), numbers(strides), pickle.NEWFALSE)
     put(name("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE)

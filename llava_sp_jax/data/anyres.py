@@ -59,8 +59,11 @@ class Reader:
     lookup("data.patch_merge", data.patch_merge, MERGES)
     if data.patch_merge == "spatial_unpad" and not tile.newline:
       raise ConfigError("data.patch_merge: 'spatial_unpad' needs model.image_newline=true")
-    odd = [p for p in data.grid_pinpoints
-           if len(p) != 2 or min(p) < tile.size or any(side % tile.size for side in p)]  # fmt: skip
+    odd = [
+      p
+      for p in data.grid_pinpoints
+      if len(p) != 2 or min(p) < tile.size or any(side % tile.size for side in p)
+    ]
     if data.image_aspect == "anyres" and (odd or not data.grid_pinpoints):
       raise ConfigError(
         f"data.grid_pinpoints: {odd or 'none'} given; anyres needs (width, height) pairs that are "

@@ -87,9 +87,13 @@ class Checker:
   """Checks samples one by one; safe to call from several threads."""
 
   def __init__(
-    self, data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, seed: int = 0,
+    self,
+    data: config_lib.DataConfig,
+    tokenizer: Tokenizer,
+    tile: anyres.Tile,
+    seed: int = 0,
     split: str = validation_split.TRAIN,
-  ):  # fmt: skip
+  ):
     """`seed` is the run's: it draws turns as the first epoch does. `split` is one of `validation_split`.
 
     Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
@@ -154,10 +158,15 @@ def folder_of(name: str) -> str:
 
 
 def check(
-  data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, images: int | None = 1000,
-  samples: int | None = None, progress: Callable[[CheckReport], None] = lambda report: None,
-  seed: int = 0, split: str = validation_split.TRAIN,
-) -> CheckReport:  # fmt: skip
+  data: config_lib.DataConfig,
+  tokenizer: Tokenizer,
+  tile: anyres.Tile,
+  images: int | None = 1000,
+  samples: int | None = None,
+  progress: Callable[[CheckReport], None] = lambda report: None,
+  seed: int = 0,
+  split: str = validation_split.TRAIN,
+) -> CheckReport:
   """Checks a data set.
 
   Args:
@@ -172,9 +181,11 @@ def check(
   """
   checker = Checker(data, tokenizer, tile, seed, split)
   total, draw = len(checker.source), random.Random(0)
-  chosen = range(total) if samples is None or samples >= total else sorted(
-    draw.sample(range(total), samples)
-  )  # fmt: skip
+  chosen = (
+    range(total)
+    if samples is None or samples >= total
+    else sorted(draw.sample(range(total), samples))
+  )
   every = images is None or images >= len(chosen)
   decoded = set(chosen if every else draw.sample(chosen, images or 0))
   report = CheckReport(total)

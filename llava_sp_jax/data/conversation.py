@@ -45,32 +45,68 @@ class Template:
 
 def single(system: str, example: str = "", image: str = IMAGE) -> Template:
   """`###` ends every turn. The original trains another text than it prompts with."""
-  trained = Template(f"{system}\n\n### ", "Human: ", "\n### Assistant:", " ", "\n### ",
-                     unanswered="\n### ", image=image, empty_reply=True)  # fmt: skip
-  return Template(f"{system}###{example}", "Human: ", "###Assistant:", " ", "###", image=image,
-                  training=trained,
-                  with_system=functools.partial(single, example=example, image=image))  # fmt: skip
+  trained = Template(
+    f"{system}\n\n### ",
+    "Human: ",
+    "\n### Assistant:",
+    " ",
+    "\n### ",
+    unanswered="\n### ",
+    image=image,
+    empty_reply=True,
+  )
+  return Template(
+    f"{system}###{example}",
+    "Human: ",
+    "###Assistant:",
+    " ",
+    "###",
+    image=image,
+    training=trained,
+    with_system=functools.partial(single, example=example, image=image),
+  )
 
 
 def two(system: str, image: str = IMAGE) -> Template:
   """A blank ends a question, `</s>` an answer."""
-  return Template(f"{system} ", "USER: ", " ASSISTANT:", " ", "</s>", unanswered=" ", image=image,
-                  with_system=functools.partial(two, image=image))  # fmt: skip
+  return Template(
+    f"{system} ",
+    "USER: ",
+    " ASSISTANT:",
+    " ",
+    "</s>",
+    unanswered=" ",
+    image=image,
+    with_system=functools.partial(two, image=image),
+  )
 
 
 def chatml(system: str, gap: str = "") -> Template:
   """`<|im_end|>` and `gap` end every turn."""
   end = f"<|im_end|>{gap}"
-  return Template(f"<|im_start|>system\n{system}{end}", "<|im_start|>user\n",
-                  f"{end}<|im_start|>assistant\n", "", end, unanswered=end,
-                  with_system=functools.partial(chatml, gap=gap))  # fmt: skip
+  return Template(
+    f"<|im_start|>system\n{system}{end}",
+    "<|im_start|>user\n",
+    f"{end}<|im_start|>assistant\n",
+    "",
+    end,
+    unanswered=end,
+    with_system=functools.partial(chatml, gap=gap),
+  )
 
 
 def llama_2(system: str, start: str) -> Template:
   """`[INST]` around a question; the system text stands inside the first."""
   first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
-  return Template("", f"{start}[INST] ", " [/INST]", " ", " </s>", first=first,
-                  with_system=functools.partial(llama_2, start=start))  # fmt: skip
+  return Template(
+    "",
+    f"{start}[INST] ",
+    " [/INST]",
+    " ",
+    " </s>",
+    first=first,
+    with_system=functools.partial(llama_2, start=start),
+  )
 
 
 def plain() -> Template:

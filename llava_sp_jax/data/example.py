@@ -88,9 +88,13 @@ def total_length(
 
 
 def layout(
-  runs: list[Run], plans: Sequence[TokenPlan], row_length: int, row_tiles: int = 0, segment: int = 1,
+  runs: list[Run],
+  plans: Sequence[TokenPlan],
+  row_length: int,
+  row_tiles: int = 0,
+  segment: int = 1,
   first_tile: int = 0,
-) -> TokenRow:  # fmt: skip
+) -> TokenRow:
   """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
 
   The tiles of a row's images follow each other, the first of this sample is `first_tile`.
@@ -119,9 +123,13 @@ def layout(
       at += count
     ends[run.branch] = at
   row: dict[str, list[Any]] = {
-    "tokens": ids, "positions": positions, "segments": segments, "slots": slots,
-    "targets": [*ids[1:], 0], "weights": [*supervised[1:], False],
-  }  # fmt: skip
+    "tokens": ids,
+    "positions": positions,
+    "segments": segments,
+    "slots": slots,
+    "targets": [*ids[1:], 0],
+    "weights": [*supervised[1:], False],
+  }
   fill = {"slots": -1}
   arrays = {}
   for name, values in row.items():

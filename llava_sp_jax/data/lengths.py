@@ -65,9 +65,16 @@ class Lengths:
   """`sizes(epoch)`: measured, read from the file of an earlier pass, or the same as before."""
 
   def __init__(
-    self, source: sources.Source, tokenizer: Tokenizer, data: config_lib.DataConfig, tile: anyres.Tile,
-    seed: int, quarantine: Quarantine, folder: Path | None = None, say: Say | None = None,
-  ):  # fmt: skip
+    self,
+    source: sources.Source,
+    tokenizer: Tokenizer,
+    data: config_lib.DataConfig,
+    tile: anyres.Tile,
+    seed: int,
+    quarantine: Quarantine,
+    folder: Path | None = None,
+    say: Say | None = None,
+  ):
     """`folder` is where passes are kept (None: nowhere); `say` is told how far one is."""
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
@@ -101,11 +108,13 @@ class Lengths:
     """A hash of all that sizes depend on, but for the images themselves."""
     data = dataclasses.asdict(self._data)
     about = {
-      "version": VERSION, "source": self._source.fingerprint(), "tile": self._tile.__dict__,
+      "version": VERSION,
+      "source": self._source.fingerprint(),
+      "tile": self._tile.__dict__,
       "tokenizer": self._tokenizer.fingerprint(),
       "data": {k: v for k, v in data.items() if k not in NOT_MEASURED},
       "draws": [self._seed, epoch] if self._data.turns_per_row else None,
-    }  # fmt: skip
+    }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
   def _measure(self, epoch: int) -> Measured:
@@ -227,8 +236,13 @@ def _save(measured: Measured, path: Path) -> None:
   errors = json.dumps(sorted(measured.errors.items()))
   try:
     with folders.written(path), part.open("wb") as file:
-      np.savez(file, lengths=measured.lengths, totals=measured.totals, tiles=measured.tiles,
-               errors=np.array(errors))  # fmt: skip
+      np.savez(
+        file,
+        lengths=measured.lengths,
+        totals=measured.totals,
+        tiles=measured.tiles,
+        errors=np.array(errors),
+      )
     part.replace(path)
   finally:
     part.unlink(missing_ok=True)

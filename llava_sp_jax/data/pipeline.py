@@ -47,9 +47,14 @@ class RowMaker:
   """Reads the samples of a row; the place of a bad one stays empty, and it is quarantined."""
 
   def __init__(
-    self, source: sources.Source, writer: samples.SampleEncoder, data: config_lib.DataConfig, side: int,
-    seed: int, quarantine: Quarantine,
-  ):  # fmt: skip
+    self,
+    source: sources.Source,
+    writer: samples.SampleEncoder,
+    data: config_lib.DataConfig,
+    side: int,
+    seed: int,
+    quarantine: Quarantine,
+  ):
     self._source, self._writer, self._data, self._side = source, writer, data, side
     self._seed, self._quarantine = seed, quarantine
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
@@ -124,9 +129,14 @@ class Batches(grain.DatasetIterator):
   """
 
   def __init__(
-    self, stream: packing.Stream, row_maker: RowMaker, batch_size: int, rows: Sequence[int],
-    threads: int, usable: Sequence[int],
-  ):  # fmt: skip
+    self,
+    stream: packing.Stream,
+    row_maker: RowMaker,
+    batch_size: int,
+    rows: Sequence[int],
+    threads: int,
+    usable: Sequence[int],
+  ):
     """`usable` samples are in each epoch."""
     super().__init__()
     self.stream, self.usable = stream, usable
@@ -206,10 +216,17 @@ def open_source(
 
 
 def make(
-  data: config_lib.DataConfig, tokenizer: Tokenizer, tile: anyres.Tile, batch_size: int, seed: int,
-  quarantine: Quarantine | None = None, rows: Sequence[int] | None = None,
-  split: str = validation_split.TRAIN, folder: Path | None = None, say: Say | None = None,
-) -> Batches:  # fmt: skip
+  data: config_lib.DataConfig,
+  tokenizer: Tokenizer,
+  tile: anyres.Tile,
+  batch_size: int,
+  seed: int,
+  quarantine: Quarantine | None = None,
+  rows: Sequence[int] | None = None,
+  split: str = validation_split.TRAIN,
+  folder: Path | None = None,
+  say: Say | None = None,
+) -> Batches:
   """Batches of `batch_size` rows over all processes, of which `rows` are made here (None: all).
 
   A batch has tokens, targets, weights, positions, segments, slots [B, T], images [B, M, H, W, 3]
@@ -231,8 +248,16 @@ def make(
   mine = np.asarray(members, np.int32)
   if packed.measured:
     main = 0 in rows  # every process finds the same bad samples; one writes them down
-    lengths = Lengths(source, tokenizer, data, tile, seed, quarantine if main else Quarantine(),
-                      folder, say if main else None)  # fmt: skip
+    lengths = Lengths(
+      source,
+      tokenizer,
+      data,
+      tile,
+      seed,
+      quarantine if main else Quarantine(),
+      folder,
+      say if main else None,
+    )
 
     def sizes(epoch: int) -> packing.Sizes:
       found = lengths.sizes(epoch)

@@ -35,9 +35,13 @@ def dialogue(
 
 
 def question(
-  text: str, images: int, template: Template, tokenizer: Tokenizer, system: str | None = None,
+  text: str,
+  images: int,
+  template: Template,
+  tokenizer: Tokenizer,
+  system: str | None = None,
   reply: str = "",
-) -> list[Run]:  # fmt: skip
+) -> list[Run]:
   """Ids of one open question, as training would have them in front of its reply.
 
   `images` stand in front of a question that does not place them, `system` in place of the template's

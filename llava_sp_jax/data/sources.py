@@ -66,10 +66,11 @@ class _Images:
 def _files(folder: Path, sample: Any) -> list[File]:
   images = forms.read(sample).images
   return [
-    (folder / image, "") if isinstance(image, str)
+    (folder / image, "")
+    if isinstance(image, str)
     else (io.BytesIO(image), f"{number} of sample {sample.get('id')!r:.60}")
     for number, image in enumerate(images)
-  ]  # fmt: skip
+  ]
 
 
 def _sizes(folder: Path, sample: Any) -> list[tuple[int, int]]:

@@ -19,9 +19,11 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def create(
-  config: config_lib.MeshConfig, batch_size: int | None = None, accumulate: int = 1,
+  config: config_lib.MeshConfig,
+  batch_size: int | None = None,
+  accumulate: int = 1,
   devices: Sequence[Any] | None = None,
-) -> Mesh:  # fmt: skip
+) -> Mesh:
   """A mesh with axes data, fsdp, tensor (Auto axes) over all devices, or `devices` if given.
 
   Raises:

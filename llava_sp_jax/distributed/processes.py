@@ -81,9 +81,10 @@ def start(
   if jax.distributed.is_initialized():
     return
   waits: dict[str, Any] = {
-    "heartbeat_timeout_seconds": peer_seconds, "shutdown_timeout_seconds": peer_seconds,
+    "heartbeat_timeout_seconds": peer_seconds,
+    "shutdown_timeout_seconds": peer_seconds,
     "initialization_timeout": START_SECONDS + 60,  # JAX's own end is a fault with a stack
-  }  # fmt: skip
+  }
   if flags:
     coordinator, count, index = parse(flags)
     (_reach if index else _check_free)(coordinator)
@@ -101,9 +102,12 @@ def start(
 
 
 def _give_up() -> None:
-  print(f"llava-sp: the processes of this run did not find each other within {START_SECONDS} s; are "
-        "all of them started, with the same --coordinator and --processes?",
-        file=sys.stderr, flush=True)  # fmt: skip
+  print(
+    f"llava-sp: the processes of this run did not find each other within {START_SECONDS} s; are "
+    "all of them started, with the same --coordinator and --processes?",
+    file=sys.stderr,
+    flush=True,
+  )
   os._exit(1)
 
 
@@ -141,8 +145,10 @@ def _reach(coordinator: str) -> None:
         ) from None
       if not told and waited > START_SECONDS / 30:
         told = True
-        print(f"waiting for process 0 at {coordinator} ({error}), for up to {START_SECONDS} s",
-              flush=True)  # fmt: skip
+        print(
+          f"waiting for process 0 at {coordinator} ({error}), for up to {START_SECONDS} s",
+          flush=True,
+        )
       time.sleep(min(1.0, START_SECONDS / 10))
 
 

@@ -12,9 +12,14 @@ from llava_sp_jax.tasks.task import Task
 
 
 def evaluate(
-  model: VisionLanguageModel, task: str | Task, data: str | Path = "", *, out: str | Path,
-  limit: int = 0, generation: Generation | None = None,
-) -> dict[str, object]:  # fmt: skip
+  model: VisionLanguageModel,
+  task: str | Task,
+  data: str | Path = "",
+  *,
+  out: str | Path,
+  limit: int = 0,
+  generation: Generation | None = None,
+) -> dict[str, object]:
   """Asks a model the questions of a benchmark and scores its answers.
 
   What `out` already answers is not asked again.

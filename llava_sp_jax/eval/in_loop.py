@@ -93,7 +93,10 @@ class InLoop:
       print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
       return {}
     metric = tables.figure(scores)
-    kinds = {f"eval_score/{kind}": row[metric] for kind, row in scores["by_kind"].items()
-             if metric in row and kind != "all"}  # fmt: skip
+    kinds = {
+      f"eval_score/{kind}": row[metric]
+      for kind, row in scores["by_kind"].items()
+      if metric in row and kind != "all"
+    }
     score = {} if scores["headline"] is None else {"eval_score": scores["headline"]}
     return {**score, "eval_answered": scores["answered"], **kinds}

@@ -58,10 +58,12 @@ def reads(pretrained: Pretrained) -> dict[str, Any]:
   """`inputs` (template, tokenizer, pictures) and `model` (sizes, dtype) that answers depend on."""
   config, model = pretrained.config, dataclasses.asdict(pretrained.config.model)
   return {
-    "inputs": {**{name: getattr(config.data, name) for name in INPUTS},
-               "tokenizer": pretrained.tokenizer.fingerprint()[:16]},
+    "inputs": {
+      **{name: getattr(config.data, name) for name in INPUTS},
+      "tokenizer": pretrained.tokenizer.fingerprint()[:16],
+    },
     "model": {name: value for name, value in model.items() if name not in NO_MATTER},
-  }  # fmt: skip
+  }
 
 
 def _host() -> Any:
@@ -73,10 +75,16 @@ def _host() -> Any:
 
 
 def run(
-  task: Task, engine: Engine, out: str | Path, limit: int = 0, model: ModelIdentity | None = None,
-  part: Part | None = None, retry: bool = False, compare: str | Path = "",
+  task: Task,
+  engine: Engine,
+  out: str | Path,
+  limit: int = 0,
+  model: ModelIdentity | None = None,
+  part: Part | None = None,
+  retry: bool = False,
+  compare: str | Path = "",
   each: Callable[[Record], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   """Answers every item, writes `predictions.jsonl`, `scores.json` and `index.html` in `out`.
 
   What `out` already answers is not asked again. An item without an answer (an image that cannot be
@@ -106,9 +114,10 @@ def run(
   places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
   mine = [
-    item for item in part.choose(items)
+    item
+    for item in part.choose(items)
     if item.id not in found or (retry and found[item.id]["error"])
-  ]  # fmt: skip
+  ]
   if len(mine) < len(items) and found:
     print(f"{folder}: {len(found)} questions are answered already", flush=True)
   if retry:
@@ -116,8 +125,12 @@ def run(
   with predictions.PredictionWriter(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
     _ask(task, engine, mine, places, writer, each or Scored(len(mine)))
-    session = {"part": str(part), "asked": len(mine), "seconds": time.monotonic() - started,
-               "engine": {k: n - before[k] for k, n in counts(engine).items()}}  # fmt: skip
+    session = {
+      "part": str(part),
+      "asked": len(mine),
+      "seconds": time.monotonic() - started,
+      "engine": {k: n - before[k] for k, n in counts(engine).items()},
+    }
     predictions.append(folder / part.named("sessions"), session)
   missing = len(_missing(items, predictions.read(folder)))
   if missing:
@@ -145,8 +158,10 @@ def questions(task: Task) -> list[Item]:
   odd = [key for key, count in counts.items() if count > 1]
   odd += [repr(item.id) for item in items if not isinstance(item.id, str)]
   if odd:
-    raise EvalError(f"{task.name}: ids that are no text, or stand more than once: "
-                    f"{', '.join(odd[:3])}; an answer is found by its item's id")  # fmt: skip
+    raise EvalError(
+      f"{task.name}: ids that are no text, or stand more than once: "
+      f"{', '.join(odd[:3])}; an answer is found by its item's id"
+    )
   return items
 
 
@@ -154,9 +169,11 @@ def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]
   """What an answer depends on; the batch, the mesh and the hosts are not among it."""
   return {
     **asked(task),
-    "fingerprint": {"base": model.base, "loaded": model.loaded}, **model.reads,
-    "generation": dataclasses.asdict(engine.generation), "version": __version__,
-  }  # fmt: skip
+    "fingerprint": {"base": model.base, "loaded": model.loaded},
+    **model.reads,
+    "generation": dataclasses.asdict(engine.generation),
+    "version": __version__,
+  }
 
 
 def asked(task: Task) -> dict[str, str]:
@@ -171,9 +188,13 @@ def counts(engine: Engine) -> dict[str, int]:
 
 
 def _ask(
-  task: Task, engine: Engine, items: Sequence[Item], places: Mapping[str, int],
-  writer: predictions.PredictionWriter, each: Callable[[Record], None],
-) -> None:  # fmt: skip
+  task: Task,
+  engine: Engine,
+  items: Sequence[Item],
+  places: Mapping[str, int],
+  writer: predictions.PredictionWriter,
+  each: Callable[[Record], None],
+) -> None:
   """`places` in the whole set: by them samples are drawn, so a part or a resumed run draws the same."""
   requests = (Request(item.question, item.images, number=places[item.id]) for item in items)
   answers: Any = engine.as_ready(requests)
@@ -187,11 +208,16 @@ def _ask(
 def record(task: Task, item: Item, answer: Answer) -> Record:
   """One line of predictions.jsonl."""
   return {
-    "id": item.id, "question": item.question, "images": list(predictions.image_names(item)),
-    "kind": item.kind, "truth": item.truth, "text": answer.text, "error": answer.error,
+    "id": item.id,
+    "question": item.question,
+    "images": list(predictions.image_names(item)),
+    "kind": item.kind,
+    "truth": item.truth,
+    "text": answer.text,
+    "error": answer.error,
     "margin": round(answer.margin, 4) if math.isfinite(answer.margin) else None,
     "verdict": {} if answer.error else _verdict(task, item, answer.text),
-  }  # fmt: skip
+  }
 
 
 def _verdict(task: Task, item: Item, text: str) -> dict[str, Any]:
@@ -276,9 +302,13 @@ def _known(task: Task, item: Item, record: Record, result: Scores) -> Record:
 
 
 def _score(
-  task: Task, folder: Path, items: list[Item], records: list[Record], result: Scores,
+  task: Task,
+  folder: Path,
+  items: list[Item],
+  records: list[Record],
+  result: Scores,
   saved: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
   answers = predictions.as_predictions(records)
   judged = [r for r in records if not r["error"] and "score" in r["verdict"]]
   sessions, torn = predictions.read_sessions(folder)
@@ -294,20 +324,26 @@ def _score(
   if not files:
     upload.rmdir()
   return {
-    "task": task.name, "protocol": task.protocol, "variant": getattr(task, "variant", {}),
+    "task": task.name,
+    "protocol": task.protocol,
+    "variant": getattr(task, "variant", {}),
     **{k: v for k, v in dataclasses.asdict(result).items() if k != "verdicts"},
-    "interval": interval.bootstrap([float(r["verdict"]["score"]) for r in judged],
-                                   [" ".join(r["images"]) or r["id"] for r in judged]),
-    "asked": len(records), "answered": sum(not r["error"] for r in records),
+    "interval": interval.bootstrap(
+      [float(r["verdict"]["score"]) for r in judged],
+      [" ".join(r["images"]) or r["id"] for r in judged],
+    ),
+    "asked": len(records),
+    "answered": sum(not r["error"] for r in records),
     "failures": [{"id": r["id"], "error": r["error"]} for r in records if r["error"]],
     "left_out": [{"id": item.id, "error": item.problem} for item in items if item.problem],
     **saved["about"],
     **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol")},
     "engine": {**engine, **_ratio(engine)},
-    "sessions": len(sessions), **({"sessions_damaged": torn} if torn else {}),
+    "sessions": len(sessions),
+    **({"sessions_damaged": torn} if torn else {}),
     "seconds": round(math.fsum(session["seconds"] for session in sessions), 1),
     "submission": [str(path.relative_to(folder)) for path in files],
-  }  # fmt: skip
+  }
 
 
 def _ratio(engine: Mapping[str, int]) -> dict[str, float]:

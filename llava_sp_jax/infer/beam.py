@@ -47,9 +47,18 @@ class BeamSearch:
     ids = jnp.zeros((rows, count, longest), jnp.int32)
     worst = jnp.full((rows, count), WORST, jnp.float32)
     return BeamAnswers(
-      each, ids[:, 0], none, none == 0, jnp.full((rows,), jnp.inf, jnp.float32), none, ids, worst,
-      ids, each, worst,
-    )  # fmt: skip
+      each,
+      ids[:, 0],
+      none,
+      none == 0,
+      jnp.full((rows,), jnp.inf, jnp.float32),
+      none,
+      ids,
+      worst,
+      ids,
+      each,
+      worst,
+    )
 
   def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> BeamAnswers:
     """The prompt is one beam of log-probability 0; `numbers` and `key` are for sampling only."""
@@ -87,12 +96,18 @@ class BeamSearch:
     full = ended_scores[:, -1] > WORST / 2
     done = full & (ended_scores[:, -1] >= going[:, 0] / steps[:, 0]) | (steps[:, 0] >= longest)
     new = BeamAnswers(
-      token=token[every, chosen], ids=ended[:, 0], made=jnp.where(done, made[every, kept][:, 0], 0),
+      token=token[every, chosen],
+      ids=ended[:, 0],
+      made=jnp.where(done, made[every, kept][:, 0], 0),
       done=rows.done | done,
       margin=ended_scores[:, 0] - ended_scores[:, 1] if count > 1 else rows.margin,
-      steps=steps[:, 0], running=ids[every, chosen], scores=going, ended=ended,
-      ended_made=made[every, kept], ended_scores=ended_scores,
-    )  # fmt: skip
+      steps=steps[:, 0],
+      running=ids[every, chosen],
+      scores=going,
+      ended=ended,
+      ended_made=made[every, kept],
+      ended_scores=ended_scores,
+    )
 
     def keep(old: jax.Array, new: jax.Array) -> jax.Array:
       return jnp.where(rows.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)

@@ -52,9 +52,11 @@ def _broadcast(what: list[Any]) -> list[Any]:
 def _packed(request: Request) -> dict[str, Any]:
   images = [_bytes(picture) for picture in request.images]
   return {
-    "question": request.question, "system": request.system, "number": request.number,
+    "question": request.question,
+    "system": request.system,
+    "number": request.number,
     "images": [{"is": i} if isinstance(i, bytes) else {"error": str(i)} for i in images],
-  }  # fmt: skip
+  }
 
 
 def _request(packed: dict[str, Any]) -> Request:

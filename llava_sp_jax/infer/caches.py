@@ -83,8 +83,12 @@ class PrefixCache:
   def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
     """What computing the last of these pieces is compiled for: P, P before it, T, M."""
     last = pieces[-1]
-    return (self.capacity(pieces), self.capacity(pieces[:-1]),
-            bucket(len(last.tokens), self._multiple), len(last.tiles))  # fmt: skip
+    return (
+      self.capacity(pieces),
+      self.capacity(pieces[:-1]),
+      bucket(len(last.tokens), self._multiple),
+      len(last.tiles),
+    )
 
   def of(self, asked: Sequence[tuple[Request, tuple[PromptPiece, ...]]]) -> list[Prefix | None]:
     """The prefix of each request, all its pieces together; None where it has none."""
@@ -132,9 +136,12 @@ class PrefixCache:
         self._counts.prefills += len(some)
 
   def group(
-    self, requests: Sequence[Request], pieces: Sequence[PromptPiece], before: Sequence[Prefix | None],
+    self,
+    requests: Sequence[Request],
+    pieces: Sequence[PromptPiece],
+    before: Sequence[Prefix | None],
     length: int,
-  ) -> Group:  # fmt: skip
+  ) -> Group:
     """Pieces of equal numbers of tiles behind prefixes of equal size, padded to `length`."""
     tokens = np.zeros((len(pieces), length), np.int32)
     slots = np.full((len(pieces), length), -1, np.int32)
@@ -146,7 +153,10 @@ class PrefixCache:
       features = self._features.features(requests)
       tiles = tuple(tuple(features[key][i] for key, i in piece.tiles) for piece in pieces)
     return Group(
-      tokens, slots, np.asarray([len(p.tokens) for p in pieces], np.int32),
+      tokens,
+      slots,
+      np.asarray([len(p.tokens) for p in pieces], np.int32),
       np.asarray([p.start for p in pieces], np.int32),
-      tuple(p for p in before if p is not None), tiles,
-    )  # fmt: skip
+      tuple(p for p in before if p is not None),
+      tiles,
+    )

@@ -152,9 +152,16 @@ def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: ja
 
 
 def decode(
-  module: LlavaSP, params: Any, state: State, key: jax.Array, ended: jax.Array, steps: jax.Array,
-  until: jax.Array, *, strategy: Strategy,
-) -> tuple[State, DecodeReport]:  # fmt: skip
+  module: LlavaSP,
+  params: Any,
+  state: State,
+  key: jax.Array,
+  ended: jax.Array,
+  steps: jax.Array,
+  until: jax.Array,
+  *,
+  strategy: Strategy,
+) -> tuple[State, DecodeReport]:
   """Steps until `until` rows are done, at most `steps`.
 
   `ended` [R] bool are rows that the host has ended, at a stop string say. Both bounds are values,

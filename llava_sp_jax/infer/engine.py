@@ -82,9 +82,13 @@ class Engine:
   """
 
   def __init__(
-    self, pretrained: Pretrained, batch_size: int = 16, generation: Generation = DEFAULT,
-    mesh: Mesh | None = None, layout: EngineLayout = ROUNDED,
-  ):  # fmt: skip
+    self,
+    pretrained: Pretrained,
+    batch_size: int = 16,
+    generation: Generation = DEFAULT,
+    mesh: Mesh | None = None,
+    layout: EngineLayout = ROUNDED,
+  ):
     """Raises: ValueError for a `batch_size` below 1."""
     if batch_size < 1:
       raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
@@ -97,9 +101,12 @@ class Engine:
     self._prompts = Prompts(config, pretrained.tokenizer, share)
     self._longest = config.model.language_model.max_positions
     rule = decode.StopRule(
-      self._prompts.stop_ids, generation.max_new_tokens, Sampler.of(generation),
-      generation.num_beams, padded_from(pretrained),
-    )  # fmt: skip
+      self._prompts.stop_ids,
+      generation.max_new_tokens,
+      Sampler.of(generation),
+      generation.num_beams,
+      padded_from(pretrained),
+    )
     strategy: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
     self._programs = Programs(
       config, pretrained.params, strategy, generation.seed, mesh, self.counts
@@ -132,9 +139,12 @@ class Engine:
     layout = self._layout
     self._prompts.pictures.forget()
     self._features = FeatureCache(
-      self._programs, self._prompts.pictures, self.counts, layout.feature_bytes,
+      self._programs,
+      self._prompts.pictures,
+      self.counts,
+      layout.feature_bytes,
       layout.tiles * self._programs.parts,
-    )  # fmt: skip
+    )
     self._prefixes = PrefixCache(
       self._programs, self._features, self.counts, layout.prefix_bytes, layout.prefix
     )
@@ -316,8 +326,10 @@ class Engine:
     length, new = prompt.length, self._generation.max_new_tokens
     if length + new <= self._longest:
       return ""
-    return (f"the prompt has {length} positions, which with {new} new tokens are more than the "
-            f"model's {self._longest}")  # fmt: skip
+    return (
+      f"the prompt has {length} positions, which with {new} new tokens are more than the "
+      f"model's {self._longest}"
+    )
 
   def _admit(self, group: list[Ready], rows: list[int]) -> None:
     prompts = [ready.prompt for ready in group if ready.prompt]
@@ -327,15 +339,19 @@ class Engine:
     before = self._prefixes.of([(r, p.pieces[:-1]) for r, p in zip(requests, prompts, strict=True)])
     length = bucket(max(len(p.pieces[-1].tokens) for p in prompts), self._layout.suffix)
     packed = self._prefixes.group(
-      [requests[i] for i in order], [prompts[i].pieces[-1] for i in order],
-      [before[i] for i in order], length,
-    )  # fmt: skip
+      [requests[i] for i in order],
+      [prompts[i].pieces[-1] for i in order],
+      [before[i] for i in order],
+      length,
+    )
     self._reserve(max(self._capacity(p, length) for p in prompts))
     assert self._state is not None
     self._state = self._programs.admit(
-      self._state, packed, np.asarray([rows[i] for i in order], np.int32),
+      self._state,
+      packed,
+      np.asarray([rows[i] for i in order], np.int32),
       np.asarray([group[i].drawn_by for i in order], np.int32),
-    )  # fmt: skip
+    )
     self.counts.admitted += len(group)
 
   def _capacity(self, prompt: Prompt, length: int) -> int:

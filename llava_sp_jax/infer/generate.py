@@ -18,9 +18,15 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 def generate(
-  module: LlavaSP, params: Any, batch: dict[str, jax.Array], key: jax.Array, *,
-  stop_ids: tuple[int, ...], max_new_tokens: int, sampler: Sampler = GREEDY,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+  module: LlavaSP,
+  params: Any,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  stop_ids: tuple[int, ...],
+  max_new_tokens: int,
+  sampler: Sampler = GREEDY,
+) -> tuple[jax.Array, jax.Array]:
   """Answers of a batch of right-padded prompts.
 
   `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. Returns the new
@@ -38,15 +44,26 @@ def generate(
 
   image = apply(batch["images"], method="encode_image")
   hidden, new = apply(
-    batch["tokens"], batch["positions"], batch["segments"], image, batch["slots"], allocate(0),
+    batch["tokens"],
+    batch["positions"],
+    batch["segments"],
+    image,
+    batch["slots"],
+    allocate(0),
     method="extend",
-  )  # fmt: skip
+  )
   counts = jnp.sum(batch["segments"] > 0, axis=1)
   cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
   last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
   first = strategy.first(apply(last, method="logits"), jnp.arange(rows, dtype=jnp.int32), key)
   state, _ = decode.decode(
-    module, params, decode.State(cache, first), key, jnp.zeros((rows,), bool),
-    jnp.int32(max_new_tokens), jnp.int32(rows), strategy=strategy,
-  )  # fmt: skip
+    module,
+    params,
+    decode.State(cache, first),
+    key,
+    jnp.zeros((rows,), bool),
+    jnp.int32(max_new_tokens),
+    jnp.int32(rows),
+    strategy=strategy,
+  )
   return state.rows.ids, state.rows.made

@@ -40,9 +40,13 @@ class Likelihood:
       """`at` [B, K]: positions before each token of the continuation. -> [B, K] twice."""
       variables = {"params": params}
       hidden: Any = module.apply(
-        variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        batch["segments"],
+        batch["images"],
         batch["slots"],
-      )  # fmt: skip
+      )
       picked = jnp.take_along_axis(hidden, at[..., None], axis=1)
       logits: Any = module.apply(variables, picked, method="logits")
       targets = jnp.take_along_axis(batch["targets"], at, axis=1)

@@ -74,9 +74,16 @@ def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[
 
 
 def admit(
-  module: LlavaSP, params: Any, state: decode.State, key: jax.Array, group: Group, rows: jax.Array,
-  numbers: jax.Array, *, strategy: decode.Strategy,
-) -> decode.State:  # fmt: skip
+  module: LlavaSP,
+  params: Any,
+  state: decode.State,
+  key: jax.Array,
+  group: Group,
+  rows: jax.Array,
+  numbers: jax.Array,
+  *,
+  strategy: decode.Strategy,
+) -> decode.State:
   """Puts G prompts into `rows` of the state and chooses the first token of each.
 
   Padding of a group repeats one of its prompts with the same row and number: it is written twice.

@@ -32,9 +32,14 @@ class Programs:
   """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
 
   def __init__(
-    self, config: config_lib.Config, params: Any, strategy: decode_lib.Strategy, seed: int, mesh: Mesh | None,
+    self,
+    config: config_lib.Config,
+    params: Any,
+    strategy: decode_lib.Strategy,
+    seed: int,
+    mesh: Mesh | None,
     counts: Counts,
-  ):  # fmt: skip
+  ):
     self.mesh = mesh or mesh_lib.create(config_lib.MeshConfig(), devices=jax.local_devices()[:1])
     self.several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
@@ -97,9 +102,10 @@ class Programs:
     rows = len(state.rows.done)
     return self._run(
       ("widen", rows, state.cache.capacity, capacity),
-      lambda s: s._replace(cache=cache_lib.widen(s.cache, capacity)), (state,),
+      lambda s: s._replace(cache=cache_lib.widen(s.cache, capacity)),
+      (state,),
       out=self._state_places(rows),
-    )  # fmt: skip
+    )
 
   def encode(self, tiles: np.ndarray) -> list[jax.Array]:
     """[E, H, W, 3] -> E arrays [N, D]."""
@@ -140,9 +146,13 @@ class Programs:
   # ---- building and placing -----------------------------------------------------------------------
 
   def _run(
-    self, key: Hashable, run: Callable[..., Any], arguments: tuple[Any, ...],
-    donate: tuple[int, ...] = (), out: Any = None,
-  ) -> Any:  # fmt: skip
+    self,
+    key: Hashable,
+    run: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    donate: tuple[int, ...] = (),
+    out: Any = None,
+  ) -> Any:
     compiled = self._table.get(key)
     if compiled is None:
 
@@ -184,8 +194,9 @@ class Programs:
 def _on(params: Any, mesh: Mesh) -> bool:
   """Whether all parameters are on the mesh's devices already, as while they are trained."""
   devices = set(mesh.devices.flat)
-  return all(isinstance(x, jax.Array) and x.sharding.device_set == devices
-             for x in jax.tree.leaves(params))  # fmt: skip
+  return all(
+    isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params)
+  )
 
 
 def _shapes(group: prefill.Group) -> tuple[int, ...]:

@@ -51,9 +51,13 @@ class VisionLanguageModel:
     return self._pretrained.config
 
   def answer(
-    self, question: str, images: Images = (), *, system: str | None = None,
+    self,
+    question: str,
+    images: Images = (),
+    *,
+    system: str | None = None,
     generation: Generation = DEFAULT,
-  ) -> str:  # fmt: skip
+  ) -> str:
     """Answers one question. `system` replaces the template's system text.
 
     Raises: ValueError when there is no answer: an image that cannot be read, a prompt too long.
@@ -70,9 +74,13 @@ class VisionLanguageModel:
     return self.engine(generation).answer(requests)
 
   def stream(
-    self, question: str, images: Images = (), *, system: str | None = None,
+    self,
+    question: str,
+    images: Images = (),
+    *,
+    system: str | None = None,
     generation: Generation = DEFAULT,
-  ) -> Iterator[str]:  # fmt: skip
+  ) -> Iterator[str]:
     """Yields parts of one answer as they are decoded. Raises: ValueError, as `answer`."""
     return self.engine(generation).stream(Request(question, tuple(images), system))
 
@@ -131,9 +139,13 @@ class _Encoder:
 
 
 def load(
-  path: str | Path, *, options: Options | None = None, dtype: str = "", batch_size: int = 16,
+  path: str | Path,
+  *,
+  options: Options | None = None,
+  dtype: str = "",
+  batch_size: int = 16,
   mesh: Mesh | None = None,
-) -> VisionLanguageModel:  # fmt: skip
+) -> VisionLanguageModel:
   """Loads a model to ask.
 
   Args:

@@ -74,9 +74,13 @@ class Implementation:
 
 
 def attend(
-  spec: AttentionChoice, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array,
+  spec: AttentionChoice,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
   segments: jax.Array | None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
   """Masked attention by the implementation that `choose` names.
 
   Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, the reference; segments [B, T] when
@@ -89,9 +93,13 @@ def attend(
 
 
 def attend_cached(
-  spec: AttentionChoice, q: jax.Array, cached: tuple[jax.Array, jax.Array], seen: jax.Array,
-  new: tuple[jax.Array, jax.Array], mask: jax.Array,
-) -> jax.Array:  # fmt: skip
+  spec: AttentionChoice,
+  q: jax.Array,
+  cached: tuple[jax.Array, jax.Array],
+  seen: jax.Array,
+  new: tuple[jax.Array, jax.Array],
+  mask: jax.Array,
+) -> jax.Array:
   """Attention to a cache and to the new positions themselves, as one softmax.
 
   The cache is read where it lies: joining it with the new keys would copy all of it.
@@ -167,27 +175,29 @@ def _cudnn_objections(case: Case) -> list[str]:
   checks = {
     f"platform {case.platform} has no cuDNN": case.platform not in ("gpu", "cuda"),
     "the keys come from a cache": case.cached,
-    f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16":
-      jnp.dtype(case.dtype).itemsize != 2,
+    f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16": jnp.dtype(case.dtype).itemsize
+    != 2,
     f"row length {case.length} is odd": case.length % 2 != 0,  # its gradients need an even one
-    f"head width {case.head_dim} is not a multiple of 8 up to 128":
-      case.head_dim % 8 != 0 or case.head_dim > 128,
-  }  # fmt: skip
+    f"head width {case.head_dim} is not a multiple of 8 up to 128": case.head_dim % 8 != 0
+    or case.head_dim > 128,
+  }
   return [reason for reason, found in checks.items() if found]
 
 
 def _splash_objections(case: Case) -> list[str]:
   checks = {
-    f"platform {case.platform} has no Pallas kernels for TPUs":
-      case.platform not in ("tpu", "cpu"),  # on a CPU they are interpreted: slow, for tests
+    f"platform {case.platform} has no Pallas kernels for TPUs": case.platform
+    not in ("tpu", "cpu"),  # on a CPU they are interpreted: slow, for tests
     "the keys come from a cache": case.cached,
     "samples may have branches, which also see their trunk": case.spec.branches,
     "only some layers have a sliding window": case.spec.mixed_layers,
     f"row length {case.length} is not a multiple of {LANES}": case.length % LANES != 0,
-    f"its gradients are not made with matmul_precision {case.spec.precision!r}":
-      bool(case.spec.precision) and case.platform == "tpu",  # a CPU multiplies float32 exactly
+    f"its gradients are not made with matmul_precision {case.spec.precision!r}": bool(
+      case.spec.precision
+    )
+    and case.platform == "tpu",  # a CPU multiplies float32 exactly
     "rows or heads do not divide over their mesh axes": 0 in case.split,
-  }  # fmt: skip
+  }
   return [reason for reason, found in checks.items() if found]
 
 
@@ -202,9 +212,13 @@ def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
   # One kernel for all three gradients: 5 products instead of 7; it adds up dq over tiles of keys.
   keys = math.gcd(length, 2 * block)
   sizes = splash.BlockSizes(
-    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=keys,
-    block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
-  )  # fmt: skip
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=keys,
+    block_kv_dkv_compute=block,
+    use_fused_bwd_kernel=True,
+  )
 
   def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     shape = (length, length)
@@ -214,9 +228,11 @@ def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
       else splash_mask.CausalMask(shape)
     )
     kernel = splash.make_splash_mha_single_device(
-      splash_mask.MultiHeadMask([one] * q.shape[1]), block_sizes=sizes,
-      residual_checkpoint_name=SAVED, interpret=case.platform == "cpu",
-    )  # fmt: skip
+      splash_mask.MultiHeadMask([one] * q.shape[1]),
+      block_sizes=sizes,
+      residual_checkpoint_name=SAVED,
+      interpret=case.platform == "cpu",
+    )
     return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
 
   q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)

@@ -54,27 +54,49 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
   lora = LoraRecipe(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
   return LlavaSP(
     vision_tower=VisionTransformer(
-      variant=tower.variant, image_size=tower.image_size, patch_size=tower.patch_size,
-      width=tower.width, layers=tower.layers, heads=tower.heads, mlp_width=tower.mlp_width,
-      select_layer=tower.select_layer, scan_unroll=config.scan_unroll, dtype=dtype,
+      variant=tower.variant,
+      image_size=tower.image_size,
+      patch_size=tower.patch_size,
+      width=tower.width,
+      layers=tower.layers,
+      heads=tower.heads,
+      mlp_width=tower.mlp_width,
+      select_layer=tower.select_layer,
+      scan_unroll=config.scan_unroll,
+      dtype=dtype,
       initializer_range=tower.initializer_range,
     ),
     projector=Projector(
-      projector.variant, projector.token_width, text.width, dtype, view_sizes(config),
+      projector.variant,
+      projector.token_width,
+      text.width,
+      dtype,
+      view_sizes(config),
       config.image_newline,
     ),
     language_model=Decoder(
-      vocab_size=text.vocab_size, width=text.width, layers=text.layers, heads=text.heads,
-      kv_heads=text.kv_heads, head_dim=text.head_dim, mlp_width=text.mlp_width,
-      rope=Rope(text.rope_theta, **dataclasses.asdict(text.rope_scaling)), norm_eps=text.norm_eps,
-      tie_embeddings=text.tie_embeddings, attention_bias=text.attention_bias,
-      sliding_window=text.sliding_window, window_from_layer=text.window_from_layer,
-      initializer_range=text.initializer_range, scan_unroll=config.scan_unroll,
-      remat=config.remat, dtype=dtype, dense=lora.dense(),
+      vocab_size=text.vocab_size,
+      width=text.width,
+      layers=text.layers,
+      heads=text.heads,
+      kv_heads=text.kv_heads,
+      head_dim=text.head_dim,
+      mlp_width=text.mlp_width,
+      rope=Rope(text.rope_theta, **dataclasses.asdict(text.rope_scaling)),
+      norm_eps=text.norm_eps,
+      tie_embeddings=text.tie_embeddings,
+      attention_bias=text.attention_bias,
+      sliding_window=text.sliding_window,
+      window_from_layer=text.window_from_layer,
+      initializer_range=text.initializer_range,
+      scan_unroll=config.scan_unroll,
+      remat=config.remat,
+      dtype=dtype,
+      dense=lora.dense(),
       attention=AttentionChoice(config.attention, precision=precision),
     ),
     precision=precision,
-  )  # fmt: skip
+  )
 
 
 def unstacked(module: LlavaSP) -> LlavaSP:
@@ -124,8 +146,11 @@ def quantization(config: config_lib.ModelConfig) -> Format | None:
   form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
   if form and form.block:
     text = config.language_model
-    inputs = {"width": text.width, "heads * head_dim": text.heads * text.head_dim,
-              "mlp_width": text.mlp_width}  # fmt: skip
+    inputs = {
+      "width": text.width,
+      "heads * head_dim": text.heads * text.head_dim,
+      "mlp_width": text.mlp_width,
+    }
     odd = [f"{name} {size}" for name, size in inputs.items() if size % form.block]
     if odd:
       raise config_lib.ConfigError(

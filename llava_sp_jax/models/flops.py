@@ -86,10 +86,12 @@ def costs(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> C
     position=sum(_decoder(path, shape, trainable(path)) for path, shape in shapes.items())
     + _tied_head(config, trainable),
     # scores and weighted values, 2 FLOPs each per channel; both operands of both need gradients
-    pair=12.0 * config.language_model.layers * config.language_model.heads
+    pair=12.0
+    * config.language_model.layers
+    * config.language_model.heads
     * config.language_model.head_dim,
     image=_image(config, shapes, trainable),
-  )  # fmt: skip
+  )
 
 
 def _decoder(path: str, shape: tuple[int, ...], trainable: bool) -> float:

@@ -60,8 +60,9 @@ class Rope:
 
   def trained_length(self) -> int:
     if self.original_length < 1:
-      raise ValueError(f"rope kind {self.kind!r} needs original_length >= 1, found "
-                       f"{self.original_length}")  # fmt: skip
+      raise ValueError(
+        f"rope kind {self.kind!r} needs original_length >= 1, found {self.original_length}"
+      )
     return self.original_length
 
 

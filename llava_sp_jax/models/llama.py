@@ -116,19 +116,31 @@ class Decoder(nn.Module):
       self.vocab_size, self.width, dtype=self.dtype, embedding_init=normal
     )
     attention = dataclasses.replace(
-      self.attention, window=self.sliding_window,
+      self.attention,
+      window=self.sliding_window,
       mixed_layers=bool(self.sliding_window) and 0 < self.window_from_layer < self.layers,
-    )  # fmt: skip
+    )
     sizes = (
-      self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.attention_bias, self.norm_eps,
-      self.initializer_range, self.dtype, self.dense, attention,
-    )  # fmt: skip
+      self.heads,
+      self.kv_heads,
+      self.head_dim,
+      self.mlp_width,
+      self.attention_bias,
+      self.norm_eps,
+      self.initializer_range,
+      self.dtype,
+      self.dense,
+      attention,
+    )
     if self.stacked:
       self.blocks = nn.scan(
-        remat.wrap(DecoderBlock, self.remat), variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-        in_axes=(0, 0, *[nn.broadcast] * 5), length=self.layers,
+        remat.wrap(DecoderBlock, self.remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, 0, *[nn.broadcast] * 5),
+        length=self.layers,
         unroll=min(self.scan_unroll, self.layers),
-      )(*sizes, name="layers")  # fmt: skip
+      )(*sizes, name="layers")
     else:
       self.blocks = [DecoderBlock(*sizes, name=f"layers_{i}") for i in range(self.layers)]
     self.final_norm = RMSNorm(self.norm_eps)

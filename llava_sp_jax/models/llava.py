@@ -45,9 +45,13 @@ class LlavaSP(nn.Module):
       return super().apply(variables, *args, **kwargs)
 
   def __call__(
-    self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, images: jax.Array,
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    images: jax.Array,
     slots: jax.Array,
-  ) -> jax.Array:  # fmt: skip
+  ) -> jax.Array:
     """[B,T] x3, [B,M,H,W,3], [B,T] -> hidden states [B, T, D] for `logits`."""
     hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
     return hidden
@@ -73,9 +77,14 @@ class LlavaSP(nn.Module):
     return jnp.concatenate([tokens, newline], axis=1)
 
   def extend(
-    self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, image: jax.Array | None,
-    slots: jax.Array | None, cache: KVCache | None,
-  ) -> tuple[jax.Array, New | None]:  # fmt: skip
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    image: jax.Array | None,
+    slots: jax.Array | None,
+    cache: KVCache | None,
+  ) -> tuple[jax.Array, New | None]:
     """Runs the decoder over new positions, which see the cache: `Decoder.__call__`.
 
     `image` is from `encode_image` or `join_tiles`.

@@ -173,6 +173,8 @@ class Projector(nn.Module):
     # The details see the largest view: the whole grid, unless the config's scales stop before it.
     seen = VIEWS[variant.views[0]](grid, field)
     owners = variant.detail_values or variant.detail_kernels
-    found = [details[k](tokens, seen, details[owner].values)
-             for k, owner in zip(variant.detail_kernels, owners, strict=True)]  # fmt: skip
+    found = [
+      details[k](tokens, seen, details[owner].values)
+      for k, owner in zip(variant.detail_kernels, owners, strict=True)
+    ]
     return jnp.concatenate([tokens, *MERGES[variant.detail_merge](found)], axis=-1)

@@ -124,9 +124,12 @@ class TransformerStack(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
     layers = nn.scan(
-      TransformerLayer, variable_axes={"params": 0}, in_axes=nn.broadcast, length=DEPTH,
+      TransformerLayer,
+      variable_axes={"params": 0},
+      in_axes=nn.broadcast,
+      length=DEPTH,
       split_rngs={"params": True, "dropout": True},
-    )  # fmt: skip
+    )
     x, _ = layers(self.dtype, name="layers")(x, memory)
     return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
 
@@ -250,10 +253,15 @@ class DetailInteraction(nn.Module):
     norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, dtype=self.dtype)
     dense = functools.partial(nn.Dense, self.width, dtype=self.dtype, kernel_init=torch_uniform)
     self.conv = nn.Conv(
-      self.width, (self.kernel_size, self.kernel_size), strides=DETAIL_STRIDE, padding="VALID",
-      use_bias=False, dtype=self.dtype, kernel_init=torch_uniform,
+      self.width,
+      (self.kernel_size, self.kernel_size),
+      strides=DETAIL_STRIDE,
+      padding="VALID",
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=torch_uniform,
       conv_general_dilated=_convolution(self.platform),
-    )  # fmt: skip
+    )
     self.query_norm, self.query = norm(), dense()
     self.key_norm, self.key = norm(), dense()
     self.value_norm, self.value = norm(), dense()
@@ -266,9 +274,11 @@ class DetailInteraction(nn.Module):
     return self.value(self.value_norm(detail))
 
   def __call__(
-    self, tokens: jax.Array, grid: jax.Array,
+    self,
+    tokens: jax.Array,
+    grid: jax.Array,
     values: Callable[[jax.Array], jax.Array] | None = None,
-  ) -> jax.Array:  # fmt: skip
+  ) -> jax.Array:
     detail = self.convolve(grid)
     q, k = self.query(self.query_norm(tokens)), self.key(self.key_norm(detail))
     v = (values or self.values)(detail)

@@ -101,9 +101,12 @@ class VisionTransformer(nn.Module):
     sizes = (self.heads, self.mlp_width, row.activation, row.eps, self.dtype)
     if count and self.stacked:
       blocks = nn.scan(
-        EncoderBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=count,
+        EncoderBlock,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=count,
         unroll=min(self.scan_unroll, count),
-      )  # fmt: skip
+      )
       x, _ = blocks(*sizes, name="layers")(x)
     elif count:
       for i in range(count):

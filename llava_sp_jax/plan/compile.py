@@ -76,9 +76,12 @@ def check_installed(topology: Topology) -> None:
 
 
 def compile_config(
-  config: config_lib.Config, topology: Topology, what: str, keep: Path | None = None,
+  config: config_lib.Config,
+  topology: Topology,
+  what: str,
+  keep: Path | None = None,
   fast: bool = True,
-) -> Compiled:  # fmt: skip
+) -> Compiled:
   """Compiles the real step. `keep` is a folder for the compiler's files.
 
   Raises: PlanError when it cannot be compiled for another reason than its memory.
@@ -92,9 +95,12 @@ def compile_config(
     for name in ("about.json", "done.json"):
       (folder / name).unlink(missing_ok=True)
     request = {
-      "config": config_lib.to_dict(config), "what": what, "platform": topology.chip.platform,
-      "topology": topology.compiler_name, "arguments": topology.compiler_arguments,
-    }  # fmt: skip
+      "config": config_lib.to_dict(config),
+      "what": what,
+      "platform": topology.chip.platform,
+      "topology": topology.compiler_name,
+      "arguments": topology.compiler_arguments,
+    }
     (folder / "request.json").write_text(json.dumps(request))
     started = time.monotonic()
     errors = _run(folder, what, fast)
@@ -109,8 +115,11 @@ def _run(folder: Path, what: str, fast: bool) -> str:
   with log.open("w") as output:
     child = subprocess.Popen(
       [sys.executable, "-m", "llava_sp_jax.plan.lower", str(folder / "request.json")],
-      env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+      env=environment,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
     try:
       deadline = time.monotonic() + PATIENCE
       while child.poll() is None:
@@ -144,8 +153,13 @@ def _read(folder: Path, what: str, printed: str, seconds: float, topology: Topol
   schedules = [f for ending in (CODE, SCHEDULE, TOO_LARGE) for f in _dumps(folder, what, ending)]
   if schedules and (buffers := _dumps(folder, what, BUFFERS)):
     module = hlo.parse(schedules[0].read_text())
-    return Compiled(memory.of_assignment(buffers[0].read_text(), module), seconds, about, module,
-                    schedules[0].name.endswith(CODE))  # fmt: skip
+    return Compiled(
+      memory.of_assignment(buffers[0].read_text(), module),
+      seconds,
+      about,
+      module,
+      schedules[0].name.endswith(CODE),
+    )
   if about and done_file.is_file():
     sizes = json.loads(done_file.read_text())
     return Compiled(memory.of_analysis(sizes), seconds, about)

@@ -65,9 +65,15 @@ class Cost:
     self.hbm_bytes += other.hbm_bytes * times
     self.wire_seconds += other.wire_seconds * times
     for e in other.entries:
-      self.entries.append(dataclasses.replace(
-        e, seconds=e.seconds * times, flops=e.flops * times, bytes=e.bytes * times,
-        count=e.count * times))  # fmt: skip
+      self.entries.append(
+        dataclasses.replace(
+          e,
+          seconds=e.seconds * times,
+          flops=e.flops * times,
+          bytes=e.bytes * times,
+          count=e.count * times,
+        )
+      )
     for kind, values in other.collectives.items():
       self._collective(kind, [v * times for v in values])
     self.loops.update(other.loops)

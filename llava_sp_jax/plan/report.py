@@ -88,15 +88,21 @@ class Plan:
     train = speed and self.what == "train"
     config = self.config
     result = {
-      "model": config.name, "topology": self.topology.name, "what": self.what,
-      "rows": config.train.batch_size, "row_length": config.data.row_length,
+      "model": config.name,
+      "topology": self.topology.name,
+      "what": self.what,
+      "rows": config.train.batch_size,
+      "row_length": config.data.row_length,
       "images_per_row": config.data.images_per_row,
       "step_seconds": round(self.seconds, 4) if speed else None,
       "mfu": round(self.mfu, 4) if train else None,
       "tokens_per_second": round(self.tokens / self.seconds) if speed else None,
-      "hbm_gib": round(self.used / GIB, 2), "hbm_limit_gib": round(self.limit / GIB, 2),
-      "fits": self.fits, "predictor": PREDICTORS[self.predictor if speed else "none"], "mesh": self.compiled.about.get("mesh"),
-    }  # fmt: skip
+      "hbm_gib": round(self.used / GIB, 2),
+      "hbm_limit_gib": round(self.limit / GIB, 2),
+      "fits": self.fits,
+      "predictor": PREDICTORS[self.predictor if speed else "none"],
+      "mesh": self.compiled.about.get("mesh"),
+    }
     if self.cost and self.cost.loops:
       result["decode_step_seconds"] = round(self._decode_seconds(), 6)
     return result
@@ -157,10 +163,12 @@ def _memory(plan: Plan) -> list[str]:
     f"HBM per device {plan.used / GIB:.2f} of {plan.limit / GIB:.2f} GiB",
     *[f"  {size / GIB:7.3f} GiB  {part}" for part, size in parts],
     *(["the largest temporaries:"] if plan.compiled.memory.largest else []),
-    *[f"  {size / GIB:7.3f} GiB  {shape}  {_short(name)}"
-      for size, shape, name in plan.compiled.memory.largest[:5]],
+    *[
+      f"  {size / GIB:7.3f} GiB  {shape}  {_short(name)}"
+      for size, shape, name in plan.compiled.memory.largest[:5]
+    ],
     "",
-  ]  # fmt: skip
+  ]
 
 
 def _speed(plan: Plan, top: int) -> list[str]:
@@ -168,8 +176,10 @@ def _speed(plan: Plan, top: int) -> list[str]:
   if cost is None:
     return [f"no speed is predicted for {plan.topology.name}: the compiler gives its memory only"]
   lines = [f"{'prefill' if plan.what == 'eval' else 'step'} {plan.seconds:.4f} s predicted"]
-  lines += [f"  {plan.tokens / plan.seconds:,.0f} tokens/s, "
-            f"{plan.tokens / plan.seconds / plan.topology.chips:,.0f} per chip"]  # fmt: skip
+  lines += [
+    f"  {plan.tokens / plan.seconds:,.0f} tokens/s, "
+    f"{plan.tokens / plan.seconds / plan.topology.chips:,.0f} per chip"
+  ]
   if plan.what == "train":
     useful, all_flops = plan.compiled.about["useful_flops"], cost.flops * plan.topology.chips
     config = plan.config
@@ -185,8 +195,11 @@ def _speed(plan: Plan, top: int) -> list[str]:
     ]
   for name, loop in cost.loops.items():
     rows = plan.config.train.batch_size
-    lines += [f"one turn of the loop {_short(name)}: {loop.seconds * 1e3:.3f} ms, "
-              f"{rows / max(loop.seconds, 1e-12):,.0f} tokens/s", *_top(loop, top // 3)]  # fmt: skip
+    lines += [
+      f"one turn of the loop {_short(name)}: {loop.seconds * 1e3:.3f} ms, "
+      f"{rows / max(loop.seconds, 1e-12):,.0f} tokens/s",
+      *_top(loop, top // 3),
+    ]
   lines += ["", *_collectives(cost), "", *_sections(cost), "", *_top(cost, top), ""]
   lines += [
     f"how: {PREDICTORS[plan.predictor]} ({chip.peak_flops / 1e12:.0f} TFLOP/s), HBM {chip.hbm_rate / 1e9:.0f} "
@@ -217,17 +230,22 @@ def _sections(cost: cost_lib.Cost) -> list[str]:
 def section(entry: cost_lib.Entry) -> str:
   """The part of the model that an entry belongs to."""
   return next(
-    name for name, pattern in SECTIONS
+    name
+    for name, pattern in SECTIONS
     if re.search(pattern, entry.kind if pattern.startswith("^") else entry.op_name or entry.name)
-  )  # fmt: skip
+  )
 
 
 def _top(cost: cost_lib.Cost, top: int) -> list[str]:
-  lines = [f"the {top} longest operations:",
-           f"  {'seconds':>9}{'times':>6}  {'limit':<16}{'TFLOP':>8}{'GB':>8}  operation"]  # fmt: skip
+  lines = [
+    f"the {top} longest operations:",
+    f"  {'seconds':>9}{'times':>6}  {'limit':<16}{'TFLOP':>8}{'GB':>8}  operation",
+  ]
   for e in sorted(cost.entries, key=lambda e: -e.seconds)[:top]:
-    lines.append(f"  {e.seconds:>9.5f}{e.count:>6.0f}  {e.kind:<16}{e.flops / 1e12:>8.3f}"
-                 f"{e.bytes / 1e9:>8.3f}  {e.name}  {_short(e.op_name)}")  # fmt: skip
+    lines.append(
+      f"  {e.seconds:>9.5f}{e.count:>6.0f}  {e.kind:<16}{e.flops / 1e12:>8.3f}"
+      f"{e.bytes / 1e9:>8.3f}  {e.name}  {_short(e.op_name)}"
+    )
   return lines
 
 
@@ -263,8 +281,18 @@ def table(records: list[dict[str, Any]]) -> str:
     "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for r in records:
-    cells = [r["model"], r["topology"], r["what"], r["rows"], r["step_seconds"], r["mfu"],
-             r["tokens_per_second"], r["hbm_gib"], r["hbm_limit_gib"], r["predictor"]]  # fmt: skip
+    cells = [
+      r["model"],
+      r["topology"],
+      r["what"],
+      r["rows"],
+      r["step_seconds"],
+      r["mfu"],
+      r["tokens_per_second"],
+      r["hbm_gib"],
+      r["hbm_limit_gib"],
+      r["predictor"],
+    ]
     if not r["fits"]:
       cells[4:7] = ["does not fit", None, None]
     lines.append("| " + " | ".join("-" if c is None else str(c) for c in cells) + " |")

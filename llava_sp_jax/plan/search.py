@@ -49,13 +49,13 @@ def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
 
   rows = config.train.batch_size
   return (
-    Axis("micro-batches", tuple(
-      {"train.accumulate": a} for a in range(rows, 0, -1) if rows % a == 0
-    )),
+    Axis(
+      "micro-batches", tuple({"train.accumulate": a} for a in range(rows, 0, -1) if rows % a == 0)
+    ),
     Axis("recomputation", tuple({"model.remat": name} for name in remat.POLICIES)),
     Axis("base", tuple({"mesh.base": name} for name in sharding.PRESETS)),
     Axis("mesh", tuple(_meshes(devices))),
-  )  # fmt: skip
+  )
 
 
 def _meshes(devices: int) -> Iterator[dict[str, Any]]:
@@ -71,9 +71,11 @@ def _meshes(devices: int) -> Iterator[dict[str, Any]]:
 
 
 def search(
-  config: config_lib.Config, devices: int, budget: int,
+  config: config_lib.Config,
+  devices: int,
+  budget: int,
   evaluate: Callable[[config_lib.Config], Outcome],
-) -> list[Tried]:  # fmt: skip
+) -> list[Tried]:
   """All that was compiled, at most `budget`, in order. `best` picks from it."""
   walk = _Walk(config, axes(config, devices), budget, evaluate)
   current = walk.start()
@@ -212,10 +214,13 @@ def _flat(config: config_lib.Config) -> dict[str, Any]:
   """The keys that the axes vary, with their values in `config`."""
   mesh = config.mesh
   return {
-    "train.accumulate": config.train.accumulate, "model.remat": config.model.remat,
-    "mesh.base": mesh.base, "mesh.data": mesh.data, "mesh.fsdp": mesh.fsdp,
+    "train.accumulate": config.train.accumulate,
+    "model.remat": config.model.remat,
+    "mesh.base": mesh.base,
+    "mesh.data": mesh.data,
+    "mesh.fsdp": mesh.fsdp,
     "mesh.tensor": mesh.tensor,
-  }  # fmt: skip
+  }
 
 
 def recipe(config: config_lib.Config, origin: str) -> str:

@@ -101,8 +101,9 @@ class Worker:
     parameter = computation.parameters.get(index)
     if parameter is None:
       return math.inf
-    return sum(self._use(user, parameter, computation)
-               for user in computation.users.get(parameter.name, ()))  # fmt: skip
+    return sum(
+      self._use(user, parameter, computation) for user in computation.users.get(parameter.name, ())
+    )
 
   def _use(self, user: Op, parameter: Op, computation: Computation) -> float:
     if user.opcode in _SLICES and user.operands[0] == parameter.name:
@@ -206,8 +207,12 @@ def _window(attributes: str) -> dict[str, list[int]]:
   def numbers(key: str, default: str) -> list[int]:
     return [int(v.split("_")[0]) for v in fields.get(key, "x".join([default] * rank)).split("x")]
 
-  return {"stride": numbers("stride", "1"), "low": numbers("pad", "0"),
-          "left": numbers("lhs_dilate", "1"), "right": numbers("rhs_dilate", "1")}  # fmt: skip
+  return {
+    "stride": numbers("stride", "1"),
+    "low": numbers("pad", "0"),
+    "left": numbers("lhs_dilate", "1"),
+    "right": numbers("rhs_dilate", "1"),
+  }
 
 
 @functools.cache

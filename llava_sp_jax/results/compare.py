@@ -46,9 +46,13 @@ class Flips:
   def counts(self) -> dict[str, float | int | str]:
     """For scores.json."""
     return {
-      "folder": self.folder, "both": self.both, "fixed": len(self.fixed),
-      "broken": len(self.broken), "changed": len(self.changed), "p_value": self.p_value,
-    }  # fmt: skip
+      "folder": self.folder,
+      "both": self.both,
+      "fixed": len(self.fixed),
+      "broken": len(self.broken),
+      "changed": len(self.changed),
+      "p_value": self.p_value,
+    }
 
 
 def check(mine: Mapping[str, Any], there: Path) -> None:

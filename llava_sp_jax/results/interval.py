@@ -29,10 +29,13 @@ def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] 
     means[i] = sums[drawn].sum() / counts[drawn].sum()
   low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
   return {
-    "of": "mean score of the answers", "mean": float(np.mean(scores)), "low": float(low),
-    "high": float(high), "level": LEVEL,
+    "of": "mean score of the answers",
+    "mean": float(np.mean(scores)),
+    "low": float(low),
+    "high": float(high),
+    "level": LEVEL,
     "method": f"percentile bootstrap over {len(index)} images, {RESAMPLES} resamples, seed {SEED}",
-  }  # fmt: skip
+  }
 
 
 def of_mean(values: Sequence[float]) -> dict[str, float | None]:

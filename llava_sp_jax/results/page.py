@@ -63,20 +63,32 @@ def tag(name: str, /, *children: Element | str | None, **attributes: object) -> 
 
 
 def write(
-  folder: Path, scores: Mapping[str, Any], records: Sequence[Record], pictures: Pictures,
+  folder: Path,
+  scores: Mapping[str, Any],
+  records: Sequence[Record],
+  pictures: Pictures,
   flips: Flips | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
   """Writes `index.html` in `folder`; `records` in the order of the items."""
   title = f"{scores['task']}: {tables.headline(scores)}"
   body = tag(
-    "body", tag("h1", str(scores["task"])), _headline(scores),
-    *_bars(scores), *_published(scores), *_flips(flips, pictures),
-    *_answers(records, pictures), *_failures(scores), *_settings(scores),
-  )  # fmt: skip
+    "body",
+    tag("h1", str(scores["task"])),
+    _headline(scores),
+    *_bars(scores),
+    *_published(scores),
+    *_flips(flips, pictures),
+    *_answers(records, pictures),
+    *_failures(scores),
+    *_settings(scores),
+  )
   head = tag(
-    "head", tag("meta", charset="utf-8"), tag("title", title), tag("style", STYLE),
+    "head",
+    tag("meta", charset="utf-8"),
+    tag("title", title),
+    tag("style", STYLE),
     tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-  )  # fmt: skip
+  )
   tree = ElementTree.tostring(tag("html", head, body, lang="en"), "unicode", method="html")
   text = "<!DOCTYPE html>\n" + tree + "\n"
   predictions.replace(folder / FILE, text.encode("utf-8", "replace").decode())
@@ -111,8 +123,9 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
     ]
   total = (left + width + 150, len(rows) * (height + 6))
   yield tag("h2", f"By kind: {tables.figure(scores)}")
-  yield tag("svg", *marks, viewBox=f"0 0 {total[0]} {total[1]}", width=total[0], height=total[1],
-            role="img")  # fmt: skip
+  yield tag(
+    "svg", *marks, viewBox=f"0 0 {total[0]} {total[1]}", width=total[0], height=total[1], role="img"
+  )
 
 
 def _published(scores: Mapping[str, Any]) -> Iterable[Element]:
@@ -125,11 +138,15 @@ def _published(scores: Mapping[str, Any]) -> Iterable[Element]:
   yield tag("h2", "Published by others")
   yield tag(
     "div",
-    tag("p", "These figures were not measured here. They are quoted from their authors, and stand "
-        "here for comparison; their protocol is that of LLaVA's own scripts."),
-    tag("table", *cells), tag("p", f"Source: {published.SOURCE}", class_="note"),
+    tag(
+      "p",
+      "These figures were not measured here. They are quoted from their authors, and stand "
+      "here for comparison; their protocol is that of LLaVA's own scripts.",
+    ),
+    tag("table", *cells),
+    tag("p", f"Source: {published.SOURCE}", class_="note"),
     class_="published",
-  )  # fmt: skip
+  )
 
 
 def _flips(flips: Flips | None, pictures: Pictures) -> Iterable[Element]:
@@ -154,8 +171,10 @@ def _flip(flip: Flip, pictures: Pictures) -> Element:
 def _answers(records: Sequence[Record], pictures: Pictures) -> Iterable[Element]:
   answered = [r for r in records if not r["error"]]
   groups = (
-    ("Wrong answers", False, WRONG), ("Right answers", True, RIGHT), ("Answers", None, RIGHT)
-  )  # fmt: skip
+    ("Wrong answers", False, WRONG),
+    ("Right answers", True, RIGHT),
+    ("Answers", None, RIGHT),
+  )
   for name, right, limit in groups:
     rows = [r for r in answered if gallery.is_right(r) is right]
     if rows:
@@ -194,8 +213,21 @@ def _failures(scores: Mapping[str, Any]) -> Iterable[Element]:
 
 
 def _settings(scores: Mapping[str, Any]) -> Iterable[Element]:
-  names = ("checkpoint", "step", "fingerprint", "inputs", "model", "generation", "version", "data_hash", "engine",
-           "sessions", "seconds", "figures", "submission")  # fmt: skip
+  names = (
+    "checkpoint",
+    "step",
+    "fingerprint",
+    "inputs",
+    "model",
+    "generation",
+    "version",
+    "data_hash",
+    "engine",
+    "sessions",
+    "seconds",
+    "figures",
+    "submission",
+  )
   rows = [
     tag("tr", tag("td", name), tag("td", shortened(_text(scores[name]), 4 * LONGEST)))
     for name in names

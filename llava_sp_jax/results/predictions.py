@@ -202,8 +202,11 @@ def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
       else:
         torn += 1
   if torn:
-    print(f"{folder}: {torn} lines of sessions*.jsonl could not be read and are left out of `engine` "
-          "and `seconds`", flush=True)  # fmt: skip
+    print(
+      f"{folder}: {torn} lines of sessions*.jsonl could not be read and are left out of `engine` "
+      "and `seconds`",
+      flush=True,
+    )
   return found, torn
 
 

@@ -150,6 +150,15 @@ def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
     right = gallery.is_right(row)
     answer = f"{row['text']}  (truth: {row['truth']})" if right is False else row["text"]
     axis.set_title(textwrap.fill(console.safe(row["question"]), 30), fontsize=8, color=INK)
-    axis.text(0.5, -0.06, console.safe(answer), transform=axis.transAxes, ha="center", va="top", fontsize=9,
-              weight="bold", color=COLORS[right])  # fmt: skip
+    axis.text(
+      0.5,
+      -0.06,
+      console.safe(answer),
+      transform=axis.transAxes,
+      ha="center",
+      va="top",
+      fontsize=9,
+      weight="bold",
+      color=COLORS[right],
+    )
   return _save(figure, path)

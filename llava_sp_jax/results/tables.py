@@ -100,10 +100,14 @@ def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
   """Head and rows of the table by kind."""
   names = figures(scores)
   rows = [
-    [kind, str(row["items"]), str(row["asked"]),
-     *(number(row[name], name) if name in row else "" for name in names)]
+    [
+      kind,
+      str(row["items"]),
+      str(row["asked"]),
+      *(number(row[name], name) if name in row else "" for name in names),
+    ]
     for kind, row in scores["by_kind"].items()
-  ]  # fmt: skip
+  ]
   return ["questions", "answered", "asked", *names], rows
 
 
@@ -113,10 +117,15 @@ def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
   for scores in several:
     total, found = scores["by_kind"]["all"], scores["interval"]
     spread = f"{100 * found['low']:.2f}% to {100 * found['high']:.2f}%" if found else ""
-    rows.append([
-      scores["task"], scores["variant"].get("protocol", ""), headline(scores), spread,
-      f"{total['items']} of {total['asked']}",
-    ])  # fmt: skip
+    rows.append(
+      [
+        scores["task"],
+        scores["variant"].get("protocol", ""),
+        headline(scores),
+        spread,
+        f"{total['items']} of {total['asked']}",
+      ]
+    )
   return ["task", "protocol", "score", "95% interval", "scored"], rows
 
 

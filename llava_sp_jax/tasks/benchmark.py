@@ -134,9 +134,12 @@ def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
 
 
 def judged(
-  headline: float, metric: str, by_kind: dict[str, dict[str, float]], figures: dict[str, Any],
+  headline: float,
+  metric: str,
+  by_kind: dict[str, dict[str, float]],
+  figures: dict[str, Any],
   verdicts: dict[str, dict[str, Any]],
-) -> Scores:  # fmt: skip
+) -> Scores:
   """Scores over what could be judged; where that is nothing, there is no headline."""
   if by_kind["all"]["items"]:
     return Scores(headline, metric, by_kind, figures, verdicts)

@@ -16,7 +16,7 @@ from llava_sp_jax.tasks.benchmark import (
   served,
   settled,
   texts,
-)  # fmt: skip
+)
 from llava_sp_jax.tasks.scoring import plain_match
 from llava_sp_jax.tasks.task import Item, Predictions, Scores, file_hash, mean_by_kind
 
@@ -69,9 +69,10 @@ class Gqa(Benchmark):
           truth=truth["answer"] if truth else None,
           extra={"semantic": truth["types"].get("semantic")} if truth else {},
           problem=f"no truth that is understood in {path.name}: {given!r:.80}"
-          if path and not truth else "",
+          if path and not truth
+          else "",
         )
-      )  # fmt: skip
+      )
     return settled(items, path or self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:

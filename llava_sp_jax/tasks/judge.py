@@ -64,9 +64,14 @@ class Endpoint:
   """
 
   def __init__(
-    self, url: str, model: str, key: str = "OPENAI_API_KEY", tries: int = 5, seconds: float = 60.0,
+    self,
+    url: str,
+    model: str,
+    key: str = "OPENAI_API_KEY",
+    tries: int = 5,
+    seconds: float = 60.0,
     pause: Callable[[float], Any] = time.sleep,
-  ):  # fmt: skip
+  ):
     """Raises: JudgeError for what is no address of a web server, and when the variable is not set,
     or holds what cannot be a key."""
     self.name = model
@@ -92,9 +97,11 @@ class Endpoint:
     """The judge's answer. Raises: JudgeError after the last try."""
     messages = [{"role": "system", "content": ask.system}] if ask.system else []
     asked = {
-      "model": self.name, "messages": [*messages, {"role": "user", "content": ask.prompt}],
-      "max_tokens": ask.max_tokens, "temperature": ask.temperature,
-    }  # fmt: skip
+      "model": self.name,
+      "messages": [*messages, {"role": "user", "content": ask.prompt}],
+      "max_tokens": ask.max_tokens,
+      "temperature": ask.temperature,
+    }
     secret, problem = self._secret(), ""
     headers = {"Content-Type": "application/json"}
     if secret:
@@ -133,10 +140,15 @@ def _address(model: str, url: str) -> str:
   try:
     parts = urllib.parse.urlsplit(url)
     fits = (
-      parts.scheme.lower() in ("http", "https") and bool(parts.hostname) and parts.port != 0
-      and bool((parts.hostname or "").encode("idna")) and "%" not in parts.netloc
-      and not (parts.query or parts.fragment) and url.isascii() and not re.search(r"[\x00-\x20]", url)
-    )  # fmt: skip
+      parts.scheme.lower() in ("http", "https")
+      and bool(parts.hostname)
+      and parts.port != 0
+      and bool((parts.hostname or "").encode("idna"))
+      and "%" not in parts.netloc
+      and not (parts.query or parts.fragment)
+      and url.isascii()
+      and not re.search(r"[\x00-\x20]", url)
+    )
   except ValueError:  # no port, or no address of six
     fits = False
   if not fits:

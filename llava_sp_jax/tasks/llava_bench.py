@@ -63,9 +63,12 @@ class LlavaBench(Benchmark):
   }
 
   def __init__(
-    self, folder: str | Path, protocol: str = "llava", judge: Judge | None = None,
+    self,
+    folder: str | Path,
+    protocol: str = "llava",
+    judge: Judge | None = None,
     reviews: str | Path | None = None,
-  ):  # fmt: skip
+  ):
     """`judge`: LLaVA's is gpt-4-0314 or later; `reviews`: a file that keeps what it said."""
     super().__init__(folder, protocol)
     self._judge = Reviews(judge, reviews) if judge else None
@@ -80,11 +83,18 @@ class LlavaBench(Benchmark):
       caption = _joined(captions.get(row["image"]))
       truth = reference.get(str(row["question_id"]))
       problems = (
-        ("" if files.is_text(truth) else f"no answer that is understood in {REFERENCE}: {truth!r:.40}"),
+        (
+          ""
+          if files.is_text(truth)
+          else f"no answer that is understood in {REFERENCE}: {truth!r:.40}"
+        ),
         ("" if caption.strip() else f"no caption of the image {row['image']} in {CONTEXT}"),
-        ("" if row["category"] in CATEGORIES
-         else f"the category {row['category']!r:.40} is none of {', '.join(CATEGORIES)}"),
-      )  # fmt: skip
+        (
+          ""
+          if row["category"] in CATEGORIES
+          else f"the category {row['category']!r:.40} is none of {', '.join(CATEGORIES)}"
+        ),
+      )
       items.append(
         Item(
           id=str(row["question_id"]),
@@ -133,9 +143,12 @@ class LlavaBench(Benchmark):
       first, second = (round(ratio(sum(p[i] for p in mine), len(mine)), 3) for i in (0, 1))
       asked = sum(kind in ("all", item.kind) for item in items)
       by_kind[kind] = {
-        "score": round(ratio(second, first) * 100, 1), "reference": first, "model": second,
-        "items": len(mine), "asked": asked,
-      }  # fmt: skip
+        "score": round(ratio(second, first) * 100, 1),
+        "reference": first,
+        "model": second,
+        "items": len(mine),
+        "asked": asked,
+      }
     unjudged = sum(review["scores"] is None for review in reviews)
     figures = {"unjudged": unjudged, "judge": self._judge.name, "reviews": reviews}
     metric = "score relative to GPT-4's answers, %"
@@ -145,10 +158,16 @@ class LlavaBench(Benchmark):
     """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by
     line: "" where there is no answer."""
     rows = (
-      {"question_id": i.extra["question_id"], "prompt": i.question, "text": text,
-       "answer_id": i.id, "model_id": "llava_sp_jax", "metadata": {}}
+      {
+        "question_id": i.extra["question_id"],
+        "prompt": i.question,
+        "text": text,
+        "answer_id": i.id,
+        "model_id": "llava_sp_jax",
+        "metadata": {},
+      }
       for i, text in texts(items, predictions)
-    )  # fmt: skip
+    )
     return [files.write_lines(folder / "llava_bench_answers.jsonl", rows)]
 
 

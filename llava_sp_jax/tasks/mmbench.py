@@ -46,9 +46,14 @@ class MmBench(Benchmark):
   }
 
   def __init__(
-    self, folder: str | Path, protocol: str = "llava", split: str = "", circular: bool = False,
-    judge: Judge | None = None, reviews: str | Path | None = None,
-  ):  # fmt: skip
+    self,
+    folder: str | Path,
+    protocol: str = "llava",
+    split: str = "",
+    circular: bool = False,
+    judge: Judge | None = None,
+    reviews: str | Path | None = None,
+  ):
     """`judge` reads answers that no rule can (lmms only); `reviews`: file that keeps what it said."""
     self.split = split or self.split
     self.needed = (f"{self.split}.tsv",)
@@ -87,12 +92,15 @@ class MmBench(Benchmark):
             kind=row.get("category") or "default",
             truth=truth,
             extra={
-              "group": group, "round": turn, "options": options, "asked": row["question"],
+              "group": group,
+              "round": turn,
+              "options": options,
+              "asked": row["question"],
               "row": kept,
             },
             problem=problems[number - 1] or by_group.get(group, ""),
           )
-        )  # fmt: skip
+        )
     return settled(items, path)
 
   def _texts(self, row: dict[str, str]) -> list[str]:

@@ -29,11 +29,25 @@ POINTS = 200  # of a subtask
 Line = tuple[str, str, str]  # category, image without its ending, question
 YES_NO = " Please answer yes or no."
 PARTS = {
-  "perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
-                 "landmark", "artwork", "OCR"),
-  "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation",
-                "code_reasoning"),
-}  # fmt: skip
+  "perception": (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+  ),
+  "cognition": (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+  ),
+}
 
 
 class Mme(Benchmark):
@@ -44,11 +58,19 @@ class Mme(Benchmark):
   homes = ("MME",)
   needed = (ASKED, RELEASE)
   protocols: ClassVar = {
-    "llava": Rules("yes or no within the first four letters; subtask score = accuracy + accuracy+ "
-                   "(both questions of an image), in %", LOADER, mme_answer),
-    "lmms": Rules("as llava; stripped, without periods, y and n count, at most 16 tokens",
-                  LMMS_SHORT, mme_answer_lmms, lambda row: row["text"].replace(YES_NO, "")),
-  }  # fmt: skip
+    "llava": Rules(
+      "yes or no within the first four letters; subtask score = accuracy + accuracy+ "
+      "(both questions of an image), in %",
+      LOADER,
+      mme_answer,
+    ),
+    "lmms": Rules(
+      "as llava; stripped, without periods, y and n count, at most 16 tokens",
+      LMMS_SHORT,
+      mme_answer_lmms,
+      lambda row: row["text"].replace(YES_NO, ""),
+    ),
+  }
 
   def _answers(self) -> list[Path]:
     """Text files of questions and answers: beside the images, or in a folder of their own."""
@@ -82,8 +104,11 @@ class Mme(Benchmark):
   def items(self) -> list[Item]:
     truths, strange = self._truths()
     rows = self.rows(ASKED)
-    odd = [f"question_id {i!a:.40}" for i in (str(row["question_id"]) for row in rows)
-           if not i.isprintable()]  # fmt: skip
+    odd = [
+      f"question_id {i!a:.40}"
+      for i in (str(row["question_id"]) for row in rows)
+      if not i.isprintable()
+    ]
     files.refuse(self.folder / ASKED, odd, "question_id such as artwork/1.png, which names files")
     counts = collections.Counter(str(row["question_id"]) for row in rows)
     items = []
@@ -130,9 +155,12 @@ class Mme(Benchmark):
       accuracy = ratio(sum(map(sum, right.values())), count)
       plus = ratio(sum(sum(pair) == 2 for pair in right.values()), len(right))
       by_kind[kind] = {
-        "accuracy": accuracy, "accuracy_plus": plus, "score": 100 * accuracy + 100 * plus,
-        "items": count, "asked": len(mine),
-      }  # fmt: skip
+        "accuracy": accuracy,
+        "accuracy_plus": plus,
+        "score": 100 * accuracy + 100 * plus,
+        "items": count,
+        "asked": len(mine),
+      }
     parts = {
       part: sum(by_kind[kind]["score"] for kind in kinds if kind in by_kind)
       for part, kinds in PARTS.items()

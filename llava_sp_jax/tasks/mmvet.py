@@ -81,10 +81,16 @@ class Grader:
 
 
 GRADERS = {
-  "llava": Grader("\nQuestion", " | ", "\nPredict the correctness of the answer (digit): ",
-                  (0.0, 0.0, 0.5, 1.0, 1.5), 3, str),
+  "llava": Grader(
+    "\nQuestion",
+    " | ",
+    "\nPredict the correctness of the answer (digit): ",
+    (0.0, 0.0, 0.5, 1.0, 1.5),
+    3,
+    str,
+  ),
   "lmms": Grader("gpt_query_prompt", " |", "", (0.0, 0.5, 1.0, 1.5), 128, str.strip),
-}  # fmt: skip
+}
 
 
 def grade(review: str) -> float | None:
@@ -109,14 +115,20 @@ class MmVet(Benchmark):
   options = ("protocol", "judge", "reviews")
   protocols: ClassVar = {
     "llava": Rules("100 x the mean of the grader's scores from 0 to 1", LONG),
-    "lmms": Rules("as llava, with a request to reason before the question", LONG,
-                  prompt=lambda row: REASON + row["text"]),
-  }  # fmt: skip
+    "lmms": Rules(
+      "as llava, with a request to reason before the question",
+      LONG,
+      prompt=lambda row: REASON + row["text"],
+    ),
+  }
 
   def __init__(
-    self, folder: str | Path, protocol: str = "llava", judge: Judge | None = None,
+    self,
+    folder: str | Path,
+    protocol: str = "llava",
+    judge: Judge | None = None,
     reviews: str | Path | None = None,
-  ):  # fmt: skip
+  ):
     """`judge`: MM-Vet's is gpt-4-0613; `reviews`: a file that keeps what it said."""
     super().__init__(folder, protocol)
     self._grader = GRADERS[protocol]
@@ -143,9 +155,10 @@ class MmVet(Benchmark):
           truth=truth.get("answer"),
           extra={"asked": truth.get("question"), "capability": truth.get("capability", [])},
           problem=f"no truth that is understood in {self._truths.name}: {given!r:.80}"
-          if self._truths and not truth else "",
+          if self._truths and not truth
+          else "",
         )
-      )  # fmt: skip
+      )
     return settled(items, self._truths or self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
@@ -153,9 +166,11 @@ class MmVet(Benchmark):
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"
     return Ask(
-      prompt=prompt + (how.again if turn else ""), max_tokens=how.max_tokens,
-      temperature=how.temperatures[turn], turn=turn,
-    )  # fmt: skip
+      prompt=prompt + (how.again if turn else ""),
+      max_tokens=how.max_tokens,
+      temperature=how.temperatures[turn],
+      turn=turn,
+    )
 
   def _grade(self, review: str) -> float | None:
     return grade(self._grader.read(review))

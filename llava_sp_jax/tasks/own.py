@@ -75,8 +75,9 @@ def _items(value: Any, *_: Any) -> list[Item]:
     if not isinstance(item, Item):
       raise TypeError(f"[{place}] is {item!r:.60}, expected an tasks.task.Item")
     if wrong := [key for key, kind in ITEM.items() if not isinstance(getattr(item, key), kind)]:
-      raise TypeError(f"[{place}]: {wrong[0]} {getattr(item, wrong[0])!r:.60}, expected "
-                      f"{ITEM[wrong[0]].__name__}")  # fmt: skip
+      raise TypeError(
+        f"[{place}]: {wrong[0]} {getattr(item, wrong[0])!r:.60}, expected {ITEM[wrong[0]].__name__}"
+      )
     images = item.images if isinstance(item.images, tuple) else (None,)
     if not all(isinstance(image, Path | bytes | str) for image in images):
       raise TypeError(f"[{place}]: images {item.images!r:.60}, expected a tuple of paths or bytes")

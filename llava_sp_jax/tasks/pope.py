@@ -23,10 +23,16 @@ def measures(pairs: list[tuple[str, str]]) -> dict[str, float]:
   tn, fn = count["no", "no"], count["no", "yes"]
   precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
   return {
-    "TP": tp, "FP": fp, "TN": tn, "FN": fn, "accuracy": ratio(tp + tn, len(pairs)),
-    "precision": precision, "recall": recall,
-    "f1": ratio(2 * precision * recall, precision + recall), "yes_ratio": ratio(tp + fp, len(pairs)),
-  }  # fmt: skip
+    "TP": tp,
+    "FP": fp,
+    "TN": tn,
+    "FN": fn,
+    "accuracy": ratio(tp + tn, len(pairs)),
+    "precision": precision,
+    "recall": recall,
+    "f1": ratio(2 * precision * recall, precision + recall),
+    "yes_ratio": ratio(tp + fp, len(pairs)),
+  }
 
 
 def measures_lmms(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -36,10 +42,12 @@ def measures_lmms(pairs: list[tuple[str, str]]) -> dict[str, float]:
   tp, fp, fn = count["yes", "yes"], count["yes", "no"], count["no", "yes"]
   precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
   return {
-    "accuracy": ratio(sum(a == t for a, t in pairs), len(pairs)), "precision": precision,
-    "recall": recall, "f1": ratio(2 * precision * recall, precision + recall),
+    "accuracy": ratio(sum(a == t for a, t in pairs), len(pairs)),
+    "precision": precision,
+    "recall": recall,
+    "f1": ratio(2 * precision * recall, precision + recall),
     "yes_ratio": ratio(sum(t == "yes" for _, t in pairs), len(pairs)),
-  }  # fmt: skip
+  }
 
 
 class Pope(Benchmark):
@@ -50,11 +58,17 @@ class Pope(Benchmark):
   homes = ("pope",)
   needed = (ASKED, *(LABELS.format(split) for split in SPLITS))
   protocols: ClassVar = {
-    "llava": Rules("no/not/No in the first sentence is no, else yes; mean F1 of three splits",
-                   LOADER, pope_answer),
-    "lmms": Rules("exactly yes or no without case; F1 over all three splits together",
-                  LOADER, lambda text: text.lower().strip()),
-  }  # fmt: skip
+    "llava": Rules(
+      "no/not/No in the first sentence is no, else yes; mean F1 of three splits",
+      LOADER,
+      pope_answer,
+    ),
+    "lmms": Rules(
+      "exactly yes or no without case; F1 over all three splits together",
+      LOADER,
+      lambda text: text.lower().strip(),
+    ),
+  }
 
   def items(self) -> list[Item]:
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
@@ -84,11 +98,12 @@ class Pope(Benchmark):
         images=(self.folder / "val2014" / row["image"],),
         kind=row["category"],
         truth=truths[row["question_id"]],
-        problem="" if truths[row["question_id"]] in ("yes", "no")
+        problem=""
+        if truths[row["question_id"]] in ("yes", "no")
         else f"the label {truths[row['question_id']]!r:.40} is neither 'yes' nor 'no'",
       )
       for row in rows
-    ]  # fmt: skip
+    ]
     return settled(items, self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:

@@ -66,11 +66,17 @@ class ScienceQa(Benchmark):
   homes = ("scienceqa",)
   needed = (ASKED, TRUTHS, SPLITS)
   protocols: ClassVar = {
-    "llava": Rules("X, `X. ...` or one `The answer is X.`; all of the test split, unanswered is "
-                   "wrong; the headline takes questions with an image", LONG, sqa_letter, of_llava),
-    "lmms": Rules("X or `X....`; only questions with an image", LMMS_SHORT, sqa_letter_lmms,
-                  of_lmms),
-  }  # fmt: skip
+    "llava": Rules(
+      "X, `X. ...` or one `The answer is X.`; all of the test split, unanswered is "
+      "wrong; the headline takes questions with an image",
+      LONG,
+      sqa_letter,
+      of_llava,
+    ),
+    "lmms": Rules(
+      "X or `X....`; only questions with an image", LMMS_SHORT, sqa_letter_lmms, of_lmms
+    ),
+  }
 
   def items(self) -> list[Item]:
     path = self.folder / ASKED

@@ -33,9 +33,10 @@ class Seed(Benchmark):
   options = ("protocol", "split")
   protocols: ClassVar = {
     "llava": Rules("the answer is exactly the letter, unanswered is wrong", LOADER),
-    "lmms": Rules("the first letter of the stripped answer", LMMS_LONG,
-                  lambda text: text.strip()[:1]),
-  }  # fmt: skip
+    "lmms": Rules(
+      "the first letter of the stripped answer", LMMS_LONG, lambda text: text.strip()[:1]
+    ),
+  }
 
   def __init__(self, folder: str | Path, protocol: str = "llava", split: str = "image"):
     super().__init__(folder, protocol)
@@ -104,8 +105,10 @@ class Seed(Benchmark):
     no answer (the original, scripts/convert_seed_for_submission.py, stops there). Of a split that
     is not all of SEED, `seed_answers_<split>.jsonl`."""
     rows = (
-      {"question_id": i.extra["question_id"],
-       "prediction": self.rules.read(text_of(predictions, i) or "")}
+      {
+        "question_id": i.extra["question_id"],
+        "prediction": self.rules.read(text_of(predictions, i) or ""),
+      }
       for i in items
-    )  # fmt: skip
+    )
     return [files.write_lines(folder / SPLITS[self.variant["split"]].file, rows)]

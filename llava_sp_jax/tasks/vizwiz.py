@@ -29,9 +29,10 @@ class VizWiz(Benchmark):
   needed = (ASKED,)
   protocols: ClassVar = {
     "llava": Rules("answers normalised as EvalAI does", LOADER),
-    "lmms": Rules("as llava; the question in small letters after a capital", LMMS_LONG,
-                  prompt=capitalised),
-  }  # fmt: skip
+    "lmms": Rules(
+      "as llava; the question in small letters after a capital", LMMS_LONG, prompt=capitalised
+    ),
+  }
 
   def items(self) -> list[Item]:
     items = [

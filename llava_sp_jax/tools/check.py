@@ -106,8 +106,9 @@ def table(report: Any, data: config_lib.DataConfig, seconds: float) -> str:
     f"images decoded, {seconds:.0f} s",
     f"tokens with images: {report.tokens / laid:.0f} a sample, {report.longest:,} the longest; "
     f"data.row_length is {data.row_length:,}",
-    "", f"{'problem':<18}{'samples':>10}  the first",
-  ]  # fmt: skip
+    "",
+    f"{'problem':<18}{'samples':>10}  the first",
+  ]
   for kind in check.KINDS:
     lines.append(f"{kind:<18}{report.kinds[kind]:>10,}  {report.examples.get(kind, '')}".rstrip())
   if report.images:

@@ -25,10 +25,16 @@ def source_options(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--base", default="", help="folder of the base language model of a LoRA")
   parser.add_argument("--tower", default="", help="folder of the vision tower")
   parser.add_argument("--variant", default="", help="of the projector, where names do not tell it")
-  parser.add_argument("--template", default="",
-                      help="conversation template (default: v1, where nothing speaks against it)")  # fmt: skip
-  parser.add_argument("--allow-unknown", action="store_true",
-                      help="pass over keys of settings files whose effect is not known here")  # fmt: skip
+  parser.add_argument(
+    "--template",
+    default="",
+    help="conversation template (default: v1, where nothing speaks against it)",
+  )
+  parser.add_argument(
+    "--allow-unknown",
+    action="store_true",
+    help="pass over keys of settings files whose effect is not known here",
+  )
 
 
 def to_options(given: argparse.Namespace, path: str) -> formats.Options:
@@ -63,13 +69,19 @@ def described(source: Loaded) -> list[str]:
     )
   if "vision_tower" in source.parts:
     tower, grid = model.tower, build.patch_grid(model)
-    lines.append(f"tower       {tower.variant}, layer {tower.select_layer} of {tower.layers}, "
-                 f"grid {grid}x{grid} of {tower.image_size} px")  # fmt: skip
-    lines.append(f"pictures    {data.image_aspect}, {data.image_fit}, {data.image_resample}, mean "
-                 f"{_numbers(data.image_mean)}, std {_numbers(data.image_std)}")  # fmt: skip
+    lines.append(
+      f"tower       {tower.variant}, layer {tower.select_layer} of {tower.layers}, "
+      f"grid {grid}x{grid} of {tower.image_size} px"
+    )
+    lines.append(
+      f"pictures    {data.image_aspect}, {data.image_fit}, {data.image_resample}, mean "
+      f"{_numbers(data.image_mean)}, std {_numbers(data.image_std)}"
+    )
   if "projector" in source.parts:
-    lines.append(f"variant     {model.projector.variant}, views {build.view_sizes(model)}, "
-                 f"{build.image_token_count(model)} tokens an image")  # fmt: skip
+    lines.append(
+      f"variant     {model.projector.variant}, views {build.view_sizes(model)}, "
+      f"{build.image_token_count(model)} tokens an image"
+    )
     lines.append(f"template    {data.template}")
   else:
     lines.append(f"parts       {', '.join(source.parts)}: no projector, so no pictures on its own")
@@ -86,15 +98,20 @@ def parser() -> argparse.ArgumentParser:
     description="Reads a torch checkpoint (its format is found out) and writes a folder that "
     "train, eval, generate and export take. All names and shapes are checked first; values are "
     "streamed, so memory stays far below the size of the model.",
-    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   result.add_argument(
     "source", metavar="IN", help="folder, .gguf file, or hf:organization/name of the hub"
   )
   result.add_argument("out", metavar="OUT", type=Path, help="new folder")
   source_options(result)
-  result.add_argument("--dtype", default="", choices=("", "float32", "bfloat16", "float16"),
-                      help="round every array (default: as stored)")  # fmt: skip
+  result.add_argument(
+    "--dtype",
+    default="",
+    choices=("", "float32", "bfloat16", "float16"),
+    help="round every array (default: as stored)",
+  )
   return result
 
 
@@ -118,5 +135,7 @@ def main(argv: list[str]) -> None:
   size = sum(leaf.nbytes for leaf in source.leaves.values())
   console.say("\n".join(described(source)))
   form = formats.FORMATS.get(source.format)
-  console.say(f"{options.out}: {form.what if form else 'a folder of ours'}, variant "
-        f"{source.config.model.projector.variant}, {size / 1e9:.2f} GB")  # fmt: skip
+  console.say(
+    f"{options.out}: {form.what if form else 'a folder of ours'}, variant "
+    f"{source.config.model.projector.variant}, {size / 1e9:.2f} GB"
+  )

@@ -35,26 +35,47 @@ EXAMPLES = """example:
 
 def parser() -> argparse.ArgumentParser:
   result = arguments.Parser(
-    prog="llava-sp eval", description=DESCRIPTION, epilog=EXAMPLES,
+    prog="llava-sp eval",
+    description=DESCRIPTION,
+    epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+  )
   add = result.add_argument
   add("--checkpoint", default="", help="run of llava-sp train, or any format of llava-sp convert")
   source_options(result)
-  add("--task", action="append", help="benchmark, or FILE.py:Class of your own; several: a,b or "
-      "again (default: easy_vqa)")  # fmt: skip
-  add("--data", default=[], action="append", metavar="[TASK=]FOLDER",
-      help="the benchmark's files, or the root of LLaVA's evaluation folders")  # fmt: skip
+  add(
+    "--task",
+    action="append",
+    help="benchmark, or FILE.py:Class of your own; several: a,b or again (default: easy_vqa)",
+  )
+  add(
+    "--data",
+    default=[],
+    action="append",
+    metavar="[TASK=]FOLDER",
+    help="the benchmark's files, or the root of LLaVA's evaluation folders",
+  )
   add("--list", action="store_true", help="names the benchmarks with their protocols, and ends")
-  add("--out", default="", help="results (default: CHECKPOINT/eval-TASK); with several tasks: "
-      "OUT/TASK")  # fmt: skip
+  add(
+    "--out",
+    default="",
+    help="results (default: CHECKPOINT/eval-TASK); with several tasks: OUT/TASK",
+  )
   add("--limit", type=int, default=0, metavar="N", help="only the first N questions (0: all)")
   add("--protocol", default="", help="the rule that prompts and scores, where a task has several")
   add("--option", action="append", default=[], metavar="KEY=VALUE", help="any other of the task's")
-  add("--compare", default="", help="results of another run on the same data: shows what flipped; "
-      "with several tasks: COMPARE/TASK")  # fmt: skip
-  add("--allow-missing", action="store_true", help="end with code 0 although questions have no "
-      "answer (an image that cannot be read); else with 1")  # fmt: skip
+  add(
+    "--compare",
+    default="",
+    help="results of another run on the same data: shows what flipped; "
+    "with several tasks: COMPARE/TASK",
+  )
+  add(
+    "--allow-missing",
+    action="store_true",
+    help="end with code 0 although questions have no "
+    "answer (an image that cannot be read); else with 1",
+  )
   add("--retry", action="store_true", help="ask again what has no answer yet (images put back)")
 
   hosts = result.add_argument_group("several hosts")
@@ -77,8 +98,11 @@ def parser() -> argparse.ArgumentParser:
   judge = result.add_argument_group("judge (LLaVA-Bench, MM-Vet; an OpenAI-compatible server)")
   judge.add_argument("--judge-url", default="", help="such as http://localhost:8000/v1")
   judge.add_argument("--judge-model", default="", help="as that server names it")
-  judge.add_argument("--judge-key-env", default="OPENAI_API_KEY",
-                     help="environment variable with its key; '' for none (default: %(default)s)")  # fmt: skip
+  judge.add_argument(
+    "--judge-key-env",
+    default="OPENAI_API_KEY",
+    help="environment variable with its key; '' for none (default: %(default)s)",
+  )
   return result
 
 
@@ -181,8 +205,11 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 
   from llava_sp_jax.config import ConfigError, parse
 
-  defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()
-              if k in _takes(make) and p.default is not None}  # fmt: skip
+  defaults = {
+    k: p.default
+    for k, p in inspect.signature(make).parameters.items()
+    if k in _takes(make) and p.default is not None
+  }
   if unknown := [key for key in texts if key not in defaults]:
     has = f"it has {', '.join(defaults)}" if defaults else "it has none"
     judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
@@ -199,8 +226,11 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
   """TASK=FOLDER where there is one, otherwise the folder that is given for all."""
-  pairs = [(task, folder) for task, equals, folder in (text.partition("=") for text in texts)
-           if equals and task in names]  # fmt: skip
+  pairs = [
+    (task, folder)
+    for task, equals, folder in (text.partition("=") for text in texts)
+    if equals and task in names
+  ]
   own = dict(pairs)
   common = [text for text in texts if text.partition("=")[0] not in own]
   if name not in own and not common:
@@ -290,8 +320,10 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
     )
     found[name] = scores
     if "missing" in scores:
-      console.say(f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
-            "parts. The last of them writes the scores, or llava-sp eval --merge")  # fmt: skip
+      console.say(
+        f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
+        "parts. The last of them writes the scores, or llava-sp eval --merge"
+      )
     else:
       tables.show(scores)
       _written(out)

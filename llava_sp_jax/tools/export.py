@@ -22,15 +22,24 @@ def parser() -> argparse.ArgumentParser:
     description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
     "llava_lora (adapter and non_lora_trainables.bin of the original code), llava (its merged "
     "folder), llava_hf (transformers' LLaVA), language_model or vision_tower alone.",
-    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   result.add_argument("checkpoint", metavar="CKPT")
   result.add_argument("out", metavar="OUT", help="new folder")
-  result.add_argument("--format", required=True, metavar="NAME",
-                      help="llava_lora, llava, llava_hf, language_model or vision_tower")  # fmt: skip
+  result.add_argument(
+    "--format",
+    required=True,
+    metavar="NAME",
+    help="llava_lora, llava, llava_hf, language_model or vision_tower",
+  )
   source_options(result)
-  result.add_argument("--dtype", default="", choices=("", "float32", "bfloat16", "float16"),
-                      help="round every array (default: as stored)")  # fmt: skip
+  result.add_argument(
+    "--dtype",
+    default="",
+    choices=("", "float32", "bfloat16", "float16"),
+    help="round every array (default: as stored)",
+  )
   return result
 
 

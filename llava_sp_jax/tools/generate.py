@@ -22,8 +22,9 @@ def parser() -> argparse.ArgumentParser:
     epilog='example: llava-sp generate --checkpoint runs/finetune --image x.png --question "what '
     'shape is in the image?"',
   )
-  result.add_argument("--checkpoint", required=True,
-                      help="run of llava-sp train, or any format of llava-sp convert")  # fmt: skip
+  result.add_argument(
+    "--checkpoint", required=True, help="run of llava-sp train, or any format of llava-sp convert"
+  )
   source_options(result)
   result.add_argument("--image", action="append", default=[], help="picture file; may be repeated")
   result.add_argument("--question", required=True, help="<image> in it stands for a picture")
@@ -56,9 +57,14 @@ def main(argv: list[str]) -> int:
 
   try:
     generation = Generation(
-      max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-      top_p=options.top_p, num_beams=options.num_beams, stop=tuple(options.stop), seed=options.seed,
-    )  # fmt: skip
+      max_new_tokens=options.max_new_tokens,
+      temperature=options.temperature,
+      top_k=options.top_k,
+      top_p=options.top_p,
+      num_beams=options.num_beams,
+      stop=tuple(options.stop),
+      seed=options.seed,
+    )
   except ValueError as error:
     setting, found = str(error).split(":", 1)
     parser().error(f"--{setting.replace('_', '-')}:{found}")

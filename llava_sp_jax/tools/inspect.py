@@ -19,8 +19,11 @@ def parser() -> argparse.ArgumentParser:
   )
   result.add_argument("checkpoint", metavar="CKPT")
   source_options(result)
-  result.add_argument("--fingerprint", action="store_true",
-                      help="read all values and compute the fingerprint of the base")  # fmt: skip
+  result.add_argument(
+    "--fingerprint",
+    action="store_true",
+    help="read all values and compute the fingerprint of the base",
+  )
   return result
 
 
@@ -36,19 +39,28 @@ def main(argv: list[str]) -> None:
   console.say(f"{options.checkpoint}: {source.format}, {source.config.name}")
   if "language_model" in source.parts:
     text = model.language_model
-    console.say(f"language model  {settings_out.family(text)}: width {text.width}, {text.layers} layers, "
-          f"{text.heads} heads ({text.kv_heads} kv), vocabulary {text.vocab_size}, rope "
-          f"{text.rope_scaling.kind} at {text.rope_theta:g}")  # fmt: skip
-    console.say(f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"
-          if model.lora.rank else "adapters        none")  # fmt: skip
+    console.say(
+      f"language model  {settings_out.family(text)}: width {text.width}, {text.layers} layers, "
+      f"{text.heads} heads ({text.kv_heads} kv), vocabulary {text.vocab_size}, rope "
+      f"{text.rope_scaling.kind} at {text.rope_theta:g}"
+    )
+    console.say(
+      f"adapters        rank {model.lora.rank}, alpha {model.lora.alpha:g}"
+      if model.lora.rank
+      else "adapters        none"
+    )
   if "vision_tower" in source.parts:
     tower = model.tower
-    console.say(f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
-          f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}")  # fmt: skip
+    console.say(
+      f"vision tower    {tower.variant}: {tower.image_size} px, patch {tower.patch_size}, "
+      f"width {tower.width}, {tower.layers} layers, select layer {tower.select_layer}"
+    )
   if "projector" in source.parts:
     projector = model.projector
-    console.say(f"projector       variant {projector.variant}, views {build.view_sizes(model)}, token width "
-          f"{projector.token_width}, {build.image_token_count(model)} tokens per image")  # fmt: skip
+    console.say(
+      f"projector       variant {projector.variant}, views {build.view_sizes(model)}, token width "
+      f"{projector.token_width}, {build.image_token_count(model)} tokens per image"
+    )
     console.say(
       f"images          {data.image_aspect}, {data.image_fit}, {data.image_resample}; template {data.template}"
     )

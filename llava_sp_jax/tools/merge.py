@@ -25,8 +25,12 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("checkpoint", metavar="CKPT")
   result.add_argument("out", metavar="OUT", type=Path, help="new folder")
   source_options(result)
-  result.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                      help="open what was written and compare its logits (default)")  # fmt: skip
+  result.add_argument(
+    "--verify",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="open what was written and compare its logits (default)",
+  )
   return result
 
 
@@ -46,8 +50,11 @@ def _whole(source: Loaded) -> Loaded:
     source.config.model, tower=tower, projector=config_lib.ProjectorConfig(variant="none")
   )
   kept = {p: leaf for p, leaf in source.leaves.items() if p.startswith("language_model/")}
-  zeros = {p: np.zeros(x.shape, np.float32)
-           for p, x in flatten_dict(build.abstract(model), sep="/").items() if p not in kept}  # fmt: skip
+  zeros = {
+    p: np.zeros(x.shape, np.float32)
+    for p, x in flatten_dict(build.abstract(model), sep="/").items()
+    if p not in kept
+  }
   config = dataclasses.replace(source.config, model=model)
   return dataclasses.replace(source, config=config, leaves={**in_memory(zeros), **kept})
 

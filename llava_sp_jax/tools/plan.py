@@ -68,9 +68,13 @@ def main(argv: list[str]) -> None:
 
 
 def _search(
-  config: config_lib.Config, topology: Any, budget: int, make: Callable[[config_lib.Config], Any],
-  options: dict[str, str], argv: list[str],
-) -> Any:  # fmt: skip
+  config: config_lib.Config,
+  topology: Any,
+  budget: int,
+  make: Callable[[config_lib.Config], Any],
+  options: dict[str, str],
+  argv: list[str],
+) -> Any:
   """The best plan of a search, or the leanest that was tried when none fits."""
   from llava_sp_jax.plan import compile as compile_lib
   from llava_sp_jax.plan import search
@@ -85,9 +89,12 @@ def _search(
       return search.Outcome(False, math.nan, 0)
     said = f"{plan.seconds:.4f} s" if plan.fits else "does not fit"
     mesh = candidate.mesh
-    print(f"{len(plans):>3}  accumulate {candidate.train.accumulate}, remat {candidate.model.remat}, "
-          f"base {mesh.base}, mesh {mesh.data} x {mesh.fsdp} x {mesh.tensor}: {said}, "
-          f"{plan.used / (1 << 30):.2f} GiB", flush=True)  # fmt: skip
+    print(
+      f"{len(plans):>3}  accumulate {candidate.train.accumulate}, remat {candidate.model.remat}, "
+      f"base {mesh.base}, mesh {mesh.data} x {mesh.fsdp} x {mesh.tensor}: {said}, "
+      f"{plan.used / (1 << 30):.2f} GiB",
+      flush=True,
+    )
     return search.Outcome(plan.fits, plan.seconds, plan.used)
 
   tried = search.search(config, topology.chips, budget, evaluate)

@@ -129,6 +129,8 @@ def main(argv: list[str]) -> int:
       evaluator = in_loop.InLoop(config, workdir)
     result = loop.train(config, workdir, given.get("profile", ""), evaluator, wish)
     if jax.process_index() == 0:
-      print(f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
-            f"{result.quarantined} samples quarantined")  # fmt: skip
+      print(
+        f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
+        f"{result.quarantined} samples quarantined"
+      )
   return 0 if result.step >= config.train.steps else STOPPED_EARLY

@@ -64,16 +64,20 @@ class Ledger:
     ids = np.asarray(samples)[self._owned].reshape(-1)
     if self._rows:
       trained, quarantined = ids[ids >= 0], -2 - ids[ids < -1]
-      self._write(step=number, rows=self._rows, trained=trained.tolist(),
-                  quarantined=quarantined.tolist())  # fmt: skip
+      self._write(
+        step=number, rows=self._rows, trained=trained.tolist(), quarantined=quarantined.tolist()
+      )
 
   def skipped(self, number: int) -> None:
     """Step `number` was not finite: it taught nothing."""
     if self._process == 0:
       self._write(step=number, skipped=True)
     with_step = [line for line in _lines(self._file)[0] if line["step"] == number]
-    print(f"step {number}: loss or gradient is not finite, skipped; process {self._process} had "
-          f"samples {[i for line in with_step for i in line.get('trained', [])]}", flush=True)  # fmt: skip
+    print(
+      f"step {number}: loss or gradient is not finite, skipped; process {self._process} had "
+      f"samples {[i for line in with_step for i in line.get('trained', [])]}",
+      flush=True,
+    )
 
   def _write(self, **line: Any) -> None:
     jsonl.append(self._file, line, separators=(",", ":"))
@@ -93,8 +97,11 @@ def drop_after(folder: Path, step: int) -> None:
   for file in sorted((folder / FOLDER).glob("*.jsonl")):
     if bad := jsonl.cut_after(file, step):
       jsonl.append(file, {"step": step, "unreadable": bad}, separators=(",", ":"))
-      print(f"{file}: {bad} lines could not be read and were dropped; training goes on, but the "
-            "ledger proves less", flush=True)  # fmt: skip
+      print(
+        f"{file}: {bad} lines could not be read and were dropped; training goes on, but the "
+        "ledger proves less",
+        flush=True,
+      )
 
 
 def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -107,10 +114,14 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 def _is_entry(record: dict[str, Any]) -> bool:
   lists = [record.get(name, []) for name in ("rows", "trained", "quarantined")]
   whole = "rows" not in record or {"trained", "quarantined"} <= record.keys()
-  return whole and isinstance(record.get("step"), int) and all(
-    isinstance(values, list) and all(isinstance(value, int) for value in values)
-    for values in lists
-  )  # fmt: skip
+  return (
+    whole
+    and isinstance(record.get("step"), int)
+    and all(
+      isinstance(values, list) and all(isinstance(value, int) for value in values)
+      for values in lists
+    )
+  )
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -164,5 +175,11 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
     problems += [f"sample {i}: read {n} times, another {least} times" for i, n in often.items()]
   if problems:
     raise LedgerError(f"{folder / FOLDER} does not add up:\n  " + "\n  ".join(problems[:50]))
-  return Totals(len(rows), sum(seen.values()), counts["trained"], counts["quarantined"],
-                counts["skipped"], unreadable)  # fmt: skip
+  return Totals(
+    len(rows),
+    sum(seen.values()),
+    counts["trained"],
+    counts["quarantined"],
+    counts["skipped"],
+    unreadable,
+  )

@@ -61,9 +61,12 @@ class Evaluator(Protocol):
 
 
 def train(
-  config: config_lib.Config, workdir: str | Path, profile: str = "",
-  evaluator: Evaluator | None = None, wish: resume.Wish | None = None,
-) -> Result:  # fmt: skip
+  config: config_lib.Config,
+  workdir: str | Path,
+  profile: str = "",
+  evaluator: Evaluator | None = None,
+  wish: resume.Wish | None = None,
+) -> Result:
   """Trains until `config.train.steps`, continuing what `workdir` holds as `wish` says.
 
   `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
@@ -117,9 +120,7 @@ def _inputs(config: config_lib.Config) -> dict[str, str]:
   """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
-  return {
-    "data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]
-  }  # fmt: skip
+  return {"data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]}
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
@@ -132,9 +133,14 @@ def validation_input(config: config_lib.Config) -> dict[str, str]:
 
 
 def _train(
-  config: config_lib.Config, folder: Path, profile: str, watchdog: processes.Watchdog,
-  evaluator: Evaluator | None, wish: resume.Wish, lock: locks.Lock,
-) -> Result:  # fmt: skip
+  config: config_lib.Config,
+  folder: Path,
+  profile: str,
+  watchdog: processes.Watchdog,
+  evaluator: Evaluator | None,
+  wish: resume.Wish,
+  lock: locks.Lock,
+) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
@@ -153,9 +159,16 @@ def _train(
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
   quarantine = pipeline.Quarantine(folder / "quarantine.jsonl", jax.process_index())
   iterator = pipeline.make(
-    config.data, tokenizer, anyres.Tile(*build.tile_shape(config.model)),
-    config.train.batch_size, config.train.seed, quarantine, rows.tolist(), folder=folder, say=print,
-  )  # fmt: skip
+    config.data,
+    tokenizer,
+    anyres.Tile(*build.tile_shape(config.model)),
+    config.train.batch_size,
+    config.train.seed,
+    quarantine,
+    rows.tolist(),
+    folder=folder,
+    say=print,
+  )
   if not begun:
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
   validator = Validator(config, module, tokenizer, device_mesh)
@@ -167,9 +180,20 @@ def _train(
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
-      config, folder, device_mesh, iterator, quarantine, validator, evaluator, profiler, book,
-      watchdog, lock, wish, {"inputs": inputs, "inputs_before": before},
-    )  # fmt: skip
+      config,
+      folder,
+      device_mesh,
+      iterator,
+      quarantine,
+      validator,
+      evaluator,
+      profiler,
+      book,
+      watchdog,
+      lock,
+      wish,
+      {"inputs": inputs, "inputs_before": before},
+    )
     processes.collective("the way is free", lambda: resume.make_way(folder, begun), only=0)
     return _steps(run, module, prepared)
 
@@ -187,9 +211,12 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
 
 
 def _loop(
-  run: _Run, module: Any, prepared: tuple[Any, Any, Any], base: str,
+  run: _Run,
+  module: Any,
+  prepared: tuple[Any, Any, Any],
+  base: str,
   checkpoints: manager.Checkpoints,
-) -> Result:  # fmt: skip
+) -> Result:
   config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
   train_state, shardings, tx = prepared
   first = int(train_state.step)
@@ -248,9 +275,11 @@ def _loop(
       if run.evaluator and run.evaluator.due(number):
         with log.pause(metrics):
           validated |= run.evaluator(
-            number, state.join(train_state.trainable, train_state.frozen), base,
+            number,
+            state.join(train_state.trainable, train_state.frozen),
+            base,
             functools.partial(_going, run.watchdog, stop, number),
-          )  # fmt: skip
+          )
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
       noticed = time.monotonic()

@@ -20,9 +20,15 @@ Head = Callable[[Flat, jax.Array], jax.Array]  # parameters, [..., D] -> [..., V
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sums(
-  head: Head, chunk: int, trainable: Flat, frozen: Flat, hidden: jax.Array, targets: jax.Array,
-  weights: jax.Array, about_image: jax.Array,
-) -> jax.Array:  # fmt: skip
+  head: Head,
+  chunk: int,
+  trainable: Flat,
+  frozen: Flat,
+  hidden: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  about_image: jax.Array,
+) -> jax.Array:
   """[sum of weighted losses, sum of weights of correct tokens, losses about images], float32 [3].
 
   Differentiable in `trainable` and `hidden`. The gradients are made together with the loss, slice by

@@ -71,9 +71,12 @@ class Log:
       self._window += time.monotonic() - before
 
   def step(
-    self, number: int, metrics: Mapping[str, Any], quarantined: int,
+    self,
+    number: int,
+    metrics: Mapping[str, Any],
+    quarantined: int,
     extra: Mapping[str, float] | None = None,
-  ) -> None:  # fmt: skip
+  ) -> None:
     """The metrics of step `number`; `extra` values make it a record whatever its number."""
     train = self._config.train
     starts = self._window is None  # the first step compiles: it does not count for the rates
@@ -89,9 +92,13 @@ class Log:
       self._window = time.monotonic()
 
   def _write(
-    self, number: int, values: dict[str, Any], rates: dict[str, float], quarantined: int,
+    self,
+    number: int,
+    values: dict[str, Any],
+    rates: dict[str, float],
+    quarantined: int,
     extra: Mapping[str, float],
-  ) -> None:  # fmt: skip
+  ) -> None:
     if not self._sinks:
       return
     absent = {*HIDDEN}  # a loss by modality stands for tokens that the step had
@@ -103,13 +110,14 @@ class Log:
       "step": number,
       **{name: float(value) for name, value in values.items() if name not in absent},
       **extra,
-      **{f"grad_norm/{part}": norm
-         for part, norm in measure.norms(values["grad_squares"], self._paths).items()},
-      **{f"learning_rate/{group}": rate
-         for group, rate in self._learning(number - 1).items()},
+      **{
+        f"grad_norm/{part}": norm
+        for part, norm in measure.norms(values["grad_squares"], self._paths).items()
+      },
+      **{f"learning_rate/{group}": rate for group, rate in self._learning(number - 1).items()},
       **rates,
       "quarantined": quarantined,
-    }  # fmt: skip
+    }
     for sink in self._sinks:
       sink.write(record)
 

@@ -93,10 +93,14 @@ def build(
 
   def adamw(rate: float) -> optax.GradientTransformation:
     return optax.adamw(
-      schedule(rate, steps, config.warmup_ratio), b1=config.b1, b2=config.b2, eps=config.eps,
-      weight_decay=config.weight_decay, mask=lambda tree: {p: decays(p) for p in tree},
+      schedule(rate, steps, config.warmup_ratio),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      mask=lambda tree: {p: decays(p) for p in tree},
       mu_dtype=moments,
-    )  # fmt: skip
+    )
 
   groups = {path: group_of(path, config.stage) for path in paths}
   rates = {g: getattr(config, RATES[g]) for g in sorted(set(groups.values()))}

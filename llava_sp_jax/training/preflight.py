@@ -164,8 +164,9 @@ def look(batch: Mapping[str, np.ndarray], tile_tokens: int) -> Seen:
   return total
 
 
-def check_batches(config: config_lib.Config, iterator: Any, quarantined: Callable[[], int],
-                  folder: Path) -> None:  # fmt: skip
+def check_batches(
+  config: config_lib.Config, iterator: Any, quarantined: Callable[[], int], folder: Path
+) -> None:
   """Looks at the first batches and puts the iterator back to where it was.
 
   Raises: PreflightError, the same on all processes, when nothing can be learned from them.
@@ -244,8 +245,10 @@ def check_gradients(
     excused = any(re.match(pattern, path) for pattern, _ in ZERO_AT_START)
     if square == 0 and reached and not excused:
       dead.setdefault(measure.part_of(path), []).append(path)
-  _refuse([
-    f"{part}: the gradient of {', '.join(names)} is exactly 0 after the first step; the loss does "
-    "not reach it (a broken checkpoint in config.init, weights of 0 behind it, or no learned token)"
-    for part, names in dead.items()
-  ])  # fmt: skip
+  _refuse(
+    [
+      f"{part}: the gradient of {', '.join(names)} is exactly 0 after the first step; the loss does "
+      "not reach it (a broken checkpoint in config.init, weights of 0 behind it, or no learned token)"
+      for part, names in dead.items()
+    ]
+  )

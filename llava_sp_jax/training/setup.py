@@ -53,9 +53,11 @@ def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any
 
   program.__name__ = TRAIN_STEP  # what traces and the compiler's dumps call it
   return jax.jit(
-    program, donate_argnums=0, out_shardings=(shardings, None),
+    program,
+    donate_argnums=0,
+    out_shardings=(shardings, None),
     compiler_options=COMPILER_OPTIONS.get(platform),
-  )  # fmt: skip
+  )
 
 
 class Abstract(NamedTuple):

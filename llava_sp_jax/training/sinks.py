@@ -142,9 +142,12 @@ class Wandb:
     if not file.is_file() or not file.read_text().strip():  # torn by a kill
       file.write_text(uuid.uuid4().hex[:12])
     self._run = wandb.init(
-      id=file.read_text().strip(), resume="allow", name=config.name, dir=str(folder),
+      id=file.read_text().strip(),
+      resume="allow",
+      name=config.name,
+      dir=str(folder),
       config=config_lib.to_dict(config),
-    )  # fmt: skip
+    )
     # A resumed run repeats steps, which wandb refuses as its own counter but not as an axis.
     self._run.define_metric("*", step_metric="step")
 

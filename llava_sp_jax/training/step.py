@@ -33,9 +33,13 @@ def loss_sums(
   """
   apply: Any = functools.partial(module.apply, {"params": join(trainable, frozen)})
   hidden = apply(
-    batch["tokens"], batch["positions"], batch["segments"], batch["images"], batch["slots"],
+    batch["tokens"],
+    batch["positions"],
+    batch["segments"],
+    batch["images"],
+    batch["slots"],
     rngs=rngs,
-  )  # fmt: skip
+  )
   paths = module.language_model.head_paths()
   head_trainable = {p: trainable[p] for p in paths if p in trainable}
   head_frozen = {p: frozen[p] for p in paths if p in frozen}
@@ -77,8 +81,10 @@ def working_copies(trainable: Flat, dtype: Any) -> Flat:
   Cast here, they are cast (and adapters gathered from `fsdp`) once for all layers, passes and
   micro-batches, and what has to move is half as large.
   """
-  cast = {p: x.astype(dtype) if "/layers/" in p and p.startswith("language_model/") else x
-          for p, x in trainable.items()}  # fmt: skip
+  cast = {
+    p: x.astype(dtype) if "/layers/" in p and p.startswith("language_model/") else x
+    for p, x in trainable.items()
+  }
   adapters = {p: x for p, x in cast.items() if p.endswith(("/lora_a", "/lora_b"))}
   return {**cast, **sharding.gather(adapters)}
 
@@ -126,9 +132,13 @@ def gradients(
 
 
 def train_step(
-  module: LlavaSP, tx: optax.GradientTransformation, train: config_lib.TrainConfig, state: TrainState,
-  batch: Batch, rng: jax.Array,
-) -> tuple[TrainState, Metrics]:  # fmt: skip
+  module: LlavaSP,
+  tx: optax.GradientTransformation,
+  train: config_lib.TrainConfig,
+  state: TrainState,
+  batch: Batch,
+  rng: jax.Array,
+) -> tuple[TrainState, Metrics]:
   """state, batch -> state, metrics of `measure.report`. `rng` seeds dropout, folded with the step."""
   sums, grads = gradients(module, train, state, batch, rng)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -42,9 +42,15 @@ class Validator:
     self._count = max(1, min(config.train.validate_batches, len(samples) // rows))
     mine, _ = mesh.rows(device_mesh, rows)
     self._iterator = pipeline.make(
-      config.data, tokenizer, tile, rows, config.train.seed, None, mine.tolist(),
+      config.data,
+      tokenizer,
+      tile,
+      rows,
+      config.train.seed,
+      None,
+      mine.tolist(),
       validation_split.VALIDATION,
-    )  # fmt: skip
+    )
     self._start = self._iterator.get_state()
     next(self._iterator)  # unusable samples show now, not after the first thousand steps
 

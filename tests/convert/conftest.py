@@ -36,10 +36,18 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
   from tests.convert.foreign import IMAGE, PIXELS, TEXT, VISION, randomized
 
   folder = tmp_path_factory.mktemp("llava")
-  config = LlavaConfig(vision_config={"model_type": "clip_vision_model", **VISION},
-                       text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE)  # fmt: skip
+  config = LlavaConfig(
+    vision_config={"model_type": "clip_vision_model", **VISION},
+    text_config={"model_type": "llama", **TEXT},
+    image_token_index=IMAGE,
+  )
   randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
-  said = {"image_processor": PIXELS, "patch_size": 14, "image_token": "<image>",
-          "vision_feature_select_strategy": "default", "processor_class": "LlavaProcessor"}  # fmt: skip
+  said = {
+    "image_processor": PIXELS,
+    "patch_size": 14,
+    "image_token": "<image>",
+    "vision_feature_select_strategy": "default",
+    "processor_class": "LlavaProcessor",
+  }
   (folder / "processor_config.json").write_text(json.dumps(said))
   return folder

@@ -29,10 +29,22 @@ from llava_sp_jax.files import FormatError
 from tests.convert import torch_files
 
 SECONDS, WAITING, MEMORY = 2.0, 60.0, 200 << 20
-ODD = [struct.pack(f"<{form}", value) for form, value in (
-  ("B", 0), ("B", 255), ("H", 65535), ("I", 0), ("I", 2**31), ("I", 2**32 - 1), ("Q", 0),
-  ("Q", 2**60), ("Q", 2**63), ("Q", 2**64 - 1), ("d", float("nan")),
-)]  # fmt: skip
+ODD = [
+  struct.pack(f"<{form}", value)
+  for form, value in (
+    ("B", 0),
+    ("B", 255),
+    ("H", 65535),
+    ("I", 0),
+    ("I", 2**31),
+    ("I", 2**32 - 1),
+    ("Q", 0),
+    ("Q", 2**60),
+    ("Q", 2**63),
+    ("Q", 2**64 - 1),
+    ("d", float("nan")),
+  )
+]
 WORDS = [b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"[]", b"{}", b'""', b"-1", b"0.5",
          b"[" * 2000, b'{"a":' * 40, b"9" * 400, rb'"\ud800"', b'"a":1,"a":2', b"\xff", b","]  # fmt: skip
 
@@ -96,9 +108,11 @@ def bin_file(folder: Path, draw: random.Random) -> None:
 def pickle_file(folder: Path, draw: random.Random) -> None:
   """A `.bin` whose pickle was changed before its checksum was made: no value from elsewhere."""
   good = torch_files.dictionary(
-    torch_files.text("a"), torch_files.tensor(), torch_files.text("b"),
+    torch_files.text("a"),
+    torch_files.tensor(),
+    torch_files.text("b"),
     torch_files.tensor(torch_files.numbers(3), torch_files.numbers(2)),
-  )  # fmt: skip
+  )
   path = torch_files.save(folder / "x.bin", damaged(good, draw, ODD))
   for tensor in torch_io.open_file(path).values():
     assert tensor.nbytes <= 8 << 20
@@ -166,8 +180,14 @@ def _places(path: Path) -> list[_Place]:
 
 
 def json_file(folder: Path, draw: random.Random) -> None:
-  values = {"model_type": "llama", "hidden_size": 64, "rope_scaling": {"type": "linear", "factor": 2.5},
-            "architectures": ["LlamaForCausalLM"], "text": 'a "quoted" \\ \u00fc text', "x": None}  # fmt: skip
+  values = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "rope_scaling": {"type": "linear", "factor": 2.5},
+    "architectures": ["LlamaForCausalLM"],
+    "text": 'a "quoted" \\ \u00fc text',
+    "x": None,
+  }
   path = folder / "config.json"
   path.write_bytes(damaged(json.dumps(values).encode(), draw, WORDS))
   assert json_files.read_object(path) == json.loads(path.read_text("utf-8-sig"))

@@ -27,8 +27,9 @@ def folder(tmp_path: Path) -> Path:
 def kernel(opened: Loaded, alpha: float) -> np.ndarray:
   """`q_proj` with its adapter, summed by hand: W + alpha / r A B."""
   stem = "language_model/layers/q_proj/"
-  w, a, b = (opened.leaves[stem + n].read().astype(np.float64)
-             for n in ("kernel", "lora_a", "lora_b"))  # fmt: skip
+  w, a, b = (
+    opened.leaves[stem + n].read().astype(np.float64) for n in ("kernel", "lora_a", "lora_b")
+  )
   return w + alpha / a.shape[-1] * np.einsum("lir,lro->lio", a, b)
 
 

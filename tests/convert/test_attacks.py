@@ -32,14 +32,15 @@ from tests.convert.torch_files import (
   storage,
   tensor,
   text,
-)  # fmt: skip
+)
 
 LAYER = "model.layers.{}.input_layernorm.weight"
 
 
 def named(*names: str) -> list[Tensor]:
-  return [Tensor(n, "x.bin", (4,), np.dtype(np.float32), lambda: np.zeros(4, np.float32))
-          for n in names]  # fmt: skip
+  return [
+    Tensor(n, "x.bin", (4,), np.dtype(np.float32), lambda: np.zeros(4, np.float32)) for n in names
+  ]
 
 
 def problems_of(*names: str) -> list[str]:
@@ -171,8 +172,11 @@ def test_links_to_what_is_no_file(tmp_path: Path, where: str, ending: str) -> No
 
 def test_a_hole_of_a_terabyte(tmp_path: Path) -> None:
   """A file of a terabyte that takes no space: its head and its end are all that is looked at."""
-  for ending, content in ((".bin", b"PK\3\4"), (".safetensors", b"\2\0\0\0\0\0\0\0{}"),
-                          (".safetensors", b"\0" * 6 + b"\x80\0")):  # fmt: skip
+  for ending, content in (
+    (".bin", b"PK\3\4"),
+    (".safetensors", b"\2\0\0\0\0\0\0\0{}"),
+    (".safetensors", b"\0" * 6 + b"\x80\0"),
+  ):
     path = tmp_path / f"x{ending}"
     with path.open("wb") as file:
       file.write(content)

@@ -154,8 +154,12 @@ def test_a_peft_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
   export.export(scaled(source("none", rank=0)), "language_model", tmp_path / "base")
   model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-  recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj",
-    "o_proj", "gate_proj", "up_proj", "down_proj"], init_lora_weights=False)  # fmt: skip
+  recipe = peft.LoraConfig(
+    r=2,
+    lora_alpha=5,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    init_lora_weights=False,
+  )
   adapted = peft.get_peft_model(model, recipe).eval()
   adapted.save_pretrained(tmp_path / "adapter")
   llava_sp(capsys, "convert", tmp_path / "adapter", tmp_path / "ours", "--base", tmp_path / "base")

@@ -161,20 +161,29 @@ def test_llava_next(tmp_path: Path) -> None:
   from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
   grid = [[SIZE, 2 * SIZE], [3 * SIZE, SIZE]]
-  config = LlavaNextConfig(vision_config={"model_type": "clip_vision_model", **VISION},
-                           text_config={"model_type": "llama", **TEXT}, image_token_index=IMAGE,
-                           image_grid_pinpoints=grid)  # fmt: skip
+  config = LlavaNextConfig(
+    vision_config={"model_type": "clip_vision_model", **VISION},
+    text_config={"model_type": "llama", **TEXT},
+    image_token_index=IMAGE,
+    image_grid_pinpoints=grid,
+  )
   theirs = randomized(LlavaNextForConditionalGeneration(config))
   theirs.save_pretrained(tmp_path)
-  said = {**PIXELS, "image_processor_type": "LlavaNextImageProcessor", "do_pad": True,
-          "image_grid_pinpoints": grid}  # fmt: skip
+  said = {
+    **PIXELS,
+    "image_processor_type": "LlavaNextImageProcessor",
+    "do_pad": True,
+    "image_grid_pinpoints": grid,
+  }
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
   opened = formats.open_checkpoint(tmp_path)
   data, model = opened.config.data, opened.config.model
   assert data.grid_pinpoints == ((2 * SIZE, SIZE), (SIZE, 3 * SIZE))
   assert (data.image_aspect, data.patch_merge, model.image_newline) == (
-    "anyres", "spatial_unpad", True,
-  )  # fmt: skip
+    "anyres",
+    "spatial_unpad",
+    True,
+  )
   reader = anyres.Reader(data, anyres.Tile(*build.tile_shape(model)))
   rng = np.random.default_rng(3)
   picture = reader(Image.fromarray(rng.integers(0, 256, (34, 70, 3), dtype=np.uint8)))
@@ -198,16 +207,25 @@ def test_towers_as_transformers_saves_them(tmp_path: Path, kind: str) -> None:
 
   values: Any = VISION
   if kind == "Siglip":
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "intermediate_size": 24, "vocab_size": 32}  # fmt: skip
+    small = {
+      "hidden_size": 16,
+      "num_hidden_layers": 1,
+      "num_attention_heads": 2,
+      "intermediate_size": 24,
+      "vocab_size": 32,
+    }
     values = {"vision_config": VISION, "text_config": small}
   theirs = randomized(
     getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**values))
   )
   theirs.save_pretrained(tmp_path)
   if kind == "Siglip":
-    said = {"image_processor_type": "SiglipImageProcessor", "resample": 2, "do_convert_rgb": None,
-            "size": {"height": SIZE, "width": SIZE}}  # fmt: skip
+    said = {
+      "image_processor_type": "SiglipImageProcessor",
+      "resample": 2,
+      "do_convert_rgb": None,
+      "size": {"height": SIZE, "width": SIZE},
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
   opened = formats.open_checkpoint(tmp_path)
   assert opened.config.data.image_resample == ("bilinear" if kind == "Siglip" else "bicubic")

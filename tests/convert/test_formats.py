@@ -102,7 +102,7 @@ def test_all_that_is_wrong_is_listed_at_once(folder: Path) -> None:
     "up_proj/lora_a: expected shape (2, 48, 4), found (1, 48, 4)",
     "q_proj/lora_b: expected shape (2, 4, 48), found (2, 4, 7)",
   ):
-    assert any(part in line for line in lines), part  # fmt: skip
+    assert any(part in line for line in lines), part
 
 
 def test_an_adapter_whose_rank_disagrees_with_its_config(folder: Path) -> None:
@@ -221,8 +221,14 @@ def test_variants_that_the_original_cannot_restore_are_refused(
   ],
 )
 def test_decoders_that_are_not_computed(values: dict[str, Any], message: str) -> None:
-  sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-           "intermediate_size": 16, "model_type": "llama"}  # fmt: skip
+  sizes = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "model_type": "llama",
+  }
   assert settings.language_model(sizes, "x").head_dim == 4
   with pytest.raises(FormatError, match=message):
     settings.language_model({**sizes, **values}, "x")

@@ -35,10 +35,13 @@ OPTIONAL = {
 
 
 def write(
-  path: Path, architecture: str = "llama", extra: str = "",
-  metadata: dict[str, Any] | None = None, endian: Any = gguf.GGUFEndian.LITTLE,
+  path: Path,
+  architecture: str = "llama",
+  extra: str = "",
+  metadata: dict[str, Any] | None = None,
+  endian: Any = gguf.GGUFEndian.LITTLE,
   divisors: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
   """A file of one layer; returns its tensors as Hugging Face names and orders them."""
   said = REQUIRED | OPTIONAL if metadata is None else metadata
   kv_heads = said.get("attention.head_count_kv", HEADS)
@@ -59,8 +62,12 @@ def write(
     "blk.0.ffn_down": (block + "mlp.down_proj", (WIDTH, MLP)),
   }
   writer = gguf.GGUFWriter(path, architecture, endianess=endian)
-  add: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32,
-                          bool: writer.add_bool, str: writer.add_string}  # fmt: skip
+  add: dict[type, Any] = {
+    int: writer.add_uint32,
+    float: writer.add_float32,
+    bool: writer.add_bool,
+    str: writer.add_string,
+  }
   for key, value in said.items():
     add[type(value)](f"llama.{key}" if not key.startswith("split.") else key, value)
   result = {}
@@ -117,8 +124,12 @@ def test_what_has_no_default_is_named(tmp_path: Path, key: str) -> None:
 
 def test_positions_are_stretched_as_the_file_says(tmp_path: Path) -> None:
   scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-  for more, wanted in (({}, None), ({"rope.scale_linear": 4.0}, 4.0), (scaled, 4.0),
-                       (scaled | {"rope.scaling.type": "none"}, None)):  # fmt: skip
+  for more, wanted in (
+    ({}, None),
+    ({"rope.scale_linear": 4.0}, 4.0),
+    (scaled, 4.0),
+    (scaled | {"rope.scaling.type": "none"}, None),
+  ):
     write(tmp_path / "x.gguf", metadata=REQUIRED | OPTIONAL | more)
     found = ours.config(tmp_path / "x.gguf").get("rope_scaling", {})
     assert found.get("factor") == wanted
@@ -188,8 +199,11 @@ def test_divisors_of_llama_3(tmp_path: Path) -> None:
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
   head, theta = 16, 500000.0
-  config = LlamaConfig(hidden_size=HEADS * head, num_attention_heads=HEADS,
-                       rope_parameters={**LLAMA_3, "rope_theta": theta})  # fmt: skip
+  config = LlamaConfig(
+    hidden_size=HEADS * head,
+    num_attention_heads=HEADS,
+    rope_parameters={**LLAMA_3, "rope_theta": theta},
+  )
   scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
   divisors = theta ** -(np.arange(0, head, 2) / head) / scaled.numpy()
   said = {**REQUIRED, **OPTIONAL, "rope.freq_base": theta, "attention.key_length": head}

@@ -103,9 +103,15 @@ def test_a_file_that_is_too_short(tmp_path: Path, size: int) -> None:
 
 
 def test_values_and_places_are_those_of_the_library(tmp_path: Path) -> None:
-  parts = (pair(b"n", 4, struct.pack("<I", 7)), pair(b"f", F32, struct.pack("<f", 0.5)),
-           pair(b"yes", BOOL, b"\1"), pair(b"s", TEXT, text("ü".encode())),
-           array(TEXT, 2, text(b"x") + text(b"")), tensor(), tensor(b"u", (2, 3), at=32))  # fmt: skip
+  parts = (
+    pair(b"n", 4, struct.pack("<I", 7)),
+    pair(b"f", F32, struct.pack("<f", 0.5)),
+    pair(b"yes", BOOL, b"\1"),
+    pair(b"s", TEXT, text("ü".encode())),
+    array(TEXT, 2, text(b"x") + text(b"")),
+    tensor(),
+    tensor(b"u", (2, 3), at=32),
+  )
   path = save(tmp_path / "x.gguf", head(*parts, keys=5, tensors=2), DATA + b"\0" * 16 + DATA * 2)
   found, theirs = gguf_file.open_container(path, BLOCKS), gguf.GGUFReader(path)
   for name in ("n", "f", "yes"):

@@ -63,12 +63,16 @@ def test_keys_that_transformers_writes_all_have_a_place() -> None:
   from transformers import CONFIG_MAPPING, GenerationConfig
 
   tables = {
-    "llama": key_tables.DECODERS["llama"], "mistral": key_tables.DECODERS["mistral"],
-    "qwen2": key_tables.DECODERS["qwen2"], "clip_vision_model": key_tables.TOWERS["clip"],
-    "siglip_vision_model": key_tables.TOWERS["siglip"], "clip": key_tables.WHOLE_TOWER,
-    "siglip": key_tables.WHOLE_TOWER, "llava": key_tables.LLAVA_HF,
+    "llama": key_tables.DECODERS["llama"],
+    "mistral": key_tables.DECODERS["mistral"],
+    "qwen2": key_tables.DECODERS["qwen2"],
+    "clip_vision_model": key_tables.TOWERS["clip"],
+    "siglip_vision_model": key_tables.TOWERS["siglip"],
+    "clip": key_tables.WHOLE_TOWER,
+    "siglip": key_tables.WHOLE_TOWER,
+    "llava": key_tables.LLAVA_HF,
     "llava_next": key_tables.LLAVA_HF,
-  }  # fmt: skip
+  }
   for kind, table in tables.items():
     values = CONFIG_MAPPING[kind]().to_dict()
     keys.read({k: v for k, v in values.items() if v is not None}, table, kind)
@@ -213,10 +217,12 @@ def test_pixels_are_prepared_as_the_processor_says(
 ) -> None:
   tower = settings.tower(CLIP, "x", -2)
   plain = {
-    "image_fit": "crop", "image_resample": "bicubic", "image_aspect": "square",
+    "image_fit": "crop",
+    "image_resample": "bicubic",
+    "image_aspect": "square",
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
-  }  # fmt: skip
+  }
   folder = write(tmp_path, "preprocessor_config.json", {**PIXELS, **changed})
   assert processors.images(CLIP, folder, folder, tower) == {**plain, **found}
 
@@ -262,8 +268,11 @@ def test_a_processor_s_values_are_checked(
 def test_a_processor_s_file_alone_and_none(tmp_path: Path) -> None:
   """transformers 5 writes processor_config.json only; a tower alone may have no file at all."""
   tower = settings.tower(CLIP, "x", -2)
-  joint = write(tmp_path / "joint", "processor_config.json",
-                {"image_processor": {**PIXELS, "resample": 2}, "image_token": "<image>"})  # fmt: skip
+  joint = write(
+    tmp_path / "joint",
+    "processor_config.json",
+    {"image_processor": {**PIXELS, "resample": 2}, "image_token": "<image>"},
+  )
   assert processors.images(CLIP, joint, joint, tower)["image_resample"] == "bilinear"
   empty = write(tmp_path / "empty", "config.json", CLIP)
   assert processors.images(CLIP, empty, empty, tower, alone=True)["image_fit"] == "crop"
@@ -388,12 +397,14 @@ def test_settings_of_generation_and_tokenizer(tmp_path: Path) -> None:
   folder = write(tmp_path, "generation_config.json", {"temperature": 0.2, "eos_token_id": [1, 2]})
   write(tmp_path, "tokenizer_config.json", {"add_bos_token": True, "model_max_length": 1e30})
   places.check_settings((folder,), False)
-  for i, (name, values, message) in enumerate((
-    ("generation_config.json", {"contrastive": 1}, "unknown key contrastive"),
-    ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token=True"),
-    ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs="),
-    ("tokenizer_config.json", {"legacy": "no"}, "legacy: expected true or false"),
-  )):  # fmt: skip
+  for i, (name, values, message) in enumerate(
+    (
+      ("generation_config.json", {"contrastive": 1}, "unknown key contrastive"),
+      ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token=True"),
+      ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs="),
+      ("tokenizer_config.json", {"legacy": "no"}, "legacy: expected true or false"),
+    )
+  ):
     odd = write(tmp_path / str(i), name, values)
     with pytest.raises(FormatError, match=message):
       places.check_settings((odd,), False)

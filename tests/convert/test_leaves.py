@@ -55,10 +55,13 @@ def test_a_slice_is_the_slice_and_reads_its_layers_only() -> None:
 def test_all_unknown_names_gaps_and_odd_layers_are_listed() -> None:
   zeros = np.zeros(2, np.float32)
   _, problems = gather(
-    tensor(NORM.format(0), zeros), tensor(NORM.format(3), zeros),
-    tensor("model.extra", np.zeros((4, 5))), tensor("other.weight", np.zeros(1)),
-    tensor(QUERY.format(0), np.zeros((2, 2))), tensor(QUERY.format(1), np.zeros((2, 3))),
-  )  # fmt: skip
+    tensor(NORM.format(0), zeros),
+    tensor(NORM.format(3), zeros),
+    tensor("model.extra", np.zeros((4, 5))),
+    tensor("other.weight", np.zeros(1)),
+    tensor(QUERY.format(0), np.zeros((2, 2))),
+    tensor(QUERY.format(1), np.zeros((2, 3))),
+  )
   assert problems == [
     "unexpected tensor model.extra (4, 5) in file.bin",
     "unexpected tensor other.weight (1,) in file.bin",
@@ -75,8 +78,10 @@ def test_missing_unexpected_and_misshaped_are_listed_together() -> None:
   problems: list[str] = []
   leaves.fit(leaves.in_memory(arrays), expected, problems)
   assert problems == [
-    "missing b (3,)", "unexpected d (1,) (d)", "c: expected shape (2, 2), found (2, 3) (c)",
-  ]  # fmt: skip
+    "missing b (3,)",
+    "unexpected d (1,) (d)",
+    "c: expected shape (2, 2), found (2, 3) (c)",
+  ]
   with pytest.raises(FormatError) as error:
     leaves.refuse("x", problems)
   assert str(error.value).splitlines()[0] == "x does not fit the model, nothing was converted:"

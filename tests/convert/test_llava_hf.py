@@ -54,15 +54,21 @@ def model(tiny_config: ConfigMaker) -> Pretrained:
 def pictures() -> list[Image.Image]:
   rng = np.random.default_rng(5)
   sizes = [(24, 24), (31, 24), (18, 40), (60, 33)]
-  return [Image.fromarray(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8))
-          for i in range(20)]  # fmt: skip
+  return [
+    Image.fromarray(rng.integers(0, 256, (*sizes[i % 4], 3), dtype=np.uint8)) for i in range(20)
+  ]
 
 
 @pytest.fixture(scope="module")
 def exported(model: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Path:
   arrays = flatten_dict(model.params, sep="/")
-  ours = Loaded("memory", model.config, leaves.in_memory(arrays), formats.PARTS,
-                        Path(model.config.data.tokenizer))  # fmt: skip
+  ours = Loaded(
+    "memory",
+    model.config,
+    leaves.in_memory(arrays),
+    formats.PARTS,
+    Path(model.config.data.tokenizer),
+  )
   out = tmp_path_factory.mktemp("hf") / "out"
   export.export(ours, "llava_hf", out)
   return out
@@ -92,8 +98,9 @@ def theirs_answer(exported: Path, asked: list[tuple[Image.Image, str]], new: int
     found = model.generate(**inputs, max_new_tokens=new)
   made = found[:, inputs["input_ids"].shape[1] :].tolist()
   stops = set(model.generation_config.eos_token_id)
-  return [tuple(ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))])
-          for ids in made]  # fmt: skip
+  return [
+    tuple(ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))]) for ids in made
+  ]
 
 
 def test_the_export_answers_as_ours(
@@ -131,12 +138,18 @@ def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path:
   ]
   train_bpe(texts[:4000], tmp_path / "tokenizer", 512)
   config = tool.load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,variant=none")
-  config = config_lib.override(config, {
-    "config.data.path": str(tmp_path / "train.json"), "config.optimizer.stage": "pretrain_all",
-    "config.data.image_folder": str(Path(easy_vqa.__file__).parent / "data/train/images"),
-    "config.data.tokenizer": str(tmp_path / "tokenizer"), "config.model.lora.rank": "0",
-    "config.train.steps": "150", "config.optimizer.learning_rate": "1e-3",
-  })  # fmt: skip
+  config = config_lib.override(
+    config,
+    {
+      "config.data.path": str(tmp_path / "train.json"),
+      "config.optimizer.stage": "pretrain_all",
+      "config.data.image_folder": str(Path(easy_vqa.__file__).parent / "data/train/images"),
+      "config.data.tokenizer": str(tmp_path / "tokenizer"),
+      "config.model.lora.rank": "0",
+      "config.train.steps": "150",
+      "config.optimizer.learning_rate": "1e-3",
+    },
+  )
   loop.train(config, tmp_path / "run")
   ours = pretrained.from_run(tmp_path / "run")
   export.export(opening.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")

@@ -142,8 +142,9 @@ def test_an_adapter_trained_without_the_output_layer(llm: Path, tmp_path: Path) 
   """huggingface/peft#1579: AutoModel's names have one `model.` less."""
   from transformers import AutoModel
 
-  recipe = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"],
-                           init_lora_weights=False)  # fmt: skip
+  recipe = peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+  )
   theirs = peft.get_peft_model(AutoModel.from_pretrained(llm, dtype=torch.float32), recipe).eval()
   theirs.save_pretrained(tmp_path)
   names = safetensors.numpy.load_file(tmp_path / ADAPTER)
@@ -163,8 +164,10 @@ def test_adapters_of_a_llava_on_its_tower(tmp_path: Path) -> None:
   rng = np.random.default_rng(4)
   width = ours.config.model.tower.width
   a, b = rng.normal(size=(rank, width)), rng.normal(size=(width, rank))
-  name = ("base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0."
-          "self_attn.v_proj.lora_{}.weight")  # fmt: skip
+  name = (
+    "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0."
+    "self_attn.v_proj.lora_{}.weight"
+  )
   pair = {name.format("A"): a.astype(np.float32), name.format("B"): b.astype(np.float32)}
   rewrite(folder / ADAPTER, lambda all_: {**all_, **pair})
   given = formats.Options(select_layer=-1)
@@ -196,8 +199,12 @@ def test_a_tower_of_variable_resolution_is_one_line(tmp_path: Path) -> None:
   """google/siglip2-..-naflex: any number of patches; as a whole, its vision part, and a LLaVA's."""
   from transformers import Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
-  small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-           "intermediate_size": 24}  # fmt: skip
+  small = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+  }
   vision = {**small, "num_patches": 16, "patch_size": 4}
   whole = Siglip2Config(vision_config=vision, text_config={**small, "vocab_size": 32})
   Siglip2Model(whole).save_pretrained(tmp_path / "whole")
@@ -223,11 +230,17 @@ def test_siglip_with_the_first_patch_dropped(tmp_path: Path) -> None:
   """huggingface/transformers#34447, TinyLLaVA/TinyLLaVA_Factory#203: what is not said is `default`."""
   from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-  config = LlavaConfig(vision_config={"model_type": "siglip_vision_model", **VISION},
-                       text_config={"model_type": "llama", **TEXT})  # fmt: skip
+  config = LlavaConfig(
+    vision_config={"model_type": "siglip_vision_model", **VISION},
+    text_config={"model_type": "llama", **TEXT},
+  )
   LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-  pixels = {**PIXELS, "image_processor_type": "SiglipImageProcessor",
-            "size": {"height": 28, "width": 28}, "crop_size": None}  # fmt: skip
+  pixels = {
+    **PIXELS,
+    "image_processor_type": "SiglipImageProcessor",
+    "size": {"height": 28, "width": 28},
+    "crop_size": None,
+  }
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
   for said in ("default", None):
     path = tmp_path / "config.json"

@@ -34,9 +34,13 @@ def source(variant: str, dtype: str = "float32", rank: int = 2, **model: Any) ->
   """A whole random model in memory."""
   tower = GRID_16 if variant == "crop_224" else TOWER
   values = config_lib.ModelConfig(
-    tower=tower, language_model=TEXT, projector=config_lib.ProjectorConfig(variant=variant, token_width=8),
-    lora=config_lib.LoraConfig(rank=rank, alpha=3.0), dtype=dtype, frozen_dtype=dtype,
-  )  # fmt: skip
+    tower=tower,
+    language_model=TEXT,
+    projector=config_lib.ProjectorConfig(variant=variant, token_width=8),
+    lora=config_lib.LoraConfig(rank=rank, alpha=3.0),
+    dtype=dtype,
+    frozen_dtype=dtype,
+  )
   values = dataclasses.replace(values, **model)
   rng = np.random.default_rng(0)
   wanted = np.dtype(jax.numpy.dtype(dtype))
@@ -95,8 +99,10 @@ def test_layouts_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
 def without_image_row(model: Loaded) -> Loaded:
   """Without the rows that llava_hf puts behind an embedding for its `<image>`."""
   rows = TEXT.vocab_size
-  cut = {"language_model/token_embed/embedding": np.s_[:rows],
-         "language_model/lm_head/kernel": np.s_[:, :rows]}  # fmt: skip
+  cut = {
+    "language_model/token_embed/embedding": np.s_[:rows],
+    "language_model/lm_head/kernel": np.s_[:, :rows],
+  }
   kept = {p: model.leaves[p].read()[index] for p, index in cut.items() if p in model.leaves}
   return dataclasses.replace(model, leaves={**model.leaves, **leaves.in_memory(kept)})
 
@@ -145,9 +151,11 @@ def test_scales_of_one_s_own_come_back(tmp_path: Path) -> None:
   note.write_text(json.dumps({**former, "row": "pool"}))
   with pytest.raises(config_lib.ConfigError, match=r"llava_sp.json: variant: unknown 'pool'"):
     formats.open_checkpoint(tmp_path / "x")
-  for changed, message in (({"variant": "pool"}, "llava_sp.json: variant: unknown 'pool'"),
-                           ({"template": "v2"}, "llava_sp.json: template: unknown 'v2'"),
-                           ({"scales": [3, 6]}, "of no known variant")):  # fmt: skip
+  for changed, message in (
+    ({"variant": "pool"}, "llava_sp.json: variant: unknown 'pool'"),
+    ({"template": "v2"}, "llava_sp.json: template: unknown 'v2'"),
+    ({"scales": [3, 6]}, "of no known variant"),
+  ):
     note.write_text(json.dumps({**said, **changed}))
     with pytest.raises((FormatError, config_lib.ConfigError), match=message):
       formats.open_checkpoint(tmp_path / "x")

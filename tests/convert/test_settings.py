@@ -25,9 +25,19 @@ SIZES = {"vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 5, "num_atten
          "rope_theta": 7777.0, "max_position_embeddings": 99, "initializer_range": 0.05,
          "tie_word_embeddings": True}  # fmt: skip
 OURS = config_lib.LanguageModelConfig(
-  vocab_size=48, width=24, layers=5, heads=6, kv_heads=3, head_dim=8, mlp_width=40, norm_eps=2e-4,
-  rope_theta=7777.0, max_positions=99, initializer_range=0.05, tie_embeddings=True,
-)  # fmt: skip
+  vocab_size=48,
+  width=24,
+  layers=5,
+  heads=6,
+  kv_heads=3,
+  head_dim=8,
+  mlp_width=40,
+  norm_eps=2e-4,
+  rope_theta=7777.0,
+  max_positions=99,
+  initializer_range=0.05,
+  tie_embeddings=True,
+)
 LLAMA_3 = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
            "original_max_position_embeddings": 33}  # fmt: skip
 
@@ -63,8 +73,16 @@ def test_a_decoder_s_sizes(kind: str, theirs: dict[str, Any], ours: dict[str, An
 
 @pytest.mark.parametrize("variant", ["clip", "siglip"])
 def test_a_tower_s_sizes(variant: str) -> None:
-  ours = config_lib.TowerConfig(variant=variant, image_size=60, patch_size=12, width=32, layers=7, heads=4,
-                          mlp_width=56, select_layer=-3)  # fmt: skip
+  ours = config_lib.TowerConfig(
+    variant=variant,
+    image_size=60,
+    patch_size=12,
+    width=32,
+    layers=7,
+    heads=4,
+    mlp_width=56,
+    select_layer=-3,
+  )
   said = settings_out.tower_json(ours, 7)
   assert settings.tower(said, "x", -3) == ours
   assert said["layer_norm_eps"] == {"clip": 1e-5, "siglip": 1e-6}[variant]
@@ -72,17 +90,28 @@ def test_a_tower_s_sizes(variant: str) -> None:
 
 def test_how_pictures_are_read(tmp_path: Path) -> None:
   mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-  processor = {"image_processor_type": "SiglipImageProcessorFast", "image_mean": mean,
-               "image_std": std}  # fmt: skip
+  processor = {
+    "image_processor_type": "SiglipImageProcessorFast",
+    "image_mean": mean,
+    "image_std": std,
+  }
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-  anyres = {"mm_vision_tower": "clip", "image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(20, 40), (40, 20)]",
-            "mm_patch_merge_type": "spatial_unpad"}  # fmt: skip
+  anyres = {
+    "mm_vision_tower": "clip",
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": "[(20, 40), (40, 20)]",
+    "mm_patch_merge_type": "spatial_unpad",
+  }
   found = processors.images(anyres, tmp_path, tmp_path)
   assert found == {
-    "image_aspect": "anyres", "image_fit": "stretch", "image_mean": tuple(mean),
-    "image_resample": "bicubic", "image_std": tuple(std), "grid_pinpoints": ((20, 40), (40, 20)),
+    "image_aspect": "anyres",
+    "image_fit": "stretch",
+    "image_mean": tuple(mean),
+    "image_resample": "bicubic",
+    "image_std": tuple(std),
+    "grid_pinpoints": ((20, 40), (40, 20)),
     "patch_merge": "spatial_unpad",
-  }  # fmt: skip
+  }
   assert processors.images({}, tmp_path, tmp_path)["image_aspect"] == "square"
   back = settings_out.processor_json(config_lib.DataConfig(**found), 36)
   assert (back["image_mean"], back["image_std"]) == (mean, std)

@@ -188,9 +188,13 @@ def test_greedy_text_equals_transformers_generate(answers, tokenizer, oracle) ->
     prompt = torch.tensor([prompt_ids(question, tokenizer)])
     with torch.no_grad():
       ids = oracle.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS,
-        do_sample=False, eos_token_id=stop, pad_token_id=stop,
-      )[0, prompt.shape[1] :].tolist()  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop,
+      )[0, prompt.shape[1] :].tolist()
     theirs = ids[: ids.index(stop)] if stop in ids else ids
     assert list(answer.ids) == theirs
 
@@ -262,9 +266,10 @@ def test_recipe_has_the_sizes_of_the_file(path: Path, variant: str) -> None:
     assert build.image_token_count(stage.model) == (36 if variant == "none" else 42)
   assert ours[0].init.language_model == str(path)
   trained = {
-    p.split("/")[0] for p in own_folders.abstract_leaves(ours[0].model)
+    p.split("/")[0]
+    for p in own_folders.abstract_leaves(ours[0].model)
     if optimizer.group_of(p, ours[0].optimizer.stage) != optimizer.FROZEN
-  }  # fmt: skip
+  }
   assert trained == {"vision_tower", "projector"}
 
 
@@ -292,8 +297,12 @@ def llava_sp(*arguments: str) -> str:
   """A command as a user gives it, on one device."""
   done = subprocess.run(
     [sys.executable, "-m", "llava_sp_jax.cli", *arguments],
-    cwd=REPOSITORY, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    cwd=REPOSITORY,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -314,9 +323,11 @@ def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
   )
   assert "134,515,008 are frozen" in out  # the decoder, and nothing else
   llava_sp(
-    "train", f"--config={RECIPE}:stage=finetune,init={first},{options}", f"--workdir={second}",
+    "train",
+    f"--config={RECIPE}:stage=finetune,init={first},{options}",
+    f"--workdir={second}",
     *short,
-  )  # fmt: skip
+  )
   for run in (first, second):
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2]
@@ -326,9 +337,13 @@ def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
   assert metrics(second)[0]["loss"] < 8.0
   scores = tmp_path / "eval"
   llava_sp(
-    "eval", f"--checkpoint={second}", f"--data={tiny_data}", f"--out={scores}", "--limit=4",
+    "eval",
+    f"--checkpoint={second}",
+    f"--data={tiny_data}",
+    f"--out={scores}",
+    "--limit=4",
     "--batch-size=4",
-  )  # fmt: skip
+  )
   assert json.loads((scores / "scores.json").read_text())["by_kind"]["all"]["items"] == 4
   llava_sp(
     "report",

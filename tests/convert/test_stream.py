@@ -43,14 +43,19 @@ print(len(parts))
 """
 
 
-def start(given: Path, out: Path, process: int = 0, count: int = 1, slow: float = 0.0,
-          port: int = 0) -> subprocess.Popen:  # fmt: skip
+def start(
+  given: Path, out: Path, process: int = 0, count: int = 1, slow: float = 0.0, port: int = 0
+) -> subprocess.Popen:
   arguments = [str(a) for a in (given, out, process, count, port, slow)]
   environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
-    [sys.executable, "-c", CONVERT, *arguments], cwd=REPOSITORY, env=environment, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    [sys.executable, "-c", CONVERT, *arguments],
+    cwd=REPOSITORY,
+    env=environment,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tests.convert.torch_files import (
   storage,
   tensor,
   text,
-)  # fmt: skip
+)
 
 
 def values(path: Path) -> dict[str, np.ndarray]:
@@ -258,12 +258,21 @@ def test_equal_to_torch(tmp_path: Path) -> None:
   rng = torch.Generator().manual_seed(0)
   base = torch.randn(4, 6, generator=rng)
   tree = {
-    "plain": base, "transposed": base.t(), "view": base[1:3, ::2], "empty": torch.zeros(0, 3),
-    "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(base.clone()),
-    "half": base.half(), "double": base.double(), "bfloat": base.bfloat16(),
-    "long": torch.arange(3), "bool": base > 0, "byte": torch.arange(3).to(torch.uint8),
-    "int": torch.arange(3).to(torch.int32), "wide": torch.ones(1).expand(5, 7),
-  }  # fmt: skip
+    "plain": base,
+    "transposed": base.t(),
+    "view": base[1:3, ::2],
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.5),
+    "parameter": torch.nn.Parameter(base.clone()),
+    "half": base.half(),
+    "double": base.double(),
+    "bfloat": base.bfloat16(),
+    "long": torch.arange(3),
+    "bool": base > 0,
+    "byte": torch.arange(3).to(torch.uint8),
+    "int": torch.arange(3).to(torch.int32),
+    "wide": torch.ones(1).expand(5, 7),
+  }
   for checksums in (True, False):
     torch.serialization.set_crc32_options(checksums)
     try:
@@ -301,8 +310,10 @@ def test_our_own_writer_is_read(tmp_path: Path) -> None:
   from llava_sp_jax.convert import torch_write
   from llava_sp_jax.convert.tensor import Tensor
 
-  tensors = [Tensor(key, "", a.shape, a.dtype, lambda a=a: a)  # type: ignore[misc]
-             for key, a in (("a", SIX.reshape(3, 2)), ("none", SIX[:0]), ("one", SIX[3:4].reshape(())))]  # fmt: skip
+  tensors = [
+    Tensor(key, "", a.shape, a.dtype, lambda a=a: a)  # type: ignore[misc]
+    for key, a in (("a", SIX.reshape(3, 2)), ("none", SIX[:0]), ("one", SIX[3:4].reshape(())))
+  ]
   torch_write.save_bin(tensors, tmp_path / "x.bin")
   for wanted in tensors:
     np.testing.assert_array_equal(values(tmp_path / "x.bin")[wanted.name], wanted.array())

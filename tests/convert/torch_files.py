@@ -46,17 +46,22 @@ HOOKS = name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
 
 
 def storage(
-  kind: str = "FloatStorage", key: bytes = text("0"), count: bytes = number(6),
+  kind: str = "FloatStorage",
+  key: bytes = text("0"),
+  count: bytes = number(6),
   tag: bytes = text("storage"),
-) -> bytes:  # fmt: skip
+) -> bytes:
   about = tag + name("torch", kind) + key + text("cpu") + count
   return pickle.MARK + about + pickle.TUPLE + pickle.BINPERSID
 
 
 def tensor(
-  size: bytes = numbers(2, 3), stride: bytes = numbers(3, 1), offset: bytes = number(0),
-  stored: bytes = storage(), rest: bytes = pickle.NEWFALSE + HOOKS,
-) -> bytes:  # fmt: skip
+  size: bytes = numbers(2, 3),
+  stride: bytes = numbers(3, 1),
+  offset: bytes = number(0),
+  stored: bytes = storage(),
+  rest: bytes = pickle.NEWFALSE + HOOKS,
+) -> bytes:
   """A call of torch's `_rebuild_tensor_v2`."""
   arguments = stored + offset + size + stride + rest
   call = name("torch._utils", "_rebuild_tensor_v2")
@@ -73,9 +78,12 @@ GOOD = dictionary(text("a"), tensor())
 
 
 def save(
-  path: Path, pickled: bytes = GOOD, stored: bytes = SIX.tobytes(), byteorder: str = "",
+  path: Path,
+  pickled: bytes = GOOD,
+  stored: bytes = SIX.tobytes(),
+  byteorder: str = "",
   compression: int = zipfile.ZIP_STORED,
-) -> Path:  # fmt: skip
+) -> Path:
   """A file as `torch.save` lays it out, with one storage."""
   with zipfile.ZipFile(path, "w", compression) as archive:
     archive.writestr("archive/data.pkl", pickled)

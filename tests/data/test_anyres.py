@@ -98,16 +98,19 @@ def test_text_stands_where_the_original_puts_it(part: str) -> None:
   names = [INPUTS["anyres"]["single"]] if part == "single" else INPUTS["anyres"]["batch"]
   rows = []
   for sample, images in zip(samples, names, strict=True):
-    plans = [plan(CLIP, SIZES[n], anyres.best_resolution(SIZES[n], PINPOINTS), "spatial_unpad")
-             for n in images]  # fmt: skip
+    plans = [
+      plan(CLIP, SIZES[n], anyres.best_resolution(SIZES[n], PINPOINTS), "spatial_unpad")
+      for n in images
+    ]
     runs = example.from_labels(sample["input_ids"], sample["labels"])
     rows.append(layout(runs, plans, EXPECTED[f"{part}/expanded_len"][1]))
   assert max(row.length for row in rows) == EXPECTED[f"{part}/expanded_len"][1]
   text = [(i, p) for i, row in enumerate(rows) for p in np.flatnonzero(row.slots[: row.length] < 0)]
   golden = zip(EXPECTED[f"{part}/text_rows"], EXPECTED[f"{part}/text_positions"], strict=True)
   assert text == list(golden)
-  labels = [[i, p + 1, row.targets[p]]
-            for i, row in enumerate(rows) for p in np.flatnonzero(row.weights)]  # fmt: skip
+  labels = [
+    [i, p + 1, row.targets[p]] for i, row in enumerate(rows) for p in np.flatnonzero(row.weights)
+  ]
   assert labels == EXPECTED[f"{part}/expanded_labels_sparse"].tolist()
 
 
@@ -126,9 +129,10 @@ def test_of_a_line_only_the_whole_picture_is_left(size: tuple[int, int], rows: i
   """As in the original, unpadding leaves no patch; rows without patches still end."""
   slots = plan(CLIP, size, (336, 672), "spatial_unpad").slots
   assert slots.tolist() == [
-    *(t * CLIP.tokens + n for t in range(3) for n in range(6)), *range(6, CLIP.tokens),
+    *(t * CLIP.tokens + n for t in range(3) for n in range(6)),
+    *range(6, CLIP.tokens),
     *[NEWLINE] * rows,
-  ]  # fmt: skip
+  ]
 
 
 def test_images_of_a_row_follow_each_other_and_share_the_newline() -> None:

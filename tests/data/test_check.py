@@ -90,8 +90,13 @@ def test_a_report_counts_samples_and_folders(
 ) -> None:
   report = check.check(data, tokenizer, TILE, images=None)
   assert (report.total, report.checked) == (22, 22)
-  assert dict(report.kinds) == {"missing image": 2, "unreadable image": 1, "cannot be used": 5,
-                                "nothing to learn": 2, "cut off": 1}  # fmt: skip
+  assert dict(report.kinds) == {
+    "missing image": 2,
+    "unreadable image": 1,
+    "cannot be used": 5,
+    "nothing to learn": 2,
+    "cut off": 1,
+  }
   assert dict(report.missing) == {"gqa/images": 1, "vg/VG_100K_2": 1}
   assert report.images["coco/train2017"] == 2
   assert report.images["ocr_vqa/images"] == 3
@@ -144,8 +149,12 @@ def test_fewer_samples_and_images(data: config_lib.DataConfig, tokenizer: Tokeni
 def test_anyres_knows_every_size(data: config_lib.DataConfig, tokenizer: Tokenizer) -> None:
   """An image's tokens depend on its size, which stands in the head of its file."""
   side = IMAGE_SIZE
-  values = {"image_aspect": "anyres", "grid_pinpoints": ((side, 2 * side), (2 * side, side)),
-            "images_per_row": 3, "row_length": 300}  # fmt: skip
+  values = {
+    "image_aspect": "anyres",
+    "grid_pinpoints": ((side, 2 * side), (2 * side, side)),
+    "images_per_row": 3,
+    "row_length": 300,
+  }
   tiled = config_lib.from_dict({**config_lib.to_dict(data), **values}, config_lib.DataConfig)
   found = check.Checker(tiled, tokenizer, TILE)(0, decode=False)
   assert found.decoded == 0

@@ -82,9 +82,10 @@ def test_branches_of_v1_share_only_system_and_image() -> None:
   assert trunk == f"{SYSTEM}USER: <image>"
   tails = [text_of([p for p in pieces if p.branch == i]) for i in (1, 2, 3)]
   assert tails == [
-    "\nwhat is it? ASSISTANT: red</s>", "\nis it blue? ASSISTANT: no</s>",
+    "\nwhat is it? ASSISTANT: red</s>",
+    "\nis it blue? ASSISTANT: no</s>",
     "\nsure? ASSISTANT: yes</s>",
-  ]  # fmt: skip
+  ]
   for (question, reply), tail in zip(TURNS, tails, strict=True):
     alone = f"<image>\n{question.replace('<image>', '').strip()}"
     assert trunk + tail == text_of(conversation.chain([(alone, reply)], TEMPLATES["v1"]))

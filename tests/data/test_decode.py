@@ -53,8 +53,17 @@ def test_grey_of_16_bits_is_its_high_byte() -> None:
 
 def tiff(width: int, height: int, bits: int, photometric: int, pixels: bytes) -> bytes:
   """A grey TIFF, uncompressed, with only the tags that it needs."""
-  tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1,
-          278: height, 279: len(pixels)}  # fmt: skip
+  tags = {
+    256: width,
+    257: height,
+    258: bits,
+    259: 1,
+    262: photometric,
+    273: 134,
+    277: 1,
+    278: height,
+    279: len(pixels),
+  }
   entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
   return b"II*\0" + struct.pack("<IH", 8, len(tags)) + (entries + bytes(124))[:124] + pixels
 

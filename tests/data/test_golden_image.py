@@ -19,8 +19,10 @@ FOLDER = Path(__file__).parents[1] / "golden" / "imageproc"
 GOLDEN = json.loads((FOLDER / "image.json").read_text())
 PROBES = np.load(FOLDER / "probes.npz")
 PINPOINTS = tuple(map(tuple, GOLDEN["pinpoints"]))
-CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711)}  # fmt: skip
+CLIP = {
+  "image_mean": (0.48145466, 0.4578275, 0.40821073),
+  "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "image_fit": "stretch"}
 PROCESSORS = {"clip336": (336, CLIP), "clip224": (224, CLIP), "siglip336": (336, SIGLIP)}
 MODES = {"pad": "pad", "none": "square", "anyres": "anyres"}  # the golden file's: ours

@@ -52,13 +52,14 @@ DROPPED = {
 # Labels that slip in the original: v0 counts tokens of every turn that are in none; mpt and chatml
 # begin one token early and leave out the last end mark.
 SLIPPED = {
-  **dict.fromkeys(CHATML, ("empty_answer", "empty_answer_text", "long_answer_image",
-                           "long_answer_text")),
+  **dict.fromkeys(
+    CHATML, ("empty_answer", "empty_answer_text", "long_answer_image", "long_answer_text")
+  ),
   **dict.fromkeys(
     ("llava_v0", "v0_mmtag"),
     tuple(n for n in TEXT["conversations"] if n not in ("two_images_one_turn", "starts_with_gpt")),
   ),
-}  # fmt: skip
+}
 
 # The original keeps one image of a turn and drops the others.
 SEVERAL_IMAGES = dict.fromkeys({e["version"] for e in ENTRIES}, ("two_images_one_turn",))
@@ -67,11 +68,22 @@ SEVERAL_IMAGES = dict.fromkeys({e["version"] for e in ENTRIES}, ("two_images_one
 GREETING = {"llava_v0": ("starts_with_gpt",), "v0_mmtag": ("starts_with_gpt",)}
 
 # The original's plain training wants one question with an image and one reply, and raises.
-RAISES = {"plain": (
-  "two_turns_image", "image_second_turn", "three_turns_text", "one_turn_text", "empty_answer_text",
-  "human_only", "human_only_image", "starts_with_gpt", "long_answer_text", "long_first_turn_text",
-  "spaces", "answer_with_eos",
-)}  # fmt: skip
+RAISES = {
+  "plain": (
+    "two_turns_image",
+    "image_second_turn",
+    "three_turns_text",
+    "one_turn_text",
+    "empty_answer_text",
+    "human_only",
+    "human_only_image",
+    "starts_with_gpt",
+    "long_answer_text",
+    "long_first_turn_text",
+    "spaces",
+    "answer_with_eos",
+  )
+}
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +196,23 @@ def test_ids_and_labels_of_every_entry(tokenizers: dict[str, Tokenizer]) -> None
   for i, entry in enumerate(ENTRIES):
     found[kind_of_difference(entry, tokenizers[entry["tokenizer"]])].add(i)
   listed = {
-    "dropped": DROPPED, "slipped": SLIPPED, "several images": SEVERAL_IMAGES,
-    "other text": GREETING, "raises": RAISES,
-  }  # fmt: skip
+    "dropped": DROPPED,
+    "slipped": SLIPPED,
+    "several images": SEVERAL_IMAGES,
+    "other text": GREETING,
+    "raises": RAISES,
+  }
   for kind, names in listed.items():
     wanted = {i for i, e in enumerate(ENTRIES) if e["name"] in names.get(e["version"], ())}
     assert found[kind] == wanted, kind
   assert {kind: len(entries) for kind, entries in found.items()} == {
-    "none": 126, "dropped": 86, "slipped": 62, "several images": 14, "other text": 2, "raises": 12,
-  }  # fmt: skip
+    "none": 126,
+    "dropped": 86,
+    "slipped": 62,
+    "several images": 14,
+    "other text": 2,
+    "raises": 12,
+  }
 
 
 def test_one_image_in_place_of_several_gives_the_original_s_text(
@@ -281,8 +301,10 @@ def test_a_folder_saved_is_the_same_tokenizer(
     again = Tokenizer(tmp_path / name)
     assert again.spans(TEXT_OF_ALL_KINDS) == tokenizer.spans(TEXT_OF_ALL_KINDS)
     assert (len(again), again.bos_id, again.eos_id) == (
-      len(tokenizer), tokenizer.bos_id, tokenizer.eos_id,
-    )  # fmt: skip
+      len(tokenizer),
+      tokenizer.bos_id,
+      tokenizer.eos_id,
+    )
   assert [len(t) for t in tokenizers.values()] == [512, 512, 514]
 
 

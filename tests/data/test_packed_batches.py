@@ -53,10 +53,15 @@ def write_mixed(folder: Path) -> dict[str, str]:
 
 def mixed_config(tiny_config: ConfigMaker, folder: Path, **data: Any) -> config_lib.Config:
   values = {
-    "image_aspect": "anyres", "patch_merge": "spatial_unpad", "images_per_row": 12,
-    "grid_pinpoints": ((24, 48), (48, 24), (48, 48)), "row_length": 900, "packing": "first_fit",
-    **write_mixed(folder), **data,
-  }  # fmt: skip
+    "image_aspect": "anyres",
+    "patch_merge": "spatial_unpad",
+    "images_per_row": 12,
+    "grid_pinpoints": ((24, 48), (48, 24), (48, 48)),
+    "row_length": 900,
+    "packing": "first_fit",
+    **write_mixed(folder),
+    **data,
+  }
   return tiny_config(model={"image_newline": True}, data=values)
 
 

@@ -97,16 +97,16 @@ def test_rows_are_not_drawn_by_size() -> None:
 
 def test_epochs_and_seeds_have_their_own_rows() -> None:
   all_, shape = mixture.draw(300), Shape(2048, 3, 1)
-  plans = [packing.plan(PACKINGS["first_fit"], all_, shape, s, e) for s, e in
-           ((0, 0), (0, 1), (1, 0))]  # fmt: skip
+  plans = [
+    packing.plan(PACKINGS["first_fit"], all_, shape, s, e) for s, e in ((0, 0), (0, 1), (1, 0))
+  ]
   assert plans[0] != plans[1] != plans[2] != plans[0]
 
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_a_stream_is_its_epochs_one_after_the_other(name: str) -> None:
   all_, shape = mixture.draw(50), Shape(2048, 3, 4)
-  wanted = [(e, row) for e in range(4)
-            for row in packing.plan(PACKINGS[name], all_, shape, 7, e)]  # fmt: skip
+  wanted = [(e, row) for e in range(4) for row in packing.plan(PACKINGS[name], all_, shape, 7, e)]
   stream = Stream(PACKINGS[name], shape, 7, lambda epoch: all_)
   assert [stream[r] for r in range(len(wanted))] == wanted
   backwards = Stream(PACKINGS[name], shape, 7, lambda epoch: all_)

@@ -80,9 +80,13 @@ def test_any_hosts_make_the_rows_of_one(
 ) -> None:
   """Whoever makes which rows: together they are those of one host, also where samples are bad."""
   data = tiny_config(
-    data={"path": str(damaged / "train.json"), "image_folder": str(damaged / "images"),
-          "turns_per_row": 2, "augment": "mirror_shift"}
-  ).data  # fmt: skip
+    data={
+      "path": str(damaged / "train.json"),
+      "image_folder": str(damaged / "images"),
+      "turns_per_row": 2,
+      "augment": "mirror_shift",
+    }
+  ).data
   wanted = take(make(data, tokenizer), 7)
   hosts = [make(data, tokenizer, rows=rows) for rows in shares]
   for host in hosts[1:]:
@@ -93,8 +97,9 @@ def test_any_hosts_make_the_rows_of_one(
         assert_equal(take(host, 1), [{k: v[rows] for k, v in wanted[number].items()}])
 
 
-def test_an_epoch_reads_every_sample_once(damaged: Path, tiny_config: ConfigMaker,
-                                          tokenizer: Tokenizer) -> None:  # fmt: skip
+def test_an_epoch_reads_every_sample_once(
+  damaged: Path, tiny_config: ConfigMaker, tokenizer: Tokenizer
+) -> None:
   data = tiny_config(
     data={"path": str(damaged / "train.json"), "image_folder": str(damaged / "images")}
   ).data
@@ -120,9 +125,12 @@ def damaged(tiny_data: Path, tmp_path: Path) -> Path:
     {"id": "two", "image": ["0.png", "1.png"], "conversations": talk},
     {"id": "number", "image": [3], "conversations": talk},
     {"id": "texts", "image": "0.png", "conversations": ["hello", "you"]},
-    {"id": "without", "image": "0.png",
-     "conversations": [{"from": "human", "value": "no picture"}, {"from": "gpt", "value": "x"}]},
-  ]  # fmt: skip
+    {
+      "id": "without",
+      "image": "0.png",
+      "conversations": [{"from": "human", "value": "no picture"}, {"from": "gpt", "value": "x"}],
+    },
+  ]
   (folder / "train.json").write_text(json.dumps(samples))
   return folder
 

@@ -26,25 +26,56 @@ EXAMPLES, ITEMS, GOOD = 50, 20, 3
 
 TEXT = st.text(st.characters(), max_size=30)  # halves of surrogate pairs as well
 NAMES = st.one_of(
-  TEXT, st.sampled_from(["0.png", "1.png", "broken.png", "thin.png", "pipe.png", "deep.png", "a" * 300,
-                         "/dev/zero", "..", ".", "", "x\0y", "data:image/png;base64,AAAA"]),
-)  # fmt: skip
+  TEXT,
+  st.sampled_from(
+    [
+      "0.png",
+      "1.png",
+      "broken.png",
+      "thin.png",
+      "pipe.png",
+      "deep.png",
+      "a" * 300,
+      "/dev/zero",
+      "..",
+      ".",
+      "",
+      "x\0y",
+      "data:image/png;base64,AAAA",
+    ]
+  ),
+)
 VALUES = st.recursive(
   st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, NAMES),
   lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.dictionaries(st.one_of(TEXT, st.sampled_from(
-      ["from", "value", "role", "content", "type", "text", "image"])), inner, max_size=3)),
+    st.lists(inner, max_size=3),
+    st.dictionaries(
+      st.one_of(
+        TEXT, st.sampled_from(["from", "value", "role", "content", "type", "text", "image"])
+      ),
+      inner,
+      max_size=3,
+    ),
+  ),
   max_leaves=6,
-)  # fmt: skip
+)
 QUESTIONS = st.sampled_from(
   ["what?", "<image>\nwhat?", "a <image> b <image>", "<video>\nwhat?", "</s>", ""]
 )
 TURN = st.one_of(
-  st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "tool"]),
-                         "value": st.one_of(QUESTIONS, TEXT)}),
-  st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]),
-                         "content": st.one_of(QUESTIONS, VALUES)}),
-)  # fmt: skip
+  st.fixed_dictionaries(
+    {
+      "from": st.sampled_from(["human", "gpt", "system", "tool"]),
+      "value": st.one_of(QUESTIONS, TEXT),
+    }
+  ),
+  st.fixed_dictionaries(
+    {
+      "role": st.sampled_from(["user", "assistant", "system"]),
+      "content": st.one_of(QUESTIONS, VALUES),
+    }
+  ),
+)
 KEYS = st.sampled_from(
   ["image", "images", "video", "audio", "img", "system", "id", "messages", "x"]
 )
@@ -91,9 +122,12 @@ def tokenizer(data: config_lib.DataConfig) -> Tokenizer:
 
 
 @settings(
-  max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+  max_examples=EXAMPLES,
+  deadline=None,
+  derandomize=True,
+  database=None,
   suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 @given(items=st.lists(st.one_of(changed(), VALUES), min_size=ITEMS, max_size=ITEMS))
 def test_none_is_lost(
   items: list[Any], data: config_lib.DataConfig, tokenizer: Tokenizer, tiny_data: Path
@@ -114,9 +148,10 @@ def test_none_is_lost(
     lines = told.read_text().splitlines() if told.exists() else []
     checker = check.Checker(mine, tokenizer, TILE)
     passed = {
-      i for i in range(len(samples))
+      i
+      for i in range(len(samples))
       if not {p.kind for p in checker(i, decode=True).problems} - {"nothing to learn", "cut off"}
-    }  # fmt: skip
+    }
   assert sorted(row.sample for row in held) == list(range(len(samples)))
   trained = {row.sample for row in held if row.trained}
   assert trained >= set(places)

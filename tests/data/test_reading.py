@@ -36,10 +36,13 @@ _GPT4 = (
   r"|\s+(?!\S)|\s+"
 )
 BYTE_LEVEL = {  # name: (digits of a piece, special tokens, begin of sequence)
-  "llama_3": (r"\p{N}{1,3}", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-                             "<|eot_id|>"], "<|begin_of_text|>"),
+  "llama_3": (
+    r"\p{N}{1,3}",
+    ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "<|begin_of_text|>",
+  ),
   "qwen2": (r"\p{N}", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ""),
-}  # fmt: skip
+}
 
 
 def texts(rng: random.Random) -> Iterator[str]:
@@ -54,16 +57,22 @@ def write_byte_level(folder: Path, digits: str, special: list[str], bos: str) ->
 
   bpe = Bpe(models.BPE())
   bpe.normalizer = normalizers.NFC()
-  bpe.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(Regex(_GPT4 % digits), "isolated"),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])  # fmt: skip
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(_GPT4 % digits), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   bpe.decoder = decoders.ByteLevel()
   bpe.train_from_iterator(
     texts(random.Random(1)),
-    trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-  )  # fmt: skip
+    trainers.BpeTrainer(
+      vocab_size=600,
+      special_tokens=special,
+      show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   if bos:
     bpe.post_processor = processors.TemplateProcessing(
       single=f"{bos} $A", special_tokens=[(bos, special.index(bos))]
@@ -254,8 +263,11 @@ def test_a_system_text_of_its_own(tokenizer: Tokenizer) -> None:
 def test_training_takes_this_way(tokenizer: Tokenizer) -> None:
   """`samples.SampleEncoder`, which the pipeline, validation and `check` call."""
   turns = dialogue(random.Random(0), 3, 1, later=False)
-  messages = [{"from": who, "value": text} for turn in turns
-              for who, text in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
+  messages = [
+    {"from": who, "value": text}
+    for turn in turns
+    for who, text in zip(("human", "gpt"), turn, strict=True)
+  ]
   for layout in conversation.TURNS:
     data = config_lib.DataConfig(template="v1", turns=layout)
     runs = samples.SampleEncoder(tokenizer, data).runs(
@@ -272,8 +284,13 @@ def test_templates_that_a_tokenizer_cannot_end(folder: str, tmp_path: Path) -> N
   assert "'</s>'" in why
   assert "ordinary tokens" in why
   assert reading.fitting(tokenizer) == [
-    "mpt", "chatml_direct", "mistral_direct", "smollm2", "plain", "v0_plain",
-  ]  # fmt: skip
+    "mpt",
+    "chatml_direct",
+    "mistral_direct",
+    "smollm2",
+    "plain",
+    "v0_plain",
+  ]
   for name in reading.fitting(tokenizer):
     assert not reading.end_of_replies(TEMPLATES[name], tokenizer)
   write_sentencepiece(tmp_path / "llama", legacy=False)

@@ -133,8 +133,11 @@ def test_no_more_turns_than_asked_for(
   data: config_lib.DataConfig, tokenizer: Tokenizer, limit: int, answers: int
 ) -> None:
   writer = samples.SampleEncoder(tokenizer, dataclasses.replace(data, turns_per_row=limit))
-  talk = [{"from": who, "value": text} for i in range(3)
-          for who, text in (("human", f"is it {i}?"), ("gpt", "red, yes"))]  # fmt: skip
+  talk = [
+    {"from": who, "value": text}
+    for i in range(3)
+    for who, text in (("human", f"is it {i}?"), ("gpt", "red, yes"))
+  ]
   runs = writer.runs({"conversations": talk}, np.random.default_rng(0))
   learned = [
     i for run in runs for i, supervised in zip(run.ids, run.supervised, strict=True) if supervised

@@ -37,10 +37,13 @@ def write_samples(folder: Path, with_text_only: bool) -> Path:
     pixels = rng.integers(0, 256, (6 + i, 9, 3), np.uint8)
     Image.fromarray(pixels).save(folder / f"{i}.png")
     turns = [("human", f"<image>\nwhat is {i}, é?"), ("gpt", f"it is {i}"), ("human", "sure?")]
-    samples.append({
-      "id": f"s{i}", "image": f"{i}.png",
-      "conversations": [{"from": who, "value": what} for who, what in turns],
-    })  # fmt: skip
+    samples.append(
+      {
+        "id": f"s{i}",
+        "image": f"{i}.png",
+        "conversations": [{"from": who, "value": what} for who, what in turns],
+      }
+    )
   if with_text_only:
     turn = {"from": "human", "value": "no picture"}
     samples.append({"id": "text", "conversations": [turn, {"from": "gpt", "value": "none"}]})

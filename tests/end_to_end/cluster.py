@@ -52,15 +52,29 @@ class Topology:
 class Cluster:
   """The processes of one run; what they print goes to `<workdir>.<process>.log`."""
 
-  def __init__(self, config_file: Path, workdir: Path, topology: Topology = Topology(),
-               *more: str, last: Sequence[str] = ()):  # fmt: skip
+  def __init__(
+    self,
+    config_file: Path,
+    workdir: Path,
+    topology: Topology = Topology(),
+    *more: str,
+    last: Sequence[str] = (),
+  ):
     """All get the options `more`, the last process also `last`."""
     self.workdir, self.topology = workdir, topology
     flags = os.environ.get("XLA_FLAGS", "").replace(DEVICES_FLAG, "").strip()
     flags += f" --xla_force_host_platform_device_count={topology.devices}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-    command = [sys.executable, "-m", "llava_sp_jax.cli", "train", f"--config={config_file}",
-               f"--workdir={workdir}", *topology.flags(), *more]  # fmt: skip
+    command = [
+      sys.executable,
+      "-m",
+      "llava_sp_jax.cli",
+      "train",
+      f"--config={config_file}",
+      f"--workdir={workdir}",
+      *topology.flags(),
+      *more,
+    ]
     with socket.socket() as free:
       free.bind(("localhost", 0))
       address = f"localhost:{free.getsockname()[1]}"
@@ -70,10 +84,15 @@ class Cluster:
       joined = ["--coordinator", address, f"--processes={topology.processes}", f"--process={i}"]
       joined += last if i == topology.processes - 1 else []
       with log.open("w") as out:
-        self.processes.append(subprocess.Popen(
-          command + joined * (topology.processes > 1), cwd=REPOSITORY, env=environment,
-          stdout=out, stderr=subprocess.STDOUT,
-        ))  # fmt: skip
+        self.processes.append(
+          subprocess.Popen(
+            command + joined * (topology.processes > 1),
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+          )
+        )
 
   def printed(self, process: int = 0) -> str:
     return self.logs[process].read_text()

@@ -159,9 +159,13 @@ class Trials:
       assert all(codes), f"a process ended well though process {victim} was killed: {codes}"
 
   def _compare(
-    self, number: int, trial: Trial, workdir: Path, wanted: Path,
+    self,
+    number: int,
+    trial: Trial,
+    workdir: Path,
+    wanted: Path,
     seen: tuple[list[int], list[bool], list[int]],
-  ) -> Record:  # fmt: skip
+  ) -> Record:
     topologies = WAYS[trial.way]
     ours, theirs = cluster.losses(workdir), cluster.losses(wanted)
     pairs = zip(ours, theirs, strict=True)
@@ -170,8 +174,16 @@ class Trials:
     same_bits = numbers(workdir) == numbers(wanted)
     totals = str(ledger.check(workdir, STEPS, BATCH, range(SAMPLES)))
     good = same_bits if len(set(topologies)) == 1 else differs <= TOLERANCE
-    return Record(number, *dataclasses.astuple(trial), *seen, same_samples, same_bits, differs,
-                  totals, same_samples and good)  # fmt: skip
+    return Record(
+      number,
+      *dataclasses.astuple(trial),
+      *seen,
+      same_samples,
+      same_bits,
+      differs,
+      totals,
+      same_samples and good,
+    )
 
 
 def half_written(workdir: Path) -> list[Path]:
@@ -191,7 +203,7 @@ def markdown(records: list[Record]) -> str:
     "",
     f"{good} of {len(records)} trials passed. Each starts a run of {STEPS} steps, meets it with "
     "SIGKILL, and goes on, on the number of processes that is named next (gloo, one device each; "
-    "\"another mesh\": 4 devices as fsdp 2 x tensor 2, then one, then 4 again). The same topology "
+    '"another mesh": 4 devices as fsdp 2 x tensor 2, then one, then 4 again). The same topology '
     "must give the same bits of loss, gradient norm and accuracy at every step; another one the "
     f"same samples in the same rows, and losses within {TOLERANCE:g} (relative). `one` kills one "
     "process, whose death must end the others. In every trial the ledger adds up.",
@@ -201,7 +213,7 @@ def markdown(records: list[Record]) -> str:
     "| trial | recipe | processes | killed | in a | after step | half a checkpoint left | resumed "
     "from | same samples | same bits | losses differ by | |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
-  ]  # fmt: skip
+  ]
   yes: Callable[[bool], str] = lambda value: "yes" if value else "no"  # noqa: E731
   many: Callable[[list[Any]], str] = lambda values: ", ".join(map(str, values))  # noqa: E731
   for r in records:

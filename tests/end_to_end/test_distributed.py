@@ -24,10 +24,11 @@ TWO = Topology(2, 1, (1, 2, 1))
 @pytest.fixture(scope="module")
 def config(tiny_config: ConfigMaker) -> config_lib.Config:
   return tiny_config(
-    "finetune", "cropping",
+    "finetune",
+    "cropping",
     train={"steps": STEPS, "batch_size": BATCH},
     optimizer={"learning_rate": 1e-3, "projector_learning_rate": 1e-3},
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,13 @@ def test_a_wait_for_data_ends_in_all(
 @pytest.mark.guard
 def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> None:
   """`tests/test_processes.py` has this without a model, for either of the two."""
-  two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.peer_seconds=20",
-                "--config.train.steps=100000")  # fmt: skip
+  two = Cluster(
+    config_file,
+    tmp_path / "run",
+    TWO,
+    "--config.train.peer_seconds=20",
+    "--config.train.steps=100000",
+  )
   assert two.wait_for(lambda: cluster.last_step(two.workdir) >= 2)
   two.send(signal.SIGKILL, 1)
   codes = two.wait()  # an AssertionError when it hangs
@@ -144,9 +150,15 @@ def test_processes_that_were_given_other_things_do_not_start(
   """Each difference is named with its processes, in all of them."""
   data = tmp_path / "captions.json"
   data.write_text(Path(config.data.path).read_text().replace("yes", "no"))
-  two = Cluster(config_file, tmp_path / "run", TWO, last=[
-    "--config.optimizer.learning_rate=0.5", f"--config.data.path={data}",
-  ])  # fmt: skip
+  two = Cluster(
+    config_file,
+    tmp_path / "run",
+    TWO,
+    last=[
+      "--config.optimizer.learning_rate=0.5",
+      f"--config.data.path={data}",
+    ],
+  )
   assert two.wait() == [1, 1]
   for process in range(2):
     said = two.printed(process)
@@ -193,11 +205,15 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
 @pytest.mark.guard
 @pytest.mark.parametrize(
   "topology",
-  [*(pytest.param(Topology(*sizes), marks=pytest.mark.slow)
-     for sizes in ((4, 1, (2, 2, 1)), (2, 2, (2, 2, 1)), (2, 1, (1, 1, 2)))),
-   Topology(4, 1, (1, 2, 2))],
+  [
+    *(
+      pytest.param(Topology(*sizes), marks=pytest.mark.slow)
+      for sizes in ((4, 1, (2, 2, 1)), (2, 2, (2, 2, 1)), (2, 1, (1, 1, 2)))
+    ),
+    Topology(4, 1, (1, 2, 2)),
+  ],
   ids=str,
-)  # fmt: skip
+)
 def test_losses_of_one(config_file: Path, alone: Path, tmp_path: Path, topology: Topology) -> None:
   """Also where the tensor axis crosses processes, which then read the same rows."""
   Cluster(config_file, tmp_path / "run", topology).finish()

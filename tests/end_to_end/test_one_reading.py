@@ -34,8 +34,10 @@ SMALL = {
   "model.language_model.head_dim": 8, "model.language_model.mlp_width": 64,
   "model.projector.token_width": 16, "train.batch_size": 8, "train.log_every": 40,
 }  # fmt: skip
-STAGES = {"pretrain": {"train.steps": 60, "data.row_length": 80},
-          "finetune": {"train.steps": 80, "data.row_length": 200}}  # fmt: skip
+STAGES = {
+  "pretrain": {"train.steps": 60, "data.row_length": 80},
+  "finetune": {"train.steps": 80, "data.row_length": 200},
+}
 NEW_TOKENS = 12
 # A reply is compared from the third decimal on: folded adapters and cached keys round otherwise.
 LEAD = 5e-3
@@ -55,8 +57,11 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(tiny_data: Path) -> list[Request]:
-  questions = [f"{start} {color}?" for color in COLORS
-               for start in ("is it", "what colour is it,", "sure that it is not")]  # fmt: skip
+  questions = [
+    f"{start} {color}?"
+    for color in COLORS
+    for start in ("is it", "what colour is it,", "sure that it is not")
+  ]
   images = [tiny_data / "images" / f"{i}.png" for i in range(9)]
   return [Request(question, (image,)) for image in images for question in questions]
 
@@ -71,19 +76,30 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
   """The batches of training for a data set of these dialogues; every reply is in one of them."""
   samples = [
-    {"id": str(i), "image": request.images[0].name,  # type: ignore[union-attr]
-     "conversations": [{"from": "human", "value": f"<image>\n{request.question}"},
-                       {"from": "gpt", "value": reply}]}
+    {
+      "id": str(i),
+      "image": request.images[0].name,  # type: ignore[union-attr]
+      "conversations": [
+        {"from": "human", "value": f"<image>\n{request.question}"},
+        {"from": "gpt", "value": reply},
+      ],
+    }
     for i, (request, reply) in enumerate(replies)
-  ]  # fmt: skip
+  ]
   (folder / "replies.json").write_text(json.dumps(samples))
   model = pretrained.from_run(run, merge=False)
   values = config_lib.to_dict(model.config)["data"]
   data = config_lib.from_dict(
-    {**values, "path": str(folder / "replies.json"), "turns": layout, "augment": "none",
-     "turns_per_row": 0, "threads": 1},
+    {
+      **values,
+      "path": str(folder / "replies.json"),
+      "turns": layout,
+      "augment": "none",
+      "turns_per_row": 0,
+      "threads": 1,
+    },
     config_lib.DataConfig,
-  )  # fmt: skip
+  )
   iterator = pipeline.make(
     data, model.tokenizer, anyres.Tile(*build.tile_shape(model.config.model)), 8, seed=0
   )
@@ -132,8 +148,10 @@ def compared(run: Path, asked: list[Request], layout: str, folder: Path) -> tupl
       continue
     count += 1
     if lead < -LEAD or abs(lead - answer.margin) > LEAD:
-      differences.append(f"{asked[number].question} -> {answer.text!r}: the engine leads by "
-                         f"{answer.margin:.4f}, training by {lead:.4f}")  # fmt: skip
+      differences.append(
+        f"{asked[number].question} -> {answer.text!r}: the engine leads by "
+        f"{answer.margin:.4f}, training by {lead:.4f}"
+      )
   return count, differences
 
 

@@ -115,8 +115,7 @@ def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) 
   assert source.config.model.quantize == "none"
   assert not any(is_quantized(p) for p in source.leaves)
   own = own_folders.open_own(run)
-  codes = {p.split("/")[-1]: x.read()[1] for p, x in own.leaves.items()
-           if p.startswith(GATE + "_")}  # fmt: skip
+  codes = {p.split("/")[-1]: x.read()[1] for p, x in own.leaves.items() if p.startswith(GATE + "_")}
   real = FORMATS[form]
   assert real
   kernel = source.leaves[GATE]

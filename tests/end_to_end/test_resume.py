@@ -28,8 +28,14 @@ PATIENCE = 180  # seconds until a process that should be doing something is give
 
 
 def command(config_file: Path, workdir: Path) -> list[str]:
-  return [sys.executable, "-m", "llava_sp_jax.cli", "train", f"--config={config_file}",
-          f"--workdir={workdir}"]  # fmt: skip
+  return [
+    sys.executable,
+    "-m",
+    "llava_sp_jax.cli",
+    "train",
+    f"--config={config_file}",
+    f"--workdir={workdir}",
+  ]
 
 
 def environment() -> dict[str, str]:
@@ -40,17 +46,26 @@ def environment() -> dict[str, str]:
 
 def start(config_file: Path, workdir: Path) -> subprocess.Popen:
   return subprocess.Popen(
-    command(config_file, workdir), env=environment(), cwd=REPOSITORY, text=True,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-  )  # fmt: skip
+    command(config_file, workdir),
+    env=environment(),
+    cwd=REPOSITORY,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def finish(config_file: Path, workdir: Path) -> str:
   """Runs to the end; what it printed."""
   done = subprocess.run(
-    command(config_file, workdir), env=environment(), cwd=REPOSITORY, text=True,
-    capture_output=True, timeout=PATIENCE, check=False,
-  )  # fmt: skip
+    command(config_file, workdir),
+    env=environment(),
+    cwd=REPOSITORY,
+    text=True,
+    capture_output=True,
+    timeout=PATIENCE,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -71,10 +86,11 @@ def wait_for(process: subprocess.Popen, condition: Any, pause: float = 0.02) -> 
 @pytest.fixture(scope="module")
 def config(tiny_config: ConfigMaker) -> config_lib.Config:
   return tiny_config(
-    "finetune", "cropping",
+    "finetune",
+    "cropping",
     train={"steps": STEPS, "save_every": SAVE_EVERY, "batch_size": 4},
     data={"turns_per_row": 2, "augment": "mirror_shift"},  # draws of the data's own rng, too
-  )  # fmt: skip
+  )
 
 
 @pytest.fixture(scope="module")

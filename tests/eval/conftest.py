@@ -56,9 +56,12 @@ class Scripted(Engine):
   """Says `texts` in turn, whatever is asked; `fails` at images by name; may die on the way."""
 
   def __init__(
-    self, dies_after: int = 0, tokens: int = 4, texts: Iterable[str] = ("yes",),
+    self,
+    dies_after: int = 0,
+    tokens: int = 4,
+    texts: Iterable[str] = ("yes",),
     fails: Mapping[str, str] | None = None,
-  ):  # fmt: skip
+  ):
     self._generation = Generation(max_new_tokens=tokens)
     tokenizer: Any = Tokenizer()
     self.pretrained = pretrained.Pretrained(Config(), {"w": np.ones(3, np.float32)}, tokenizer)

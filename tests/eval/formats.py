@@ -80,14 +80,21 @@ def scienceqa(root: Path) -> None:
   problems, rows = {}, []
   for i in range(6):
     problems[str(i)] = {
-      "question": f"Which {i}?", "choices": ["ice", "fire", "air"][: 2 + i % 2], "answer": i % 2,
-      "hint": "It is cold." if i % 3 == 0 else "", "subject": ["natural science", "social"][i % 2],
+      "question": f"Which {i}?",
+      "choices": ["ice", "fire", "air"][: 2 + i % 2],
+      "answer": i % 2,
+      "hint": "It is cold." if i % 3 == 0 else "",
+      "subject": ["natural science", "social"][i % 2],
       "image": "image.png" if i % 2 else None,
-    }  # fmt: skip
+    }
     value = f"Context: N/A\nWhich {i}?\n(A) ice (B) fire"
-    row = {"id": str(i), "conversations": [
-      {"from": "human", "value": f"<image>\n{value}" if i % 2 else value},
-      {"from": "gpt", "value": "The answer is A."}]}  # fmt: skip
+    row = {
+      "id": str(i),
+      "conversations": [
+        {"from": "human", "value": f"<image>\n{value}" if i % 2 else value},
+        {"from": "gpt", "value": "The answer is A."},
+      ],
+    }
     rows.append({**row, "image": f"{i}/image.png"} if i % 2 else row)
   whole(root / "scienceqa/llava_test_CQM-A.json", rows)
   whole(root / "scienceqa/problems.json", problems)
@@ -128,8 +135,11 @@ def pope(root: Path) -> None:
 
 def mme(root: Path) -> None:
   release, rows = root / "MME/MME_Benchmark_release_version", []
-  forms = {"artwork": ("questions_answers_YN", "images/"), "count": (".", ""),
-           "code_reasoning": (".", "")}  # fmt: skip
+  forms = {
+    "artwork": ("questions_answers_YN", "images/"),
+    "count": (".", ""),
+    "code_reasoning": (".", ""),
+  }
   for category, (texts, images) in forms.items():
     for name in ("a", "b"):
       asked = [(f"Is {name} one?", "Yes", " "), (f"Is {name} two?", "No", "  ")]
@@ -137,17 +147,35 @@ def mme(root: Path) -> None:
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text("".join(f"{q}{gap}Please answer yes or no.\t{a}\n" for q, a, gap in asked))
       rows += [
-        {"question_id": f"{category}/{name}.png", "image": f"{category}/{images}{name}.png",
-         "text": f"{q}\n{SHORT}", "category": category}
+        {
+          "question_id": f"{category}/{name}.png",
+          "image": f"{category}/{images}{name}.png",
+          "text": f"{q}\n{SHORT}",
+          "category": category,
+        }
         for q, _, _ in asked
-      ]  # fmt: skip
+      ]
   lines(root / "MME/llava_mme.jsonl", rows)
 
 
 def mmbench(root: Path, home: str = "mmbench", split: str = "mmbench_dev_20230712") -> None:
   (root / home).mkdir(parents=True, exist_ok=True)
-  header = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image",
-            "source", "l2-category", "comment", "split"]  # fmt: skip
+  header = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+  ]
   image = base64.b64encode(picture(9)).decode()
   rows = [
     [3, 'what is "it"?', "a hint", "cat", "dog", "cow", "", "B", "animals", image],
@@ -165,9 +193,14 @@ def mmbench_cn(root: Path) -> None:
 
 def seed(root: Path) -> None:
   questions = [
-    {"question_id": str(i), "question_type_id": 1 + i % 2, "data_type": "image", "answer": "AB"[i % 2]}
+    {
+      "question_id": str(i),
+      "question_type_id": 1 + i % 2,
+      "data_type": "image",
+      "answer": "AB"[i % 2],
+    }
     for i in range(4)
-  ]  # fmt: skip
+  ]
   questions.append(
     {"question_id": "v9", "question_type_id": 10, "data_type": "video", "answer": "C"}
   )
@@ -176,19 +209,26 @@ def seed(root: Path) -> None:
   lines(
     root / "seed_bench/llava-seed-bench.jsonl",
     [
-      {"question_id": int(q["question_id"]) if q["data_type"] == "image" else q["question_id"],
-       "image": f"SEED-Bench-image/{q['question_id']}", "text": f"Which?\nA. x\nB. y\n{LETTER}"}
+      {
+        "question_id": int(q["question_id"]) if q["data_type"] == "image" else q["question_id"],
+        "image": f"SEED-Bench-image/{q['question_id']}",
+        "text": f"Which?\nA. x\nB. y\n{LETTER}",
+      }
       for q in questions
     ],
-  )  # fmt: skip
+  )
 
 
 def llava_bench(root: Path) -> None:
   home = root / "llava-bench-in-the-wild"
   names = ["conv", "detail", "complex", "conv"]
-  lines(home / "questions.jsonl", [
-    {"question_id": i, "image": f"00{i % 2}.jpg", "text": f"What {i}?", "category": name}
-    for i, name in enumerate(names)])  # fmt: skip
+  lines(
+    home / "questions.jsonl",
+    [
+      {"question_id": i, "image": f"00{i % 2}.jpg", "text": f"What {i}?", "category": name}
+      for i, name in enumerate(names)
+    ],
+  )
   captions: list[Any] = [["A cat.", "On a mat."], "A dog."]
   lines(
     home / "context.jsonl",
@@ -201,20 +241,41 @@ def llava_bench(root: Path) -> None:
 
 
 def mmvet(root: Path) -> None:
-  rows = [("What is x?", "-1<AND>-5", ["math", "ocr"]), ("Who?", "Ann<OR>Anne", ["rec"]),
-          ("Where?", "here", ["rec"])]  # fmt: skip
-  lines(root / "mm-vet/llava-mm-vet.jsonl", [
-    {"question_id": i, "image": f"v1_{i}.png", "text": q} for i, (q, _, _) in enumerate(rows)])  # fmt: skip
-  whole(root / "mm-vet/mm-vet.json", {
-    f"v1_{i}": {"imagename": f"v1_{i}.png", "question": q, "answer": a, "capability": c}
-    for i, (q, a, c) in enumerate(rows)})  # fmt: skip
+  rows = [
+    ("What is x?", "-1<AND>-5", ["math", "ocr"]),
+    ("Who?", "Ann<OR>Anne", ["rec"]),
+    ("Where?", "here", ["rec"]),
+  ]
+  lines(
+    root / "mm-vet/llava-mm-vet.jsonl",
+    [{"question_id": i, "image": f"v1_{i}.png", "text": q} for i, (q, _, _) in enumerate(rows)],
+  )
+  whole(
+    root / "mm-vet/mm-vet.json",
+    {
+      f"v1_{i}": {"imagename": f"v1_{i}.png", "question": q, "answer": a, "capability": c}
+      for i, (q, a, c) in enumerate(rows)
+    },
+  )
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
   writer.__name__: writer
-  for writer in (vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench_cn, seed,
-                 llava_bench, mmvet)
-}  # fmt: skip
+  for writer in (
+    vqav2,
+    gqa,
+    vizwiz,
+    scienceqa,
+    textvqa,
+    pope,
+    mme,
+    mmbench,
+    mmbench_cn,
+    seed,
+    llava_bench,
+    mmvet,
+  )
+}
 
 
 def right(item: Item) -> str:

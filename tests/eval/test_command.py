@@ -36,8 +36,14 @@ def test_it_prints_a_table_and_says_where_all_is(
   scores = json.loads((first / "scores.json").read_text())
   assert scores["generation"]["max_new_tokens"] == 2
   assert scores["checkpoint"] == str(run_folder)
-  more = ["--mesh=2,1,1", "--dtype=bfloat16", "--max-new-tokens=5", "--stop=x", "--stop=zz",
-          f"--compare={first}"]  # fmt: skip
+  more = [
+    "--mesh=2,1,1",
+    "--dtype=bfloat16",
+    "--max-new-tokens=5",
+    "--stop=x",
+    "--stop=zz",
+    f"--compare={first}",
+  ]
   assert run(*common, f"--out={second}", *more) == 0
   scores = json.loads((second / "scores.json").read_text())
   assert scores["generation"]["stop"] == ["x", "zz"]
@@ -83,9 +89,13 @@ def test_it_prints_a_table_and_says_where_all_is(
   ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(
-  tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-  arguments: list[str], message: str,
-) -> None:  # fmt: skip
+  tiny_data: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+  arguments: list[str],
+  message: str,
+) -> None:
   monkeypatch.chdir(tmp_path)
   assert run(f"--data={tiny_data}", *arguments) == 1
   found = capsys.readouterr()
@@ -99,9 +109,13 @@ def test_what_is_wrong_is_said_in_one_line(
   [["eval", "--data=x"], ["generate", "--question=q"], ["merge"], ["inspect"], ["convert"]],
 )
 def test_what_a_run_says_itself_is_not_said_again(
-  run_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-  capsys: pytest.CaptureFixture, command: list[str],
-) -> None:  # fmt: skip
+  run_folder: Path,
+  tiny_data: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+  command: list[str],
+) -> None:
   """It would have no effect, whatever it says."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / "x").symlink_to(tiny_data)
@@ -190,6 +204,19 @@ def test_help_names_every_setting_of_generation(capsys: pytest.CaptureFixture) -
   with pytest.raises(SystemExit):
     run("--help")
   printed = capsys.readouterr().out
-  for name in ("max-new-tokens", "temperature", "top-k", "top-p", "num-beams", "stop", "seed",
-               "judge-url", "part", "merge", "compare", "protocol", "limit"):  # fmt: skip
+  for name in (
+    "max-new-tokens",
+    "temperature",
+    "top-k",
+    "top-p",
+    "num-beams",
+    "stop",
+    "seed",
+    "judge-url",
+    "part",
+    "merge",
+    "compare",
+    "protocol",
+    "limit",
+  ):
     assert f"--{name}" in printed

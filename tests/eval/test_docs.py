@@ -21,9 +21,12 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_lines_of_python(
-  run_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+  run_folder: Path,
+  tiny_data: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
   """Exactly those lines, in a folder with the run and the data at the paths that they name."""
   (code,) = blocks("python")
   monkeypatch.chdir(tmp_path)

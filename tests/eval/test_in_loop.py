@@ -33,8 +33,14 @@ def config(tiny_config: ConfigMaker, tiny_data: Path) -> Any:
   def make(**evaluate: Any) -> config_lib.Config:
     return tiny_config(
       train={"steps": STEPS, "save_every": EVERY, "keep": 9},
-      evaluate={"every": EVERY, "data": str(tiny_data), "limit": LIMIT, "batch_size": 8, **evaluate},
-    )  # fmt: skip
+      evaluate={
+        "every": EVERY,
+        "data": str(tiny_data),
+        "limit": LIMIT,
+        "batch_size": 8,
+        **evaluate,
+      },
+    )
 
   return make
 
@@ -68,8 +74,10 @@ def test_scores_are_logged_where_they_are_due(watched: Path) -> None:
 
 def test_the_steps_are_three_states_of_one_engine(watched: Path) -> None:
   """Each evaluation sees the parameters of its step, and only the first one compiles."""
-  found = [json.loads((watched / in_loop.FOLDER / f"step-{n}" / "scores.json").read_text())
-           for n in (3, 6, 7)]  # fmt: skip
+  found = [
+    json.loads((watched / in_loop.FOLDER / f"step-{n}" / "scores.json").read_text())
+    for n in (3, 6, 7)
+  ]
   assert len({f["fingerprint"]["loaded"] for f in found}) == 3
   assert len({f["fingerprint"]["base"] for f in found}) == 1
   assert [f["engine"]["compiles"] > 0 for f in found] == [True, False, False]

@@ -90,9 +90,11 @@ def test_what_is_sent(server: Server, endpoint: Endpoint) -> None:
   ((path, authorization, body),) = server.seen
   assert (path, authorization) == ("/v1/chat/completions", f"Bearer {KEY}")
   assert body == {
-    "model": "grader", "max_tokens": 3, "temperature": 0.5,
+    "model": "grader",
+    "max_tokens": 3,
+    "temperature": 0.5,
     "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
-  }  # fmt: skip
+  }
 
 
 def test_what_may_pass_is_tried_again(
@@ -129,8 +131,12 @@ def test_failures_are_told_without_the_key(
 
 
 def test_an_answer_in_parts_is_its_text(server: Server, endpoint: Endpoint) -> None:
-  parts = [{"type": "reasoning", "text": "so 9"}, {"type": "text", "text": "8"},
-           {"type": "text", "text": " 7"}, "?"]  # fmt: skip
+  parts = [
+    {"type": "reasoning", "text": "so 9"},
+    {"type": "text", "text": "8"},
+    {"type": "text", "text": " 7"},
+    "?",
+  ]
   server.script = [(200, {"choices": [{"message": {"content": parts}}]})]
   assert endpoint(Ask(prompt="p")) == "8 7"
 
@@ -350,9 +356,12 @@ def test_a_password_in_an_address_is_not_told() -> None:
   ],
 )
 def test_what_lasts_is_not_tried_again(
-  endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, waits: list[float], problem: Exception,
+  endpoint: Endpoint,
+  monkeypatch: pytest.MonkeyPatch,
+  waits: list[float],
+  problem: Exception,
   tries: int,
-) -> None:  # fmt: skip
+) -> None:
   calls = []
 
   def post(*_: Any) -> None:

@@ -264,11 +264,14 @@ def torn(scores: dict[str, Any]) -> list[dict[str, Any]]:
   """Scores of another kind, or of which a part is missing or no figure."""
   rows = scores["by_kind"]
   return [
-    {**scores, "by_kind": {}}, {**scores, "by_kind": {**rows, "all": 3}},
+    {**scores, "by_kind": {}},
+    {**scores, "by_kind": {**rows, "all": 3}},
     {**scores, "by_kind": {**rows, "x": {"items": 1, "asked": 1, "f1": None}}},
-    {**scores, "headline": float("nan")}, {**scores, "interval": {}}, {**scores, "failures": [1]},
+    {**scores, "headline": float("nan")},
+    {**scores, "interval": {}},
+    {**scores, "failures": [1]},
     *({k: v for k, v in scores.items() if k != key} for key in ("task", "metric", "figures")),
-  ]  # fmt: skip
+  ]
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,13 @@ class ModelManifest:
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
   """The adapter as it is imported where lmms-eval is installed."""
-  parts = {"lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.api.model": {"lmms": Base},
-           "lmms_eval.models": {}, "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest}}  # fmt: skip
+  parts = {
+    "lmms_eval": {},
+    "lmms_eval.api": {},
+    "lmms_eval.api.model": {"lmms": Base},
+    "lmms_eval.models": {},
+    "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
+  }
   for name, content in parts.items():
     module = types.ModuleType(name)
     vars(module).update(content)
@@ -123,8 +128,10 @@ def test_the_harness_finds_a_whole_model(harness: Any) -> None:
 def test_answers_are_the_engine_s_in_order(model: Any, engine: Engine, tiny_data: Path) -> None:
   """Requests with other settings in between are grouped, and come back in their places."""
   longer, shorter = {"max_new_tokens": 4}, {"max_new_tokens": 2, "temperature": 0}
-  asked = [instance("generate_until", i, "what is it?", dict((longer, shorter)[i % 2]))
-           for i in (2, 0, 3, 1)]  # fmt: skip
+  asked = [
+    instance("generate_until", i, "what is it?", dict((longer, shorter)[i % 2]))
+    for i in (2, 0, 3, 1)
+  ]
   none = instance("generate_until", 0, "what is it?", dict(longer), lambda _: [])
   texts = model.generate_until([*asked, none])
   decode = engine.pretrained.tokenizer.decode
@@ -152,8 +159,10 @@ def test_loglikelihoods_are_those_of_the_model(
   model: Any, loaded: Pretrained, tiny_data: Path
 ) -> None:
   """Targets as texts (choices, behind a blank) and as functions of the document."""
-  asked = [instance("loglikelihood", 1, "what is it?", " red"),
-           instance("loglikelihood", 1, "what is it?", lambda d: d["answer"])]  # fmt: skip
+  asked = [
+    instance("loglikelihood", 1, "what is it?", " red"),
+    instance("loglikelihood", 1, "what is it?", lambda d: d["answer"]),
+  ]
   request = Request("what is it?", (tiny_data / "images" / "1.png",))
   expected = list(Likelihood(loaded, 1)([(request, "red"), (request, "blue")]))
   found = model.loglikelihood(asked)

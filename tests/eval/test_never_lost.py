@@ -34,8 +34,15 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(run_folder: Path, data: Path, out: Path) -> list[str]:
-  return ["eval", f"--checkpoint={run_folder}", f"--data={data}", f"--out={out}", "--batch-size=1",
-          "--max-new-tokens=4", "--allow-missing"]  # fmt: skip
+  return [
+    "eval",
+    f"--checkpoint={run_folder}",
+    f"--data={data}",
+    f"--out={out}",
+    "--batch-size=1",
+    "--max-new-tokens=4",
+    "--allow-missing",
+  ]
 
 
 def start(run_folder: Path, data: Path, out: Path, *more: str) -> subprocess.Popen:

@@ -158,9 +158,13 @@ def test_an_image_of_mmbench_may_stand_in_another_row(own: Path) -> None:
   whole = {item.id: item.images[0] for item in MmBench(own).items()}
   image = text.split("\n3\t")[1].split("\t")[8]
   cells: list[tuple[str, str, bytes]] = [
-    ("3", "5", picture(9)), ("77", image, b""), ("5", "9", b""), ("iVBOR", image, b""),
-    ("not base64!", image, b""), ("", image, b""),
-  ]  # fmt: skip
+    ("3", "5", picture(9)),
+    ("77", image, b""),
+    ("5", "9", b""),
+    ("iVBOR", image, b""),
+    ("not base64!", image, b""),
+    ("", image, b""),
+  ]
   assert set(whole.values()) == {picture(9)}
   for last, middle, expected in cells:
     changed = text.replace("counts\t3\t", f"counts\t{last}\t")

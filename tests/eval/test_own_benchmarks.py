@@ -279,8 +279,10 @@ def test_several_tasks_end_in_one_table(
   assert table in printed
   assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| easy_vqa", "| louder"]
   assert cli.main([*arguments, "--merge", f"--out={first}", f"--compare={first}"]) == 0
-  assert (f"Against {first}/easy_vqa, of 3 questions that both answered: 0 fixed, 0 broken, 0 in other "
-          "words") in capsys.readouterr().out  # fmt: skip
+  assert (
+    f"Against {first}/easy_vqa, of 3 questions that both answered: 0 fixed, 0 broken, 0 in other "
+    "words"
+  ) in capsys.readouterr().out
 
 
 MINE = """

@@ -142,8 +142,14 @@ def test_bars_are_as_long_as_the_figures(scored: tuple[dict[str, Any], Path]) ->
   widths = [float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', text)]
   values = [row["accuracy"] for row in scores["by_kind"].values()]
   assert widths == pytest.approx([v * page.BAR[0] for v in values], abs=0.06)
-  points = {**scores, "metric": "points", "by_kind": {"all": {"points": 700.0, "items": 3, "asked": 3},
-                                                      "b": {"points": 1400.0, "items": 3, "asked": 4}}}  # fmt: skip
+  points = {
+    **scores,
+    "metric": "points",
+    "by_kind": {
+      "all": {"points": 700.0, "items": 3, "asked": 3},
+      "b": {"points": 1400.0, "items": 3, "asked": 4},
+    },
+  }
   page.write(out, points, [], {})
   text = (out / page.FILE).read_text()
   assert re.findall(r'<rect[^>]*width="([\d.]+)"', text) == ["210.0", "420.0"]
@@ -157,9 +163,11 @@ def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]
   assert published.SOURCE in everything
   assert "86.4" in everything
   others: tuple[dict[str, Any], ...] = (
-    {"task": "easy_vqa"}, {"variant": {"protocol": "lmms"}}, {"questions": 301},
+    {"task": "easy_vqa"},
+    {"variant": {"protocol": "lmms"}},
+    {"questions": 301},
     {"variant": {"protocol": "llava", "split": "image"}},
-  )  # fmt: skip
+  )
   for change in others:
     page.write(scored[1], {**scored[0], **change}, [], {})
     assert "Published by others" not in (scored[1] / page.FILE).read_text()
@@ -237,8 +245,11 @@ def test_flips_against_another_run(task: Made, tmp_path: Path) -> None:
   scores = run.run(task, Scripted(texts=["yes", "yes", "No", "no"]), new, compare=old)
   counts = scores["compared"]
   assert {k: counts[k] for k in ("both", "fixed", "broken", "changed")} == {
-    "both": 300, "fixed": 75, "broken": 0, "changed": 75
-  }  # fmt: skip
+    "both": 300,
+    "fixed": 75,
+    "broken": 0,
+    "changed": 75,
+  }
   assert counts["p_value"] == pytest.approx(2 / 2**75)
   everything = "".join(Reader((new / page.FILE).read_text()).texts)
   assert "75 fixed, 0 broken, 75 in other words with the same score" in everything

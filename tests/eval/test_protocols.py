@@ -21,8 +21,9 @@ def questions(root: Path, name: str, protocol: str = "llava", **options: Any) ->
 def test_textvqa_s_protocols_differ_in_the_prompt(root: Path) -> None:
   ocr = "Reference OCR token: NIKON, D5"
   assert questions(root, "textvqa") == [
-    f"What BRAND is it?\n{ocr}\n{SHORT}", f"{ocr}\nWhat is the time?\n{SHORT}",
-  ]  # fmt: skip
+    f"What BRAND is it?\n{ocr}\n{SHORT}",
+    f"{ocr}\nWhat is the time?\n{SHORT}",
+  ]
   assert questions(root, "textvqa", "llava_no_ocr")[0] == f"What BRAND is it?\n{SHORT}"
   assert questions(root, "textvqa", "llava_no_ocr")[1] == f"What is the time?\n{SHORT}"
   assert questions(root, "textvqa", "lmms")[0] == f"What brand is it?\n{SHORT}"

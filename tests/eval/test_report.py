@@ -31,8 +31,9 @@ def test_a_report_of_what_a_server_scores(
   page = report.write([str(run_folder)], str(tmp_path / "out"), str(tmp_path / "report"))
   assert page.startswith("# easy_vqa: scored by a server\n")
   assert sorted(path.name for path in (tmp_path / "report").glob("*.png")) == [
-    "answers.png", "loss.png"
-  ]  # fmt: skip
+    "answers.png",
+    "loss.png",
+  ]
   assert "accuracy.png" not in page
   assert "(answers.png)" in page
   for record in records:

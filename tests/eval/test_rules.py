@@ -40,8 +40,11 @@ ASKS: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {
 
 
 def test_every_protocol_asks_for_the_tokens_of_the_table() -> None:
-  found = {(task.name, name): rules.generation
-           for task in BENCHMARKS for name, rules in task.protocols.items()}  # fmt: skip
+  found = {
+    (task.name, name): rules.generation
+    for task in BENCHMARKS
+    for name, rules in task.protocols.items()
+  }
   assert found == {
     key: Generation(max_new_tokens=tokens, stop=stop) for key, (tokens, stop) in ASKS.items()
   }
@@ -51,8 +54,9 @@ def cells(heading: str) -> dict[str, list[str]]:
   """Rows of the table below a heading, by the names in their first cell."""
   part = PAGE.split(heading, 1)[1].split("\n## ", 1)[0]
   rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("| `")]
-  return {name: [cell.strip() for cell in row] for row in rows
-          for name in re.findall(r"`(\w+)`", row[0])}  # fmt: skip
+  return {
+    name: [cell.strip() for cell in row] for row in rows for name in re.findall(r"`(\w+)`", row[0])
+  }
 
 
 def test_the_page_says_the_same() -> None:
@@ -92,10 +96,24 @@ def test_pope_by_hand() -> None:
   """3 right yes, 1 wrong yes, 2 right no, 2 wrong no, and an answer that is neither."""
   pairs = [*[("yes", "yes")] * 3, ("yes", "no"), *[("no", "no")] * 2, *[("no", "yes")] * 2]
   llava, lmms = measures(pairs), measures_lmms([*pairs, ("other", "yes"), ("other", "no")])
-  assert llava == {"TP": 3, "FP": 1, "TN": 2, "FN": 2, "accuracy": 5 / 8, "precision": 3 / 4,
-                   "recall": 3 / 5, "f1": pytest.approx(2 / 3), "yes_ratio": 4 / 8}  # fmt: skip
-  assert lmms == {"accuracy": 5 / 10, "precision": 3 / 4, "recall": 3 / 5,
-                  "f1": pytest.approx(2 / 3), "yes_ratio": 6 / 10}  # fmt: skip
+  assert llava == {
+    "TP": 3,
+    "FP": 1,
+    "TN": 2,
+    "FN": 2,
+    "accuracy": 5 / 8,
+    "precision": 3 / 4,
+    "recall": 3 / 5,
+    "f1": pytest.approx(2 / 3),
+    "yes_ratio": 4 / 8,
+  }
+  assert lmms == {
+    "accuracy": 5 / 10,
+    "precision": 3 / 4,
+    "recall": 3 / 5,
+    "f1": pytest.approx(2 / 3),
+    "yes_ratio": 6 / 10,
+  }
 
 
 @pytest.mark.parametrize("protocol", ["llava", "lmms"])
@@ -113,8 +131,12 @@ def test_half_a_pair_of_mme_is_not_right(root: object, protocol: str) -> None:
 
 def test_means_by_kind_by_hand() -> None:
   items = [Item(str(i), "q", (), "a" if i < 3 else "b", i % 2) for i in range(5)]
-  told = {"0": Prediction("0", "1"), "1": Prediction("1", "1"), "3": Prediction("3", "1"),
-          "4": Prediction("4", "", "no such file")}  # fmt: skip
+  told = {
+    "0": Prediction("0", "1"),
+    "1": Prediction("1", "1"),
+    "3": Prediction("3", "1"),
+    "4": Prediction("4", "", "no such file"),
+  }
   verdict = lambda item, text: {"score": float(text) * (1 + item.truth) / 4}  # noqa: E731
   assert mean_by_kind(items, told, verdict) == {
     "all": {"accuracy": pytest.approx(1.25 / 3), "items": 3, "asked": 5},

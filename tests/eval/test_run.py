@@ -129,8 +129,10 @@ def test_numbers_that_count_nothing_are_refused(
 
 
 def test_answers_do_not_depend_on_the_batch(engine: Engine, tiny_data: Path) -> None:
-  requests = [Request(q, (tiny_data / "images" / f"{i}.png",))
-              for i, q in enumerate(["what is it?", "is it blue or red or green?", "red?"])]  # fmt: skip
+  requests = [
+    Request(q, (tiny_data / "images" / f"{i}.png",))
+    for i, q in enumerate(["what is it?", "is it blue or red or green?", "red?"])
+  ]
   together = [a.ids for a in engine.answer(requests)]
   alone = [next(iter(engine.answer([r]))).ids for r in requests]
   assert together == alone
@@ -161,9 +163,11 @@ def test_a_broken_run_goes_on_where_it_was(tiny_data: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
   ("change", "message"),
-  [({"text": "other"}, "fingerprint.loaded: 'other' here, 'scripted' there"),
-   ({"tokens": 9}, "generation.max_new_tokens: 9 here, 4 there")],
-)  # fmt: skip
+  [
+    ({"text": "other"}, "fingerprint.loaded: 'other' here, 'scripted' there"),
+    ({"tokens": 9}, "generation.max_new_tokens: 9 here, 4 there"),
+  ],
+)
 def test_other_settings_are_refused(
   tiny_data: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
@@ -279,9 +283,11 @@ def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Pa
     run_lib.finish(task, out)
   scores = run_lib.run(task, engines[1], out, part=Part(1, 3))
   assert sorted(path.name for path in out.glob("predictions*")) == [
-    "predictions.0-of-3.jsonl", "predictions.1-of-3.jsonl", "predictions.2-of-3.jsonl",
+    "predictions.0-of-3.jsonl",
+    "predictions.1-of-3.jsonl",
+    "predictions.2-of-3.jsonl",
     "predictions.jsonl",
-  ]  # fmt: skip
+  ]
   asked = [image for engine in engines for image in engine.asked]
   assert len(asked) == len(set(asked)) == 12
   assert sorted(n for engine in engines for n in engine.numbers if n is not None) == list(range(12))
@@ -385,9 +391,10 @@ def test_the_interval_covers_the_mean_and_draws_images() -> None:
 def test_means_by_kind_count_what_was_answered() -> None:
   items = [Item(str(i), "q", (), kind, "red") for i, kind in enumerate(["shape"] * 3 + ["colour"])]
   predictions = {
-    "0": Prediction("0", "red"), "1": Prediction("1", "blue"),
+    "0": Prediction("0", "red"),
+    "1": Prediction("1", "blue"),
     "2": Prediction("2", "red", error="no such file"),
-  }  # fmt: skip
+  }
   assert mean_by_kind(items, predictions, lambda i, t: {"score": t == i.truth}) == {
     "all": {"accuracy": 0.5, "items": 2, "asked": 4},
     "shape": {"accuracy": 0.5, "items": 2, "asked": 3},

@@ -32,9 +32,14 @@ def judge(ask: Ask) -> str:
 # benchmark, protocol, verdicts without a judge, and with it on "ZIG" and on "ZAG"
 JUDGED: list[tuple[str, str, Any, Any, Any]] = [
   ("mmvet", "llava", {}, {"score": 1.0}, {"score": 0.5}),
-  ("llava_bench", "llava", {}, {"score": 1.0, "judged": [8.0, 9.0]},
-   {"score": 0.5, "judged": [8.0, 4.0]}),
-]  # fmt: skip
+  (
+    "llava_bench",
+    "llava",
+    {},
+    {"score": 1.0, "judged": [8.0, 9.0]},
+    {"score": 0.5, "judged": [8.0, 4.0]},
+  ),
+]
 
 
 @pytest.mark.parametrize(("name", "protocol", "before", "zig", "zag"), JUDGED)

@@ -68,8 +68,13 @@ def test_pope(tmp_path: Path) -> None:
     assert ours["items"] == ours["asked"] == int(told[2])
     counts = block.split("\n")[2].split("\t")
     assert [ours[name] for name in ("TP", "FP", "TN", "FN")] == [int(c) for c in counts]
-    for title, name in (("Accuracy", "accuracy"), ("Precision", "precision"), ("Recall", "recall"),
-                        ("F1 score", "f1"), ("Yes ratio", "yes_ratio")):  # fmt: skip
+    for title, name in (
+      ("Accuracy", "accuracy"),
+      ("Precision", "precision"),
+      ("Recall", "recall"),
+      ("F1 score", "f1"),
+      ("Yes ratio", "yes_ratio"),
+    ):
       found = re.search(rf"{title}: (\S+)", block)
       assert found
       assert ours[name] == float(found[1])
@@ -92,8 +97,10 @@ def test_scienceqa(tmp_path: Path) -> None:
   items = task.items()
   given = predictions(list(answers.values()))
   scores = task.score(items, given)
-  told = re.search(r"Total: (\d+), Correct: (\d+), Accuracy: (\S+)%, IMG-Accuracy: (\S+)%",
-                   EXPECTED["sqa"]["stdout"])  # fmt: skip
+  told = re.search(
+    r"Total: (\d+), Correct: (\d+), Accuracy: (\S+)%, IMG-Accuracy: (\S+)%",
+    EXPECTED["sqa"]["stdout"],
+  )
   assert told
   whole_split = scores.by_kind["all"]
   assert whole_split["items"] == int(told[1])
@@ -119,10 +126,8 @@ def test_textvqa(tmp_path: Path) -> None:
   answers = rows("textvqa/answers.jsonl")
   lines(
     tmp_path / "llava_textvqa_val_v051_ocr.jsonl",
-    [
-      {"question_id": r["question_id"], "image": "x.jpg", "text": r["prompt"]} for r in answers
-    ],
-  )  # fmt: skip
+    [{"question_id": r["question_id"], "image": "x.jpg", "text": r["prompt"]} for r in answers],
+  )
   task = TextVqa(tmp_path)
   items = task.items()
   ours = [task.verdict(i, r["text"])["score"] for i, r in zip(items, answers, strict=True)]

@@ -178,9 +178,7 @@ def normal_by_rule(text: str) -> str:
   for i, c in enumerate(text):
     neighbors.setdefault(c, set()).update(text[max(0, i - 1) : i], text[i + 1 : i + 2])
   marks = set(';/[]"{}()=+\\_->' + "<@`!")
-  out = "".join(
-    ("" if " " in neighbors[c] else " ") if c in marks else c for c in text
-  )  # fmt: skip
+  out = "".join(("" if " " in neighbors[c] else " ") if c in marks else c for c in text)
   kept, dropped = [], 0
   for i, c in enumerate(out):
     if c == "." and not out[i + 1 : i + 2].isdigit() and dropped < 32:
@@ -188,8 +186,10 @@ def normal_by_rule(text: str) -> str:
     else:
       kept.append(c)
   numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-  words = ["0" if w == "none" else str(numbers.index(w)) if w in numbers else w
-           for w in "".join(kept).split()]  # fmt: skip
+  words = [
+    "0" if w == "none" else str(numbers.index(w)) if w in numbers else w
+    for w in "".join(kept).split()
+  ]
   return " ".join(OFFICIAL.get(w, w) for w in words if w not in {"a", "an", "the"})
 
 
@@ -289,8 +289,10 @@ def test_mme_pairs_follow_the_rule(tmp_path: Path) -> None:
   for start in range(0, 2400, 12):
     told = texts[start : start + 12]
     if start % 5 == 0:  # right ones are rare among such answers
-      told = [i.truth + "." if (n + start) % 7 else t
-              for n, (i, t) in enumerate(zip(items, told, strict=True))]  # fmt: skip
+      told = [
+        i.truth + "." if (n + start) % 7 else t
+        for n, (i, t) in enumerate(zip(items, told, strict=True))
+      ]
     right = []
     for item, text in zip(items, told, strict=True):
       start_of_text = text[:4].lower()

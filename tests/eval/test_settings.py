@@ -31,9 +31,13 @@ READS = {"template", "image_aspect", "image_fit", "image_resample", "grid_pinpoi
 
 
 @pytest.mark.parametrize(
-  "key", [k.removeprefix("config.") for k, _ in keys(config_lib.Config())
-          if k.startswith(("config.model.", "config.data."))]
-)  # fmt: skip
+  "key",
+  [
+    k.removeprefix("config.")
+    for k, _ in keys(config_lib.Config())
+    if k.startswith(("config.model.", "config.data."))
+  ],
+)
 def test_every_key_that_answers_depend_on_is_in_their_settings(key: str) -> None:
   """All of the model but what only makes it faster; of the data, what a question becomes."""
   engine = Scripted()
@@ -55,8 +59,15 @@ def test_every_setting_of_generation_is_compared(
   task = EasyVqa(tiny_data)
   run_lib.run(task, Scripted(), tmp_path, limit=2)
   engine = Scripted()
-  values = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "num_beams": 2,
-            "stop": ("x",), "seed": 4}  # fmt: skip
+  values = {
+    "max_new_tokens": 9,
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.5,
+    "num_beams": 2,
+    "stop": ("x",),
+    "seed": 4,
+  }
   engine._generation = dataclasses.replace(engine._generation, **{field: values[field]})
   with pytest.raises(EvalError, match=rf"generation\.{field}: .* here, .* there"):
     run_lib.run(task, engine, tmp_path, limit=2)
@@ -122,9 +133,10 @@ class Loaded(Scripted):
 @pytest.fixture
 def evaluator(tiny_config: ConfigMaker, tiny_data: Path, tmp_path: Path) -> in_loop.InLoop:
   config = tiny_config(
-    model={"dtype": "bfloat16"}, train={"steps": 7},
+    model={"dtype": "bfloat16"},
+    train={"steps": 7},
     evaluate={"every": 3, "data": str(tiny_data), "limit": 4},
-  )  # fmt: skip
+  )
   made = in_loop.InLoop(config, tmp_path / "run")
   made._engine = Loaded()
   return made

@@ -63,9 +63,11 @@ def test_from_files_to_scores(root: Path, name: str, protocol: str, tmp_path: Pa
   given = answers(items, RIGHT[name])
   scores = task.score(items, given)
   json.dumps(dataclasses.asdict(scores))
-  assert scores.by_kind["all"]["items"] == scores.by_kind["all"]["asked"] == (
-    len(items) if name != "pope" else 12
-  )  # fmt: skip
+  assert (
+    scores.by_kind["all"]["items"]
+    == scores.by_kind["all"]["asked"]
+    == (len(items) if name != "pope" else 12)
+  )
   served = name in SERVED and not (name.startswith("mmbench") and protocol == "lmms")
   if served:
     assert scores.headline is None
@@ -295,9 +297,12 @@ def test_llava_bench_compares_means(root: Path, tmp_path: Path) -> None:
   # "10, 5" has two blanks between its numbers once the comma is one, and is refused by the original
   assert scores.figures["unjudged"] == 1
   assert scores.by_kind["all"] == {
-    "score": round(round(23 / 3, 3) / 8.0 * 100, 1), "reference": 8.0, "model": round(23 / 3, 3),
-    "items": 3, "asked": 4,
-  }  # fmt: skip
+    "score": round(round(23 / 3, 3) / 8.0 * 100, 1),
+    "reference": 8.0,
+    "model": round(23 / 3, 3),
+    "items": 3,
+    "asked": 4,
+  }
   assert scores.by_kind["conv"]["score"] == round(7 / 7.5 * 100, 1)
   assert scores.by_kind["detail"]["items"] == 0
   assert scores.headline == scores.by_kind["all"]["score"]
@@ -342,8 +347,15 @@ def test_mmvet_s_grades(root: Path) -> None:
   assert scores.figures["capability rec"] == {"score": 100.0, "items": 1}
   assert scores.figures["unjudged"] == 1
   assert [(a.turn, a.temperature) for a in judge.asked] == [
-    (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (2, 0.5), (3, 1.0), (4, 1.5),
-  ]  # fmt: skip
+    (0, 0),
+    (0, 0),
+    (1, 0),
+    (0, 0),
+    (1, 0),
+    (2, 0.5),
+    (3, 1.0),
+    (4, 1.5),
+  ]
   down = MmVet(root, judge=Scripted(failing)).score(items, answers(items, "x"))
   assert down.headline is None
   assert down.metric == "no score: the judge failed for all of 3 answers"
@@ -354,15 +366,26 @@ def test_mmvet_s_grades(root: Path) -> None:
 @pytest.mark.parametrize(
   ("protocol", "digest", "end", "again", "temperatures", "tokens"),
   [
-    ("llava", "d1b3e0a5b4e72c88", "x=-1 | ",
-     "\nPredict the correctness of the answer (digit): ", [0, 0, 0.5, 1.0, 1.5], 3),
+    (
+      "llava",
+      "d1b3e0a5b4e72c88",
+      "x=-1 | ",
+      "\nPredict the correctness of the answer (digit): ",
+      [0, 0, 0.5, 1.0, 1.5],
+      3,
+    ),
     ("lmms", "4d9b806e960fcd3f", "x=-1 |", "", [0, 0.5, 1.0, 1.5], 128),
   ],
-)  # fmt: skip
+)
 def test_mmvet_s_graders_word_for_word(
-  root: Path, protocol: str, digest: str, end: str, again: str, temperatures: list[float],
+  root: Path,
+  protocol: str,
+  digest: str,
+  end: str,
+  again: str,
+  temperatures: list[float],
   tokens: int,
-) -> None:  # fmt: skip
+) -> None:
   """Hashes of `prompt` in MM-Vet's mm-vet_evaluator.py and of MM_VET_PROMPT in lmms-eval."""
   judge = Scripted(lambda ask: "no number")
   task = MmVet(root, protocol, judge=judge)

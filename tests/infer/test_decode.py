@@ -87,8 +87,10 @@ def test_prefixes_are_shared_unless_positions_depend_on_the_whole_prompt(
     config, model=dataclasses.replace(config.model, language_model=text)
   )
   request = Request("what is it?", (tiny_data / "images" / "0.png",))
-  pieces = [len(Engine(dataclasses.replace(model, config=c))._prompts(request).pieces)
-            for c in (config, dynamic)]  # fmt: skip
+  pieces = [
+    len(Engine(dataclasses.replace(model, config=c))._prompts(request).pieces)
+    for c in (config, dynamic)
+  ]
   assert pieces[0] > pieces[1] == 1
 
 

@@ -80,9 +80,12 @@ def test_margins_are_the_smallest_lead_of_an_answer(
 
 
 def test_another_state_of_the_model_answers_by_itself_alone(
-  engine: Engine, model: Pretrained, oracle: Oracle, asked: list[Request],
+  engine: Engine,
+  model: Pretrained,
+  oracle: Oracle,
+  asked: list[Request],
   wanted: list[tuple[int, ...]],
-) -> None:  # fmt: skip
+) -> None:
   """As between the steps of training: neither images nor prefixes of before are taken for it."""
   some, other = asked[:5], random_model(model.config, seed=2)
   assert ids(engine.answer(some)) == wanted[:5]
@@ -210,8 +213,11 @@ def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_dat
     *before, _ = engine._prompts(request(words, "red?")).pieces
     return [engine._prefixes.capacity(before[: i + 1]) for i in range(len(before))]
 
-  short = next(n for n in range(8, 40) if len(sizes(n)) == 2 and
-               sizes(n)[0] < sizes(n + 1)[0] and sizes(n)[1] == sizes(n + 1)[1])  # fmt: skip
+  short = next(
+    n
+    for n in range(8, 40)
+    if len(sizes(n)) == 2 and sizes(n)[0] < sizes(n + 1)[0] and sizes(n)[1] == sizes(n + 1)[1]
+  )
   long = "is it blue, or teal, or green?"
   asked = [request(short, "red?"), request(short, long), request(short + 1, "red?")]
   engine.warm_up(asked)
@@ -294,16 +300,21 @@ VANISHED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("kind", VANISHED)
 def test_an_image_that_vanishes_costs_its_own_questions(
-  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]], tmp_path: Path, kind: str,
+  engine: Engine,
+  asked: list[Request],
+  wanted: list[tuple[int, ...]],
+  tmp_path: Path,
+  kind: str,
   monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
   """Between its first reading and another, when its pixels, features and prefixes were dropped."""
   vanish, message = VANISHED[kind]
   (source,) = asked[0].images
   path = tmp_path / "0.png"
   shutil.copy(str(source), path)
-  monkeypatch.setattr(engine, "_layout", dataclasses.replace(engine._layout, feature_bytes=1,
-                                                             prefix_bytes=1))  # fmt: skip
+  monkeypatch.setattr(
+    engine, "_layout", dataclasses.replace(engine._layout, feature_bytes=1, prefix_bytes=1)
+  )
   engine.forget()
   gone, others = Request(asked[0].question, (path,)), asked[2:4]
   assert ids(engine.answer([gone, *others])) == [wanted[0], *wanted[2:4]]

@@ -37,8 +37,12 @@ def requests(tiny_data: Path) -> list[Request]:
   picture = tiny_data / "images" / "3.png"
   with Image.open(picture) as opened:
     decoded = opened.convert("RGB")
-  return [Request("what colour is it, blue?", (picture,)), Request("is it red?"),
-          Request("is it red?", (decoded,)), Request("is it?", (picture.read_bytes(),))]  # fmt: skip
+  return [
+    Request("what colour is it, blue?", (picture,)),
+    Request("is it red?"),
+    Request("is it red?", (decoded,)),
+    Request("is it?", (picture.read_bytes(),)),
+  ]
 
 
 def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tuple[float, bool]:
@@ -54,9 +58,15 @@ def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tu
   for at in range(first, len(ids)):
     tokens = jnp.asarray([ids[:at]], jnp.int32)
     hidden = module.apply(
-      {"params": loaded.params}, tokens, jnp.arange(at)[None], jnp.full_like(tokens, 1 << 12),
-      jnp.zeros((1, 0, 1)), None, None, method="extend",
-    )[0]  # fmt: skip
+      {"params": loaded.params},
+      tokens,
+      jnp.arange(at)[None],
+      jnp.full_like(tokens, 1 << 12),
+      jnp.zeros((1, 0, 1)),
+      None,
+      None,
+      method="extend",
+    )[0]
     logits = module.apply({"params": loaded.params}, hidden[:, -1], method="logits")  # type: ignore[index]
     row = np.asarray(logits, np.float64)[0]
     total += row[ids[at]] - math.log(np.exp(row - row.max()).sum()) - row.max()

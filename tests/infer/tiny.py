@@ -112,8 +112,12 @@ class Oracle:
 
 def questions(folder: Path) -> list[Request]:
   """Questions of several lengths about six images, about two at once, and about none."""
-  texts = ("what is it?", "is it blue, teal or green?", "red?",
-           "what colour is it, and is it the same colour as the sky over the sea is?")  # fmt: skip
+  texts = (
+    "what is it?",
+    "is it blue, teal or green?",
+    "red?",
+    "what colour is it, and is it the same colour as the sky over the sea is?",
+  )
   image = [folder / "images" / f"{i}.png" for i in range(6)]
   asked = [Request(text, (image[i],)) for i in range(6) for text in texts[: 2 + i % 3]]
   asked.insert(5, Request("what is it?"))

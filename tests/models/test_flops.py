@@ -28,14 +28,19 @@ def trainable(stage: str) -> Any:
 def wide(variant: str, rank: int) -> config_lib.ModelConfig:
   """Small, but wide enough that matmuls dominate; nothing is scanned, nothing recomputed."""
   return config_lib.ModelConfig(
-    tower=config_lib.TowerConfig(image_size=48, patch_size=8, width=128, layers=3, heads=4,
-                           mlp_width=512),
-    language_model=config_lib.LanguageModelConfig(vocab_size=512, width=192, layers=2, heads=4,
-                                            kv_heads=2, head_dim=48, mlp_width=512),
+    tower=config_lib.TowerConfig(
+      image_size=48, patch_size=8, width=128, layers=3, heads=4, mlp_width=512
+    ),
+    language_model=config_lib.LanguageModelConfig(
+      vocab_size=512, width=192, layers=2, heads=4, kv_heads=2, head_dim=48, mlp_width=512
+    ),
     projector=config_lib.ProjectorConfig(variant=variant, token_width=128),
     lora=config_lib.LoraConfig(rank=rank, dropout=0.0),
-    dtype="float32", frozen_dtype="float32", scan_unroll=8, remat="none",
-  )  # fmt: skip
+    dtype="float32",
+    frozen_dtype="float32",
+    scan_unroll=8,
+    remat="none",
+  )
 
 
 def counted(config: config_lib.Config) -> float:

@@ -79,10 +79,17 @@ def reference(name: str) -> Any:
   """A random model of transformers with every weight far from its default."""
   family = FAMILIES[name]
   config = transformers.CONFIG_MAPPING[family.model_type](
-    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    num_key_value_heads=KV_HEADS, intermediate_size=MLP, max_position_embeddings=TRAINED,
-    rms_norm_eps=1e-5, attn_implementation="eager", **family.theirs,
-  )  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    intermediate_size=MLP,
+    max_position_embeddings=TRAINED,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",
+    **family.theirs,
+  )
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
@@ -96,13 +103,23 @@ class Ours:
 
   def __init__(self, name: str):
     config = config_lib.ModelConfig(
-      tower=config_lib.TowerConfig(image_size=8, patch_size=4, width=8, layers=2, heads=2, mlp_width=8),
-      language_model=config_lib.LanguageModelConfig(
-        vocab_size=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM, mlp_width=MLP, **FAMILIES[name].ours,
+      tower=config_lib.TowerConfig(
+        image_size=8, patch_size=4, width=8, layers=2, heads=2, mlp_width=8
       ),
-      projector=config_lib.ProjectorConfig(variant="none"), dtype="float32", remat="none",
-    )  # fmt: skip
+      language_model=config_lib.LanguageModelConfig(
+        vocab_size=VOCAB,
+        width=WIDTH,
+        layers=LAYERS,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        mlp_width=MLP,
+        **FAMILIES[name].ours,
+      ),
+      projector=config_lib.ProjectorConfig(variant="none"),
+      dtype="float32",
+      remat="none",
+    )
     self.decoder: Decoder = build.model(config).language_model
     self.params = self._params(reference(name).state_dict())
     self.run = jax.jit(self._run)

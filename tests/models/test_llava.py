@@ -47,9 +47,13 @@ class Model:
 
   def logits(self, row: dict[str, np.ndarray]) -> np.ndarray:
     hidden = self.module.apply(
-      {"params": self.params}, row["tokens"], row["positions"], row["segments"], row["images"],
+      {"params": self.params},
+      row["tokens"],
+      row["positions"],
+      row["segments"],
+      row["images"],
       row["slots"],
-    )  # fmt: skip
+    )
     return np.asarray(self.module.apply({"params": self.params}, hidden, method="logits"))[0]
 
 
@@ -167,9 +171,14 @@ def test_mask_written_out() -> None:
   index = np.arange(7)[None]
   mask = np.asarray(causal_mask(index, segments, index, segments))[0].astype(int)
   assert mask.tolist() == [
-    [1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0],
-    [1, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0],
-  ]  # fmt: skip
+    [1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 0],
+    [0, 0, 0, 0, 0, 1, 0],
+    [0, 0, 0, 0, 0, 0, 0],
+  ]
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,13 @@ def test_detail_interaction_is_attention_over_a_strided_convolution() -> None:
   p = jax.tree.map(np.asarray, module.init(jax.random.key(0), tokens, grid)["params"])
   kernel = p["conv"]["kernel"]  # [16, 16, 2, 3]
   starts = range(0, 24 - 16 + 1, 2)
-  detail = np.stack([np.einsum("hwc,hwck->k", grid[0, r : r + 16, c : c + 16], kernel)
-                     for r in starts for c in starts])  # fmt: skip
+  detail = np.stack(
+    [
+      np.einsum("hwc,hwck->k", grid[0, r : r + 16, c : c + 16], kernel)
+      for r in starts
+      for c in starts
+    ]
+  )
 
   def project(name: str, x: np.ndarray) -> np.ndarray:
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -212,8 +217,11 @@ def test_positions_of_a_convolution_as_tokens() -> None:
   grid = np.random.default_rng(6).normal(size=(1, 12, 12, 3)).astype(np.float32)
   p = random_params("detail_only", grid)
   kernel = p["detail_12"]["conv"]["kernel"]  # [6, 6, 3, 8]
-  wanted = [gelu(np.einsum("hwc,hwck->k", grid[0, r : r + 6, c : c + 6], kernel))
-            for r in range(0, 7, 2) for c in range(0, 7, 2)]  # fmt: skip
+  wanted = [
+    gelu(np.einsum("hwc,hwck->k", grid[0, r : r + 6, c : c + 6], kernel))
+    for r in range(0, 7, 2)
+    for c in range(0, 7, 2)
+  ]
   found = tokens_of("detail_only", grid, p)
   np.testing.assert_allclose(found[0], wanted @ p["out"]["kernel"], atol=1e-5)
 

@@ -186,10 +186,15 @@ TEXT = config_lib.LanguageModelConfig(
 
 def model(quantize: str, rank: int = 4) -> config_lib.ModelConfig:
   return config_lib.ModelConfig(
-    tower=config_lib.TowerConfig(image_size=24, patch_size=4, width=16, layers=2, heads=2, mlp_width=16),
-    language_model=TEXT, projector=config_lib.ProjectorConfig(variant="none"), dtype="float32",
-    lora=config_lib.LoraConfig(rank=rank), quantize=quantize,
-  )  # fmt: skip
+    tower=config_lib.TowerConfig(
+      image_size=24, patch_size=4, width=16, layers=2, heads=2, mlp_width=16
+    ),
+    language_model=TEXT,
+    projector=config_lib.ProjectorConfig(variant="none"),
+    dtype="float32",
+    lora=config_lib.LoraConfig(rank=rank),
+    quantize=quantize,
+  )
 
 
 def quantized(flat: dict, form: str) -> dict:

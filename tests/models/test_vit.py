@@ -20,9 +20,14 @@ SIZE, PATCH, WIDTH, LAYERS, HEADS, MLP = 23, 4, 16, 3, 2, 24  # a 5x5 grid; 3 pi
 def reference(variant: str) -> Any:
   """A random tower with every weight far from its default."""
   config = transformers.CONFIG_MAPPING[f"{variant}_vision_model"](
-    hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-    image_size=SIZE, patch_size=PATCH, attn_implementation="eager",
-  )  # fmt: skip
+    hidden_size=WIDTH,
+    intermediate_size=MLP,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    image_size=SIZE,
+    patch_size=PATCH,
+    attn_implementation="eager",
+  )
   torch.manual_seed(0)
   model = transformers.AutoModel.from_config(config).eval()
   with torch.no_grad():

@@ -69,8 +69,11 @@ SPECS = {
 
 def cases_of(golden: Path) -> dict[str, Spec]:
   """The cases whose checkpoint and numbers a folder holds."""
-  return {name: spec for name, spec in SPECS.items()
-          if (golden / spec.expected).is_file() and (golden / spec.checkpoint).is_dir()}  # fmt: skip
+  return {
+    name: spec
+    for name, spec in SPECS.items()
+    if (golden / spec.expected).is_file() and (golden / spec.checkpoint).is_dir()
+  }
 
 
 CASES = cases_of(GOLDEN)
@@ -159,8 +162,10 @@ class Case:
     pictures = [[self.picture(name) for name in s["images"]] for s in samples]
     plans = [[p.plan for p in row] for row in pictures]
     room = max(1, *(sum(p.tiles for p in row) for row in plans), 0)
-    lengths = [len(s["input_ids"]) + sum(len(p.slots) - 1 for p in row)
-               for s, row in zip(samples, plans, strict=True)]  # fmt: skip
+    lengths = [
+      len(s["input_ids"]) + sum(len(p.slots) - 1 for p in row)
+      for s, row in zip(samples, plans, strict=True)
+    ]
     rows = []
     for i, sample in enumerate(samples):
       runs = example.from_labels(sample["input_ids"], sample["labels"])
@@ -267,9 +272,13 @@ def logits_and_losses(case: Case) -> Iterator[Rung]:
       continue
     batch = case.batch(samples)
     hidden = case.module.apply(
-      case.variables, batch["tokens"], batch["positions"], batch["segments"], batch["images"],
+      case.variables,
+      batch["tokens"],
+      batch["positions"],
+      batch["segments"],
+      batch["images"],
       batch["slots"],
-    )  # fmt: skip
+    )
     places = z[f"{prefix}text_positions"]
     at = hidden[z.get(f"{prefix}text_rows", np.zeros_like(places)), places]
     logits = case.module.apply(case.variables, at, method="logits")
@@ -353,8 +362,11 @@ def trajectory(
   start = {path: np.asarray(a) for path, a in trainable.items()}
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
   run = setup.compile_step(case.module, tx, config, None)
-  current = state.start({p: jnp.array(a) for p, a in trainable.items()},
-                        {p: jnp.array(a) for p, a in frozen.items()}, tx)  # fmt: skip
+  current = state.start(
+    {p: jnp.array(a) for p, a in trainable.items()},
+    {p: jnp.array(a) for p, a in frozen.items()},
+    tx,
+  )
   losses, norms = [], []
   for samples in case.inputs["train"]:
     current, metrics = run(current, case.batch(samples), jax.random.key(0))
@@ -408,14 +420,17 @@ def main() -> None:
   provenance.write(out, records)
   elsewhere = [name for name in CASES if name not in cases_of(KEPT)]
   lines = [
-    "# Parity with the original", "",
+    "# Parity with the original",
+    "",
     "Largest difference of each rung, divided by the largest magnitude of its tensor, float32 on",
     "the CPU; `0` means equal to the last bit (ids: all equal). Made by",
     "`python -m tests.parity.ladder --out docs/results/parity`. Cases whose files the repository",
-    f"does not hold (LLAVA_SP_GOLDEN names their folder): {', '.join(elsewhere) or 'none'}.", "",
-    "| case | rung | largest difference | tolerance |", "|---|---|---|---|",
+    f"does not hold (LLAVA_SP_GOLDEN names their folder): {', '.join(elsewhere) or 'none'}.",
+    "",
+    "| case | rung | largest difference | tolerance |",
+    "|---|---|---|---|",
     *(f"| {r.case} | {r.rung} | {r.max_abs_diff:.1e} | {r.tolerance:.0e} |" for r in rungs),
-  ]  # fmt: skip
+  ]
   provenance.named(out, "md").write_text("\n".join(lines) + "\n")
   print("\n".join(lines))
   failed = [r for r in rungs if not r.max_abs_diff <= r.tolerance]

@@ -21,20 +21,28 @@ SLOW = {
 # Ten steps of the optimizer, which show the same for each case and speed: one is climbed.
 GUARDS = {("cropping", "hot_trajectory")}
 CLIMBS = [
-  pytest.param(name, rung, marks=[
-    *[pytest.mark.slow] * ((name, rung) in SLOW), *[pytest.mark.guard] * ((name, rung) in GUARDS)
-  ])
+  pytest.param(
+    name,
+    rung,
+    marks=[
+      *[pytest.mark.slow] * ((name, rung) in SLOW),
+      *[pytest.mark.guard] * ((name, rung) in GUARDS),
+    ],
+  )
   for rung, (cases, _) in ladder.RUNGS.items()
   for name in cases
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "rung"), CLIMBS)
 def test_rung_is_within_its_tolerance(name: str, rung: str) -> None:
   results = list(ladder.RUNGS[rung][1](ladder.case(name)))
   assert results, "a climb without rungs proves nothing"
-  beyond = [f"{r.rung}: {r.max_abs_diff:.2e} > {r.tolerance:.0e}" for r in results
-            if not r.max_abs_diff <= r.tolerance]  # fmt: skip
+  beyond = [
+    f"{r.rung}: {r.max_abs_diff:.2e} > {r.tolerance:.0e}"
+    for r in results
+    if not r.max_abs_diff <= r.tolerance
+  ]
   assert not beyond
 
 

@@ -52,8 +52,16 @@ def test_records_and_their_formula() -> None:
   record = good.record()
   assert record["mfu"] == 0.5
   assert record["tokens_per_second"] == 128 * 2048 // 2
-  assert {"model", "topology", "rows", "step_seconds", "mfu", "hbm_gib", "hbm_limit_gib",
-          "predictor"} <= record.keys()  # fmt: skip
+  assert {
+    "model",
+    "topology",
+    "rows",
+    "step_seconds",
+    "mfu",
+    "hbm_gib",
+    "hbm_limit_gib",
+    "predictor",
+  } <= record.keys()
   text = report.text(good)
   assert "MFU 0.500" in text
   assert f"{2.0 * 1000 / 86400:.2f} days" in text
@@ -150,10 +158,11 @@ def test_full_knows_the_compiler_s_cycles(tiny_config: ConfigMaker) -> None:
   config = tiny_config(model={"dtype": "bfloat16", "frozen_dtype": "bfloat16"})
   topology = topologies.topology("v5e-4")
   found = [
-    report.make(config, topology, "train", compile_lib.compile_config(
-      config, topology, "train", fast=fast))
+    report.make(
+      config, topology, "train", compile_lib.compile_config(config, topology, "train", fast=fast)
+    )
     for fast in (True, False)
-  ]  # fmt: skip
+  ]
   assert [f.compiled.full for f in found] == [False, True]
   assert found[0].used == found[1].used
   assert found[0].seconds != found[1].seconds > 0

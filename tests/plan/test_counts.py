@@ -176,8 +176,9 @@ def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
     parameters = "".join(
       f"  %p{i} = {'s8' if v.aval.dtype == jnp.int8 else 'bf16'}"
       f"[{','.join(map(str, v.aval.shape))}] parameter({i})\n"
-      for i, v in enumerate(call.invars) if f"%p{i}" in arrays.split(", ")
-    )  # fmt: skip
+      for i, v in enumerate(call.invars)
+      if f"%p{i}" in arrays.split(", ")
+    )
     metadata = json.dumps(told)
     module = hlo.parse(
       f"HloModule m\n\nENTRY %main () -> bf16[1] {{\n{parameters}  ROOT %{name}.1 = bf16[1] "
@@ -204,14 +205,27 @@ def test_useful_flops_of_a_step_by_hand(tiny_config: ConfigMaker) -> None:
 
 def test_memory_where_no_assignment_was_written() -> None:
   sizes = {
-    "arguments": {"arguments[0].trainable['x']": 7, "arguments[0].frozen['y']": 20,
-                  "arguments[0].opt_state[0]": 14, "arguments[1]['tokens']": 3},
-    "temp_size_in_bytes": 100, "output_size_in_bytes": 25, "alias_size_in_bytes": 21,
+    "arguments": {
+      "arguments[0].trainable['x']": 7,
+      "arguments[0].frozen['y']": 20,
+      "arguments[0].opt_state[0]": 14,
+      "arguments[1]['tokens']": 3,
+    },
+    "temp_size_in_bytes": 100,
+    "output_size_in_bytes": 25,
+    "alias_size_in_bytes": 21,
     "generated_code_size_in_bytes": 2,
-  }  # fmt: skip
+  }
   found = memory.of_analysis(sizes)
-  assert found.parts == {"trainable": 7, "frozen": 20, "optimizer": 14, "batch": 3,
-                         "temporaries": 100, "results": 4, "program": 2}  # fmt: skip
+  assert found.parts == {
+    "trainable": 7,
+    "frozen": 20,
+    "optimizer": 14,
+    "batch": 3,
+    "temporaries": 100,
+    "results": 4,
+    "program": 2,
+  }
   assert found.total == 150
 
 
@@ -219,9 +233,12 @@ def test_what_fits_leaves_room_for_what_the_compiler_does_not_count() -> None:
   module = hlo.parse(one("all-reduce", "bf16[8,8]", "bf16[8,8]", GROUPS))
   limit = V5E.chip.hbm_bytes
   config = config_lib.from_dict({"train": {"batch_size": 8}, "data": {"row_length": 100}})
-  for total, known, fits in ((limit - report.RESERVE, module, True),
-                             (limit - report.RESERVE + 1, module, False),
-                             (limit, None, True), (limit + 1, None, False)):  # fmt: skip
+  for total, known, fits in (
+    (limit - report.RESERVE, module, True),
+    (limit - report.RESERVE + 1, module, False),
+    (limit, None, True),
+    (limit + 1, None, False),
+  ):
     compiled = Compiled(memory.Memory({}, total), 1.0, {"useful_flops": 1e15}, known)
     plan = report.Plan(config, V5E, "train", compiled, cost.Cost(2.0))
     assert plan.fits == fits

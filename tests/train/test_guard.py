@@ -63,9 +63,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 def test_a_run_goes_on_after_a_bad_step_and_ends_after_many(
-  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+  tiny_config: ConfigMaker,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
   config = tiny_config(
     "pretrain", train={"steps": 6, "save_every": 3, "max_nonfinite": 2, "preflight": False}
   )  # it reads batches of its own

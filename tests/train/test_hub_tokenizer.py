@@ -37,8 +37,16 @@ def test_of_a_repository_only_the_tokenizer_is_fetched(monkeypatch: pytest.Monke
   def wanted(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in asked)
 
-  needed = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+  needed = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+  )
   assert all(map(wanted, needed))
   assert not any(map(wanted, ("model.safetensors", "pytorch_model.bin", "config.json")))
 

@@ -103,10 +103,23 @@ def test_norms_by_part_add_up() -> None:
     "language_model/layers/q_proj/lora_a": jnp.zeros(5),
     "language_model/layers/q_proj/lora_b": jnp.full(1, 5.0),
   }
-  sums = dict.fromkeys(("loss", "right", "image_loss", "count", "image_count", "positions",
-                        "pairs", "image_positions"), jnp.zeros(()))  # fmt: skip
+  sums = dict.fromkeys(
+    (
+      "loss",
+      "right",
+      "image_loss",
+      "count",
+      "image_count",
+      "positions",
+      "pairs",
+      "image_positions",
+    ),
+    jnp.zeros(()),
+  )
   metrics = measure.report(sums, grads)
   assert measure.norms(metrics["grad_squares"], grads) == {
-    "lora": 5.0, "projector": 6.0, "spatial": 4.0
-  }  # fmt: skip
+    "lora": 5.0,
+    "projector": 6.0,
+    "spatial": 4.0,
+  }
   assert float(metrics["grad_norm"]) == pytest.approx((25 + 36 + 16) ** 0.5)

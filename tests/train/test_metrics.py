@@ -44,9 +44,16 @@ def config(tiny_config: ConfigMaker) -> config_lib.Config:
 
 def step(number: int, image: float = 40.0) -> dict[str, Any]:
   """Metrics of a step that learned from 100 + number tokens, 40 of them about images."""
-  sums = {"loss": 300.0, "right": 25.0, "image_loss": 100.0, "count": 100.0 + number,
-          "image_count": image, "positions": 1000.0 + number, "pairs": 5000.0,
-          "image_positions": 84.0}  # fmt: skip
+  sums = {
+    "loss": 300.0,
+    "right": 25.0,
+    "image_loss": 100.0,
+    "count": 100.0 + number,
+    "image_count": image,
+    "positions": 1000.0 + number,
+    "pairs": 5000.0,
+    "image_positions": 84.0,
+  }
   grads = {PATHS[0]: jnp.full(4, 3.0), PATHS[1]: jnp.full(1, 8.0)}
   return measure.report({k: jnp.float32(v) for k, v in sums.items()}, grads)
 

@@ -129,17 +129,29 @@ class AdamW:
 
 # An eps that matters, betas that are not the usual ones, rates that differ.
 VALUES = config_lib.OptimizerConfig(
-  stage="finetune_full", learning_rate=0.03, projector_learning_rate=0.01, warmup_ratio=0.3,
-  weight_decay=0.2, b1=0.8, b2=0.95, eps=0.05, clip_norm=1.0,
-)  # fmt: skip
+  stage="finetune_full",
+  learning_rate=0.03,
+  projector_learning_rate=0.01,
+  warmup_ratio=0.3,
+  weight_decay=0.2,
+  b1=0.8,
+  b2=0.95,
+  eps=0.05,
+  clip_norm=1.0,
+)
 
 
 @pytest.mark.parametrize("size", [0.1, 10.0])
 def test_updates_are_those_of_adamw(size: float) -> None:
   """Some steps whose gradients are clipped (10) or not (0.1), with both rates, and decay."""
   rng, steps = np.random.default_rng(0), 6
-  shapes = {KINDS["kernel"]: (3, 2), KINDS["norm"]: (2,), KINDS["patches"]: (2, 4),
-            KINDS["detail"]: (3,), KINDS["lora_b"]: (2, 2)}  # fmt: skip
+  shapes = {
+    KINDS["kernel"]: (3, 2),
+    KINDS["norm"]: (2,),
+    KINDS["patches"]: (2, 4),
+    KINDS["detail"]: (3,),
+    KINDS["lora_b"]: (2, 2),
+  }
   params = {p: np.asarray(rng.normal(size=s), np.float32) for p, s in shapes.items()}
   tx = optimizer.build(VALUES, steps, list(params))
   update, opt_state = jax.jit(tx.update), tx.init(params)

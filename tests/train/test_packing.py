@@ -48,8 +48,9 @@ def params(config: config_lib.Config) -> Any:
 
 def relative(a: Any, b: Any) -> float:
   """The distance of two trees by the size of the second."""
-  flat = [np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)])
-          for t in (a, b)]  # fmt: skip
+  flat = [
+    np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)]) for t in (a, b)
+  ]
   return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
@@ -62,8 +63,9 @@ def test_loss_and_gradients_are_those_of_the_samples_alone(
     kept = [s for s in _samples(data) if isinstance(s.get("image"), str)]
     data = dataclasses.replace(data, turns=turns, path=_write(data, kept))
   module = build.model(config.model)
-  grad = jax.jit(jax.value_and_grad(
-    lambda p, b: step.loss_and_counts(module, p, b, 512), has_aux=True))  # fmt: skip
+  grad = jax.jit(
+    jax.value_and_grad(lambda p, b: step.loss_and_counts(module, p, b, 512), has_aux=True)
+  )
   packed, rows = epoch(data)
   alone, singles = epoch(dataclasses.replace(data, packing="none"))
   assert len(rows) < len(singles) / 2
@@ -94,8 +96,11 @@ def test_no_sample_sees_another(config: config_lib.Config, params: Any) -> None:
   """Other words and another picture in one sample leave the others' bits alone."""
   batch, _ = epoch(config.data)
   module = build.model(config.model)
-  run = jax.jit(lambda b: module.apply(
-    {"params": params}, b["tokens"], b["positions"], b["segments"], b["images"], b["slots"]))  # fmt: skip
+  run = jax.jit(
+    lambda b: module.apply(
+      {"params": params}, b["tokens"], b["positions"], b["segments"], b["images"], b["slots"]
+    )
+  )
   before = np.asarray(run(batch))
   sample = batch["segments"] // BRANCHES
   assert sample.max(axis=1).min() >= 2
@@ -124,10 +129,17 @@ def test_no_sample_sees_another(config: config_lib.Config, params: Any) -> None:
 def test_programs_for_a_whole_epoch(
   config: config_lib.Config, packing: str, programs: set[int]
 ) -> None:
-  config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing),
-                               train=dataclasses.replace(config.train, batch_size=2))  # fmt: skip
-  mesh = jax.make_mesh((1, 1, 1), mesh_lib.AXES, devices=jax.devices()[:1],
-                       axis_types=(jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, packing=packing),
+    train=dataclasses.replace(config.train, batch_size=2),
+  )
+  mesh = jax.make_mesh(
+    (1, 1, 1),
+    mesh_lib.AXES,
+    devices=jax.devices()[:1],
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
   rows = make(config.data, batch_size=2)
   steps = -(-len(rows.stream.epoch(0)) // 2)
   with jax.set_mesh(mesh):

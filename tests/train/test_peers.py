@@ -51,8 +51,9 @@ def test_inputs_code_and_what_cannot_be_read_are_compared(tiny_config: ConfigMak
     "tokenizer: 2 in process 0 (a); absent in process 1 (b)",
   ]
   assert [line.split(":")[0] for line in peers.differences([("a", one), ("b", three)])] == [
-    "code", "version of jax",
-  ]  # fmt: skip
+    "code",
+    "version of jax",
+  ]
 
 
 def test_files_of_validation_are_compared(tiny_config: ConfigMaker, tmp_path: Path) -> None:

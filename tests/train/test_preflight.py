@@ -45,8 +45,9 @@ def test_all_problems_of_the_settings_at_once(tiny_config: ConfigMaker) -> None:
   config = tiny_config(
     "finetune",
     model={"lora": {"rank": 0}, "language_model": {"vocab_size": 100}},
-    optimizer={"projector_learning_rate": 0.0}, data={"row_length": 42},
-  )  # fmt: skip
+    optimizer={"projector_learning_rate": 0.0},
+    data={"row_length": 42},
+  )
   message = settings(config)
   assert "vocab_size is 100" in message
   assert "optimizer.projector_learning_rate: 0.0" in message
@@ -74,9 +75,10 @@ def test_tiles_that_do_not_fit(tiny_config: ConfigMaker) -> None:
 
 def test_a_vocabulary_that_is_too_small_is_refused_in_any_case(tiny_config: ConfigMaker) -> None:
   config = tiny_config(
-    model={"language_model": {"vocab_size": 100}}, optimizer={"learning_rate": 0.0},
+    model={"language_model": {"vocab_size": 100}},
+    optimizer={"learning_rate": 0.0},
     train={"preflight": False},
-  )  # fmt: skip
+  )
   message = settings(config)
   assert "vocab_size is 100" in message
   assert "learning_rate" not in message
@@ -164,8 +166,9 @@ def test_a_dead_decoder_is_refused_and_nothing_is_kept(
   tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:
   """Decoder weights of 0 pass no gradient on: found by the first real step."""
-  config = tiny_config(model={"language_model": {"initializer_range": 0.0}},
-                       train={"save_every": 1, "steps": 2})  # fmt: skip
+  config = tiny_config(
+    model={"language_model": {"initializer_range": 0.0}}, train={"save_every": 1, "steps": 2}
+  )
   with pytest.raises(PreflightError) as error:
     loop.train(config, tmp_path / "run")
   assert "lora: the gradient of language_model/layers/" in str(error.value)

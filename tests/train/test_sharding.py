@@ -39,9 +39,12 @@ def mesh_of(sizes: tuple[int, ...]) -> Mesh:
 
 def batches(config: config_lib.Config) -> Iterator[dict[str, np.ndarray]]:
   made = pipeline.make(
-    config.data, Tokenizer(config.data.tokenizer), anyres.Tile(*build.tile_shape(config.model)),
-    config.train.batch_size, config.train.seed,
-  )  # fmt: skip
+    config.data,
+    Tokenizer(config.data.tokenizer),
+    anyres.Tile(*build.tile_shape(config.model)),
+    config.train.batch_size,
+    config.train.seed,
+  )
   return ({k: v for k, v in batch.items() if k != pipeline.SAMPLES} for batch in made)
 
 

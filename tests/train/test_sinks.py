@@ -59,9 +59,12 @@ def test_a_terminal_gets_a_table(
 
 @pytest.mark.parametrize(("columns", "lines"), [("80", "24"), ("40", "12")])
 def test_a_small_terminal_shows_step_loss_and_eta(
-  tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, columns: str,
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture,
+  monkeypatch: pytest.MonkeyPatch,
+  columns: str,
   lines: str,
-) -> None:  # fmt: skip
+) -> None:
   """Though a run has more figures than it has lines."""
   for name, value in {
     "FORCE_COLOR": "1",

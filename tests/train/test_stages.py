@@ -95,13 +95,21 @@ def _initial(config: config_lib.Config) -> Any:
 
 def test_weight_decay_leaves_biases_and_norms_alone() -> None:
   """With no gradient, AdamW's update is -rate * decay * value; the first step has no warm-up."""
-  paths = {"projector/fc1/bias": False, "language_model/final_norm/scale": False,
-           "language_model/layers/attn_norm/scale": False, "projector/fc1/kernel": True,
-           "language_model/token_embed/embedding": True, "language_model/x/lora_a": True}  # fmt: skip
+  paths = {
+    "projector/fc1/bias": False,
+    "language_model/final_norm/scale": False,
+    "language_model/layers/attn_norm/scale": False,
+    "projector/fc1/kernel": True,
+    "language_model/token_embed/embedding": True,
+    "language_model/x/lora_a": True,
+  }
   config = config_lib.OptimizerConfig(
-    stage="finetune_full", weight_decay=0.5, warmup_ratio=0.0, learning_rate=0.1,
+    stage="finetune_full",
+    weight_decay=0.5,
+    warmup_ratio=0.0,
+    learning_rate=0.1,
     projector_learning_rate=0.1,
-  )  # fmt: skip
+  )
   tx = optimizer.build(config, 10, list(paths))
   values = {p: jnp.ones(3) for p in paths}
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, values), tx.init(values), values)

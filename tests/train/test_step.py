@@ -205,8 +205,10 @@ def collectives(text: str) -> list[tuple[str, int]]:
   """(kind, elements of the largest array in its result) of each collective of a program."""
   result = []
   for shapes, kind in COLLECTIVE.findall(text):
-    sizes = [np.prod([int(d) for d in dims.split(",") if d])
-             for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]  # fmt: skip
+    sizes = [
+      np.prod([int(d) for d in dims.split(",") if d])
+      for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
     result.append((kind, int(max(sizes))))
   return result
 

@@ -77,8 +77,9 @@ def oracle(config: config_lib.Config) -> Any:
 
   def loss(trainable: Any, frozen: Any, batch: Any) -> Any:
     variables = {"params": state.join(trainable, frozen)}
-    hidden = module.apply(variables, *(batch[k] for k in ("tokens", "positions", "segments",
-                                                          "images", "slots")))  # fmt: skip
+    hidden = module.apply(
+      variables, *(batch[k] for k in ("tokens", "positions", "segments", "images", "slots"))
+    )
     logits = module.apply(variables, hidden, method="logits")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return (losses * batch["weights"]).sum() / batch["weights"].sum()

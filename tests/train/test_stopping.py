@@ -16,9 +16,11 @@ from tests.end_to_end import cluster
 
 
 def test_ctrl_c_saves_the_step_and_ends_with_75(
-  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+  tiny_config: ConfigMaker,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
   """SIGINT in the middle of step 1; the same command then ends it, and keeps one checkpoint."""
   config = tiny_config("finetune", train={"steps": 2, "save_every": 1, "keep": 1})
   workdir = tmp_path / "run"

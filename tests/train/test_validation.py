@@ -26,10 +26,12 @@ ROWS = 2
 def config(tiny_config: ConfigMaker) -> config_lib.Config:
   """Half of the adapters' input would be dropped, were this training."""
   return tiny_config(
-    "finetune", "none", model={"lora": {"dropout": 0.5}},
+    "finetune",
+    "none",
+    model={"lora": {"dropout": 0.5}},
     data={"validation_fraction": 0.6, "turns_per_row": 1, "augment": "mirror_shift"},
     train={"batch_size": ROWS, "steps": 9, "validate_every": 4, "validate_batches": 9},
-  )  # fmt: skip
+  )
 
 
 def validator(config: config_lib.Config) -> Validator:
@@ -43,16 +45,24 @@ def state(config: config_lib.Config) -> TrainState:
   with jax.set_mesh(mesh):
     made, _, _ = setup.initial_state(config, mesh)
   noise = np.random.default_rng(0)
-  return made.replace(trainable={
-    p: x + 0.1 * noise.normal(size=x.shape).astype(np.float32) for p, x in made.trainable.items()
-  })  # fmt: skip
+  return made.replace(
+    trainable={
+      p: x + 0.1 * noise.normal(size=x.shape).astype(np.float32) for p, x in made.trainable.items()
+    }
+  )
 
 
 def one_by_one(config: config_lib.Config, state: TrainState, batches: int) -> dict[str, float]:
   """Means over the supervised tokens of the first `batches` of the validation split, row by row."""
   tile = anyres.Tile(*build.tile_shape(config.model))
-  rows = pipeline.make(config.data, Tokenizer(config.data.tokenizer), tile, 1, config.train.seed,
-                       split=validation_split.VALIDATION)  # fmt: skip
+  rows = pipeline.make(
+    config.data,
+    Tokenizer(config.data.tokenizer),
+    tile,
+    1,
+    config.train.seed,
+    split=validation_split.VALIDATION,
+  )
   module, params = build.model(config.model), join(state.trainable, state.frozen)
   run: Any = jax.jit(lambda batch: step.loss_and_counts(module, params, batch, 512)[1])
   total = dict.fromkeys(("loss", "right", "count"), 0.0)

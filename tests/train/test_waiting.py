@@ -43,9 +43,12 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[int], thread
 
 
 def test_a_wait_for_data_ends(
-  tiny_config: ConfigMaker, tmp_path: Path, hanging: Any, looker: Looker,  # noqa: F811
+  tiny_config: ConfigMaker,
+  tmp_path: Path,
+  hanging: Any,
+  looker: Looker,  # noqa: F811
   capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
   """SIGTERM, as from outside, when the next batch never comes: all steps so far are saved."""
   folder, (allowed, hangs) = tmp_path / "run", hanging
   # One thread, so that whole steps can be read before the one that never comes.
@@ -93,8 +96,14 @@ def test_what_hangs_does_not_keep_the_process() -> None:
     "try:\n  reader.take(lambda: True)\n"
     "except Stopped:\n  print('stopped')\n"
   )
-  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True,
-                        timeout=60, check=True)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=REPOSITORY,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=True,
+  )
   assert done.stdout == "stopped\n"
 
 

@@ -45,11 +45,15 @@ def config(tiny_config: ConfigMaker, mixed: Path) -> Any:
   def make(**train: Any) -> config_lib.Config:
     return tiny_config(
       train={"steps": STEPS, "peak_tflops": PEAK, **train},
-      data={"path": str(mixed / "train.json"), "image_folder": str(mixed / "images"),
-            "tokenizer": str(mixed / "tokenizer"), "validation_fraction": FRACTION,
-            "augment": "mirror_shift"},
+      data={
+        "path": str(mixed / "train.json"),
+        "image_folder": str(mixed / "images"),
+        "tokenizer": str(mixed / "tokenizer"),
+        "validation_fraction": FRACTION,
+        "augment": "mirror_shift",
+      },
       optimizer={"warmup_ratio": 0.4},
-    )  # fmt: skip
+    )
 
   return make
 
@@ -87,8 +91,10 @@ def test_a_record_adds_up(watched: Path, config: Any) -> None:
     parts = [v for k, v in record.items() if k.startswith("grad_norm/")]
     assert np.linalg.norm(parts) == pytest.approx(record["grad_norm"], rel=1e-5)
     assert {k for k in record if k.startswith("grad_norm/")} == {
-      "grad_norm/lora", "grad_norm/projector", "grad_norm/spatial"
-    }  # fmt: skip
+      "grad_norm/lora",
+      "grad_norm/projector",
+      "grad_norm/spatial",
+    }
     low, high = sorted((record["loss_image"], record["loss_text"]))
     assert low < record["loss"] < high
   settings = config()
