@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +16,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.convert import tables
+from llava_sp_jax.config import ProjectorConfig
+from llava_sp_jax.convert import detect, leaves, projector_names
+from llava_sp_jax.data import anyres
 from llava_sp_jax.distributed import sharding
-from llava_sp_jax.models import build, flops, projector
+from llava_sp_jax.models import build, flops, projector, spatial
 from llava_sp_jax.training import measure, optimizer
 from tests.conftest import REPOSITORY, ConfigMaker
 
@@ -83,11 +88,12 @@ def test_own_data_on_a_checkpoint_of_others(tiny_data: Path, tmp_path: Path) -> 
 @pytest.fixture
 def variant() -> Iterator[str]:
   """The variant of examples/variant.py, known until the test ends."""
-  known, names = dict(projector.VARIANTS), dict(tables.PROJECTORS)
+  tables = (projector.VARIANTS, spatial.VIEWS, spatial.EXTRACTORS)
+  known = [dict(table) for table in tables]
   example("variant")
-  (added,) = set(projector.VARIANTS) - set(known)
+  (added,) = set(projector.VARIANTS) - set(known[0])
   yield added
-  for table, before in ((projector.VARIANTS, known), (tables.PROJECTORS, names)):
+  for table, before in zip(tables, known, strict=True):
     table.clear()
     table.update(before)
 
@@ -97,13 +103,53 @@ def test_a_variant_from_outside_has_all_that_the_others_have(
 ) -> None:
   """A place, a rate, a part and a torch name for every parameter; its FLOPs; its tokens."""
   config = tiny_config("finetune", variant).model
-  paths = {p for p in flatten_dict(build.abstract(config), sep="/") if p.startswith("projector/")}
-  assert build.image_token_count(config) == 4 + 36
-  for path in paths:
-    assert sharding.param_axes(path)
+  abstract = flatten_dict(build.abstract(config), sep="/")
+  shapes = {path: leaf.shape for path, leaf in abstract.items() if path.startswith("projector/")}
+  assert build.image_token_count(config) == 8 + 36
+  for path, shape in shapes.items():
+    assert len(sharding.param_axes(path)) == len(shape)
     assert optimizer.group_of(path, "finetune") == "projector"
-  parts = {measure.part_of(path) for path in paths}
-  assert parts == {"spatial", "projector"}
-  assert flops.costs(config, lambda path: path in paths).image > 0
-  named = tables.by_path(tables.projector(variant, config.tower.width, build.view_sizes(config)))
-  assert paths == set(named) - {"projector/image_newline"}
+  assert {measure.part_of(path) for path in shapes} == {"spatial", "projector"}
+  # Two views at four scales, one use of each kernel by an image; its gradient, and none of the tower.
+  kernels = {p for p in shapes if re.fullmatch(r"projector/(corner|crop)_\d/kernel", p)}
+  frozen, trained = (flops.costs(config, chosen).image for chosen in (never, kernels.__contains__))
+  assert trained - frozen == 2 * sum(math.prod(shapes[path]) for path in kernels)
+
+
+def never(path: str) -> bool:
+  return False
+
+
+def test_a_variant_from_outside_is_found_among_the_tensors_of_its_export(
+  variant: str, tiny_config: ConfigMaker
+) -> None:
+  """The width of its tokens as well, and every value at its place."""
+  config = tiny_config("finetune", variant).model
+  names = projector_names.projector(variant, config.tower.width, build.view_sizes(config))
+  draw = np.random.default_rng(0)
+  made = {
+    path: draw.normal(size=leaf.shape).astype(np.float32)
+    for path, leaf in flatten_dict(build.abstract(config), sep="/").items()
+    if path.startswith("projector/")
+  }
+  tensors = {tensor.name: tensor for tensor in leaves.to_tensors(leaves.in_memory(made), names)}
+  assert "model.corner_1.weight" in tensors
+  other = dataclasses.replace(config, projector=ProjectorConfig(variant="none"))
+  found = detect.with_projector(other, tensors, "", "here")
+  assert found.projector == dataclasses.replace(config.projector, scales=())
+  problems: list[str] = []
+  back = leaves.gather(list(tensors.values()), names, problems)
+  assert not problems
+  for path, array in made.items():
+    np.testing.assert_array_equal(back[path].read(), array)
+
+
+def test_an_order_of_tokens_from_outside(
+  tiny_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A row of `anyres.MERGES` is all that the order of an image's tokens is."""
+  config = tiny_config("finetune", "cropping")
+  monkeypatch.setitem(anyres.MERGES, "patches_first", lambda s, base, rest, size: [base, rest, s])
+  data = dataclasses.replace(config.data, patch_merge="patches_first")
+  reader = anyres.Reader(data, anyres.Tile(*build.tile_shape(config.model)))
+  assert reader.plan((12, 12)).slots.tolist() == [*range(6, 42), *range(6)]

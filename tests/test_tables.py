@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import layout, tables
+from llava_sp_jax.convert import layout, projector_names, tables
 from llava_sp_jax.data import conversation, image, packing, samples, sources
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
@@ -134,7 +134,7 @@ def test_every_parameter_has_one_row_of_axes(every_leaf: dict) -> None:
   """One row and no other, but for the last resort that all biases and scales share."""
   problems = []
   for path, leaf in every_leaf.items():
-    rows = [(p, a) for p, a in sharding.PARAM_AXES if re.search(p, path)]
+    rows = [(p, a) for p, a in sharding.axes_table() if re.search(p, path)]
     special = [r for r in rows if not r[0].startswith("(bias|scale")]  # the last resort
     if len(special) > 1 or not rows:
       problems.append(f"{path}: {[p for p, _ in rows]}")
@@ -161,7 +161,8 @@ def test_every_parameter_gets_a_place(every_leaf: dict) -> None:
 
 def test_a_parameter_without_a_row_is_an_error() -> None:
   with pytest.raises(
-    KeyError, match="no row of PARAM_AXES matches parameter 'projector/new/thing'"
+    KeyError,
+    match="no row of PARAM_AXES, and no `axes` of an extractor, matches parameter 'projector/new/thing'",
   ):
     sharding.param_axes("projector/new/thing")
 
@@ -252,7 +253,7 @@ def check_names(shapes: dict[str, Any], rows: tuple[tables.NameRule, ...]) -> No
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_projector_leaf_has_one_torch_name_that_round_trips(variant: str, grid: int) -> None:
   scales = build.view_sizes(model(variant, grid=grid))
-  check_names(projector_leaves(variant, grid), tables.projector(variant, WIDTH, scales))
+  check_names(projector_leaves(variant, grid), projector_names.projector(variant, WIDTH, scales))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -260,7 +261,7 @@ def test_every_projector_leaf_has_one_torch_name_that_round_trips(variant: str, 
 def test_every_other_leaf_has_one_torch_name_that_round_trips(variant: str, bias: bool) -> None:
   shapes = leaves(model("none", rank=4, tower=variant, bias=bias))
   llama = tuple(r for r in tables.LLAMA if bias or not r.path.endswith("_proj/bias"))
-  rows = llama + tables.LORA + tables.TOWERS[variant] + tables.projector("none", WIDTH, ())
+  rows = llama + tables.LORA + tables.TOWERS[variant] + projector_names.projector("none", WIDTH, ())
   check_names(shapes, rows)
 
 
@@ -300,12 +301,11 @@ def test_only_buffers_and_unused_halves_are_ignored() -> None:
   for variant in TOWER_VARIANTS:
     assert not any(tables.ignored(name) for name in torch_names(tables.TOWERS[variant], 1))
   for name, variant in VARIANTS.items():
-    names = torch_names(tables.projector(name, WIDTH, variant.scales(24)), 1)
+    names = torch_names(projector_names.projector(name, WIDTH, variant.scales(24)), 1)
     assert not any(tables.ignored(name) for name in names)
 
 
-def test_every_projector_and_tower_has_its_names() -> None:
-  assert set(tables.PROJECTORS) == set(VARIANTS)
+def test_every_tower_has_its_names() -> None:
   assert set(tables.TOWERS) == set(TOWER_VARIANTS)
 
 

@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import leaves, tables
+from llava_sp_jax.convert import leaves, projector_names, tables
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import VARIANTS
-
-# Where the width of the spatial tokens shows: the first of these leaves that a variant has.
-_WIDTHS = (r"projector/(crop|pool)_0/kernel", r"projector/detail_\d+/conv/kernel",
-           r"projector/register_0/token")  # fmt: skip
+from llava_sp_jax.models.spatial import EXTRACTORS
 
 
 def with_projector(
@@ -38,7 +35,7 @@ def with_projector(
   fitting, nearest = [], (10**9, 10**9, "", [""])
   for candidate in _candidates(model, wanted, scales):
     variant, sizes = candidate.projector.variant, build.view_sizes(candidate)
-    names = tables.projector(variant, model.tower.width, sizes)
+    names = projector_names.projector(variant, model.tower.width, sizes)
     unexpected: list[str] = []
     found = leaves.gather(mine, names, unexpected)
     complete = {
@@ -48,7 +45,7 @@ def with_projector(
     }
     problems = [f"missing {name}" for p, name in complete.items() if p not in found]
     if not unexpected and not problems:
-      width = next((found[p].shape[-1] for w in _WIDTHS for p in found if re.fullmatch(w, p)), 512)
+      width = next((found[p].shape[-1] for p in _widths(variant) if p in found), 512)
       projector = dataclasses.replace(candidate.projector, token_width=width)
       candidate = dataclasses.replace(candidate, projector=projector)
       expected = {
@@ -77,6 +74,14 @@ def with_projector(
 
 
 _NEWLINE = "projector/image_newline"
+
+
+def _widths(variant: str) -> Iterator[str]:
+  """Yields the paths of parameters whose last axis is the width of the spatial tokens."""
+  row = VARIANTS[variant]
+  leaf = EXTRACTORS[row.extractor].width
+  yield from (f"projector/{view}_0/{leaf}" for view in row.views if leaf)
+  yield from (f"projector/detail_{kernel}/conv/kernel" for kernel in row.detail_kernels)
 
 
 def _candidates(

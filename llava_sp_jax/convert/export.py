@@ -16,7 +16,7 @@ import numpy as np
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
 from llava_sp_jax.convert import export_hf as save_hf
-from llava_sp_jax.convert import settings_out, tables, torch_write
+from llava_sp_jax.convert import projector_names, settings_out, tables, torch_write
 from llava_sp_jax.convert.folding import fold
 from llava_sp_jax.convert.formats import NOTE, copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
@@ -143,7 +143,7 @@ def _final(path: Path) -> str:
 def _projector_names(model: Loaded) -> tuple[tables.NameRule, ...]:
   sizes = build.view_sizes(model.config.model)
   variant, width = model.config.model.projector.variant, model.config.model.tower.width
-  return tables.projector(variant, width, sizes)
+  return projector_names.projector(variant, width, sizes)
 
 
 def _note(model: Loaded, out: Path) -> None:

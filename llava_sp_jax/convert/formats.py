@@ -22,6 +22,7 @@ from llava_sp_jax.convert import (
   leaves,
   places,
   processors,
+  projector_names,
   settings,
   settings_out,
   tables,
@@ -311,7 +312,7 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.TowerConf
 def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[tables.NameRule, ...]:
   every = {
     "vision_tower": tables.TOWERS[model.tower.variant],
-    "projector": tables.projector(
+    "projector": projector_names.projector(
       model.projector.variant, model.tower.width, build.view_sizes(model)
     ),
     "language_model": tables.LLAMA + tables.LORA,

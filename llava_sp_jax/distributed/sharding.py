@@ -1,19 +1,20 @@
 """Where arrays live: parameter paths -> logical axes -> mesh axes. The only place that knows both.
 
-`PARAM_AXES` gives the logical axes of a parameter by its path; "layers" is put in front for the
-stacked leaves of a scan. `RULES` maps logical axes to mesh axes; activations use the same names.
+`PARAM_AXES` gives the logical axes of a parameter by its path, for an extractor's own parameters the
+extractor does (`models.spatial`); "layers" is put in front for the stacked leaves of a scan. `RULES` maps logical axes to mesh axes; activations use the same names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.models import spatial
 
 Axes = tuple[str | None, ...]
 
@@ -31,15 +32,11 @@ PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"(o|down)_proj/lora_b$", (None, "embed")),
   (r"(q|k|v)_proj/bias$", ("heads",)),
   (r"fc1/bias$", ("mlp",)),
-  (r"(bias|scale|class_embed|image_newline|register_\d+/token)$", (None,)),
+  (r"(bias|scale|class_embed|image_newline)$", (None,)),
   (r"patch_embed/kernel$", (None, "embed")),
   (r"position_embed$", (None, "embed")),
-  # The spatial kernels hold most of the trainable parameters: their long contraction axis takes every device.
-  (r"projector/(crop|pool)_\d+/kernel$", ("contraction", None)),
   (r"projector/detail_\d+/conv/kernel$", (None, None, "contraction", None)),
   (r"projector/(out|detail_\d+/(query|key|value))/kernel$", (None, "embed")),
-  (r"projector/(crop|pool)_\d+/.*_attn/in_proj$", ("embed", "heads")),
-  (r"projector/(crop|pool)_\d+/query$", (None, None, "embed")),
 )
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -68,12 +65,18 @@ PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
 FROZEN = "frozen"  # the field of a train state that holds the base
 
 
+def axes_table() -> Iterator[tuple[str, Axes]]:
+  """Yields PARAM_AXES and the rows that the extractors of spatial tokens add to it."""
+  yield from PARAM_AXES
+  yield from spatial.parameter_axes()
+
+
 def param_axes(path: str) -> Axes:
   """Logical axes of the parameter at `path`. Raises: KeyError when no row matches."""
-  for pattern, axes in PARAM_AXES:
+  for pattern, axes in axes_table():
     if re.search(pattern, path):
       return ("layers", *axes) if "/layers/" in path else axes
-  raise KeyError(f"no row of PARAM_AXES matches parameter {path!r}")
+  raise KeyError(f"no row of PARAM_AXES, and no `axes` of an extractor, matches parameter {path!r}")
 
 
 def activation_rules() -> tuple[tuple[str, Any], ...]:

@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.models.projector import VARIANTS
-from llava_sp_jax.models.spatial import DETAIL_STRIDE, detail_size
+from llava_sp_jax.models.projector import VARIANTS, Variant
+from llava_sp_jax.models.spatial import DETAIL_STRIDE, EXTRACTORS, VIEWS, detail_size
 
 FORWARD, BACKWARD_INPUT, BACKWARD_KERNEL = 2, 2, 2  # per parameter and token
 
@@ -41,6 +41,7 @@ class _Sizes:
 
   patches: int
   spatial: int
+  variant: Variant
   views: tuple[int, ...]
   field: int
 
@@ -49,25 +50,16 @@ class _Sizes:
 
 
 # (regex, uses of the kernel per image, whether it reads the tower's features directly); the first
-# match wins. Such a kernel passes no gradient on to a frozen tower.
-_Uses = Callable[[_Sizes, re.Match], float]
-_VIEW = r"projector/(?:crop|pool)_(\d+)/"
+# match wins. Such a kernel passes no gradient on to a frozen tower. The parameters of views are rows
+# of `spatial.EXTRACTORS`.
+_Uses = Callable[[_Sizes, re.Match[str]], float]
 PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
   (r"projector/fc1/kernel", lambda s, m: s.patches, True),
   (r"projector/fc2/kernel", lambda s, m: s.patches, False),
   (r"projector/out/kernel", lambda s, m: s.spatial, False),
-  (_VIEW + r"kernel", lambda s, m: 1, True),
   (r"projector/detail_(\d+)/conv/kernel", lambda s, m: s.detail(int(m[1])), True),
   (r"projector/detail_(\d+)/query/kernel", lambda s, m: s.spatial, False),
   (r"projector/detail_(\d+)/(key|value)/kernel", lambda s, m: s.detail(int(m[1])), False),
-  (_VIEW + r"encoder/.*(kernel|in_proj)", lambda s, m: s.views[int(m[1])] ** 2, False),
-  # queries are one position, keys and values (two thirds of the kernel) those of the view
-  (
-    _VIEW + r"decoder/.*cross_attn/in_proj",
-    lambda s, m: (1 + 2 * s.views[int(m[1])] ** 2) / 3,
-    False,
-  ),
-  (_VIEW + r"decoder/.*(kernel|in_proj)", lambda s, m: 1, False),
 )
 # What no matmul reads: looked up, added, or normalised with.
 NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
@@ -118,7 +110,7 @@ def _image(
   patches = build.patch_grid(config) ** 2
   variant, sizes = VARIANTS[config.projector.variant], build.view_sizes(config)
   field = variant.detail_field(build.patch_grid(config), config.projector.scales)
-  counts = _Sizes(patches, build.image_token_count(config) - patches, sizes, field)
+  counts = _Sizes(patches, build.image_token_count(config) - patches, variant, sizes, field)
   tower_trainable = any(trainable(path) for path in shapes if path.startswith("vision_tower/"))
   positions = patches + ("vision_tower/class_embed" in shapes)
   total = 0.0
@@ -139,9 +131,16 @@ def _image(
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
+  """Uses of a projector's kernel per image, and whether it reads the tower's features."""
   for pattern, uses, reads_tower in PROJECTOR:
     if match := re.fullmatch(pattern, path):
       return uses(sizes, match), reads_tower
+  for view in sizes.variant.views:
+    if match := re.fullmatch(rf"projector/{re.escape(view)}_(\d+)/(.*)", path):
+      positions = VIEWS[view].positions(sizes.views[int(match[1])])
+      for pattern, of_positions, reads_tower in EXTRACTORS[sizes.variant.extractor].uses:
+        if re.fullmatch(pattern, match[2]):
+          return of_positions(positions), reads_tower
   raise KeyError(f"FLOPs of parameter {path!r} are not known")
 
 

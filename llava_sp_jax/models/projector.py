@@ -159,10 +159,10 @@ class Projector(nn.Module):
     }
     if variant.detail_as_tokens:
       return jnp.concatenate([detail.convolve(grid) for detail in details.values()], axis=1)
-    extract = EXTRACTORS[variant.extractor]
+    extract = EXTRACTORS[variant.extractor].build
     tokens = jnp.stack(
       [
-        extract(VIEWS[view](grid, size), self.token_width, self.dtype, f"{view}_{i}")
+        extract(VIEWS[view].apply(grid, size), self.token_width, self.dtype, f"{view}_{i}")
         for view in variant.views
         for i, size in enumerate(scales)
       ],
@@ -171,7 +171,7 @@ class Projector(nn.Module):
     if not details:
       return tokens
     # The details see the largest view: the whole grid, unless the config's scales stop before it.
-    seen = VIEWS[variant.views[0]](grid, field)
+    seen = VIEWS[variant.views[0]].apply(grid, field)
     owners = variant.detail_values or variant.detail_kernels
     found = [
       details[k](tokens, seen, details[owner].values)

@@ -6,16 +6,17 @@ With detail kernels, tokens also attend to a strided convolution of the grid (it
 Integrator). Which of these a variant has is a row of `projector.VARIANTS`.
 
 Shape letters:  B images . G grid side . s view side . C vision width . K token width . S tokens
-                P positions of a strided convolution . T,M sequences . N heads . H head width
-                D model width
+                P positions of a strided convolution
 Source: paper section 3; `llava/model/llava_arch.py` of the original code.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -24,13 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.models.layers import constrain
+from llava_sp_jax.models.transformer import NORM_EPS, Transformer
 
 # torch's default for Linear and Conv2d: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-NORM_EPS = 1e-5
 DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 field
-DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # of the transformer extractor: layers on each side
 
 
 def crop(grid: jax.Array, size: int) -> jax.Array:
@@ -61,94 +61,26 @@ def nothing(grid: jax.Array, size: int) -> jax.Array:
   return grid[:, :0, :0]
 
 
-VIEWS = {"crop": crop, "pool": pool, "register": nothing}
+@dataclasses.dataclass(frozen=True)
+class View:
+  """What a spatial token sees of the grid.
 
-
-class MultiHeadAttention(nn.Module):
-  """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
-
-  One array holds the kernels of queries, keys and values, as in torch.
+  `apply` maps the grid and a view size in patches, [B, G, G, C] -> [B, s, s, C]; `side` is that s.
   """
 
-  dtype: jnp.dtype
+  apply: Callable[[jax.Array, int], jax.Array]
+  side: Callable[[int], int] = lambda size: size
 
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
-    width = x.shape[-1]
-    if width % HEADS:
-      raise ValueError(f"the tower's width {width} must be a multiple of {HEADS}, the heads here")
-    kernel = self.param("in_proj", nn.initializers.xavier_uniform(), (width, 3 * width))
-    query, key, value = jnp.split(kernel.astype(self.dtype), 3, axis=1)
-
-    def heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
-      return (x.astype(self.dtype) @ kernel).reshape(*x.shape[:2], HEADS, width // HEADS)
-
-    q, k, v = heads(x, query), heads(memory, key), heads(memory, value)
-    scores = jnp.einsum("btnh,bmnh->bntm", q, k).astype(jnp.float32) / np.sqrt(width // HEADS)
-    weights = jax.nn.softmax(scores).astype(self.dtype)
-    weights = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(weights)
-    out = jnp.einsum("bntm,bmnh->btnh", weights, v).reshape(x.shape)
-    return _bare(width, self.dtype, "o_proj")(out)
+  def positions(self, size: int) -> int:
+    """Counts the vectors of a view."""
+    return self.side(size) ** 2
 
 
-def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-  """A linear layer without bias, initialised as torch's Transformer does it."""
-  kernel_init = nn.initializers.xavier_uniform()
-  return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-class TransformerLayer(nn.Module):
-  """Pre-norm layer; with a memory it also reads that. The second value is scan's empty output."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, None]:
-    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
-    dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
-    y = norm(name="self_norm")(x)
-    x = x + dropout(MultiHeadAttention(self.dtype, name="self_attn")(y, y))
-    if memory is not None:
-      y = norm(name="cross_norm")(x)
-      x = x + dropout(MultiHeadAttention(self.dtype, name="cross_attn")(y, memory))
-    y = norm(name="mlp_norm")(x)
-    y = dropout(nn.relu(_bare(x.shape[-1], self.dtype, "fc1")(y)))
-    return x + dropout(_bare(x.shape[-1], self.dtype, "fc2")(y)), None
-
-
-class TransformerStack(nn.Module):
-  """Layers and a final norm: torch's encoder, or with a memory its decoder. [B,T,D] -> [B,T,D]."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
-    layers = nn.scan(
-      TransformerLayer,
-      variable_axes={"params": 0},
-      in_axes=nn.broadcast,
-      length=DEPTH,
-      split_rngs={"params": True, "dropout": True},
-    )
-    x, _ = layers(self.dtype, name="layers")(x, memory)
-    return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
-
-
-class Transformer(nn.Module):
-  """A learned query reads a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
-
-  There is no positional encoding. Dropout acts only when an rng named "dropout" is passed.
-  """
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, view: jax.Array) -> jax.Array:
-    images, width = len(view), view.shape[-1]
-    query = self.param("query", nn.initializers.zeros_init(), (1, 1, width))
-    memory = TransformerStack(self.dtype, name="encoder")(view.reshape(images, -1, width), None)
-    target = jnp.broadcast_to(query.astype(self.dtype), (images, 1, width))
-    return TransformerStack(self.dtype, name="decoder")(target, memory)[:, 0]
+VIEWS = {
+  "crop": View(crop),
+  "pool": View(pool),
+  "register": View(nothing, side=lambda size: 0),
+}
 
 
 class Register(nn.Module):
@@ -162,9 +94,6 @@ class Register(nn.Module):
     # As wide as a kernel's answer to features of unit variance.
     token = self.param("token", nn.initializers.normal(1 / np.sqrt(3)), (self.width,))
     return jnp.broadcast_to(token.astype(self.dtype), (len(view), self.width))
-
-
-# An extractor turns a view into one token: (view, token width, dtype, name) -> [B, token].
 
 
 def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
@@ -199,12 +128,62 @@ def _register(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.A
   return Register(width, dtype, name=name)(view)
 
 
-EXTRACTORS: dict[str, Callable[[jax.Array, int, jnp.dtype, str], jax.Array]] = {
-  "conv": _conv,
-  "transformer": _transformer,
-  "transformer_channels_first": _transformer_channels_first,
-  "register": _register,
+# (regex of a parameter, its uses by one image of a view with so many positions, whether it reads the
+# vision tower's features directly); the first match wins.
+Uses = tuple[tuple[str, Callable[[int], float], bool], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+  """What turns a view into one spatial token, and all that other tables derive from it.
+
+  Regular expressions match the whole path of a parameter below the extractor's module,
+  `projector/<view>_<scale index>/`. A path has the same axes in every extractor that has it.
+  """
+
+  # (view [B, s, s, C], token width K, dtype, module name) -> [B, K], inside the projector.
+  build: Callable[[jax.Array, int, jnp.dtype, str], jax.Array]
+  uses: Uses = ()  # of the parameters that a matrix product reads: `flops`
+  # Logical axes of the parameters that sharding.PARAM_AXES does not know by their names.
+  axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+  # The parameter whose last axis is the token width; "": the token is as wide as the tower.
+  width: str = ""
+
+
+_TRANSFORMER = Extractor(
+  _transformer,
+  uses=(
+    (r"encoder/.*(kernel|in_proj)", lambda positions: positions, False),
+    # queries are one position, keys and values (two thirds of the kernel) those of the view
+    (r"decoder/.*cross_attn/in_proj", lambda positions: (1 + 2 * positions) / 3, False),
+    (r"decoder/.*(kernel|in_proj)", lambda positions: 1, False),
+  ),
+  axes=((r".*_attn/in_proj", ("embed", "heads")), (r"query", (None, None, "embed"))),
+)
+
+EXTRACTORS: dict[str, Extractor] = {
+  # The kernels hold most of the trainable parameters: their long contraction axis takes every device.
+  "conv": Extractor(
+    _conv,
+    uses=((r"kernel", lambda positions: 1, True),),
+    axes=((r"kernel", ("contraction", None)),),
+    width="kernel",
+  ),
+  "transformer": _TRANSFORMER,
+  "transformer_channels_first": dataclasses.replace(
+    _TRANSFORMER, build=_transformer_channels_first
+  ),
+  "register": Extractor(_register, axes=((r"token", (None,)),), width="token"),
 }
+
+
+def parameter_axes() -> Iterator[tuple[str, tuple[str | None, ...]]]:
+  """Yields (regex of a parameter's path, its logical axes) for all views and extractors."""
+  views = "|".join(map(re.escape, VIEWS))
+  rows = [row for extractor in EXTRACTORS.values() for row in extractor.axes]
+  for pattern, axes in dict.fromkeys(rows):  # extractors share rows
+    yield rf"projector/({views})_\d+/({pattern})$", axes
+
 
 # How the details of several kernels stand beside the token: one after the other, or added up.
 MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
@@ -241,7 +220,7 @@ def _convolution(platform: str) -> Callable[..., jax.Array] | None:
 class DetailInteraction(nn.Module):
   """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
 
-  Single head. `values` may be another interaction's, see `projector.Row.detail_values`.
+  Single head. `values` may be another interaction's, see `projector.Variant.detail_values`.
   """
 
   kernel_size: int

@@ -23,8 +23,8 @@ Sums = dict[str, jax.Array]
 # (part, regex over parameter paths); the first match wins and nothing may stay unmatched.
 PARTS: tuple[tuple[str, str], ...] = (
   ("lora", r"language_model/.*/lora_[ab]$"),
-  ("spatial", r"projector/(((crop|pool|register|detail)_\d+)/|out/)"),
-  ("projector", r"projector/"),
+  ("projector", r"projector/(fc[12]/|image_newline$)"),
+  ("spatial", r"projector/"),  # views, details and their output layer
   ("vision_tower", r"vision_tower/"),
   ("language_model", r"language_model/"),
 )

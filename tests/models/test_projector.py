@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.convert import tables
+from llava_sp_jax.convert import projector_names, tables
 from llava_sp_jax.models.projector import VARIANTS, Projector, spatial_token_count
 from llava_sp_jax.models.spatial import (
   EXTRACTORS,
   MERGES,
   VIEWS,
   DetailInteraction,
-  Transformer,
   crop,
   pool,
 )
+from llava_sp_jax.models.transformer import Transformer
 
 SIXTHS = {24: (4, 8, 12, 16, 20, 24), 27: (4, 9, 13, 18, 22, 27), 6: (1, 2, 3, 4, 5, 6)}
 
@@ -198,7 +198,7 @@ def test_details_of_several_kernels(variant: str, view: str) -> None:
   p = random_params(variant, grid)
   assert "value" not in p["detail_9"]
   assert "value_norm" not in p["detail_9"]
-  views = [VIEWS[view](grid, size).reshape(2, -1) for size in VARIANTS[variant].scales(12)]
+  views = [VIEWS[view].apply(grid, size).reshape(2, -1) for size in VARIANTS[variant].scales(12)]
   tokens = np.stack([x @ p[f"{view}_{i}"]["kernel"] for i, x in enumerate(views)], axis=1)
   details = []
   for kernel, size in ((12, 6), (9, 4), (5, 2)):  # half the paper's grid, half its kernels
@@ -264,7 +264,7 @@ def test_transformer_equals_torch_s(variant: str) -> None:
     for parameter in reference.parameters():
       parameter += 0.1 * torch.randn(parameter.shape)
   query = torch.randn(1, 1, 16)
-  rows = tables.projector(variant, 16, (3,))
+  rows = projector_names.projector(variant, 16, (3,))
   tensors = {f"model.tfm_3.{k}": v for k, v in reference.state_dict().items()}
   stacks: dict[str, list[np.ndarray]] = {}
   for name, tensor in {**tensors, "model.query_3": query}.items():
@@ -289,7 +289,7 @@ def test_transformer_equals_torch_s(variant: str) -> None:
 
     @nn.compact
     def __call__(self, view: jax.Array) -> jax.Array:
-      return EXTRACTORS[VARIANTS[variant].extractor](view, 8, jnp.float32, "x")
+      return EXTRACTORS[VARIANTS[variant].extractor].build(view, 8, jnp.float32, "x")
 
   found = jax.jit(Host().apply)({"params": {"x": tree}}, view)
   np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())

@@ -29,7 +29,7 @@ from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
-from llava_sp_jax.convert import formats, tables
+from llava_sp_jax.convert import formats, projector_names, tables
 from llava_sp_jax.data import anyres, decode, example
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
@@ -192,7 +192,7 @@ class Case:
   ) -> Iterator[tuple[str, np.ndarray]]:
     """Our arrays under the original's names and in its layout."""
     scales = build.view_sizes(self.model)
-    rows = tables.LORA + tables.projector(
+    rows = tables.LORA + projector_names.projector(
       self.model.projector.variant, self.model.tower.width, scales
     )
     for name in names:

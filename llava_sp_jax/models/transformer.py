@@ -1,0 +1,105 @@
+"""torch's nn.Transformer without biases, which one extractor of spatial tokens is.
+
+Shape letters:  B images . s view side . C vision width . T,M sequences . N heads . H head width
+                D model width
+Source: torch.nn.Transformer; `llava/model/llava_arch.py` of the original code.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORM_EPS = 1e-5
+DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # layers on each side, heads of each layer
+
+
+class MultiHeadAttention(nn.Module):
+  """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
+
+  One array holds the kernels of queries, keys and values, as in torch.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    if width % HEADS:
+      raise ValueError(f"the tower's width {width} must be a multiple of {HEADS}, the heads here")
+    kernel = self.param("in_proj", nn.initializers.xavier_uniform(), (width, 3 * width))
+    query, key, value = jnp.split(kernel.astype(self.dtype), 3, axis=1)
+
+    def heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+      return (x.astype(self.dtype) @ kernel).reshape(*x.shape[:2], HEADS, width // HEADS)
+
+    q, k, v = heads(x, query), heads(memory, key), heads(memory, value)
+    scores = jnp.einsum("btnh,bmnh->bntm", q, k).astype(jnp.float32) / np.sqrt(width // HEADS)
+    weights = jax.nn.softmax(scores).astype(self.dtype)
+    weights = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))(weights)
+    out = jnp.einsum("bntm,bmnh->btnh", weights, v).reshape(x.shape)
+    return _bare(width, self.dtype, "o_proj")(out)
+
+
+def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+  """A linear layer without bias, initialised as torch's Transformer does it."""
+  kernel_init = nn.initializers.xavier_uniform()
+  return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+class TransformerLayer(nn.Module):
+  """Pre-norm layer; with a memory it also reads that. The second value is scan's empty output."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, None]:
+    norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
+    dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
+    y = norm(name="self_norm")(x)
+    x = x + dropout(MultiHeadAttention(self.dtype, name="self_attn")(y, y))
+    if memory is not None:
+      y = norm(name="cross_norm")(x)
+      x = x + dropout(MultiHeadAttention(self.dtype, name="cross_attn")(y, memory))
+    y = norm(name="mlp_norm")(x)
+    y = dropout(nn.relu(_bare(x.shape[-1], self.dtype, "fc1")(y)))
+    return x + dropout(_bare(x.shape[-1], self.dtype, "fc2")(y)), None
+
+
+class TransformerStack(nn.Module):
+  """Layers and a final norm: torch's encoder, or with a memory its decoder. [B,T,D] -> [B,T,D]."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
+    layers = nn.scan(
+      TransformerLayer,
+      variable_axes={"params": 0},
+      in_axes=nn.broadcast,
+      length=DEPTH,
+      split_rngs={"params": True, "dropout": True},
+    )
+    x, _ = layers(self.dtype, name="layers")(x, memory)
+    return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
+
+
+class Transformer(nn.Module):
+  """A learned query reads a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
+
+  There is no positional encoding. Dropout acts only when an rng named "dropout" is passed.
+  """
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, view: jax.Array) -> jax.Array:
+    images, width = len(view), view.shape[-1]
+    query = self.param("query", nn.initializers.zeros_init(), (1, 1, width))
+    memory = TransformerStack(self.dtype, name="encoder")(view.reshape(images, -1, width), None)
+    target = jnp.broadcast_to(query.astype(self.dtype), (images, 1, width))
+    return TransformerStack(self.dtype, name="decoder")(target, memory)[:, 0]
