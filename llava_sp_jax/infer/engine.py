@@ -24,6 +24,7 @@ from llava_sp_jax.infer.caches import FeatureCache, PrefixCache, bucket
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.detokenizer import Detokenizer
 from llava_sp_jax.infer.generation import DEFAULT, Generation
+from llava_sp_jax.infer.layout import ROUNDED, EngineLayout
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.prompts import (
@@ -44,24 +45,6 @@ __all__ = ["Answer", "Engine", "EngineLayout", "Generation", "ImageFile", "Reque
 STREAMED = 4  # tokens between two looks at a row, where somebody waits for text
 CHECKED = 8  # tokens between two looks for stop strings
 UNCHECKED = 32  # tokens after which the device reports, though no row may be done
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineLayout:
-  """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
-
-  prefix: int = 8  # positions that are shared, a multiple of this
-  suffix: int = 16  # positions of a prompt's own, likewise
-  capacity: int = 64  # positions of a row of the cache, likewise
-  groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
-  window: int = 1024  # requests that are taken ahead and may be answered in another order
-  feature_bytes: int = 2 << 30  # of encoded images
-  prefix_bytes: int = 1 << 30  # of keys and values
-  tiles: int = 1  # of images at a time through the tower, for each part of the mesh's rows
-  share: bool = True  # False: every prompt is computed whole
-
-
-ROUNDED = EngineLayout()
 
 
 @dataclasses.dataclass
@@ -127,6 +110,11 @@ class Engine:
   @property
   def generation(self) -> Generation:
     return self._generation
+
+  @property
+  def programs(self) -> Programs:
+    """The compiled programs, for what is asked of the same arrays besides answers."""
+    return self._programs
 
   def load(self, pretrained: Pretrained) -> None:
     """Answers with another state of the same model from now on; nothing is compiled anew."""

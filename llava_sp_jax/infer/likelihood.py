@@ -1,23 +1,21 @@
 """How likely a continuation is behind a prompt, and whether greedy decoding would write it.
 
-Shape letters:  B rows . T row length . K tokens of the longest continuation . D width . V vocabulary
+Shape letters:  B rows . T row length . K tokens of the longest continuation
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llava_sp_jax.data import anyres, conversation, example, reading
-from llava_sp_jax.infer.decode import StopRule
-from llava_sp_jax.infer.engine import Request
+from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.decode import Sampling, StopRule
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
-from llava_sp_jax.infer.prompts import tiles_of
+from llava_sp_jax.infer.programs import Programs
+from llava_sp_jax.infer.prompts import Request, tiles_of
 from llava_sp_jax.models import build
 
 Asked = tuple[list[example.Run], list[anyres.Picture]]
@@ -25,36 +23,18 @@ LENGTHS, CONTINUATIONS = 64, 16  # T and K are rounded up to multiples of these
 
 
 class Likelihood:
-  """Log-probabilities of given answers, on the first device; each (T, K, tiles) is compiled once."""
+  """Computes log-probabilities of given answers; each (T, K, tiles) is compiled once."""
 
-  def __init__(self, pretrained: Pretrained, batch_size: int = 8):
+  def __init__(self, pretrained: Pretrained, batch_size: int = 8, programs: Programs | None = None):
+    """`programs` are an engine's of the same model (default: ones of its own, on one device)."""
     self._tokenizer, self._batch_size = pretrained.tokenizer, batch_size
-    self._params = jax.device_put(pretrained.params, jax.local_devices()[0])
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
-    module = build.model(config.model)
     rule = StopRule((), 0, vocabulary=padded_from(pretrained))
-
-    def score(params: Any, batch: dict[str, jax.Array], at: jax.Array) -> Any:
-      """`at` [B, K]: positions before each token of the continuation. -> [B, K] twice."""
-      variables = {"params": params}
-      hidden: Any = module.apply(
-        variables,
-        batch["tokens"],
-        batch["positions"],
-        batch["segments"],
-        batch["images"],
-        batch["slots"],
-      )
-      picked = jnp.take_along_axis(hidden, at[..., None], axis=1)
-      logits: Any = module.apply(variables, picked, method="logits")
-      targets = jnp.take_along_axis(batch["targets"], at, axis=1)
-      chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-      most_likely = jnp.argmax(rule.possible(logits), axis=-1) == targets
-      return chosen - jax.nn.logsumexp(logits, axis=-1), most_likely
-
-    self._score = jax.jit(score)
+    self._programs = programs or Programs(
+      config, pretrained.params, Sampling(rule), seed=0, mesh=None, counts=Counts()
+    )
 
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
     """(sum of the continuation's log-probabilities, whether each token is the most likely one).
@@ -70,7 +50,7 @@ class Likelihood:
       at = np.zeros((self._batch_size, _up(max(map(len, places)), CONTINUATIONS)), np.int32)
       for i, mine in enumerate(places):
         at[i, : len(mine)] = mine
-      found, most_likely = jax.device_get(self._score(self._params, batch, at))
+      found, most_likely = self._programs.score(batch, at)
       for i, mine in enumerate(places):
         used = slice(len(mine))
         yield float(found[i, used].sum(dtype=np.float64)), bool(most_likely[i, used].all())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import processes, sharding
 from llava_sp_jax.infer import decode as decode_lib
-from llava_sp_jax.infer import prefill
+from llava_sp_jax.infer import log_probabilities, prefill
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import State
 from llava_sp_jax.models import build
@@ -44,7 +44,7 @@ class Programs:
     self.several = mesh_lib.spans_processes(self.mesh)
     self.parts = math.prod(self.mesh.shape[name] for name in mesh_lib.BATCH[0])
     self._counts, self._strategy = counts, strategy
-    self._table: dict[Hashable, Any] = {}
+    self._table: dict[tuple[str | int, ...], Any] = {}
     platform = self.mesh.devices.flat[0].platform
     module = build.compiled_for(build.model(config.model), platform, branches=False)
     # How attention is computed in training says nothing about prompts of many lengths.
@@ -70,7 +70,7 @@ class Programs:
       one = jax.tree.map(self._of_layer, whole[part].get("layers", {}))
       places[part] = {name: whole[part].get(name, one) for name in tree}
     if _on(params, self.mesh):
-      return self._run("unstack", build.unstack, (params,), out=places)
+      return self._run(("unstack",), build.unstack, (params,), out=places)
     host = jax.tree.map(np.asarray, params)
     return jax.tree.map(mesh_lib.put, build.unstack(host), places)
 
@@ -116,6 +116,22 @@ class Programs:
 
     return self._run(("encode", len(tiles)), run, (self._params, self._put(tiles)), out=self._whole)
 
+  def encode_image(self, tiles: np.ndarray) -> jax.Array:
+    """Encodes the tiles of one image, [M, H, W, 3] -> [M*N (+1), D]: what its slots index."""
+
+    def run(params: Any, tiles: jax.Array) -> Any:
+      return self._module.apply({"params": params}, tiles[None], method="encode_image")[0]
+
+    arguments = (self._params, *self._same(tiles))
+    return self._run(("encode_image", len(tiles)), run, arguments, out=self._whole)
+
+  def score(self, batch: dict[str, np.ndarray], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores given tokens, see `log_probabilities.score`; arrays of the host."""
+    run = functools.partial(log_probabilities.score, self._module, rule=self._strategy.rule)
+    key = ("score", *batch["tokens"].shape, batch["images"].shape[1], at.shape[1])
+    arguments = (self._params, {k: self._put(v) for k, v in batch.items()}, self._put(at))
+    return jax.device_get(self._run(key, run, arguments, out=self._whole))
+
   def grow(self, group: prefill.Group, capacity: int) -> tuple[prefill.Prefix, ...]:
     """See `prefill.grow`."""
     run = functools.partial(prefill.grow, self._module, capacity=capacity)
@@ -147,12 +163,13 @@ class Programs:
 
   def _run(
     self,
-    key: Hashable,
+    key: tuple[str | int, ...],
     run: Callable[..., Any],
     arguments: tuple[Any, ...],
     donate: tuple[int, ...] = (),
     out: Any = None,
   ) -> Any:
+    """Runs the program of that name and those shapes; compiles it where there is none yet."""
     compiled = self._table.get(key)
     if compiled is None:
 
@@ -160,6 +177,9 @@ class Programs:
         with nn.logical_axis_rules(sharding.activation_rules()):
           return run(*values)
 
+      traced.__name__ = traced.__qualname__ = (
+        f"infer_{key[0]}"  # in traces and dumps of the compiler
+      )
       with jax.set_mesh(self.mesh):
         jitted = jax.jit(traced, donate_argnums=donate, out_shardings=out)
         compiled = self._table[key] = jitted.lower(*arguments).compile()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +19,6 @@ from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.infer.prompts import Answer, ImageFile, Request, tiles_of
 from llava_sp_jax.models import build
-from llava_sp_jax.models.llava import LlavaSP
 
 Images = Sequence[ImageFile]
 
@@ -43,7 +40,6 @@ class VisionLanguageModel:
     )
     self._engine: Engine | None = None
     self._likelihood: Likelihood | None = None
-    self._encoder: _Encoder | None = None
 
   @property
   def config(self) -> Config:
@@ -93,8 +89,9 @@ class VisionLanguageModel:
       whether greedy decoding chooses each of them.
     Raises: ValueError for an image that cannot be read.
     """
+    engine = self._any_engine()
     if self._likelihood is None:
-      self._likelihood = Likelihood(self._pretrained, batch_size=1)
+      self._likelihood = Likelihood(self._pretrained, 1, engine.programs)
     asked = Request(question, tuple(images), system)
     return next(self._likelihood([(asked, continuation)]))
 
@@ -105,37 +102,20 @@ class VisionLanguageModel:
     ValueError for an image that cannot be read.
     """
     picture = tiles_of(image, self._reader)
-    if self._encoder is None:
-      self._encoder = _Encoder(self._pretrained)
-    tokens, slots = self._encoder(picture.tiles), picture.plan.slots
+    found = self._any_engine().programs.encode_image(picture.tiles)
+    tokens, slots = np.asarray(found, np.float32), picture.plan.slots
     return tokens[np.where(slots == NEWLINE, len(tokens) - 1, slots)]
 
   def engine(self, generation: Generation = DEFAULT) -> Engine:
     """The engine that answers with these settings; the last one is kept."""
     if self._engine is None or self._engine.generation != generation:
-      self._engine = None  # its arrays are freed before others are made
+      self._engine = self._likelihood = None  # their arrays are freed before others are made
       self._engine = Engine(self._pretrained, self._batch_size, generation, self._mesh)
     return self._engine
 
-
-class _Encoder:
-  """Vision tower and projector on the first device."""
-
-  def __init__(self, pretrained: Pretrained):
-    device = jax.local_devices()[0]
-    parts = {name: pretrained.params[name] for name in ("vision_tower", "projector")}
-    self._params = jax.device_put(parts, device)
-    module: LlavaSP = build.compiled_for(
-      build.model(pretrained.config.model), device.platform, branches=False
-    )
-
-    def run(params: Any, tiles: jax.Array) -> Any:
-      return module.apply({"params": params}, tiles[None], method="encode_image")
-
-    self._run = jax.jit(run)
-
-  def __call__(self, tiles: np.ndarray) -> np.ndarray:  # [M, H, W, 3] -> [M * N (+1), D] float32
-    return np.asarray(self._run(self._params, tiles)[0], np.float32)
+  def _any_engine(self) -> Engine:
+    """The engine that is there, whatever its settings: its arrays and programs are shared."""
+    return self._engine or self.engine()
 
 
 def load(

@@ -125,7 +125,7 @@ def test_chances_of_all_single_tokens_add_up_to_one(loaded: pretrained.Pretraine
   likelihood = Likelihood(loaded, vocabulary)
   batch, ((at, *_),) = likelihood._batch([likelihood._read(Request("is it red?"), "red")])
   batch["targets"][:, at] = np.arange(vocabulary)
-  found, _ = likelihood._score(likelihood._params, batch, np.full((vocabulary, 1), at, np.int32))
+  found, _ = likelihood._programs.score(batch, np.full((vocabulary, 1), at, np.int32))
   assert float(np.exp(np.asarray(found, np.float64)).sum()) == pytest.approx(1.0, abs=1e-4)
 
 

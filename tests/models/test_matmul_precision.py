@@ -151,11 +151,12 @@ def verified(config: config_lib.Config, folder: Path) -> None:
   verify._logits(SimpleNamespace(config=config, leaves=leaves))  # type: ignore[arg-type]
 
 
+ENGINE = ("infer_encode", "infer_admit", "infer_decode")
 # What runs, and parts of the names of the programs that it must have compiled.
 PROGRAMS: dict[str, tuple[Callable[[config_lib.Config, Path], None], tuple[str, ...]]] = {
-  "engine": (greedy, ("_run.<locals>.traced",) * 4),  # encode, grow, admit, decode
-  "engine, beams": (beams, ("_run.<locals>.traced",) * 4),
-  "likelihood": (likelihood, ("Likelihood.__init__.<locals>.score",)),
+  "engine": (greedy, ENGINE),
+  "engine, beams": (beams, ENGINE),
+  "likelihood": (likelihood, ("infer_score",)),
   "validation": (validation, ("Validator.__init__.<locals>.sums",)),
   "generate": (generated, ("answers.<locals>.program",)),
   "verify": (verified, ("_logits.<locals>.run",)),
