@@ -1,37 +1,46 @@
 """Configuration: a ConfigDict from `configs/` becomes frozen, validated dataclasses.
 
-A config file builds nested dictionaries; `from_dict` turns them into the classes below. A key no
-class knows is an error that lists the known ones, so a typo never trains the wrong thing. The same
-JSON is written beside every checkpoint.
+A config file builds nested dictionaries; `from_dict` turns them into the classes below (`overrides`
+says how). The same JSON is written beside every checkpoint.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-from llava_sp_jax import files, json_files
-from llava_sp_jax.errors import LlavaSPError
+from llava_sp_jax import files, json_files, overrides
+from llava_sp_jax.overrides import (
+  FREE,
+  C,
+  ConfigError,
+  differences,
+  former_names,
+  formerly,
+  free,
+  lookup,
+  override,
+  parse,
+  renamed,
+  to_dict,
+)
 
-Row = TypeVar("Row")
-
-
-class ConfigError(LlavaSPError, ValueError):
-  """A configuration that cannot be used; the message names the key and what to do."""
-
-
-# A value, or a group of them, that may change when a run goes on: it alters neither numbers nor files.
-FREE = {"resume": "free"}
-
-
-def free(default: Any) -> Any:
-  """A field whose value may be another one when a run goes on."""
-  return dataclasses.field(default=default, metadata=FREE)
+__all__ = [
+  "ConfigError",
+  "differences",
+  "from_dict",
+  "from_json",
+  "lookup",
+  "override",
+  "parse",
+  "parse_arg",
+  "to_dict",
+  "to_json",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,7 @@ class ProjectorConfig:
   `scales` are the sizes of the views in patches, small to large; empty: the variant's own for the grid.
   """
 
-  variant: str = "cropping"  # design of the spatial tokens
+  variant: str = formerly("row", "cropping")  # design of the spatial tokens
   token_width: int = 512  # of spatial tokens before the projector; the paper's 512
   scales: tuple[int, ...] = ()  # views in patches, small to large; empty: the variant's own
 
@@ -240,87 +249,16 @@ class Config:
   init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
 
-# Keys by their former names, for each group: read in files, options and flags, and never written.
-FORMER: dict[type, dict[str, str]] = {ProjectorConfig: {"row": "variant"}}
-# Where an option, a flag or a note stands for a key of any group.
-FORMER_NAMES = {old: new for names in FORMER.values() for old, new in names.items()}
-
-
-def renamed(values: Any, cls: type, path: str = "config") -> dict[str, Any]:
-  """Nested mappings of `cls` in which keys with a former name have the present one.
-
-  Raises: ConfigError where a mapping has both.
-  """
-  names, hints, result = FORMER.get(cls, {}), typing.get_type_hints(cls), {}
-  for key, value in values.items():
-    name = names.get(key, key)
-    if name != key and name in values:
-      raise ConfigError(
-        f"{path}.{key}: the former name of {name}, which is there too; leave it out"
-      )
-    group = hints.get(name)
-    nested = dataclasses.is_dataclass(group) and hasattr(value, "items")
-    result[name] = renamed(value, typing.cast(type, group), f"{path}.{name}") if nested else value
-  return result
-
-
-def from_dict(values: Any, cls: type = Config, path: str = "config") -> Any:
+@typing.overload
+def from_dict(values: Any) -> Config: ...
+@typing.overload
+def from_dict(values: Any, cls: type[C], path: str = "config") -> C: ...
+def from_dict(values: Any, cls: Any = Config, path: str = "config") -> Any:
   """Builds `cls` from nested mappings; keys may have a former name.
 
   Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
-  problems: list[str] = []
-  if not hasattr(values, "items"):
-    raise ConfigError(f"{path}: expected a group of keys, found {values!r:.60}")
-  result = _build(renamed(values, cls, path), cls, path, problems)
-  if problems:
-    raise ConfigError("invalid config:\n  " + "\n  ".join(problems))
-  return result
-
-
-SHOWN = 6  # of keys that are not known
-
-
-def _build(values: Any, cls: type, path: str, problems: list[str]) -> Any:
-  hints = typing.get_type_hints(cls)
-  known = [f.name for f in dataclasses.fields(cls)]
-  if unknown := [str(key) for key in values if key not in known]:
-    first, *others = unknown
-    what = (
-      f".{first}: unknown key" if not others else f": unknown keys {', '.join(unknown[:SHOWN])}"
-    )
-    more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-    problems.append(f"{path}{what}{more}; known here: {', '.join(known)}")
-  kwargs = {
-    key: _convert(value, hints[key], f"{path}.{key}", problems)
-    for key, value in dict(values).items()
-    if key in known
-  }
-  return cls(**kwargs)
-
-
-def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
-  if dataclasses.is_dataclass(hint):
-    if not hasattr(value, "items"):
-      problems.append(f"{path}: expected a group of keys, found {value!r}")
-      return None
-    return _build(value, typing.cast(type, hint), path, problems)
-  if isinstance(hint, types.GenericAlias):  # tuple[float, ...]
-    if not isinstance(value, list | tuple):
-      problems.append(f"{path}: expected a list, found {value!r}")
-      return None
-    element = typing.get_args(hint)[0]
-    return tuple(_convert(v, element, f"{path}[{i}]", problems) for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    problems.append(f"{path}: expected {hint.__name__}, found {value!r}")
-  return value
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-  """The inverse of `from_dict`: plain nested dictionaries."""
-  return dataclasses.asdict(config)
+  return overrides.from_dict(values, cls, path)
 
 
 def to_json(config: Any) -> str:
@@ -344,72 +282,16 @@ def from_json(text: str) -> Config:
   return from_dict(values)
 
 
-def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
-  """Lines that name each value in which two configs differ; `but_free` leaves out those of `free`."""
-  lines = []
-  for field in dataclasses.fields(ours):
-    if but_free and field.metadata == FREE:
-      continue
-    a, b = getattr(ours, field.name), getattr(theirs, field.name)
-    where = f"{path}.{field.name}"
-    if dataclasses.is_dataclass(a):
-      lines += differences(a, b, where, but_free)
-    elif a != b:
-      lines.append(f"{where}: {a!r} here, {b!r} there")
-  return lines
+def groups(cls: type[Any] = Config) -> Iterator[type[Any]]:
+  """Yields a config class and all that it holds."""
+  yield cls
+  for hint in typing.get_type_hints(cls).values():
+    if dataclasses.is_dataclass(hint):
+      yield from groups(typing.cast(type[Any], hint))
 
 
-def lookup(key: str, name: str, table: Mapping[str, Row]) -> Row:
-  """The row `name` of a table. Raises: ConfigError that names `key` and lists the known rows."""
-  if name not in table:
-    raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
-  return table[name]
-
-
-def override(config: Any, texts: Mapping[str, str]) -> Any:
-  """`config` with values replaced by what a user typed: {"config.train.steps": "200"}.
-
-  Raises: ConfigError for unknown keys and texts of the wrong type, all of them at once.
-  """
-  values, problems = to_dict(config), []
-  for key, text in texts.items():
-    place, where, holder = values, "config", config
-    *groups, name = key.split(".")[1:]
-    for group in groups:
-      if not isinstance(place.get(group), dict):
-        name = group
-        break
-      place, where, holder = place[group], f"{where}.{group}", getattr(holder, group)
-    former, name = name, FORMER.get(type(holder), {}).get(name, name)
-    if name not in place:
-      problems.append(f"{where}.{name}: unknown key; known here: {', '.join(place)}")
-    elif not key.endswith(f"{where}.{former}"):
-      problems.append(f"{key}: {where}.{name} is a value, and has no keys")
-    elif isinstance(place[name], dict):
-      problems.append(f"{where}.{name}: a group; name one of its keys: {', '.join(place[name])}")
-    else:
-      try:
-        place[name] = parse(text, place[name])
-      except (ValueError, KeyError):
-        is_list = isinstance(place[name], tuple)
-        kind = "a list such as ('a', 'b')" if is_list else type(place[name]).__name__
-        problems.append(f"{where}.{name}: expected {kind}, found {text!r:.60}")
-  if problems:
-    raise ConfigError("; ".join(problems))
-  return from_dict(values, type(config))
-
-
-def parse(text: str, like: Any) -> Any:
-  """`text`, as a user typed it, as a value of the type of `like`. Raises: ValueError, KeyError."""
-  if isinstance(like, bool):
-    return {"true": True, "false": False}[text.lower()]
-  if isinstance(like, tuple):
-    try:
-      values = ast.literal_eval(text.strip() or "()")
-    except SyntaxError:
-      raise ValueError(text) from None
-    return tuple(values) if isinstance(values, list | tuple) else (values,)
-  return type(like)(text)
+# Where an option, a flag or a note stands for a key of any group: its former name and the present one.
+FORMER_NAMES = {old: new for group in groups() for old, new in former_names(group).items()}
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import overrides
 from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.tools import arguments, train
@@ -36,8 +37,9 @@ def former(config: config_lib.Config) -> dict[str, typing.Any]:
 
 
 def test_every_former_name_leads_to_a_key_and_is_none() -> None:
-  for group, names in config_lib.FORMER.items():
-    fields = {field.name for field in dataclasses.fields(group)}
+  assert config_lib.FORMER_NAMES["row"] == "variant"
+  for group in config_lib.groups():
+    names, fields = overrides.former_names(group), {f.name for f in dataclasses.fields(group)}
     assert set(names.values()) <= fields
     assert not names.keys() & fields
 

@@ -23,7 +23,8 @@ FLOORS = (
   "errors",
   "console files locks",
   "folders json_files environment hardware progress provenance",
-  "jsonl config",
+  "jsonl overrides",
+  "config",
   "limits recipes",
   "data models",
   "distributed",
@@ -56,7 +57,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(config|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
+    r"(config|overrides|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),

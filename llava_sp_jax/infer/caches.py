@@ -17,6 +17,7 @@ from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.prompts import ImageFile, Pictures, PromptPiece, Request, keys_of
 
 Features = tuple[jax.Array, ...]  # [N, D] for each tile
+Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first pieces of its prompt
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -90,7 +91,7 @@ class PrefixCache:
       len(last.tiles),
     )
 
-  def of(self, asked: Sequence[tuple[Request, tuple[PromptPiece, ...]]]) -> list[Prefix | None]:
+  def of(self, asked: Sequence[Shared]) -> list[Prefix | None]:
     """The prefix of each request, all its pieces together; None where it has none."""
     found: dict[str, Prefix] = {}
     depth: list[int] = []  # pieces of each that need not be computed
@@ -116,11 +117,9 @@ class PrefixCache:
     self._counts.prefix_hits += sum(bool(pieces) for _, pieces in asked) - computed
     return [found[pieces[-1].key] if pieces else None for _, pieces in asked]
 
-  def _compute(
-    self, missing: list[tuple[Request, tuple[PromptPiece, ...]]], found: dict[str, Prefix]
-  ) -> None:
+  def _compute(self, missing: list[Shared], found: dict[str, Prefix]) -> None:
     """As many at a time as the mesh has parts of rows, always: none depends on its company."""
-    alike: dict[tuple[int, ...], list[tuple[Request, tuple[PromptPiece, ...]]]] = {}
+    alike: dict[tuple[int, ...], list[Shared]] = {}
     for request, pieces in missing:
       alike.setdefault(self.shape(pieces), []).append((request, pieces))
     parts = self._programs.parts

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
 from llava_sp_jax.infer.broadcast import broadcast_requests
-from llava_sp_jax.infer.caches import FeatureCache, PrefixCache, bucket
+from llava_sp_jax.infer.caches import FeatureCache, PrefixCache, Shared, bucket
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.detokenizer import Detokenizer
 from llava_sp_jax.infer.generation import DEFAULT, Generation
@@ -32,7 +31,6 @@ from llava_sp_jax.infer.prompts import (
   ImageFile,
   LostImageError,
   Prompt,
-  PromptPiece,
   Prompts,
   Request,
   keys_of,
@@ -47,12 +45,8 @@ CHECKED = 8  # tokens between two looks for stop strings
 UNCHECKED = 32  # tokens after which the device reports, though no row may be done
 
 
-@dataclasses.dataclass
-class _Row:
-  """A request that stands in a row."""
-
-  index: int
-  text: Detokenizer
+# What stands in a row: the index of a request, and its text so far.
+_Row = tuple[int, Detokenizer]
 
 
 class Engine:
@@ -91,9 +85,8 @@ class Engine:
       padded_from(pretrained),
     )
     strategy: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
-    self._programs = Programs(
-      config, pretrained.params, strategy, generation.seed, mesh, self.counts
-    )
+    seed = generation.seed
+    self._programs = Programs(config, pretrained.params, strategy, seed, mesh, self.counts)
     parts = self._programs.parts
     self._rows = bucket(batch_size, parts)
     sizes = [parts]
@@ -124,17 +117,12 @@ class Engine:
 
   def forget(self) -> None:
     """Drops images and prefixes that were kept for the next questions about them."""
-    layout = self._layout
-    self._prompts.pictures.forget()
-    self._features = FeatureCache(
-      self._programs,
-      self._prompts.pictures,
-      self.counts,
-      layout.feature_bytes,
-      layout.tiles * self._programs.parts,
-    )
+    layout, programs, pictures = self._layout, self._programs, self._prompts.pictures
+    pictures.forget()
+    at_once = layout.tiles * programs.parts
+    self._features = FeatureCache(programs, pictures, self.counts, layout.feature_bytes, at_once)
     self._prefixes = PrefixCache(
-      self._programs, self._features, self.counts, layout.prefix_bytes, layout.prefix
+      programs, self._features, self.counts, layout.prefix_bytes, layout.prefix
     )
 
   def warm_up(self, requests: Iterable[Request]) -> None:
@@ -143,9 +131,7 @@ class Engine:
     Afterwards answering such requests, in any order and number, compiles nothing.
     """
     kinds: dict[tuple[int, ...], Ready] = {}  # by what admitting them is compiled for
-    shared: dict[
-      tuple[int, ...], tuple[Request, tuple[PromptPiece, ...]]
-    ] = {}  # and growing prefixes
+    shared: dict[tuple[int, ...], Shared] = {}  # and growing their prefixes
     starts: dict[tuple[int, int], int] = collections.defaultdict(int)  # the longest of a group
     lengths: dict[tuple[int, int], int] = collections.defaultdict(int)
     capacity = 0
@@ -246,14 +232,14 @@ class Engine:
       )
       _, made, done, ids, margin = report
       self.counts.decode_steps += int(report.steps)
-      for number, row in list(rows.items()):
-        row.text.extend(ids[number, : made[number]], bool(done[number]), float(margin[number]))
-        if row.text.finished:
+      for number, (index, text) in list(rows.items()):
+        text.extend(ids[number, : made[number]], bool(done[number]), float(margin[number]))
+        if text.finished:
           del rows[number]
           ended[number] = True
           self.counts.requests += 1
-          self.counts.new_tokens += len(row.text.ids)
-        yield row.index, row.text
+          self.counts.new_tokens += len(text.ids)
+        yield index, text
 
   def _refill(
     self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
@@ -277,7 +263,7 @@ class Engine:
         return
       admitted, lost = self._admit_readable(group, free)
       for number, ready in zip(free, admitted, strict=False):
-        rows[number] = _Row(ready.number, self._text())
+        rows[number] = ready.number, self._text()
         ended[number] = False
       for ready, error in lost:
         yield ready.number, self._failed(error)
