@@ -6,11 +6,11 @@ import sys
 import jax
 
 import llava_sp_jax as llava
+from llava_sp_jax import recipes
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
-from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.training import setup
 
 
@@ -32,4 +32,4 @@ def main(config: llava.Config, fsdp: int = 1, steps: int = 2) -> list[float]:
 
 
 if __name__ == "__main__":
-  print(main(load_recipe(sys.argv[1])))
+  print(main(recipes.load(sys.argv[1])))

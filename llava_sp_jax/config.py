@@ -38,6 +38,7 @@ __all__ = [
   "override",
   "parse",
   "parse_arg",
+  "renamed",
   "to_dict",
   "to_json",
 ]

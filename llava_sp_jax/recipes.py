@@ -8,11 +8,13 @@ code; `finetune.sh` of LLaVA-1.5, which the original leaves as it is.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import types
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.errors import LlavaSPError
 
 TOWER = (
   "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.TowerConfig
@@ -43,6 +45,35 @@ def find(text: str) -> Path:
       f"--config: no file {text!r}, and no recipe of that name; known: {', '.join(known())}"
     )
   return known()[name]
+
+
+def load(value: str) -> config_lib.Config:
+  """The config of `RECIPE[:OPTIONS]`, a file or a known name; what it leaves out has its default.
+
+  Raises: ConfigError, also for whatever a recipe ends with.
+  """
+  name, _, options = value.partition(":")
+  file = str(find(name))
+  spec = importlib.util.spec_from_file_location("recipe", file)
+  if spec is None or spec.loader is None:
+    raise config_lib.ConfigError(f"--config: {file!r} is not a Python file (.py)")
+  recipe = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(recipe)
+    if not hasattr(recipe, "get_config"):
+      raise config_lib.ConfigError(f"--config: {file!r} has no function get_config")
+    made = recipe.get_config(*filter(None, [options]))
+    if not hasattr(made, "to_dict"):
+      raise config_lib.ConfigError(
+        f"--config: get_config of {file!r} returned {made!r:.40}, expected an ml_collections.ConfigDict"
+      )
+    values = made.to_dict()
+  except (Exception, SystemExit) as error:  # one that leaves has told us nothing to train
+    if isinstance(error, LlavaSPError | OSError):
+      raise
+    why = f"{type(error).__name__}: {error}"
+    raise config_lib.ConfigError(f"--config: {file} ends with {why}") from error
+  return config_lib.from_dict(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from llava_sp_jax import recipes
 from llava_sp_jax.results import interval
-from llava_sp_jax.tools.train import load_recipe
 from tests.conftest import REPOSITORY
 
 ACCURACY = {"none": (0.80, 0.82, 0.81), "pooling": (0.83, 0.84, 0.86)}
@@ -214,7 +214,7 @@ def test_any_variant_and_any_scales(scripts: Any) -> None:
     ("none", "none", ()),
   ):
     job = run_easy_vqa.Job(text, 3, 0.5)
-    config = load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
+    config = recipes.load(f"{REPOSITORY}/configs/easy_vqa.py:stage=pretrain,{job.options}")
     assert (config.model.projector.variant, config.model.projector.scales) == (variant, scales)
     assert config.train.seed == 3
     assert config.train.steps == 3500

@@ -181,7 +181,7 @@ def test_a_value_of_the_wrong_type(
 
 
 def test_overrides_reach_the_config(config_file: str) -> None:
-  config, workdir = train_tool.read_config(
+  config, options = train_tool.read(
     [
       f"--config={config_file}",
       "--workdir",
@@ -191,7 +191,7 @@ def test_overrides_reach_the_config(config_file: str) -> None:
       "7",
     ]
   )
-  assert (config.model.tower.width, config.train.steps, workdir) == (64, 7, "x")
+  assert (config.model.tower.width, config.train.steps, options["workdir"]) == (64, 7, "x")
 
 
 @pytest.mark.parametrize(

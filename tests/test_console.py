@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import cli, console
+from llava_sp_jax import cli, console, recipes
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import train as train_tool
 from llava_sp_jax.training import loop
@@ -60,7 +60,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(
 
   monkeypatch.setattr(loop, "train", train)
   config = config_lib.Config(train=config_lib.TrainConfig(steps=5))
-  monkeypatch.setattr(train_tool, "load_recipe", lambda value: config)
+  monkeypatch.setattr(recipes, "load", lambda value: config)
   with nobody_reads(monkeypatch):
     assert cli.main(["train", "--config=x", f"--workdir={tmp_path / 'run'}"]) == 0
   assert done == [False]

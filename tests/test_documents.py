@@ -84,9 +84,9 @@ def arguments(start: Callable[[], Any], partial: bool) -> argparse.Namespace:
 
 
 def flags(words: list[str], partial: bool, *needed: str) -> list[str]:
-  """Words of the commands without argparse; `partial` ones get what they need."""
-  given = train_tool.flags(words)
-  return words + [f"--{n}={REST[n]}" for n in needed if partial and n not in given]
+  """Words of a command that takes a recipe; `partial` ones get what they need."""
+  given = {word.partition("=")[0] for word in words}
+  return words + [f"--{n}={REST[n]}" for n in needed if partial and f"--{n}" not in given]
 
 
 def eval_(words: list[str], partial: bool) -> None:
@@ -109,7 +109,7 @@ def export_(words: list[str], partial: bool) -> None:
 
 def train(words: list[str], partial: bool) -> None:
   with documents.stand_ins():
-    train_tool.read_config(flags(words, partial, "config", "workdir"))
+    train_tool.read(flags(words, partial, "config", "workdir"))
 
 
 def check_(words: list[str], partial: bool) -> None:
@@ -122,7 +122,7 @@ def plan_(words: list[str], partial: bool) -> None:
   topologies.topology(options["topology"])
 
 
-# Commands whose words are more than their argparse knows.
+# Commands whose words are more than their parser alone knows.
 COMMANDS: dict[str, Callable[[list[str], bool], Any]] = {
   "eval": eval_, "export": export_, "train": train, "plan": plan_,
   "check": check_,

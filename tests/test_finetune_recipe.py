@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import cli
+from llava_sp_jax import cli, recipes
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.errors import CheckpointError
-from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 
@@ -23,7 +22,7 @@ def test_sizes_and_reading_are_the_checkpoint_s(run_folder: Path, tiny_data: Pat
   options = (
     f"init={run_folder},data={tiny_data}/train.json,images={tiny_data}/images,epochs=3,batch=8"
   )
-  config = load_recipe(f"{RECIPE}:{options},row_length=96")
+  config = recipes.load(f"{RECIPE}:{options},row_length=96")
   assert dataclasses.asdict(config.model)["tower"] == base["model"]["tower"]
   assert config.model.lora.rank == 8, "its adapters go on learning"
   assert config.data.template == base["data"]["template"]
@@ -42,7 +41,7 @@ def test_a_converted_checkpoint_is_trained_on(
   options = (
     f"init={merged},data={tiny_data}/train.json,images={tiny_data}/images,batch=8,row_length=128"
   )
-  whole = load_recipe(f"{RECIPE}:{options},rank=0")
+  whole = recipes.load(f"{RECIPE}:{options},rank=0")
   assert (whole.optimizer.stage, whole.optimizer.learning_rate) == ("finetune_full", 2e-5)
   assert (
     cli.main(
@@ -72,7 +71,7 @@ def test_a_converted_checkpoint_is_trained_on(
 )
 def test_what_is_missing_is_said(run_folder: Path, options: str, said: str) -> None:
   with pytest.raises((ConfigError, FileNotFoundError, CheckpointError), match=said):
-    load_recipe(f"{RECIPE}:{options.format(run=run_folder)}")
+    recipes.load(f"{RECIPE}:{options.format(run=run_folder)}")
 
 
 @pytest.mark.parametrize("name", ["pooling/llava-lora", "clip-vit-tiny"])
@@ -81,7 +80,7 @@ def test_a_checkpoint_of_others_is_converted_first(name: str) -> None:
   with pytest.raises(
     CheckpointError, match=r"model_type '\w+'; read it with llava-sp convert"
   ) as e:
-    load_recipe(f"{RECIPE}:init={folder},data=y")
+    recipes.load(f"{RECIPE}:init={folder},data=y")
   assert len(str(e.value)) < len(str(folder)) + 200
 
 
@@ -91,5 +90,5 @@ def test_captions_know_no_questions(
   loop.train(tiny_config("pretrain", train={"steps": 1}), tmp_path / "pretrain")
   options = f"init={tmp_path}/pretrain,data={tiny_data}/train.json"
   with pytest.raises(ConfigError, match=r"trained on captions .* give template=v1 or another"):
-    load_recipe(f"{RECIPE}:{options}")
-  assert load_recipe(f"{RECIPE}:{options},template=v1").data.template == "v1"
+    recipes.load(f"{RECIPE}:{options}")
+  assert recipes.load(f"{RECIPE}:{options},template=v1").data.template == "v1"

@@ -14,10 +14,10 @@ from types import ModuleType
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import overrides
+from llava_sp_jax import overrides, recipes
 from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.errors import CheckpointError
-from llava_sp_jax.tools import arguments, train
+from llava_sp_jax.tools import arguments
 from tests import documents
 from tests.conftest import REPOSITORY, ConfigMaker
 
@@ -83,7 +83,7 @@ def test_a_run_goes_on(
 def test_options_of_recipes(name: str) -> None:
   with documents.stand_ins():
     old, new = (
-      train.load_recipe(
+      recipes.load(
         f"{REPOSITORY}/configs/{name}.py:llm=x,{option}=none"
         if "smol" in name
         else f"{REPOSITORY}/configs/{name}.py:{option}=none"

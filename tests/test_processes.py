@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import pytest
 
-from llava_sp_jax import cli
-from llava_sp_jax.config import ConfigError
+from llava_sp_jax import cli, recipes
+from llava_sp_jax.config import Config, ConfigError
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY
@@ -123,7 +123,7 @@ def test_the_command_takes_them(
   asked: list[tuple], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   assert train_tool.PROCESS_FLAGS == processes.FLAGS
-  monkeypatch.setattr(train_tool, "load_recipe", lambda value: train_tool.config_lib.Config())
+  monkeypatch.setattr(recipes, "load", lambda value: Config())
   assert cli.main(["train", "--config=x.py", "--workdir=x", "--process=1"]) == 1
   assert "no --coordinator; no --processes; several processes" in capsys.readouterr().err
 

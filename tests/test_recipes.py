@@ -18,7 +18,6 @@ from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import VARIANTS, spatial_token_count
-from llava_sp_jax.tools.train import load_recipe
 from llava_sp_jax.training import optimizer, setup, state
 from tests.conftest import REPOSITORY
 
@@ -66,7 +65,7 @@ MESH = config_lib.MeshConfig(data=1, fsdp=4, tensor=2)
 
 
 def recipe(name: str, options: str = "") -> config_lib.Config:
-  return load_recipe(f"{REPOSITORY}/configs/{name}.py:{options}")
+  return recipes.load(f"{REPOSITORY}/configs/{name}.py:{options}")
 
 
 def value(config: Any, key: str) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from llava_sp_jax import console
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import console, recipes
 from llava_sp_jax.config import FORMER_NAMES, ConfigError
 
 DIGITS = 18  # of a whole number: what 64 bits hold
@@ -31,6 +32,47 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     self.exit(2, f"{console.one_line(f'{self.prog}: {message}; see {self.prog} --help')}\n")
+
+
+class RecipeParser(Parser):
+  """The options of a command that takes a recipe: --config FILE[:OPTIONS] and --config.GROUP.KEY=VALUE.
+
+  `required` and `optional`, with their defaults, are its other options; each takes one text.
+  """
+
+  def __init__(
+    self, command: str, required: Sequence[str] = (), optional: Mapping[str, str] | None = None
+  ):
+    super().__init__(prog=f"llava-sp {command}", add_help=False, allow_abbrev=False)
+    self._required = ("config", *required)
+    for name, default in {**dict.fromkeys(self._required, ""), **(optional or {})}.items():
+      self.add_argument(f"--{name}", dest=name, default=default)
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f"{message}; see {self.prog} --help")
+
+  def read(
+    self, argv: Sequence[str], check: Callable[[dict[str, str]], object] | None = None
+  ) -> tuple[config_lib.Config, dict[str, str]]:
+    """Returns the recipe's config with the values that were typed, and the other options.
+
+    `check` looks at the options before the recipe runs. Raises: ConfigError, FileNotFoundError.
+    """
+    known = [name for action in self._actions for name in action.option_strings]
+    typed = [text.partition("=")[0] for text in argv if text.startswith("--config.")]
+    for flag in dict.fromkeys(typed):
+      self.add_argument(flag, dest=flag.removeprefix("--"))
+    found, unknown = self.parse_known_args(argv)
+    given = vars(found)
+    overrides = {name: given.pop(name) for name in list(given) if name.startswith("config.")}
+    problems = [f"no --{name}" for name in self._required if not given[name]]
+    if unknown:
+      problems.append(unknown_options(unknown, known))
+    if problems:
+      self.error(", ".join(problems))
+    if check:
+      check(given)
+    return config_lib.override(recipes.load(given.pop("config")), overrides), given
 
 
 def whole(flag: str, text: str, least: int) -> int:

@@ -9,7 +9,6 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, limits
 from llava_sp_jax.progress import Progress
 from llava_sp_jax.tools import arguments
-from llava_sp_jax.tools.train import flags, load_recipe
 
 USAGE = """usage: llava-sp check --config FILE[:OPTIONS] [--images N|all] [--samples N|all]
                       [--config.GROUP.KEY=VALUE]
@@ -29,7 +28,7 @@ Ends with code 1 when samples would be lost. Text that is cut off is told but is
 example:
   llava-sp check --config configs/finetune_lora.py:data=/mnt/share/llava_finetune --images all
 """
-FLAGS = ("config", "images", "samples")
+OPTIONS = {"images": "1000", "samples": "all"}
 FOLDERS = 20  # lines of the table of folders: those with most missing first, then the largest
 LONGEST = 80  # characters of a folder in the table
 
@@ -75,25 +74,18 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
-  """The config with its overrides, --images and --samples. Raises: ConfigError, FileNotFoundError."""
-  given = flags(argv)
-  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
-  unknown = [f"--{name}" for name in given if name not in (*FLAGS, *overrides)]
-  if unknown or not given.get("config"):
-    problems = [] if given.get("config") else ["no --config"]
-    if unknown:
-      problems.append(arguments.unknown_options(unknown, [f"--{name}" for name in FLAGS]))
-    raise config_lib.ConfigError(f"{', '.join(problems)}; see llava-sp check --help")
-  counts = number(given, "images", 1000, 0), number(given, "samples", None, 1)
-  return config_lib.override(load_recipe(given["config"]), overrides), *counts
+  """The config with what was typed, --images and --samples. Raises: ConfigError, FileNotFoundError."""
+  config, given = arguments.RecipeParser("check", optional=OPTIONS).read(argv, _counts)
+  return config, *_counts(given)
 
 
-def number(given: dict[str, str], name: str, default: int | None, least: int) -> int | None:
+def _counts(given: dict[str, str]) -> tuple[int | None, int | None]:
+  return _number(given, "images", 0), _number(given, "samples", 1)
+
+
+def _number(given: dict[str, str], name: str, least: int) -> int | None:
   """A whole number from `least`, or None for "all". Raises: ConfigError."""
-  text = given.get(name)
-  if text is None or text == "all":
-    return default if text is None else None
-  return arguments.whole(name, text, least)
+  return None if given[name] == "all" else arguments.whole(name, given[name], least)
 
 
 def table(report: Any, data: config_lib.DataConfig, seconds: float) -> str:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.tools import arguments, train
+from llava_sp_jax.tools import arguments
 
-OPTIONS = {"config": "", "topology": "", "what": "train", "out": "", "keep": "", "top": "15",
-           "full": "false", "search": "0", "write": ""}  # fmt: skip
+OPTIONS = {"what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": ""}  # fmt: skip
 
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
 
@@ -110,19 +109,12 @@ def _search(
 
 
 def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
-  """Options of the command, and the config with its overrides. Raises: ConfigError."""
-  given = train.flags(argv)
-  overrides = {name: text for name, text in given.items() if name.startswith("config.")}
-  problems = [f"no --{name}" for name in ("config", "topology") if not given.get(name)]
-  if unknown := [f"--{n}" for n in given if n not in OPTIONS and n not in overrides]:
-    problems.append(arguments.unknown_options(unknown, [f"--{name}" for name in OPTIONS]))
-  if problems:
-    raise config_lib.ConfigError(
-      f"{', '.join(problems)}; expected --config FILE[:OPTIONS] --topology NAME "
-      "[--config.GROUP.KEY=VALUE ...]; see llava-sp plan --help"
-    )
-  options = {**OPTIONS, **{n: text for n, text in given.items() if n in OPTIONS}}
+  """Options of the command, and the config with what was typed. Raises: ConfigError."""
+  config, options = arguments.RecipeParser("plan", ("topology",), OPTIONS).read(argv, _check)
+  return options, config
+
+
+def _check(options: dict[str, str]) -> None:
   config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
   for name, least in (("top", 1), ("search", 0)):
     arguments.whole(name, options[name], least)
-  return options, config_lib.override(train.load_recipe(options["config"]), overrides)

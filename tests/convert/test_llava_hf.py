@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import recipes
 from llava_sp_jax.checkpoints import opening
 from llava_sp_jax.convert import export, formats, leaves
 from llava_sp_jax.convert import export_hf as save_hf
@@ -25,7 +26,6 @@ from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.tools import train as tool
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
 from tests.convert.test_round_trip import source
@@ -137,7 +137,7 @@ def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path:
     f"{v1.system}{v1.before}\n{q}{v1.after} {a}" for q, a in zip(questions, answers_, strict=True)
   ]
   train_bpe(texts[:4000], tmp_path / "tokenizer", 512)
-  config = tool.load_recipe(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,variant=none")
+  config = recipes.load(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,variant=none")
   config = config_lib.override(
     config,
     {

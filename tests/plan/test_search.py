@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import recipes
 from llava_sp_jax.plan import search
-from llava_sp_jax.tools import train
 
 DEVICES, LIMIT = 16, 100
 REMAT = {"full": (1.3, 1), "attention": (1.2, 2), "gates": (1.1, 4), "projections": (1.0, 5),
@@ -105,4 +105,4 @@ def test_train_takes_the_recipe(tmp_path: Path) -> None:
   assert best is not None
   file = tmp_path / "found.py"
   file.write_text(search.recipe(best.config, "Found by a test."))
-  assert train.load_recipe(str(file)) == best.config
+  assert recipes.load(str(file)) == best.config
