@@ -1,4 +1,4 @@
-"""The training loop: start or continue a run, log, save, stop when asked to."""
+"""Runs the training loop: starts or resumes a run, logs, saves, and stops on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ METRICS_FILE = sinks.METRICS_FILE
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a call of `train` did; `step` < the config's steps when it was asked to stop early."""
+  """Reports what a call of `train` did.
+
+  `step` is less than the steps of the config if the run was asked to stop early.
+  """
 
   step: int
   seconds: float
@@ -48,15 +51,18 @@ class Result:
 
 
 class Evaluator(Protocol):
-  """Scores the model between steps; `eval.in_loop` has one, which this layer does not know."""
+  """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
   def due(self, number: int) -> bool: ...
 
   def __call__(
     self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
-    """Metrics of step `number`; `params` are nested. Gives up when `going()`, to be asked often, is
-    false: then the run was asked to stop."""
+    """Returns the metrics of step `number`; `params` are nested.
+
+    It must call `going` often and give up when that returns False, because the run was asked to
+    stop.
+    """
     ...
 
 
@@ -67,10 +73,10 @@ def train(
   evaluator: Evaluator | None = None,
   wish: resume.Wish | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, continuing what `workdir` holds as `wish` says.
+  """Trains until `config.train.steps`, and resumes what `workdir` holds as `wish` says.
 
   `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
-  `config.evaluate` says. The folder is locked while this runs.
+  `config.evaluate` says. The folder is locked meanwhile.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
@@ -94,7 +100,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """What the steps of one call work with."""
+  """Holds what the steps of one call of `train` use."""
 
   config: config_lib.Config
   folder: Path
@@ -108,23 +114,29 @@ class _Run:
   watchdog: processes.Watchdog
   lock: locks.Lock
   wish: resume.Wish
-  inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
+  inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
 
 
 def open_tokenizer(config: config_lib.Config) -> Tokenizer:
-  """From a folder, or the hub. Raises: FormatError, FileNotFoundError, TokenizerError."""
+  """Opens the tokenizer from a folder or the hub.
+
+  Raises: FormatError, FileNotFoundError, TokenizerError.
+  """
   return Tokenizer(places.tokenizer(config.data.tokenizer))
 
 
 def _inputs(config: config_lib.Config) -> dict[str, str]:
-  """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
+  """Returns the fingerprints of `resume.INPUTS`; reads the file of samples, but no images."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
   return {"data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]}
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
-  """The fingerprint of a validation file; its figures are sums over all processes."""
+  """Returns the fingerprint of the validation file, or {} without one.
+
+  All processes need the same file, because validation figures are sums over all of them.
+  """
   if not (config.train.validate_every and config.data.validation_path):
     return {}
   tile = anyres.Tile(*build.tile_shape(config.model))
@@ -175,7 +187,7 @@ def _train(
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
     prepared = initial_state(config, device_mesh)
-    if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
+    if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
@@ -249,14 +261,15 @@ def _loop(
       run.iterator.stopped = stop.during(f"step {number}")
       try:
         batch = log.waiting(run.iterator)
-      except prefetch.Stopped:  # the step before this one is the last
+      except prefetch.Stopped:  # the previous step is the last one
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
           save(number)
         break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
-      if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
+      # No process may run the step before all have compiled it.
+      if number == first + 1 and jax.process_count() > 1:
         run_step.lower(train_state, placed, rng).compile()
         processes.barrier("the step is compiled")
       with run.profiler.step(number, metrics):
@@ -302,7 +315,7 @@ def _loop(
 
 
 def _going(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
-  """Whether work between steps may go on; tells the watchdog that it does."""
+  """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked
 
