@@ -182,7 +182,7 @@ class Lock(contextlib.AbstractContextManager):
     except FileExistsError:
       time.sleep(TORN / 10)
       with contextlib.suppress(OSError):  # its owner may just have removed it
-        if self._stands(guard.stat().st_mtime_ns):
+        if self._is_stale(guard.stat().st_mtime_ns):
           guard.unlink()
       return
     try:
@@ -196,7 +196,7 @@ class Lock(contextlib.AbstractContextManager):
     finally:
       guard.unlink(missing_ok=True)
 
-  def _stands(self, made: int) -> bool:
+  def _is_stale(self, made: int) -> bool:
     """Returns whether the guard file made at `made` (ns) was left by a dead process.
 
     That is so when the file is old, or was watched for long enough. Its time may come from another

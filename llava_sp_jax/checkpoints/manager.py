@@ -74,7 +74,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       about=ocp.args.JsonSave({**about, "step": step}),
       sums=ocp.args.JsonSave(checksums),
     )
-    told(
+    as_checkpoint_error(
       f"{self.folder}: step {step} or the one before it could not be saved",
       lambda: self._manager.save(step, args=args),
     )
@@ -100,7 +100,9 @@ class Checkpoints(contextlib.AbstractContextManager):
       optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
       about=ocp.args.JsonRestore(),
     )
-    restored = told(f"{place}: cannot be read", lambda: self._manager.restore(step, args=args))
+    restored = as_checkpoint_error(
+      f"{place}: cannot be read", lambda: self._manager.restore(step, args=args)
+    )
     known = checksums(place)
     for item in ("params", "optimizer") if known else ():
       compare_sums(sums(restored[item]), known.get(item, {}), place / item)
@@ -118,7 +120,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     if self._closed:
       return
     self._closed = True
-    told(f"{self.folder}: the last checkpoint could not be saved", self._manager.close)
+    as_checkpoint_error(
+      f"{self.folder}: the last checkpoint could not be saved", self._manager.close
+    )
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
     if error is None:
@@ -130,7 +134,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       print(f"llava-sp: {another}", file=sys.stderr, flush=True)
 
 
-def told(what: str, work: Callable[[], Result]) -> Result:
+def as_checkpoint_error(what: str, work: Callable[[], Result]) -> Result:
   """Calls `work`, and turns an error of any library into a CheckpointError of one line.
 
   The traceback becomes a note of that error. The error itself is dropped and its garbage is

@@ -116,7 +116,7 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
       found = fingerprints.sums({path: jax.numpy.asarray(leaf.read())})
       fingerprints.compare_sums(found, known, place)
 
-  manager.told(f"{place}: cannot be read", read)
+  manager.as_checkpoint_error(f"{place}: cannot be read", read)
 
 
 class AsFrozen(Mapping[str, Any]):

@@ -231,10 +231,10 @@ def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
     model = dataclasses.replace(fold(model), fingerprint="")
   with folders.renamed(out, "export") as temporary:
     row.write(model, temporary)
-    _as_the_umask_says(temporary)
+    _set_default_mode(temporary)
 
 
-def _as_the_umask_says(folder: Path) -> None:
+def _set_default_mode(folder: Path) -> None:
   """Gives all files the default mode, because some writers make theirs private."""
   mode = (folder / "config.json").stat().st_mode
   for path in folder.rglob("*"):

@@ -145,7 +145,7 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
       .astype(np.float32, copy=False)
     )
   if container.big_endian:
-    raise FormatError(f"{file.path}: quantised and big-endian ({place.name}), which is not read")
+    raise FormatError(f"{file.path}: quantized and big-endian ({place.name}), which is not read")
   if not _can_dequantize(kind):
     raise FormatError(f"{file.path}: {place.name} is stored as {kind.name}, which is not read")
   block, size = gguf.GGML_QUANT_SIZES[kind]

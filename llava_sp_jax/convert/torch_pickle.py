@@ -78,19 +78,25 @@ def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
 
 
 def _tensor(
-  storage: Any, offset: Any, size: Any, stride: Any, learns: Any, hooks: Any, about: Any = None
+  storage: Any,
+  offset: Any,
+  size: Any,
+  stride: Any,
+  requires_grad: Any,
+  hooks: Any,
+  about: Any = None,
 ) -> View:
   """Replaces torch's `_rebuild_tensor_v2`.
 
   A non-empty `about` would say that values are negated or conjugated, and is refused.
   """
-  if type(learns) is not bool or hooks != {} or about not in (None, {}):
+  if type(requires_grad) is not bool or hooks != {} or about not in (None, {}):
     raise MalformedError("a tensor with hooks or other properties")
   return view(storage, offset, size, stride)
 
 
-def _parameter(data: Any, learns: Any, hooks: Any) -> View:
-  if not isinstance(data, View) or type(learns) is not bool or hooks != {}:
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> View:
+  if not isinstance(data, View) or type(requires_grad) is not bool or hooks != {}:
     raise MalformedError("a parameter that is no tensor, or has hooks")
   return data
 

@@ -104,7 +104,7 @@ def slice_count(config: config_lib.MeshConfig, devices: Sequence[Any]) -> int:
   asked = config.slices or found
   if found > 1 and asked != found:
     raise config_lib.ConfigError(
-      f"mesh.slices: {asked}, but the {len(devices)} devices stand in {found} slices; "
+      f"mesh.slices: {asked}, but the {len(devices)} devices are in {found} slices; "
       f"give {found}, or 0 for what is found"
     )
   return asked

@@ -344,7 +344,7 @@ class Watchdog(contextlib.AbstractContextManager):
     traceback.print_exception(error)
     self._end(
       f"failed after step {self._step} (above). If the error names a connection, another process "
-      "died: see what that one printed. Started again, all go on from the last checkpoint"
+      "died: see what that one printed. Started again, all resume from the last checkpoint"
     )
 
   def _follow(self) -> None:

@@ -100,28 +100,31 @@ def admit(
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
   first = strategy.first(logits, numbers, key)
-  lanes = rows[:, None] * strategy.rule.lanes + jnp.arange(strategy.rule.lanes, dtype=rows.dtype)
-  cache = _place(state.cache, new, past, group.start, lanes)
-  length = cache.length.at[lanes].set((group.start + group.length)[:, None])
+  sequences = rows[:, None] * strategy.rule.lanes + jnp.arange(
+    strategy.rule.lanes, dtype=rows.dtype
+  )
+  cache = _place(state.cache, new, past, group.start, sequences)
+  length = cache.length.at[sequences].set((group.start + group.length)[:, None])
   answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)
   return decode.State(cache._replace(length=length), answers)
 
 
-def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax.Array) -> KVCache:
+def _place(
+  cache: KVCache, new: New, past: KVCache, start: jax.Array, sequences: jax.Array
+) -> KVCache:
   """Writes the prefixes [.., P] of G rows, and the T positions after them, into their sequences.
 
-  `lanes` [G, n] are indices of sequences among the B of the cache. A loop over them keeps the
-  program short.
+  `sequences` [G, n] are indices among the B of the cache. A loop over them keeps the program short.
   """
-  count = lanes.shape[1]
+  count = sequences.shape[1]
 
   def once(i: jax.Array, kept: KVCache) -> KVCache:
-    g, lane = i // count, lanes[i // count, i % count]
+    g, sequence = i // count, sequences[i // count, i % count]
 
     def put(axis: int, kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
       part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
-      where = [lane] + [jnp.zeros((), lane.dtype)] * (kept.ndim - 1)
-      where[axis] = jnp.asarray(at, lane.dtype)
+      where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
+      where[axis] = jnp.asarray(at, sequence.dtype)
       return jax.lax.dynamic_update_slice(kept, part, where)
 
     def fill(axis: int, kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
@@ -130,4 +133,4 @@ def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax
 
     return KVCache(*cache_lib.both(fill, kept, past, new), kept.length)
 
-  return jax.lax.fori_loop(0, lanes.size, once, cache)
+  return jax.lax.fori_loop(0, sequences.size, once, cache)

@@ -76,6 +76,6 @@ class Guard:
       raise NonFiniteError(
         f"steps {number - self._row + 1} to {number}: loss or gradient was not finite {self._row} "
         "times in a row (train.max_nonfinite); nothing of them was learned. Lower the learning "
-        "rate or look at their samples (ledger/), and start again: the run goes on from its last "
+        "rate or look at their samples (ledger/), and start again: the run resumes from its last "
         "checkpoint"
       )

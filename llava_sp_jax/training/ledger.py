@@ -104,7 +104,7 @@ def drop_after(folder: Path, step: int) -> None:
     if bad := jsonl.cut_after(file, step):
       jsonl.append(file, {"step": step, "unreadable": bad}, separators=(",", ":"))
       print(
-        f"{file}: {bad} lines could not be read and were dropped; training goes on, but the "
+        f"{file}: {bad} lines could not be read and were dropped; training continues, but the "
         "ledger proves less",
         flush=True,
       )

@@ -206,7 +206,9 @@ def _train(
       wish,
       {"inputs": inputs, "inputs_before": before},
     )
-    processes.collective("the way is free", lambda: resume.make_way(folder, begun), only=0)
+    processes.collective(
+      "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
+    )
     return _steps(run, module, prepared)
 
 
@@ -291,7 +293,7 @@ def _loop(
             number,
             state.join(train_state.trainable, train_state.frozen),
             base,
-            functools.partial(_going, run.watchdog, stop, number),
+            functools.partial(_may_continue, run.watchdog, stop, number),
           )
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
@@ -306,7 +308,7 @@ def _loop(
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
     done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
-    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
+    print(f"asked to stop: {done}; the same command resumes from there", flush=True)
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
@@ -314,7 +316,7 @@ def _loop(
   return Result(number, log.seconds, quarantine.count)
 
 
-def _going(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
+def _may_continue(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
   """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked

@@ -41,7 +41,7 @@ class PreflightError(config_lib.ConfigError):
 def _refuse(problems: Sequence[str], hint: str = SKIP) -> None:
   if problems:
     raise PreflightError(
-      "this run cannot learn as it is:\n  " + "\n  ".join(problems) + f"\nMend this first{hint}."
+      "this run cannot learn as it is:\n  " + "\n  ".join(problems) + f"\nFix this first{hint}."
     )
 
 

@@ -101,19 +101,19 @@ def compare_inputs(
         f"{name} ({INPUTS[name]}) has fingerprint {inputs[name]} here, {known[name]} there"
         for name in refused
       )
-      + f". Restore it, or go on with the new one: --allow-changed {','.join(refused)}"
+      + f". Restore it, or train on with the new one: --allow-changed {','.join(refused)}"
     )
   for name in other:
     _say(f"{folder}: WARNING: {name} is not what it was until step {step}, as allowed")
   return other
 
 
-def make_way(folder: Path, step: int) -> None:
+def set_newer_aside(folder: Path, step: int) -> None:
   """Moves steps newer than `step`, and damaged ones, to `aside/`; called by one process alone."""
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:
-      _set_aside(folder, number, bad.get(number, f"training goes on from step {step}"))
+      _set_aside(folder, number, bad.get(number, f"training resumes from step {step}"))
 
 
 def _set_aside(folder: Path, number: int, why: str) -> None:
@@ -153,7 +153,7 @@ def restore(
         f"config has {base}; give the base it was trained with (config.init)"
       )
     if bad:
-      _leave_behind(checkpoints, folder, bad)
+      _set_all_aside(checkpoints, folder, bad)
     if not on_disk.checksums(folder / on_disk.PLACE / str(number)):
       _say(f"{folder}: step {number} was saved without checksums; its values are not verified")
     _say(f"continuing {folder} from step {number}")
@@ -164,7 +164,7 @@ def restore(
   return fresh
 
 
-def _leave_behind(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[int, str]) -> None:
+def _set_all_aside(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[int, str]) -> None:
   def move() -> None:
     for number, why in sorted(bad.items()):
       _set_aside(folder, number, why)

@@ -209,7 +209,7 @@ def open_all(folder: Path, config: config_lib.Config) -> list[Sink]:
       for sink in opened:
         sink.close()
       raise config_lib.ConfigError(
-        f"train.sinks: {name!r} cannot be opened ({type(error).__name__}: {error}); mend that, or "
+        f"train.sinks: {name!r} cannot be opened ({type(error).__name__}: {error}); fix that, or "
         "leave it out"
       ) from error
   return opened

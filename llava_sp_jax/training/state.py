@@ -36,7 +36,7 @@ def check(config: config_lib.Config) -> None:
   trained = optimizer.group_of(kernel, stage) != optimizer.FROZEN
   if build.quantization(config.model) and trained:
     raise config_lib.ConfigError(
-      f"model.quantize {config.model.quantize}: quantised kernels cannot be trained, but "
+      f"model.quantize {config.model.quantize}: quantized kernels cannot be trained, but "
       f"optimizer.stage {stage} trains the decoder; use a stage that freezes it (finetune, with "
       "lora.rank > 0), or "
       "model.quantize none"

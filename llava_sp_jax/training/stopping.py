@@ -85,7 +85,7 @@ class Wait:
     if waited > LIMIT:
       processes.abort(
         f"asked to stop, and no data came for {waited:.0f} s at {self._place}, which others have "
-        "begun; the same command goes on from the last checkpoint",
+        "begun; the same command resumes from the last checkpoint",
         STOPPED_EARLY,
       )
     return False

@@ -134,7 +134,7 @@ def test_a_run_goes_back_once_when_asked_and_then_goes_on(
   looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 4 else None
   assert loop.train(values, run, wish=back).step == 4
   assert on_disk.steps(run) == [2, 4]
-  assert f"step 3: training goes on from step 2; it is kept in {run / 'aside/3'}" in (
+  assert f"step 3: training resumes from step 2; it is kept in {run / 'aside/3'}" in (
     capsys.readouterr().err
   )
   looker.does = lambda number: None
