@@ -26,7 +26,7 @@ from llava_sp_jax.files import FormatError
 
 __all__ = ["STORAGES", "open_bin"]
 
-_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the beginning of files that are not a zip
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the beginning of the older format
 BYTE_ORDERS = {b"little": False, b"big": True}
 
 

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.distributed import processes
   from llava_sp_jax.training import loop, resume
 
-  wish = resume.Wish.of(given.get("from-step", ""), given.get("allow-changed", ""))
+  options = resume.ResumeOptions.of(given.get("from-step", ""), given.get("allow-changed", ""))
   runs.check_folder(Path(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
       from llava_sp_jax.eval import in_loop
 
       evaluator = in_loop.InLoop(config, workdir)
-    result = loop.train(config, workdir, given.get("profile", ""), evaluator, wish)
+    result = loop.train(config, workdir, given.get("profile", ""), evaluator, options)
     if jax.process_index() == 0:
       print(
         f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "

@@ -71,9 +71,9 @@ def train(
   workdir: str | Path,
   profile: str = "",
   evaluator: Evaluator | None = None,
-  wish: resume.Wish | None = None,
+  options: resume.ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, and resumes what `workdir` holds as `wish` says.
+  """Trains until `config.train.steps`, and resumes what `workdir` holds as `options` says.
 
   `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
   `config.evaluate` says. The folder is locked meanwhile.
@@ -95,7 +95,9 @@ def train(
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
-    return _train(config, Path(workdir), profile, watchdog, evaluator, wish or resume.Wish(), lock)
+    return _train(
+      config, Path(workdir), profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _Run:
   book: ledger.Ledger
   watchdog: processes.Watchdog
   lock: locks.Lock
-  wish: resume.Wish
+  options: resume.ResumeOptions
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
 
 
@@ -150,7 +152,7 @@ def _train(
   profile: str,
   watchdog: processes.Watchdog,
   evaluator: Evaluator | None,
-  wish: resume.Wish,
+  options: resume.ResumeOptions,
   lock: locks.Lock,
 ) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
@@ -158,14 +160,14 @@ def _train(
     peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
   runs.check_config(folder, config)
   sinks.check(config)
-  begun = resume.first(folder, wish)
+  begun = resume.first(folder, options)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   tokenizer = open_tokenizer(config)
   preflight.check_config(config, tokenizer)
   inputs = read()
-  changed = resume.compare_inputs(folder, begun, inputs, wish.changed)
+  changed = resume.compare_inputs(folder, begun, inputs, options.changed)
   known = resume.about(folder, begun)
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
@@ -203,7 +205,7 @@ def _train(
       book,
       watchdog,
       lock,
-      wish,
+      options,
       {"inputs": inputs, "inputs_before": before},
     )
     processes.collective(
@@ -220,7 +222,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
-    train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
+    train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
@@ -243,8 +245,8 @@ def _loop(
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
-  if run.wish.step is not None:
-    about["from_step"] = run.wish.step
+  if run.options.step is not None:
+    about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
   if not jax.process_index() and first < config.train.steps:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)

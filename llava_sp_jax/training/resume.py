@@ -30,7 +30,7 @@ INPUTS = {"data": "data.path", "tokenizer": "data.tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class ResumeOptions:
   """Holds what a user asked for when a run resumes.
 
   `step` is the step to resume from; None is the newest. `changed` names the INPUTS that may differ
@@ -41,7 +41,7 @@ class Wish:
   changed: frozenset[str] = frozenset()
 
   @classmethod
-  def of(cls, step: str, changed: str) -> Wish:
+  def of(cls, step: str, changed: str) -> ResumeOptions:
     """Parses the values of --from-step and --allow-changed. Raises: ConfigError."""
     if step and not (step.isascii() and step.isdigit() and len(step) <= DIGITS):
       raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r:.40}")
@@ -51,29 +51,29 @@ class Wish:
     return cls(int(step) if step else None, names)
 
 
-def first(folder: Path, wish: Wish) -> int:
+def first(folder: Path, options: ResumeOptions) -> int:
   """Returns the step that a run resumes from, 0 for its start; changes nothing on disk.
 
-  A run that has already gone back to `wish.step`, and was stopped after it, resumes from its newest
-  step.
+  A run that has already gone back to `options.step`, and was stopped after it, resumes from its
+  newest step.
 
   Raises: CheckpointError when there is no such step, or no step can be read.
   """
   whole, bad = on_disk.steps(folder), on_disk.damaged(folder)
-  if wish.step is None:
+  if options.step is None:
     if bad and not whole:
       raise CheckpointError(
         f"{folder}: {on_disk.listed(bad)}; no other step is there. --from-step 0 trains anew"
       )
     return max(whole, default=0)
-  if whole and about(folder, whole[-1]).get("from_step") == wish.step < whole[-1]:
+  if whole and about(folder, whole[-1]).get("from_step") == options.step < whole[-1]:
     return whole[-1]
-  if wish.step and wish.step not in whole:
-    why = bad.get(wish.step, "it is not there")
+  if options.step and options.step not in whole:
+    why = bad.get(options.step, "it is not there")
     raise CheckpointError(
-      f"--from-step {wish.step}: {why}; steps of {folder}: {', '.join(map(str, whole)) or 'none'}"
+      f"--from-step {options.step}: {why}; steps of {folder}: {', '.join(map(str, whole)) or 'none'}"
     )
-  return wish.step
+  return options.step
 
 
 def about(folder: Path, step: int) -> dict[str, Any]:
@@ -123,12 +123,16 @@ def _set_aside(folder: Path, number: int, why: str) -> None:
 
 
 def restore(
-  checkpoints: manager.Checkpoints, fresh: TrainState, base: str, folder: Path, wish: Wish
+  checkpoints: manager.Checkpoints,
+  fresh: TrainState,
+  base: str,
+  folder: Path,
+  options: ResumeOptions,
 ) -> TrainState:
   """Returns the state of the newest step that can be read, or `fresh` if there is none.
 
-  All processes restore the same step. If a step cannot be read, older ones are tried, unless `wish`
-  names a step. `base` is the fingerprint of the frozen parameters.
+  All processes restore the same step. If a step cannot be read, older ones are tried, unless
+  `options` names a step. `base` is the fingerprint of the frozen parameters.
 
   Raises: CheckpointError when the run was trained on another base, or no step can be read.
   """
@@ -142,7 +146,7 @@ def restore(
       found = processes.collective(f"step {number} is restored", read)
     except (CheckpointError, processes.PeerError) as error:
       bad[number] = str(error)
-      if wish.step == number:
+      if options.step == number:
         break
       continue
     assert found is not None
