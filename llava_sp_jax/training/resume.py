@@ -71,7 +71,8 @@ def first(folder: Path, options: ResumeOptions) -> int:
   if options.step and options.step not in whole:
     why = bad.get(options.step, "it is not there")
     raise CheckpointError(
-      f"--from-step {options.step}: {why}; steps of {folder}: {', '.join(map(str, whole)) or 'none'}"
+      f"--from-step {options.step}: {why}; steps of {folder}: "
+      f"{', '.join(map(str, whole)) or 'none'}"
     )
   return options.step
 
