@@ -49,12 +49,13 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   @property
   def latest(self) -> int | None:
+    """Returns the newest step that Orbax lists; None without any."""
     return self._manager.latest_step()
 
   def preempted(self, step: int) -> bool:
     """Returns whether the cluster will stop this job after step `step`.
 
-    Only runs of several processes are told.
+    It is False where JAX's distributed service does not run, as in most runs of a single process.
     """
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 

@@ -84,4 +84,5 @@ def damaged(folder: Path) -> dict[int, str]:
 
 
 def listed(problems: Mapping[int, str]) -> str:
+  """Joins the problems of steps, as `damaged` returns them, to one text."""
   return "; ".join(f"step {step} cannot be used: {why}" for step, why in sorted(problems.items()))

@@ -157,6 +157,7 @@ def _floats(loaded: Loaded) -> Leaves:
 
 
 def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes and dtypes of a model's parameters as a flat dictionary."""
   return flatten_dict(build.abstract(model), sep="/")
 
 

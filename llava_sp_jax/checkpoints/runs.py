@@ -30,6 +30,7 @@ def read_config(folder: str | Path) -> config_lib.Config:
 
 
 def write_config(folder: Path, config: config_lib.Config) -> None:
+  """Writes the config of a run completely or not at all; makes the folder if need be."""
   folder.mkdir(parents=True, exist_ok=True)
   temporary = folder / (CONFIG_FILE + ".part")
   with folders.written(folder / CONFIG_FILE):

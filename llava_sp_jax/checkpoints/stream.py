@@ -171,6 +171,7 @@ class SavedItem:
     return {p: Stored(p, tuple(m.shape), np.dtype(m.dtype), self) for p, m in saved.items()}
 
   def read(self, path: str) -> np.ndarray:
+    """Returns the values of a leaf."""
     if path not in self._last:
       self._last.clear()
       with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:

@@ -56,6 +56,7 @@ class Folder:
   config: settings.Json
 
   def has(self, *stems: str) -> bool:
+    """Returns whether a file, other than JSON, has one of these stems before its first dot."""
     return any(name.split(".")[0] in stems for name in self.files if not name.endswith(".json"))
 
 

@@ -32,6 +32,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: int) -> Kind:
+  """Returns the kind of an integer in a range, both ends included."""
   return Kind(
     f"a whole number from {low} to {high}",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
@@ -39,6 +40,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def real(low: float, high: float) -> Kind:
+  """Returns the kind of a finite number in a range, both ends included."""
   return Kind(
     f"a number from {low:g} to {high:g}",
     lambda v: _is_number(v) and low <= v <= high and math.isfinite(v),
@@ -46,18 +48,22 @@ def real(low: float, high: float) -> Kind:
 
 
 def choice(*names: str) -> Kind:
+  """Returns the kind of one of these texts."""
   return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
 
 
 def maybe(kind: Kind) -> Kind:
+  """Returns the kind that also accepts null."""
   return Kind(f"{kind.what}, or null", lambda v: v is None or kind.holds(v))
 
 
 def either(*kinds: Kind) -> Kind:
+  """Returns the kind that accepts what any of these kinds accepts."""
   return Kind(" or ".join(k.what for k in kinds), lambda v: any(k.holds(v) for k in kinds))
 
 
 def listing(kind: Kind, least: int = 1, most: int = 4096) -> Kind:
+  """Returns the kind of a list with `least` to `most` items of one kind."""
   count = f"{least}" if least == most else f"{least} to {most}"
   return Kind(
     f"a list of {count} items, each {kind.what}",

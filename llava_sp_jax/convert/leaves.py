@@ -35,13 +35,16 @@ class Leaf:
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the whole array."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   @property
   def origin(self) -> str:
+    """Returns the source of the leaf for messages."""
     return self.path
 
   def read(self, index: Index | None = None) -> np.ndarray:
+    """Returns the values, or those of `index`, a slice for each axis."""
     raise NotImplementedError
 
 
@@ -96,6 +99,7 @@ class InTensors(Leaf):
     return self.tensors[0].name + more
 
   def first_layers(self, count: int) -> InTensors:
+    """Returns the leaf with its first `count` layers."""
     shape = (count, *self.shape[1:])
     return dataclasses.replace(self, shape=shape, tensors=self.tensors[:count])
 

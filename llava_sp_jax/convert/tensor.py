@@ -37,9 +37,11 @@ class Tensor:
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the whole array."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   def renamed(self, name: str) -> Tensor:
+    """Returns the tensor under another name."""
     return dataclasses.replace(self, name=name)
 
 

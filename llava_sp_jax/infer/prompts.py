@@ -83,6 +83,7 @@ class Prompt:
 
   @property
   def length(self) -> int:
+    """Returns the number of positions."""
     return self.pieces[-1].start + len(self.pieces[-1].tokens)
 
 
@@ -119,6 +120,7 @@ def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
 
 
 def keys_of(request: Request) -> tuple[str, ...]:
+  """Returns the keys of a request's images. Raises: SampleError as `key_of`."""
   return tuple(map(key_of, request.images))
 
 
@@ -143,6 +145,7 @@ class Pictures:
     self._tiles: dict[str, np.ndarray] = {}
 
   def forget(self) -> None:
+    """Drops all plans and pixels."""
     with self._lock:
       self._plans.clear()
       self._tiles.clear()
@@ -191,7 +194,7 @@ class Prompts:
   """Makes prompts as the config of a model says; any thread may call it."""
 
   def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, share: bool = True):
-    """With `share` False, each prompt is one piece, so nothing of it is shared."""
+    """Prepares the template and the reader of images; `share` False makes prompts of one piece."""
     self._template = conversation.TEMPLATES[config.data.template]
     self._tokenizer, self._share = tokenizer, share
     self.pictures = Pictures(

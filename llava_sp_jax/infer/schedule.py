@@ -56,6 +56,7 @@ class Schedule:
     self._front: Ready | None = None
 
   def close(self) -> None:
+    """Stops the worker threads; prompts that were not begun are dropped."""
     self._threads.shutdown(wait=True, cancel_futures=True)
 
   def peek(self) -> Ready | None:

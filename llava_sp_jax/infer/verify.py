@@ -28,6 +28,7 @@ class Comparison:
 
   @property
   def within_bounds(self) -> bool:
+    """Returns whether the difference is explained by the rounding of BOUNDS."""
     return self.largest <= BOUNDS[self.dtype]
 
   def __str__(self) -> str:

@@ -64,6 +64,7 @@ class Case:
 
   @property
   def platform(self) -> str:
+    """Returns the platform that the program is compiled for."""
     return self.spec.platform or jax.default_backend()
 
 

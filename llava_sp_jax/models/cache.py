@@ -31,6 +31,7 @@ class KVCache(NamedTuple):
 
   @property
   def capacity(self) -> int:
+    """Returns S."""
     return self.values[0].shape[-2]
 
 

@@ -98,6 +98,7 @@ class NF4:
 
   @property
   def whole(self) -> bool:
+    """Returns whether a slice needs all inputs of its outputs, as `Int8.whole`."""
     return self.double
 
   def quantize(self, kernel: Array) -> Leaves:

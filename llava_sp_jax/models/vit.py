@@ -83,6 +83,7 @@ class VisionTransformer(nn.Module):
 
   @property
   def grid(self) -> int:
+    """Returns G, the patches along one side."""
     return self.image_size // self.patch_size
 
   @nn.compact

@@ -53,7 +53,9 @@ class Result:
 class Evaluator(Protocol):
   """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
-  def due(self, number: int) -> bool: ...
+  def due(self, number: int) -> bool:
+    """Returns whether step `number` is followed by an evaluation."""
+    ...
 
   def __call__(
     self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]

@@ -55,6 +55,7 @@ class Log:
 
   @property
   def seconds(self) -> float:
+    """Returns the seconds since this object was made."""
     return time.monotonic() - self._started
 
   def waiting(self, iterator: Any) -> Any:

@@ -21,8 +21,13 @@ Record = Mapping[str, Any]
 class Sink(Protocol):
   """Takes the records of a run, each `{name: number}` with its `step`."""
 
-  def write(self, record: Record) -> None: ...
-  def close(self) -> None: ...
+  def write(self, record: Record) -> None:
+    """Takes one record."""
+    ...
+
+  def close(self) -> None:
+    """Ends the output."""
+    ...
 
 
 class JsonLines:
