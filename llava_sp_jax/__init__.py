@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from llava_sp_jax.config import Config as Config
   from llava_sp_jax.eval.evaluate import evaluate as evaluate
+  from llava_sp_jax.eval.train import train as train
   from llava_sp_jax.infer.engine import Engine as Engine
   from llava_sp_jax.infer.generation import Generation as Generation
   from llava_sp_jax.infer.prompts import Answer as Answer
@@ -38,6 +39,7 @@ _HOMES = {
   "VisionLanguageModel": "infer.vlm",
   "evaluate": "eval.evaluate",
   "load": "infer.vlm",
+  "train": "eval.train",
   "train_step": "training.step",
 }
 __all__ = [*_HOMES]

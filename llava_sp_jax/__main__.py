@@ -1,4 +1,4 @@
-"""`python -m llava_sp_jax <command>`: the same as `llava-sp <command>`."""
+"""Runs `python -m llava_sp_jax <command>`, which is the same as `llava-sp <command>`."""
 
 import sys
 

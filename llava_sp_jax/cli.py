@@ -1,4 +1,4 @@
-"""`llava-sp <command>`: the one console command. Heavy imports happen inside the commands."""
+"""Runs the console command `llava-sp <command>`; heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 
 from llava_sp_jax import __version__, console, environment
 
-TRACEBACK = "--traceback"  # with any command: where an error came from
+TRACEBACK = "--traceback"  # with any command: prints the traceback of an error
 
 # command: (module under llava_sp_jax with `main(argv)`, what it does)
 COMMANDS = {
@@ -24,13 +24,14 @@ COMMANDS = {
   "convert": ("tools.convert", "read a torch checkpoint of any known format into a folder of ours"),
   "export": ("tools.export", "write a checkpoint for the original code, PEFT or transformers"),
   "merge": ("tools.merge", "fold the adapters into the decoder"),
-  "inspect": ("tools.inspect", "what a checkpoint is: row, sizes, dtypes, parameters"),
+  "inspect": ("tools.inspect", "what a checkpoint is: variant, sizes, dtypes, parameters"),
   "check": ("tools.check", "look through a data set for what training would leave out"),
   "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
 }
 
 
 def usage() -> str:
+  """Returns the text of `llava-sp --help`."""
   rows = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
   return f"""llava-sp {__version__}: LLaVA-SP (visual spatial tokens) in JAX
 
@@ -49,7 +50,7 @@ example:
 """
 
 
-# What is told of the command itself.
+# Options of `llava-sp` itself: {option: function that returns the text to print}.
 ABOUT = {
   **dict.fromkeys(("-h", "--help", "help"), usage),
   "--version": lambda: __version__,
@@ -57,20 +58,23 @@ ABOUT = {
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns its exit code. What a user can cause is one line on standard error."""
+  """Runs a command and returns its exit code.
+
+  An error that a user can cause becomes one line on standard error.
+  """
   console.open_streams()
   code = 0
   try:
     try:
       code = _run(sys.argv[1:] if argv is None else argv)
     finally:
-      console.flush()  # here, where what goes wrong can still be told
-  except BrokenPipeError:  # who reads it has seen enough: `llava-sp inspect CKPT | head`
+      console.flush()  # here, where an error can still be reported
+  except BrokenPipeError:  # the reader has closed the pipe: `llava-sp inspect CKPT | head`
     console.silence(sys.stdout)
     return 128 + signal.SIGPIPE
   except console.StreamError as error:
     console.silence(sys.stdout)
-    if not code:  # else its cause was told
+    if not code:  # otherwise an error was already printed
       print(f"llava-sp: {console.error_line(error)}", file=sys.stderr)
     return code or 1
   return code

@@ -1,4 +1,7 @@
-"""What reaches a terminal: text that drives none, through streams that may be closed, full or ASCII."""
+"""Prints text to terminals safely, through streams that may be closed, full or ASCII only.
+
+Control characters in a text, for instance in a file name, are escaped.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from typing import Any, TextIO
 
 from llava_sp_jax.errors import LlavaSPError
 
-# What a terminal obeys instead of showing it (control characters, C0 and C1, but for tab and newline),
-# what turns the direction of text around or ends a line unseen, and halves of surrogate pairs. The
-# joiners of scripts and emoji (U+200C, U+200D) belong to the text.
+# Characters that control a terminal (C0 and C1, except tab and newline), change the direction of
+# text, are invisible or end a line, and halves of surrogate pairs. The joiners of scripts and emoji
+# (U+200C, U+200D) belong to the text.
 _OBEYED = re.compile(
   "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
@@ -22,26 +25,26 @@ _GAP = " ... "
 
 
 def safe(text: str) -> str:
-  """`text` with all that a terminal would obey written as escapes; tabs and newlines stay."""
+  """Returns `text` with all characters that control a terminal escaped; tabs and newlines stay."""
   return _OBEYED.sub(lambda found: _escape(found[0]), text)
 
 
 def one_line(text: object) -> str:
-  """A text, such as a name out of a file, on one line that a terminal shows and does not obey.
+  """Returns a text, such as a name from a file, on one line without control characters.
 
-  Lines are joined by semicolons, or by nothing but a blank behind a colon.
+  Lines are joined by semicolons, or by a blank after a colon.
   """
   lines = [part for line in str(text).split("\n") if (part := line.strip())]
   return safe("; ".join(lines).replace(":; ", ": ").replace("\t", " "))
 
 
 def shortened(text: str, longest: int) -> str:
-  """A text of any length as one line of at most `longest` characters that every terminal can print.
+  """Returns a text of any length as one line of at most `longest` printable characters.
 
-  Stricter than `safe`: what has no glyph of its own is escaped. Of what is too long the beginning and
-  the end are kept.
+  It is stricter than `safe`: everything that is not printable is escaped. From a longer text, the
+  beginning and the end are kept.
   """
-  if len(text) > 4 * longest:  # what falls out is in the gap below
+  if len(text) > 4 * longest:  # the part that is dropped here falls into the gap below
     text = text[: 2 * longest] + text[-2 * longest :]
   line = "".join(c if c.isprintable() else " " if c.isspace() else _escape(c) for c in text)
   if len(line) <= longest:
@@ -51,9 +54,9 @@ def shortened(text: str, longest: int) -> str:
 
 
 def error_line(error: BaseException) -> str:
-  """The line of an error; empty for one that is a mistake of ours and keeps its traceback.
+  """Returns the line that reports an error; "" for a bug of this package.
 
-  Names out of files stand in it: what a terminal would obey is escaped.
+  Control characters in it are escaped, because names from files stand in it.
   """
   return one_line(_error_text(error))
 
@@ -72,7 +75,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:
-  """Prints a text of several lines at once; what came out of files in it drives no terminal.
+  """Prints a text of several lines at once, with control characters escaped.
 
   Raises: BrokenPipeError, StreamError.
   """
@@ -85,9 +88,10 @@ def _escape(character: str) -> str:
 
 
 def open_streams() -> None:
-  """Makes standard output and standard error writable, whatever the shell made of them.
+  """Makes standard output and standard error writable.
 
-  A closed one takes what is written and drops it. What a stream's encoding cannot hold is escaped.
+  Output to a closed stream is discarded. Characters that the encoding of a stream lacks are
+  escaped.
   """
   for name in ("stdout", "stderr"):
     stream: Any = getattr(sys, name)
@@ -98,18 +102,18 @@ def open_streams() -> None:
 
 
 class StreamError(LlavaSPError, RuntimeError):
-  """Standard output takes no more."""
+  """Raised when standard output cannot be written."""
 
 
 def flush() -> None:
-  """Hands on what standard output holds back. Raises: BrokenPipeError, StreamError."""
+  """Flushes standard output. Raises: BrokenPipeError, StreamError."""
   with _taking():
     sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def _taking() -> Iterator[None]:
-  """Raises: BrokenPipeError, and StreamError in place of what else a stream fails with."""
+  """Turns any OSError of the block, except BrokenPipeError, into a StreamError."""
   try:
     yield
   except BrokenPipeError:
@@ -119,13 +123,13 @@ def _taking() -> Iterator[None]:
 
 
 class Patient:
-  """Passes text on to a stream; when nobody reads it any more, what follows is thrown away."""
+  """Passes text on to a stream, and discards it once the reader has closed the pipe."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream
 
   def write(self, text: str) -> int:
-    """Returns the number of characters, whether they were read or not."""
+    """Writes `text` and returns its length, also if it was discarded."""
     try:
       return self._stream.write(text)
     except BrokenPipeError:
@@ -133,7 +137,7 @@ class Patient:
       return len(text)
 
   def flush(self) -> None:
-    """Passes on what was held back."""
+    """Flushes the stream."""
     try:
       self._stream.flush()
     except BrokenPipeError:
@@ -147,7 +151,7 @@ class Patient:
 
 
 def silence(stream: TextIO) -> None:
-  """Lets all that is written to a stream vanish, also what it holds back."""
+  """Redirects a stream to the null device, also the text in its buffer."""
   place = os.open(os.devnull, os.O_WRONLY)
   os.dup2(place, stream.fileno())
   os.close(place)
@@ -155,7 +159,7 @@ def silence(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-  """Work in the block is not ended by a closed pipe: `llava-sp train ... | head` trains on."""
+  """Keeps the block running after its pipe is closed, as in `llava-sp train ... | head`."""
   out, err = Patient(sys.stdout), Patient(sys.stderr)
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     yield

@@ -1,7 +1,7 @@
-"""What a command sets before JAX is imported: the compilation cache, and silence about what is absent.
+"""Sets environment variables before JAX is imported: the compilation cache, and fewer messages.
 
-Everything is an environment variable that JAX or a library reads when it starts, so child processes
-inherit it, and a value that the user has set stays.
+JAX and other libraries read them when they start, so child processes inherit them. A value that the
+user has set is kept.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 NO_CACHE = "--no-cache"
 ENABLED = "JAX_ENABLE_COMPILATION_CACHE"
 FOLDER = "JAX_COMPILATION_CACHE_DIR"
-KEEP_DAYS = 60  # of an entry that is not read
+KEEP_DAYS = 60  # age at which an unused cache entry is deleted
 
-# JAX leaves out what compiles in under a second, which is most of a small model's programs.
+# By default, JAX does not cache programs that compile in under a second: most of a small model's.
 CACHE_EVERYTHING = {
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-# transformers says on import that PyTorch is absent; only its tokenizers and configs are used here.
+# On import, transformers warns that PyTorch is absent; only its tokenizers and configs are used.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-# libtpu asks for its host's names and prints errors where there are none, that is without a TPU.
+# Without a TPU, libtpu looks up the names of its hosts and prints errors.
 QUIET_WITHOUT_TPU = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
-# How a host shows its chips: Google's PCI vendor id, or a device file (in a container, say).
+# Signs of TPU chips on a host: Google's PCI vendor id, or a device file (in a container, say).
 TPU_VENDOR_FILES, TPU_VENDOR = "sys/bus/pci/devices/*/vendor", "0x1ae0"
 TPU_DEVICE_FILES = ("dev/accel*", "dev/vfio/[0-9]*")
 
@@ -40,7 +40,7 @@ Environment = MutableMapping[str, str]
 
 
 def prepare(arguments: Sequence[str], environment: Environment = os.environ) -> list[str]:
-  """Sets up `environment` for a command; returns its arguments without `--no-cache`."""
+  """Sets up `environment` for a command, and returns its arguments without `--no-cache`."""
   wanted = NO_CACHE not in arguments
   _compilation_cache(wanted, environment)
   for name, value in QUIET.items():
@@ -52,34 +52,37 @@ def prepare(arguments: Sequence[str], environment: Environment = os.environ) -> 
 
 
 def cache_folder(environment: Environment = os.environ) -> Path:
-  """Where programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise.
+  """Returns the compilation cache that is used unless JAX_COMPILATION_CACHE_DIR is set.
 
-  Each kind of CPU has its own folder: a home directory may be shared by hosts that differ, and JAX's
-  key does not tell them apart.
+  Each kind of CPU has its own folder. A home directory may be shared by different hosts, and JAX's
+  cache key does not tell them apart.
   """
   home = environment.get("XDG_CACHE_HOME", "")
   # The XDG specification: a relative path is invalid and is ignored.
   try:
     base = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
-  except RuntimeError:  # a user without a home: what mkdir then says is read and told
+  except RuntimeError:  # a user without a home: mkdir fails below and the error is printed
     base = Path("/nonexistent/.cache")
   return base / "llava-sp-jax" / f"xla-{platform.machine()}-{_cpu()}"
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
-  """Whether this host shows TPU chips."""
+  """Returns whether this host has TPU chips."""
   vendors = []
   for file in root.glob(TPU_VENDOR_FILES):
-    with contextlib.suppress(OSError):  # a device that may not be looked at
+    with contextlib.suppress(OSError):  # no permission to read
       vendors.append(file.read_text().strip())
   return TPU_VENDOR in vendors or any(list(root.glob(pattern)) for pattern in TPU_DEVICE_FILES)
 
 
 def remove_unused(folder: Path, now: float | None = None) -> None:
-  """Deletes the files below `folder` that were not read or written for KEEP_DAYS."""
+  """Deletes the files below `folder` that were not read or written for KEEP_DAYS.
+
+  `now` is in seconds since the epoch.
+  """
   oldest = (time.time() if now is None else now) - KEEP_DAYS * 24 * 3600
   for file in folder.rglob("*"):
-    with contextlib.suppress(OSError):  # other processes do the same
+    with contextlib.suppress(OSError):  # another process may have deleted it
       about = file.stat()
       if file.is_file() and max(about.st_atime, about.st_mtime) < oldest:
         file.unlink()
@@ -93,7 +96,7 @@ def _compilation_cache(wanted: bool, environment: Environment) -> None:
   folder = environment.setdefault(FOLDER, str(cache_folder(environment)))
   for name, value in CACHE_EVERYTHING.items():
     environment.setdefault(name, value)
-  # "" is no cache for JAX; a bucket is its own matter.
+  # For JAX, "" means no cache. A bucket (a URL) is not checked here.
   if not folder or "://" in folder or environment.get(ENABLED, "true").lower() in ("0", "false"):
     return
   try:
@@ -113,7 +116,7 @@ def _compilation_cache(wanted: bool, environment: Environment) -> None:
 
 
 def _cpu() -> str:
-  """Eight hexadecimal digits of the CPU's model and its instruction sets."""
+  """Returns eight hexadecimal digits that identify the CPU model and its instruction sets."""
   try:
     first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
   except OSError:

@@ -1,15 +1,15 @@
-"""The base of every error whose text was written for a user."""
+"""Defines the base of all errors whose message is written for users."""
 
 from __future__ import annotations
 
 
 class LlavaSPError(Exception):
-  """What was found, what was expected and what to do, in one line that a command prints.
+  """States what was found, what was expected and what to do, in one line that a command prints.
 
-  Every error that a user can cause derives from it; an error that does not is a mistake of this
-  package and keeps its traceback (`--traceback` shows one for all).
+  Every error that a user can cause derives from it. Any other error is a bug of this package and is
+  shown with its traceback (`--traceback` shows the traceback of every error).
   """
 
 
 class CheckpointError(LlavaSPError, RuntimeError):
-  """A run folder that cannot be used; the message says what was found and what to do."""
+  """Raised for a run folder that cannot be used; the message says why and what to do."""

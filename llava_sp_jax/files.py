@@ -1,7 +1,7 @@
-"""Foreign files: only regular ones are opened, only as much is read as was asked for.
+"""Reads foreign files: opens only regular files, and reads no more than was asked for.
 
-A pipe, a socket or a device would block or never end; a folder, a link that leads nowhere or a file
-that may not be read ends in the same one line.
+A pipe, a socket or a device would block or never end. These, folders, dangling links and unreadable
+files raise the same error of one line.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from llava_sp_jax.errors import LlavaSPError
 
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}  # fmt: skip
-POINTER = b"version https://git-lfs"  # how such a file begins
+POINTER = b"version https://git-lfs"  # the beginning of a Git LFS pointer
 
 
 class FormatError(LlavaSPError, ValueError):
-  """A file that cannot be used; names the file and what was expected."""
+  """Raised for a file that cannot be used; names the file and what was expected."""
 
 
 def is_regular(path: Path) -> bool:
-  """Whether a regular file is there; False for a name that no file can have."""
+  """Returns whether a regular file exists; False for an impossible name."""
   try:
     return path.is_file()
   except (OSError, ValueError):
@@ -31,9 +31,9 @@ def is_regular(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-  """Opens a regular file for reading, without a buffer and without waiting.
+  """Opens a regular file for reading, unbuffered and without blocking.
 
-  Raises: FormatError when there is no such file, it is no regular one or cannot be read.
+  Raises: FormatError when the file is missing, not regular, or unreadable.
   """
   try:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -51,25 +51,31 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def refuse_pointer(path: Path, data: bytes) -> None:
-  """Raises: FormatError for what Git left of a large file that it keeps elsewhere."""
+  """Raises FormatError when `data` is a Git LFS pointer instead of the file."""
   if data.startswith(POINTER):
     raise FormatError(f"{path}: a pointer of Git LFS, not the file itself; git lfs pull brings it")
 
 
 def read(path: Path, limit: int) -> bytes:
-  """All bytes of a regular file. Raises: FormatError, also for a file of more than `limit` bytes."""
+  """Returns all bytes of a regular file.
+
+  Raises: FormatError, also for a file of more than `limit` bytes.
+  """
   with open_regular(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size > limit:
       raise FormatError(f"{path}: {size:,} bytes, expected at most {limit:,}")
-    # Not to the end: what /proc shows has no size, and may have no end.
+    # Reads `size` bytes, not to the end: files in /proc report size 0 and may have no end.
     data = read_at(file, path, 0, size)
   refuse_pointer(path, data)
   return data
 
 
 def read_at(file: BinaryIO, path: Path, start: int, count: int) -> bytes:
-  """At most `count` bytes, fewer at the file's end. Raises: FormatError when it cannot be read."""
+  """Returns `count` bytes from offset `start`, fewer at the end of the file.
+
+  Raises: FormatError when the file cannot be read.
+  """
   parts = []
   try:
     while count and (part := os.pread(file.fileno(), min(count, 1 << 30), start)):

@@ -1,8 +1,8 @@
-"""What an output folder may be: absent, empty, or left unfinished by the same command.
+"""Makes output folders, which must be absent, empty, or left unfinished by the same command.
 
-Commands neither remove nor overwrite what they did not make. While a folder is written it holds a
-lock (`locks`) and a mark that names the command; both go when it is whole. So a command that was killed
-runs again, another one is refused, and two at once are refused as well.
+Commands neither remove nor overwrite files that they did not make. While a folder is written, it
+holds a lock (`locks`) and a mark that names the command. Both are removed when the folder is
+complete. So a killed command can be run again, another command is refused, and so are two at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from llava_sp_jax import locks
 from llava_sp_jax.errors import LlavaSPError
 
 MARK = "unfinished.json"
-PART = ".part"  # what a folder's name ends in until it is whole
+PART = ".part"  # suffix of a folder that is not complete
 
 
 class FolderError(LlavaSPError, ValueError):
-  """An output folder that a command would have to overwrite; the message says what is in it."""
+  """Raised for an output folder that a command would have to overwrite; names its content."""
 
 
 @contextlib.contextmanager
 def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
-  """Yields `out`, which may be written until the block ends; then it counts as whole.
+  """Yields `out`, which may be written until the block ends; then it counts as complete.
 
-  Of what a killed call of the same `command` left, the names in `makes` are removed first. After an
-  error the mark stays, and with it the right of the same command to write the folder again.
+  If a killed call of the same `command` left files, those named in `makes` are removed first. After
+  an error the mark stays, so that the same command may write the folder again.
 
   Raises:
     FolderError: when `out` is a file, or holds anything that this command did not make.
@@ -47,23 +47,25 @@ def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
       yield out
     except BaseException:
       if not {path.name for path in out.iterdir()} - {MARK, locks.FILE}:
-        (out / MARK).unlink()  # nothing was begun
+        (out / MARK).unlink()  # nothing was written
       raise
     (out / MARK).unlink()
 
 
 @contextlib.contextmanager
 def renamed(out: Path, command: str) -> Iterator[Path]:
-  """Yields a folder beside `out` that gets its name when the block ends; removed after an error.
+  """Yields a folder beside `out` that is renamed to `out` when the block ends.
 
-  Raises: FolderError, LockError as `new`, also for the folder beside it.
+  After an error, its content is removed.
+
+  Raises: FolderError, LockError as `new`, also for the folder beside `out`.
   """
   check(out, "")
   part = out.with_name(out.name + PART)
   check(part, command)
   with locks.Lock(part, f"llava-sp {command}"):
     check(part, command)
-    _empty(part)  # its mark says that a killed call of this command made it
+    _empty(part)  # its mark says that a killed call of this command left it
     (part / MARK).write_text(json.dumps({"command": command}) + "\n")
     try:
       yield part
@@ -71,7 +73,7 @@ def renamed(out: Path, command: str) -> Iterator[Path]:
       _empty(part)
       raise
     (part / MARK).unlink()
-    (part / locks.FILE).unlink(missing_ok=True)  # the whole folder holds what was asked for only
+    (part / locks.FILE).unlink(missing_ok=True)  # the complete folder holds only what was asked for
     check(out, "")
     if out.exists():
       out.rmdir()
@@ -79,7 +81,7 @@ def renamed(out: Path, command: str) -> Iterator[Path]:
 
 
 def check(out: Path, command: str) -> None:
-  """Raises: FolderError when `command` may not write `out`."""
+  """Raises FolderError when `command` may not write `out`."""
   if not out.exists() and not out.is_symlink():
     return
   if not out.is_dir():
@@ -88,7 +90,7 @@ def check(out: Path, command: str) -> None:
   if not held:
     return
   mark = _mark(out)
-  if mark == "" and held == [MARK]:  # torn: whoever began it was killed at once
+  if mark == "" and held == [MARK]:  # a command was killed while it wrote the mark
     return
   if mark is None:
     shown = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
@@ -100,7 +102,7 @@ def check(out: Path, command: str) -> None:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or folder that this command made; nothing where there is none."""
+  """Removes a file or folder, if it exists."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
@@ -108,7 +110,7 @@ def remove(path: Path) -> None:
 
 
 def _mark(out: Path) -> str | None:
-  """The command that has not finished `out`; None without a mark."""
+  """Returns the command that has left `out` unfinished, "" for a damaged mark, None without one."""
   try:
     values = json.loads((out / MARK).read_text())
   except FileNotFoundError:
@@ -125,7 +127,7 @@ def _empty(folder: Path) -> None:
 
 
 def rename_aside(path: Path, place: Path) -> Path:
-  """Moves `path` below the folder `place`, under a name that is free there; where it is now."""
+  """Moves `path` into the folder `place` under a free name, and returns its new path."""
   place.mkdir(exist_ok=True)
   names = (path.name, *(f"{path.name}-{number}" for number in range(2, 1 << 16)))
   free = next(place / name for name in names if not os.path.lexists(place / name))
@@ -135,7 +137,7 @@ def rename_aside(path: Path, place: Path) -> Path:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-  """Names the file in an error of writing it, which by itself often says only that a disk is full.
+  """Adds the path to an OSError of the block, which often says only that a disk is full.
 
   Raises: OSError.
   """

@@ -1,8 +1,8 @@
-"""What one chip can do: peak rates, memory and links, in one table.
+"""Lists the peak rates, memory and links of accelerator chips in one table.
 
-Sources: the vendors' data sheets (peak, without sparsity); Google's pages "TPU v4 / v5e / v5p / v6e"
-(HBM); "How to scale your model" (Austin et al. 2025), chapter 2 (links, wrap-around, vector unit).
-Effective HBM rates and clocks were found by comparing the compiler's own cycle estimates.
+Sources: the vendors' data sheets (peak, without sparsity); Google's pages "TPU v4 / v5e / v5p /
+v6e" (HBM); "How to scale your model" (Austin et al. 2025), chapter 2 (links, wrap-around, vector
+unit). Effective HBM rates and clocks were found by comparing the compiler's own cycle estimates.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One accelerator. Rates in bytes or operations per second; what only `plan` asks is 0 where unknown."""
+  """Describes one accelerator; rates are in bytes or operations per second.
+
+  Values that only `plan` uses are 0 where unknown.
+  """
 
   device_kind: str  # regular expression over jax's name of the device
   peak_flops: float  # bf16, dense
   platform: str = "cuda"
-  hbm_bytes: int = 0  # what a program may use: the compiler's own limit where it is known
-  hbm_rate: float = 0.0  # effective, not the data sheet's
+  hbm_bytes: int = 0  # limit of a program: the compiler's own where it is known
+  hbm_rate: float = 0.0  # effective rate, not that of the data sheet
   link_rate: float = 0.0  # one ICI link, one way
   vector_rate: float = 0.0  # elementwise operations
   clock: float = 0.0  # Hz
-  config_name: str = ""  # how libtpu is told to see a chip's two cores as one device
+  config_name: str = ""  # libtpu setting that makes a chip's two cores one device
   wrap: int = 0  # sides of a slice that are a multiple of this are rings; 0: never
   speed: bool = False  # whether a step time can be predicted
 
 
-# The first whose `device_kind` matches is a device's.
+# The first row whose `device_kind` matches describes a device.
 CHIPS: dict[str, Chip] = {
   "v4": Chip(
     device_kind=r"TPU v4$", platform="tpu", peak_flops=275e12, hbm_bytes=int(30.75 * GIB),
@@ -64,13 +67,19 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_tflops(kind: str) -> float | None:
-  """Peak dense bf16 TFLOP/s of one chip of `kind`; None when no row knows it (a CPU, say)."""
+  """Returns the peak dense bf16 TFLOP/s of one chip of `kind`, jax's name of the device.
+
+  Returns None when no row matches (a CPU, say).
+  """
   found = (chip for chip in CHIPS.values() if re.match(chip.device_kind, kind))
   return next((chip.peak_flops / 1e12 for chip in found), None)
 
 
 def chip_count(devices: Iterable[Any]) -> int:
-  """Chips behind jax's devices: on some TPUs each of a chip's two cores is a device."""
+  """Returns the number of chips that jax's devices belong to.
+
+  On some TPUs, each of a chip's two cores is a device.
+  """
   places = set()
   for device in devices:
     coords = getattr(device, "coords", None)

@@ -1,7 +1,7 @@
-"""The one reader of JSON that others wrote: settings, indexes, headers. Strict, and bounded.
+"""Reads foreign JSON files (settings, indexes, headers) strictly and within bounds.
 
-Beyond what JSON's grammar says it refuses what later code would stumble over: NaN and infinities
-(written out, or as 1e999), a key given twice, deep nesting, half a surrogate pair.
+Beyond the JSON grammar, it refuses values that later code could not handle: NaN and infinities
+(written out, or as 1e999), duplicate keys, deep nesting, and half a surrogate pair.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from llava_sp_jax import files
 from llava_sp_jax.files import FormatError
 
 MAX_BYTES = 16 << 20
-MAX_VALUES = 1 << 19  # brackets and commas: what a text may turn into in memory
+MAX_VALUES = 1 << 19  # brackets and commas, which bound the values in memory
 MAX_DEPTH = 32
-MAX_DIGITS = 300  # of an integer; every one that fits stays within float64
+MAX_DIGITS = 300  # of an integer, so that it fits into float64
 
 Json = dict[str, Any]
-NUMBER = object()  # of a kind in `fits`: a finite number
-LARGEST_NUMBER = 1e300  # what is beyond is damage
+NUMBER = object()  # the kind of a finite number in `fits`
+LARGEST_NUMBER = 1e300  # a larger number is a damaged file
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read(path: Path) -> Any:
-  """The value in a regular UTF-8 file. Raises: FormatError."""
+  """Returns the value in a regular UTF-8 file. Raises: FormatError."""
   return parse(files.read(path, MAX_BYTES), str(path))
 
 
 def read_object(path: Path) -> Json:
-  """As `read`, for a file that holds an object. Raises: FormatError."""
+  """Returns the object in a file, as `read`. Raises: FormatError for any other value."""
   return parse_object(files.read(path, MAX_BYTES), str(path))
 
 
 def parse_object(data: bytes, origin: str) -> Json:
-  """As `parse`, for a text that is an object. Raises: FormatError."""
+  """Returns the object in a text, as `parse`. Raises: FormatError for any other value."""
   values = parse(data, origin)
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a JSON object, found {_kind(values)}")
@@ -45,7 +45,7 @@ def parse_object(data: bytes, origin: str) -> Json:
 
 
 def parse(data: bytes, origin: str) -> Any:
-  """The value of a UTF-8 text; `origin` names it. Raises: FormatError in one line."""
+  """Returns the value of a UTF-8 text; errors name `origin`. Raises: FormatError in one line."""
   held = sum(data.count(sign) for sign in (b"[", b"{", b","))
   if held > MAX_VALUES or len(data) > MAX_BYTES:
     raise FormatError(
@@ -97,7 +97,10 @@ def _integer(text: str) -> int:
 
 
 def _walk(value: Any, *, texts: bool) -> None:
-  """Raises: RecursionError for deep nesting, ValueError for text that no encoding can write."""
+  """Checks the depth of a value and, with `texts`, that its texts can be encoded.
+
+  Raises: RecursionError for deep nesting, ValueError for a text that no encoding can write.
+  """
   level = [value]
   for _ in range(MAX_DEPTH + 1):
     if texts:
@@ -133,7 +136,11 @@ def _kind(value: Any) -> str:
 
 
 def fits(value: Any, kind: Any) -> Any:
-  """Whether a value is what a table says: a type, one of several kinds, a list of one, keys."""
+  """Returns whether a value is of a kind.
+
+  A kind is a type, NUMBER, a tuple of possible kinds, a list of one kind (of its items), or a
+  dictionary of keys that must exist with their kinds.
+  """
   if kind is NUMBER:
     return isinstance(value, int | float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
   if isinstance(kind, tuple):

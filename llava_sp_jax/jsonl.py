@@ -1,4 +1,7 @@
-"""Files of one JSON object a line: appended to, read, and cut off, whatever a kill or a disk left."""
+"""Appends to, reads and cuts off files of one JSON object a line.
+
+Lines that a kill or a broken disk has damaged are skipped.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from llava_sp_jax.errors import LlavaSPError
 
 
 def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
-  """Adds one line in one write, behind the text `start`; `style` goes to `json.dumps`.
+  """Appends `start` and one line in one write; `style` goes to `json.dumps`.
 
-  Raises: OSError, also for what is no regular file.
+  Raises: OSError, also for anything but a regular file.
   """
   _check(path)
   with folders.written(path), path.open("a") as file:
@@ -24,16 +27,17 @@ def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any)
 
 
 def _check(path: Path) -> None:
-  """Raises: OSError where no lines can be put there: opening a pipe would never end."""
+  """Raises OSError for anything but a regular file or device: opening a pipe would block."""
   if os.path.lexists(path) and not (path.is_file() or path.is_char_device()):
     said = "expected a regular file; move away what is there"
     raise OSError(errno.EINVAL, said, str(path))
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], int]:
-  """The objects of a file, none if there is no file; how many lines are none and were skipped.
+  """Returns the objects of a file, and the number of other lines, which are skipped.
 
-  The end of a file without a newline is a line that a kill has cut off: it is neither.
+  A missing file has no lines. A last line without a newline was cut off by a kill and counts as
+  neither.
   """
   if not path.is_file():
     return [], 0
@@ -41,9 +45,12 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def cut_after(path: Path, step: int) -> int:
-  """Drops the records of later steps, and lines that cannot be read; returns how many of those.
+  """Drops the records of steps after `step` and all unreadable lines.
 
-  Records keep their bytes. The file is replaced when the new one is whole. Raises: OSError.
+  Returns the number of unreadable lines. The other records keep their bytes. The file is replaced
+  when the new one is complete.
+
+  Raises: OSError.
   """
   _check(path)
   if not path.is_file():
@@ -71,13 +78,14 @@ def _step(line: bytes) -> int | None:
 
 
 class LineError(LlavaSPError, ValueError):
-  """A line that is no JSON; stands where its value would."""
+  """Stands in place of the value of a line that is not JSON."""
 
 
 def values(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
-  """(number from 1, value) of the lines that are not blank, a LineError for one that is no JSON.
+  """Yields (line number from 1, value) for the lines that are not blank.
 
-  What becomes of such a line is the reader's to say: refused, left out and counted, or told.
+  The value of a line that is not JSON is a LineError. The caller decides whether to refuse, skip or
+  report it.
   """
   for number, line in enumerate(lines, 1):
     if line.strip():
@@ -85,14 +93,14 @@ def values(lines: Iterable[bytes | str]) -> Iterator[tuple[int, Any]]:
 
 
 def objects(lines: Iterable[bytes | str]) -> tuple[list[dict[str, Any]], int]:
-  """The objects among the lines, and how many that are not blank hold none."""
+  """Returns the objects among the lines, and the number of other lines that are not blank."""
   found = [value for _, value in values(lines)]
   records = [value for value in found if isinstance(value, dict)]
   return records, len(found) - len(records)
 
 
 def value_of(text: bytes | str) -> Any:
-  """What JSON says, or a LineError that says why it is none."""
+  """Parses JSON, or returns a LineError that says why it is not JSON."""
   try:
     return json.loads(text)
   except RecursionError:

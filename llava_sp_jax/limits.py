@@ -1,7 +1,7 @@
-"""What numbers a config may hold: a row for every numeric key, looked at before any work begins.
+"""Bounds every number of a config, and checks a config before any work begins.
 
-Names (of templates, stages, variants) are checked where their tables are. A saved config is read as it
-is: these limits are those of training.
+Names of templates, stages and variants are checked where their tables are. These bounds are those
+of training; a saved config is read without them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
-COLORS = 3  # of a pixel
+COLORS = 3  # channels of a pixel
 DTYPES = ("float32", "bfloat16", "float16")  # of activations and parameters
-MOST = (1 << 31) - 1  # of a whole number: steps and positions are counted in 32 bits
+MOST = (1 << 31) - 1  # the largest integer: steps and positions are counted in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-  """An interval; `open_ends` names the ends that do not belong to it: "", "low", "high"."""
+  """Holds an interval of numbers.
+
+  `open_ends` names the end that does not belong to it: "", "low" or "high".
+  """
 
   low: float = -math.inf
   high: float = math.inf
@@ -29,11 +32,11 @@ class Limit:
 
   @property
   def most(self) -> float:
-    """The largest whole number."""
+    """Returns the largest integer that the interval accepts."""
     return MOST if self.high == math.inf else self.high
 
   def holds(self, value: float) -> bool:
-    """Whether a finite number lies in it; a whole one is at most `most`."""
+    """Returns whether a finite number lies in the interval; an integer is at most `most`."""
     above = value > self.low if self.open_ends == "low" else value >= self.low
     below = value < self.high if self.open_ends == "high" else value <= self.high
     within = abs(value) <= self.most if isinstance(value, int) else math.isfinite(value)
@@ -50,11 +53,11 @@ class Limit:
 
 COUNT, NATURAL, POSITIVE = Limit(low=1), Limit(low=0), Limit(low=0, open_ends="low")
 SHARE = Limit(0, 1, "high")
-# Of what a host makes lists, arrays or threads of: more is a slip of the finger, which would take all
-# of its memory before anything is said.
+# Bounds of values that size lists, arrays or threads of a host. A larger one is a typing error,
+# which would fill the memory before any message.
 MANY, WORKERS = Limit(1, 1 << 20), Limit(1, 1 << 10)
 
-# (regex over keys, what their numbers may be); the first match counts, and every key has one.
+# (regex over keys, limit of their numbers); the first match wins, and every key must match.
 LIMITS: tuple[tuple[str, Limit], ...] = (
   (r"model\.tower\.select_layer", Limit()),
   (r"model\.lora\.rank", NATURAL),
@@ -92,9 +95,9 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError that names every number beyond its limits, and what else has no table.
+  """Raises ConfigError with every number outside its limit.
 
-  Beside the numbers those are names of dtypes, and sizes that do not go together.
+  It also checks the names of dtypes, and sizes that depend on each other.
   """
   problems = [
     f"{key}: expected {limit}{_most(limit, value)}, found {value!r:.40}"
@@ -120,12 +123,12 @@ def check(config: config_lib.Config) -> None:
 
 
 def limit_of(key: str) -> Limit:
-  """The limit of a numeric key, without "config."."""
+  """Returns the limit of a numeric key, which is given without "config."."""
   return next(limit for pattern, limit in LIMITS if re.match(pattern, key))
 
 
 def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
-  """(key, number) of all in nested dictionaries; one for each element of a list."""
+  """Yields (key, number) for all numbers in nested dictionaries, also for each in a list."""
   if isinstance(values, dict):
     for name, value in values.items():
       yield from numbers(value, f"{key}.{name}" if key else name)
@@ -137,7 +140,7 @@ def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _shown(end: float) -> str:
-  """An end of an interval, a whole number with all of its digits."""
+  """Formats an end of an interval; an integer with all of its digits."""
   return f"{end:,.0f}" if float(end).is_integer() else f"{end:g}"
 
 

@@ -1,10 +1,11 @@
-"""A lock on a folder that one command writes: a second one is told which process on which host has it.
+"""Locks a folder that one command writes, and tells a second command who holds the lock.
 
 The lock is a file in the folder. It is created exclusively, which is atomic on local disks, on NFS
 from version 3 and on mounted buckets, and it is rewritten every BEAT seconds. On the host that
-wrote it, the process table says whether the owner is alive. On any other host, as after a preemption,
-the newcomer watches the file for at most PATIENCE seconds: a lock that changes is in use, one that
-stands still is dead and is taken over. `flock` is not used: NFS and FUSE mounts keep it to one host.
+wrote it, the process table says whether the owner is alive. On any other host, as after a
+preemption, the newcomer watches the file for at most PATIENCE seconds. A lock that changes is in
+use; one that does not is dead and is taken over. `flock` is not used, because NFS and FUSE mounts
+keep it to one host.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from llava_sp_jax.errors import LlavaSPError
 FILE = "lock.json"
 BEAT = 15.0  # seconds between two beats
 PATIENCE = 90.0  # seconds; NFS clients may show a file as it was up to 60 s ago
-TORN = 2.0  # seconds until a file that cannot be read counts as a lock of nobody
-SIZE = 1024  # bytes of the file: each beat writes it whole, in place
+TORN = 2.0  # seconds until an unreadable lock file counts as dead
+SIZE = 1024  # bytes of the file; each beat rewrites all of it in place
 
 
 class LockError(LlavaSPError, RuntimeError):
-  """A folder that another process writes; the message names host and process."""
+  """Raised for a folder that another process writes; the message names host and process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """A process, named so that another one on the same host can say whether it still runs."""
+  """Identifies a process, so that another one on its host can tell whether it still runs."""
 
   command: str
   host: str
   process: int
-  started: str  # the kernel's start time of the process: numbers are used again
-  boot: str  # of the kernel, and the numbering that the process is in (containers have their own)
+  started: str  # the kernel's start time of the process, because process ids are reused
+  boot: str  # boot id of the kernel, and the process's PID namespace (containers have their own)
   since: str
   token: str
 
   @classmethod
   def here(cls, command: str) -> Owner:
+    """Returns the owner for this process."""
     number = os.getpid()
     return cls(
       command,
@@ -59,7 +61,7 @@ class Owner:
     )
 
   def alive(self) -> bool | None:
-    """Whether the process runs; None where only its own host could say."""
+    """Returns whether the process runs; None if only its own host can tell."""
     if not self.boot or self.boot != _boot():
       return None
     try:
@@ -75,19 +77,22 @@ class Owner:
 
 
 class Lock(contextlib.AbstractContextManager):
-  """Holds the lock of `folder`, which is made if need be, and goes again if nothing was put there."""
+  """Holds the lock of `folder`.
+
+  The folder is created if need be, and removed at the end if it was created and stayed empty.
+  """
 
   def __init__(self, folder: Path, command: str):
     self._folder, self._path = folder, folder / FILE
     self._owner, self._beats = Owner.here(command), 0
     self._done = threading.Event()
     self._thread: threading.Thread | None = None
-    self._made: list[Path] = []  # folders that were not there before
-    self._guard = (0, 0.0)  # whose guard is waited for: when it was made, and since when
-    self.lost = ""  # who has taken it over, while this process stood still
+    self._made: list[Path] = []  # folders that this lock has created
+    self._guard = (0, 0.0)  # (time that the awaited guard was made, start of the wait)
+    self.lost = ""  # who has taken the lock over while this process was suspended
 
   def __enter__(self) -> Lock:
-    """Raises: LockError when another process has it."""
+    """Raises LockError when another process has the lock."""
     missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
     self._folder.mkdir(parents=True, exist_ok=True)
     self._made = missing
@@ -111,7 +116,7 @@ class Lock(contextlib.AbstractContextManager):
     self._tidy()
 
   def check(self) -> None:
-    """Raises: LockError when another process has taken the lock over."""
+    """Raises LockError when another process has taken the lock over."""
     if self.lost:
       raise LockError(
         f"{self._folder}: this process stood still for so long that the folder was taken over by "
@@ -136,7 +141,7 @@ class Lock(contextlib.AbstractContextManager):
     return True
 
   def _dead(self) -> _Seen | None:
-    """The lock that is there, if nobody holds it; None when it goes by itself.
+    """Returns the existing lock if nobody holds it; None when it disappears meanwhile.
 
     Raises: LockError when its owner is alive.
     """
@@ -167,14 +172,17 @@ class Lock(contextlib.AbstractContextManager):
     return None
 
   def _take_over(self, dead: _Seen) -> None:
-    """Removes a dead lock, one newcomer after the other: the next sees that it is another by then."""
+    """Removes a dead lock under a guard file, so that only one newcomer does it at a time.
+
+    A newcomer whose turn comes later sees a changed lock and leaves it.
+    """
     guard = self._path.with_name(f"{FILE}.next")
     try:
       os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     except FileExistsError:
       time.sleep(TORN / 10)
-      with contextlib.suppress(OSError):  # whoever made it was killed, or has just removed it
-        if self._stands(guard.stat().st_mtime_ns):
+      with contextlib.suppress(OSError):  # its owner may just have removed it
+        if self._is_stale(guard.stat().st_mtime_ns):
           guard.unlink()
       return
     try:
@@ -188,10 +196,11 @@ class Lock(contextlib.AbstractContextManager):
     finally:
       guard.unlink(missing_ok=True)
 
-  def _stands(self, made: int) -> bool:
-    """Whether a guard made at `made` (ns) is left behind: old, or watched for long enough.
+  def _is_stale(self, made: int) -> bool:
+    """Returns whether the guard file made at `made` (ns) was left by a dead process.
 
-    Its time is another machine's, or of before the clock was set, so it may lie in the future.
+    That is so when the file is old, or was watched for long enough. Its time may come from another
+    machine or a clock that was reset, so it may lie in the future.
     """
     if self._guard[0] != made:
       self._guard = made, time.monotonic()
@@ -200,7 +209,7 @@ class Lock(contextlib.AbstractContextManager):
 
   def _beat(self) -> None:
     while not self._done.wait(BEAT):
-      with contextlib.suppress(OSError):  # a disk that is away for a while
+      with contextlib.suppress(OSError):  # a disk may be unavailable for a while
         owner = read(self._folder)
         if owner and owner != self._owner:
           self.lost = str(owner)
@@ -211,13 +220,13 @@ class Lock(contextlib.AbstractContextManager):
 
   def _tidy(self) -> None:
     for folder in self._made:
-      with contextlib.suppress(OSError):  # it has come into use
+      with contextlib.suppress(OSError):  # it may not be empty any more
         folder.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-  """A lock as it was read; two that cannot be read differ by their files."""
+  """Holds a lock file as it was read; two unreadable ones differ by their files."""
 
   owner: Owner | None
   beats: int
@@ -225,19 +234,19 @@ class _Seen:
 
 
 def read(folder: Path) -> Owner | None:
-  """Who has the lock of a folder; None without a lock that can be read."""
+  """Returns the owner of the lock of a folder; None without a readable lock."""
   seen = _look(folder / FILE)
   return seen.owner if seen else None
 
 
 def _look(path: Path) -> _Seen | None:
-  """None where there is no lock."""
+  """Reads a lock file; None without one."""
   try:
     with path.open("rb") as file:
       content, about = file.read(2 * SIZE), os.fstat(file.fileno())
   except FileNotFoundError:
     return None
-  except OSError:  # a folder, or a disk that is away
+  except OSError:  # a folder, or an unavailable disk
     return _Seen(None, 0, (0, 0))
   place = (about.st_ino, about.st_mtime_ns)
   try:
@@ -258,7 +267,7 @@ def _used(folder: Path, owner: Owner) -> str:
 
 
 def _started(number: int) -> str:
-  """The start time of a process in ticks of the kernel; empty when it has ended or none is told."""
+  """Returns the start time of a process in kernel ticks; "" if it has ended or is unknown."""
   try:
     fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
   except OSError:
@@ -270,5 +279,5 @@ def _boot() -> str:
   try:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-  except OSError:  # not Linux: the host's name must do
+  except OSError:  # not Linux: only the host's name is known
     return socket.gethostname()

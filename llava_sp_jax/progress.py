@@ -1,4 +1,4 @@
-"""How far long work is: one line every few seconds, with rate and time left, in a terminal and in a pipe."""
+"""Prints the progress of long work: a line every few seconds with the rate and the time left."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ EVERY = 5.0  # seconds between two lines
 
 
 def eta(seconds: float) -> str:
-  """Time left, as `eta h:mm:ss`."""
+  """Formats a time left in seconds as `eta h:mm:ss`."""
   left = max(0, int(seconds))
   return f"eta {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
 
 
 class Progress:
-  """Counts what is done of `total` units, and prints a line when some seconds have passed.
+  """Counts the finished units of `total`, and prints a line at most every `every` seconds.
 
-  `scale` divides counts before they are shown (1e9: bytes as GB); `shown` is false in processes that
-  print nothing. A line goes to `stream`, standard output if not given.
+  `scale` divides the counts that are printed (1e9 prints bytes as GB). With `shown` false, nothing
+  is printed. Lines go to `stream`, by default standard output.
   """
 
   def __init__(
@@ -38,15 +38,15 @@ class Progress:
 
   @property
   def seconds(self) -> float:
-    """Time since it began."""
+    """Returns the seconds since this object was made."""
     return time.monotonic() - self._started
 
   def add(self, count: float = 1, note: str = "", last: bool = False) -> None:
-    """Counts more units; `note` ends the line. The line of the `last` ones is always printed."""
+    """Adds finished units; `note` ends the line, which is always printed if `last`."""
     self.at(self.done + count, note, last)
 
   def at(self, done: float, note: str = "", last: bool = False) -> None:
-    """Says how many units are done in all."""
+    """Sets the number of finished units; the other arguments are those of `add`."""
     self.done = done
     now = time.monotonic()
     if self._shown and (last or now - self._said >= self._every):
@@ -54,7 +54,7 @@ class Progress:
       print(self.line(note), file=self._stream or sys.stdout, flush=True)
 
   def line(self, note: str = "") -> str:
-    """The state as a line."""
+    """Returns the progress as a line."""
     rate = self.done / max(self.seconds, 1e-9)
     digits = 0 if self._scale == 1 else 2
     done, total = (f"{count / self._scale:,.{digits}f}" for count in (self.done, self.total))

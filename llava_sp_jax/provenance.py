@@ -1,7 +1,7 @@
-"""Where a figure comes from: the commit, a hash of the sources it depends on, versions and machine.
+"""Records where a figure comes from: the commit, a hash of its sources, versions and machine.
 
-A figure belongs to its commit. What each result depends on stands in docs/results/results.toml,
-beside the command that makes it; `scripts/results.py` says which are older than their sources.
+Each result depends on sources that docs/results/results.toml lists, beside the command that makes
+it. `scripts/results.py` says which results are older than their sources.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path("docs/results")
 TABLE = RESULTS / "results.toml"
-VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # of packages; Python's is told as well
+VERSIONS = ("jax", "jaxlib", "flax", "numpy")  # packages; Python's version is added
 EVERYTHING = ("llava_sp_jax",)
-# CPython 3.11 counts the depth of syntax trees for all threads together: two that parse at once end
-# with a SystemError (python/cpython#106905).
+# CPython 3.11 counts the depth of syntax trees for all threads together, so two threads that parse
+# at once raise a SystemError (python/cpython#106905).
 PARSING = threading.Lock()
 
 
 def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
-  """{name of a result: its row}: command, sources, minutes, and what else the row says."""
+  """Returns {name of a result: its row} with command, sources, minutes and other keys of the row.
+
+  Groups in `sources` are expanded. An installed package has no table, so the result is empty.
+  """
   path = root / TABLE  # an installed package has none
   rows = tomllib.loads(path.read_text()) if path.is_file() else {}
   groups = rows.pop("groups", {})
@@ -49,7 +52,9 @@ def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
 
 
 def files(sources: Iterable[str], root: Path = REPOSITORY) -> list[Path]:
-  """Files that `sources` name: files, folders of Python, or patterns, relative to `root`; sorted.
+  """Returns the sorted files that `sources` name, relative to `root`.
+
+  A source is a file, a folder (its Python files), or a pattern.
 
   Raises: FileNotFoundError for a source that matches nothing.
   """
@@ -65,12 +70,12 @@ def files(sources: Iterable[str], root: Path = REPOSITORY) -> list[Path]:
 
 
 def fingerprints(sources: Iterable[str], root: Path = REPOSITORY) -> dict[str, str]:
-  """{file: short hash of what it does}; comments and docstrings of Python do not count."""
+  """Returns {file: short hash}; comments and docstrings of Python do not count."""
   return {str(path.relative_to(root)): fingerprint(path) for path in files(sources, root)}
 
 
 def fingerprint(path: Path) -> str:
-  """A short hash of a file, of Python without comments, docstrings and empty lines."""
+  """Returns a short hash of a file, of Python without comments, docstrings and empty lines."""
   content = path.read_bytes()
   if path.suffix == ".py":
     with PARSING:
@@ -79,8 +84,11 @@ def fingerprint(path: Path) -> str:
 
 
 def bare(source: str) -> str:
-  """Python without comments, docstrings and empty lines; the same under every version of Python."""
-  lines, inside = source.split("\n"), set[int]()  # rows of literals, where blanks count
+  """Returns Python source without comments, docstrings and empty lines.
+
+  The result is the same under every version of Python.
+  """
+  lines, inside = source.split("\n"), set[int]()  # lines inside literals, where blanks count
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno:
@@ -106,24 +114,28 @@ def bare(source: str) -> str:
 
 
 def changed_since(times: dict[Path, int]) -> set[Path]:
-  """Files of `times` that are gone, or were written at another time (nanoseconds) than it says."""
+  """Returns the files of `times` that are gone or have another modification time.
+
+  `times` are in nanoseconds.
+  """
   return {path for path, time in times.items() if written(path) != time}
 
 
 def written(path: Path) -> int:
-  """When a file was written, in nanoseconds; -1 without one."""
+  """Returns the modification time of a file in nanoseconds; -1 if it does not exist."""
   return path.stat().st_mtime_ns if path.is_file() else -1
 
 
 def digest(found: dict[str, str]) -> str:
-  """One hash for the fingerprints of a result's sources."""
+  """Returns one hash for the fingerprints of a result's sources."""
   return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) -> dict[str, Any]:
-  """What a record carries beside its figures, for the tree as it stands.
+  """Returns the record that accompanies figures, for the current state of the tree.
 
-  A source that was written since this process began is no file's state: what it made is never current.
+  A source that was written since this process began is marked as changed, so that the figures never
+  count as current.
   """
   found = fingerprints(sources, root)
   for path in changed_since(AT_START):
@@ -141,7 +153,10 @@ def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) ->
 
 
 def commit(root: Path = REPOSITORY) -> str:
-  """The commit of the tree, with a `+` where files that git knows differ from it; empty without git."""
+  """Returns the commit of the tree, or "" without git.
+
+  A `+` follows it where tracked files, except the results, differ from it.
+  """
 
   def git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
@@ -153,7 +168,7 @@ def commit(root: Path = REPOSITORY) -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of Python and of the packages that compute."""
+  """Returns the versions of Python and of the packages in VERSIONS that are installed."""
   found = {"python": platform.python_version()}
   for name in VERSIONS:
     try:
@@ -165,10 +180,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def machine() -> str:
-  """Cores and kind of processor of this machine."""
+  """Returns the number of usable cores and the processor model of this machine."""
   try:
     cores = len(os.sched_getaffinity(0))
-  except AttributeError:  # only Linux says which of them may be used
+  except AttributeError:  # only Linux has it
     cores = os.cpu_count() or 1
   named = [
     line.partition(":")[2].strip()
@@ -185,11 +200,11 @@ def _lines(path: Path) -> list[str]:
 def write(
   out: Path, figures: Any, command: str = "", beside: bool = False, root: Path = REPOSITORY
 ) -> None:
-  """Writes `figures` with their stamp to OUT.json; `command` if it was not this process's own.
+  """Writes `figures` with their stamp to OUT.json.
 
-  The sources are those of the row that has the file's name, or the whole package. `beside` says that
-  figures of an earlier call are among them: where other sources made those, their stamp stays, so
-  that no figure ever looks newer than it is.
+  The sources are those of the row with the file's name, or else the whole package. `command` is
+  given if another process made the figures. `beside` says that figures of an earlier call are among
+  them. If other sources made those, their stamp stays, so that no figure looks newer than it is.
   """
   made = stamp(sources_of(out, root), command, root)
   held = _held(out).get("record") if beside else None
@@ -199,9 +214,9 @@ def write(
 
 
 def read(out: Path, without: Any, current: bool = False, root: Path = REPOSITORY) -> Any:
-  """The figures that `write` put into OUT.json; `without` such a file that value.
+  """Returns the figures that `write` put into OUT.json, or `without` if there are none.
 
-  `current` figures are only those that the sources as they are now have made.
+  With `current`, figures count only if the present sources made them.
   """
   held = _held(out)
   if "figures" not in held:
@@ -213,16 +228,17 @@ def read(out: Path, without: Any, current: bool = False, root: Path = REPOSITORY
 
 
 def named(out: Path, ending: str) -> Path:
-  """OUT.ending; a dot in OUT is a part of its name."""
+  """Returns OUT.ending; a dot in OUT is a part of its name."""
   return out.parent / f"{out.name}.{ending}"
 
 
 def sources_of(out: Path, root: Path = REPOSITORY) -> list[str]:
+  """Returns the sources of the result named like `out`, by default the whole package."""
   return list(table(root).get(out.name, {}).get("sources", EVERYTHING))
 
 
 def write_json(path: Path, content: Any) -> None:
-  """Writes a file whole or not at all."""
+  """Writes a JSON file completely or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f"{path.name}.part")
   part.write_text(json.dumps(content, indent=1) + "\n")
@@ -230,11 +246,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _held(out: Path) -> dict[str, Any]:
-  """What stands in OUT.json; a bare list is figures from before there were stamps."""
+  """Returns the content of OUT.json; a bare list is figures from before there were stamps."""
   path = named(out, "json")
   held = json.loads(path.read_text()) if path.is_file() else {}
   return held if isinstance(held, dict) else {"figures": held}
 
 
-# When each source of a result was written, as this process finds them.
+# Modification times of all sources of results when this process began.
 AT_START = {path: written(path) for row in table().values() for path in files(row["sources"])}

@@ -1,8 +1,8 @@
-"""Where recipes are found, and what those of the paper share: language models, data sets, stages.
+"""Finds recipes, and holds what those of the paper share: language models, data sets, stages.
 
-A size and a data set are rows; a recipe names its stage, its rates and its adapters, and takes all
-else from here. Sources: configs of Vicuna v1.5; `pretrain.sh`, `finetune_lora.sh` of the original
-code; `finetune.sh` of LLaVA-1.5, which the original leaves as it is.
+Sizes and data sets are rows of tables. A recipe names its stage, rates and adapters, and takes the
+rest from here. Sources: configs of Vicuna v1.5; `pretrain.sh` and `finetune_lora.sh` of the
+original code; `finetune.sh` of LLaVA-1.5, which the original does not change.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from typing import Any
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.errors import LlavaSPError
 
-TOWER = (
-  "clip-vit-large-patch14-336"  # the folder whose sizes are the defaults of config.TowerConfig
-)
+TOWER = "clip-vit-large-patch14-336"  # its sizes are the defaults of config.TowerConfig
 
-# Recipes are installed inside the package; in a clone they stand beside it.
+# Recipes are installed inside the package; in a clone they are beside it.
 FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 
 def known() -> dict[str, Path]:
-  """The recipes that come with the package, by name."""
+  """Returns the recipes that come with the package, by name."""
   folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
   return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def find(text: str) -> Path:
-  """The file of a recipe: `text` is a file, or the name of a known one (`easy_vqa`).
+  """Returns the file of a recipe; `text` is a path, or the name of a known recipe (`easy_vqa`).
 
-  `configs/easy_vqa.py` is a name as well where there is no such file, outside a clone.
+  Outside a clone, `configs/easy_vqa.py` also counts as that name.
 
   Raises: ConfigError that lists the known recipes.
   """
@@ -78,7 +76,7 @@ def load(value: str) -> config_lib.Config:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-  """A published language model: its folder below `checkpoints=`, and its sizes."""
+  """Describes a published language model: its folder below `checkpoints=`, and its sizes."""
 
   folder: str
   language_model: config_lib.LanguageModelConfig
@@ -86,7 +84,7 @@ class ModelSize:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """LLaVA's published data: files below `data=`, samples in it, and rows of a global batch."""
+  """Describes published data of LLaVA: its file, images and samples, and the global batch size."""
 
   file: str
   images: str  # folder of the images below `data=`
@@ -96,7 +94,10 @@ class Dataset:
 
   @property
   def steps(self) -> int:
-    """Of one epoch with a sample in each row; the last, incomplete batch is left out."""
+    """Returns the steps of one epoch with one sample in each row.
+
+    The last, incomplete batch is left out.
+    """
     return self.samples // self.batch_size
 
 
@@ -108,7 +109,7 @@ SIZES = {
   ),
 }
 
-# The original reaches 256 as 8 GPUs x 16 rows x 2 accumulated, and 128 as 8 x 4 x 4.
+# In the original, 256 is 8 GPUs x 16 rows x 2 accumulation steps, and 128 is 8 x 4 x 4.
 CAPTIONS = Dataset("blip_laion_cc_sbu_558k.json", "images", 558_128, 256, "plain")
 INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, "v1")
 
@@ -126,19 +127,21 @@ def llava(
   optimizer: dict[str, Any],
   model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """The config of a recipe as nested dictionaries.
+  """Returns the config of a recipe as nested dictionaries.
 
   Args:
-    options: size, variant, init, data and checkpoints, as `parse_arg` makes them of STAGE_1 or STAGE_2.
-    name: of the recipe, a part of the run's name.
-    optimizer: stage and rates; cosine, warm-up .03 and no weight decay are `config.OptimizerConfig`'s.
-    model: adapters and quantisation.
+    options: size, variant, init, data and checkpoints, parsed by `parse_arg` from STAGE_1 or
+      STAGE_2.
+    name: of the recipe; a part of the run's name.
+    optimizer: stage and rates; the cosine schedule, warm-up .03 and no weight decay are the
+      defaults of `config.OptimizerConfig`.
+    model: adapters and quantization.
 
   Raises: ConfigError for an unknown size.
   """
   size = config_lib.lookup("option size", options.size, SIZES)
   language_model = f"{options.checkpoints}/{size.folder}"
-  # A run knows its own base; without one, the projector starts at random.
+  # A run names its own base; without a run, the projector is random.
   base = {"language_model": language_model, "vision_tower": f"{options.checkpoints}/{TOWER}"}
   return {
     "name": f"llava-sp-{options.size}-{options.variant}-{name}",

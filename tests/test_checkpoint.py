@@ -308,9 +308,9 @@ def test_whatever_a_library_raises_is_one_line_with_its_traceback_as_a_note(
   error: Exception, line: str
 ) -> None:
   with pytest.raises(CheckpointError) as raised:
-    manager.told("x: not read", failing(error))
+    manager.as_checkpoint_error("x: not read", failing(error))
   assert str(raised.value) == line
   assert "in fail" in raised.value.__notes__[0]
   for other in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")):
     with pytest.raises(type(other)):
-      manager.told("x: not read", failing(other))
+      manager.as_checkpoint_error("x: not read", failing(other))

@@ -46,7 +46,7 @@ def test_slices_are_found_or_asked_for() -> None:
   three = machines(3, 1, 4)
   assert mesh_lib.slice_count(Sizes(), three) == 3
   assert mesh_lib.slice_count(Sizes(slices=3), three) == 3
-  with pytest.raises(ConfigError, match=r"mesh.slices: 2, but the 12 devices stand in 3 slices"):
+  with pytest.raises(ConfigError, match=r"mesh.slices: 2, but the 12 devices are in 3 slices"):
     mesh_lib.slice_count(Sizes(slices=2), three)
   plain = machines(1, 4, 2, torus=False)
   assert mesh_lib.slice_count(Sizes(), plain) == 1

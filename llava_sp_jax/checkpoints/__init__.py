@@ -1,1 +1,1 @@
-"""Our own run folders: what is saved in them, read from them, and where a run begins."""
+"""Reads and writes run folders, opens any checkpoint, and makes initial parameters."""

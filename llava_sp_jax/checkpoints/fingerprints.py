@@ -1,4 +1,4 @@
-"""Checksums of arrays, wherever they are: of a tree's every leaf, and one for all of it."""
+"""Computes checksums of arrays, sharded or not: for each leaf of a tree, or for all of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from llava_sp_jax.errors import CheckpointError
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-  """A short hash of a flat `{path: array}` tree: names, shapes, dtypes and every bit of the values.
+  """Returns a short hash of a flat `{path: array}` tree.
 
-  The sum is over integers, so it does not depend on how arrays are sharded.
+  It covers names, shapes, dtypes and every bit of the values. It does not depend on how the arrays
+  are sharded, because the sums are over integers.
   """
   digest = hashlib.sha256()
   for path in sorted(tree):
@@ -30,17 +31,17 @@ def _checksum(x: jax.Array) -> jax.Array:
   unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
   bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
   weight = jnp.zeros((), jnp.uint32)
-  for axis, size in enumerate(x.shape):  # a weight for each place, so that order matters
+  for axis, size in enumerate(x.shape):  # weight each position, so that the order matters
     steps = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     weight = weight * jnp.uint32(size) + steps
   return jnp.sum(bits * (weight * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def sums(tree: Any) -> dict[str, int]:
-  """A checksum of each leaf of a tree by its path, as `fingerprint` takes them.
+  """Returns a checksum of each leaf of a tree by its path, as `fingerprint` uses them.
 
-  Reads every value once, where it is: on the devices, sharded or not, in whatever process. One leaf
-  after the other: simulated devices stand still when many sums over all of them are under way.
+  Reads every value once, where it is stored, also on the devices of other processes. Leaves are
+  summed one after another: simulated devices stall when many sums over all of them run at once.
   """
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): int(_checksum(leaf))
@@ -49,7 +50,7 @@ def sums(tree: Any) -> dict[str, int]:
 
 
 def compare_sums(found: Mapping[str, int], saved: Mapping[str, int], place: Path) -> None:
-  """Raises: CheckpointError that names the leaves whose values are not those that were saved."""
+  """Raises CheckpointError that names the leaves whose checksums differ from the saved ones."""
   wrong = sorted(path for path, number in found.items() if saved.get(path) != number)
   if wrong:
     shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")

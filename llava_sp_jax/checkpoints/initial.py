@@ -1,4 +1,4 @@
-"""Parameters before training: random, from a checkpoint of ours, from torch folders, from GGUF."""
+"""Makes the parameters of step 0: random, from a run folder, from torch folders, or from GGUF."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from llava_sp_jax.models import build
 def initial_params(
   config: config_lib.Config, shardings: Callable[[Any], Any] | None = None
 ) -> dict[str, Any]:
-  """Parameters before training, nested, as `config.init` says; what it does not name is random.
+  """Returns the nested parameters of step 0, as `config.init` says; all others are random.
 
-  With `init.checkpoint`, only adapters may be new: anything else that the checkpoint lacks is an
-  error. `shardings` maps an abstract tree to where each leaf goes. With `model.quantize`, kernels
-  are quantised on the way from their files.
+  With `init.checkpoint`, only adapters may be random. `shardings` maps an abstract tree to the
+  sharding of each leaf. With `model.quantize`, kernels are quantized while they are read.
+
+  Raises: FormatError that lists the other parameters that the checkpoint lacks.
   """
   form = build.quantization(config.model)
   floats = abstract_leaves(build.unquantized(config.model))
@@ -49,10 +50,10 @@ def initial_params(
 
 
 def _place(leaf: Leaf, sharding: Any) -> jax.Array:
-  """A leaf on its devices; each process reads the slices of its own."""
+  """Puts a leaf on its devices; each process reads the slices of its own devices."""
   if sharding is None:
     return jax.numpy.asarray(leaf.read())
-  slices: dict[str, np.ndarray] = {}  # devices that hold the same slice share it
+  slices: dict[str, np.ndarray] = {}  # read once for all devices that hold the same slice
 
   def read(index: Any) -> np.ndarray:
     return slices.setdefault(str(index), leaf.read(index))

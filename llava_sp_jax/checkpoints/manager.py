@@ -1,10 +1,10 @@
-"""Saves and restores the steps of a run: trainable parameters, optimizer, and what belongs to them.
+"""Saves and restores the steps of a run: trainable parameters, optimizer state, and metadata.
 
 A run folder holds `config.json`, `checkpoints/<step>/{params,optimizer,about,sums}` (Orbax, written
-asynchronously, visible only when whole), and what the loop logs. `sums` has the checksum of every
-array, so a flipped bit is found when a step is restored; the newest whole step is used then. The
-frozen base is not copied; its fingerprint is kept, so that another base is refused instead of
-silently used. The place in the data is the number of batches, so any number of processes resumes.
+asynchronously, visible only when complete), and the logs of the loop. `sums` holds the checksum of
+every array, so a restore detects a flipped bit. The frozen base is not copied. Its fingerprint is
+kept, so that a run with another base is refused. The position in the data is the number of batches,
+so a run may resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Result = TypeVar("Result")
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-  """The checkpoints of one run folder; leaving the block waits until all is written.
+  """Manages the checkpoints of one run folder; leaving its block waits for pending writes.
 
-  With each step the checksum of every parameter and moment is kept. It costs one pass over them on
-  the devices when they are saved and one when they are restored; no file is read twice.
+  The checksum of every parameter and moment is saved with each step. Computing them takes one pass
+  over the arrays on the devices at each save and each restore, and reads no file twice.
   """
 
   def __init__(self, folder: str | Path, keep: int = 2):
-    """Raises: CheckpointError when something else has the name of their folder."""
+    """Raises CheckpointError when `checkpoints` exists and is not a folder."""
     self.folder = Path(folder).absolute()
     place = self.folder / PLACE
     if place.is_symlink() and not place.exists():
@@ -49,14 +49,20 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   @property
   def latest(self) -> int | None:
+    """Returns the newest step that Orbax lists; None without any."""
     return self._manager.latest_step()
 
   def preempted(self, step: int) -> bool:
-    """Whether the cluster announced that this job will be stopped (several processes only)."""
+    """Returns whether the cluster will stop this job after step `step`.
+
+    It is False where JAX's distributed service does not run, as in most runs of a single process.
+    """
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 
   def save(self, step: int, params: Any, opt_state: Any, about: Mapping[str, Any]) -> None:
-    """Starts writing; earlier steps stay until this one is whole. Call it in every process.
+    """Starts to write `step`; every process must call it.
+
+    Older steps are removed only when this one is complete.
 
     Raises: CheckpointError when this step, or the one before, cannot be written.
     """
@@ -69,7 +75,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       about=ocp.args.JsonSave({**about, "step": step}),
       sums=ocp.args.JsonSave(checksums),
     )
-    told(
+    as_checkpoint_error(
       f"{self.folder}: step {step} or the one before it could not be saved",
       lambda: self._manager.save(step, args=args),
     )
@@ -77,11 +83,12 @@ class Checkpoints(contextlib.AbstractContextManager):
   def restore(
     self, params: Any, opt_state: Any, step: int | None = None
   ) -> tuple[int, Any, Any, Any]:
-    """step, params, opt_state, about of `step`, or of the latest; values are verified.
+    """Returns (step, params, opt_state, about) of `step`, by default of the latest.
 
-    The arguments are arrays or ShapeDtypeStructs with the shardings to restore to.
+    The arguments are arrays or ShapeDtypeStructs with the shardings to restore to. The values are
+    compared with their checksums.
 
-    Raises: CheckpointError when the step cannot be read, or is not what was saved.
+    Raises: CheckpointError when the step cannot be read, or differs from what was saved.
     """
     step = self.latest if step is None else step
     if step is None:
@@ -94,38 +101,46 @@ class Checkpoints(contextlib.AbstractContextManager):
       optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
       about=ocp.args.JsonRestore(),
     )
-    restored = told(f"{place}: cannot be read", lambda: self._manager.restore(step, args=args))
+    restored = as_checkpoint_error(
+      f"{place}: cannot be read", lambda: self._manager.restore(step, args=args)
+    )
     known = checksums(place)
     for item in ("params", "optimizer") if known else ():
       compare_sums(sums(restored[item]), known.get(item, {}), place / item)
     return step, restored["params"], restored["optimizer"], restored["about"]
 
   def reload(self) -> None:
-    """Looks at the folder again, after steps were moved."""
+    """Reads the list of steps again, after steps were moved."""
     self._manager.reload()
 
   def close(self) -> None:
-    """Waits until all is written; once. Raises: CheckpointError when it cannot be."""
+    """Waits for pending writes; a second call does nothing.
+
+    Raises: CheckpointError when they fail.
+    """
     if self._closed:
       return
     self._closed = True
-    told(f"{self.folder}: the last checkpoint could not be saved", self._manager.close)
+    as_checkpoint_error(
+      f"{self.folder}: the last checkpoint could not be saved", self._manager.close
+    )
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
     if error is None:
       self.close()
       return
-    try:  # what is being written gets whole, also when a step has failed
+    try:  # complete a pending write although the step has failed
       self.close()
     except CheckpointError as another:
       print(f"llava-sp: {another}", file=sys.stderr, flush=True)
 
 
-def told(what: str, work: Callable[[], Result]) -> Result:
-  """What `work` returns. Whatever library fails in it, that is a CheckpointError of one line.
+def as_checkpoint_error(what: str, work: Callable[[], Result]) -> Result:
+  """Calls `work`, and turns an error of any library into a CheckpointError of one line.
 
-  Its traceback is kept as a note, and not the error itself: what Orbax had begun to read would be
-  told again, at length, when it is thrown away. To have no memory is another matter and is raised.
+  The traceback becomes a note of that error. The error itself is dropped and its garbage is
+  collected quietly here: Orbax would otherwise print the failure of its unfinished reads again. An
+  error of missing memory is raised as it is.
   """
   try:
     return work()

@@ -1,4 +1,4 @@
-"""The steps of a run folder as they lie on disk: which are whole, and what they say of themselves."""
+"""Lists the steps of a run folder: which are complete, and what they record about themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 
 
 def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
-  """Why the folder of a step is no whole checkpoint, as far as names tell; empty when it is one."""
+  """Returns why the folder of a step is not a complete checkpoint; "" for a complete one.
+
+  Looks at file names and at `about`, not at values.
+  """
   if not place.is_dir():
     return "it is no folder"
   if missing := [item for item in items if not (place / item).is_dir()]:
@@ -32,7 +35,7 @@ def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
 
 
 def _listed(place: Path) -> set[str]:
-  """What Orbax has noted that it saved in the folder of a step; nothing where there is no note."""
+  """Returns the items that Orbax has noted as saved for a step, or none if there is no note."""
   try:
     return set(json.loads((place / "_CHECKPOINT_METADATA").read_bytes())["item_handlers"])
   except (OSError, ValueError, RecursionError, LookupError, TypeError):
@@ -40,12 +43,12 @@ def _listed(place: Path) -> set[str]:
 
 
 def about(place: Path) -> dict[str, Any]:
-  """What a checkpoint says of itself. Raises: CheckpointError."""
+  """Returns what a checkpoint records about itself. Raises: CheckpointError."""
   return _json(place / "about")
 
 
 def checksums(place: Path) -> dict[str, dict[str, int]]:
-  """The checksums kept in a checkpoint, by item; {} for one of the time before there were any.
+  """Returns the checksums of a checkpoint by item; {} for an old one without checksums.
 
   Raises: CheckpointError.
   """
@@ -70,15 +73,16 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 
 def steps(folder: Path) -> list[int]:
-  """Steps of the whole checkpoints in a run folder."""
+  """Returns the steps of the complete checkpoints in a run folder, ascending."""
   return sorted(step for step, place in _numbered(folder).items() if not trouble(place))
 
 
 def damaged(folder: Path) -> dict[int, str]:
-  """{step: why} of what has the name of a checkpoint and is no whole one."""
+  """Returns {step: reason} of folders that are named like a checkpoint but are not complete."""
   found = {step: trouble(place) for step, place in sorted(_numbered(folder).items())}
   return {step: why for step, why in found.items() if why}
 
 
 def listed(problems: Mapping[int, str]) -> str:
+  """Joins the problems of steps, as `damaged` returns them, to one text."""
   return "; ".join(f"step {step} cannot be used: {why}" for step, why in sorted(problems.items()))

@@ -1,4 +1,4 @@
-"""Opens checkpoints of ours and of others alike, and compares them with their base."""
+"""Opens checkpoints of any format, and compares them with their base."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from llava_sp_jax.models import build
 
 
 def open_any(path: str | Path, options: formats.Options, verify: bool = True) -> Loaded:
-  """A checkpoint of ours or of any format in. Raises: CheckpointError, FormatError.
+  """Opens a checkpoint of this package or of any foreign format.
 
-  Without `verify` no values are read, and the base of a run of ours is taken as it is.
+  Without `verify`, no values are read, and the base of a run is not compared with its fingerprint.
 
-  A base that was quantised for training comes as the floats that its codes stand for: they are what
-  adapters were trained on, and what a merged model must hold to answer alike. Adapters alone go
-  with the original base when `options.base` names it.
+  A base that was quantized for training is returned as the floats that its codes stand for.
+  Adapters were trained on those, so a merged model needs them to give the same answers.
+  `fingerprint` is that of the original base if the run or `options.base` names one, for an export
+  of adapters alone.
+
+  Raises: CheckpointError, FormatError.
   """
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
@@ -47,7 +50,10 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
 
 
 def base_fingerprint(source: Loaded) -> str:
-  """Reads all that stage 2 does not train: tower and decoder without adapters."""
+  """Returns the fingerprint of the tower and of the decoder without adapters.
+
+  Reads all of their values.
+  """
   base = {
     p: leaf
     for p, leaf in source.leaves.items()
@@ -59,7 +65,7 @@ def base_fingerprint(source: Loaded) -> str:
 def verify_base(source: Loaded) -> None:
   """Reads the base of an exported adapter and compares it with the one it was trained on.
 
-  Raises: FormatError when it is another one.
+  Raises: FormatError when their fingerprints differ.
   """
   if not source.fingerprint or source.format == OURS:
     return

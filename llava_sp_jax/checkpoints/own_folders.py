@@ -1,7 +1,7 @@
-"""Opens folders of ours: what a run has trained, over the base that its config names.
+"""Opens run folders of this package: the trained parameters over the base that the config names.
 
-A base may be another such folder. Leaves stay in their files until they are placed; nothing missing,
-unexpected or mis-shaped gets past, and every problem is named at once.
+A base may be another such folder. Leaves stay in their files until they are placed on devices. All
+missing, unexpected and mis-shaped leaves are reported at once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ ADAPTERS = r"language_model/.*/lora_[ab]$"
 
 
 def is_ours(folder: str | Path) -> bool:
-  """Whether a folder is one that `open_own` opens."""
+  """Returns whether `open_own` can open a folder."""
   place = Path(folder)
   return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
 
 def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
-  """The config of a run with `init` as it is reached from here.
+  """Returns the config of a run with the paths of `init` as they are reached from here.
 
-  A relative path was seen from where training ran: this folder, or one that the run lies in.
+  A relative path was resolved where training ran. It is looked up in the current folder and in the
+  folders above the run folder.
   """
 
   def place(path: str) -> str:
@@ -52,11 +53,12 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
 
 
 def open_own(folder: str | Path, verify: bool = True) -> Loaded:
-  """The latest checkpoint: what was trained, over the base that its config names.
+  """Opens the latest checkpoint: the trained parameters over the base that the config names.
 
-  `verify` reads all values: a step whose trained parameters are not what was saved is named, and
-  the one before it is opened. Raises: CheckpointError without such a step, and when the base is
-  another one than it was trained with.
+  With `verify`, all values are read. If the trained parameters of a step do not match their
+  checksums, the step is reported and the one before it is opened.
+
+  Raises: CheckpointError when no step can be used, or the base is not the one it was trained with.
   """
   config = located(runs.read_config(folder), folder)
   place, about, step = runs.saved(folder, functools.partial(_check_trained, verify=verify))
@@ -102,7 +104,7 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
 def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
   """Opens the parameters of a step, and compares them with its checksums, if it has any.
 
-  They are read leaf by leaf, and so once more when they are used; moments are not read.
+  Parameters are read leaf by leaf here, and again when they are used. Moments are not read.
 
   Raises: CheckpointError.
   """
@@ -114,11 +116,11 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
       found = fingerprints.sums({path: jax.numpy.asarray(leaf.read())})
       fingerprints.compare_sums(found, known, place)
 
-  manager.told(f"{place}: cannot be read", read)
+  manager.as_checkpoint_error(f"{place}: cannot be read", read)
 
 
 class AsFrozen(Mapping[str, Any]):
-  """Leaves read one at a time, as the model holds them when they are frozen."""
+  """Maps paths to leaves in the dtype of frozen parameters, and reads each on access."""
 
   def __init__(self, leaves: Leaves, dtype: str):
     self._leaves, self._dtype = leaves, dtype
@@ -140,7 +142,7 @@ def _cast(leaf: Leaf, dtype: str) -> Leaf:
 
 
 def finished(folder: str | Path, key: str) -> Loaded:
-  """`open_own` of a run that reached its last step. Raises: CheckpointError."""
+  """Opens a run that has reached its last step, as `open_own`. Raises: CheckpointError."""
   run = open_own(folder)
   if run.step < run.config.train.steps:
     raise CheckpointError(
@@ -150,16 +152,20 @@ def finished(folder: str | Path, key: str) -> Loaded:
 
 
 def _floats(loaded: Loaded) -> Leaves:
-  """The leaves before any was quantized."""
+  """Returns the leaves as they were before any was quantized."""
   return loaded.leaves if loaded.originals is None else loaded.originals
 
 
 def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes and dtypes of a model's parameters as a flat dictionary."""
   return flatten_dict(build.abstract(model), sep="/")
 
 
 def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-  """Random leaves, not quantised; the compiler leaves out what is not wanted."""
+  """Returns the leaves of `wanted` with random values, not quantized.
+
+  The compiler removes the initialization of all others.
+  """
   if not wanted:
     return {}
 
@@ -171,7 +177,11 @@ def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str
 
 
 def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
-  """What `config.init` names, each part checked for completeness."""
+  """Opens the checkpoints that `config.init` names, and checks that each part is complete.
+
+  Raises: ConfigError when `config.init` names both a checkpoint and parts; FormatError that lists
+  missing and mis-shaped leaves.
+  """
   init = config.init
   if init.checkpoint and (init.language_model or init.vision_tower):
     raise config_lib.ConfigError(
@@ -199,7 +209,7 @@ def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
 
 
 def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
-  """One part of a checkpoint of ours or of a torch folder."""
+  """Opens one part of a checkpoint of this package or of a torch folder."""
   if is_ours(path):
     leaves = _floats(finished(path, f"init.{part}"))
   else:
@@ -210,14 +220,14 @@ def _open_part(path: str, part: str, config: config_lib.Config) -> Leaves:
   return {p: leaf for p, leaf in leaves.items() if p.startswith(part + "/")}
 
 
-# Values of a part that change none of its numbers.
+# Settings that may differ, because they change none of the values of a part.
 _FREE = (".initializer_range", ".max_positions", ".layers", ".select_layer")
 
 
 def _same_sizes(
   path: str, part: str, theirs: config_lib.ModelConfig, ours: config_lib.ModelConfig
 ) -> None:
-  """Raises: ConfigError where a torch folder's settings contradict the config."""
+  """Raises ConfigError where the settings of a torch folder contradict the config."""
   group = {"language_model": "language_model", "vision_tower": "tower"}[part]
   lines = config_lib.differences(getattr(ours, group), getattr(theirs, group), f"model.{group}")
   free = _FREE if part == "vision_tower" else _FREE[:2]

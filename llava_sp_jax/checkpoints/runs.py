@@ -1,4 +1,4 @@
-"""The config of a run folder, and what is compared with it before a run goes on."""
+"""Reads and writes the config of a run folder, and checks that a run may resume in it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CONFIG_FILE = "config.json"
 
 
 def read_config(folder: str | Path) -> config_lib.Config:
-  """The config of a run. Raises: CheckpointError when `folder` is not a run folder."""
+  """Returns the config of a run. Raises: CheckpointError when `folder` is not a run folder."""
   path = Path(folder) / CONFIG_FILE
   if not path.is_file():
     raise CheckpointError(
-      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run, or the "
-      "folder that llava-sp convert made of a checkpoint of others"
+      f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run, or "
+      "the folder that llava-sp convert made of a checkpoint of others"
     )
   try:
     return config_lib.from_json(path.read_text())
@@ -30,6 +30,7 @@ def read_config(folder: str | Path) -> config_lib.Config:
 
 
 def write_config(folder: Path, config: config_lib.Config) -> None:
+  """Writes the config of a run completely or not at all; makes the folder if need be."""
   folder.mkdir(parents=True, exist_ok=True)
   temporary = folder / (CONFIG_FILE + ".part")
   with folders.written(folder / CONFIG_FILE):
@@ -38,9 +39,9 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
 
 
 def check_folder(folder: Path) -> None:
-  """Raises: CheckpointError for a `--workdir` whose files are not those of a training run.
+  """Raises CheckpointError for a `--workdir` whose files are not those of a training run.
 
-  Other files, such as a launcher's log, may lie in it.
+  Other files, such as the log of a launcher, may lie in it.
   """
   for place in (folder, *folder.absolute().parents):
     if place.is_symlink() and not place.exists():
@@ -68,9 +69,9 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: config_lib.Config) -> None:
-  """Raises: CheckpointError that shows both values where `config` contradicts the run's."""
+  """Raises CheckpointError with both values where `config` contradicts that of the run."""
   if not (folder / CONFIG_FILE).is_file() or not steps(folder):
-    return  # nothing was trained yet, so there is nothing to contradict
+    return  # nothing was trained yet
   if lines := config_lib.differences(config, read_config(folder), but_free=True):
     raise CheckpointError(
       f"{folder} was started with another config ('here' is yours, 'there' is the run's):\n  "
@@ -83,12 +84,12 @@ Accept = Callable[[Path, dict[str, Any]], None]
 
 
 def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[str, Any], int]:
-  """Where the latest parameters are saved; what the run says of itself; its step.
+  """Returns the folder of the latest parameters, the metadata of their checkpoint, and the step.
 
-  `accept(place, about)` raises an error for a checkpoint that it cannot use. The next older one is
-  taken then, and a line on stderr says so.
+  `accept(place, about)` raises a CheckpointError for a checkpoint that it cannot use. Then the next
+  older one is taken, and a warning on stderr says so.
 
-  Raises: CheckpointError when there is no whole checkpoint, with what is wrong with each.
+  Raises: CheckpointError when no complete checkpoint can be used, with the problem of each.
   """
   config = read_config(folder)
   problems = damaged(Path(folder))

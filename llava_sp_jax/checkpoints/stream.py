@@ -1,8 +1,9 @@
-"""Writes leaves that are still in files into an ordinary Orbax checkpoint, a layer at a time.
+"""Streams leaves from files into an ordinary Orbax checkpoint, one layer at a time.
 
-On disk they are what Orbax writes for a `jax.Array`, so any mesh restores them. With several
-processes each reads and writes its share of the parts only. The checkpoint appears when it is
-whole; an interrupted one leaves a temporary folder that Orbax ignores, and starts anew.
+They are stored as Orbax stores a `jax.Array`, so any mesh can restore them. With several processes,
+each one reads and writes its share of the parts. The checkpoint becomes visible when it is
+complete. An interrupted call leaves a temporary folder that Orbax ignores, and the next call starts
+anew.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import tensorstore as ts
 from llava_sp_jax.convert.leaves import Index, InTensors, Leaf, Leaves
 from llava_sp_jax.progress import Progress
 
-STAGED_BYTES = 1 << 25  # written parts that wait for one commit (each costs an fsync)
-CHUNK_BYTES = 1 << 23  # of the file's grid: what a device that restores a slice must read at least
+STAGED_BYTES = 1 << 25  # written parts that share one commit (each commit costs an fsync)
+CHUNK_BYTES = 1 << 23  # the largest chunk of a file: the least that a restore of a slice reads
 
 
 def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progress) -> None:
-  """`folder/checkpoints/0/{params,about}`; call it in every process. Raises: FormatError."""
-  # None of them is a jax.Array; without a handler for those, Orbax warns.
+  """Writes `folder/checkpoints/0/{params,about}`; every process must call it.
+
+  Raises: FormatError when a leaf cannot be read.
+  """
+  # No leaf is a jax.Array, but Orbax warns when there is no handler for those.
   arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
   registry = ocp.type_handlers.create_type_handler_registry(
     (_Tracked, _Handler()), (jax.Array, arrays)
@@ -55,7 +59,7 @@ def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progres
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tracked:
-  """A leaf with its progress; the class is what Orbax finds the handler by."""
+  """Holds a leaf and its progress bar; Orbax finds the handler by this class."""
 
   leaf: Leaf
   progress: Progress
@@ -70,7 +74,7 @@ class _Tracked:
 
 
 def parts(leaf: Leaf) -> Iterator[Index]:
-  """What is read and written at once: a layer of a stack, otherwise the leaf."""
+  """Yields the slices of a leaf that are read and written at once: layers, or all of it."""
   rest = (slice(None),) * (len(leaf.shape) - 1)
   if isinstance(leaf, InTensors) and not leaf.stacked:
     yield (slice(None),) * len(leaf.shape)
@@ -82,7 +86,10 @@ def parts(leaf: Leaf) -> Iterator[Index]:
 
 
 def chunk(leaf: Leaf) -> tuple[int, ...]:
-  """The file's grid: a layer, its longest even side halved until it is small."""
+  """Returns the chunk shape of a leaf in its file.
+
+  It is one layer, whose longest even side is halved until a chunk has at most CHUNK_BYTES.
+  """
   shape = [1, *leaf.shape[1:]] if "/layers/" in leaf.path else list(leaf.shape)
   while math.prod(shape) * leaf.dtype.itemsize > CHUNK_BYTES:
     even = [n for n in shape if n % 2 == 0]
@@ -93,7 +100,7 @@ def chunk(leaf: Leaf) -> tuple[int, ...]:
 
 
 class _Handler(ocp.type_handlers.TypeHandler):
-  """Saves `_Tracked` leaves; restoring is Orbax's own."""
+  """Saves `_Tracked` leaves; Orbax's own handler restores them."""
 
   def typestr(self) -> str:
     return "jax.Array"
@@ -107,7 +114,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
   async def _write(self, values: Sequence[_Tracked], infos: Sequence[Any]) -> None:
     process, processes, turn = jax.process_index(), jax.process_count(), 0
     staged, waiting = ts.Transaction(), 0
-    pending: Any = None  # the commit before, which goes on while the next parts are read
+    pending: Any = None  # the previous commit, which runs while the next parts are read
     for tracked, info in zip(values, infos, strict=True):
       leaf = tracked.leaf
       await info.await_path_creation()
@@ -152,22 +159,23 @@ class _Handler(ocp.type_handlers.TypeHandler):
 
 
 class SavedItem:
-  """A saved `params` item; the leaf that was read last is kept, for the next slice of it."""
+  """Reads a saved `params` item, and keeps the leaf that was read last for its next slice."""
 
   def __init__(self, folder: Path):
     self._folder = folder
     self._last: dict[str, np.ndarray] = {}
 
   def leaves(self) -> Leaves:
-    """Its leaves, not yet read."""
+    """Returns its leaves without reading their values."""
     saved = ocp.PyTreeCheckpointHandler().metadata(self._folder)
     return {p: Stored(p, tuple(m.shape), np.dtype(m.dtype), self) for p, m in saved.items()}
 
   def read(self, path: str) -> np.ndarray:
+    """Returns the values of a leaf."""
     if path not in self._last:
       self._last.clear()
       with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
-        # As numpy, whatever devices it was saved from; those need not be here.
+        # Restored as numpy, because the devices that it was saved from may be absent.
         wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
         args = ocp.args.PyTreeRestore({path: 0}, restore_args=wanted, partial_restore=True)
         self._last[path] = checkpointer.restore(self._folder, args=args)[path]
@@ -176,7 +184,7 @@ class SavedItem:
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Leaf):
-  """A leaf in a checkpoint of ours."""
+  """Reads a leaf from a checkpoint of this package."""
 
   item: SavedItem
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, compared with its embedding and its template."""
+"""Opens the tokenizer of a checkpoint, and compares it with the embedding and the template."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 
 
 def open_tokenizer(source: Loaded) -> Tokenizer | None:
-  """Opens the tokenizer of a checkpoint, if it has one, and compares it with the embedding and template.
+  """Opens the tokenizer of a checkpoint, or returns None if it has none.
 
-  Special tokens without a row are told: published folders have a padding token that no text names.
+  The tokenizer is compared with the embedding and the template. Special tokens without a row in the
+  embedding only cause a warning: published folders have a padding token that no text names.
 
-  Raises: TokenizerError for files of no tokenizer; FormatError when words have no row in the
-  embedding, or replies would end in a way that generation does not see.
+  Raises: TokenizerError for files that are not a tokenizer; FormatError when other tokens have no
+  row in the embedding, or generation would not see the end of a reply.
   """
   if not source.tokenizer:
     return None
@@ -31,13 +32,13 @@ def open_tokenizer(source: Loaded) -> Tokenizer | None:
   special = sum(id_ >= rows for id_ in tokenizer.special_ids)
   if len(tokenizer) > rows + special:
     raise FormatError(
-      f"{source.tokenizer}: a tokenizer of {len(tokenizer):,} tokens, but the embedding has {rows:,} "
-      "rows; put the tokenizer there that the model was trained with"
+      f"{source.tokenizer}: a tokenizer of {len(tokenizer):,} tokens, but the embedding has "
+      f"{rows:,} rows; put the tokenizer there that the model was trained with"
     )
   if special:
     print(
-      f"llava-sp: WARNING: {source.tokenizer}: {special} special tokens have no row in the embedding "
-      f"of {rows:,}; no text may name them",
+      f"llava-sp: WARNING: {source.tokenizer}: {special} special tokens have no row in the "
+      f"embedding of {rows:,}; no text may name them",
       file=sys.stderr,
       flush=True,
     )
@@ -51,7 +52,7 @@ def open_tokenizer(source: Loaded) -> Tokenizer | None:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-  """From a copy of its files alone: transformers would read a model's config beside them."""
+  """Opens a copy of the tokenizer files: transformers would read a model's config beside them."""
   with contextlib.ExitStack() as copied:
     copy = copied.enter_context(tempfile.TemporaryDirectory(prefix="llava-sp-tokenizer-"))
     formats.copy_tokenizer(folder, Path(copy))

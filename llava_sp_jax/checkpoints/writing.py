@@ -1,4 +1,4 @@
-"""Writes a folder of ours with every leaf of a checkpoint in it."""
+"""Writes a checkpoint of any format as a run folder of this package."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from llava_sp_jax.progress import Progress
 
 
 def write(source: Loaded, out: Path, dtype: str = "", command: str = "convert") -> None:
-  """Writes a folder of ours with every leaf in it, streamed; call it in every process.
+  """Writes a run folder with every leaf of `source`, streamed; every process must call it.
 
-  It names no other folder, so it can be moved. A folder that an interrupted call of the same
-  `command` left is written anew. Raises: FolderError when `out` holds anything else.
+  The folder refers to no other folder, so it can be moved. A folder that an interrupted call of the
+  same `command` left is rewritten.
+
+  Raises: FolderError when `out` holds anything else.
   """
   makes = (runs.CONFIG_FILE, "checkpoints", "tokenizer")
   with contextlib.ExitStack() as whole:
@@ -30,7 +32,7 @@ def write(source: Loaded, out: Path, dtype: str = "", command: str = "convert") 
     processes.collective(f"{out} is begun", lambda: whole.enter_context(place), only=0)
     try:
       _write(source, out, dtype)
-    except FormatError:  # the next call would end in the same way
+    except FormatError:  # the next call would fail alike
       for name in makes if jax.process_count() == 1 else ():
         folders.remove(out / name)
       raise
@@ -39,7 +41,7 @@ def write(source: Loaded, out: Path, dtype: str = "", command: str = "convert") 
 def _write(source: Loaded, out: Path, dtype: str) -> None:
   if dtype:
     source = cast(source, dtype)
-  # All of it is in the folder, wherever that is moved, and it is no run that could be unfinished.
+  # Paths stay inside the folder, so that it can be moved; with 0 steps it counts as finished.
   data = dataclasses.replace(source.config.data, tokenizer="tokenizer" if source.tokenizer else "")
   train = dataclasses.replace(source.config.train, steps=0)
   config = dataclasses.replace(source.config, data=data, train=train, init=config_lib.InitConfig())

@@ -1,1 +1,1 @@
-"""Names and arrays between torch checkpoints and our parameter tree."""
+"""Converts names and arrays between torch checkpoints and the parameter tree."""

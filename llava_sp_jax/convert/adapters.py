@@ -1,8 +1,8 @@
-"""PEFT's adapters: what their settings say, and where each pair of matrices goes.
+"""Reads the adapters of PEFT: their settings, and the place of each pair of matrices.
 
-The decoder's seven projections keep theirs; a layer or projection without any gets zeros, which
-learn nothing and change nothing. Those of the tower, the projector, the embedding and the output
-layer are folded into the weights, in float32, when these are read.
+Adapters of the decoder's seven projections stay adapters. A layer or projection without one gets
+zeros, which stay zeros in training and change nothing. Adapters of the tower, the projector, the
+embedding and the output layer are folded into the weights, in float32, when these are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
 
 FILE = "adapter_config.json"
 MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn",
-           "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}  # fmt: skip
+           "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp",
+           "down_proj": "mlp"}  # fmt: skip
 _PAIR = re.compile(
   r"base_model\.model\.(?P<module>.*)\.lora_(?:(?P<letter>[AB])\.weight|embedding_(?P<row>[AB]))"
 )
@@ -34,14 +35,17 @@ _TIED = re.compile(r"(?:base_model\.model\.)?(?:model\.embed_tokens|lm_head)\.(?
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What adapter_config.json says."""
+  """Holds the settings of adapter_config.json."""
 
   path: Path
   said: Json
 
   @property
   def lora(self) -> config_lib.LoraConfig:
-    """Scale is alpha / rank here; PEFT's rsLoRA divides by the root of the rank."""
+    """Returns the LoRA config, where the scale is alpha / rank.
+
+    PEFT's rsLoRA divides by the square root of the rank, so alpha is multiplied by it.
+    """
     rank, alpha = self.said["r"], float(self.said["lora_alpha"])
     if self.said.get("use_rslora"):
       alpha *= math.sqrt(rank)
@@ -50,9 +54,10 @@ class Recipe:
     )
 
   def wants(self, module: str) -> bool | None:
-    """Whether PEFT gives a module an adapter, by its name; None where that is not said by lists.
+    """Returns whether PEFT gives the module of this name an adapter; None if lists do not say so.
 
-    A regular expression is not run, as anybody may have written it: the tensors that are there decide.
+    A regular expression is not run, because anybody may have written it. Then the existing tensors
+    decide.
     """
     names, excluded = self.said.get("target_modules"), self.said.get("exclude_modules") or []
     if not isinstance(names, list) or not names or isinstance(excluded, str):
@@ -70,7 +75,7 @@ def _named(module: str, names: list[str]) -> bool:
 
 
 def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
-  """The recipe of a folder that has one. Raises: FormatError."""
+  """Returns the recipe of a folder, or None without one. Raises: FormatError."""
   path = folder / FILE
   if not path.is_file():
     return None
@@ -82,7 +87,7 @@ def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
 
 
 def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> None:
-  """Raises: FormatError for an adapter of a LLaVA that its trainer saved without the projector."""
+  """Raises FormatError for a LLaVA's adapter that was saved without the projector."""
   if is_llava:
     raise FormatError(
       f"{folder}: an adapter without its projector: config.json says that it is a LLaVA's, but "
@@ -108,9 +113,9 @@ def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> No
 
 @dataclasses.dataclass
 class _Pair:
-  """The two matrices of one module; those of an embedding are `turned`, as its weight is."""
+  """Holds the two matrices of a module; those of an embedding are transposed (`turned`)."""
 
-  module: str  # as the file calls it
+  module: str  # its name in the file
   turned: bool
   parts: dict[str, Tensor]
 
@@ -122,7 +127,7 @@ class _Pair:
     return a == b == rank and weight.shape == shape
 
   def folded(self, weight: Tensor, scale: float) -> Tensor:
-    """The weight with the product added, in float32, when it is read."""
+    """Returns the weight with the product added; computed in float32 when it is read."""
 
     def read() -> np.ndarray:
       a, b = (self.parts[letter].array().astype(np.float32) for letter in "AB")
@@ -133,9 +138,9 @@ class _Pair:
 
 
 def _pairs(tensors: Tensors, folder: Path, canonical: Callable[[str], str]) -> dict[str, _Pair]:
-  """The pairs among tensors, by the name in `tables` of the module that each adapts.
+  """Returns the adapters among the tensors, by the module's name in `tables`.
 
-  Raises: FormatError when two are one.
+  Raises: FormatError when two tensors are the same matrix.
   """
   pairs: dict[str, _Pair] = {}
   for name, tensor in tensors.items():
@@ -154,12 +159,12 @@ def _pairs(tensors: Tensors, folder: Path, canonical: Callable[[str], str]) -> d
 def place(
   tensors: Tensors, base: Tensors, of: Recipe, layers: int, canonical: Callable[[str], str]
 ) -> Tensors:
-  """A folder's own tensors with adapters under the names of `tables.LORA`, zeros where none are.
+  """Returns a folder's own tensors with its adapters under the names of `tables.LORA`.
 
-  Those of other modules keep such a name until `fold`. `canonical` gives the name in `tables` of a
-  module's weight.
+  Missing adapters are zeros. Those of other modules keep names of that form until `fold`.
+  `canonical` maps the name of a module's weight to its name in `tables`.
 
-  Raises: FormatError when there are none, or when those that the settings name are missing.
+  Raises: FormatError when there are no adapters, or those that the settings name are missing.
   """
   pairs = _pairs(tensors, of.path.parent, canonical)
   if not pairs:
@@ -171,8 +176,8 @@ def place(
   ]
   if odd:
     raise FormatError(
-      f"{of.path.parent}: adapters of modules that {FILE} leaves out, so that PEFT would not use them: "
-      f"{_listed(odd)}; take them out, or name them (target_modules, layers_to_transform)"
+      f"{of.path.parent}: adapters of modules that {FILE} leaves out, so that PEFT would not use "
+      f"them: {_listed(odd)}; take them out, or name them (target_modules, layers_to_transform)"
     )
   result = {name: tensor for name, tensor in tensors.items() if not _PAIR.fullmatch(name)}
   for stem, pair in pairs.items():
@@ -184,12 +189,12 @@ def place(
 
 
 def untied(tensors: Tensors, base: Tensors, of: Recipe) -> Tensors:
-  """Both ends of a base that ties them, where `tensors`, as `place` gives them, touch one.
+  """Returns separate embedding and output layers where an adapter unties those of the base.
 
-  PEFT makes a copy of what it trains as a whole: the other end stays what it was. Low-rank matrices
-  stand on the weight that both share.
+  `tensors` are what `place` returns. PEFT copies a layer that it trains in full, so the other one
+  stays as it was. Low-rank matrices are added to the weight that both share.
 
-  Raises: FormatError where both were trained as one.
+  Raises: FormatError when both were trained as one.
   """
   touched = {name for name in tensors if _TIED.fullmatch(name)}
   if not touched or EMBEDDING not in base:
@@ -209,9 +214,9 @@ def untied(tensors: Tensors, base: Tensors, of: Recipe) -> Tensors:
 
 
 def fold(tensors: Tensors, of: Recipe) -> Tensors:
-  """Tensors of the whole model with the adapters of all but the decoder's projections in the weights.
+  """Folds all adapters, except those of the decoder's projections, into the weights.
 
-  Raises: FormatError in one line that names the modules that have no weight for theirs.
+  Raises: FormatError that names the modules without a weight that fits their adapter.
   """
   pairs = _pairs(tensors, of.path.parent, lambda name: name)
   pairs = {stem: pair for stem, pair in pairs.items() if not _DECODER.fullmatch(stem)}
@@ -240,7 +245,10 @@ def _zeros(name: str, shape: tuple[int, int], dtype: np.dtype) -> Tensor:
 
 
 def _absent(pairs: dict[str, _Pair], base: Tensors, of: Recipe, layers: int) -> Tensors:
-  """Zeros for the projections that have no adapter. Raises: FormatError where one is promised."""
+  """Returns zeros for the projections without an adapter.
+
+  Raises: FormatError for a missing adapter that the settings name.
+  """
   like = next((t.dtype for p in pairs.values() for t in p.parts.values()), np.dtype(np.float32))
   known = next((p.module for stem, p in pairs.items() if _DECODER.fullmatch(stem)), "model.layers.")
   prefix = known[: known.rindex("layers.")]

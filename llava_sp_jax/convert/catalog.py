@@ -1,4 +1,4 @@
-"""The table of what people have: formats told apart by the files of a folder, never by its name."""
+"""Lists the formats that can be read, which are told apart by a folder's files, not by its name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llava_sp_jax.convert import settings, torch_io
 from llava_sp_jax.convert.torch_io import FormatError
 
 PARTS = ("vision_tower", "projector", "language_model")
-NOTE = "llava_sp.json"  # what our own exports say of themselves, beside the original's files
+NOTE = "llava_sp.json"  # what exports of this package add to the files of the original
 Renames = tuple[tuple[str, str], ...]
 
-# Names as they stand in each layout -> the names of `tables`.
+# For each layout: (regex over its names, name in `tables`).
 PLAIN: Renames = ()
-TOWER: Renames = (  # transformers from 5.0 on leaves out the tower's own prefix
+TOWER: Renames = (  # transformers leaves out the tower's prefix since 5.0
   (r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)", r"vision_model.\1"),
 )
 ORIGINAL: Renames = (
@@ -26,7 +26,7 @@ ORIGINAL: Renames = (
   (r"mm_projector\.(.*)", r"model.mm_projector.\1"),
   *TOWER,
 )
-TRANSFORMERS: Renames = (  # the published layout, and the one in memory of transformers >= 4.52
+TRANSFORMERS: Renames = (  # the published layout, and that of modules in transformers >= 4.52
   (r"(?:model\.)?vision_tower\.(.*)", r"\1"),
   (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", r"model.mm_projector.0.\1"),
   (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", r"model.mm_projector.2.\1"),
@@ -35,7 +35,7 @@ TRANSFORMERS: Renames = (  # the published layout, and the one in memory of tran
   (r"model\.language_model\.(.*)", r"model.\1"),
   *TOWER,
 )
-LORA_FOLDER: Renames = (  # adapters keep their prefix; `adapters.place` looks at what they adapt
+LORA_FOLDER: Renames = (  # adapters keep their prefix, which `adapters.place` reads
   (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
   (r"(.*\.lora_embedding_[AB])\.default", r"\1"),
   (r"(.*\.(?:embed_tokens|lm_head))\.base_layer(\.weight)", r"\1\2"),
@@ -49,19 +49,23 @@ LORA_FOLDER: Renames = (  # adapters keep their prefix; `adapters.place` looks a
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A checkpoint's folder (or file) as it is told apart: its files and its config.json."""
+  """Holds the files and the config.json of a checkpoint's folder, or a single file."""
 
   path: Path
   files: frozenset[str]
   config: settings.Json
 
   def has(self, *stems: str) -> bool:
+    """Returns whether a file, other than JSON, has one of these stems before its first dot."""
     return any(name.split(".")[0] in stems for name in self.files if not name.endswith(".json"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """One format in. `weights` are the groups of file stems to open, one of each."""
+  """Describes a format that can be read.
+
+  `weights` are groups of file stems; one file of each group is opened.
+  """
 
   what: str
   matches: Callable[[Folder], bool]
@@ -114,7 +118,7 @@ FORMATS: dict[str, Format] = {
 
 
 def rename(name: str, renames: Renames) -> str:
-  """A tensor's name in `tables`."""
+  """Maps the name of a tensor to its name in `tables`."""
   for pattern, target in renames:
     if re.fullmatch(pattern, name):
       name = re.sub(pattern, target, name)
@@ -125,9 +129,9 @@ _READ = (".json", *torch_io.OPENERS)  # endings of files that are opened
 
 
 def look(path: Path) -> Folder:
-  """A folder's files and its config.json.
+  """Returns a folder's files and its config.json.
 
-  Raises: FormatError when there is nothing at `path`, or a pipe or a dead link among what is read.
+  Raises: FormatError when nothing is at `path`, or a file to read is a pipe or a dangling link.
   """
   if files.is_regular(path):
     return Folder(path, frozenset({path.name}), {})
@@ -139,7 +143,7 @@ def look(path: Path) -> Folder:
     raise FormatError(f"{str(path)[:200]!a}: cannot be read ({error!s:.100})") from None
   for name in sorted(names):
     if name.endswith(_READ) and not files.is_regular(path / name):
-      files.open_regular(path / name).close()  # says what it is
+      files.open_regular(path / name).close()  # raises an error that says what it is
   config = settings.read_json(path / "config.json") if "config.json" in names else {}
   if not isinstance(config.get("model_type", ""), str):
     raise FormatError(f"{path}/config.json: model_type: expected a text")
@@ -147,7 +151,7 @@ def look(path: Path) -> Folder:
 
 
 def identify(folder: Folder) -> str:
-  """The name of a folder's format. Raises: FormatError that lists the known ones."""
+  """Returns the name of a folder's format. Raises: FormatError that lists the known ones."""
   for name, row in FORMATS.items():
     if row.matches(folder):
       return name

@@ -1,6 +1,6 @@
-"""Formats out: a table of layouts that the original code, PEFT and transformers open.
+"""Writes checkpoints in the layouts that the original code, PEFT and transformers open.
 
-Values are written tensor by tensor; what is held in memory is one file's shard.
+Values are written tensor by tensor, so at most one shard of a file is held in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llava_sp_jax.models import build
 
 
 def _language_model(model: Loaded, out: Path) -> None:
-  """A plain Hugging Face folder of the decoder."""
+  """Writes the decoder as a plain Hugging Face folder."""
   text = model.config.model.language_model
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
   torch_write.save_safetensors(tensors, out)
@@ -37,7 +37,10 @@ def _language_model(model: Loaded, out: Path) -> None:
 
 
 def _vision_tower(model: Loaded, out: Path) -> None:
-  """The vision part alone, with the layers that are used; the select layer counts from its end."""
+  """Writes the vision part alone, with the layers that are used.
+
+  Its selected layer counts from its own end.
+  """
   tower = model.config.model.tower
   torch_write.save_safetensors(_tower_tensors(model), out)
   _json(out / "config.json", settings_out.tower_json(tower, build.tower_layers(model.config.model)))
@@ -48,7 +51,11 @@ def _vision_tower(model: Loaded, out: Path) -> None:
 
 
 def _llava(model: Loaded, out: Path) -> None:
-  """The original's merged layout; the tower stays where the config says, or goes beside it."""
+  """Writes the merged layout of the original.
+
+  The tower stays in the folder that the config names; without a name, it is written beside the
+  model.
+  """
   config, tower = _with_tower(model, out)
   tensors = to_tensors(model.part("language_model"), tables.LLAMA)
   tensors += to_tensors(model.part("projector"), _projector_names(model))
@@ -60,11 +67,11 @@ def _llava(model: Loaded, out: Path) -> None:
 
 
 def _llava_lora(model: Loaded, out: Path) -> None:
-  """Adapter, everything else that was trained, and configs, as the original's `train.py` leaves them."""
+  """Writes adapter, other trained parameters and configs, as the original's `train.py` does."""
   lora = model.config.model.lora
   config, tower = _with_tower(model, out)
   base = model.base
-  if not base:  # it was trained too, or its origin is unknown
+  if not base:  # the base was trained, too, or its origin is unknown
     base = _final(out / "base")
     (out / "base").mkdir()
     _language_model(model, out / "base")
@@ -98,14 +105,17 @@ def _llava_lora(model: Loaded, out: Path) -> None:
 
 
 def _llava_hf(model: Loaded, out: Path) -> None:
-  """LlavaForConditionalGeneration of transformers; its tower holds the layers that are used."""
+  """Writes transformers' LlavaForConditionalGeneration; its tower has the layers that are used."""
   projector = to_tensors(model.part("projector"), _projector_names(model))
   save_hf.write(model, out, _tower_tensors(model), projector)
   _note(model, out)
 
 
 def _tower_tensors(model: Loaded) -> list[Tensor]:
-  """The tower under its own names, with a last norm: its class has one, LLaVA never reads it."""
+  """Returns the tower under its own names, with a last norm.
+
+  Its class in transformers has that norm, but LLaVA does not read its result.
+  """
   tower = model.config.model.tower
   tensors = to_tensors(model.part("vision_tower"), tables.TOWERS[tower.variant])
   dtype = tensors[0].dtype
@@ -119,11 +129,14 @@ def _tower_tensors(model: Loaded) -> list[Tensor]:
 
 
 def _with_tower(model: Loaded, out: Path) -> tuple[config_lib.Config, str]:
-  """The config and the tower's name; without a name the tower is written into the export."""
+  """Returns the config, and the name of the tower.
+
+  A tower without a name is written into the export.
+  """
   if model.tower:
     return model.config, model.tower
   tower = model.config.model.tower
-  folder = out / f"{tower.variant}-vit"  # the original knows CLIP by "clip" in the path
+  folder = out / f"{tower.variant}-vit"  # the original recognizes CLIP by "clip" in the path
   folder.mkdir()
   _vision_tower(model, folder)
   selected = dataclasses.replace(tower, select_layer=-1)
@@ -134,7 +147,7 @@ def _with_tower(model: Loaded, out: Path) -> tuple[config_lib.Config, str]:
 
 
 def _final(path: Path) -> str:
-  """Where a part of an unfinished export will be."""
+  """Returns the final path of a part of an unfinished export."""
   return str(
     path.parent.with_name(path.parent.name.removesuffix(folders.PART)).resolve() / path.name
   )
@@ -147,7 +160,10 @@ def _projector_names(model: Loaded) -> tuple[tables.NameRule, ...]:
 
 
 def _note(model: Loaded, out: Path) -> None:
-  """What the original's files do not say: the projector's variant, and which base was trained on."""
+  """Writes what the files of the original lack.
+
+  These are the projector's variant, the template, and the base that was trained on.
+  """
   projector = model.config.model.projector
   _json(
     out / NOTE,
@@ -175,7 +191,7 @@ def _json(path: Path, values: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """One format out. `folds`: adapters go into the kernels first."""
+  """Describes a format that can be written; with `folds`, adapters are folded first."""
 
   what: str
   write: Callable[[Loaded, Path], None]
@@ -200,26 +216,26 @@ EXPORTS: dict[str, Export] = {
 
 
 def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
-  """Writes `model` as the format `name`; the folder appears when it is whole.
+  """Writes `model` in the format `name`; the folder appears when it is complete.
 
-  `dtype` rounds every leaf (float32, bfloat16, float16); empty keeps what is stored.
+  `dtype` rounds every leaf (float32, bfloat16, float16); "" keeps the stored dtypes.
 
-  Raises: FormatError when the model has no such form, FolderError when `out` holds anything.
+  Raises: FormatError when the format cannot hold the model; FolderError when `out` is not empty.
   """
   row, out = config_lib.lookup("--format", name, EXPORTS), Path(out)
   _refuse(model, name, row)
   if dtype:
     model = cast(model, dtype)
   if row.folds and model.config.model.lora.rank:
-    # What comes out stands on no base that could be checked.
+    # The export has no base whose fingerprint could be compared.
     model = dataclasses.replace(fold(model), fingerprint="")
   with folders.renamed(out, "export") as temporary:
     row.write(model, temporary)
-    _as_the_umask_says(temporary)
+    _set_default_mode(temporary)
 
 
-def _as_the_umask_says(folder: Path) -> None:
-  """Gives files the mode of those that are simply opened; some writers make theirs private."""
+def _set_default_mode(folder: Path) -> None:
+  """Gives all files the default mode, because some writers make theirs private."""
   mode = (folder / "config.json").stat().st_mode
   for path in folder.rglob("*"):
     if path.is_file():

@@ -1,7 +1,7 @@
-"""LLaVA for transformers: a folder that AutoProcessor and LlavaForConditionalGeneration open.
+"""Writes LLaVA for transformers: a folder for AutoProcessor and LlavaForConditionalGeneration.
 
-Its tokenizer has `<image>`, its embedding a row for it, its processor prepares the same pixels, and
-its generation settings end and choose as the engine here does.
+Its tokenizer has `<image>`, and its embedding a row for it. Its processor makes the same pixels,
+and its generation settings choose and end as the engine does.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from llava_sp_jax.data.example import IMAGE_ID
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
 from llava_sp_jax.models import build
 
-_ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # what has a row for each id
+_ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # tensors with a row for each id
 
 
 def refuse(model: Loaded) -> None:
-  """Raises: FormatError for what transformers' Llava does not compute."""
+  """Raises FormatError for a model that transformers' Llava does not compute."""
   variant, data = model.config.model.projector.variant, model.config.data
   if variant != "none":
     raise FormatError(
-      f"--format llava_hf: transformers has no spatial tokens (variant {variant}); export 'llava' for the "
-      "original code, or 'language_model' for the decoder alone"
+      f"--format llava_hf: transformers has no spatial tokens (variant {variant}); export 'llava' "
+      "for the original code, or 'language_model' for the decoder alone"
     )
   if data.image_aspect == "anyres" or model.config.model.image_newline:
     raise FormatError("--format llava_hf: tiles (anyres) are not written; export 'llava'")
@@ -65,23 +65,29 @@ def write(model: Loaded, out: Path, tower: list[Tensor], projector: list[Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-  """Ids that transformers needs; `new` says that the image's was not in the tokenizer before."""
+  """Holds the ids that transformers needs.
+
+  `new` says that the image token was not in the tokenizer before.
+  """
 
   image: int
   new: bool
   stops: tuple[int, ...] = ()
   bos: int | None = None
   pad: int | None = None
-  padded: tuple[int, ...] = ()  # rows of the embedding that no text stands for
+  padded: tuple[int, ...] = ()  # padding rows of the embedding, which no token has
 
   @classmethod
   def of(cls, folder: Path | None, template: str, rows: int, out: Path) -> _Tokens:
-    """Writes the tokenizer with `<image>` in it. Without one the image has a row behind all."""
+    """Writes the tokenizer with `<image>` in it, and returns its ids.
+
+    Without a tokenizer, the image token gets the row after the last one.
+    """
     if folder is None:
       return cls(rows, True)
     from transformers import AddedToken, AutoTokenizer  # slow to import
 
-    with tempfile.TemporaryDirectory() as place:  # it would read a model's config beside the files
+    with tempfile.TemporaryDirectory() as place:  # AutoTokenizer also reads a config.json beside
       copy_tokenizer(folder, Path(place))
       ours = Tokenizer(place)
       stops = ours.stop_ids(conversation.TEMPLATES[template].end)
@@ -91,20 +97,22 @@ class _Tokens:
       theirs.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if theirs.pad_token is None:
       theirs.pad_token = theirs.unk_token or theirs.eos_token
-    theirs.chat_template = None  # written beside it
+    theirs.chat_template = None  # `write` writes it as a file
     image = theirs.convert_tokens_to_ids(IMAGE)
     _read_alike(ours, theirs, image, conversation.TEMPLATES[template], folder)
     theirs.save_pretrained(out)
     settings = json.loads((out / SETTINGS_FILE).read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # others build their own tokenizer.json
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # other classes rebuild tokenizer.json
     (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     return cls(image, new, stops, ours.bos_id, theirs.pad_token_id, tuple(range(len(theirs), rows)))
 
 
 def _read_alike(ours: Tokenizer, theirs: Any, image: int, template: Template, folder: Path) -> None:
-  """Makes transformers read prompts as training does, which reads the text behind an image anew.
+  """Changes the tokenizer so that transformers reads prompts as training does.
 
-  Raises: FormatError where it cannot.
+  Training tokenizes the text after an image as a new text.
+
+  Raises: FormatError when no change achieves that.
   """
   before = template.system + (template.first or template.before)
   one = f"{before}{IMAGE}\nWhat is it?{template.after}"
@@ -124,8 +132,8 @@ def _read_alike(ours: Tokenizer, theirs: Any, image: int, template: Template, fo
         return
       inner.normalizer, inner.pre_tokenizer = normalizer, splitter
   raise FormatError(
-    f"{folder}: transformers reads a prompt of this tokenizer as other ids than training did, so its "
-    "answers would differ; export 'llava' for the original code, or 'language_model'"
+    f"{folder}: transformers reads a prompt of this tokenizer as other ids than training did, so "
+    "its answers would differ; export 'llava' for the original code, or 'language_model'"
   )
 
 
@@ -143,14 +151,14 @@ def _blank_in_front_of_every_text(inner: Any) -> None:
     inner.pre_tokenizer.prepend_scheme = "always"
 
 
-# Where sentencepiece puts blanks that transformers does not.
+# Changes that add blanks which sentencepiece adds, but transformers does not.
 _BLANKS = (lambda inner: None, _blank_behind_images, _blank_in_front_of_every_text)
 
 
 def _with_row(tensor: Tensor, row: int) -> Tensor:
-  """The tensor [V, D] with the mean of its rows as `row`, behind the last or in its place.
+  """Returns the tensor [V, D] with the mean of its rows as `row`, appended or replaced.
 
-  The mean of all logits is never the largest, so that the row is not chosen.
+  The mean of all logits is never the largest, so the token of that row is never chosen.
   """
 
   def read() -> np.ndarray:
@@ -163,7 +171,7 @@ def _with_row(tensor: Tensor, row: int) -> Tensor:
 
 
 def _settings(config: config_lib.Config, tokens: _Tokens, rows: int) -> dict[str, Any]:
-  """The JSON files beside the tensors."""
+  """Returns the JSON files beside the tensors, by name."""
   model, data = config.model, config.data
   clip = model.tower.variant == "clip"
   language_model = dataclasses.replace(model.language_model, vocab_size=rows)
@@ -195,7 +203,7 @@ def _settings(config: config_lib.Config, tokens: _Tokens, rows: int) -> dict[str
   generation = {**ids, "do_sample": False, "suppress_tokens": [tokens.image, *tokens.padded]}
   pixels = settings_out.processor_json(data, model.tower.image_size)
   if data.image_aspect == "pad":
-    crop = pixels.get("do_center_crop", False)  # of a square: the same either way
+    crop = pixels.get("do_center_crop", False)  # no effect on a square
     pixels |= {
       "image_processor_type": "LlavaImageProcessor",
       "do_pad": True,
@@ -224,7 +232,10 @@ _CHAT = """\
 
 
 def chat_template(template: Template) -> str:
-  """A template as transformers' `apply_chat_template` takes it; "" of one that prompts no turns."""
+  """Returns a template in the form of transformers' `apply_chat_template`.
+
+  Returns "" for a template without turns.
+  """
   if template.image_only:
     return ""
   first = template.before if template.first is None else template.first

@@ -1,4 +1,4 @@
-"""Adapters folded into the kernels that they adapt."""
+"""Folds adapters into the kernels that they adapt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_sp_jax.convert.torch_io import FormatError
 
 @dataclasses.dataclass(frozen=True)
 class Folded(Leaf):
-  """`kernel + scale * A B`, computed in float32 and rounded once to the kernel's dtype."""
+  """Computes `kernel + scale * A B` in float32, and rounds it once to the kernel's dtype."""
 
   kernel: Leaf
   lora_a: Leaf
@@ -25,10 +25,10 @@ class Folded(Leaf):
     index = index or (slice(None),) * len(self.shape)
     layers, rows, columns = index
     whole = slice(None)
-    kernel = np.array(self.kernel.read(index))  # a copy: what was read may be the leaf's own
+    kernel = np.array(self.kernel.read(index))  # a copy, because the leaf may own the array
     a = self.lora_a.read((layers, rows, whole)).astype(np.float32)
     b = self.lora_b.read((layers, whole, columns)).astype(np.float32)
-    for i in range(len(kernel)):  # layer by layer: the product is as large as the kernel
+    for i in range(len(kernel)):  # layer by layer, because the product is as large as the kernel
       with np.errstate(over="ignore", invalid="ignore"):
         sum_ = kernel[i].astype(np.float32) + self.scale * (a[i] @ b[i])
       if not np.isfinite(sum_).all():
@@ -38,7 +38,7 @@ class Folded(Leaf):
 
 
 def fold(model: Loaded) -> Loaded:
-  """The same model with its adapters in the kernels, and none left."""
+  """Returns the model with its adapters folded into the kernels."""
   lora = model.config.model.lora
   if not lora.rank:
     return model

@@ -1,8 +1,8 @@
-"""The door for checkpoints of others.
+"""Opens checkpoints of foreign formats.
 
-`open_checkpoint` opens every file that a checkpoint of the table `catalog.FORMATS` needs, checks all
-names, shapes and settings at once, and returns a `Loaded`: a checkpoint that is understood, of which
-no value has been read yet.
+`open_checkpoint` opens every file that a checkpoint of the table `catalog.FORMATS` needs, and
+checks all names, shapes and settings at once. It returns a `Loaded`, of which no value has been
+read yet.
 """
 
 from __future__ import annotations
@@ -54,21 +54,23 @@ __all__ = ["FORMATS", "NOTE", "PARTS", "Options", "copy_tokenizer",
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a checkpoint may not say itself; empty means: as the checkpoint says."""
+  """Holds what a checkpoint may not say itself; empty means as the checkpoint says."""
 
   base: str = ""
   tower: str = ""
   variant: str = ""
   template: str = ""
-  select_layer: int = 0  # of a tower alone; 0: LLaVA's -2
-  allow_unknown: bool = False  # keys of settings files that no table knows
+  select_layer: int = 0  # for a tower alone; 0 means LLaVA's -2
+  allow_unknown: bool = False  # whether to ignore keys of settings files that no table has
 
 
 def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
-  """Opens any checkpoint of FORMATS, a folder or a name of the hub, with the base and tower it needs.
+  """Opens a checkpoint of FORMATS, with the base and tower that it needs.
+
+  `path` is a folder, a file or a name of the hub.
 
   Raises: FormatError that lists all that is missing, unexpected, mis-shaped or contradictory;
-  ConfigError for settings that no config of ours may have.
+  ConfigError for settings that no config may have.
   """
   if options.template:
     config_lib.lookup("--template", options.template, conversation.TEMPLATES)
@@ -130,7 +132,7 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
     train=config_lib.TrainConfig(steps=0),
   )
   tokenizer = None
-  if "language_model" in parts:  # a tower's texts are read by nobody here
+  if "language_model" in parts:  # the tokenizer of a tower alone is not used
     places.check_settings(opened.folders, options.allow_unknown)
     tokenizer = next((p for p in opened.folders if places.has_tokenizer(p)), None)
   return Loaded(
@@ -148,7 +150,10 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
 def _tied(
   llm: config_lib.LanguageModelConfig | None, tensors: Tensors
 ) -> tuple[config_lib.LanguageModelConfig | None, Tensors]:
-  """One array for embedding and output layer where settings say so, unless two were trained apart."""
+  """Drops one of embedding and output layer if the settings tie them.
+
+  If both are there and differ, the settings are changed to untied.
+  """
   head, embedding = tensors.get(adapters.HEAD), tensors.get(adapters.EMBEDDING)
   if llm is None or not llm.tie_embeddings or head is None:
     return llm, tensors
@@ -159,7 +164,10 @@ def _tied(
 
 
 def checked(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
-  """The config of `path` as it will be read back, after all that a run checks. Raises: ConfigError."""
+  """Returns the config of `path` as it will be read back, after the checks of a run.
+
+  Raises: ConfigError.
+  """
   try:
     read = config_lib.from_json(config_lib.to_json(config))
     build.model(read.model)
@@ -172,21 +180,21 @@ def checked(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> co
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-  """A folder's tensors under the names of `tables`, with those of what it stands on."""
+  """Holds a folder's tensors under the names of `tables`, with those of its base."""
 
   tensors: Tensors
   parts: tuple[str, ...]
-  folders: tuple[Path, ...]  # itself, then what it stands on
+  folders: tuple[Path, ...]  # the folder, then its base
   config: Json  # the config.json that says what the model is
-  home: Path  # where that stands
-  said: Json  # what it says as a LLaVA
+  home: Path  # the folder of that config.json
+  said: Json  # its LLaVA settings
   llm: config_lib.LanguageModelConfig | None = None
   recipe: adapters.Recipe | None = None
-  names: tuple[str, ...] = ()  # of the decoder, as its files call it
+  names: tuple[str, ...] = ()  # names of the decoder in its files
 
 
 def _open(folder: Folder, name: str, options: Options) -> _Opened:
-  """Settings first, then names and shapes of the tensors; no values."""
+  """Reads a folder's settings, then the names and shapes of its tensors, but no values."""
   row, path, allow = FORMATS[name], folder.path, options.allow_unknown
   if name == "gguf":
     llm = settings.language_model(gguf.config(path, allow), str(path), allow)
@@ -211,7 +219,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
   if base is None:
     return _Opened(tensors, row.parts, (path,), folder.config, path, said, own, recipe, hints)
   text = base.llm
-  if text and (rows := tensors.get(adapters.EMBEDDING)) and rows.shape:  # it brings its own
+  if text and (rows := tensors.get(adapters.EMBEDDING)) and rows.shape:  # its own embedding
     text = dataclasses.replace(text, vocab_size=rows.shape[0])
   _same_decoder(own, text, base.folders[0], path)
   if recipe and text:
@@ -235,7 +243,7 @@ def _open(folder: Folder, name: str, options: Options) -> _Opened:
 
 
 def _open_base(folder: Folder, recipe: adapters.Recipe | None, options: Options) -> _Opened:
-  """What a folder without a decoder of its own stands on."""
+  """Opens the base of a folder that has no decoder of its own."""
   named = options.base or _base_name(folder, recipe)
   place = look(places.resolve(named, folder.path, "--base"))
   name = identify(place)
@@ -253,7 +261,7 @@ def _same_decoder(
   base: Path,
   path: Path,
 ) -> None:
-  """Raises: FormatError where a folder's own sizes contradict its base's."""
+  """Raises FormatError where a folder's sizes contradict those of its base."""
   if not own or not llm:
     return
   odd = config_lib.differences(llm, own, "language_model")
@@ -272,7 +280,10 @@ def _base_name(folder: Folder, recipe: adapters.Recipe | None) -> str:
 
 
 def _template(opened: _Opened) -> str:
-  """LLaVA's v1, unless the decoder's name speaks against it. Raises: FormatError then."""
+  """Returns LLaVA's template v1, unless the name of the decoder suggests another one.
+
+  Raises: FormatError in that case.
+  """
   if "projector" not in opened.parts or not opened.llm:
     return "v1"
   family = settings_out.family(opened.llm)
@@ -289,7 +300,10 @@ def _template(opened: _Opened) -> str:
 
 
 def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.TowerConfig, Tensors, Json]:
-  """The tower's sizes, its tensors unless the checkpoint brings them, and how it wants pictures."""
+  """Returns the tower's sizes, its tensors, and how images are prepared for it.
+
+  There are no tensors if the checkpoint itself brings them.
+  """
   config, origin, allow = opened.config, f"{opened.home}/config.json", options.allow_unknown
   layer = options.select_layer or settings.select_layer(opened.said, origin)
   alone = config.get("model_type") in (*settings.TOWERS, *settings.OTHER_TOWERS)
@@ -321,7 +335,7 @@ def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[table
 
 
 def _used_layers(found: Leaves, model: config_lib.ModelConfig) -> Leaves:
-  """The tower's blocks up to the selected layer; those after it are never computed."""
+  """Drops the tower's blocks after the selected layer, which are never computed."""
   count = build.tower_layers(model)
   result = {}
   for path, leaf in found.items():
@@ -332,7 +346,10 @@ def _used_layers(found: Leaves, model: config_lib.ModelConfig) -> Leaves:
 
 
 def _dtype(found: Leaves) -> str:
-  """What to compute in and keep frozen parameters in: float32 where the base is stored in it."""
+  """Returns the dtype of computation and of frozen parameters.
+
+  It is float32 if the largest array of the base is float32, else bfloat16.
+  """
   base = [leaf for p, leaf in found.items() if not p.startswith("projector/") and not is_adapter(p)]
   largest = max(base, key=lambda leaf: leaf.nbytes)
   return "float32" if largest.dtype.itemsize >= 4 else "bfloat16"

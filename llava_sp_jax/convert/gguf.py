@@ -1,7 +1,8 @@
-"""LLaMA weights and tokenizer from a GGUF file, under Hugging Face's names; dequantised in numpy.
+"""Reads LLaMA weights and tokenizers from GGUF files; dequantizes in numpy.
 
-Loaded: the GGUF specification; llama.cpp's `convert_hf_to_gguf.py` permutes q and k rows, undone here;
-what a file leaves out is what llama.cpp's loader takes.
+Tensors get Hugging Face's names. llama.cpp's `convert_hf_to_gguf.py` permutes the rows of q and k,
+which is undone here. A value that a file lacks is the default of llama.cpp's loader.
+Source: the GGUF specification.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ NAMES = (
   (r"blk\.(\d+)\.ffn_(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 )
 _EMBEDDING = "token_embd.weight"
-_DIVISORS = "rope_freqs.weight"  # of rotary frequencies, in files of Llama 3.1 and later
+_DIVISORS = "rope_freqs.weight"  # divisors of rotary frequencies, since Llama 3.1
 
-# Our names for the keys that decide something -> how the file calls them, and what they may be.
+# Names in config.json -> (key in the file, kind of its value).
 _ONE_TO_ONE = {
   "hidden_size": ("embedding_length", SIZE),
   "num_hidden_layers": ("block_count", LAYERS),
@@ -67,11 +68,11 @@ METADATA: Table = {
     "attn_logit_softcapping", "final_logit_softcapping", "attention.scale",
     "attention.clamp_kqv", "attention.max_alibi_bias", "embedding_scale", "residual_scale"),
 }  # fmt: skip
-_FREE = ("general.", "tokenizer.", "quantize.")  # about the file and its texts, not the numbers
+_FREE = ("general.", "tokenizer.", "quantize.")  # keys without effect on the weights
 
 
 def _open(path: Path) -> Container:
-  """The container of a LLaMA. Raises: FormatError."""
+  """Opens the container of a LLaMA. Raises: FormatError."""
   import gguf
 
   container = open_container(path, {int(k): v for k, v in gguf.GGML_QUANT_SIZES.items()})
@@ -92,13 +93,16 @@ def _text(container: Container, key: str) -> str:
 
 
 def open_gguf(path: Path) -> Tensors:
-  """Weights in torch's orientation, dequantised to float32 when they are read. Raises: FormatError."""
+  """Returns the weights in torch's orientation, which are dequantized to float32 when read.
+
+  Raises: FormatError.
+  """
   container = _open(path)
   sizes = _config(container, allow_unknown=True)
   heads = {"q": sizes["num_attention_heads"], "k": sizes["num_key_value_heads"]}
   result: Tensors = {}
   for place in container.tensors:
-    if place.name == _DIVISORS:  # a setting: see `_divided`
+    if place.name == _DIVISORS:  # a setting, read by `_divided`
       continue
     name = _name(place.name, path)
     read = _reader(container, place)
@@ -120,7 +124,7 @@ def _name(name: str, path: Path) -> str:
 
 
 def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
-  """A function that gives a tensor's values as float32. Raises: FormatError."""
+  """Returns a function that reads a tensor's values as float32. Raises: FormatError."""
   import gguf
 
   kinds, file = gguf.GGMLQuantizationType, container.file
@@ -141,7 +145,7 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
       .astype(np.float32, copy=False)
     )
   if container.big_endian:
-    raise FormatError(f"{file.path}: quantised and big-endian ({place.name}), which is not read")
+    raise FormatError(f"{file.path}: quantized and big-endian ({place.name}), which is not read")
   if not _can_dequantize(kind):
     raise FormatError(f"{file.path}: {place.name} is stored as {kind.name}, which is not read")
   block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -149,7 +153,7 @@ def _reader(container: Container, place: Place) -> Callable[[], np.ndarray]:
 
   def read() -> np.ndarray:
     stored = file.map(np.dtype(np.uint8), place.start, place.size).reshape(rows)
-    with np.errstate(all="ignore"):  # what is not finite is refused by who reads it
+    with np.errstate(all="ignore"):  # the reader refuses values that are not finite
       return gguf.quants.dequantize(stored, kind).astype(np.float32, copy=False)
 
   return read
@@ -167,14 +171,14 @@ def _can_dequantize(kind: Any) -> bool:
 
 
 def _unpermuted(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
-  """Rows from llama.cpp's interleaved rotary order back to Hugging Face's half-split order."""
+  """Reorders rows from llama.cpp's interleaved to Hugging Face's half-split rotary order."""
   weight = read()
   rows, columns = weight.shape
   return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def config(path: Path, allow_unknown: bool = False) -> Json:
-  """What a Hugging Face `config.json` would say. Raises: FormatError."""
+  """Returns the settings as a Hugging Face `config.json`. Raises: FormatError."""
   return _config(_open(path), allow_unknown)
 
 
@@ -209,7 +213,10 @@ def _config(container: Container, allow_unknown: bool) -> Json:
 
 
 def _stretched(said: Json) -> Json:
-  """llama.cpp stretches positions linearly by the factor, if there is one and nothing else is said."""
+  """Returns the linear scaling of positions.
+
+  llama.cpp uses it if there is a factor and no other type of scaling.
+  """
   factor = float(said.get("rope.scaling.factor", said.get("rope.scale_linear")) or 0)
   if said.get("rope.scaling.type") == "none" or factor in (0, 1):
     return {}
@@ -217,10 +224,11 @@ def _stretched(said: Json) -> Json:
 
 
 def _divided(container: Container, head: int, theta: float) -> Json:
-  """The scaling of Llama 3.1, of which llama.cpp writes what each rotary frequency is divided by.
+  """Returns the scaling of Llama 3.1, found from the divisors of rotary frequencies in the file.
 
-  Its published models differ in the factor, which is the largest of them. Raises: FormatError for
-  other divisors.
+  The published models differ only in the factor, which is the largest divisor.
+
+  Raises: FormatError for other divisors.
   """
   place = next((p for p in container.tensors if p.name == _DIVISORS), None)
   if place is None:
@@ -232,8 +240,8 @@ def _divided(container: Container, head: int, theta: float) -> Json:
   wanted = 1 / ((1 - kept) / factor + kept)
   if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-3):
     raise FormatError(
-      f"{container.file.path}: not supported: {_DIVISORS} holds other divisors than Llama 3.1's for "
-      f"{_TRAINED:,} positions"
+      f"{container.file.path}: not supported: {_DIVISORS} holds other divisors than Llama 3.1's "
+      f"for {_TRAINED:,} positions"
     )
   if factor == 1.0:
     return {}
@@ -252,7 +260,7 @@ _TRAINED, _LOW, _HIGH = 8192, 1.0, 4.0
 
 
 def _plain(value: Any) -> Any:
-  """A value of the container as JSON would have it."""
+  """Returns a value of the container as JSON would have it."""
   if isinstance(value, bytes):
     return value.decode("utf-8", "backslashreplace")
   return value.tolist() if isinstance(value, np.ndarray) else value
@@ -261,7 +269,7 @@ def _plain(value: Any) -> Any:
 def write_tokenizer(path: Path, out: Path) -> None:
   """Rebuilds SmolLM's byte-level BPE from the GGUF's metadata as a Hugging Face folder.
 
-  Raises: FormatError for a pre-tokenizer other than `smollm`, and where its parts do not fit.
+  Raises: FormatError for a pre-tokenizer other than `smollm`, and for inconsistent parts.
   """
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -280,7 +288,7 @@ def write_tokenizer(path: Path, out: Path) -> None:
     )
   try:
     bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, fuse_unk=False)
-  except Exception as error:  # whatever the library raises for merges of other tokens
+  except Exception as error:  # any error of the library for merges of other tokens
     raise FormatError(
       f"{path}: tokenizer.ggml: its merges do not fit its tokens ({error})"
     ) from None

@@ -1,7 +1,7 @@
-"""The container of GGUF: metadata and where each tensor lies, bounded by the size of the file.
+"""Reads the container of GGUF: metadata, and the place of each tensor in the file.
 
-Counts and lengths of the file are only believed as far as its bytes reach.
-Loaded: docs/gguf.md of ggml (versions 2 and 3, either order of bytes).
+Counts and lengths are checked against the size of the file.
+Source: docs/gguf.md of ggml (versions 2 and 3, either order of bytes).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_TEXT = 1 << 20  # bytes
 MAX_TEXTS = 1 << 20  # tokens and merges together
 MAX_AXES = 4
 
-# type -> (struct, numpy); texts and arrays are read otherwise
+# type -> format of struct, which is numpy's, too; texts and arrays have methods
 _NUMBERS = {
   0: "B",
   1: "b",
@@ -51,18 +51,21 @@ _BOOL, _TEXT, _ARRAY = 7, 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A tensor in the file; `shape` has the fastest axis last, as numpy counts."""
+  """Holds the place of a tensor; the last axis of `shape` is the fastest, as in numpy."""
 
   name: str
   shape: tuple[int, ...]
-  kind: int  # of ggml: how its values are stored
+  kind: int  # ggml's type of the stored values
   start: int
   size: int  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Container:
-  """What a GGUF file says. Texts in `values` are bytes, arrays lists of bytes or numpy arrays."""
+  """Holds the content of a GGUF file.
+
+  Texts in `values` are bytes; arrays are lists of bytes or numpy arrays.
+  """
 
   file: DataFile
   big_endian: bool
@@ -71,9 +74,9 @@ class Container:
 
 
 def open_container(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Container:
-  """Reads everything in front of the tensors' values.
+  """Reads everything before the values of the tensors.
 
-  `blocks` gives, for each kind of tensor, how many values stand in how many bytes.
+  `blocks` maps each kind of tensor to (values of a block, bytes of a block).
   Raises: FormatError.
   """
   file = DataFile.open(path)
@@ -90,7 +93,7 @@ def open_container(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Contain
 
 
 class _Reader:
-  """Goes through the head of a file; every reading is checked against what is left."""
+  """Reads the head of a file, and checks every read against the bytes that are left."""
 
   def __init__(self, file: DataFile, data: mmap.mmap):
     self.file, self.data, self.at = file, data, 0
@@ -98,7 +101,7 @@ class _Reader:
     self.texts = 0
     if self.take(4) != b"GGUF":
       raise MalformedError("it does not begin with GGUF")
-    self.order = ">" if self.take(2) == b"\0\0" else "<"  # of the version, a small number
+    self.order = ">" if self.take(2) == b"\0\0" else "<"  # from the version, a small number
     self.at = 4
 
   def container(self, blocks: Mapping[int, tuple[int, int]]) -> Container:
@@ -126,7 +129,7 @@ class _Reader:
     return Container(self.file, self.order == ">", values, found)
 
   def check(self, places: tuple[Place, ...], start: int, alignment: int) -> None:
-    """Raises: MalformedError unless each tensor lies in the file, by itself, under its own name."""
+    """Raises MalformedError unless all tensors have a name and a place of their own."""
     if len({place.name for place in places}) < len(places):
       raise MalformedError("two tensors have one name")
     end = start
@@ -183,7 +186,7 @@ class _Reader:
     return np.frombuffer(self.take(count * stored.itemsize), stored)
 
   def place(self, blocks: Mapping[int, tuple[int, int]]) -> Place:
-    """One tensor, its start still counted from where the values begin."""
+    """Reads the place of a tensor; its start is still relative to the first value."""
     name, axes = self.name(), self.number("I")
     if not 1 <= axes <= MAX_AXES:
       raise MalformedError(f"{name} has {axes:,} axes, expected 1 to {MAX_AXES}")

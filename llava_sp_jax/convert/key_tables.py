@@ -1,7 +1,7 @@
-"""The keys of foreign settings files: one table a kind of file, read by `keys.read`.
+"""Lists the keys of foreign settings files: one table for each kind of file, read by `keys.read`.
 
-Sources: the config classes of transformers 4.2 to 5.23, PEFT's LoraConfig to 0.21, `llava/train` and
-`llava/model` of LLaVA 1.0 to NeXT, and what published folders hold beside them.
+Sources: the config classes of transformers 4.2 to 5.23, PEFT's LoraConfig to 0.21, `llava/train`
+and `llava/model` of LLaVA 1.0 to NeXT, and what published folders hold beside them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ GENERATION: Table = {  # generation_config.json
 }  # fmt: skip
 
 _GRAPH = "a part that decoders and towers here do not have"
-PRETRAINED: Table = {  # what every config.json of transformers may hold
+PRETRAINED: Table = {  # keys that every config.json of transformers may have
   **GENERATION,
   "model_type": honored(TEXT, "names the family"),
   "architectures": idle("names a class of another program; model_type and tensors decide"),
@@ -74,9 +74,9 @@ PRETRAINED: Table = {  # what every config.json of transformers may hold
     "neftune_noise_alpha", "_unsloth_version", "transformers_weights"),
   **rows(never(_GRAPH), "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size",
     "pruned_heads", "is_composition"),
-  **rows(never("quantized weights are not read; give the folder that they were made from, or save it "
-    "dequantized (transformers: model.dequantize(), then save_pretrained)"), "quantization_config",
-    "quantization", "compression_config"),
+  **rows(never("quantized weights are not read; give the folder that they were made from, or save "
+    "it dequantized (transformers: model.dequantize(), then save_pretrained)"),
+    "quantization_config", "quantization", "compression_config"),
 }  # fmt: skip
 
 _FACTOR = real(1.0, 1e6)
@@ -146,7 +146,7 @@ DECODERS: dict[str, Table] = {  # by the families of `settings.FAMILIES`
 }  # fmt: skip
 
 _OF_TRAINING = idle("what the original's stage trains, and how")
-LLAVA: Table = {  # what the original's config.json has beside its decoder's keys
+LLAVA: Table = {  # config.json of the original, beside its decoder's keys
   "mm_vision_tower": honored(maybe(TEXT), "names the tower's folder"),
   "vision_tower": idle("the argument behind mm_vision_tower"),
   "mm_vision_select_layer": honored(either(whole(-4096, 4096), listing(whole(-4096, 4096))),
@@ -167,7 +167,8 @@ LLAVA: Table = {  # what the original's config.json has beside its decoder's key
   "tokenizer_padding_side": only("rows are padded on the right", "right", "left"),
   "use_mm_proj": idle("says that there is a projector; its tensors do"),
   **rows(_OF_TRAINING, "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "mm_projector_lr",
-    "freeze_backbone", "tune_mm_vision_tower", "mm_tunable_parts", "mm_vision_tower_lr", "unfreeze_mm_vision_tower",
+    "freeze_backbone", "tune_mm_vision_tower", "mm_tunable_parts", "mm_vision_tower_lr",
+    "unfreeze_mm_vision_tower",
     "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "freeze_mm_vision_tower",
     "pretrain_mm_mlp_adapter", "vision_tower_pretrained", "group_by_modality_length",
     "unfreeze_language_model", "mm_perceiver_depth", "mm_perceiver_latents",
@@ -272,14 +273,16 @@ ADAPTER: Table = {  # adapter_config.json
   "eva_config": idle("of a start that is over"),
   **rows(idle("how another program computes, not what"), "megatron_config", "megatron_core",
     "qalora_group_size", "inference_mode", "runtime_config"),
-  "ensure_weight_tying": honored(maybe(FLAG), "refused where a base ties and one of both was trained"),
+  "ensure_weight_tying": honored(maybe(FLAG),
+    "refused where a base ties and one of both was trained"),
   **rows(idle("says who wrote the file"), "peft_version", "auto_mapping", "revision", "task_type",
     "unsloth_fixed", "use_merged", "merge_weights"),
 }  # fmt: skip
 
 _SIDES = either(SIZE, GROUP)
 PROCESSOR_IMAGE: Table = {  # preprocessor_config.json, and image_processor of processor_config.json
-  "image_processor_type": honored(maybe(TEXT), "CLIP crops, SigLIP stretches, LlavaNext cuts tiles"),
+  "image_processor_type": honored(maybe(TEXT),
+    "CLIP crops, SigLIP stretches, LlavaNext cuts tiles"),
   "feature_extractor_type": honored(maybe(TEXT), "the older name of image_processor_type"),
   "image_mean": honored(listing(real(-10, 10), 3, 3), "subtracted"),
   "image_std": honored(listing(real(1e-6, 100), 3, 3), "divided by"),
@@ -294,7 +297,8 @@ PROCESSOR_IMAGE: Table = {  # preprocessor_config.json, and image_processor of p
     "do_normalize"),
   "rescale_factor": always("pixels are divided by 255", 1 / 255),
   "do_convert_rgb": idle("pictures are always read as RGB", maybe(FLAG)),
-  "default_to_square": honored(maybe(FLAG), "of a size that is one number; refused where it is true"),
+  "default_to_square": honored(maybe(FLAG),
+    "of a size that is one number; refused where it is true"),
   **rows(idle("of another program"), "processor_class", "_processor_class", "auto_map",
     "_valid_processor_keys", "return_tensors", "data_format", "input_data_format", "device",
     "disable_grouping", "image_seq_length", "transformers_version", "pad_size", "patch_size",
@@ -339,13 +343,14 @@ TOKENIZER: Table = {  # tokenizer_config.json
   **rows(idle("of another program"), "use_default_system_prompt", "processor_class",
     "backend", "is_local", "local_files_only", "from_slow", "tokenizer_file", "name_or_path",
     "special_tokens_map_file", "trust_remote_code", "errors", "use_fast", "model_input_names",
-    "transformers_version", "tokenizer_type", "unk_id", "max_length", "stride", "pad_to_multiple_of",
+    "transformers_version", "tokenizer_type", "unk_id", "max_length", "stride",
+    "pad_to_multiple_of",
     "pad_token_type_id", "truncation_strategy", "return_tensors", "padding", "verbose",
     "device_map", "cache_dir", "vocab_file", "merges_file", "init_inputs", "use_auth_token",
     "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "is_fast"),
 }  # fmt: skip
 
-NOTE: Table = {  # llava_sp.json of our own exports
+NOTE: Table = {  # llava_sp.json of exports of this package
   "variant": honored(TEXT, "the projector's variant"),
   "scales": honored(listing(SIZE, 0), "its views"),
   "template": honored(TEXT, "the conversation template"),

@@ -1,8 +1,8 @@
-"""What a key of a foreign settings file means here: honored, without effect, or refused.
+"""Reads the keys of foreign settings files: each is honored, without effect, or refused.
 
-A table names every key that its file may hold. `read` checks types and ranges, refuses values that
-are not computed and keys that no table knows, all of a file in one message, and returns what is
-honored.
+A table names every key that its file may hold. `read` checks types and ranges, and refuses values
+that are not supported and keys that no table has, all of a file in one message. It returns the
+honored keys.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from llava_sp_jax.convert.torch_io import FormatError
 
 Json = dict[str, Any]
-ALLOW = "--allow-unknown"  # the switch that passes unknown keys over
+ALLOW = "--allow-unknown"  # the option that ignores unknown keys
 SHOWN = 60  # characters of a value in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A type with its range, and its name in messages."""
+  """Holds a type with its range, and its name in messages."""
 
   what: str
   holds: Callable[[Any], bool]
@@ -32,6 +32,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: int) -> Kind:
+  """Returns the kind of an integer in a range, both ends included."""
   return Kind(
     f"a whole number from {low} to {high}",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
@@ -39,6 +40,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def real(low: float, high: float) -> Kind:
+  """Returns the kind of a finite number in a range, both ends included."""
   return Kind(
     f"a number from {low:g} to {high:g}",
     lambda v: _is_number(v) and low <= v <= high and math.isfinite(v),
@@ -46,18 +48,22 @@ def real(low: float, high: float) -> Kind:
 
 
 def choice(*names: str) -> Kind:
+  """Returns the kind of one of these texts."""
   return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
 
 
 def maybe(kind: Kind) -> Kind:
+  """Returns the kind that also accepts null."""
   return Kind(f"{kind.what}, or null", lambda v: v is None or kind.holds(v))
 
 
 def either(*kinds: Kind) -> Kind:
+  """Returns the kind that accepts what any of these kinds accepts."""
   return Kind(" or ".join(k.what for k in kinds), lambda v: any(k.holds(v) for k in kinds))
 
 
 def listing(kind: Kind, least: int = 1, most: int = 4096) -> Kind:
+  """Returns the kind of a list with `least` to `most` items of one kind."""
   count = f"{least}" if least == most else f"{least} to {most}"
   return Kind(
     f"a list of {count} items, each {kind.what}",
@@ -73,56 +79,62 @@ SIZE = whole(1, 1 << 24)
 LAYERS = whole(1, 4096)
 POSITIVE = real(1e-30, 1e30)
 
-NOTHING: tuple[Any, ...] = (False, 0, "", [], {})  # how a file says that something is not there
+NOTHING: tuple[Any, ...] = (False, 0, "", [], {})  # values that say that something is absent
 HONORED, IDLE, REFUSED = "honored", "without effect", "refused"
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """One row: what happens to a key, and why. `values` are the only ones that are computed."""
+  """Describes a key: what happens to it, and why.
+
+  If `values` is given, all other values are refused.
+  """
 
   place: str  # HONORED, IDLE or REFUSED
   why: str
   kind: Kind = ANYTHING
   values: tuple[Any, ...] | None = None
-  null: bool = True  # whether null is as good as to say nothing
+  null: bool = True  # whether null is the same as a missing key
 
 
 Table = Mapping[str, Key]
 
 
 def honored(kind: Kind, how: str) -> Key:
-  """Its value decides something here."""
+  """Describes a key whose value is used."""
   return Key(HONORED, how, kind)
 
 
 def idle(why: str, kind: Kind = ANYTHING) -> Key:
-  """No number here depends on it."""
+  """Describes a key that has no effect on any result."""
   return Key(IDLE, why, kind)
 
 
 def only(why: str, *values: Any) -> Key:
-  """Without effect at these values, and where it is null; refused at all others."""
+  """Describes a key without effect at these values and at null, and refused at all others."""
   return Key(REFUSED, why, values=values)
 
 
 def always(why: str, *values: Any) -> Key:
-  """As `only`, but refused at null, too: a program that is not told takes one of these values."""
+  """Describes a key as `only`, but refused at null, too.
+
+  A program that is not told the value takes one of `values`.
+  """
   return Key(REFUSED, why, values=values, null=False)
 
 
 def never(why: str) -> Key:
-  """Refused unless it says nothing: null, false, 0, or empty."""
+  """Describes a key that is refused unless it is null, false, 0 or empty."""
   return Key(REFUSED, why, values=NOTHING)
 
 
 def rows(key: Key, *names: str) -> dict[str, Key]:
-  """Several keys with one meaning."""
+  """Returns a table of several keys with the same meaning."""
   return dict.fromkeys(names, key)
 
 
 def problem(name: str, value: Any, key: Key) -> str:
-  """What is wrong with a value; empty if nothing."""
+  """Returns what is wrong with a value; "" if nothing is."""
   if key.values is not None:
     said = value is not None or not key.null
     if not said or any(type(value) is type(v) and value == v for v in key.values):
@@ -140,16 +152,17 @@ def _short(value: Any) -> str:
 
 
 def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) -> Json:
-  """The honored keys of a settings file.
+  """Returns the honored keys of a settings file.
 
-  Raises: FormatError, in one line, that names every key whose value is wrong or not computed, and
-  every key that the table lacks, but for null, unless `allow_unknown` passes those over.
+  Raises: FormatError, in one line, that names every key with a wrong or unsupported value, and
+  every key that the table lacks. Unknown keys that are null, or that `allow_unknown` permits, are
+  ignored.
   """
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a group of keys, found {_short(values)}")
   found = [problem(name, values[name], key) for name, key in table.items() if name in values]
   problems = [text for text in found if text]
-  # null is what a file does not say, whatever its key would mean.
+  # null is the same as a missing key, whatever the key means.
   unknown = [_short(n)[1:-1] for n, value in values.items() if n not in table and value is not None]
   if unknown and not allow_unknown:
     listed = ", ".join(unknown[:12]) + (f" and {len(unknown) - 12} more" if unknown[12:] else "")

@@ -1,4 +1,4 @@
-"""docs/foreign_settings.md: the tables of keys as a page; `python -m llava_sp_jax.convert.keys_page`."""
+"""Prints docs/foreign_settings.md, a page of the tables of keys."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import argparse
 from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Key, Table
 
-# Every table by the file it reads; tests and docs go through them.
+# {file: its table}, for tests and docs.
 FILES: dict[str, Table] = {
-  "config.json of a LLaMA": key_tables.DECODERS["llama"], "config.json of a Mistral": key_tables.DECODERS["mistral"],
-  "config.json of a Qwen2": key_tables.DECODERS["qwen2"], "rope_parameters, rope_scaling": key_tables.ROPE,
+  "config.json of a LLaMA": key_tables.DECODERS["llama"],
+  "config.json of a Mistral": key_tables.DECODERS["mistral"],
+  "config.json of a Qwen2": key_tables.DECODERS["qwen2"],
+  "rope_parameters, rope_scaling": key_tables.ROPE,
   "config.json of LLaVA, beside its decoder's keys": key_tables.LLAVA,
-  "config.json of llava-hf": key_tables.LLAVA_HF, "vision_config of CLIP": key_tables.TOWERS["clip"],
-  "vision_config of SigLIP": key_tables.TOWERS["siglip"], "config.json of CLIP and SigLIP": key_tables.WHOLE_TOWER,
+  "config.json of llava-hf": key_tables.LLAVA_HF,
+  "vision_config of CLIP": key_tables.TOWERS["clip"],
+  "vision_config of SigLIP": key_tables.TOWERS["siglip"],
+  "config.json of CLIP and SigLIP": key_tables.WHOLE_TOWER,
   "adapter_config.json": key_tables.ADAPTER, "preprocessor_config.json": key_tables.PROCESSOR_IMAGE,
   "processor_config.json": key_tables.PROCESSOR, "tokenizer_config.json": key_tables.TOKENIZER,
   "generation_config.json": key_tables.GENERATION, "llava_sp.json": key_tables.NOTE,
@@ -29,7 +33,7 @@ the tables by `python -m llava_sp_jax.convert.keys_page`.
 
 
 def page() -> str:
-  """The whole page."""
+  """Returns the whole page."""
   return HEAD + "".join(f"\n## {name}\n\n{_section(table)}" for name, table in FILES.items())
 
 

@@ -1,4 +1,4 @@
-"""Pairs of functions that turn a torch array into ours and back, numpy views where possible."""
+"""Changes torch's array layouts to jax's and back, by numpy views where possible."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 Array = np.ndarray
-BLOCK = 256  # side of the squares in which axes are exchanged
+BLOCK = 256  # side of the squares that are copied at once
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorLayout:
-  """`to_jax(to_torch(x)) == x` for every x of the right rank."""
+  """Holds a pair of inverse functions: `to_jax(to_torch(x)) == x` for x of the right rank."""
 
   to_jax: Callable[[Array], Array]
   to_torch: Callable[[Array], Array]
@@ -30,10 +30,11 @@ conv = TensorLayout(  # [out, in, h, w] <-> [h, w, in, out]
 
 
 def contiguous(x: Array) -> Array:
-  """A copy in C order. Where the fast axis changes it is made in squares that fit the cache.
+  """Returns a copy in C order.
 
-  numpy's own copy of a transposed matrix misses the cache at every element. What is no numpy array
-  (a tracer that only asks for shapes) is returned as it is.
+  numpy's own copy of a transposed matrix misses the cache at every element. So if the fastest axis
+  changes, large arrays are copied in squares that fit the cache. Anything but a numpy array (a
+  tracer that only asks for shapes) is returned as it is.
   """
   if not isinstance(x, np.ndarray):
     return x
@@ -43,7 +44,7 @@ def contiguous(x: Array) -> Array:
   out = np.empty(x.shape, x.dtype)
   sides = [BLOCK if axis in (fast, x.ndim - 1) else n for axis, n in enumerate(x.shape)]
   others = [axis for axis in range(x.ndim - 1) if axis != fast]
-  for axis in others:  # so many squares at once as one square of two long axes has elements
+  for axis in others:  # so that each block has about BLOCK**2 elements
     sides[axis] = max(1, BLOCK**2 // (min(BLOCK, x.shape[fast]) * min(BLOCK, x.shape[-1])))
   starts = [range(0, n, side) for n, side in zip(x.shape, sides, strict=True)]
 
@@ -63,7 +64,10 @@ def _flat_to_conv(x: Array, channels: int) -> Array:
 
 
 def whole_view(channels: int) -> TensorLayout:
-  """A convolution whose kernel covers its view: [out, in, h, w] <-> [h*w*in, out]."""
+  """Returns the layout of a convolution whose kernel covers its view.
+
+  [out, in, h, w] <-> [h*w*in, out].
+  """
   return TensorLayout(
     lambda x: contiguous(x.transpose(2, 3, 1, 0).reshape(-1, channels, x.shape[0])).reshape(
       -1, x.shape[0]

@@ -1,6 +1,6 @@
-"""Leaves of our parameter tree that are still in files: the tensors behind each, read part by part.
+"""Holds leaves of the parameter tree that are still in files, and reads their tensors part by part.
 
-Everything that can be wrong with names and shapes is found here, before a value is read.
+All errors of names and shapes are found here, before a value is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Leaves = dict[str, "Leaf"]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One array of the tree, wherever its values are; `read` gives them, or a slice of them."""
+  """Holds an array of the tree, wherever its values are; `read` returns them, or a slice."""
 
   path: str
   shape: tuple[int, ...]
@@ -35,19 +35,22 @@ class Leaf:
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the whole array."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   @property
   def origin(self) -> str:
+    """Returns the source of the leaf for messages."""
     return self.path
 
   def read(self, index: Index | None = None) -> np.ndarray:
+    """Returns the values, or those of `index`, a slice for each axis."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory(Leaf):
-  """A leaf whose values are at hand."""
+  """Holds a leaf whose values are in memory."""
 
   values: np.ndarray
 
@@ -57,7 +60,7 @@ class InMemory(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Leaf):
-  """A leaf rounded to another dtype when it is read."""
+  """Rounds another leaf to a dtype when it is read."""
 
   inner: Leaf
 
@@ -66,7 +69,7 @@ class Cast(Leaf):
 
 
 def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
-  """Values in another dtype. Raises: FormatError where float16 is too small for them."""
+  """Casts values to a dtype. Raises: FormatError when they are too large for float16."""
   if dtype != np.float16 or values.dtype == np.float16:
     return values.astype(dtype)
   largest = float(np.abs(values).max(initial=0))
@@ -78,12 +81,13 @@ def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Leaves:
+  """Returns leaves that hold these arrays."""
   return {p: InMemory(p, a.shape, a.dtype, a) for p, a in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class InTensors(Leaf):
-  """A leaf made of one torch tensor, or of one for each layer."""
+  """Reads a leaf from a torch tensor, or from one tensor for each layer."""
 
   tensors: tuple[Tensor, ...]
   layout: TensorLayout
@@ -95,11 +99,12 @@ class InTensors(Leaf):
     return self.tensors[0].name + more
 
   def first_layers(self, count: int) -> InTensors:
+    """Returns the leaf with its first `count` layers."""
     shape = (count, *self.shape[1:])
     return dataclasses.replace(self, shape=shape, tensors=self.tensors[:count])
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Only the tensors of the wanted layers are touched.
+    """Returns values, and reads only the tensors of the requested layers.
 
     Raises: FormatError when a value is not finite.
     """
@@ -126,11 +131,14 @@ class InTensors(Leaf):
 
 
 def _count_not_finite(values: np.ndarray) -> int:
-  """In pieces that fit the cache, and for bfloat16 on its bits: numpy is slow on both counts."""
+  """Returns the number of NaN and infinite values.
+
+  It works in pieces that fit the cache, and on the bits of bfloat16, because numpy is slow at both.
+  """
   flat = values.reshape(-1)
   step, bad = 1 << 18, 0
   for piece in (flat[i : i + step] for i in range(0, flat.size, step)):
-    if piece.dtype == BFLOAT16:  # all bits of the exponent
+    if piece.dtype == BFLOAT16:  # not finite: all bits of the exponent are 1
       bad += int(np.count_nonzero(piece.view(np.uint16) & 0x7F80 == 0x7F80))
     else:
       bad += piece.size - int(np.count_nonzero(np.isfinite(piece)))
@@ -144,9 +152,9 @@ def _sliced(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
 def gather(
   tensors: Iterable[Tensor], rows: tuple[tables.NameRule, ...], problems: list[str]
 ) -> Leaves:
-  """Finds the row of each tensor and stacks the layers.
+  """Finds the row of each tensor, and stacks the layers.
 
-  Adds to `problems` every tensor without a row, every gap among the layers, and layers that differ.
+  Adds to `problems` every tensor without a row, every missing layer, and layers that differ.
   """
   found: dict[str, dict[int | None, tuple[Tensor, TensorLayout]]] = {}
   for tensor in tensors:
@@ -200,13 +208,13 @@ def _leaf(
 
 @functools.lru_cache(maxsize=4096)
 def shape_after(change: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape that one side of a layout makes of another, without an array."""
+  """Returns the shape of the result of a layout's function, without an array."""
   abstract = jax.ShapeDtypeStruct(shape, np.uint8)  # the dtype does not matter
   return tuple(jax.eval_shape(lambda x: change(x), abstract).shape)
 
 
 def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> None:
-  """Adds to `problems` all that is missing, unexpected or of another shape than `expected`."""
+  """Adds to `problems` all leaves that are missing, unexpected or of another shape."""
   for path in sorted(set(expected) - set(leaves)):
     problems.append(f"missing {path} {expected[path].shape}")
   for path in sorted(set(leaves) - set(expected)):
@@ -220,13 +228,16 @@ def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> Non
 
 
 def refuse(origin: str, problems: list[str]) -> None:
-  """Raises: FormatError with all problems, if there are any."""
+  """Raises FormatError with all problems, if there are any."""
   if problems:
     raise FormatError(f"{origin} does not fit the model, nothing was converted:{listed(problems)}")
 
 
 def listed(problems: list[str]) -> str:
-  """Problems line by line, one alone in its place; those that differ in nothing but a layer are one."""
+  """Returns problems as lines; a single one has no line of its own.
+
+  Problems that differ only in the layer become one line.
+  """
   alike: dict[str, list[str]] = {}
   for problem in problems:
     alike.setdefault(re.sub(r"(?<=\blayers\.)\d+", "*", problem), []).append(problem)
@@ -238,7 +249,7 @@ def listed(problems: list[str]) -> str:
 
 
 def to_tensors(leaves: Leaves, rows: tuple[tables.NameRule, ...]) -> list[Tensor]:
-  """The same values under torch's names and in its layout, layer by layer, not yet read.
+  """Returns the leaves under torch's names and in its layout, layer by layer, not yet read.
 
   Raises: KeyError for a leaf without a row.
   """

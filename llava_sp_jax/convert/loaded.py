@@ -1,4 +1,4 @@
-"""A checkpoint that was opened: its config, its leaves still in their files, what it stands on."""
+"""Holds an opened checkpoint: its config, its unread leaves, and its base."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert.leaves import Cast, Leaves
 
-OURS = "llava_sp_jax"  # the format of folders that training and `convert` write
+OURS = "llava_sp_jax"  # format of the folders that training and `convert` write
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A checkpoint, ours or of others, that fits its model; `leaves` are still in their files."""
+  """Holds a checkpoint of any format that fits its model; its leaves are still in their files."""
 
   format: str  # a row of catalog.FORMATS, or OURS
   config: config_lib.Config
@@ -27,13 +27,13 @@ class Loaded:
   tokenizer: Path | None
   base: str = ""  # name or folder of the language model that the adapters were trained on
   tower: str = ""  # name or folder of the vision tower
-  fingerprint: str = ""  # of the frozen base, where the checkpoint says it
-  step: int = 0  # of training; the rest is of our format alone:
-  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what it says of itself
+  fingerprint: str = ""  # of the frozen base, if the checkpoint records it
+  step: int = 0  # of training; this field and the next ones are for OURS only
+  about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its metadata
   originals: Leaves | None = None  # the leaves before the kernels of its base were quantized
 
   def part(self, name: str, *, adapters: bool = False) -> Leaves:
-    """The leaves of one part, or its adapters."""
+    """Returns the leaves of a part without its adapters, or only its adapters."""
     return {
       p: leaf
       for p, leaf in self.leaves.items()
@@ -41,16 +41,17 @@ class Loaded:
     }
 
   def params(self) -> dict[str, np.ndarray]:
-    """All leaves read, flat."""
+    """Reads all leaves, as a flat dictionary."""
     return {path: leaf.read() for path, leaf in self.leaves.items()}
 
 
 def is_adapter(path: str) -> bool:
+  """Returns whether a path is that of a LoRA matrix."""
   return path.rsplit("/", 1)[-1] in ("lora_a", "lora_b")
 
 
 def cast(source: Loaded, dtype: str) -> Loaded:
-  """The same model with every leaf in one dtype."""
+  """Returns the model with every leaf cast to a dtype."""
   wanted = np.dtype(jnp.dtype(dtype))
   cast_leaves: Leaves = {p: Cast(p, leaf.shape, wanted, leaf) for p, leaf in source.leaves.items()}
   model = dataclasses.replace(source.config.model, frozen_dtype=dtype)

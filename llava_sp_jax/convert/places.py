@@ -1,4 +1,4 @@
-"""Where the folders lie that a checkpoint names, and the files of its tokenizer."""
+"""Finds the folders that a checkpoint names, and the files of its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from llava_sp_jax.convert import key_tables, keys, settings
 from llava_sp_jax.convert.torch_io import FormatError
 
-HUB = "hf:"  # in front of a name that is meant to be the hub's, whatever lies here
+HUB = "hf:"  # prefix of a name that is always the hub's, even if such a path exists
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # organization/name, @revision
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
-# How the names of a tokenizer's files begin.
+# Beginnings of the names of a tokenizer's files.
 _OF_TOKENIZER = (
   "tokenizer",
   "special_tokens_map",
@@ -25,15 +25,17 @@ _OF_TOKENIZER = (
 
 
 def is_hub_name(name: str) -> bool:
-  """Whether a text could be the name of a repository of the hub, with HUB in front or without."""
+  """Returns whether a text can be the name of a hub repository, with or without HUB before it."""
   return bool(_HUB_NAME.fullmatch(name.removeprefix(HUB)))
 
 
 def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
-  """A path as it is if it exists; otherwise a name of the hub, with `hf:` or without, fetched.
+  """Returns the path of a folder or file, or of a hub repository that is fetched.
 
-  `wanted` are patterns of the files that are needed. Raises: FormatError when the hub does not give
-  it. A path that is no such name is returned as it is.
+  An existing path is returned as it is. Otherwise a name of the hub, with or without `hf:`, is
+  fetched; `wanted` are patterns of the files that are needed. Any other path is returned as it is.
+
+  Raises: FormatError when the repository cannot be fetched.
   """
   if not name.startswith(HUB) and (Path(name).exists() or not is_hub_name(name)):
     return Path(name)
@@ -41,12 +43,15 @@ def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
 
 
 def tokenizer(name: str) -> Path:
-  """The folder of a tokenizer, as `local` finds it; of a repository, without its weights."""
+  """Returns the folder of a tokenizer as `local`; a repository is fetched without its weights."""
   return local(name, [f"{start}*" for start in _OF_TOKENIZER])
 
 
 def fetched(name: str, flag: str, wanted: Sequence[str] = _WANTED) -> Path:
-  """The folder of the hub's local cache that holds a repository. Raises: FormatError."""
+  """Fetches a repository, and returns its folder in the hub's local cache.
+
+  Raises: FormatError; the message names `flag` for a local folder instead.
+  """
   repository, _, revision = name.removeprefix(HUB).partition("@")
   instead = f"; name a folder with {flag}" if flag else ""
   if not is_hub_name(repository):
@@ -66,7 +71,7 @@ def fetched(name: str, flag: str, wanted: Sequence[str] = _WANTED) -> Path:
 
 
 def resolve(name: str, beside: Path, flag: str) -> Path:
-  """A local folder: `name` itself, one next to `beside`, or a copy fetched from the hub.
+  """Returns a local folder: `name` itself, one next to `beside`, or one fetched from the hub.
 
   Raises: FormatError that says which flag names it.
   """
@@ -82,16 +87,16 @@ def resolve(name: str, beside: Path, flag: str) -> Path:
 
 
 def lasting(name: str) -> str:
-  """A name as it leads to its folder from everywhere on this machine."""
+  """Returns the absolute path of an existing folder; any other name as it is."""
   return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def reachable(name: str) -> str:
-  """A name that was kept, if it leads somewhere from here; "" otherwise."""
+  """Returns a recorded name if its path exists or it is a hub name, else ""."""
   return name if name and (Path(name).exists() or is_hub_name(name)) else ""
 
 
-# Settings that are read only to see that nothing in them is missed.
+# Settings files that are checked, but not used.
 _CHECKED: dict[str, keys.Table] = {
   "generation_config.json": key_tables.GENERATION,
   "tokenizer_config.json": key_tables.TOKENIZER,
@@ -99,9 +104,9 @@ _CHECKED: dict[str, keys.Table] = {
 
 
 def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
-  """Raises: FormatError for settings of generation or tokenizer that are unknown or wrong.
+  """Raises FormatError for unknown or wrong settings of generation or tokenizer.
 
-  The first folder that has a file of a name is the one that counts.
+  Each file is read from the first folder that has it.
   """
   for name, table in _CHECKED.items():
     path = next((f / name for f in folders if (f / name).is_file()), None)
@@ -110,7 +115,7 @@ def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
-  """The files of a tokenizer, and no others."""
+  """Copies the files of a tokenizer, and no others."""
   out.mkdir(exist_ok=True)
   for path in sorted(folder.iterdir()):
     if path.is_file() and path.name.startswith(_OF_TOKENIZER):
@@ -118,4 +123,5 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
 
 
 def has_tokenizer(path: Path) -> bool:
+  """Returns whether a folder has the file of a tokenizer."""
   return any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))

@@ -1,4 +1,4 @@
-"""How pictures are prepared, as the processor files of others say it."""
+"""Reads from foreign processor files how images are prepared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.settings import is_llava_hf, llava, read_json
 from llava_sp_jax.convert.torch_io import FormatError
 
-# Image processor of transformers -> how it makes a picture square (`data.image.FITS`), and the
-# aspect (`data.anyres.ASPECTS`) of a LLaVA of transformers that has it.
+# transformers' image processor -> how it makes an image square (`data.image.FITS`), and the aspect
+# (`data.anyres.ASPECTS`) of transformers' LLaVA with that processor.
 FITS = {"CLIPImageProcessor": "crop", "SiglipImageProcessor": "stretch"}
 _PROCESSORS = {
   "CLIPImageProcessor": ("crop", "square"),
@@ -22,7 +22,7 @@ _PROCESSORS = {
   "LlavaImageProcessor": ("crop", "pad"),
   "LlavaNextImageProcessor": ("crop", "anyres"),
 }
-_DEFAULTS: dict[str, Json] = {  # of transformers' classes, where a file does not say
+_DEFAULTS: dict[str, Json] = {  # defaults of transformers' classes
   "crop": {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "do_center_crop": True,
@@ -36,8 +36,8 @@ _DEFAULTS: dict[str, Json] = {  # of transformers' classes, where a file does no
     "size": {"height": 224, "width": 224},
   },
 }
-# The class that transformers takes for a folder whose files name none: by its `model_type`, and for a
-# tower by its variant.
+# The class that transformers uses if no file names one: by `model_type`, and for a tower by its
+# variant.
 _OF_MODELS = {"llava": "LlavaImageProcessor", "llava_next": "LlavaNextImageProcessor"}
 _OF_TOWERS = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}
 _CANVASES = [
@@ -46,8 +46,8 @@ _CANVASES = [
   [672, 672],
   [1008, 336],
   [336, 1008],
-]  # LlavaNext's, if none are said
-# PIL's numbers of its filters, which processors write.
+]  # defaults of LlavaNext
+# PIL's filters in the order of their numbers, which processors write.
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -60,12 +60,12 @@ def images(
   allow_unknown: bool = False,
   alone: bool = False,
 ) -> Json:
-  """Preprocessing as keys of `config.DataConfig`: the model's own choices, then the tower's processor.
+  """Returns the preprocessing as keys of `config.DataConfig`.
 
-  `values` is the LLaVA's config.json, or a tower's; `folder` holds the processor's settings; `alone`
-  says that there is a tower and nothing else.
+  `values` is the config.json of the LLaVA, or of a tower. `folder` holds the settings of the
+  tower's processor. `alone` says that there is only a tower.
 
-  Raises: FormatError for settings that are missing, unknown, not computed or of another tower.
+  Raises: FormatError for settings that are missing, unknown, not supported or of another tower.
   """
   said = llava(values, f"{origin}/config.json", allow_unknown)
   hf = is_llava_hf(values)
@@ -95,15 +95,17 @@ def images(
     result["grid_pinpoints"] = tuple((width, height) for height, width in listed)
   elif listed:
     result["grid_pinpoints"] = pinpoints(listed, origin)
-  if not hf and aspect == "anyres":  # one square has one order, whatever its config names
+  if not hf and aspect == "anyres":  # for a single tile, the merge type has no effect
     result["patch_merge"] = said.get("mm_patch_merge_type") or "flat"
   return result
 
 
 def _canvases(listed: Any, processor: Json, path: Path) -> Any:
-  """(height, width) of LlavaNext's canvases, whose order decides between equally good ones.
+  """Returns the canvases of LlavaNext as (height, width).
 
-  Raises: FormatError where model and processor have others.
+  Their order decides between equally good ones.
+
+  Raises: FormatError when model and processor have different ones.
   """
   theirs, listed = processor.get("image_grid_pinpoints") or _CANVASES, listed or _CANVASES
   if listed != theirs:
@@ -121,16 +123,16 @@ def _files(
   kind: str,
   alone: bool,
 ) -> list[tuple[Path, Json]]:
-  """The files that say how pictures are prepared, and what is honored of each; one, or two.
+  """Returns the one or two files that say how images are prepared, with their honored keys.
 
-  A tower alone may have none: then its class's defaults are taken, as transformers does.
+  A tower alone may have none. Then the defaults of its class are used, as transformers does.
   """
   found: list[tuple[Path, Any]] = []
   joint, own = (folder / name for name in PROCESSOR_FILES[::-1])
   if joint.is_file():
     outer = keys.read(read_json(joint), key_tables.PROCESSOR, str(joint), allow_unknown)
     _fits_model(outer, joint, said, tower)
-    if outer.get("image_processor") is not None:  # transformers 5 looks here first
+    if outer.get("image_processor") is not None:  # transformers 5 reads this first
       found.append((joint, outer["image_processor"]))
   if own.is_file():
     found.append((own, read_json(own)))
@@ -155,7 +157,7 @@ def _files(
 
 
 def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.TowerConfig | None) -> None:
-  """Raises: FormatError for a processor_config.json of another model than the folder's."""
+  """Raises FormatError for a processor_config.json of another model than the folder's."""
   name = "vision_feature_select_strategy"
   if name in said and outer.get(name) not in (None, said[name]):
     raise FormatError(f"{joint}: {name} is {outer[name]!r}, but config.json says {said[name]!r}")
@@ -167,7 +169,7 @@ def _fits_model(outer: Json, joint: Path, said: Json, tower: config_lib.TowerCon
 def _pixels(
   processor: Json, path: Path, tower: config_lib.TowerConfig | None, default: str
 ) -> tuple[Json, str]:
-  """Keys of `config.DataConfig`, and the aspect that the processor alone stands for."""
+  """Returns keys of `config.DataConfig`, and the aspect of the image processor's class."""
   kind = processor.get("image_processor_type") or processor.get("feature_extractor_type")
   kind = (kind or default).removesuffix("Fast").removesuffix("Pil")
   if kind not in _PROCESSORS:
@@ -181,8 +183,8 @@ def _pixels(
   processor = {**_DEFAULTS[fit], **processor}
   if isinstance(processor["size"], int) and processor.get("default_to_square"):
     raise FormatError(
-      f"{path}: not supported: default_to_square=True with a size of one number, which some versions "
-      "of transformers do not read; give size a height and a width"
+      f"{path}: not supported: default_to_square=True with a size of one number, which some "
+      "versions of transformers do not read; give size a height and a width"
     )
   size, square = _side(processor["size"], path)
   cropped = bool(processor.get("do_center_crop"))
@@ -208,7 +210,10 @@ def _pixels(
 
 
 def _side(value: Any, path: Path) -> tuple[int | None, bool]:
-  """Pixels of a size, and whether it is one of both sides; a number alone is the shorter side's."""
+  """Returns the pixels of a size, and whether both sides have it.
+
+  A single number is the size of the shorter side.
+  """
   if value is None or isinstance(value, int):
     return value, False
   names = set(value)
@@ -221,7 +226,7 @@ def _side(value: Any, path: Path) -> tuple[int | None, bool]:
 
 
 def _features(said: Json, tower: config_lib.TowerConfig, origin: str) -> None:
-  """Raises: FormatError for features that the tower here does not give."""
+  """Raises FormatError for features that the tower does not compute."""
   odd = {
     ("clip", "mm_vision_select_feature"): ("cls_patch", "patch"),
     ("clip", "vision_feature_select_strategy"): ("full", "default"),
@@ -239,7 +244,10 @@ def _features(said: Json, tower: config_lib.TowerConfig, origin: str) -> None:
 
 
 def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
-  """Canvas sizes of anyres; the original also writes them as a text. Raises: FormatError."""
+  """Returns the canvas sizes of anyres, which the original also writes as a text.
+
+  Raises: FormatError.
+  """
   try:
     pairs = value
     if isinstance(value, str):

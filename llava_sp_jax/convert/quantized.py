@@ -1,7 +1,7 @@
-"""Kernels that are quantised while they are read from their files, and back, a layer at a time.
+"""Quantizes kernels while they are read from their files, and dequantizes them, layer by layer.
 
-A process reads of a kernel what its devices hold of the codes, widened to whole blocks; the float
-values of one layer are in memory at a time, beside the codes of one stacked kernel.
+A process reads only the part of a kernel that its devices hold, widened to whole blocks. In memory
+are the float values of one layer at a time, and the codes of one stacked kernel.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llava_sp_jax.models.quantize import Format, is_quantized
 
 
 class Pieces:
-  """Quantised pieces of the kernel that was read last: its other leaves are wanted next."""
+  """Caches quantized pieces of the last kernel, because its other leaves are read next."""
 
   def __init__(self) -> None:
     self._path = ""
     self._found: dict[str, dict[str, np.ndarray]] = {}
 
   def read(self, kernel: Leaf, form: Format, index: Index) -> dict[str, np.ndarray]:
-    """Leaves of `kernel[index]`, stacked over its layers."""
+    """Returns the leaves of `kernel[index]`, stacked over its layers."""
     if kernel.path != self._path:
       self._path, self._found = kernel.path, {}
     if str(index) not in self._found:
@@ -40,7 +40,7 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(Leaf):
-  """One leaf of a quantised kernel; [L, N, O] of the kernel's [L, I, O]."""
+  """Reads one leaf [L, N, O] of a quantized kernel; the kernel is [L, I, O]."""
 
   kernel: Leaf
   form: Format
@@ -56,7 +56,7 @@ class Quantized(Leaf):
       slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
     )
     inputs = self.kernel.shape[1]
-    each = inputs // self.shape[1]  # the kernel's rows behind one of ours
+    each = inputs // self.shape[1]  # rows of the kernel for each row of this leaf
     grain = inputs if self.form.whole else self.form.block
     low = rows.start * each // grain * grain
     high = -(-rows.stop * each // grain) * grain
@@ -66,9 +66,9 @@ class Quantized(Leaf):
 
 
 def quantize(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -> Leaves:
-  """Leaves of the unquantised model -> those that `expected`, the abstract tree, has of them.
+  """Replaces the kernels that `expected`, an abstract tree, has quantized by their leaves.
 
-  Both may lack parts of the model; with no `form` nothing changes.
+  Both trees may lack parts of the model. Without a `form`, nothing changes.
   """
   if form is None:
     return leaves
@@ -85,7 +85,7 @@ def quantize(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized(Leaf):
-  """The float kernel [L, I, O] that quantised leaves stand for, rounded to `dtype`."""
+  """Reads the float kernel [L, I, O] of quantized leaves, rounded to `dtype`."""
 
   leaves: Leaves  # by their last names
   form: Format
@@ -101,7 +101,10 @@ class Dequantized(Leaf):
 
 
 def dequantize(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
-  """The inverse of `quantise`: float kernels of `dtype`, the ones that the quantised model uses."""
+  """Returns float kernels of `dtype` instead of quantized ones; the inverse of `quantize`.
+
+  The values are those that the quantized model computes with.
+  """
   if form is None:
     return leaves
   stems: dict[str, Leaves] = {}

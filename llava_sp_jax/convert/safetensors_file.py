@@ -1,7 +1,7 @@
-"""Files of safetensors: a JSON header that says where in the file each tensor lies.
+"""Reads safetensors files: a JSON header that gives the place of each tensor in the file.
 
-The header accounts for every byte behind it, without gaps and overlaps.
-Loaded: the format's description in the repository huggingface/safetensors.
+The tensors must cover every byte after the header, without gaps and overlaps.
+Source: the format's description in the repository huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ DTYPES = {
   "BF16": BFLOAT16, "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
   "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
-_LENGTH = 8  # bytes in front of the header that say how long it is
+_LENGTH = 8  # bytes before the header that give its length
 
 
 def open_safetensors(path: Path) -> Tensors:
-  """The tensors of a safetensors file, each mapped when it is read. Raises: FormatError."""
+  """Returns the tensors of a safetensors file; each is mapped when it is read.
+
+  Raises: FormatError.
+  """
   file = DataFile.open(path)
   try:
     return _tensors(file)
@@ -80,7 +83,7 @@ def _tensor(
 
 
 def _place(name: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, int, int]:
-  """Shape, dtype, and the first and the last byte behind the header. Raises: MalformedError."""
+  """Returns shape, dtype, and the byte range after the header. Raises: MalformedError."""
   if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
     raise MalformedError(f"{name} is not described by dtype, shape and data_offsets")
   kind, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

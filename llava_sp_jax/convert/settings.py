@@ -1,7 +1,7 @@
-"""What the JSON files of a torch checkpoint say, as groups of our config.
+"""Reads the JSON files of a torch checkpoint as groups of the config.
 
-Every key goes through a table of `key_tables`. Values that a file leaves out are the defaults of
-transformers' own config classes.
+Every key must be in a table of `key_tables`. Missing values are the defaults of transformers'
+config classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError
 
-# `model_type` of a config.json -> the family whose decoder it is.
+# `model_type` of a config.json -> family of its decoder.
 FAMILIES = {
   "llama": "llama",
   "llava": "llama",
@@ -35,38 +35,42 @@ _NAFLEX = (
   "SigLIP 2 of variable resolution (NaFlex) is not computed here; take one of fixed size, as "
   "google/siglip2-so400m-patch14-384"
 )
-OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # what is refused, and why
+OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # refused, with the reason
 
 
 def read_json(path: Path) -> Json:
-  """A JSON object. Raises: FormatError."""
+  """Reads a JSON object. Raises: FormatError."""
   return json_files.read_object(path)
 
 
 def _filled(family: str, values: Json, origin: str) -> Any:
-  """transformers' config of a family with the given values over its defaults."""
+  """Returns transformers' config of a family, with the given values over its defaults."""
   from transformers import CONFIG_MAPPING  # slow to import
 
   own = {k: v for k, v in values.items() if k not in ("model_type", "_name_or_path")}
   try:
     return CONFIG_MAPPING[family](**own)
-  except Exception as error:  # its own checks raise what they like
+  except Exception as error:  # its checks may raise any error
     said = " ".join(str(error).split())
     raise FormatError(f"{origin}: transformers refuses these settings: {said:.200}") from None
 
 
 def is_llava(values: Json) -> bool:
-  """Whether a config.json is one of the original's LLaVA."""
+  """Returns whether a config.json is that of the original's LLaVA."""
   return "mm_vision_tower" in values
 
 
 def is_llava_hf(values: Json) -> bool:
-  """Whether it is one of transformers' Llava or LlavaNext."""
+  """Returns whether a config.json is that of transformers' Llava or LlavaNext."""
   return "text_config" in values and values.get("model_type") in ("llava", "llava_next")
 
 
 def decoder(values: Json) -> Json:
-  """The decoder's keys of a config.json: a group in transformers' LLaVA, whose own file may tie, too."""
+  """Returns the decoder's keys of a config.json.
+
+  In transformers' LLaVA they are a group, but the outer file can tie embedding and output layer,
+  too.
+  """
   inner = values.get("text_config", values)
   tied = inner is not values and values.get("tie_word_embeddings") is True
   return {**inner, "tie_word_embeddings": True} if tied and isinstance(inner, dict) else inner
@@ -75,7 +79,10 @@ def decoder(values: Json) -> Json:
 def language_model(
   values: Json, origin: str, allow_unknown: bool = False
 ) -> config_lib.LanguageModelConfig:
-  """Sizes of a LLaMA-family decoder. Raises: FormatError for what the decoder does not do."""
+  """Returns the sizes of a LLaMA-family decoder.
+
+  Raises: FormatError for settings that the decoder does not support.
+  """
   kind = values.get("model_type", "llama") if isinstance(values, dict) else "llama"
   if not isinstance(kind, str) or kind not in FAMILIES:
     known = ", ".join(sorted(FAMILIES))
@@ -115,7 +122,10 @@ def language_model(
 
 
 def _window(filled: Any, origin: str, said: Json) -> int:
-  """Positions that a query sees; 0 is all. Qwen2 has windows in its later layers only, if at all."""
+  """Returns the positions that a query sees; 0 is all.
+
+  Qwen2 has windows in its later layers only, if at all.
+  """
   kinds = list(getattr(filled, "layer_types", None) or ())
   if said.get("layer_types") and set(kinds) - {"full_attention"} and not filled.sliding_window:
     raise FormatError(f"{origin}: layer_types names windows, but no sliding_window is used")
@@ -142,7 +152,7 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   if values.get("factor") is None and kind not in ("default", "yarn"):
     raise FormatError(f"{origin}: rope {kind!r} without a factor; expected a number from 1")
   known: dict[str, Any] = {
-    "factor": values.get("factor") or longest / trained,  # what yarn has without one
+    "factor": values.get("factor") or longest / trained,  # the default of yarn
     "original_length": trained,
     "low_frequency": values.get("low_freq_factor"),
     "high_frequency": values.get("high_freq_factor"),
@@ -155,7 +165,7 @@ def _rope(filled: Any, origin: str) -> config_lib.RopeScaling:
   return config_lib.RopeScaling(kind=kind, **numbers)
 
 
-ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
+ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> {transformers' key: field of RopeScaling}
   "default": {},
   "linear": {"factor": "factor"},
   "dynamic": {"factor": "factor"},
@@ -171,9 +181,11 @@ ROPE_KEYS: dict[str, dict[str, str]] = {  # kind -> transformers' key: ours
 def tower(
   folder_config: Json, origin: str, select_layer: int, allow_unknown: bool = False
 ) -> config_lib.TowerConfig:
-  """Sizes of a CLIP or SigLIP tower, from a full model's config or the vision part's.
+  """Returns the sizes of a CLIP or SigLIP tower.
 
-  Raises: FormatError for another kind of tower, or a layer that it does not have.
+  The config is that of a full model, or of its vision part.
+
+  Raises: FormatError for another kind of tower, or a selected layer that it does not have.
   """
   values = _tower_group(folder_config, origin)
   outer = folder_config.get("model_type", "clip_vision_model")
@@ -205,23 +217,25 @@ def tower(
 
 
 def _tower_group(whole: Json, origin: str) -> Any:
-  """The tower's keys: of a group, which older files call vision_config_dict, or the file itself.
+  """Returns the tower's keys: the group vision_config or vision_config_dict, or the whole file.
 
-  Raises: FormatError where both are there and differ.
+  Older files use vision_config_dict.
+
+  Raises: FormatError when both groups are there and differ.
   """
   newer, older = (whole.get(name) for name in ("vision_config", "vision_config_dict"))
   if isinstance(newer, dict) and isinstance(older, dict):
     if odd := sorted(k for k in set(newer) & set(older) if newer[k] != older[k]):
       raise FormatError(
-        f"{origin}: vision_config and vision_config_dict differ in {', '.join(odd)[:200]}; take the "
-        "wrong one out"
+        f"{origin}: vision_config and vision_config_dict differ in {', '.join(odd)[:200]}; take "
+        "the wrong one out"
       )
     return {**older, **newer}
   return next((group for group in (newer, older) if group is not None), whole)
 
 
 def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
-  """What a LLaVA's config.json says beside its decoder and tower; {} of any other.
+  """Returns the honored keys of a LLaVA's config.json beside decoder and tower; {} for others.
 
   Raises: FormatError.
   """
@@ -238,7 +252,7 @@ def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
 
 
 def select_layer(values: Json, origin: str) -> int:
-  """The hidden state that a LLaVA reads; LLaVA's -2 where it does not say. Raises: FormatError."""
+  """Returns the hidden state that a LLaVA reads, by default -2. Raises: FormatError."""
   for name in ("mm_vision_select_layer", "vision_feature_layer"):
     if name in values:
       found = values[name]
@@ -252,7 +266,7 @@ def select_layer(values: Json, origin: str) -> int:
   return -2
 
 
-# Names of decoders that were not trained on template v1 -> the original's choice for them.
+# Names of decoders that were not trained on template v1 -> the template that the original uses.
 _OTHER_TEMPLATES = (
   (r"yi-?\d|hermes|34b", "chatml_direct"),
   (r"mistral|mixtral|zephyr", "mistral_instruct"),
@@ -264,7 +278,10 @@ _OTHER_TEMPLATES = (
 
 
 def other_template(names: Sequence[str]) -> tuple[str, str] | None:
-  """(the name that speaks against template v1, what the original takes for it or ""), or None."""
+  """Returns the first decoder name that suggests another template than v1, or None.
+
+  Beside the name is the template that the original uses for it, or "".
+  """
   for name in names:
     for pattern, choice in _OTHER_TEMPLATES:
       if re.search(pattern, name.lower()):

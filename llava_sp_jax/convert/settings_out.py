@@ -1,4 +1,4 @@
-"""Our config as the JSON files of others: what exports carry beside their tensors."""
+"""Writes the config as the foreign JSON files that exports have beside their tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_sp_jax.convert.torch_io import FormatError
 
 
 def family(model: config_lib.LanguageModelConfig) -> str:
-  """The value of FAMILIES whose decoder this is."""
+  """Returns the family of a decoder, a value of FAMILIES."""
   return "qwen2" if model.attention_bias else "mistral" if model.sliding_window else "llama"
 
 
@@ -20,7 +20,7 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def language_model_json(model: config_lib.LanguageModelConfig, dtype: str) -> Json:
-  """A `config.json` that transformers reads (keys that versions 4 and 5 both know)."""
+  """Returns a `config.json` with keys that transformers 4 and 5 both read."""
   kind = family(model)
   values: Json = {
     "model_type": kind,
@@ -64,7 +64,7 @@ def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
 
 
 def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
-  """Config of the vision part alone, with as many layers as are used."""
+  """Returns the config of the vision part alone, with `layers` layers."""
   acts = {
     "clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
     "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6),
@@ -86,7 +86,7 @@ def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
 
 
 def processor_json(data: config_lib.DataConfig, size: int) -> Json:
-  """A `preprocessor_config.json` that gives the same pixels."""
+  """Returns a `preprocessor_config.json` that gives the same pixels."""
   kind = {fit: name for name, fit in FITS.items()}[data.image_fit]
   square = {"height": size, "width": size}
   crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
@@ -105,7 +105,10 @@ def processor_json(data: config_lib.DataConfig, size: int) -> Json:
 
 
 def llava_json(config: config_lib.Config, tower: str) -> Json:
-  """The original's `config.json`. Raises: FormatError for a decoder that the original lacks."""
+  """Returns the original's `config.json`.
+
+  Raises: FormatError for a decoder that the original does not have.
+  """
   kinds = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),

@@ -1,4 +1,4 @@
-"""A named array in a foreign file, and the file behind it: sizes are compared before anything is read."""
+"""Holds named arrays of foreign files; sizes are checked before any value is read."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_AXES = 32
 MAX_NAME = 1024  # characters
 MAX_TENSORS = 1 << 16  # of one file
-SHARED = 8  # tensors may share bytes: all together are at most so many times the file's size
-SMALL = 1 << 20  # bytes of all tensors that need no justification
-PIECE = 1 << 20  # values that are compared at once
+SHARED = 8  # tensors may share bytes, but all of them have at most SHARED times the file's size
+SMALL = 1 << 20  # total bytes of tensors up to which that is not checked
+PIECE = 1 << 20  # values compared at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A named array in a file; `array()` gives its values, mapped from the file where possible."""
+  """Holds a named array in a file; `array()` returns its values, mapped where possible."""
 
   name: str
   origin: str  # the file, for messages
@@ -37,9 +37,11 @@ class Tensor:
 
   @property
   def nbytes(self) -> int:
+    """Returns the bytes of the whole array."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   def renamed(self, name: str) -> Tensor:
+    """Returns the tensor under another name."""
     return dataclasses.replace(self, name=name)
 
 
@@ -47,7 +49,7 @@ Tensors = dict[str, Tensor]
 
 
 def alike(one: Tensor, two: Tensor) -> bool:
-  """Whether two tensors hold the same numbers; they are read piece by piece."""
+  """Returns whether two tensors hold the same numbers; reads them piece by piece."""
   if one.shape != two.shape:
     return False
   a, b = one.array().reshape(-1), two.array().reshape(-1)
@@ -55,18 +57,18 @@ def alike(one: Tensor, two: Tensor) -> bool:
 
 
 class MalformedError(LlavaSPError, ValueError):
-  """What is wrong with a file, still without its name; only inside the readers."""
+  """Says what is wrong with a file, without its name; raised only inside the readers."""
 
 
 def check_name(name: Any) -> str:
-  """Raises: MalformedError for what is no text that an error could print in one line."""
+  """Raises MalformedError for a name that an error could not print in one line."""
   if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
     raise MalformedError(f"a tensor's name is no printable text of at most {MAX_NAME:,} characters")
   return name
 
 
 def check_shape(shape: Iterable[Any], itemsize: int) -> tuple[int, ...]:
-  """A copy that nothing can change any more. Raises: MalformedError for what no array can have."""
+  """Returns the shape as a tuple. Raises: MalformedError for one that no array can have."""
   sizes = tuple(shape)
   if len(sizes) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
     raise MalformedError("a tensor's shape is no list of non-negative integers")
@@ -76,7 +78,7 @@ def check_shape(shape: Iterable[Any], itemsize: int) -> tuple[int, ...]:
 
 
 def check_total(tensors: Iterable[Tensor], size: int) -> None:
-  """Raises: MalformedError when the tensors stand for far more bytes than the file has."""
+  """Raises MalformedError when the tensors stand for far more bytes than the file has."""
   total = sum(tensor.nbytes for tensor in tensors)
   if total > max(SHARED * size, SMALL):
     raise MalformedError(f"its tensors stand for {total:,} bytes, but the file has {size:,}")
@@ -84,7 +86,7 @@ def check_total(tensors: Iterable[Tensor], size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-  """A regular file as it was when it was opened; later readings refuse a file that has changed."""
+  """Holds a regular file as it was when it was opened; refuses to read it once it has changed."""
 
   path: Path
   size: int
@@ -92,14 +94,17 @@ class DataFile:
 
   @classmethod
   def open(cls, path: Path) -> DataFile:
-    """Raises: FormatError."""
+    """Opens a file. Raises: FormatError."""
     with files.open_regular(path) as file:
       about = os.fstat(file.fileno())
       files.refuse_pointer(path, files.read_at(file, path, 0, len(files.POINTER)))
     return cls(path, about.st_size, _stamp(about))
 
   def read(self, start: int, count: int) -> bytes:
-    """Raises: MalformedError when the file ends before; FormatError when it has changed."""
+    """Returns `count` bytes from `start`.
+
+    Raises: MalformedError when the file ends before; FormatError when it has changed.
+    """
     if start < 0 or count < 0 or start + count > self.size:
       raise MalformedError("the file ends too early")
     with files.open_regular(self.path) as file:
@@ -110,7 +115,7 @@ class DataFile:
     return data
 
   def map(self, dtype: np.dtype, start: int, count: int, big_endian: bool = False) -> np.ndarray:
-    """`count` items as the machine orders their bytes; a view of the file where that can be.
+    """Returns `count` items in the machine's order of bytes, as a view of the file if possible.
 
     Raises: FormatError when the file has changed since it was opened.
     """

@@ -1,6 +1,6 @@
-"""Files of `torch.save`: a zip of a pickle that names tensors, and their bytes.
+"""Reads the files of `torch.save`: a zip of a pickle that names tensors, and their bytes.
 
-Loaded: torch/serialization.py (the zip format, since torch 1.6).
+Source: torch/serialization.py (the zip format, since torch 1.6).
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from llava_sp_jax.files import FormatError
 
 __all__ = ["STORAGES", "open_bin"]
 
-_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files begin that are no zip
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the beginning of the older format
 BYTE_ORDERS = {b"little": False, b"big": True}
 
 
 def open_bin(path: Path) -> Tensors:
-  """The tensors of a `torch.save` file, each mapped when it is read. Raises: FormatError.
+  """Returns the tensors of a `torch.save` file; each is mapped when it is read.
 
-  The checksum of a tensor's bytes is compared when it is read first, those of the pickle now.
+  The checksum of a tensor's bytes is compared when it is first read, that of the pickle at once.
+
+  Raises: FormatError.
   """
   file = DataFile.open(path)
   try:
@@ -43,7 +45,7 @@ def open_bin(path: Path) -> Tensors:
 
 
 class _Archive:
-  """An opened file: its members, the order of bytes, and what its pickle says."""
+  """Holds an opened file: its members, the order of bytes, and the content of its pickle."""
 
   def __init__(self, file: DataFile):
     self.file = file
@@ -97,7 +99,10 @@ class _Archive:
     return Tensor(name, str(self.file.path), view.shape, storage.dtype, array)
 
   def _map(self, storage: Storage) -> Callable[[], np.ndarray]:
-    """A function that maps a storage; its size is compared now, its checksum once it is mapped."""
+    """Returns a function that maps a storage.
+
+    Its size is compared now, its checksum when it is mapped.
+    """
     member = self.members.get(f"{self.folder}data/{storage.key}")
     if member is None:
       raise MalformedError(f"no storage {storage.key[:80]!a} inside")

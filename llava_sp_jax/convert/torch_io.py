@@ -1,7 +1,8 @@
-"""Opens torch checkpoints without torch: `.bin` (zip of a pickle) and safetensors, one or sharded.
+"""Opens torch checkpoints without torch: `.bin` (zip of a pickle) and safetensors, also sharded.
 
-Opening reads names, shapes and dtypes; the values of a tensor are mapped when `array()` is called, so
-a checkpoint may be larger than the memory. What files may hold and how large is docs/security.md.
+Opening reads names, shapes and dtypes. The values of a tensor are mapped when `array()` is called,
+so a checkpoint may be larger than the memory. docs/security.md says what files may hold, and their
+limits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llava_sp_jax.files import FormatError
 __all__ = ["BFLOAT16", "STORAGES", "WEIGHTS", "FormatError", "Tensor", "Tensors", "find",
            "open_bin", "open_file", "open_named", "open_safetensors"]  # fmt: skip
 
-SAMPLED = 256  # values at the start and the end of a tensor by which two files are compared
+SAMPLED = 256  # values at each end of a tensor that are compared between two files
 OPENERS: dict[str, Callable[[Path], Tensors]] = {
   ".safetensors": open_safetensors,
   ".bin": open_bin,
@@ -31,17 +32,19 @@ WEIGHTS = ("model", "pytorch_model")  # file stems of a Hugging Face model folde
 
 
 def open_file(path: Path) -> Tensors:
-  """The tensors of one file, by its ending. Raises: FormatError."""
+  """Returns the tensors of one file, by its suffix. Raises: FormatError."""
   if path.suffix not in OPENERS:
     raise FormatError(f"{path}: expected a file that ends with {' or '.join(OPENERS)}")
   return OPENERS[path.suffix](path)
 
 
 def find(folder: Path, stems: tuple[str, ...]) -> Path | None:
-  """The one of `stem.ending` and `stem.ending.index.json` that a folder has; None without any.
+  """Returns the file `stem.suffix` or `stem.suffix.index.json` of a folder; None without any.
 
-  Published folders hold the same tensors in two formats: then the first one counts, safetensors
-  before `.bin`. Raises: FormatError that names both files when a folder gives two answers.
+  Published folders hold the same tensors in two formats. Then the first one counts, safetensors
+  before `.bin`.
+
+  Raises: FormatError that names both files when it is not clear which one counts.
   """
   found: list[Path] = []
   for stem, suffix in itertools.product(stems, OPENERS):
@@ -60,9 +63,11 @@ def _both(first: Path, second: Path) -> str:
 
 
 def _same_tensors(first: Path, second: Path) -> None:
-  """Compares what two files both have: shapes, dtypes, and values at both ends of each tensor.
+  """Compares the tensors that two files share: shapes, dtypes, and values at both ends.
 
-  Raises: FormatError. A second file that cannot be read gives no answer, so none that differs.
+  A second file that cannot be read is ignored.
+
+  Raises: FormatError when they differ.
   """
   ours = _open(first)
   try:
@@ -85,9 +90,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def open_named(folder: Path, stems: tuple[str, ...]) -> Tensors:
-  """Tensors of the one of `stems` in a folder: a file, or shards by their index.
+  """Returns the tensors of the one of `stems` in a folder: a file, or shards with an index.
 
-  Raises: FormatError that lists what was looked for.
+  Raises: FormatError that lists the files that were looked for.
   """
   path = find(folder, stems)
   if path is None:
@@ -99,7 +104,7 @@ def open_named(folder: Path, stems: tuple[str, ...]) -> Tensors:
 
 
 def _parts(folder: Path, stems: tuple[str, ...]) -> str:
-  """What a message says of shards whose index is missing."""
+  """Returns what a message says about shards whose index is missing."""
   shard = re.compile(f"({'|'.join(stems)})-\\d+-of-\\d+\\.\\w+")
   found = sorted(path.name for path in folder.iterdir() if shard.fullmatch(path.name))
   return (
@@ -112,7 +117,10 @@ def _open(path: Path) -> Tensors:
 
 
 def _open_shards(index: Path) -> Tensors:
-  """Each tensor from the file that the index names; what a shard holds beyond that is not read."""
+  """Returns each tensor from the file that the index names.
+
+  Tensors of a shard that the index does not name are ignored.
+  """
   names = json_files.read_object(index).get("weight_map")
   if not isinstance(names, dict) or not all(isinstance(s, str) for s in names.values()):
     raise FormatError(f"{index}: expected JSON with a `weight_map` of tensors to file names")
@@ -130,6 +138,6 @@ def _open_shards(index: Path) -> Tensors:
 
 
 def _listed(names: list[str]) -> str:
-  """The first few, in ASCII and short: an index may name anything."""
+  """Joins the first few names, short and in ASCII, because an index may name anything."""
   shown = ", ".join(ascii(name[:100]).strip("'") for name in names[:5])
   return shown + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -1,9 +1,9 @@
-"""The pickle inside a torch checkpoint, read by a machine that knows tensors and plain containers.
+"""Reads the pickle in a torch checkpoint by a machine that knows only tensors and plain containers.
 
-A pickle is a program. Python's unpickler runs all of it; this one has a table of the instructions
-that `torch.save` writes, and every other one is an error. Nothing that was checked can change
-afterwards: a tensor is built from tuples of integers, and what the memo holds is not looked at again.
-Loaded: Python's pickletools (instructions), torch/_utils.py and torch/serialization.py (names).
+A pickle is a program. Python's unpickler runs all of it. This one has a table of the instructions
+that `torch.save` writes, and any other instruction is an error. Nothing can change after it was
+checked: a tensor is built from tuples of integers, and objects in the memo are not checked again.
+Source: Python's pickletools (instructions), torch/_utils.py and torch/serialization.py (names).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STORAGES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Storage:
-  """A flat array of the archive: the member `data/<key>`."""
+  """Holds a flat array of the archive: the member `data/<key>`."""
 
   key: str
   dtype: np.dtype
@@ -45,7 +45,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-  """A strided window into a storage, checked to lie within it; strides count items."""
+  """Holds a strided view of a storage, which lies within it; strides count items."""
 
   storage: Storage
   offset: int
@@ -55,14 +55,14 @@ class View:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Name:
-  """What a pickle may name: a type of storages, or a function to call."""
+  """Holds an object that a pickle may name: a type of storage, or a function."""
 
   dtype: np.dtype | None = None
   call: Callable[..., Any] | None = None
 
 
 def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
-  """A window that lies within its storage. Raises: MalformedError."""
+  """Returns a view that lies within its storage. Raises: MalformedError."""
   if not isinstance(storage, Storage) or type(size) is not tuple or type(stride) is not tuple:
     raise MalformedError("a tensor that is not made of a storage, a shape and strides")
   shape = check_shape(size, storage.dtype.itemsize)
@@ -78,16 +78,25 @@ def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
 
 
 def _tensor(
-  storage: Any, offset: Any, size: Any, stride: Any, learns: Any, hooks: Any, about: Any = None
+  storage: Any,
+  offset: Any,
+  size: Any,
+  stride: Any,
+  requires_grad: Any,
+  hooks: Any,
+  about: Any = None,
 ) -> View:
-  """torch's `_rebuild_tensor_v2`; `about` would say that values are negated or conjugated."""
-  if type(learns) is not bool or hooks != {} or about not in (None, {}):
+  """Replaces torch's `_rebuild_tensor_v2`.
+
+  A non-empty `about` would say that values are negated or conjugated, and is refused.
+  """
+  if type(requires_grad) is not bool or hooks != {} or about not in (None, {}):
     raise MalformedError("a tensor with hooks or other properties")
   return view(storage, offset, size, stride)
 
 
-def _parameter(data: Any, learns: Any, hooks: Any) -> View:
-  if not isinstance(data, View) or type(learns) is not bool or hooks != {}:
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> View:
+  if not isinstance(data, View) or type(requires_grad) is not bool or hooks != {}:
     raise MalformedError("a parameter that is no tensor, or has hooks")
   return data
 
@@ -102,7 +111,10 @@ ARGUMENTS = {dict: (0, 0), _tensor: (6, 7), _parameter: (3, 3)}
 
 
 def load(data: bytes) -> Any:
-  """What a pickle holds: dictionaries, lists, tuples, numbers, texts and `View`s. Raises: MalformedError."""
+  """Returns the content of a pickle: dictionaries, lists, tuples, numbers, texts and `View`s.
+
+  Raises: MalformedError.
+  """
   return _Machine(data).run()
 
 
@@ -110,7 +122,7 @@ _MARK = object()
 
 
 class _Machine:
-  """Reads a pickle's instructions one by one; each is a row of `_INSTRUCTIONS`."""
+  """Runs the instructions of a pickle one by one; each is a row of `_INSTRUCTIONS`."""
 
   def __init__(self, data: bytes):
     if len(data) > MAX_BYTES:
@@ -166,7 +178,7 @@ class _Machine:
     return self.stack.pop()
 
   def top(self, kind: type) -> Any:
-    """The last value. Raises: MalformedError when it is of another type."""
+    """Returns the last value. Raises: MalformedError when it has another type."""
     if not self.stack or type(self.stack[-1]) is not kind:
       raise MalformedError("tries to change what is no plain container")
     return self.stack[-1]
@@ -253,7 +265,7 @@ class _Machine:
     self.push(found)
 
   def build(self) -> None:
-    """Attributes of a state dictionary (torch's `_metadata`) have no effect on its tensors."""
+    """Ignores the attributes of a state dictionary (torch's `_metadata`)."""
     state = self.pop()
     if type(state) is not dict:
       raise MalformedError("tries to change the state of an object: only tensors are read")

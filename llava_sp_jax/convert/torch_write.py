@@ -1,6 +1,6 @@
 """Writes torch checkpoints without torch: `torch.save` files and sharded safetensors, streamed.
 
-Loaded: the zip format of `torch.save` (torch/serialization.py), read back by `torch_bin`.
+Source: the zip format of `torch.save` (torch/serialization.py), which `torch_bin` reads.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from llava_sp_jax.convert.torch_io import STORAGES, Tensor
 
-SHARD_BYTES = 2 * 1024**3  # of one safetensors file; also what an export holds in memory
+SHARD_BYTES = 2 * 1024**3  # of one safetensors file, which an export holds in memory
 
 
 def save_bin(tensors: Iterable[Tensor], path: Path) -> None:
-  """A file for `torch.load`: a dictionary of contiguous tensors, written one after the other."""
+  """Writes a file for `torch.load`: a dictionary of contiguous tensors, one after another."""
   kinds = {dtype: name for name, dtype in STORAGES.items()}
   listed = list(tensors)
   with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -34,7 +34,7 @@ def save_bin(tensors: Iterable[Tensor], path: Path) -> None:
 
 
 def _pickled(tensors: list[Tensor], kinds: dict[np.dtype, str]) -> bytes:
-  """The pickle of `{name: tensor}`, protocol 2, by hand: torch's classes are only named in it."""
+  """Returns the pickle of `{name: tensor}`, protocol 2, which only names torch's classes."""
   out = io.BytesIO()
 
   def put(*parts: bytes) -> None:
@@ -77,7 +77,10 @@ def _pickled(tensors: list[Tensor], kinds: dict[np.dtype, str]) -> bytes:
 def save_safetensors(
   tensors: Iterable[Tensor], folder: Path, stem: str = "model", shard_bytes: int = SHARD_BYTES
 ) -> None:
-  """`stem.safetensors`, or numbered shards with their index, as transformers writes them."""
+  """Writes `stem.safetensors`, or numbered shards with their index, as transformers does.
+
+  A shard has at most `shard_bytes` bytes, unless a single tensor is larger.
+  """
   import safetensors.numpy
 
   shards = list(_shards(tensors, shard_bytes))

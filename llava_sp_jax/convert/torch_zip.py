@@ -1,8 +1,8 @@
-"""The zip archive of `torch.save`: members stored as they are, one behind the other, with checksums.
+"""Reads the zip archive of `torch.save`: uncompressed members one after another, with checksums.
 
-Only this much of the format is read. Compressed, encrypted, overlapping and repeated members are
-refused, so nothing in an archive stands for more bytes than the file has.
-Loaded: APPNOTE.TXT of PKWARE, 4.3 (records) and 4.5.3 (zip64).
+No more of the zip format is supported. Compressed, encrypted, overlapping and repeated members are
+refused, so no archive stands for more bytes than its file has.
+Source: APPNOTE.TXT of PKWARE, 4.3 (records) and 4.5.3 (zip64).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from llava_sp_jax import files
 from llava_sp_jax.convert.tensor import MAX_TENSORS, DataFile, MalformedError
 
-MAX_MEMBERS = MAX_TENSORS + 64  # tensors, and what torch writes beside them
+MAX_MEMBERS = MAX_TENSORS + 64  # tensors, and the other members that torch writes
 MAX_DIRECTORY = 16 << 20  # bytes
 
 _END = struct.Struct("<4s4H2LH")
@@ -29,7 +29,7 @@ _IN_ZIP64 = 0xFFFFFFFF
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """Bytes of the file, and the CRC-32 that they should have; None where none was written."""
+  """Holds the place of a member in the file, and its CRC-32; None if none was written."""
 
   name: str
   start: int
@@ -38,7 +38,7 @@ class Member:
 
 
 def members(file: DataFile) -> dict[str, Member]:
-  """All members by name. Raises: MalformedError."""
+  """Returns all members by name. Raises: MalformedError."""
   count, size, start, after = _directory(file)
   if count > MAX_MEMBERS or size > MAX_DIRECTORY:
     raise MalformedError(
@@ -47,7 +47,7 @@ def members(file: DataFile) -> dict[str, Member]:
   if start + size != after:
     raise MalformedError("its zip directory does not end where its end record begins")
   entries = list(_entries(file.read(start, size), count))
-  checked = any(crc for _, crc, _, _ in entries)  # torch can be told to write none; then all are 0
+  checked = any(crc for _, crc, _, _ in entries)  # torch can omit them; then all are 0
   found: dict[str, Member] = {}
   end = 0
   with files.open_regular(file.path) as opened:
@@ -71,7 +71,10 @@ def members(file: DataFile) -> dict[str, Member]:
 
 
 def read(file: DataFile, member: Member, limit: int) -> bytes:
-  """The bytes of a small member. Raises: MalformedError when it is larger, or not what was written."""
+  """Returns the bytes of a small member.
+
+  Raises: MalformedError when it is larger than `limit`, or its checksum differs.
+  """
   if member.size > limit:
     raise MalformedError(
       f"{_shown(member.name)} has {member.size:,} bytes, expected at most {limit:,}"
@@ -83,7 +86,10 @@ def read(file: DataFile, member: Member, limit: int) -> bytes:
 
 
 def checker(file: DataFile, member: Member) -> Callable[[], None]:
-  """A function that compares the checksum of a large member, once; it raises MalformedError."""
+  """Returns a function that compares the checksum of a large member on its first call.
+
+  That function raises MalformedError.
+  """
 
   @functools.cache
   def check() -> None:
@@ -99,7 +105,7 @@ def checker(file: DataFile, member: Member) -> Callable[[], None]:
 
 
 def _directory(file: DataFile) -> tuple[int, int, int, int]:
-  """Number of entries, bytes and start of the zip directory, and where the record behind it starts."""
+  """Returns entries, bytes and start of the zip directory, and the start of the next record."""
   tail_at = max(0, file.size - _END.size - 0xFFFF)
   tail = file.read(tail_at, file.size - tail_at)
   at = tail.rfind(b"PK\5\6")
@@ -123,7 +129,10 @@ def _directory(file: DataFile) -> tuple[int, int, int, int]:
 
 
 def _entries(data: bytes, count: int) -> list[tuple[bytes, int, int, int]]:
-  """(name, CRC, bytes, start of the local header) of each entry. Raises: MalformedError."""
+  """Returns (name, CRC, bytes, start of the local header) of each entry.
+
+  Raises: MalformedError.
+  """
   found, at = [], 0
   for _ in range(count):
     if at + _ENTRY.size > len(data):
@@ -151,7 +160,7 @@ def _entries(data: bytes, count: int) -> list[tuple[bytes, int, int, int]]:
 
 
 def _wide(extra: bytes, *values: int) -> tuple[int, ...]:
-  """Sizes and places beyond 32 bits stand in the extra field, in this order."""
+  """Returns the values, with those beyond 32 bits read from the extra field, in this order."""
   at, wide = 0, b""
   while at + 4 <= len(extra):
     kind, length = struct.unpack_from("<HH", extra, at)

@@ -1,4 +1,4 @@
-"""A folder's own tensors under the names of `tables`, if they are values that can be used."""
+"""Opens the tensors of a folder under the names of `tables`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from llava_sp_jax.convert import torch_io
 from llava_sp_jax.convert.catalog import Folder, Format, rename
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
 
-# Names of what quantizers put beside or in place of a weight.
+# Names of tensors that quantizers put beside or in place of a weight.
 _QUANTIZED = re.compile(
   r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB|weight_format"
   r"|qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|input_scale)"
 )
 
-# What torch puts around a module: compilation, FSDP, checkpoints of activations, data parallelism.
+# Prefixes of modules that torch wraps: compilation, FSDP, activation checkpoints, data parallelism.
 _INNER = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _WRAPPERS = re.compile(rf"^(?:(?:module|{_INNER})\.)+|(?<=\.)(?:{_INNER})\.")
 
 
 def named(folder: Folder, row: Format) -> Tensors:
-  """A folder's own tensors under the names of `tables`.
+  """Returns a folder's own tensors under the names of `tables`.
 
-  Raises: FormatError when two get one name, or when they hold no values that can be used.
+  Raises: FormatError when two tensors have the same name, or their values cannot be used.
   """
   result: Tensors = {}
   for stems in row.weights:
@@ -30,9 +30,9 @@ def named(folder: Folder, row: Format) -> Tensors:
     packed = [name for name in opened if _QUANTIZED.fullmatch(name)]
     if packed:
       raise FormatError(
-        f"{folder.path}: quantized weights ({packed[0]} and {len(packed) - 1} more such tensors) are "
-        "not read; give the folder that they were made from, or save it dequantized (transformers: "
-        "model.dequantize(), then save_pretrained)"
+        f"{folder.path}: quantized weights ({packed[0]} and {len(packed) - 1} more such tensors) "
+        "are not read; give the folder that they were made from, or save it dequantized "
+        "(transformers: model.dequantize(), then save_pretrained)"
       )
     empty = [t.name for t in opened.values() if 0 in t.shape]
     if empty:

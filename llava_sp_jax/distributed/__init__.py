@@ -1,1 +1,1 @@
-"""Several devices and processes: meshes, shardings, barriers and a watchdog."""
+"""Runs on several devices and processes: meshes, shardings, barriers and a watchdog."""

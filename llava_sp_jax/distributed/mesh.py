@@ -1,4 +1,4 @@
-"""Device meshes, also over several slices, and putting host batches on devices."""
+"""Makes device meshes, also over several slices, and puts host batches on devices."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def create(
   accumulate: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """A mesh with axes data, fsdp, tensor (Auto axes) over all devices, or `devices` if given.
+  """Returns a mesh with axes data, fsdp, tensor (Auto axes) over `devices`, by default all.
 
   Raises:
-    ConfigError: when the sizes do not divide the devices, or `batch_size` its micro-batches and the
-      batch axes; nothing is compiled before.
+    ConfigError: when the sizes do not divide the devices, or `batch_size` cannot be divided over
+      the batch axes and `accumulate` micro-batches.
   """
   devices = jax.devices() if devices is None else devices
   sizes = axis_sizes(config, len(devices))
@@ -42,16 +42,19 @@ def create(
 
 
 def local(text: str) -> Mesh | None:
-  """The mesh "DATA,FSDP,TENSOR" over this process's devices, as commands take it; None for "".
+  """Returns the mesh "DATA,FSDP,TENSOR" over the devices of this process; None for "".
 
-  -1 takes what is left; sizes that need fewer devices take the first ones. Raises: ConfigError.
+  A size of -1 takes the remaining devices. Sizes that need fewer devices take the first ones.
+
+  Raises: ConfigError.
   """
   if not text:
     return None
   parts = text.split(",")
   if len(parts) != len(AXES) or not all(re.fullmatch(r"-1|[1-9]\d*", part) for part in parts):
     raise config_lib.ConfigError(
-      f"--mesh: expected sizes of {', '.join(AXES)} such as 1,1,4 (-1: what is left), found {text!r}"
+      f"--mesh: expected sizes of {', '.join(AXES)} such as 1,1,4 (-1: what is left), "
+      f"found {text!r}"
     )
   data, fsdp, tensor = map(int, parts)
   devices = jax.local_devices()
@@ -61,7 +64,7 @@ def local(text: str) -> Mesh | None:
 
 
 def axis_sizes(config: config_lib.MeshConfig, count: int) -> list[int]:
-  """Devices along each of AXES when there are `count`. Raises: ConfigError."""
+  """Returns the number of devices along each of AXES for `count` devices. Raises: ConfigError."""
   sizes = [getattr(config, name) for name in AXES]
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) == 1 and known and count % known == 0:
@@ -75,39 +78,46 @@ def axis_sizes(config: config_lib.MeshConfig, count: int) -> list[int]:
 
 
 def check_batch(sizes: Sequence[int], batch_size: int, accumulate: int = 1) -> None:
-  """Raises: ConfigError when rows do not go over the batch axes in `accumulate` micro-batches."""
+  """Checks that a batch divides over the batch axes in `accumulate` micro-batches.
+
+  Raises: ConfigError.
+  """
   parts = sizes[0] * sizes[1]
   least = parts * accumulate
   if batch_size < 1 or least < 1 or batch_size % least:
     micro = "" if accumulate == 1 else f" in train.accumulate = {accumulate} micro-batches"
     can = f"; give a multiple of {least}" if least > 0 else ""
     raise config_lib.ConfigError(
-      f"train.batch_size: {batch_size} rows cannot be divided over data*fsdp = {sizes[0]}*{sizes[1]}"
-      f" = {parts} devices of {jax.process_count()} processes{micro}{can}"
+      f"train.batch_size: {batch_size} rows cannot be divided over data*fsdp = "
+      f"{sizes[0]}*{sizes[1]} = {parts} devices of {jax.process_count()} processes{micro}{can}"
     )
 
 
 def slice_count(config: config_lib.MeshConfig, devices: Sequence[Any]) -> int:
-  """How many groups of devices are joined by the slow network.
+  """Returns the number of slices: groups of devices that the slow network joins.
 
-  TPUs say in which slice they stand; elsewhere `mesh.slices` groups processes. Raises: ConfigError.
+  TPUs report their slice; elsewhere, `mesh.slices` groups the processes.
+
+  Raises: ConfigError.
   """
   found = len({getattr(device, "slice_index", 0) for device in devices})
   asked = config.slices or found
   if found > 1 and asked != found:
     raise config_lib.ConfigError(
-      f"mesh.slices: {asked}, but the {len(devices)} devices stand in {found} slices; "
+      f"mesh.slices: {asked}, but the {len(devices)} devices are in {found} slices; "
       f"give {found}, or 0 for what is found"
     )
   return asked
 
 
 def hybrid(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
-  """Devices [data, fsdp, tensor] where only `data` crosses slices: the first axis is slice-major.
+  """Returns devices as [data, fsdp, tensor], where only the `data` axis crosses slices.
 
-  So fsdp and tensor talk within a slice, and gradients alone cross the data-center network.
+  The data axis is slice-major. So fsdp and tensor communicate within a slice, and only gradients
+  cross the data-center network.
 
-  Raises: ConfigError when `data` is no multiple of the slices, or processes make no such groups.
+  Raises: ConfigError when `data` is not a multiple of the slices, or the processes cannot be
+  grouped into slices.
   """
   data, *inner = sizes
   if data % slices:
@@ -130,10 +140,11 @@ def hybrid(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndar
 
 
 def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Which rows of each batch a process makes, ascending int [b]; which of them it owns, bool [b].
+  """Returns the rows of each batch that a process makes, and which of them it owns.
 
-  They are those that its devices hold: on a TPU's torus they need not be neighbours, and processes
-  that the tensor axis joins make the same ones, of which the first process is the owner.
+  The rows are int [b], ascending, and the owned ones bool [b]. A process makes the rows that its
+  devices hold; on a TPU torus they need not be neighbors. Processes that the tensor axis joins make
+  the same rows, and the first of these processes owns them.
   """
   process = jax.process_index() if process is None else process
   parts = mesh.devices.reshape(_parts(mesh), -1)
@@ -145,7 +156,7 @@ def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[np.nd
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """This process's rows of a batch, those that `rows` names -> arrays sharded over all rows."""
+  """Puts the rows of this process, those of `rows`, on devices as arrays over all rows."""
   sharding = NamedSharding(mesh, BATCH)
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)
@@ -165,17 +176,17 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """An array that every process has whole -> on the devices of all, as `sharding` says."""
+  """Puts an array that every process has in full on the devices of all, as `sharding` says."""
   if sharding.is_fully_addressable:
     return jax.device_put(array, sharding)
   return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])
 
 
 def spans_processes(mesh: Mesh) -> bool:
-  """Whether several processes hold devices of the mesh."""
+  """Returns whether several processes hold devices of the mesh."""
   return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def _parts(mesh: Mesh) -> int:
-  """Into how many parts a batch is divided."""
+  """Returns the number of parts that a batch is divided into."""
   return math.prod(mesh.shape[name] for name in BATCH[0])

@@ -1,7 +1,7 @@
-"""Several processes as one run: start-up, one agreement to stop, and nobody left waiting for the dead.
+"""Joins several processes to one run: start-up, barriers, agreement on a stop, and a watchdog.
 
-Each host of a pod runs the same command. JAX's coordination service (in process 0) joins them, keeps
-a heartbeat of each and passes on a notice of preemption.
+Each host of a pod runs the same command. JAX's coordination service, in process 0, joins the
+processes, watches the heartbeat of each, and passes on a notice of preemption.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from llava_sp_jax import console, environment
 from llava_sp_jax.errors import LlavaSPError
 
 BARRIER_SECONDS = 3600
-START_SECONDS = 300  # until all processes have found each other
+START_SECONDS = 300  # the limit for all processes to find each other
 POLL_SECONDS = 2.0  # between two polls of the other processes and of the clock
-WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for the dead
+WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for dead processes
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
-# Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM; and ours.
+# Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM, and ours.
 NOTICE, ABORTED = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/aborted"
 
 Environment = Mapping[str, str]
@@ -44,7 +44,7 @@ def _several(environment: Environment, key: str) -> bool:
   return int(environment.get(key) or 1) > 1
 
 
-# Where JAX finds coordinator, count and index by itself: (what it is, whether we are there).
+# Where JAX finds coordinator, count and index by itself: (its name, whether this is one).
 ENVIRONMENTS: tuple[tuple[str, Callable[[Environment], bool]], ...] = (
   ("SLURM (srun)", lambda e: _several(e, "SLURM_NTASKS") and "SLURM_STEP_NODELIST" in e),
   ("Open MPI (mpirun)", lambda e: _several(e, "OMPI_COMM_WORLD_SIZE")),
@@ -60,19 +60,19 @@ ENVIRONMENTS: tuple[tuple[str, Callable[[Environment], bool]], ...] = (
 
 
 def detected(environment: Environment) -> str | None:
-  """The first of ENVIRONMENTS that says that there are several processes."""
+  """Returns the first of ENVIRONMENTS that says that there are several processes, or None."""
   return next((name for name, here in ENVIRONMENTS if here(environment)), None)
 
 
 def start(
   flags: Mapping[str, str] | None = None, peer_seconds: int = 100, shared: str = ""
 ) -> None:
-  """Joins the other processes: by `flags` (names of FLAGS), or as the environment says; once.
+  """Joins the other processes, by `flags` (names of FLAGS) or as the environment says.
 
-  A process that is not heard of for `peer_seconds` is dead, and ends all others with a message.
-  Compiled programs are then kept below `shared`, a folder that all processes see, or not at all.
-
-  When the others are not there within START_SECONDS, this process ends with a message and status 1.
+  A second call does nothing. A process without a heartbeat for `peer_seconds` counts as dead, and
+  all others exit with a message. Compiled programs are cached below `shared`, a folder that all
+  processes see, or not at all. If the others do not appear within START_SECONDS, this process exits
+  with a message and status 1.
 
   Raises:
     ConfigError: for flags that do not describe a process, or a port that is in use here.
@@ -83,7 +83,7 @@ def start(
   waits: dict[str, Any] = {
     "heartbeat_timeout_seconds": peer_seconds,
     "shutdown_timeout_seconds": peer_seconds,
-    "initialization_timeout": START_SECONDS + 60,  # JAX's own end is a fault with a stack
+    "initialization_timeout": START_SECONDS + 60,  # JAX's own time-out crashes with a stack
   }
   if flags:
     coordinator, count, index = parse(flags)
@@ -112,7 +112,10 @@ def _give_up() -> None:
 
 
 def _check_free(coordinator: str) -> None:
-  """Raises: ConfigError when the port is in use: JAX's service would end this process by a fault."""
+  """Checks that the port is free; JAX's service would otherwise crash this process.
+
+  Raises: ConfigError when it is in use.
+  """
   host, _, port = coordinator.rpartition(":")
   for family, anywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
     with contextlib.suppress(OSError), socket.socket(family) as trial:
@@ -153,10 +156,11 @@ def _reach(coordinator: str) -> None:
 
 
 def _share_programs(folder: str) -> None:
-  """Replaces the cache of this host's user by one that all processes read alike.
+  """Replaces the compilation cache of this host by one that all processes read alike.
 
-  JAX's first process alone writes. One that reads a program which the others compile would leave
-  them waiting where they tune it together (GPUs). A folder that the user names stays.
+  Only process 0 writes to it. If a process read a program from its own cache while the others
+  compile it, they would wait for it in the collective autotuning of GPUs. A folder that the user
+  names stays.
   """
   if os.environ.get(environment.FOLDER) != str(environment.cache_folder()):
     return
@@ -167,7 +171,10 @@ def _share_programs(folder: str) -> None:
 
 
 def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
-  """(HOST:PORT, number of processes, index of this one). Raises: ConfigError with all that is wrong."""
+  """Returns (HOST:PORT, number of processes, index of this one).
+
+  Raises: ConfigError with every problem of the flags.
+  """
   problems = [f"no --{name}" for name in FLAGS if name not in flags]
   host, _, port = flags.get("coordinator", "host:1").rpartition(":")
   if not host or not (port.isascii() and port.isdigit()):
@@ -195,21 +202,21 @@ def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
 def barrier(name: str, seconds: int = 0) -> None:
   """Blocks until every process has reached the barrier `name`; returns at once in a single one.
 
-  Fails after `seconds` (0: BARRIER_SECONDS).
+  Raises an error after `seconds` (0: BARRIER_SECONDS).
 
-  Collectives wait less patiently (gloo: 30 s until all have joined), so slow work that ends at
-  different times, such as compiling, ends with a barrier.
+  Collectives have a shorter limit (gloo: 30 s until all have joined). So a barrier follows slow
+  work that ends at different times, such as compiling.
   """
   limit = 1000 * (seconds or BARRIER_SECONDS)
   ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=limit)
 
 
 class PeerError(LlavaSPError, RuntimeError):
-  """Another process of this run failed; the message says which and why."""
+  """Raised when another process of this run failed; the message says which and why."""
 
 
 def barrier_within(name: str, seconds: float) -> bool:
-  """Whether every process reaches the barrier `name` within so many seconds."""
+  """Returns whether every process reaches the barrier `name` within `seconds`."""
   try:
     ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=int(1000 * seconds))
   except RuntimeError:
@@ -218,29 +225,29 @@ def barrier_within(name: str, seconds: float) -> bool:
 
 
 def asked_to_stop() -> bool:
-  """Whether any process of this run has got SIGTERM; False for a single one."""
+  """Returns whether any process of this run has received SIGTERM; False for a single one."""
   return _said(NOTICE) is not None
 
 
 def abort(what: str, code: int) -> None:
-  """Ends this process at once, and the others at their next poll (`Watchdog`)."""
+  """Exits this process at once, and the others at their next poll (`Watchdog`)."""
   who = f"process {jax.process_index()} of {jax.process_count()}"
   with contextlib.suppress(RuntimeError):
     _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
   sys.stdout.flush()
-  if not jax.process_index():  # the service ends with it, and JAX then ends the others by a fault
+  if not jax.process_index():  # its exit ends the service, which crashes the others
     time.sleep(2 * POLL_SECONDS)
   os._exit(code)
 
 
 def _said(key: str) -> str | None:
-  """What a process of this run has said under a key; None for a single one."""
+  """Returns the value that a process of this run has set for a key; None for a single process."""
   if not jax.distributed.is_initialized():
     return None
   try:
     return str(_client().key_value_try_get(key))
-  except RuntimeError:  # nothing, or the service is gone
+  except RuntimeError:  # the key is not set, or the service is gone
     return None
 
 
@@ -249,10 +256,10 @@ def _client() -> Any:
 
 
 def all_gather(text: str, name: str) -> list[str]:
-  """`text` of every process, in their order; call it in all of them with the same `name`."""
+  """Returns `text` of every process in order; all must call it with the same `name`."""
   if jax.process_count() == 1:
     return [text]
-  barrier(name)  # a collective waits less patiently
+  barrier(name)  # because the limit of a collective is shorter
   mine = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(len(mine), np.int32))
   padded = np.zeros(int(sizes.max()) + 1, np.uint8)  # never empty
@@ -262,9 +269,9 @@ def all_gather(text: str, name: str) -> list[str]:
 
 
 def collective(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
-  """Does `work` in all processes, or in process `only`; an error of one is an error of all.
+  """Does `work` in all processes, or only in process `only`; an error in one is raised in all.
 
-  So none goes on, or waits, alone. Returns what `work` returned here.
+  So no process continues or waits alone. Returns what `work` returned here.
 
   Raises: this process's error, or PeerError with that of the first process that had one.
   """
@@ -284,17 +291,20 @@ def collective(name: str, work: Callable[[], Result], only: int | None = None) -
 
 
 def _full(error: BaseException) -> bool:
-  """A disk that takes no more; errors of connections are the system's as well, and tell less."""
+  """Returns whether an error says that a disk takes no more data.
+
+  Errors of connections are OSErrors, too, but say less about the cause.
+  """
   return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Watchdog(contextlib.AbstractContextManager):
-  """Ends this process when it fails or stands still, so that the others do not wait for it for ever.
+  """Exits this process when it fails or stalls, so that the others do not wait forever.
 
-  JAX ends the survivors of a process that *died* (`peer_seconds`). Two cases are left: an error in
-  one process, whose exit would wait for all the others; and a step that never ends although all are
-  alive. Both end with a message and status 1. Where one has aborted (`abort`), all follow. A single
-  process raises its errors as ever.
+  JAX ends the survivors of a process that *died* (`peer_seconds`). The watchdog handles the other
+  two cases: an error in one process, whose exit would wait for all others, and a step that never
+  ends although all processes are alive. Both exit with a message and status 1. When one process has
+  aborted (`abort`), all others follow. A single process raises its errors as usual.
   """
 
   def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
@@ -308,7 +318,7 @@ class Watchdog(contextlib.AbstractContextManager):
     return self
 
   def beat(self, step: int) -> None:
-    """Step `step` is done. The first one compiles, so the clock starts with it."""
+    """Notes that step `step` is done; the clock starts with the first, because it compiles."""
     self._step, self._last = step, time.monotonic()
 
   def _poll(self) -> None:
@@ -324,7 +334,7 @@ class Watchdog(contextlib.AbstractContextManager):
     self._done.set()
     if error is None or jax.process_count() == 1:
       return
-    self._follow()  # a connection that broke says less than who aborted
+    self._follow()  # the message of an abort says more than a broken connection
     if isinstance(error, KeyboardInterrupt):
       self._end("interrupted")
       return
@@ -334,11 +344,11 @@ class Watchdog(contextlib.AbstractContextManager):
     traceback.print_exception(error)
     self._end(
       f"failed after step {self._step} (above). If the error names a connection, another process "
-      "died: see what that one printed. Started again, all go on from the last checkpoint"
+      "died: see what that one printed. Started again, all resume from the last checkpoint"
     )
 
   def _follow(self) -> None:
-    """Ends as another process did that has aborted the run."""
+    """Exits with the status of another process that has aborted the run."""
     if said := _said(ABORTED):
       code, process, what = said.split(" ", 2)
       if int(process) != jax.process_index():

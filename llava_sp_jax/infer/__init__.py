@@ -1,1 +1,1 @@
-"""Sampling, generation and the batched engine."""
+"""Answers requests: prompts, sampling strategies, and the batched engine."""

@@ -1,8 +1,8 @@
-"""Beam search, as transformers does it by default: length_penalty 1, early_stopping False.
+"""Searches with beams, as transformers does by default: length_penalty 1, early_stopping False.
 
-Each row has n lanes, the running beams. Those that end among the n best candidates of a step become
-results, scored by their log-probability divided by the tokens they have, the end token counted. A
-row is done when n results are no worse than what the best running beam has now.
+Each row has n running beams. Of the n best candidates of a step, those that end become results. The
+score of a result is its log-probability divided by its number of tokens, the end token included. A
+row is done when it has n results, none of which scores lower than the best running beam does now.
 Source: `_beam_search` in transformers 5, `generation/utils.py`.
 
 Shape letters:  R rows . n beams . C candidates . N new tokens at most . V vocabulary
@@ -20,15 +20,17 @@ from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.cache import KVCache
 
-WORST = -1e9  # of a beam that is none
+WORST = -1e9  # score of an empty place for a beam
 
 
 class BeamAnswers(NamedTuple):
+  """Holds the answers, running beams and results of each row, as `decode.Answers`."""
+
   token: jax.Array  # [R, n]
-  ids: jax.Array  # [R, N], the best result once the row is done
-  made: jax.Array  # [R], 0 before
+  ids: jax.Array  # [R, N], the best result so far
+  made: jax.Array  # [R], tokens in `ids`; 0 until the row is done
   done: jax.Array  # [R]
-  margin: jax.Array  # [R], by how much the best result's score leads the second
+  margin: jax.Array  # [R], score of the best result minus that of the second
   steps: jax.Array  # [R] int32, tokens of the running beams
   running: jax.Array  # [R, n, N] int32
   scores: jax.Array  # [R, n] float32, log-probabilities of the running beams
@@ -39,6 +41,8 @@ class BeamAnswers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
+  """Implements `decode.Strategy` by beam search with `rule.lanes` beams."""
+
   rule: StopRule
 
   def empty(self, rows: int) -> BeamAnswers:
@@ -61,7 +65,10 @@ class BeamSearch:
     )
 
   def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> BeamAnswers:
-    """The prompt is one beam of log-probability 0; `numbers` and `key` are for sampling only."""
+    """Returns the beams of new rows from the logits [R, V] after their prompts.
+
+    The prompt is a single beam with log-probability 0. `numbers` and `key` are not used.
+    """
     rows = self.empty(len(logits))
     rows = rows._replace(done=jnp.zeros_like(rows.done), scores=rows.scores.at[:, 0].set(0.0))
     every = jnp.repeat(logits, self.rule.lanes, axis=0)
@@ -70,11 +77,16 @@ class BeamSearch:
   def choose(
     self, rows: BeamAnswers, logits: jax.Array, key: jax.Array
   ) -> tuple[BeamAnswers, jax.Array]:
+    """Extends each beam by its best tokens, and returns the new rows and the parent of each beam.
+
+    Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
+    rows.
+    """
     count, longest = self.rule.lanes, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]
     possible = self.rule.possible(logits)
     scores = jax.nn.log_softmax(possible).reshape(-1, count, vocabulary) + rows.scores[..., None]
-    # So many that n of them go on, whatever ends.
+    # Enough that n of them continue, however many end.
     wanted = max(2, 1 + len(self.rule.stop_ids)) * count
     flat = scores.reshape(len(every), -1)
     best, index = jax.lax.top_k(flat, min(wanted, flat.shape[1]))
@@ -116,7 +128,10 @@ class BeamSearch:
     return jax.tree.map(keep, rows, new), (every * count + parents).reshape(-1)
 
   def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
-    """Each lane takes over what its parent has generated; the prompt is the same in all of a row."""
+    """Copies to each beam what its parent has generated.
+
+    The prompt is not copied, because it is the same in all beams of a row.
+    """
     start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
     width = min(self.rule.max_new_tokens, cache.capacity)
 

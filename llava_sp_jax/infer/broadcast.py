@@ -1,7 +1,7 @@
-"""Broadcasts the requests of process 0: processes that share a mesh must compute the same.
+"""Broadcasts the requests of process 0, because processes that share a mesh must compute the same.
 
-Only process 0 needs the files: it reads them and broadcasts their bytes, so that no host's disk can
-make it ask another question, or fail, alone.
+Only process 0 needs the image files. It broadcasts their bytes, so that no process can ask another
+question, or fail alone, because of its own disk.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ AT_ONCE = 16  # requests of one broadcast
 
 
 def broadcast_requests(requests: Iterable[Request]) -> Iterator[Request]:
-  """The requests of process 0, in every process; those of others are not looked at.
+  """Yields the requests of process 0 in every process; `requests` of others are not read.
 
-  Every process takes them at the same places of its work: a broadcast is a collective.
+  A broadcast is a collective, so all processes must advance the iterator at the same points.
   """
   mine = iter(requests)
   while True:
@@ -40,10 +40,10 @@ def broadcast_requests(requests: Iterable[Request]) -> Iterator[Request]:
 
 
 def _broadcast(what: list[Any]) -> list[Any]:
-  """The value of process 0, in every process."""
+  """Returns the value of process 0 in every process."""
   data = np.frombuffer(serialization.msgpack_serialize(what), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  room = 1 << (size - 1).bit_length()  # few sizes: each is a program
+  room = 1 << (size - 1).bit_length()  # few sizes, because each one is a compiled program
   data = np.resize(data, room) if jax.process_index() == 0 else np.zeros(room, np.uint8)
   sent = np.asarray(multihost_utils.broadcast_one_to_all(data))
   return serialization.msgpack_restore(sent[:size].tobytes())
@@ -65,7 +65,7 @@ def _request(packed: dict[str, Any]) -> Request:
 
 
 def _bytes(picture: ImageFile) -> bytes | SampleError:
-  """A file's bytes, or why there are none."""
+  """Returns the bytes of an image file, or the error that prevents reading it."""
 
   def found() -> bytes:
     if isinstance(picture, str | Path):

@@ -1,4 +1,4 @@
-"""What an engine has done, in numbers that its promises are held against."""
+"""Counts what an engine has done, for reports and tests."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import dataclasses
 
 @dataclasses.dataclass
 class Counts:
+  """Counts requests, images, computed and reused parts, steps and tokens of an engine."""
+
   requests: int = 0  # answered, or answered with an error
-  errors: int = 0  # of these
+  errors: int = 0  # requests answered with an error
   images_asked: int = 0  # images of all requests
   distinct_images: int = 0  # by path or content; those that could be read
-  encoder_calls: int = 0  # images that the vision tower has computed
+  encoder_calls: int = 0  # images computed by the vision tower
   prefills: int = 0  # prefixes computed
-  prefix_hits: int = 0  # prefixes taken over from an earlier request
+  prefix_hits: int = 0  # prefixes reused from an earlier request
   admitted: int = 0  # requests put into a row
-  decode_steps: int = 0  # of all rows together
-  new_tokens: int = 0  # of answers
+  decode_steps: int = 0  # steps; each is for all rows
+  new_tokens: int = 0  # tokens of answers
   compiles: int = 0  # programs built
 
   @property
   def encoder_ratio(self) -> float:
-    """Encoder calls for each distinct image: 1.00 unless features were dropped for memory."""
+    """Returns encoder calls per distinct image.
+
+    It is 1 unless features were dropped from the cache for lack of memory.
+    """
     return self.encoder_calls / self.distinct_images if self.distinct_images else 1.0
 
   def __str__(self) -> str:

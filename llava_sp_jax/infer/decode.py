@@ -1,6 +1,6 @@
-"""The one decode step, in a loop on the device: rows end by themselves and wait to be refilled.
+"""Runs the decode step in a loop on the device; each row ends on its own and waits to be refilled.
 
-Shape letters:  R rows, one for each answer . n lanes of a row (its beams) . B = R n lanes in all
+Shape letters:  R rows, one for each answer . n beams of a row, 1 without beam search . B = R n
                 N new tokens at most . V vocabulary
 """
 
@@ -21,27 +21,27 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 class Answers(Protocol):
-  """What every sampling strategy keeps of each row; a row that is `done` is free."""
+  """Declares what every sampling strategy holds for each row; a row that is `done` is free."""
 
-  token: jax.Array  # [R, n] or [R] int32, chosen and not yet in the cache
+  token: jax.Array  # [R, n] or [R] int32, chosen but not yet in the cache
   ids: jax.Array  # [R, N] int32, the answer so far
-  made: jax.Array  # [R] int32, how many of them count
+  made: jax.Array  # [R] int32, tokens of the answer
   done: jax.Array  # [R] bool
-  margin: jax.Array  # [R] float32, the smallest lead of a chosen token over the next best
+  margin: jax.Array  # [R] float32, the smallest lead of a chosen token over the next best one
 
 
 class State(NamedTuple):
-  """All that decoding keeps on the device."""
+  """Holds everything that decoding keeps on the device."""
 
-  cache: KVCache  # of B lanes
+  cache: KVCache  # of B sequences
   rows: Any  # Answers, every array [R, ...]
 
 
 class DecodeReport(NamedTuple):
-  """What the host reads after some steps."""
+  """Holds what the host reads after some steps."""
 
-  steps: Any  # [] int32, that were done
-  made: Any  # of Answers, as the next three
+  steps: Any  # [] int32, steps that were run
+  made: Any  # this field and the next three are those of Answers
   done: Any
   ids: Any
   margin: Any
@@ -49,60 +49,72 @@ class DecodeReport(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-  """When an answer is over, and how a token is drawn; a constant of compiled programs."""
+  """Says when an answer ends, and how a token is drawn; a constant of compiled programs."""
 
   stop_ids: tuple[int, ...]
   max_new_tokens: int
   sampler: Sampler = GREEDY
-  lanes: int = 1  # beams, where there are several
-  vocabulary: int = 0  # ids that the tokenizer has, where the model has more; 0: all
+  lanes: int = 1  # beams of a row; 1 without beam search
+  vocabulary: int = 0  # ids of the tokenizer, if the model has more; 0: all
 
   def possible(self, logits: jax.Array) -> jax.Array:
-    """-inf for ids that no text stands for: rows that an embedding is padded with. [B, V]."""
+    """Sets the logits of ids that the tokenizer lacks to -inf. [B, V] -> [B, V].
+
+    Such ids are padding rows of an embedding.
+    """
     if not 0 < self.vocabulary < logits.shape[-1]:
       return logits
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.where(index < self.vocabulary, logits, -jnp.inf)
 
   def is_stop(self, token: jax.Array) -> jax.Array:
+    """Returns whether each token ends an answer, bool."""
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
 class Strategy(Protocol):
-  """How tokens are chosen: `Sampling`, or `beam.Beams`."""
+  """Declares how tokens are chosen; `Sampling` and `beam.BeamSearch` implement it."""
 
   @property
   def rule(self) -> StopRule: ...
 
   def empty(self, rows: int) -> Any:
-    """All rows free, as Answers."""
+    """Returns Answers of `rows` rows that are all free."""
     ...
 
   def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Any:
-    """Answers of new rows from the logits [R, V] behind their prompts; their requests' numbers [R]."""
+    """Returns the Answers of new rows from the logits [R, V] after their prompts.
+
+    `numbers` [R] are those of their requests.
+    """
     ...
 
   def choose(self, rows: Any, logits: jax.Array, key: jax.Array) -> tuple[Any, jax.Array | None]:
-    """From logits [B, V]: new Answers, and the lane that each lane goes on from, if not itself."""
+    """Returns new Answers from logits [B, V], and the parents of the sequences or None.
+
+    The parents, int [B], are the sequences that each sequence continues; None means itself.
+    """
     ...
 
-  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache: ...
+  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache:
+    """Returns the cache in which each sequence continues its parent."""
+    ...
 
 
 class Choice(NamedTuple):
-  """Answers of one lane each."""
+  """Holds the Answers of rows that have one sequence each."""
 
   token: jax.Array
   ids: jax.Array
   made: jax.Array
   done: jax.Array
   margin: jax.Array
-  number: jax.Array  # [R] int32, of the request: what samples are drawn by
+  number: jax.Array  # [R] int32, number of the request, which seeds its samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Greedy or by sampling."""
+  """Implements `Strategy` by greedy decoding or sampling."""
 
   rule: StopRule
 
@@ -137,15 +149,16 @@ class Sampling:
 
 
 def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: jax.Array) -> State:
-  """One more token for every row that is not done."""
+  """Adds one token to every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
   hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
   going = jnp.repeat(~state.rows.done, strategy.rule.lanes).astype(jnp.int32)
   rows, parents = strategy.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
-  # No token is below zero, which the compiler cannot know: so the write waits for all that is read,
-  # and needs no copy of it. (XLA on CPU drops optimization_barrier before it decides on copies.)
+  # This adds 0, because no token is negative, but the compiler cannot know that. So the write must
+  # follow all reads of the cache, and needs no copy of it. (On CPU, XLA drops optimization_barrier
+  # before it decides on copies.)
   length = cache.length + jnp.minimum(jnp.min(rows.token), 0)
   cache = cache_lib.append(cache._replace(length=length), new, going)
   return State(cache if parents is None else strategy.reorder(cache, state.rows, parents), rows)
@@ -162,10 +175,10 @@ def decode(
   *,
   strategy: Strategy,
 ) -> tuple[State, DecodeReport]:
-  """Steps until `until` rows are done, at most `steps`.
+  """Runs steps until `until` rows are done, but at most `steps`.
 
-  `ended` [R] bool are rows that the host has ended, at a stop string say. Both bounds are values,
-  not shapes: however many rows the host waits for, this is compiled once.
+  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `steps` and
+  `until` are values, not shapes, so this is compiled once for all of their values.
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 

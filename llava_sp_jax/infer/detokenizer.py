@@ -1,4 +1,4 @@
-"""Detokenizes an answer as it grows: stop strings, and the text that no later token changes."""
+"""Detokenizes an answer while it grows: finds stop strings and the text that is final."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.prompts import Answer
 
-UNFINISHED = "\ufffd"  # what decoding shows for the first bytes of a character
+UNFINISHED = "\ufffd"  # the decoded text of an incomplete character
 
 
 class Detokenizer:
-  """Turns the tokens of one answer into text; ends it at a stop string."""
+  """Turns the tokens of one answer into text, and ends the answer at a stop string."""
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), error: str = ""):
     self._tokenizer, self._stop = tokenizer, stop
@@ -20,7 +20,10 @@ class Detokenizer:
     self._text, self._margin = "", float("inf")
 
   def extend(self, ids: Sequence[int], done: bool, margin: float) -> None:
-    """`ids` are all so far."""
+    """Takes the tokens of the answer; `ids` are all of them so far.
+
+    `done` says that the device has ended the answer; `margin` is that of `Answer`.
+    """
     seen, self._margin, self.finished = len(self.ids), margin, done
     self.ids = tuple(int(i) for i in ids)
     if not self._stop and not done:
@@ -28,7 +31,7 @@ class Detokenizer:
     self._text = self._tokenizer.decode(self.ids)
     if self._cut() is None:
       return
-    for count in range(seen + 1, len(self.ids) + 1):  # the first that completes a stop string
+    for count in range(seen + 1, len(self.ids) + 1):  # which token completes a stop string
       self._text = self._tokenizer.decode(self.ids[:count])
       if (cut := self._cut()) is not None:
         self.ids, self._text, self.finished = self.ids[:count], self._text[:cut], True
@@ -39,7 +42,10 @@ class Detokenizer:
     return min(places) if places else None
 
   def settled(self) -> str:
-    """The text that no later token changes: without half a character, half a stop string, blanks."""
+    """Returns the text that no later token can change.
+
+    It excludes incomplete characters, the possible beginning of a stop string, and outer blanks.
+    """
     if self.finished:
       return self._text.strip()
     text = self._tokenizer.decode(self.ids).rstrip(UNFINISHED)
@@ -47,11 +53,12 @@ class Detokenizer:
     return text[: len(text) - held].strip()
 
   def answer(self) -> Answer:
+    """Returns the answer, or one with `error` and no text."""
     if self.error:
       return Answer("", (), self.error)
     return Answer(self._text.strip(), self.ids, margin=self._margin)
 
 
 def _overlap(text: str, stop: str) -> int:
-  """How many characters at the end of `text` may be the beginning of `stop`."""
+  """Returns how many characters at the end of `text` may be the beginning of `stop`."""
   return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)

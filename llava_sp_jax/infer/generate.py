@@ -1,4 +1,6 @@
-"""Generation for one batch of static shape in one program: what `plan` compiles and tests compare.
+"""Generates answers for one batch of static shape in a single program.
+
+`plan` compiles it, and tests compare it with the engine.
 
 Shape letters:  B rows . T prompt length . M images per row
 """
@@ -27,10 +29,10 @@ def generate(
   max_new_tokens: int,
   sampler: Sampler = GREEDY,
 ) -> tuple[jax.Array, jax.Array]:
-  """Answers of a batch of right-padded prompts.
+  """Returns the new ids [B, max_new_tokens] for right-padded prompts, and their counts [B].
 
-  `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. Returns the new
-  ids [B, max_new_tokens] and how many of them count (the stop id is not counted) [B].
+  `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. A count excludes
+  the stop id.
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   strategy = decode.Sampling(decode.StopRule(stop_ids, max_new_tokens, sampler))

@@ -1,16 +1,18 @@
-"""How answers are generated: the settings that a score must name. Imports no jax."""
+"""Defines the settings of generation, which every score must state; imports no jax."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-MOST = 1 << 20  # tokens, beams and the like
+MOST = 1 << 20  # the largest number of tokens or beams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """Greedy unless `temperature` > 0 (sampling) or `num_beams` > 1 (beam search).
+  """Holds the settings of generation.
+
+  It is greedy unless `temperature` > 0 (sampling) or `num_beams` > 1 (beam search).
 
   Raises: ValueError that names the setting, what was found and what is possible.
   """
@@ -20,8 +22,8 @@ class Generation:
   top_k: int = 0  # 0: all tokens may be drawn
   top_p: float = 1.0  # 1: all tokens may be drawn
   num_beams: int = 1
-  stop: tuple[str, ...] = ()  # an answer ends before the first of these, beside the template's end
-  seed: int = 0  # of the sampling
+  stop: tuple[str, ...] = ()  # an answer also ends before the first of these strings
+  seed: int = 0  # of sampling
 
   def __post_init__(self) -> None:
     bounds = (

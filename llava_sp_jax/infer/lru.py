@@ -1,4 +1,4 @@
-"""A store of device arrays that drops what was not used for longest when it grows too large."""
+"""Caches device arrays, and drops the least recently used ones when they grow too large."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 
 class Lru:
-  """Values by key, at most `limit` bytes of them together, but always the last one."""
+  """Holds values by key, at most `limit` bytes in all, but always the last one."""
 
   def __init__(self, limit: int):
     self._limit, self._bytes = limit, 0
@@ -23,13 +23,14 @@ class Lru:
     return key in self._values
 
   def get(self, key: Hashable) -> Any:
-    """The value, which is now the last used, or None."""
+    """Returns the value and marks it as the last used; None if it is absent."""
     if key not in self._values:
       return None
     self._values.move_to_end(key)
     return self._values[key][0]
 
   def put(self, key: Hashable, value: Any) -> None:
+    """Stores a tree of arrays, and drops others until all fit into the limit."""
     if key in self._values:
       self._bytes -= self._values.pop(key)[1]
     size = sum(x.nbytes for x in jax.tree.leaves(value))

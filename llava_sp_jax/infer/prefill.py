@@ -1,7 +1,8 @@
-"""Prefill in pieces: what questions share is computed once, what is their own goes behind it.
+"""Prefills prompts in pieces: shared prefixes are computed once, and the rest is appended to them.
 
 Shape letters:  L layers . G rows of a group . T new positions . P capacity of a prefix . M tiles
                 N tokens per tile . D width . K key-value heads . H head width
+                n beams . B sequences of the decode state
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 class Prefix(NamedTuple):
-  """Keys and values of what some prompts begin with, on the device."""
+  """Holds the keys and values of a shared beginning of prompts on the device."""
 
   keys: jax.Array  # [L, K, H, P]
   values: jax.Array  # [L, K, P, H]
 
 
 class Group(NamedTuple):
-  """New positions of G prompts, right-padded, behind `start` of each; tiles are those they show."""
+  """Holds new positions of G prompts, right-padded, that follow `start` positions of a prefix each.
 
-  tokens: Any  # [G, T] int32, of the host or a device as all of them
-  slots: Any  # [G, T] int32, -1 for text, otherwise into the tokens of the tiles
+  `tiles` are those that the new positions show.
+  """
+
+  tokens: Any  # [G, T] int32, on the host or a device, like the next three
+  slots: Any  # [G, T] int32, -1 for text, otherwise an index into the tokens of the tiles
   length: Any  # [G] int32, positions that are not padding
   start: Any  # [G] int32, positions in the prefixes
   prefixes: tuple[Prefix, ...]  # one for each row, or none
-  tiles: tuple[tuple[jax.Array, ...], ...]  # M of [N, D] for each row, or none
+  tiles: tuple[tuple[jax.Array, ...], ...]  # M arrays [N, D] for each row, or none
 
 
 def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New, KVCache]:
-  """-> hidden [G, T, D], the new keys and values, and the prefixes they stand behind."""
+  """Returns hidden states [G, T, D], the new keys and values, and the stacked prefixes."""
   apply: Any = functools.partial(module.apply, {"params": params})
   text, (rows, count) = module.language_model, group.tokens.shape
   past = cache_lib.allocate(
@@ -61,7 +65,10 @@ def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New,
 
 
 def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[Prefix, ...]:
-  """The prefixes of G prompts, each with the new positions behind; `capacity` is their new P."""
+  """Returns the prefixes of G prompts, each extended by its new positions.
+
+  `capacity` is the P of the results.
+  """
   _, new, past = _extend(module, params, group)
   room = past.capacity + group.tokens.shape[1]
   whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
@@ -84,35 +91,40 @@ def admit(
   *,
   strategy: decode.Strategy,
 ) -> decode.State:
-  """Puts G prompts into `rows` of the state and chooses the first token of each.
+  """Puts G prompts into `rows` of the state, and chooses the first token of each.
 
-  Padding of a group repeats one of its prompts with the same row and number: it is written twice.
+  A group is padded by repeating one of its prompts with the same row and number, which then is
+  written twice.
   """
   hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
   first = strategy.first(logits, numbers, key)
-  lanes = rows[:, None] * strategy.rule.lanes + jnp.arange(strategy.rule.lanes, dtype=rows.dtype)
-  cache = _place(state.cache, new, past, group.start, lanes)
-  length = cache.length.at[lanes].set((group.start + group.length)[:, None])
+  sequences = rows[:, None] * strategy.rule.lanes + jnp.arange(
+    strategy.rule.lanes, dtype=rows.dtype
+  )
+  cache = _place(state.cache, new, past, group.start, sequences)
+  length = cache.length.at[sequences].set((group.start + group.length)[:, None])
   answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)
   return decode.State(cache._replace(length=length), answers)
 
 
-def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax.Array) -> KVCache:
-  """Prefixes of capacity P of G rows, and the T that follow them, into their lanes [G, n] of B.
+def _place(
+  cache: KVCache, new: New, past: KVCache, start: jax.Array, sequences: jax.Array
+) -> KVCache:
+  """Writes the prefixes [.., P] of G rows, and the T positions after them, into their sequences.
 
-  A loop over the lanes, so that a program is not as many times longer.
+  `sequences` [G, n] are indices among the B of the cache. A loop over them keeps the program short.
   """
-  count = lanes.shape[1]
+  count = sequences.shape[1]
 
   def once(i: jax.Array, kept: KVCache) -> KVCache:
-    g, lane = i // count, lanes[i // count, i % count]
+    g, sequence = i // count, sequences[i // count, i % count]
 
     def put(axis: int, kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
       part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
-      where = [lane] + [jnp.zeros((), lane.dtype)] * (kept.ndim - 1)
-      where[axis] = jnp.asarray(at, lane.dtype)
+      where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
+      where[axis] = jnp.asarray(at, sequence.dtype)
       return jax.lax.dynamic_update_slice(kept, part, where)
 
     def fill(axis: int, kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
@@ -121,4 +133,4 @@ def _place(cache: KVCache, new: New, past: KVCache, start: jax.Array, lanes: jax
 
     return KVCache(*cache_lib.both(fill, kept, past, new), kept.length)
 
-  return jax.lax.fori_loop(0, lanes.size, once, cache)
+  return jax.lax.fori_loop(0, sequences.size, once, cache)

@@ -1,4 +1,4 @@
-"""A trained model as inference needs it: config, parameters, tokenizer."""
+"""Loads a trained model for inference: config, parameters and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ from llava_sp_jax.models.quantize import NONE, is_quantized
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
+  """Holds a trained model for inference."""
+
   config: config_lib.Config
-  params: Any  # nested arrays, of the host or a device; each leaf in the dtype the model computes in, or quantised
+  params: Any  # nested arrays, on the host or a device, in the model's dtype or quantized
   tokenizer: Tokenizer
   step: int = 0
   fingerprint: str = ""  # of the frozen base
 
 
 def padded_from(model: Pretrained) -> int:
-  """The first id that the tokenizer does not have though the model has a row for it; 0: none."""
+  """Returns the first id that has a row in the model but is not in the tokenizer; 0 for none."""
   known, rows = len(model.tokenizer), model.config.model.language_model.vocab_size
   return known if known < rows else 0
 
 
 def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
-  """Loads the latest checkpoint of a training run, or of what `convert` wrote.
+  """Loads the latest checkpoint of a training run, or a folder that `convert` wrote.
 
-  `merge` folds adapters into kernels that are floats, computed in float32: each decoding step then
-  reads fewer arrays. `dtype` of activations and parameters, if not the config's.
+  `merge` folds adapters into float kernels, computed in float32, so that each decoding step reads
+  fewer arrays. `dtype` overrides the config's dtype of activations and parameters.
 
-  Raises: CheckpointError, FormatError for a folder that is not a whole model.
+  Raises: CheckpointError; FormatError for a folder without a complete model.
   """
   run = own_folders.open_own(folder)
   _whole(folder, run)
@@ -53,7 +55,7 @@ def from_any(
 ) -> Pretrained:
   """Loads a run, or a folder of any format that `llava-sp convert` reads, without writing a copy.
 
-  Raises: CheckpointError, FormatError (also for a folder that is not a whole model).
+  Raises: CheckpointError; FormatError, also for a folder without a complete model.
   """
   path = places.local(str(path))
   if own_folders.is_ours(path) or not path.exists():
@@ -70,7 +72,7 @@ def from_any(
 
 
 def _whole(path: str | Path, model: Loaded) -> None:
-  """Raises: FormatError."""
+  """Raises FormatError when a part of the model is missing."""
   if lacking := [part for part in formats.PARTS if part not in model.parts]:
     raise FormatError(
       f"{path}: no {', '.join(lacking)} in it; a whole model is needed to answer questions"
@@ -95,7 +97,7 @@ def _params(config: config_lib.Config, leaves: Leaves) -> Any:
 
 
 def as_computed(config: config_lib.Config, params: Any) -> Any:
-  """Nested parameters as training holds them -> in the dtype that the model computes in."""
+  """Casts the nested parameters of a train state to the dtype that the model computes in."""
   dtype = jnp.dtype(config.model.dtype)
   flat = {
     path: leaf if is_quantized(path) else leaf.astype(dtype)

@@ -1,4 +1,4 @@
-"""Requests become prompts on the host: text to ids, images to tiles, and what others may share.
+"""Turns requests into prompts on the host: text to ids, images to tiles, and pieces to share.
 
 Shape letters:  t positions of a piece
 """
@@ -22,19 +22,18 @@ from llava_sp_jax.data.failure import SampleError, attempt, of_one_sample
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 
-ImageFile = str | Path | bytes | Image.Image | SampleError  # the last: why there is none
-SHARED = 16  # positions; text before the first image that is shorter is not a piece of its own
+ImageFile = str | Path | bytes | Image.Image | SampleError  # an error: why there is no image
+SHARED = 16  # positions of text before the first image that make it a piece of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One question.
+  """Holds one question.
 
-  `images` are files, encoded files as bytes, or decoded pictures. `<image>` in the question stands
-  for one of them; without any, all come before the question. `system` stands in place of the
-  template's own system text.
-  Samples are drawn by `number` (from 0; None: by the place among the requests), so that with one a
-  question is answered alike whatever else is asked.
+  `images` are files, encoded files as bytes, or decoded pictures. Each `<image>` in the question
+  stands for one of them; without any, all come before the question. `system` replaces the system
+  text of the template. `number` seeds the sampling (from 0; None is the place among the requests),
+  so that a question with a number gets the same answer whatever else is asked.
   """
 
   question: str
@@ -45,11 +44,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """`error` says why there is none, then the text is empty.
+  """Holds one answer; `error` says why there is none, and then the text is empty.
 
   `ids` are the chosen tokens without the one that ends a reply; with a stop string, up to the token
-  that completed it. `margin` is the smallest lead, in logits, of a chosen token over the next best:
-  below what rounding can do (float32: about 1e-4), another machine may answer otherwise.
+  that completed it. `margin` is the smallest lead, in logits, of a chosen token over the next best
+  one. If it is below rounding errors (float32: about 1e-4), another machine may answer differently.
   """
 
   text: str
@@ -58,36 +57,41 @@ class Answer:
   margin: float = float("inf")
 
 
-TileKey = tuple[str, int]  # key of the picture, index of its tile
+TileKey = tuple[str, int]  # (key of the picture, index of the tile)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptPiece:
-  """Consecutive positions of a prompt. `slots` index the tokens of `tiles`, one tile after another.
+  """Holds consecutive positions of a prompt.
 
-  A slot of `len(tiles) * N` is the newline token. `key` stands for the piece and all before it.
+  `slots` index the tokens of `tiles`, one tile after another. The slot `len(tiles) * N` is the
+  newline token. `key` identifies the piece together with all pieces before it.
   """
 
   tokens: np.ndarray  # [t] int32
   slots: np.ndarray  # [t] int32
   tiles: tuple[TileKey, ...]
   key: str
-  start: int  # positions before it
+  start: int  # positions before the piece
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """All pieces but the last can be shared; the last is never empty."""
+  """Holds the pieces of a prompt; all but the last can be shared, and the last is not empty."""
 
   pieces: tuple[PromptPiece, ...]
 
   @property
   def length(self) -> int:
+    """Returns the number of positions."""
     return self.pieces[-1].start + len(self.pieces[-1].tokens)
 
 
 def key_of(picture: ImageFile) -> str:
-  """The same for the same path, or for the same bytes or pixels. Raises: SampleError."""
+  """Returns a key that is the same for the same path, or for the same bytes or pixels.
+
+  Raises: SampleError for anything that is not an image.
+  """
   if isinstance(picture, str | Path):
     return f"file {picture}"
   if isinstance(picture, Image.Image):
@@ -102,7 +106,7 @@ def key_of(picture: ImageFile) -> str:
 
 
 def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
-  """What the reader makes of a picture. Raises: SampleError when it cannot be read."""
+  """Returns the tiles that `reader` makes of a picture. Raises: SampleError if it is unreadable."""
   if isinstance(picture, SampleError):
     raise picture
   if isinstance(picture, Image.Image):
@@ -116,11 +120,15 @@ def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
 
 
 def keys_of(request: Request) -> tuple[str, ...]:
+  """Returns the keys of a request's images. Raises: SampleError as `key_of`."""
   return tuple(map(key_of, request.images))
 
 
 class LostImageError(SampleError):
-  """A picture, by its `key`, that could be read when its prompt was made and cannot be any more."""
+  """Raised for a picture that was readable when its prompt was made, but no longer is.
+
+  `key` identifies the picture.
+  """
 
   def __init__(self, key: str, why: object):
     super().__init__(why)
@@ -128,7 +136,7 @@ class LostImageError(SampleError):
 
 
 class Pictures:
-  """Reads pictures, each once however many threads ask; pixels are kept until they are taken."""
+  """Reads each picture once, whatever the number of threads, and keeps its pixels until taken."""
 
   def __init__(self, reader: anyres.Reader):
     self._reader = reader
@@ -137,12 +145,16 @@ class Pictures:
     self._tiles: dict[str, np.ndarray] = {}
 
   def forget(self) -> None:
+    """Drops all plans and pixels."""
     with self._lock:
       self._plans.clear()
       self._tiles.clear()
 
   def plan(self, key: str, picture: ImageFile) -> example.TokenPlan:
-    """Reads the picture unless it was before. Raises: SampleError when it cannot be used."""
+    """Returns the token plan of a picture, which is read on the first call for its key.
+
+    Raises: SampleError when the picture cannot be used.
+    """
     with self._lock:
       future = self._plans.get(key)
       mine = future is None
@@ -158,9 +170,11 @@ class Pictures:
     return future.result()
 
   def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
-    """Takes the pixels [tiles, size, size, 3] float32, read anew if they were taken before.
+    """Takes the pixels of a picture, [tiles, size, size, 3] float32.
 
-    Raises: LostImageError when the file is gone by then, or shows a picture of another size.
+    They are read again if they were taken before.
+
+    Raises: LostImageError when the file has disappeared, or its picture has another size now.
     """
     tiles = self._tiles.pop(key, None)
     if tiles is not None:
@@ -177,10 +191,10 @@ class Pictures:
 
 
 class Prompts:
-  """Makes prompts as a model's config says; any thread may call it."""
+  """Makes prompts as the config of a model says; any thread may call it."""
 
   def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, share: bool = True):
-    """`share` False: prompts of one piece, which nothing is shared of."""
+    """Prepares the template and the reader of images; `share` False makes prompts of one piece."""
     self._template = conversation.TEMPLATES[config.data.template]
     self._tokenizer, self._share = tokenizer, share
     self.pictures = Pictures(
@@ -189,7 +203,10 @@ class Prompts:
     self.stop_ids = tokenizer.stop_ids(self._template.end)
 
   def __call__(self, request: Request) -> Prompt:
-    """Raises: SampleError, whatever the reason: an image, or a text that the tokenizer refuses."""
+    """Returns the prompt of a request.
+
+    Raises: SampleError for any failure: an image, or a text that the tokenizer refuses.
+    """
     with of_one_sample():
       return self._prompt(request)
 
@@ -212,7 +229,7 @@ class Prompts:
   def _cut(
     self, tokens: np.ndarray, slots: np.ndarray, tiles: tuple[TileKey, ...]
   ) -> tuple[PromptPiece, ...]:
-    """Borders stand before the first image and behind the last, where there is something to share."""
+    """Cuts a prompt before its first image and after its last, where a piece can be shared."""
     places = np.flatnonzero(slots >= 0)
     borders = [0, len(tokens)]
     if self._share and len(places) and places[-1] + 1 < len(tokens):

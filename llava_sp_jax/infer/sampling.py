@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""Chooses the next token from logits.
 
 Shape letters:  B rows . V vocabulary
 """
@@ -15,7 +15,7 @@ from llava_sp_jax.infer.generation import Generation
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How one token is chosen; hashable, a constant of compiled programs.
+  """Chooses one token; hashable, so that it is a constant of compiled programs.
 
   Filters are applied in the order of transformers' warpers: temperature, top_k, top_p.
   """
@@ -26,15 +26,16 @@ class Sampler:
 
   @classmethod
   def of(cls, generation: Generation) -> Sampler:
+    """Returns the sampler of the settings of a generation."""
     return cls(generation.temperature, generation.top_k, generation.top_p)
 
   def pick(
     self, logits: jax.Array, key: jax.Array, numbers: jax.Array, steps: jax.Array
   ) -> jax.Array:
-    """[B, V], key, [B], [B] -> tokens [B] int32.
+    """Returns tokens. logits [B, V], key, numbers [B], steps [B] -> int32 [B].
 
-    A sample depends on its request's number and on how many tokens came before it, never on the row
-    it stands in nor on what it is batched with.
+    A sample depends only on the key, the number of its request and the number of tokens before it.
+    It does not depend on its row or on the other requests in the batch.
     """
     if self.temperature == 0.0:
       return first_largest(logits)
@@ -46,7 +47,7 @@ class Sampler:
     return jax.vmap(draw)(logits, numbers, steps).astype(jnp.int32)
 
   def filtered(self, logits: jax.Array) -> jax.Array:
-    """Logits of the distribution that is drawn from; -inf for what may not be drawn. [B, V]."""
+    """Returns the logits that are sampled from; -inf for excluded tokens. [B, V] -> [B, V]."""
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
@@ -55,7 +56,7 @@ class Sampler:
       ordered = jnp.sort(logits, axis=-1)[:, ::-1]
       shares = jax.nn.softmax(ordered, axis=-1)
       before = jnp.cumsum(shares, axis=-1) - shares
-      # The likeliest tokens until their sum reaches top_p, the one that reaches it included.
+      # Keeps the likeliest tokens until their sum reaches top_p, and the one that reaches it.
       least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
       logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
@@ -65,14 +66,20 @@ GREEDY = Sampler()
 
 
 def first_largest(logits: jax.Array) -> jax.Array:
-  """argmax as two plain reductions, several times faster than XLA's own on a CPU. [B, V] -> [B]."""
+  """Returns the argmax, the first of equal ones. [B, V] -> [B].
+
+  Two plain reductions are several times faster than XLA's argmax on a CPU.
+  """
   top = jnp.max(logits, axis=-1, keepdims=True)
   index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
   return jnp.min(jnp.where(logits == top, index, logits.shape[-1] - 1), axis=-1)
 
 
 def margin(logits: jax.Array, chosen: jax.Array) -> jax.Array:
-  """By how much the chosen token leads the best other one; negative if it does not. -> [B]."""
+  """Returns the lead of the chosen token over the best other one. [B, V], [B] -> [B].
+
+  It is negative if another token has a larger logit.
+  """
   index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
   mine = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
   others = jnp.where(index == chosen[:, None], -jnp.inf, logits)

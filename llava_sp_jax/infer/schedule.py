@@ -1,8 +1,9 @@
-"""The order in which requests are answered: those about the same images together, read ahead.
+"""Orders requests: reads their images ahead, and answers those about the same images together.
 
-Requests are taken lazily, some way ahead of those that are answered, and within that window they
-are grouped by their images; the group that was first asked for is answered first. Worker threads
-make prompts of the next ones, which decodes and resizes their images, while the device computes.
+Requests are taken lazily, up to a window ahead of the answers. Within the window they are grouped
+by their images, and the group whose first request came first is answered first. While the device
+computes, worker threads make the prompts of the next requests, which includes decoding and resizing
+images.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from llava_sp_jax.infer.prompts import Prompt, Prompts, Request, keys_of
 
 
 class Ready(NamedTuple):
-  number: int  # the place among the requests, from 0
+  """Holds a request with its prompt, or with the error that prevented one."""
+
+  number: int  # place among the requests, from 0
   request: Request
   prompt: Prompt | None
-  error: str  # why there is no prompt
+  error: str  # reason for the missing prompt
 
   @property
   def drawn_by(self) -> int:
-    """The number that samples are drawn by."""
+    """Returns the number that seeds the samples of the request."""
     return self.number if self.request.number is None else self.request.number
 
 
@@ -34,9 +37,9 @@ class _Waiting(NamedTuple):
 
 
 class Schedule:
-  """Requests in, `Ready` prompts out.
+  """Takes requests, and returns them as `Ready` prompts.
 
-  `window` requests at most are held; of these, `ahead` are being read or have been.
+  It holds at most `window` requests. At most `ahead` prompts are being made or waiting.
   """
 
   def __init__(
@@ -53,10 +56,11 @@ class Schedule:
     self._front: Ready | None = None
 
   def close(self) -> None:
+    """Stops the worker threads; prompts that were not begun are dropped."""
     self._threads.shutdown(wait=True, cancel_futures=True)
 
   def peek(self) -> Ready | None:
-    """The next one, waited for if it is still being read; None when all are taken."""
+    """Returns the next prompt, after waiting for it if need be; None after the last one."""
     if self._front is None:
       self._fill()
       if not self._reading:
@@ -70,15 +74,20 @@ class Schedule:
     return self._front
 
   def take(self) -> Ready | None:
+    """Returns what `peek` returns, and removes it."""
     front, self._front = self.peek(), None
     return front
 
   @property
   def more(self) -> bool:
+    """Returns whether there are prompts that were not taken."""
     return self._front is not None or bool(self._reading) or self._fill()
 
   def _fill(self) -> bool:
-    """Takes requests until the window is full and starts reading the next. Are there any?"""
+    """Takes requests until the window is full, and starts to make the next prompts.
+
+    Returns whether there are any.
+    """
     while not self._all_taken and self._held < self._window:
       found = next(self._requests, None)
       if found is None:
@@ -99,4 +108,5 @@ class Schedule:
 
 def _group(request: Request) -> tuple[str, ...]:
   keys = attempt(lambda: keys_of(request))
-  return ("unknown",) if isinstance(keys, SampleError) else keys  # making its prompt says why
+  # An error is reported later, when the prompt is made.
+  return ("unknown",) if isinstance(keys, SampleError) else keys

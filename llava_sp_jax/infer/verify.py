@@ -1,4 +1,4 @@
-"""Compares two forms of one model by their logits."""
+"""Compares two forms of a model, such as before and after a merge, by their logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flax.traverse_util import unflatten_dict
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
 
-TOKENS = 64  # of the prompt, behind the tokens of one image
-# Largest difference that rounding the kernels explains; a lost adapter changes far more.
+TOKENS = 64  # text tokens of the prompt, after the tokens of one image
+# The largest difference that rounding of kernels explains; a lost adapter causes a far larger one.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """The largest difference of two models' logits on one prompt, and how often the choice agrees."""
+  """Holds the largest difference of two models' logits on a prompt, and their agreement."""
 
   largest: float  # divided by the largest logit
   same_choice: float  # share of positions with the same most likely token
@@ -28,6 +28,7 @@ class Comparison:
 
   @property
   def within_bounds(self) -> bool:
+    """Returns whether the difference is explained by the rounding of BOUNDS."""
     return self.largest <= BOUNDS[self.dtype]
 
   def __str__(self) -> str:
@@ -38,7 +39,7 @@ class Comparison:
 
 
 def compare(before: Loaded, after: Loaded) -> Comparison:
-  """Runs both on the same random image and tokens, in float32 arithmetic."""
+  """Runs both models on the same random image and tokens, in float32 arithmetic."""
   one, two = (np.asarray(_logits(source), np.float64) for source in (before, after))
   largest = float(np.abs(one - two).max() / np.abs(one).max())
   same = float(np.mean(one.argmax(-1) == two.argmax(-1)))

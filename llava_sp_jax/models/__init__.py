@@ -1,1 +1,1 @@
-"""Pure flax.linen modules: no config object, mesh, tokenizer, file or torch in here."""
+"""Defines the model as pure flax.linen modules; only `build` and `flops` read the config."""

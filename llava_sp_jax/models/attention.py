@@ -1,7 +1,8 @@
-"""Attention of the decoder: a table of implementations, and the rule that chooses one.
+"""Computes the decoder's attention by one of a table of implementations, and chooses which.
 
-Each says what it cannot compute exactly. "auto" takes the first of its platform that has no
-objection; one that is asked for by name and objects is an error. Nothing falls back in silence.
+Each implementation lists its objections: what it cannot compute exactly. "auto" takes the first one
+of the platform without an objection. An implementation that is named and objects is an error, so
+there is no silent fallback.
 
 Shape letters:  B rows . T queries . S keys . N heads . K key-value heads . H head width
 """
@@ -22,52 +23,57 @@ from jax.sharding import PartitionSpec
 
 from llava_sp_jax.models import layers
 
-# What remat policies keep of an implementation, each array once: by this name (the output, and splash's
-# log-sum-exp), or all that this primitive makes (the same of cuDNN, which names nothing).
+# What remat policies keep of an implementation, each array once: arrays of this name (the output,
+# and splash's log-sum-exp), or all outputs of this primitive (the same for cuDNN, which names no
+# arrays).
 SAVED = "attention"
 SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-BLOCK = 512  # queries and keys per tile of the kernel, or the largest part of it that divides T
+BLOCK = 512  # queries and keys per tile of the kernel; if it does not divide T, gcd(T, BLOCK)
 LANES = 128  # the kernel's smallest tile
-# So few queries of a key head are multiplied one by one, where XLA then reads keys faster.
+# The most queries per key head that are multiplied one by one, when XLA reads keys faster.
 ALONE = {"cpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionChoice:
-  """What is known of the attention before it is traced; a field of the decoder.
+  """Holds what is known of the attention before it is traced; a field of the decoder.
 
-  `platform` is that of the devices it is compiled for ("" = where jax runs): they may be absent.
-  `branches` says whether samples may have branches (`layers.BRANCHES`). Without them, a sample is
-  one contiguous run of its row with positions that count up by one.
+  `platform` is that of the devices it is compiled for, which may be absent ("" is where jax runs).
+  `branches` says whether samples may have branches (`layers.BRANCHES`). Without branches, a sample
+  is one contiguous run of its row, with positions that increase by one.
   """
 
   name: str = "auto"  # "auto", or a row of IMPLEMENTATIONS
   platform: str = ""
   branches: bool = True
-  window: int = 0  # of every layer; 0: none
+  window: int = 0  # sliding window of every layer; 0: none
   mixed_layers: bool = False  # only some layers have a window
-  precision: str = ""  # `LlavaSP.precision`, under which it is traced
+  precision: str = ""  # `LlavaSP.precision`, with which it is traced
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call, as far as it is static."""
+  """Holds the static properties of one call of attention."""
 
   spec: AttentionChoice
   length: int
   head_dim: int
   dtype: jnp.dtype
   cached: bool
-  split: tuple[int, int, int]  # rows, heads and key-value heads on one device; 0: do not divide
+  split: tuple[int, int, int]  # rows, heads, key-value heads per device; 0: not divisible
 
   @property
   def platform(self) -> str:
+    """Returns the platform that the program is compiled for."""
     return self.spec.platform or jax.default_backend()
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-  """`run(case, q, k, v, mask, segments)`; `objections` lists what it cannot do with a case."""
+  """Holds one implementation of attention.
+
+  `run(case, q, k, v, mask, segments)` computes it. `objections` lists why it cannot compute a case.
+  """
 
   run: Callable[..., jax.Array]
   objections: Callable[[Case], list[str]]
@@ -81,12 +87,12 @@ def attend(
   mask: jax.Array,
   segments: jax.Array | None,
 ) -> jax.Array:
-  """Masked attention by the implementation that `choose` names.
+  """Computes masked attention by the implementation that `choose` names.
 
-  Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, the reference; segments [B, T] when
-  keys and queries are the same positions, None when the keys come from a cache.
-  Returns: [B, T, N, H]. Rows of padding (segment 0) hold finite values of no meaning.
-  Raises: ValueError for an implementation that was asked for by name and objects.
+  Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, which defines the result; segments
+  [B, T] when keys and queries are the same positions, None when the keys come from a cache.
+  Returns: [B, T, N, H]. Rows of padding (segment 0) hold finite values without meaning.
+  Raises: ValueError for an implementation that was named and objects.
   """
   case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, _split(q, k))
   return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
@@ -100,12 +106,12 @@ def attend_cached(
   new: tuple[jax.Array, jax.Array],
   mask: jax.Array,
 ) -> jax.Array:
-  """Attention to a cache and to the new positions themselves, as one softmax.
+  """Computes attention to a cache and to the new positions themselves, as one softmax.
 
-  The cache is read where it lies: joining it with the new keys would copy all of it.
+  The cache is not joined with the new keys, because that would copy all of it.
 
-  Args: q [B, T, N, H]; cached and new: keys [B, K, H, S] and values [B, K, S, H], with T for S;
-  seen [B, T, S] and mask [B, T, T] bool. Returns: [B, T, N, H].
+  Args: q [B, T, N, H]; cached and new: keys [B, K, H, S] and values [B, K, S, H], with T for S in
+  `new`; seen [B, T, S] and mask [B, T, T] bool. Returns: [B, T, N, H].
   """
   rows, count, heads, width = q.shape
   groups = cached[0].shape[1]
@@ -128,7 +134,10 @@ def attend_cached(
 
 
 def _scores(spec: AttentionChoice, q: jax.Array, keys: jax.Array) -> jax.Array:
-  """[B, K, Q, H], [B, K, H, S] -> [B, K, Q, S], in as many products as the platform likes."""
+  """Multiplies queries and keys. [B, K, Q, H], [B, K, H, S] -> [B, K, Q, S].
+
+  Uses as many products as are fastest on the platform.
+  """
   few = ALONE.get(spec.platform or jax.default_backend(), 1)
   several = q.shape[2] if 1 < q.shape[2] <= few else 1
   parts = [jnp.einsum("bkqh,bkhs->bkqs", part, keys) for part in jnp.split(q, several, axis=2)]
@@ -136,7 +145,10 @@ def _scores(spec: AttentionChoice, q: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def choose(case: Case) -> str:
-  """The row of IMPLEMENTATIONS that computes `case`. Raises: ValueError, see `attend`."""
+  """Returns the row of IMPLEMENTATIONS that computes `case`.
+
+  Raises: ValueError as `attend`.
+  """
   name = case.spec.name
   if name == "auto":
     order = PLATFORMS.get(case.platform, ("xla",))
@@ -157,7 +169,7 @@ def _split(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
 
 
 def _ways(axis: str, mesh: dict[str, int]) -> int:
-  """Over how many devices a logical axis is divided."""
+  """Returns the number of devices that a logical axis is divided over."""
   (names,) = nn.logical_to_mesh_axes((axis,)) or (None,)
   names = (names,) if isinstance(names, str) else names or ()
   return math.prod(mesh.get(name, 1) for name in names)
@@ -177,7 +189,7 @@ def _cudnn_objections(case: Case) -> list[str]:
     "the keys come from a cache": case.cached,
     f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16": jnp.dtype(case.dtype).itemsize
     != 2,
-    f"row length {case.length} is odd": case.length % 2 != 0,  # its gradients need an even one
+    f"row length {case.length} is odd": case.length % 2 != 0,  # gradients need an even length
     f"head width {case.head_dim} is not a multiple of 8 up to 128": case.head_dim % 8 != 0
     or case.head_dim > 128,
   }
@@ -202,14 +214,15 @@ def _splash_objections(case: Case) -> list[str]:
 
 
 def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
-  """The Pallas kernel of jax, each device on its rows and heads; interpreted where there is no TPU.
+  """Runs jax's Pallas kernel, each device on its rows and heads; interpreted without a TPU.
 
-  Its mask is causal (or the window, in indices: within a contiguous sample they differ as positions
-  do) and within segments; `mask` is not read.
+  Its mask is causal, or the window, and within segments; `mask` is not read. The window counts
+  indices of the row, which within a contiguous sample differ as the positions do.
   """
   length = case.length
   block = math.gcd(length, BLOCK)
-  # One kernel for all three gradients: 5 products instead of 7; it adds up dq over tiles of keys.
+  # One fused kernel for all three gradients has 5 products instead of 7, and sums dq over tiles of
+  # keys.
   keys = math.gcd(length, 2 * block)
   sizes = splash.BlockSizes(
     block_q=block,
@@ -252,7 +265,7 @@ IMPLEMENTATIONS = {
   "cudnn": Implementation(_cudnn, _cudnn_objections),
 }
 
-# What "auto" tries on the devices of a platform, in this order.
+# The implementations that "auto" tries on a platform, in this order.
 PLATFORMS = {
   "cpu": ("xla",),
   "tpu": ("splash", "xla"),

@@ -1,4 +1,4 @@
-"""From names and numbers to modules: the only place that reads a `config.ModelConfig`."""
+"""Builds modules from a `config.ModelConfig`, and computes their sizes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantizedDense
 from llava_sp_jax.models.remat import POLICIES
 from llava_sp_jax.models.vit import TOWER_VARIANTS, VisionTransformer
 
-# Rows of model.matmul_precision: what matrix products and convolutions ask for, in jax's words, by
-# the activations' dtype. "" asks for nothing: then GPUs multiply float32 in TF32, TPUs in bfloat16.
+# Rows of model.matmul_precision: jax's precision of matrix products and convolutions, by the dtype
+# of activations. "" is the platform's default: GPUs multiply float32 in TF32, TPUs in bfloat16.
 PRECISIONS: dict[str, Callable[[jnp.dtype], str]] = {
   "auto": lambda dtype: "highest" if dtype == jnp.float32 else "",
   "default": lambda dtype: "",
@@ -36,7 +36,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
   """Builds the module tree.
 
   Raises:
-    ConfigError: for a variant or size that does not exist or does not fit.
+    ConfigError: for an unknown variant or an invalid size.
   """
   tower, text, projector = config.tower, config.language_model, config.projector
   config_lib.lookup("model.tower.variant", tower.variant, TOWER_VARIANTS)
@@ -100,9 +100,9 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
 
 
 def unstacked(module: LlavaSP) -> LlavaSP:
-  """The module with parameters of its own for each layer, as `unstack` makes them.
+  """Returns the module with separate parameters for each layer, as `unstack` makes them.
 
-  A scan takes a layer out of stacked kernels by copying it, which inference would do every step.
+  A scan copies each layer out of the stacked kernels, which would slow every decoding step.
   """
   return module.clone(
     language_model=module.language_model.clone(stacked=False),
@@ -111,7 +111,10 @@ def unstacked(module: LlavaSP) -> LlavaSP:
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-  """Stacked layers of a parameter tree (arrays, shapes or anything indexable) -> one by one."""
+  """Splits the stacked layers of a parameter tree into one subtree for each layer.
+
+  Leaves are arrays, shapes or anything that can be indexed.
+  """
   result = dict(params)
   for part in ("language_model", "vision_tower"):
     inner = {k: v for k, v in params[part].items() if k != "layers"}
@@ -124,7 +127,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
-  """The module told where it will run, and whether its data has samples with branches.
+  """Returns the module for a platform, and for data with or without branches.
 
   `platform` is that of the mesh's devices, which may be absent ("tpu", "gpu", "cpu").
   """
@@ -142,7 +145,7 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
 
 
 def quantization(config: config_lib.ModelConfig) -> Format | None:
-  """How the decoder's kernels are held; None: as floats. Raises: ConfigError."""
+  """Returns the format of the decoder's kernels; None for floats. Raises: ConfigError."""
   form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
   if form and form.block:
     text = config.language_model
@@ -161,23 +164,23 @@ def quantization(config: config_lib.ModelConfig) -> Format | None:
 
 
 def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
-  """The same model with all its kernels as floats."""
+  """Returns the config of the same model with all kernels as floats."""
   return dataclasses.replace(config, quantize=NONE)
 
 
 def patch_grid(config: config_lib.ModelConfig) -> int:
-  """Patches along one side of the image; a remainder of the image is dropped."""
+  """Returns the patches along one side of the image; a remainder of pixels is dropped."""
   return config.tower.image_size // config.tower.patch_size
 
 
 def tower_layers(config: config_lib.ModelConfig) -> int:
-  """Blocks of the tower that are computed: those up to the selected hidden state."""
+  """Returns the number of computed blocks of the tower: up to the selected hidden state."""
   select = config.tower.select_layer
   return config.tower.layers + 1 + select if select < 0 else select
 
 
 def view_sizes(config: config_lib.ModelConfig) -> tuple[int, ...]:
-  """Sizes of the projector's views in patches, small to large. Raises: ConfigError."""
+  """Returns the sizes of the projector's views in patches, ascending. Raises: ConfigError."""
   variant, grid = config.projector.variant, patch_grid(config)
   try:
     return VARIANTS[variant].scales(grid, config.projector.scales)
@@ -186,13 +189,13 @@ def view_sizes(config: config_lib.ModelConfig) -> tuple[int, ...]:
 
 
 def image_token_count(config: config_lib.ModelConfig) -> int:
-  """Tokens of the language model that one image becomes: spatial tokens and patches."""
+  """Returns the number of tokens that one tile becomes: spatial tokens and patches."""
   grid, sizes = patch_grid(config), view_sizes(config)
   return spatial_token_count(config.projector.variant, grid, sizes) + grid * grid
 
 
 def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:
-  """The arguments of `data.anyres.Tile`: what the model makes of one square of pixels."""
+  """Returns the arguments of `data.anyres.Tile`, which describe one tile of this model."""
   grid = patch_grid(config)
   spatial = image_token_count(config) - grid * grid
   return config.tower.image_size, grid, spatial, config.image_newline
@@ -201,14 +204,14 @@ def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:
 def example_inputs(
   config: config_lib.ModelConfig, rows: int = 1, length: int = 8
 ) -> tuple[Any, ...]:
-  """Arguments of `LlavaSP.__call__` as shapes, for abstract initialisation."""
+  """Returns the arguments of `LlavaSP.__call__` as shapes, for abstract initialization."""
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   side = config.tower.image_size
   return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
 
 
 def initialize(config: config_lib.ModelConfig, rng: jax.Array) -> dict[str, Any]:
-  """Random parameters, a nested dictionary of float32 arrays. Call it inside jit."""
+  """Returns random parameters as nested float32 arrays; must be called inside jit."""
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
   return module.init(rng, *inputs, method=_touch)["params"]
@@ -219,11 +222,14 @@ def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
 
 
 def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
-  """The parameter tree as shapes and dtypes."""
+  """Returns the parameter tree as shapes and dtypes."""
   return jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
 
 
 def parameter_counts(config: config_lib.ModelConfig) -> dict[str, int]:
-  """Parameters of each part: vision_tower, projector, language_model, quantised or not."""
+  """Returns the parameters of vision_tower, projector and language_model.
+
+  Quantized kernels count as their floats.
+  """
   tree = abstract(unquantized(config))
   return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

@@ -1,7 +1,7 @@
-"""Key-value cache: explicit state. The decoder reads it and returns what is new; the caller writes.
+"""Holds the key-value cache, which the decoder reads and its caller writes.
 
-Written once for all layers, into a donated buffer, a step copies nothing of what it keeps. Keys lie
-transposed, so that both products of attention run along the lines of what they read.
+New keys and values are written once for all layers, into a donated buffer, so a step copies none of
+the old ones. Keys are stored transposed, so that both products of attention read contiguous memory.
 
 Shape letters:  L layers . B rows . S capacity . T new positions . K key-value heads . H head width
 """
@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 
 Layers = Any  # [L, ...] for stacked layers, otherwise a tuple of L arrays [...]
-POSITION_AXES = (-1, -2)  # in keys and in values
+POSITION_AXES = (-1, -2)  # axis of the positions in keys and in values
 
 
 class KVCache(NamedTuple):
-  """Keys and values of each row's first `length` positions, with room for S, the capacity."""
+  """Holds the keys and values of each row's first `length` positions.
+
+  The capacity S is the number of positions that have room.
+  """
 
   keys: Layers  # [B, K, H, S] for each layer
   values: Layers  # [B, K, S, H] for each layer
@@ -28,20 +31,22 @@ class KVCache(NamedTuple):
 
   @property
   def capacity(self) -> int:
+    """Returns S."""
     return self.values[0].shape[-2]
 
 
 class New(NamedTuple):
-  """Keys and values of T positions, which follow each row's `length`."""
+  """Holds the keys and values of T positions, which follow each row's `length`."""
 
   keys: Layers  # [B, K, H, T] for each layer
   values: Layers  # [B, K, T, H] for each layer
 
 
 def both(change: Callable[..., Any], *held: Any) -> tuple[Any, Any]:
-  """`change(axis of the positions, *arrays)` of the keys, and of the values, of every layer.
+  """Applies `change(axis, *arrays)` to the keys, and to the values, of every layer.
 
-  `held` begin with keys and values, as `KVCache` and `New` do.
+  `axis` is that of the positions. Each of `held` begins with keys and values, as `KVCache` and
+  `New` do. Returns the new keys and values.
   """
   keys, values = (
     jax.tree.map(functools.partial(change, axis), *(pair[i] for pair in held))
@@ -59,7 +64,7 @@ def allocate(
   dtype: Any,
   stacked: bool = True,
 ) -> KVCache:
-  """An empty cache of static size; with a capacity of 0, what a prompt starts from."""
+  """Returns an empty cache of static size; a prompt starts from one with capacity 0."""
 
   def empty(*sizes: int) -> Layers:
     shape = (rows, kv_heads, *sizes)
@@ -73,9 +78,10 @@ def allocate(
 
 
 def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
-  """Writes what is new behind each row's length, which grows by `count` [B] of its positions.
+  """Writes new positions after each row's length, which then grows by `count` [B].
 
-  There must be room for T behind the length; those after `count` are written and do not matter.
+  There must be room for all T positions after the length. Those beyond `count` are written, too,
+  but are ignored.
   """
 
   def place(axis: int, held: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, ...] of both
@@ -90,7 +96,7 @@ def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
 
 
 def widen(cache: KVCache, capacity: int) -> KVCache:
-  """The same with room for `capacity` positions in each row, at least as many as before."""
+  """Returns the cache with room for `capacity` positions in each row, no fewer than before."""
 
   def pad(axis: int, x: jax.Array) -> jax.Array:
     extra = [(0, 0)] * x.ndim
@@ -101,10 +107,10 @@ def widen(cache: KVCache, capacity: int) -> KVCache:
 
 
 def unstack(tree: Any, count: int) -> tuple[Any, ...]:
-  """A tree of [L, ...] leaves -> L trees of [...] leaves."""
+  """Splits a tree of leaves [L, ...] into L trees of leaves [...]."""
   return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
 def stack(layers: Sequence[jax.Array] | jax.Array) -> jax.Array:
-  """Either form -> [L, ...]."""
+  """Stacks layers to [L, ...]; stacked layers are returned as they are."""
   return layers if isinstance(layers, jax.Array) else jnp.stack(layers)

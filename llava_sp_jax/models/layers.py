@@ -1,4 +1,4 @@
-"""Layers that tower and decoder share: norms, rotary positions, masks, attention.
+"""Holds the layers that tower and decoder share: norms, rotary positions, masks, attention.
 
 Shape letters:  B batch . T queries . S keys . N heads . K key-value heads . H head width . D width
 """
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-# Segment ids say who may see whom. 0 is padding. A sample owns the ids n*BRANCHES .. +BRANCHES-1:
-# the first is its trunk, which all its branches see; branches do not see each other.
+# Segment ids say which positions see each other. 0 is padding. Sample n owns the ids n*BRANCHES ..
+# n*BRANCHES + BRANCHES-1. The first is its trunk, which all its branches see. Branches do not see
+# each other.
 BRANCHES = 1 << 12
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm in float32. [..., D] -> [..., D]. (LLaMA)."""
+  """Normalizes by the root mean square in float32, as in LLaMA. [..., D] -> [..., D]."""
 
   eps: float
 
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary positions: `theta`, and how they are stretched, in the words of `config.RopeScaling`."""
+  """Holds the settings of rotary positions: `theta`, and those of `config.RopeScaling`."""
 
   theta: float
   kind: str = "default"  # a row of ROPES
@@ -50,15 +51,16 @@ class Rope:
   def angles(
     self, width: int, positions: jax.Array, segments: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for heads of `width` H. [B, T] x2 -> [B, T, H/2] x2, float32.
+    """Returns cosines and sines for heads of width H, float32. [B, T] x2 -> [B, T, H/2] x2.
 
     Raises: ValueError when the kind needs `original_length`.
     """
     frequency, amplitude = ROPES[self.kind](self, width, positions, segments)
-    angle = positions[..., None].astype(np.float32) * frequency  # rounded as torch does
+    angle = positions[..., None].astype(np.float32) * frequency  # rounded as in torch
     return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
   def trained_length(self) -> int:
+    """Returns `original_length`. Raises: ValueError if it is not set."""
     if self.original_length < 1:
       raise ValueError(
         f"rope kind {self.kind!r} needs original_length >= 1, found {self.original_length}"
@@ -66,16 +68,16 @@ class Rope:
     return self.original_length
 
 
-# A kind gives frequencies [H/2] (or [B, T, H/2]) in radians per position, and an amplitude for
-# cosines and sines: (rope, H, positions [B, T], segments [B, T]). Source: transformers 5,
+# A kind maps (rope, H, positions [B, T], segments [B, T]) to frequencies [H/2] or [B, T, H/2] in
+# radians per position, and to an amplitude of cosines and sines. Source: transformers 5,
 # `modeling_rope_utils.py`, in float32 as there.
 Frequencies = tuple[np.ndarray | jax.Array, float]
 
 
 def _default(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
   exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-  # A power correctly rounded to float32 gives torch's bits; at position 600 one bit more or less
-  # is 4e-5 of an angle.
+  # A power that is correctly rounded to float32 has torch's bits. At position 600, a difference of
+  # one bit is 4e-5 of an angle.
   power = (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
   return np.float32(1) / power, 1.0
 
@@ -86,11 +88,11 @@ def _linear(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -
 
 
 def _dynamic(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
-  """NTK: beyond the trained length, `theta` grows with the sample's length.
+  """Scales by NTK: beyond the trained length, `theta` grows with the length of the sample.
 
-  As in transformers, the length is the last position of this call plus one, so keys that are in a
-  cache keep the frequencies of the call that wrote them. Unlike there, each sample has its own
-  length: neither the rest of its batch nor an earlier, longer prompt changes a result.
+  As in transformers, the length is the last position of this call plus one, so keys in a cache keep
+  the frequencies of the call that wrote them. Unlike there, each sample has its own length, so
+  neither the rest of its batch nor an earlier, longer prompt changes a result.
   """
   trained = rope.trained_length()
   sample = segments // BRANCHES
@@ -103,7 +105,7 @@ def _dynamic(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) 
 
 
 def _llama3(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
-  """Slow frequencies are divided by `factor`, fast ones kept, those between interpolated."""
+  """Divides slow frequencies by `factor`, keeps fast ones, and interpolates between them."""
   frequency, _ = _default(rope, width, positions, segments)
   turns = rope.trained_length() * frequency / np.float32(2 * math.pi)
   kept = (turns - rope.low_frequency) / (rope.high_frequency - rope.low_frequency)
@@ -112,11 +114,14 @@ def _llama3(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -
 
 
 def _yarn(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
-  """As `_llama3` with a ramp over the index of the frequency; cosines and sines grow, too."""
+  """Interpolates as `_llama3`, with a ramp over the index of the frequency.
+
+  Cosines and sines are scaled, too.
+  """
   frequency, _ = _default(rope, width, positions, segments)
 
   def index(turns: float) -> float:
-    """Of the frequency that makes so many turns within the trained length."""
+    """Returns the index of the frequency with `turns` turns within the trained length."""
     ratio = rope.trained_length() / (turns * 2 * math.pi)
     return width * math.log(ratio) / (2 * math.log(rope.theta))
 
@@ -139,7 +144,7 @@ ROPES: dict[str, Callable[[Rope, int, jax.Array, jax.Array], Frequencies]] = {
 
 
 def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotary embedding, half-split as in Hugging Face. [B,T,N,H], [B,T,H/2] x2 -> [B,T,N,H]."""
+  """Applies half-split rotary positions (Hugging Face's). [B,T,N,H], [B,T,H/2] x2 -> [B,T,N,H]."""
   half = x.shape[-1] // 2
   cos, sin = cos[:, :, None], sin[:, :, None]
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -149,7 +154,7 @@ def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def causal_mask(
   query_index: jax.Array, query_segments: jax.Array, key_index: jax.Array, key_segments: jax.Array
 ) -> jax.Array:
-  """Who sees whom: earlier entries of the same segment and of its trunk.
+  """Returns which keys each query sees: earlier entries of its segment and of its trunk.
 
   Args: query_index, query_segments [B, T]; key_index, key_segments [B, S] (index within the row,
   segments as described at `BRANCHES`). Returns: [B, T, S] bool.
@@ -160,20 +165,22 @@ def causal_mask(
 
 
 def window_mask(query_positions: jax.Array, key_positions: jax.Array, window: int) -> jax.Array:
-  """Which keys are among the last `window` positions, the query's own included. -> [B, T, S] bool.
+  """Returns which keys are among the last `window` positions, the query's own included.
 
-  Positions are those within the sample, not the row's index: a packed sample has the window that it
-  has alone, and a branch counts on from its trunk, whatever stands between them in the row. It says
-  nothing about other samples; combine it with `causal_mask`. Args: positions [B, T] and [B, S].
+  Positions count within the sample, not within the row. So a packed sample has the same window as
+  alone, and a branch continues the count of its trunk, whatever is between them in the row. Other
+  samples are not excluded; combine it with `causal_mask`.
+
+  Args: query_positions [B, T], key_positions [B, S]. Returns: [B, T, S] bool.
   """
   return query_positions[:, :, None] - key_positions[:, None, :] < window
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Holds `x` where the rules in force put its logical axes, one for each dimension.
+  """Constrains the sharding of `x`; `axes` names a logical axis for each dimension.
 
-  Mesh axes that do not divide a dimension are left out, as they are for parameters; without a mesh
-  or rules nothing happens.
+  The current rules map logical axes to mesh axes. Mesh axes that do not divide a dimension are left
+  out, as for parameters. Without a mesh or rules, `x` is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -190,7 +197,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Attention with grouped heads. [B, T, N, H], [B, S, K, H] x2, [B, T, S] -> [B, T, N, H]."""
+  """Computes attention with grouped heads. [B,T,N,H], [B,S,K,H] x2, [B,T,S] -> [B,T,N,H]."""
   return jax.nn.dot_product_attention(
     q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
   )

@@ -1,8 +1,9 @@
-"""LLaMA-family decoder: grouped-query attention, gated MLP, one scan over the layers.
+"""Computes a LLaMA-family decoder: grouped-query attention, gated MLP, one scan over the layers.
 
 Shape letters:  B rows . T tokens . D width . N heads . K key-value heads . H head width
-                V vocabulary
-Families differ in numbers and switches: LLaMA, Mistral (sliding window), Qwen2 (biases).
+                V vocabulary . S capacity of the cache
+
+Families differ in sizes and switches: LLaMA, Mistral (sliding window), Qwen2 (biases).
 Source: Hugging Face `modeling_llama.py`, `modeling_mistral.py`, `modeling_qwen2.py`.
 """
 
@@ -27,17 +28,17 @@ BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations betwee
 
 
 class Past(NamedTuple):
-  """Which positions of a cache each new one sees, and which of them a sliding window leaves."""
+  """Holds which positions of a cache each new position sees, and which are in its window."""
 
   seen: jax.Array  # [B, T, S] bool
   near: jax.Array | None  # [B, T, S] bool
 
 
 class DecoderBlock(nn.Module):
-  """One layer; the second value is its new keys and values where there is a cache, else None.
+  """Computes one layer, and returns its new keys and values, or None without a cache.
 
-  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or None. `windowed` says
-  whether the layer sees only what `near` allows; both are None without a window.
+  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or is None. `windowed` says
+  whether the layer is restricted to `near`; both are None without a sliding window.
   """
 
   heads: int
@@ -87,7 +88,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embeddings in, hidden states out; `embed` and `logits` are its two ends."""
+  """Maps embeddings to hidden states; `embed` and `logits` are its input and output layers."""
 
   vocab_size: int
   width: int
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
 
   @nn.nowrap
   def head_paths(self) -> tuple[str, ...]:
-    """Paths of the parameters that `logits` uses, in the tree of the whole model."""
+    """Returns the paths of the parameters of `logits` in the tree of the whole model."""
     leaf = "token_embed/embedding" if self.tie_embeddings else "lm_head/kernel"
     return (f"language_model/{leaf}",)
 
@@ -163,10 +164,11 @@ class Decoder(nn.Module):
   def __call__(
     self, embeds: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
   ) -> tuple[jax.Array, New | None]:
-    """[B, T, D], [B, T], [B, T] -> [B, T, D], and what `cache.append` writes when there is a cache.
+    """Returns hidden states, and with a cache the keys and values for `cache.append`.
 
-    Entries with segment 0 are padding: nothing attends to them. With a cache, a row is one sample
-    whose `positions` count on from the cache's length, and its padding must follow its tokens.
+    [B, T, D], [B, T], [B, T] -> [B, T, D]. Entries with segment 0 are padding, which nothing
+    attends to. With a cache, each row is one sample whose `positions` continue from the cache's
+    length, and its padding must follow its tokens.
     """
     index = jnp.broadcast_to(jnp.arange(embeds.shape[1]), segments.shape)
     mask = causal_mask(index, segments, index, segments)

@@ -1,4 +1,4 @@
-"""LlavaSP: a vision tower, a projector and a decoder; image tokens are placed by an index array.
+"""Combines a vision tower, a projector and a decoder; an index array places the image tokens.
 
 Shape letters:  B rows . M images per row . N tokens per image . T positions . D model width
                 H,W pixels
@@ -20,25 +20,26 @@ from llava_sp_jax.models.vit import VisionTransformer
 
 
 def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
-  """Image tokens where `slots` points, text where it is -1. [B,T,D], [B,MN,D], [B,T] -> [B,T,D]."""
+  """Puts image tokens where `slots` is not -1. [B, T, D], [B, MN, D], [B, T] -> [B, T, D]."""
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 
 
 class LlavaSP(nn.Module):
-  """The whole model. Training calls it; inference calls its parts, both through `apply`."""
+  """Holds the whole model; training calls it, inference calls its parts, both by `apply`."""
 
   vision_tower: VisionTransformer
   projector: Projector
   language_model: Decoder
-  precision: str = ""  # of every matrix product and convolution, in jax's words; "": the platform's
+  precision: str = ""  # jax's precision of matrix products and convolutions; "": the platform's
 
   @nn.nowrap
   def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    """Does what linen's does, at `precision`, whatever method is called from whatever program.
+    """Calls linen's `apply` with `precision` as the precision of all matrix products.
 
-    A product keeps the precision that it was traced with: gradients, scans and recomputation have
-    it as well. What is traced only for a gradient has not (see `attention`, splash).
+    A product keeps the precision that it was traced with, so gradients, scans and recomputation
+    have it, too. Only a function that is traced for a gradient alone does not (see splash in
+    `attention`).
     """
     asked = jax.default_matmul_precision(self.precision) if self.precision else None
     with asked or contextlib.nullcontext():
@@ -52,14 +53,15 @@ class LlavaSP(nn.Module):
     images: jax.Array,
     slots: jax.Array,
   ) -> jax.Array:
-    """[B,T] x3, [B,M,H,W,3], [B,T] -> hidden states [B, T, D] for `logits`."""
+    """Returns hidden states for `logits`. [B,T] x3, [B,M,H,W,3], [B,T] -> [B,T,D]."""
     hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
     return hidden
 
   def encode_image(self, images: jax.Array) -> jax.Array:
-    """Tokens of a row's images, one after the other. [B, M, H, W, 3] -> [B, M*N, D].
+    """Returns the tokens of a row's images, one after another. [B, M, H, W, 3] -> [B, M*N, D].
 
-    With `projector.newline` there is one more, M*N: the token that ends a row of tile patches.
+    With `projector.newline` there is one more, at index M*N: the token that ends a row of tile
+    patches.
     """
     tokens = self.encode_tiles(images.reshape(-1, *images.shape[2:]))
     return self.join_tiles(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
@@ -68,7 +70,10 @@ class LlavaSP(nn.Module):
     return self.projector(self.vision_tower(images))
 
   def join_tiles(self, tokens: jax.Array) -> jax.Array:
-    """What the slots of a row index: tokens of its tiles, and the newline. -> [B, M*N (+1), D]."""
+    """Returns what the slots of a row index: the tokens of its tiles, then the newline.
+
+    [B, M, N, D] -> [B, M*N (+1), D].
+    """
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
     if not self.projector.newline:
       return tokens
@@ -85,9 +90,9 @@ class LlavaSP(nn.Module):
     slots: jax.Array | None,
     cache: KVCache | None,
   ) -> tuple[jax.Array, New | None]:
-    """Runs the decoder over new positions, which see the cache: `Decoder.__call__`.
+    """Runs the decoder over new positions, which also see the cache, as `Decoder.__call__`.
 
-    `image` is from `encode_image` or `join_tiles`.
+    `image` comes from `encode_image` or `join_tiles`.
     """
     embeds = self.language_model.embed(tokens)
     if image is not None and slots is not None and image.shape[1]:

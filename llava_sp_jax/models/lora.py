@@ -1,7 +1,8 @@
-"""LoRA by injection: a recipe that builds the dense class of the decoder.
+"""Adds LoRA by injection: a recipe builds the dense class that the decoder uses.
 
-The kernel keeps its path; `lora_a` and `lora_b` stand beside it, so a base checkpoint fits with or
-without adapters. Source: Hu et al. 2021; initialisation as in PEFT.
+The kernel keeps its path, with `lora_a` and `lora_b` beside it, so a base checkpoint fits with or
+without adapters.
+Source: Hu et al. 2021; initialization as in PEFT.
 
 Shape letters:  I width in . R rank
 """
@@ -23,14 +24,15 @@ from llava_sp_jax.models.spatial import torch_uniform
 
 @dataclasses.dataclass(frozen=True)
 class LoraRecipe:
-  """A hashable recipe: `dense()` is the class that the decoder uses for its linear layers."""
+  """Holds the settings of LoRA; hashable. `dense()` builds the class of linear layers."""
 
   rank: int
   alpha: float
   dropout: float = 0.0
-  base: Any = nn.Dense  # the class below the adapters; QLoRA: a quantised one
+  base: Any = nn.Dense  # the class below the adapters; for QLoRA, a quantized one
 
   def dense(self) -> Any:
+    """Returns the class of linear layers; `base` itself for rank 0."""
     if not self.rank:
       return self.base
     return functools.partial(
@@ -39,9 +41,9 @@ class LoraRecipe:
 
 
 class LoraDense(nn.Module):
-  """`x W + (alpha / rank) dropout(x) A B`. [..., I] -> [..., features].
+  """Computes `x W + (alpha / rank) dropout(x) A B`. [..., I] -> [..., features].
 
-  Dropout acts only when an rng named "dropout" is passed to `apply`.
+  Dropout is applied only when an rng named "dropout" is passed to `apply`.
   """
 
   features: int
@@ -55,7 +57,10 @@ class LoraDense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, low: jax.Array | None = None, only_a: bool = False) -> jax.Array:
-    """`low` is what `lower` returns when `fused` has made it [..., R]; `only_a` returns A [I, R]."""
+    """Returns the output [..., features], or A [I, R] with `only_a`.
+
+    `low` [..., R] is the result of `lower` if `fused` has already computed it.
+    """
     base = self.base(
       self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
     )
@@ -66,7 +71,7 @@ class LoraDense(nn.Module):
     if low is None:
       low = self.lower(x, a)
     b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, self.features))
-    scale = self.alpha / self.rank / (1 - self._rate())  # here it is cheapest: R < I, features
+    scale = self.alpha / self.rank / (1 - self._rate())  # cheapest here: R < I, features
     return base(x) + (low * scale) @ b.astype(low.dtype)
 
   def _rate(self) -> float:
@@ -74,7 +79,10 @@ class LoraDense(nn.Module):
 
   @nn.nowrap
   def lower(self, x: jax.Array, a: jax.Array) -> jax.Array:
-    """(1 - rate) dropout(x) A, called inside a compact method. [..., I], [I, R] -> [..., R]."""
+    """Returns (1 - rate) dropout(x) A. [..., I], [I, R] -> [..., R].
+
+    It must be called inside a compact method.
+    """
     x = x.astype(self.dtype or x.dtype)
     if rate := self._rate():
       x = jnp.where(keep(self.make_rng("dropout"), x.shape, rate), x, 0)
@@ -82,10 +90,11 @@ class LoraDense(nn.Module):
 
 
 def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-  """Dropout's decisions: True with probability 1 - rate. key, [..., I] -> bool [..., I].
+  """Draws a dropout mask: True with probability 1 - rate. key, [..., I] -> bool [..., I].
 
-  Each is a hash of its index (murmur3's finaliser), seeded by `key`: 8 vector operations where
-  jax.random needs a hundred, which took a tenth of a step, and as it the same on every mesh.
+  Each value is a hash of its index (murmur3's finalizer), seeded by `key`. That takes 8 vector
+  operations, where jax.random needs a hundred, which took a tenth of a step. As with jax.random,
+  the mask is the same on every mesh.
   """
   seed, other = jax.random.bits(key, (2,), jnp.uint32)
   row = seed
@@ -97,16 +106,17 @@ def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-  """All but the last line of the finaliser, which only changes lower bits. uint32 -> uint32."""
+  """Applies murmur3's finalizer without its last line, which only changes lower bits. uint32."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
 
 
 def fused(layers: Sequence[nn.Module], x: jax.Array) -> list[jax.Array]:
-  """What each layer makes of the same input, called inside a compact method. [..., I] -> list.
+  """Applies several layers to the same input. [..., I] -> list of [..., features].
 
-  Adapters read it through one matmul with all their A side by side: on its own, an A of rank 128
-  costs as much for reading `x` as for its FLOPs. They also share one dropout mask.
+  It must be called inside a compact method. Adapters read the input in one matmul with all of their
+  A side by side: a single A of rank 128 costs as much for reading `x` as for its FLOPs. The layers
+  also share one dropout mask.
   """
   first = layers[0]
   if not isinstance(first, LoraDense) or len(layers) == 1:

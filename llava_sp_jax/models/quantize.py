@@ -1,15 +1,16 @@
-"""Weight-only quantisation of frozen kernels: int8 and NF4 (QLoRA), a table of formats by name.
+"""Quantizes the weights of frozen kernels: int8 and NF4 (QLoRA), as a table of formats by name.
 
-A quantised kernel is a few leaves at the kernel's own path: `kernel` becomes `kernel_q`, the codes,
-and `kernel_scale...`. All have two axes that run along the kernel's own, so that one row of the
-sharding table places them all. Gradients reach activations only.
+The leaves of a quantized kernel have the kernel's own path: `kernel` becomes `kernel_q`, the codes,
+and `kernel_scale...`. All have two axes that run along those of the kernel, so that one row of the
+sharding table places them all. Only activations have gradients.
 
-Ours and not `qwix`: its providers act through interceptors, whose context is no part of jit's cache
-key, and quantising weights under `nn.scan` failed (0.1.8). Its arithmetic alone (`qwix.quantize`)
-has no second quantisation of the scales, needs jax arrays where loading has slices of files in
-numpy, and is less code to write than to adapt.
+`qwix` is not used. Its providers act through interceptors, whose context is not part of jit's cache
+key, and quantizing weights under `nn.scan` failed (0.1.8). Its arithmetic (`qwix.quantize`) does
+not quantize the scales, and needs jax arrays where loading has numpy slices of files. Adapting it
+takes more code than writing it.
 
-Shape letters:  I inputs of the kernel (contracted) . O outputs . N blocks along I . S values per block
+Shape letters:  I inputs of the kernel (contracted) . O outputs . N blocks along I
+                S values per block
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3 and appendix E.
 """
 
@@ -38,38 +39,44 @@ NF4_LEVELS = (
 
 
 def _namespace(x: Array) -> Any:
-  """numpy for numpy's arrays, so that loading does not touch a device."""
+  """Returns numpy for numpy arrays, else jax.numpy, so that loading does not use a device."""
   return np if isinstance(x, np.ndarray) else jnp
 
 
 def _symmetric(x: Array, axis: int) -> tuple[Array, Array]:
-  """float32 -> int8 codes from -127 to 127, and their scale, which keeps `axis` with one entry."""
+  """Returns int8 codes from -127 to 127 of float32 values, and their scale.
+
+  The scale has size 1 along `axis`.
+  """
   xp = _namespace(x)
   top = xp.max(xp.abs(x), axis=axis, keepdims=True)
-  # A product, because XLA makes one of a division by a constant, and numpy does not.
+  # A product, because XLA turns a division by a constant into one, but numpy does not.
   scale = xp.where(top > 0, top * np.float32(1 / 127), np.float32(1))
   return xp.rint(x / scale).astype(np.int8), scale
 
 
 @dataclasses.dataclass(frozen=True)
 class Int8:
-  """Symmetric: code * scale, scale = largest / 127 of an output's inputs, or of `block` of them."""
+  """Quantizes symmetrically to code * scale, with scale = largest magnitude / 127.
+
+  A scale is that of all inputs of an output, or of `block` of them.
+  """
 
   block: int = 0  # 0: one scale for each output
   packed: int = 1  # values in one row of `kernel_q`
-  whole: bool = dataclasses.field(init=False)  # a piece needs all inputs of its outputs
+  whole: bool = dataclasses.field(init=False)  # a slice needs all inputs of its outputs
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "whole", not self.block)
 
   def quantize(self, kernel: Array) -> Leaves:
-    """[I, O] floating -> kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
+    """Quantizes a kernel. [I, O] floating -> kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
     rows = self.block or kernel.shape[0]
     codes, scale = _symmetric(kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1]), 1)
     return {"kernel_q": codes.reshape(kernel.shape), "kernel_scale": scale[:, 0]}
 
   def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
-    """The kernel [I, O]: products in float32, rounded once to `dtype`."""
+    """Returns the kernel [I, O]; products are float32, rounded once to `dtype`."""
     codes, scale = leaves["kernel_q"], leaves["kernel_scale"]
     blocks = codes.reshape(len(scale), -1, codes.shape[1]).astype(np.float32)
     return (blocks * scale[:, None]).reshape(codes.shape).astype(dtype)
@@ -77,13 +84,12 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class NF4:
-  """Blocks of inputs of one output, divided by their largest magnitude, as the nearest level.
+  """Quantizes blocks of an output's inputs, divided by their largest magnitude, to nearest levels.
 
-  Two codes share a byte: values s and s + S/2 of a block, so that unpacking joins two halves and
-  shuffles nothing. With `double`, the scales of an output are int8 themselves, around the
-  middle of their range.
-  (The paper's second blocks have 256 scales of any outputs; those of one output keep every piece of
-  a kernel independent of the others.)
+  Two codes share a byte: values s and s + S/2 of a block, so that unpacking joins two halves
+  without a shuffle. With `double`, the scales of an output are themselves int8 around the middle of
+  their range. (In the paper, a second block has 256 scales of any outputs. Here it has those of one
+  output, which keeps every slice of a kernel independent of the others.)
   """
 
   block: int = 64
@@ -92,12 +98,14 @@ class NF4:
 
   @property
   def whole(self) -> bool:
+    """Returns whether a slice needs all inputs of its outputs, as `Int8.whole`."""
     return self.double
 
   def quantize(self, kernel: Array) -> Leaves:
-    """[I, O] floating -> kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
+    """Quantizes a kernel. [I, O] floating -> kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
 
-    With `double`: kernel_scale int8 [N, O], kernel_scale_scale and kernel_scale_middle float32 [1, O].
+    With `double`: kernel_scale int8 [N, O], kernel_scale_scale and kernel_scale_middle float32 [1,
+    O].
     """
     xp, columns = _namespace(kernel), kernel.shape[1]
     blocks = kernel.astype(np.float32).reshape(-1, self.block, columns)
@@ -116,7 +124,7 @@ class NF4:
     return {"kernel_q": bytes_.reshape(-1, columns), **leaves}
 
   def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
-    """The kernel [I, O]: products in float32, rounded once to `dtype`."""
+    """Returns the kernel [I, O]; products are float32, rounded once to `dtype`."""
     xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
     scale, columns = self._scale(leaves), packed.shape[1]
     halves = packed.reshape(-1, self.block // 2, columns)
@@ -133,7 +141,7 @@ class NF4:
 
 
 def _nearest(x: Array) -> Array:
-  """Codes of the nearest levels as uint8; half way between two, the lower."""
+  """Returns the uint8 codes of the nearest levels; of two equally near ones, the lower."""
   levels = np.asarray(NF4_LEVELS, np.float32)
   middles = (levels[1:] + levels[:-1]) / 2
   codes = _namespace(x).zeros(x.shape, np.uint8)
@@ -143,7 +151,7 @@ def _nearest(x: Array) -> Array:
 
 
 def _levels(codes: Array) -> Array:
-  """float32 levels of uint8 codes; a tree of selects, because TPUs gather slowly."""
+  """Returns the float32 levels of uint8 codes, by selects in jax because TPUs gather slowly."""
   if isinstance(codes, np.ndarray):
     return np.asarray(NF4_LEVELS, np.float32)[codes]
   values: list[Any] = [np.float32(level) for level in NF4_LEVELS]
@@ -168,21 +176,21 @@ _LEAF = re.compile(r".*/kernel_(q|scale\w*)$")
 
 
 def is_quantized(path: str) -> bool:
-  """Whether the leaf at `path` is part of a quantised kernel, and keeps its dtype."""
+  """Returns whether the leaf at `path` belongs to a quantized kernel, and keeps its dtype."""
   return _LEAF.match(path) is not None
 
 
 def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-  """The leaves of a kernel [I, O] or, stacked over layers, [L, I, O]."""
+  """Returns the shapes of the leaves of a kernel [I, O] or, stacked, [L, I, O]."""
   quantize = form.quantize if len(shape) == 2 else jax.vmap(form.quantize)
   return jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 class QuantizedDense(nn.Module):
-  """`nn.Dense` with a quantised kernel of `form`. [..., I] -> [..., features].
+  """Computes `nn.Dense` with a quantized kernel of `form`. [..., I] -> [..., features].
 
-  The kernel is dequantised where it is used, and once more for the gradient of the activations, so
-  that no float copy of it lives from the forward to the backward pass.
+  The kernel is dequantized where it is used, and again for the gradient of the activations. So no
+  float copy of it is kept from the forward to the backward pass.
   """
 
   features: int
@@ -194,7 +202,7 @@ class QuantizedDense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
-    # All leaves are of one random kernel, so they share a key.
+    # All leaves are made from the same random kernel, so they share a key.
     key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
 
     def leaf(name: str) -> jax.Array:

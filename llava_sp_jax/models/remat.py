@@ -1,7 +1,7 @@
-"""What a decoder layer keeps for its backward pass; the rest is computed again. Rows of POLICIES.
+"""Says what a decoder layer keeps for its backward pass; the rest is recomputed.
 
-A frozen base needs no gradient of its kernels, but adapters and the gradient of the activations
-need what the projections made: keeping that saves every big matmul of the recomputation.
+A frozen base needs no gradients of its kernels, but adapters and the gradient of the activations
+need the outputs of the projections. Keeping those avoids recomputing every large matmul.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llava_sp_jax.models.attention import SAVED, SAVED_PRIMITIVE
 
 
 def _names(*names: str) -> Callable[..., Any]:
-  """Keeps what has one of these names, and what the attention's primitive makes."""
+  """Returns a policy that keeps arrays of these names, and the outputs of SAVED_PRIMITIVE."""
   named = jax.checkpoint_policies.save_only_these_names(*names)
 
   def policy(primitive: Any, *arrays: Any, **parameters: Any) -> Any:
@@ -27,9 +27,9 @@ def _names(*names: str) -> Callable[..., Any]:
 
 _ATTENTION = ("q", "k", "v", SAVED)
 
-# A row's policy for jax.checkpoint, from what is computed most to what is kept most. Names are given
-# where the arrays are made (`llama.Block`, `lora`): "middle" is the stream between attention and
-# MLP, "low" an input times LoRA's A.
+# Policies of jax.checkpoint, from the most recomputation to the most memory. `llama.DecoderBlock`
+# and `lora` name the arrays: "middle" is the residual stream between attention and MLP, "low" an
+# input times LoRA's A.
 POLICIES: dict[str, Callable[..., Any]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention": _names(*_ATTENTION),
@@ -41,6 +41,6 @@ POLICIES: dict[str, Callable[..., Any]] = {
 
 
 def wrap(block: Any, name: str) -> Any:
-  """The module class `block` under the policy `name`. Raises: KeyError for an unknown name."""
+  """Returns the module class `block` with the policy `name`. Raises: KeyError if it is unknown."""
   policy = POLICIES[name]
   return block if name == "none" else nn.remat(block, prevent_cse=False, policy=policy)

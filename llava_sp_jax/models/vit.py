@@ -1,4 +1,4 @@
-"""One vision transformer for CLIP and SigLIP; they differ in a row of VARIANTS.
+"""Computes the vision transformer of CLIP or SigLIP, which differ in a row of TOWER_VARIANTS.
 
 Shape letters:  B images . P patches (+1 class token) . C width . G grid side
 Source: the towers of Hugging Face `modeling_clip.py` and `modeling_siglip.py`.
@@ -18,12 +18,14 @@ from llava_sp_jax.models.layers import attend
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-  """OpenAI's approximation of GELU."""
+  """Computes OpenAI's approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerVariant:
+  """Holds the architecture switches of a family of towers."""
+
   class_token: bool
   pre_norm: bool
   patch_bias: bool
@@ -38,7 +40,7 @@ TOWER_VARIANTS = {
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm transformer block. [B, P, C] -> [B, P, C]; the second value is scan's empty output."""
+  """Computes a pre-norm transformer block. [B, P, C] -> [B, P, C], and None for the scan."""
 
   heads: int
   mlp_width: int
@@ -61,9 +63,9 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """Patch features of the selected layer, without class token and post-norm.
+  """Computes the patch features of the selected layer, without class token and post-norm.
 
-  `select_layer` indexes the hidden states (0 is the embedding): -2 leaves out the last block.
+  `select_layer` indexes the hidden states (0 is the embedding); -2 leaves out the last block.
   """
 
   variant: str
@@ -81,6 +83,7 @@ class VisionTransformer(nn.Module):
 
   @property
   def grid(self) -> int:
+    """Returns G, the patches along one side."""
     return self.image_size // self.patch_size
 
   @nn.compact
@@ -117,7 +120,7 @@ class VisionTransformer(nn.Module):
 
 
 def patchify(images: jax.Array, patch: int, grid: int) -> jax.Array:
-  """Images to flat patches (row, column, channel). [B, H, W, 3] -> [B, G*G, patch*patch*3]."""
+  """Cuts images into flat patches (row, column, channel). [B,H,W,3] -> [B,G*G,patch*patch*3]."""
   side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
   x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

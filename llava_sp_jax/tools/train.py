@@ -58,18 +58,14 @@ def main(argv: list[str]) -> int:
 
   from llava_sp_jax.checkpoints import runs
   from llava_sp_jax.distributed import processes
-  from llava_sp_jax.training import loop, resume
+  from llava_sp_jax.eval.train import train
+  from llava_sp_jax.training import resume
 
-  wish = resume.Wish.of(options["from-step"], options["allow-changed"])
+  resumed = resume.ResumeOptions.of(options["from-step"], options["allow-changed"])
   runs.check_folder(Path(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
-    evaluator = None
-    if config.evaluate.every:
-      from llava_sp_jax.eval import in_loop
-
-      evaluator = in_loop.InLoop(config, workdir)
-    result = loop.train(config, workdir, options["profile"], evaluator, wish)
+    result = train(config, workdir, profile=options["profile"], resume=resumed)
     if jax.process_index() == 0:
       print(
         f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, reported, and too many an end."""
+"""Skips updates with a non-finite loss or gradient and aborts after too many in a row."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llava_sp_jax.training.state import TrainState
 
 
 class NonFiniteError(LlavaSPError, RuntimeError):
-  """Too many steps in a row without a finite loss and gradient."""
+  """Raised after too many steps in a row with a non-finite loss or gradient."""
 
 
 def keep_finite(
   old: TrainState, new: TrainState, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[TrainState, jax.Array]:
-  """(`new`, or `old` with `new`'s step counter when either number is not finite; 1.0 if so).
+  """Returns (`new`, 0.0), or, if the loss or the gradient norm is not finite, `old` and 1.0.
 
-  The choice is made leaf by leaf on the device, where it fuses with the update; the host learns of
-  it later and never waits for it.
+  In the second case the state keeps the step counter of `new`. The choice is made for each leaf on
+  the device, where it fuses with the update, so the host need not wait for the result.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -36,10 +36,11 @@ def keep_finite(
 
 
 class Guard:
-  """Counts skipped steps of a run on the host, one step late, so that the device always has work.
+  """Counts the skipped steps of a run on the host.
 
-  Every process sees the same metrics and so comes to the same end. `report(step)` is called for
-  each skipped step.
+  It reads each flag one step late, so that the device always has work. All processes see the same
+  metrics, so all abort at the same step. `report(step)` is called for each skipped step. `count` is
+  the number of steps that were skipped before.
   """
 
   def __init__(self, limit: int, report: Callable[[int], None], count: int = 0):
@@ -47,12 +48,18 @@ class Guard:
     self._waiting: tuple[int, jax.Array] | None = None
 
   def step(self, number: int, metrics: dict[str, jax.Array]) -> None:
-    """Step `number` is on its way; looks at the one before. Raises: NonFiniteError."""
+    """Takes the metrics of step `number`, and reads the flag of the step before.
+
+    Raises: NonFiniteError after `limit` skipped steps in a row.
+    """
     self._look()
     self._waiting = (number, metrics["nonfinite"])
 
   def settle(self) -> None:
-    """Looks at the last step now: before its numbers are logged or saved. Raises: NonFiniteError."""
+    """Reads the flag of the last step now; called before its metrics are logged or saved.
+
+    Raises: NonFiniteError as `step`.
+    """
     self._look()
 
   def _look(self) -> None:
@@ -69,6 +76,6 @@ class Guard:
       raise NonFiniteError(
         f"steps {number - self._row + 1} to {number}: loss or gradient was not finite {self._row} "
         "times in a row (train.max_nonfinite); nothing of them was learned. Lower the learning "
-        "rate or look at their samples (ledger/), and start again: the run goes on from its last "
+        "rate or look at their samples (ledger/), and start again: the run resumes from its last "
         "checkpoint"
       )

@@ -1,8 +1,9 @@
-"""Which samples every step has read: what proves that none was trained twice or lost.
+"""Records which samples every step reads, to prove that no sample is trained twice or lost.
 
-A run folder holds `ledger/<process>.jsonl`. Each process appends for each step the rows that it owns,
-`{"step", "rows", "trained", "quarantined"}`; the first process also `{"step", "skipped"}` for a step
-whose numbers were not finite. Lines after a checkpoint are dropped when the run goes on from it.
+A run folder holds `ledger/<process>.jsonl`. For each step, each process appends an entry
+`{"step", "rows", "trained", "quarantined"}` with the rows that it owns. The first process also
+appends `{"step", "skipped"}` for a step whose loss or gradient is not finite. When a run resumes
+from a checkpoint, the entries after that checkpoint are dropped.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ FOLDER = "ledger"
 
 
 class LedgerError(LlavaSPError, RuntimeError):
-  """A ledger that does not add up; the message names every step or sample."""
+  """Raised for a ledger that does not add up; the message names every step or sample."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-  """Samples of a run, each visit counted; `read` is the sum of the others."""
+  """Counts the samples that a run has read, each visit separately.
+
+  `read` is the sum of `trained`, `quarantined` and `skipped`.
+  """
 
   steps: int
   read: int
   trained: int
   quarantined: int
-  skipped: int  # in steps that were not finite
-  unreadable: int = 0  # lines of the ledger; what they told is missing in the counts
+  skipped: int  # in steps whose update was skipped as not finite
+  unreadable: int = 0  # lines of the ledger; their samples are missing in the counts
 
   def __str__(self) -> str:
     damage = f"; {self.unreadable} lines could not be read, so this is no proof"
@@ -47,7 +51,7 @@ class Totals:
 
 
 class Ledger:
-  """Appends what this process has read."""
+  """Appends the entries of this process."""
 
   def __init__(self, folder: Path, process: int, rows: Sequence[int], owned: Sequence[bool]):
     self._folder = folder / FOLDER
@@ -57,9 +61,10 @@ class Ledger:
     self._rows = [int(row) for row in np.asarray(rows)[self._owned]]
 
   def step(self, number: int, samples: np.ndarray) -> None:
-    """`samples` of a batch's rows made here: [b] or [b, n] int32 as the pipeline marks them.
+    """Appends the entry of step `number`.
 
-    An index is a sample that is trained, `-2 - index` a quarantined one, -1 none.
+    `samples` marks the rows that this process makes: int32 [b] or [b, n], as the pipeline gives
+    them. An index >= 0 is a trained sample, `-2 - index` a quarantined one, and -1 an empty place.
     """
     ids = np.asarray(samples)[self._owned].reshape(-1)
     if self._rows:
@@ -69,7 +74,7 @@ class Ledger:
       )
 
   def skipped(self, number: int) -> None:
-    """Step `number` was not finite: it taught nothing."""
+    """Records and prints that the update of step `number` was skipped as not finite."""
     if self._process == 0:
       self._write(step=number, skipped=True)
     with_step = [line for line in _lines(self._file)[0] if line["step"] == number]
@@ -83,29 +88,30 @@ class Ledger:
     jsonl.append(self._file, line, separators=(",", ":"))
 
   def secure(self) -> None:
-    """Makes all lines durable: before a checkpoint whose steps they tell."""
+    """Flushes all entries to the disk; called before a checkpoint of their steps is saved."""
     if self._file.is_file():
       with folders.written(self._file), self._file.open("a") as file:
         os.fsync(file.fileno())
 
 
 def drop_after(folder: Path, step: int) -> None:
-  """Forgets the steps that are about to be done again; for one process, while the others wait.
+  """Removes the entries after `step`, because those steps will be computed again.
 
-  Lines that cannot be read are told and counted: what they said cannot be proved any more.
+  Called by one process while the others wait. Lines that cannot be read are dropped, reported, and
+  counted in a new entry: the samples in them can no longer be proved.
   """
   for file in sorted((folder / FOLDER).glob("*.jsonl")):
     if bad := jsonl.cut_after(file, step):
       jsonl.append(file, {"step": step, "unreadable": bad}, separators=(",", ":"))
       print(
-        f"{file}: {bad} lines could not be read and were dropped; training goes on, but the "
+        f"{file}: {bad} lines could not be read and were dropped; training continues, but the "
         "ledger proves less",
         flush=True,
       )
 
 
 def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-  """The entries of a file, and how many lines are none."""
+  """Returns the entries of a file, and the number of lines that are not an entry."""
   records, bad = jsonl.read(file)
   good = [record for record in records if _is_entry(record)]
   return good, bad + len(records) - len(good)
@@ -125,7 +131,10 @@ def _is_entry(record: dict[str, Any]) -> bool:
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
-  """All entries, in the order of the steps; how many lines could not be read, now or before."""
+  """Returns all entries by step, and the number of lines that could not be read.
+
+  The number includes lines that an earlier `drop_after` has dropped.
+  """
   every = [_lines(file) for file in sorted((folder / FOLDER).glob("*.jsonl"))]
   lines = sorted((line for found, _ in every for line in found), key=lambda line: line["step"])
   noted = sum(int(line.get("unreadable", 0)) for line in lines)
@@ -133,23 +142,23 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-  """All entries of all processes, in the order of the steps."""
+  """Returns the entries of all processes in the order of their steps."""
   return _read(folder)[0]
 
 
 def skips(folder: Path) -> set[int]:
-  """Steps that were not finite."""
+  """Returns the steps whose update was skipped as not finite."""
   return {line["step"] for line in read(folder) if line.get("skipped")}
 
 
 def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()) -> Totals:
-  """Adds the ledger of a run up to `steps`.
+  """Checks the ledger of a run up to step `steps` and returns its totals.
 
-  Every step must have each of its rows once. If the ledger begins with the run, all of `samples`
-  must have been read equally often, up to one: no sample twice or lost. Where lines could not be
-  read, what is missing is no error; the totals say so.
+  Each step must have each of its `batch_size` rows exactly once. If the ledger begins at step 1,
+  the numbers of times that each of `samples` was read may differ by 1 at most. If some lines could
+  not be read, missing entries are not an error, and the totals report those lines.
 
-  Raises: LedgerError with all that does not add up.
+  Raises: LedgerError with all problems.
   """
   rows, problems = dict[int, Counter[int]](), list[str]()
   seen, counts = Counter[int](), Counter[str]()

@@ -1,4 +1,4 @@
-"""The training loop: start or continue a run, log, save, stop when asked to."""
+"""Runs the training loop: starts or resumes a run, logs, saves, and stops on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ METRICS_FILE = sinks.METRICS_FILE
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a call of `train` did; `step` < the config's steps when it was asked to stop early."""
+  """Reports what a call of `train` did.
+
+  `step` is less than the steps of the config if the run was asked to stop early.
+  """
 
   step: int
   seconds: float
@@ -48,15 +51,20 @@ class Result:
 
 
 class Evaluator(Protocol):
-  """Scores the model between steps; `eval.in_loop` has one, which this layer does not know."""
+  """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
-  def due(self, number: int) -> bool: ...
+  def due(self, number: int) -> bool:
+    """Returns whether step `number` is followed by an evaluation."""
+    ...
 
   def __call__(
     self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
-    """Metrics of step `number`; `params` are nested. Gives up when `going()`, to be asked often, is
-    false: then the run was asked to stop."""
+    """Returns the metrics of step `number`; `params` are nested.
+
+    It must call `going` often and give up when that returns False, because the run was asked to
+    stop.
+    """
     ...
 
 
@@ -65,12 +73,12 @@ def train(
   workdir: str | Path,
   profile: str = "",
   evaluator: Evaluator | None = None,
-  wish: resume.Wish | None = None,
+  options: resume.ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, continuing what `workdir` holds as `wish` says.
+  """Trains until `config.train.steps`, and resumes what `workdir` holds as `options` says.
 
   `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
-  `config.evaluate` says. The folder is locked while this runs.
+  `config.evaluate` says. The folder is locked meanwhile.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
@@ -89,12 +97,14 @@ def train(
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
-    return _train(config, Path(workdir), profile, watchdog, evaluator, wish or resume.Wish(), lock)
+    return _train(
+      config, Path(workdir), profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """What the steps of one call work with."""
+  """Holds what the steps of one call of `train` use."""
 
   config: config_lib.Config
   folder: Path
@@ -107,24 +117,30 @@ class _Run:
   book: ledger.Ledger
   watchdog: processes.Watchdog
   lock: locks.Lock
-  wish: resume.Wish
-  inputs: dict[str, Any]  # of checkpoints: fingerprints of what is read
+  options: resume.ResumeOptions
+  inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
 
 
 def open_tokenizer(config: config_lib.Config) -> Tokenizer:
-  """From a folder, or the hub. Raises: FormatError, FileNotFoundError, TokenizerError."""
+  """Opens the tokenizer from a folder or the hub.
+
+  Raises: FormatError, FileNotFoundError, TokenizerError.
+  """
   return Tokenizer(places.tokenizer(config.data.tokenizer))
 
 
 def _inputs(config: config_lib.Config) -> dict[str, str]:
-  """Fingerprints of `resume.INPUTS`. The file of samples is read once more, its images are not."""
+  """Returns the fingerprints of `resume.INPUTS`; reads the file of samples, but no images."""
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
   return {"data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]}
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
-  """The fingerprint of a validation file; its figures are sums over all processes."""
+  """Returns the fingerprint of the validation file, or {} without one.
+
+  All processes need the same file, because validation figures are sums over all of them.
+  """
   if not (config.train.validate_every and config.data.validation_path):
     return {}
   tile = anyres.Tile(*build.tile_shape(config.model))
@@ -138,7 +154,7 @@ def _train(
   profile: str,
   watchdog: processes.Watchdog,
   evaluator: Evaluator | None,
-  wish: resume.Wish,
+  options: resume.ResumeOptions,
   lock: locks.Lock,
 ) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
@@ -146,14 +162,14 @@ def _train(
     peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
   runs.check_config(folder, config)
   sinks.check(config)
-  begun = resume.first(folder, wish)
+  begun = resume.first(folder, options)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   tokenizer = open_tokenizer(config)
   preflight.check_config(config, tokenizer)
   inputs = read()
-  changed = resume.compare_inputs(folder, begun, inputs, wish.changed)
+  changed = resume.compare_inputs(folder, begun, inputs, options.changed)
   known = resume.about(folder, begun)
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
@@ -175,7 +191,7 @@ def _train(
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
     prepared = initial_state(config, device_mesh)
-    if jax.process_index() == 0:  # only now: a run that could not start leaves nothing behind
+    if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
@@ -191,10 +207,12 @@ def _train(
       book,
       watchdog,
       lock,
-      wish,
+      options,
       {"inputs": inputs, "inputs_before": before},
     )
-    processes.collective("the way is free", lambda: resume.make_way(folder, begun), only=0)
+    processes.collective(
+      "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
+    )
     return _steps(run, module, prepared)
 
 
@@ -206,7 +224,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
-    train_state = resume.restore(checkpoints, train_state, base, folder, run.wish)
+    train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
@@ -229,8 +247,8 @@ def _loop(
   run_step = compile_step(module, tx, config, shardings)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
-  if run.wish.step is not None:
-    about["from_step"] = run.wish.step
+  if run.options.step is not None:
+    about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
   if not jax.process_index() and first < config.train.steps:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
@@ -249,14 +267,15 @@ def _loop(
       run.iterator.stopped = stop.during(f"step {number}")
       try:
         batch = log.waiting(run.iterator)
-      except prefetch.Stopped:  # the step before this one is the last
+      except prefetch.Stopped:  # the previous step is the last one
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
           save(number)
         break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
-      if number == first + 1 and jax.process_count() > 1:  # none runs before all have compiled
+      # No process may run the step before all have compiled it.
+      if number == first + 1 and jax.process_count() > 1:
         run_step.lower(train_state, placed, rng).compile()
         processes.barrier("the step is compiled")
       with run.profiler.step(number, metrics):
@@ -278,7 +297,7 @@ def _loop(
             number,
             state.join(train_state.trainable, train_state.frozen),
             base,
-            functools.partial(_going, run.watchdog, stop, number),
+            functools.partial(_may_continue, run.watchdog, stop, number),
           )
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
@@ -293,7 +312,7 @@ def _loop(
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
     done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
-    print(f"asked to stop: {done}; the same command goes on from there", flush=True)
+    print(f"asked to stop: {done}; the same command resumes from there", flush=True)
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
@@ -301,8 +320,8 @@ def _loop(
   return Result(number, log.seconds, quarantine.count)
 
 
-def _going(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
-  """Whether work between steps may go on; tells the watchdog that it does."""
+def _may_continue(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
+  """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked
 

@@ -1,4 +1,6 @@
-"""Cross-entropy through the head, a slice of positions at a time: [B, T, V] never exists.
+"""Computes the cross-entropy through the head, one slice of positions at a time.
+
+The logits of all positions, [B, T, V], never exist at once.
 
 Shape letters:  B rows . T row length . C positions of a slice . D width . V vocabulary
 """
@@ -29,13 +31,19 @@ def sums(
   weights: jax.Array,
   about_image: jax.Array,
 ) -> jax.Array:
-  """[sum of weighted losses, sum of weights of correct tokens, losses about images], float32 [3].
+  """Returns the sums of losses, of correct tokens, and of losses in samples with an image.
 
-  Differentiable in `trainable` and `hidden`. The gradients are made together with the loss, slice by
-  slice, so the head's logits are computed once, and no gradient of a frozen head exists.
+  Each is weighted by `weights`. The result is float32 [3], differentiable in `trainable` and
+  `hidden`. The gradients are computed together with the loss, slice by slice. So logits are
+  computed once, and a frozen head has no gradient.
 
-  Args: head; chunk, positions of a slice; trainable and frozen, the head's parameters by path; hidden
-  [B, T, D]; targets, weights, about_image (1 in samples with an image, else 0) [B, T].
+  Args:
+    head: maps (parameters, hidden) to logits.
+    chunk: positions of a slice.
+    trainable, frozen: the parameters of the head by path.
+    hidden: [B, T, D].
+    targets, weights: [B, T].
+    about_image: [B, T], 1 in samples with an image, else 0.
   """
   total, _, _ = _scan(
     head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=False
@@ -51,7 +59,7 @@ def _forward(head, chunk, trainable, frozen, hidden, targets, weights, about_ima
 
 
 def _backward(head, chunk, kept, cotangent):
-  """The loss is the root of the gradient up to a factor, so what is kept needs only that."""
+  """Scales the gradients of `_forward` by the cotangent of the loss."""
   by = cotangent[0]
   d_learning, d_hidden = jax.tree.map(lambda g: (g * by).astype(g.dtype), kept)
   return d_learning, None, d_hidden, None, None, None
@@ -61,7 +69,7 @@ sums.defvjp(_forward, _backward)
 
 
 def _scan(head, chunk, trainable, frozen, hidden, targets, weights, about_image, *, gradients):
-  frozen = sharding.gather(frozen)  # once, not in every slice
+  frozen = sharding.gather(frozen)  # once instead of in every slice
 
   def one(trainable, h, targets, weights, image):
     logits = head({**trainable, **frozen}, h)

@@ -1,4 +1,4 @@
-"""Rates, shares and norms of a run, from what its steps measured, written to its sinks."""
+"""Turns measurements of steps into rates, shares and norms, and writes them to sinks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from llava_sp_jax import hardware as devices
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.training import measure, optimizer, sinks
 
-# Summed over the steps between two records; they make the rates.
+# Summed over the steps between two records to compute the rates.
 SUMMED = ("positions", "pairs", "image_positions", "tokens")
-# Not written as they are: they only go into rates and norms.
+# Left out of records: only rates and norms are computed from them.
 HIDDEN = ("grad_squares", "positions", "pairs", "image_positions", "image_tokens")
 
 
 class Log:
-  """Takes each step's metrics and writes a record every `train.log_every` steps.
+  """Collects the metrics of each step and writes a record every `train.log_every` steps.
 
-  Nothing waits for the device between records: metrics stay there until they are written. All
-  processes call it alike; the first one writes.
+  The metrics stay on the device until a record is written, so steps between records do not wait for
+  the device. All processes call it alike; only the first one writes.
   """
 
   def __init__(self, folder: Path, config: config_lib.Config, paths: Sequence[str]):
-    """`paths` of the trainable parameters; `sinks.check` has accepted the config."""
+    """Opens the sinks of `config`, which `sinks.check` must have accepted.
+
+    `paths` are those of the trainable parameters.
+    """
     self._config, self._paths = config, sorted(paths)
     everywhere = jax.devices()
     self._chips = devices.chip_count(everywhere)
@@ -39,7 +42,7 @@ class Log:
     self._image_tokens = build.image_token_count(config.model)
     self._sinks = [] if jax.process_index() else sinks.open_all(folder, config)
     self._started = time.monotonic()
-    self._window: float | None = None  # when the steps in `_pending` began
+    self._window: float | None = None  # start time of the steps in `_pending`
     self._pending: list[dict[str, Any]] = []
     self._waited = 0.0
 
@@ -52,10 +55,11 @@ class Log:
 
   @property
   def seconds(self) -> float:
+    """Returns the seconds since this object was made."""
     return time.monotonic() - self._started
 
   def waiting(self, iterator: Any) -> Any:
-    """The next batch; its time is counted as waiting for input."""
+    """Returns the next batch, and counts the time it takes as waiting for input."""
     before = time.monotonic()
     batch = next(iterator)
     self._waited += time.monotonic() - before
@@ -63,7 +67,7 @@ class Log:
 
   @contextlib.contextmanager
   def pause(self, metrics: Mapping[str, Any]) -> Iterator[None]:
-    """Work between steps that no rate should count; the step of `metrics` is finished first."""
+    """Excludes the work in its block from the rates; first waits until `metrics` are computed."""
     jax.block_until_ready(metrics)
     before = time.monotonic()
     yield
@@ -77,9 +81,12 @@ class Log:
     quarantined: int,
     extra: Mapping[str, float] | None = None,
   ) -> None:
-    """The metrics of step `number`; `extra` values make it a record whatever its number."""
+    """Takes the metrics of step `number`, and writes a record when one is due.
+
+    `extra` values are added to the record, and make one due at any step.
+    """
     train = self._config.train
-    starts = self._window is None  # the first step compiles: it does not count for the rates
+    starts = self._window is None  # the first step compiles, so rates exclude it
     if not starts:
       self._pending.append({name: metrics[name] for name in SUMMED})
     if extra or starts or number % train.log_every == 0 or number == train.steps:
@@ -101,7 +108,7 @@ class Log:
   ) -> None:
     if not self._sinks:
       return
-    absent = {*HIDDEN}  # a loss by modality stands for tokens that the step had
+    absent = {*HIDDEN}  # and the loss of a modality that the step has no tokens of
     if not values["image_tokens"]:
       absent.add("loss_image")
     if values["image_tokens"] == values["tokens"]:
@@ -122,7 +129,7 @@ class Log:
       sink.write(record)
 
   def _rates(self, pending: list[dict[str, Any]]) -> dict[str, float]:
-    """Per second and chip, over the steps since the last record."""
+    """Returns rates per second, most also per chip, over the steps since the last record."""
     assert self._window is not None
     elapsed = max(time.monotonic() - self._window, 1e-9)
     total = {name: sum(float(step[name]) for step in pending) for name in SUMMED}

@@ -1,4 +1,4 @@
-"""Which parameters each stage trains and at which rate: regular expressions over their paths."""
+"""Maps parameter paths to optimizer groups: what each stage trains, and at which rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava_sp_jax import config as config_lib
 
 FROZEN = "frozen"
 
-# (regex over the path, group); the first match wins and nothing may stay unmatched. A group other
+# (regex over the path, group); the first match wins and every path must match. A group other
 # than FROZEN names a learning rate in RATES. Stage 1 trains the whole projector, the spatial tokens
 # included; stage 2 trains adapters and projector (original: `llava_trainer.py`, `train.py`).
 STAGES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -40,15 +40,19 @@ STAGES: dict[str, tuple[tuple[str, str], ...]] = {
 Rates = Callable[[int], dict[str, float]]
 RATES = {"base": "learning_rate", "projector": "projector_learning_rate"}
 
-# (regex over the path, whether weight decay acts); the first match wins. Biases and norms are left
-# alone, as in the original's trainer (`get_parameter_names` without norm layers, "bias" not in name).
+# (regex over the path, whether weight decay applies); the first match wins. Biases and norms are
+# excluded, as in the original's trainer (`get_parameter_names` without norm layers; no name with
+# "bias").
 DECAY: tuple[tuple[str, bool], ...] = ((r".*(bias|scale)$", False), (r".*", True))
 
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def group_of(path: str, stage: str) -> str:
-  """The group of a parameter. Raises: ConfigError for an unknown stage, KeyError for no match."""
+  """Returns the group of a parameter in a stage.
+
+  Raises: ConfigError for an unknown stage, KeyError for a path that no row matches.
+  """
   for pattern, group in config_lib.lookup("optimizer.stage", stage, STAGES):
     if re.match(pattern, path):
       return group
@@ -56,14 +60,15 @@ def group_of(path: str, stage: str) -> str:
 
 
 def decays(path: str) -> bool:
-  """Whether weight decay acts on a parameter."""
+  """Returns whether weight decay applies to a parameter."""
   return next(value for pattern, value in DECAY if re.match(pattern, path))
 
 
 def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> optax.Schedule:
-  """Linear warm-up over ceil(ratio * steps) from 0, then half a cosine to 0.
+  """Returns a schedule: linear warm-up from 0 over ceil(ratio * steps), then a half cosine to 0.
 
-  `xp` is the array module: numpy on the host, where one process may ask alone.
+  `xp` is the array module: numpy evaluates it on the host, where a single process may call it
+  alone.
   """
   warmup = math.ceil(warmup_ratio * steps)
 
@@ -76,7 +81,10 @@ def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> opt
 
 
 def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) -> Rates:
-  """Number of an update (from 0) -> {group: learning rate} for the groups of `paths`, on the host."""
+  """Returns a host function from the number of an update (from 0) to {group: learning rate}.
+
+  The groups are those of the parameters at `paths`.
+  """
   ratio = config.warmup_ratio
   schedules = {
     group: schedule(getattr(config, RATES[group]), steps, ratio, np)
@@ -88,7 +96,7 @@ def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) 
 def build(
   config: config_lib.OptimizerConfig, steps: int, paths: list[str]
 ) -> optax.GradientTransformation:
-  """AdamW for a flat `{path: array}` tree of the trainable parameters."""
+  """Builds AdamW with gradient clipping for a flat `{path: array}` tree of trainable parameters."""
   moments = config_lib.lookup("optimizer.moment_dtype", config.moment_dtype, MOMENT_DTYPES)
 
   def adamw(rate: float) -> optax.GradientTransformation:

@@ -1,8 +1,9 @@
 """Compares what the processes of a run were given: config, code, data, tokenizer, starting weights.
 
-Every process tells what it has as `{key: value}`, before anything is computed. Small things are compared
-whole, data and tokenizer by their hashes. Weights are compared by names, sizes, small files, and both
-ends of large ones: reading all of them on every host would cost as much as loading them.
+Before anything is computed, each process states what it has as `{key: value}`. Small values are
+compared whole, data and tokenizer by their fingerprints. Folders of weights are compared by file
+names, sizes, the contents of small files, and both ends of large ones: reading them whole would
+cost as much as loading them.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import locks, provenance
 from llava_sp_jax.distributed import processes
 
-OWN = ("config.data.threads", "config.data.processes", "config.train.sinks")  # of each host
-SMALL = 1 << 20  # bytes of a file that is read whole
-END = 1 << 16  # bytes that are read of both ends of a larger one
-SHOWN = 4  # processes that a message names
+OWN = ("config.data.threads", "config.data.processes", "config.train.sinks")  # may differ by host
+SMALL = 1 << 20  # bytes; larger files are not read whole
+END = 1 << 16  # bytes that are read at each end of a larger file
+SHOWN = 4  # the most processes that a message names for one value
 
 Facts = dict[str, str]
 
 
 def facts(config: config_lib.Config, inputs: Callable[[], Mapping[str, str]]) -> Facts:
-  """What this process has; `inputs` gives fingerprints of what it reads.
+  """Returns what this process was given, as `{key: value}`.
 
-  What cannot be read has the error as its value, so that it is named with its host.
+  `inputs` returns the fingerprints of the data that are read. If it raises, the error is the value
+  of `data`, so that the comparison names it with its host.
   """
   found: Facts = {
     key: value for key, value in _values(config_lib.to_dict(config)) if key not in OWN
@@ -41,13 +43,16 @@ def facts(config: config_lib.Config, inputs: Callable[[], Mapping[str, str]]) ->
     found[f"{key} (contents)"] = of_folder(Path(path)) if path else ""
   try:
     found |= inputs()
-  except Exception as error:  # whatever library reads them
+  except Exception as error:  # any error of the libraries that read them
     found["data"] = f"{type(error).__name__}: {error}"
   return found
 
 
 def compare(mine: Facts) -> None:
-  """Call it in every process alike. Raises: ConfigError in all of them, with all that differs."""
+  """Compares `mine` with the facts of all other processes; every process must call it.
+
+  Raises: ConfigError in all processes, with every difference.
+  """
   said = processes.all_gather(json.dumps([socket.gethostname(), mine]), "settings are compared")
   lines = differences([tuple(json.loads(text)) for text in said])
   if lines:
@@ -59,7 +64,7 @@ def compare(mine: Facts) -> None:
 
 
 def differences(said: list[tuple[str, Facts]]) -> list[str]:
-  """A line for each key on which (host, facts) of the processes do not agree."""
+  """Returns a line for each key on which the (host, facts) of the processes differ."""
   lines = []
   for key in sorted({key for _, found in said for key in found}):
     holders: dict[str, list[str]] = {}
@@ -85,7 +90,10 @@ def _values(values: Mapping[str, object], prefix: str = "config") -> Iterator[tu
 
 
 def of_folder(path: Path, pattern: str = "*") -> str:
-  """A short hash of a file, or of the files below a folder, as this module's docstring says."""
+  """Returns a short hash of a file, or of the files below a folder that match `pattern`.
+
+  Only the first and last END bytes of files larger than SMALL are read.
+  """
   if not path.exists():
     return "not there"
   files = sorted(path.rglob(pattern)) if path.is_dir() else [path]

@@ -1,8 +1,8 @@
-"""What a run is refused for before it has trained a step that is kept: it could not learn.
+"""Refuses a run that could not learn, before it has trained a step that is kept.
 
-Settings are looked at before weights are loaded, then a few batches, then the gradients of the
-first real step. That step is the one of training, so nothing is compiled twice; its state is thrown
-away with the refusal, before anything is saved.
+The settings are checked before weights are loaded, then a few batches, then the gradients of the
+first step. That step is an ordinary training step, so nothing is compiled twice. On a refusal its
+state is dropped before anything is saved.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.training import measure, optimizer
 
-PEEK = 2  # batches that are looked at
+PEEK = 2  # batches that are checked
 SKIP = "; --config.train.preflight=false trains nevertheless"
 
-# (regex over paths, why its gradient is 0 at the start although all is well)
+# (regex over paths, why a gradient of 0 at the start is correct)
 ZERO_AT_START = ((r".*/lora_a$", "lora_b starts at 0"),)
 
 
 class PreflightError(config_lib.ConfigError):
-  """A run that could not learn; the message lists all that was found."""
+  """Raised for a run that could not learn; the message lists every problem."""
 
 
 def _refuse(problems: Sequence[str], hint: str = SKIP) -> None:
   if problems:
     raise PreflightError(
-      "this run cannot learn as it is:\n  " + "\n  ".join(problems) + f"\nMend this first{hint}."
+      "this run cannot learn as it is:\n  " + "\n  ".join(problems) + f"\nFix this first{hint}."
     )
 
 
 def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """Checks that the embedding has a row for every token of the tokenizer."""
   known, rows = len(tokenizer), config.model.language_model.vocab_size
   if known <= rows:
     return []
@@ -56,13 +57,14 @@ def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def replies_end(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """The tokenizer knows the mark that ends a reply of the template."""
+  """Checks that the tokenizer knows the token that ends a reply of the template."""
   config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
   why = reading.misfit(config.data.template, tokenizer)
   return [f"data.{why}"] if why else []
 
 
 def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
+  """Checks that every group that the stage trains has a rate above 0."""
   stage = config.optimizer.stage
   paths = flatten_dict(build.abstract(config.model), sep="/")
   groups = {optimizer.group_of(path, stage) for path in paths} - {optimizer.FROZEN}
@@ -75,10 +77,13 @@ def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]
 
 
 def something_is_trained(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Every trained row of the stage matches a parameter: LoRA with rank 0 is the usual miss."""
+  """Checks that every trained row of the stage matches a parameter.
+
+  The common mistake is LoRA with rank 0.
+  """
   stage = config.optimizer.stage
   paths = list(flatten_dict(build.abstract(config.model), sep="/"))
-  first = {  # the row that each parameter is caught by
+  first = {  # the first row that matches each parameter
     path: next(p for p, _ in optimizer.STAGES[stage] if re.match(p, path)) for path in paths
   }
   return [
@@ -90,7 +95,10 @@ def something_is_trained(config: config_lib.Config, tokenizer: Tokenizer) -> lis
 
 
 def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """The largest image that the settings allow has room in a row: tokens are never cut off one."""
+  """Checks that a row has room for the largest image that the settings allow.
+
+  Image tokens are never truncated.
+  """
   tile = Tile(*build.tile_shape(config.model))
   tiles = Reader(config.data, tile).max_tiles
   tokens, length = tiles * tile.tokens, config.data.row_length
@@ -113,17 +121,17 @@ ALWAYS: tuple[Check, ...] = (vocabulary,)
 SETTINGS: tuple[Check, ...] = (
   vocabulary, replies_end, learning_rates, something_is_trained, images_fit,
 )  # fmt: skip
-# What a check of the data looks at as well: settings that the samples have to fit.
+# Settings that the samples have to fit; `llava-sp check` checks them, too.
 OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
 
 
 def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Raises: PreflightError that lists what is wrong with the settings."""
+  """Raises PreflightError with every problem of the settings."""
   _check(config, tokenizer, SETTINGS)
 
 
 def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """As `check_config`, for the settings of data alone. Raises: PreflightError."""
+  """Checks the settings that the samples have to fit. Raises: PreflightError."""
   _check(config, tokenizer, OF_DATA)
 
 
@@ -135,12 +143,12 @@ def _check(config: config_lib.Config, tokenizer: Tokenizer, all_of: Sequence[Che
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """Counts over the batches that were looked at, on all processes."""
+  """Counts samples and images over the first batches of all processes."""
 
   samples: int = 0
   supervised: int = 0  # samples with at least one supervised token
   with_image: int = 0
-  cut_images: int = 0  # tiles with fewer tokens than a tile has
+  cut_images: int = 0  # tiles that have lost tokens
   quarantined: int = 0
 
   def __add__(self, other: Seen) -> Seen:
@@ -149,7 +157,10 @@ class Seen:
 
 
 def look(batch: Mapping[str, np.ndarray], tile_tokens: int) -> Seen:
-  """Counts of one host batch; `tile_tokens` of a whole tile, 0 where a tile may be shown partly."""
+  """Counts the samples and images of one host batch.
+
+  `tile_tokens` is the number of tokens of a whole tile, or 0 where tiles may be shown in part.
+  """
   total = Seen()
   for segments, weights, slots in zip(
     batch["segments"], batch["weights"], batch["slots"], strict=True
@@ -167,9 +178,11 @@ def look(batch: Mapping[str, np.ndarray], tile_tokens: int) -> Seen:
 def check_batches(
   config: config_lib.Config, iterator: Any, quarantined: Callable[[], int], folder: Path
 ) -> None:
-  """Looks at the first batches and puts the iterator back to where it was.
+  """Checks the first PEEK batches and rewinds the iterator.
 
-  Raises: PreflightError, the same on all processes, when nothing can be learned from them.
+  `quarantined` returns how many samples have been quarantined so far.
+
+  Raises: PreflightError, the same in all processes, when nothing can be learned from the batches.
   """
   if not config.train.preflight:
     return
@@ -180,14 +193,14 @@ def check_batches(
     seen += look(next(iterator), tile_tokens)
   iterator.set_state(start)
   seen += Seen(quarantined=quarantined() - before)
-  if jax.process_count() > 1:  # one process must not stop while the others go on
+  if jax.process_count() > 1:  # so that all processes stop or none
     everyone = multihost_utils.process_allgather(np.asarray(dataclasses.astuple(seen)))
     seen = Seen(*(int(n) for n in everyone.sum(axis=0)))
   _refuse(judge(seen, config, _commonest(folder / "quarantine.jsonl")))
 
 
 def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
-  """Problems of the batches that were looked at."""
+  """Returns the problems of the batches that `seen` counts."""
   cause = (
     f"data.template {config.data.template!r} does not fit the data, or data.row_length "
     f"{config.data.row_length} cuts the answers off"
@@ -206,7 +219,8 @@ def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
     )
   if seen.cut_images:
     problems.append(
-      f"{seen.cut_images} images have lost tokens to truncation; give a larger data.row_length than "
+      f"{seen.cut_images} images have lost tokens to truncation; give a larger data.row_length "
+      "than "
       f"{config.data.row_length}"
     )
   if seen.quarantined > seen.samples:
@@ -218,7 +232,7 @@ def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
 
 
 def _commonest(path: Path) -> str:
-  """The reason that most lines of a quarantine file give; numbers do not make reasons differ."""
+  """Returns the commonest reason in a quarantine file; digits are ignored when grouping."""
   kinds: collections.Counter[str] = collections.Counter()
   examples: dict[str, str] = {}
   for error in quarantine.reasons(path):
@@ -231,10 +245,12 @@ def _commonest(path: Path) -> str:
 def check_gradients(
   config: config_lib.Config, metrics: Mapping[str, Any], paths: Sequence[str]
 ) -> None:
-  """Judges the gradients of the first step, from the metrics that it reports anyway.
+  """Checks the gradients of the first step, as its metrics report them.
 
-  Every trainable parameter must have one, but for ZERO_AT_START; projector and tower only when
-  the batch has an image. Raises: PreflightError that lists the parameters by part.
+  Every trainable parameter must have a gradient other than 0, except those of ZERO_AT_START.
+  Projector and tower are checked only if the batch has an image.
+
+  Raises: PreflightError that lists the parameters by part.
   """
   if not config.train.preflight:
     return
@@ -247,8 +263,9 @@ def check_gradients(
       dead.setdefault(measure.part_of(path), []).append(path)
   _refuse(
     [
-      f"{part}: the gradient of {', '.join(names)} is exactly 0 after the first step; the loss does "
-      "not reach it (a broken checkpoint in config.init, weights of 0 behind it, or no learned token)"
+      f"{part}: the gradient of {', '.join(names)} is exactly 0 after the first step; the loss "
+      "does not reach it (a broken checkpoint in config.init, weights of 0 behind it, or no "
+      "learned token)"
       for part, names in dead.items()
     ]
   )

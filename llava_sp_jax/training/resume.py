@@ -1,7 +1,8 @@
-"""Where a run goes on: the step, the inputs that must be those of before, and the state itself.
+"""Decides where a run resumes: the step, the inputs that must not have changed, and the state.
 
-By default that is the newest step whose values are what was saved. A step that cannot be used is named,
-and moved to `aside/` in the run folder when training goes on from an older one. Nothing is removed.
+By default, that is the newest step whose values match their checksums. A step that cannot be used
+is reported, and moved to `aside/` in the run folder when training resumes from an older one.
+Nothing is deleted.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training.state import TrainState
 
-DIGITS = 10  # of a step at most: steps are counted in 32 bits
-ASIDE = "aside"  # in the run folder: steps that the run does not go on from
+DIGITS = 10  # the most digits of a step, which is counted in 32 bits
+ASIDE = "aside"  # folder in the run folder for steps that the run does not resume from
 
-# What a run reads beside its config, by the name that it has in a checkpoint: what it is.
+# What a run reads beside its config: {name in a checkpoint: config field}.
 INPUTS = {"data": "data.path", "tokenizer": "data.tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
-  """What a user asked for when a run goes on.
+class ResumeOptions:
+  """Holds what a user asked for when a run resumes.
 
-  `step` to go on from; None: the newest. `changed` names INPUTS that may be other ones than before.
+  `step` is the step to resume from; None is the newest. `changed` names the INPUTS that may differ
+  from those of before.
   """
 
   step: int | None = None
   changed: frozenset[str] = frozenset()
 
   @classmethod
-  def of(cls, step: str, changed: str) -> Wish:
-    """From what was typed. Raises: ConfigError."""
+  def of(cls, step: str, changed: str) -> ResumeOptions:
+    """Parses the values of --from-step and --allow-changed. Raises: ConfigError."""
     if step and not (step.isascii() and step.isdigit() and len(step) <= DIGITS):
       raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r:.40}")
     names = frozenset(filter(None, changed.split(",")))
@@ -49,43 +51,45 @@ class Wish:
     return cls(int(step) if step else None, names)
 
 
-def first(folder: Path, wish: Wish) -> int:
-  """The step that a run goes on from, 0 for its start. Changes nothing.
+def first(folder: Path, options: ResumeOptions) -> int:
+  """Returns the step that a run resumes from, 0 for its start; changes nothing on disk.
 
-  A run that has gone back to `wish.step` and was stopped after it goes on from its newest step.
+  A run that has already gone back to `options.step`, and was stopped after it, resumes from its
+  newest step.
 
-  Raises: CheckpointError when there is no such step, or none can be read.
+  Raises: CheckpointError when there is no such step, or no step can be read.
   """
   whole, bad = on_disk.steps(folder), on_disk.damaged(folder)
-  if wish.step is None:
+  if options.step is None:
     if bad and not whole:
       raise CheckpointError(
         f"{folder}: {on_disk.listed(bad)}; no other step is there. --from-step 0 trains anew"
       )
     return max(whole, default=0)
-  if whole and about(folder, whole[-1]).get("from_step") == wish.step < whole[-1]:
+  if whole and about(folder, whole[-1]).get("from_step") == options.step < whole[-1]:
     return whole[-1]
-  if wish.step and wish.step not in whole:
-    why = bad.get(wish.step, "it is not there")
+  if options.step and options.step not in whole:
+    why = bad.get(options.step, "it is not there")
     raise CheckpointError(
-      f"--from-step {wish.step}: {why}; steps of {folder}: {', '.join(map(str, whole)) or 'none'}"
+      f"--from-step {options.step}: {why}; steps of {folder}: "
+      f"{', '.join(map(str, whole)) or 'none'}"
     )
-  return wish.step
+  return options.step
 
 
 def about(folder: Path, step: int) -> dict[str, Any]:
-  """What step `step` says of itself; {} for the start of a run."""
+  """Returns what the checkpoint of `step` records about itself; {} for step 0."""
   return on_disk.about(folder / on_disk.PLACE / str(step)) if step else {}
 
 
 def compare_inputs(
   folder: Path, step: int, inputs: Mapping[str, str], changed: frozenset[str]
 ) -> list[str]:
-  """Compares fingerprints of INPUTS with those that step `step` was trained on.
+  """Compares the fingerprints of INPUTS with those that step `step` was trained on.
 
-  Returns the names of those that differ and may.
+  Returns the names of the inputs that differ and are in `changed`.
 
-  Raises: CheckpointError that shows both values of those that differ and may not.
+  Raises: CheckpointError with both values of those that differ and are not.
   """
   known = about(folder, step).get("inputs", {})
   if step and not known:
@@ -98,19 +102,19 @@ def compare_inputs(
         f"{name} ({INPUTS[name]}) has fingerprint {inputs[name]} here, {known[name]} there"
         for name in refused
       )
-      + f". Restore it, or go on with the new one: --allow-changed {','.join(refused)}"
+      + f". Restore it, or train on with the new one: --allow-changed {','.join(refused)}"
     )
   for name in other:
     _say(f"{folder}: WARNING: {name} is not what it was until step {step}, as allowed")
   return other
 
 
-def make_way(folder: Path, step: int) -> None:
-  """Moves newer steps than `step`, and what is no checkpoint, aside; for one process alone."""
+def set_newer_aside(folder: Path, step: int) -> None:
+  """Moves steps newer than `step`, and damaged ones, to `aside/`; called by one process alone."""
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:
-      _set_aside(folder, number, bad.get(number, f"training goes on from step {step}"))
+      _set_aside(folder, number, bad.get(number, f"training resumes from step {step}"))
 
 
 def _set_aside(folder: Path, number: int, why: str) -> None:
@@ -120,13 +124,18 @@ def _set_aside(folder: Path, number: int, why: str) -> None:
 
 
 def restore(
-  checkpoints: manager.Checkpoints, fresh: TrainState, base: str, folder: Path, wish: Wish
+  checkpoints: manager.Checkpoints,
+  fresh: TrainState,
+  base: str,
+  folder: Path,
+  options: ResumeOptions,
 ) -> TrainState:
-  """The state of the newest step that can be read; `fresh` when there is no step yet.
+  """Returns the state of the newest step that can be read, or `fresh` if there is none.
 
-  Processes agree on the step. Older steps are tried unless `wish` names one.
+  All processes restore the same step. If a step cannot be read, older ones are tried, unless
+  `options` names a step. `base` is the fingerprint of the frozen parameters.
 
-  Raises: CheckpointError when the base is another one than `base`, or no step can be read.
+  Raises: CheckpointError when the run was trained on another base, or no step can be read.
   """
   bad: dict[int, str] = {}
   for number in reversed(on_disk.steps(folder)):
@@ -138,7 +147,7 @@ def restore(
       found = processes.collective(f"step {number} is restored", read)
     except (CheckpointError, processes.PeerError) as error:
       bad[number] = str(error)
-      if wish.step == number:
+      if options.step == number:
         break
       continue
     assert found is not None
@@ -149,7 +158,7 @@ def restore(
         f"config has {base}; give the base it was trained with (config.init)"
       )
     if bad:
-      _leave_behind(checkpoints, folder, bad)
+      _set_all_aside(checkpoints, folder, bad)
     if not on_disk.checksums(folder / on_disk.PLACE / str(number)):
       _say(f"{folder}: step {number} was saved without checksums; its values are not verified")
     _say(f"continuing {folder} from step {number}")
@@ -160,7 +169,7 @@ def restore(
   return fresh
 
 
-def _leave_behind(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[int, str]) -> None:
+def _set_all_aside(checkpoints: manager.Checkpoints, folder: Path, bad: Mapping[int, str]) -> None:
   def move() -> None:
     for number, why in sorted(bad.items()):
       _set_aside(folder, number, why)

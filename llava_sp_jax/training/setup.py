@@ -1,6 +1,6 @@
-"""What a run starts with: the abstract state, its shardings, and the compiled step.
+"""Builds what a run starts with: the abstract state, its shardings, and the compiled step.
 
-The same shapes serve initialization, restoring and planning for devices that are not here.
+The same shapes serve initialization, restoring, and planning for devices that are absent.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llava_sp_jax.training import (
   step,
 )
 
-# Options of XLA by platform. Without the first, the partitioner turns matmuls into chains of
-# permutes, which the latency-hiding scheduler then cannot fuse with collectives. The others let
-# gathers of weights and sums of gradients run beside matmuls on v6e, as they do unasked on v5.
+# XLA options by platform. Without the first, the partitioner turns matmuls into chains of permutes,
+# which the latency-hiding scheduler cannot fuse with collectives. The others let weight gathers and
+# gradient sums run concurrently with matmuls on v6e, as they do by default on v5.
 COMPILER_OPTIONS: dict[str, dict[str, str]] = {
   "tpu": {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
@@ -41,7 +41,10 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
-  """The jitted step `(state, batch, rng) -> (state, metrics)`; the state's buffers are donated."""
+  """Returns the jitted step `(state, batch, rng) -> (state, metrics)`.
+
+  The buffers of the state are donated.
+  """
 
   places = jax.tree.leaves(shardings)
   platform = places[0].mesh.devices.flat[0].platform if places else jax.default_backend()
@@ -51,7 +54,7 @@ def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any
     with nn.logical_axis_rules(sharding.activation_rules()):
       return step.train_step(module, tx, config.train, *arguments)
 
-  program.__name__ = TRAIN_STEP  # what traces and the compiler's dumps call it
+  program.__name__ = TRAIN_STEP  # its name in traces and compiler dumps
   return jax.jit(
     program,
     donate_argnums=0,
@@ -61,15 +64,18 @@ def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any
 
 
 class Abstract(NamedTuple):
-  """A train state without values."""
+  """Holds the shapes, shardings and optimizer of a train state without values."""
 
   shapes: Any  # state.TrainState of ShapeDtypeStructs
-  shardings: Any  # of the same tree, where each leaf goes
+  shardings: Any  # the sharding of each leaf, in the same tree
   tx: optax.GradientTransformation
 
 
 def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = None) -> Abstract:
-  """The state of step 0 as shapes, for `params` (nested arrays or shapes) or those of a new model."""
+  """Returns the state of step 0 as shapes.
+
+  `params` are nested arrays or shapes; by default, the shapes of a new model.
+  """
   params = build.abstract(config.model) if params is None else params
   trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), params)
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
@@ -78,7 +84,7 @@ def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = N
 
 
 def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, Any, Any]:
-  """(state, its shardings, optimizer) at step 0, placed on the mesh."""
+  """Returns the state of step 0 placed on the mesh, its shardings, and its optimizer."""
   state.check(config)
   params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
   abstract = abstract_state(config, device_mesh, params)

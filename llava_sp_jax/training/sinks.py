@@ -1,4 +1,4 @@
-"""Where the metrics of a run go. Only the first process writes."""
+"""Writes the metrics of a run to files, terminals and services; only the first process writes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ Record = Mapping[str, Any]
 
 
 class Sink(Protocol):
-  """Takes one record `{name: number}` with its `step`, again and again."""
+  """Takes the records of a run, each `{name: number}` with its `step`."""
 
-  def write(self, record: Record) -> None: ...
-  def close(self) -> None: ...
+  def write(self, record: Record) -> None:
+    """Takes one record."""
+    ...
+
+  def close(self) -> None:
+    """Ends the output."""
+    ...
 
 
 class JsonLines:
-  """metrics.jsonl: one object per line, whole at once."""
+  """Appends each record to metrics.jsonl as one line, written at once."""
 
   def __init__(self, folder: Path, config: config_lib.Config):
     self._path = folder / METRICS_FILE
@@ -39,7 +44,7 @@ class JsonLines:
 
 
 def line(record: Record, steps: int) -> str:
-  """A record as one line for people; what it does not hold is left out."""
+  """Returns a record as one line of text, without the figures that it does not hold."""
   parts = [f"step {record['step']:>6}/{steps}"]
   for name, text in LINE:
     value = record.get(name)
@@ -51,7 +56,7 @@ def line(record: Record, steps: int) -> str:
   return "  ".join(parts)
 
 
-# (name in a record, how the terminal shows it)
+# (name in a record, its format on the terminal)
 LINE: tuple[tuple[str, str], ...] = (
   ("loss", "loss {:.4f}"),
   ("val_loss", "val loss {:.4f}"),
@@ -67,9 +72,10 @@ LINE: tuple[tuple[str, str], ...] = (
 
 
 class Terminal:
-  """Lines; on a terminal, the latest record as a line over a bar, and all of its figures below.
+  """Prints records as lines; on a terminal, shows only the latest one, with all of its figures.
 
-  A terminal that is too small loses figures from the end, never the line.
+  There, the record is a line above a progress bar, and the figures are below it. If the terminal is
+  too small, the last figures are cut off, never the line.
   """
 
   def __init__(self, folder: Path, config: config_lib.Config):
@@ -80,7 +86,7 @@ class Terminal:
     if console.is_terminal:
       from rich.live import Live
 
-      # Refreshed with each record only: no thread beside the step.
+      # Refreshed with each record only, so that no thread runs beside the step.
       self._live = Live(console=console, auto_refresh=False, transient=False)
       self._live.start()
 
@@ -112,7 +118,7 @@ def _table(record: Record, steps: int) -> Any:
 
 
 class TensorBoard:
-  """Scalars under tensorboard/, for `tensorboard --logdir`."""
+  """Writes scalars to tensorboard/, for `tensorboard --logdir`."""
 
   def __init__(self, folder: Path, config: config_lib.Config):
     from tensorboardX import SummaryWriter
@@ -130,16 +136,17 @@ class TensorBoard:
 
 
 class Wandb:
-  """A run of Weights & Biases; the id in wandb_id.txt lets a resumed run go on in the same one.
+  """Logs to a run of Weights & Biases.
 
-  Project, entity and mode (`offline`) are wandb's own environment variables.
+  Its id is kept in wandb_id.txt, so that a resumed run continues the same one. Project, entity and
+  mode (`offline`) are set by wandb's own environment variables.
   """
 
   def __init__(self, folder: Path, config: config_lib.Config):
     import wandb
 
     file = folder / "wandb_id.txt"
-    if not file.is_file() or not file.read_text().strip():  # torn by a kill
+    if not file.is_file() or not file.read_text().strip():  # left empty by a kill
       file.write_text(uuid.uuid4().hex[:12])
     self._run = wandb.init(
       id=file.read_text().strip(),
@@ -148,7 +155,7 @@ class Wandb:
       dir=str(folder),
       config=config_lib.to_dict(config),
     )
-    # A resumed run repeats steps, which wandb refuses as its own counter but not as an axis.
+    # A resumed run repeats steps, which wandb refuses for its own counter but not for an axis.
     self._run.define_metric("*", step_metric="step")
 
   def write(self, record: Record) -> None:
@@ -160,7 +167,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsRow:
-  """A sink and the module that it needs, with the extra of ours that installs it."""
+  """Names a sink, the module that it needs, and the extra of this package that installs it."""
 
   make: Callable[[Path, config_lib.Config], Sink]
   module: str = ""
@@ -175,7 +182,7 @@ SINKS: dict[str, MetricsRow] = {
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError for unknown sinks and those whose package is missing, all at once."""
+  """Raises ConfigError with all unknown sinks and all whose package is missing."""
   problems = []
   for name in config.train.sinks:
     row = config_lib.lookup("train.sinks", name, SINKS)
@@ -189,25 +196,25 @@ def check(config: config_lib.Config) -> None:
 
 
 def _installed(module: str) -> bool:
-  """A folder of that name without code, such as the one that wandb leaves, does not count."""
+  """Ignores a folder of that name without code, such as the one that wandb leaves."""
   spec = importlib.util.find_spec(module)
   return spec is not None and spec.origin is not None
 
 
 def open_all(folder: Path, config: config_lib.Config) -> list[Sink]:
-  """metrics.jsonl, and the sinks that the config names.
+  """Opens metrics.jsonl and the sinks that the config names.
 
-  Raises: ConfigError for one that cannot be opened, such as a service without a login.
+  Raises: ConfigError for a sink that cannot be opened, such as a service without a login.
   """
   opened: list[Sink] = [JsonLines(folder, config)]
   for name in config.train.sinks:
     try:
       opened.append(SINKS[name].make(folder, config))
-    except Exception as error:  # whatever that library raises
+    except Exception as error:  # any error of its library
       for sink in opened:
         sink.close()
       raise config_lib.ConfigError(
-        f"train.sinks: {name!r} cannot be opened ({type(error).__name__}: {error}); mend that, or "
+        f"train.sinks: {name!r} cannot be opened ({type(error).__name__}: {error}); fix that, or "
         "leave it out"
       ) from error
   return opened

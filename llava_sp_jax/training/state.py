@@ -1,4 +1,4 @@
-"""Train state: trainable and frozen parameters, as two flat `{path: array}` trees."""
+"""Holds the train state: trainable and frozen parameters as two flat `{path: array}` trees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Flat = dict[str, Any]
 
 
 class TrainState(struct.PyTreeNode):
-  """`trainable` holds float32 masters; `frozen` has neither gradients nor moments."""
+  """Holds the step counter, the parameters and the optimizer state.
+
+  `trainable` is float32. `frozen` has neither gradients nor moments.
+  """
 
   step: jax.Array
   trainable: Flat
@@ -28,21 +31,22 @@ class TrainState(struct.PyTreeNode):
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises: ConfigError when kernels should be quantised and trainable."""
+  """Raises ConfigError when the stage trains kernels that the model quantizes."""
   kernel, stage = "language_model/layers/q_proj/kernel", config.optimizer.stage
   trained = optimizer.group_of(kernel, stage) != optimizer.FROZEN
   if build.quantization(config.model) and trained:
     raise config_lib.ConfigError(
-      f"model.quantize {config.model.quantize}: quantised kernels cannot be trained, but optimizer.stage "
-      f"{stage} trains the decoder; use a stage that freezes it (finetune, with lora.rank > 0), or "
+      f"model.quantize {config.model.quantize}: quantized kernels cannot be trained, but "
+      f"optimizer.stage {stage} trains the decoder; use a stage that freezes it (finetune, with "
+      "lora.rank > 0), or "
       "model.quantize none"
     )
 
 
 def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
-  """Nested parameters -> (trainable, frozen), flat; casts each part to its storage dtype.
+  """Splits nested parameters into flat trees (trainable, frozen) in their storage dtypes.
 
-  Quantised kernels stay as they are.
+  Trainable leaves become float32, frozen ones `model.frozen_dtype`. Quantized kernels are not cast.
   """
   trainable, frozen = {}, {}
   for path, leaf in flatten_dict(params, sep="/").items():
@@ -55,10 +59,10 @@ def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
 
 
 def join(trainable: Flat, frozen: Flat) -> dict[str, Any]:
-  """The inverse of `split`: the nested tree that `module.apply` takes."""
+  """Joins what `split` returns into the nested tree that `module.apply` takes."""
   return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
 def start(trainable: Flat, frozen: Flat, tx: optax.GradientTransformation) -> TrainState:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))

@@ -1,4 +1,6 @@
-"""One training step: token-mean loss over the global batch, gradients of the trainable parameters, AdamW.
+"""Computes one training step: loss, gradients of the trainable parameters, and an AdamW update.
+
+The loss is the mean over the supervised tokens of the global batch.
 
 Shape letters:  B rows . A micro-batches . T row length . D width . V vocabulary
 """
@@ -27,9 +29,9 @@ Metrics = dict[str, jax.Array]
 def loss_sums(
   module: LlavaSP, trainable: Flat, frozen: Flat, batch: Batch, chunk: int, rngs: Any = None
 ) -> measure.Sums:
-  """The sums over a batch that `measure.report` takes: losses, right tokens, counts.
+  """Returns sums over a batch for `measure.report`: losses, correct tokens, counts.
 
-  The head runs over slices of `chunk` positions; log-sum-exp is float32.
+  The head runs over slices of `chunk` positions. Its log-sum-exp is float32.
   """
   apply: Any = functools.partial(module.apply, {"params": join(trainable, frozen)})
   hidden = apply(
@@ -65,21 +67,27 @@ def loss_sums(
 def loss_and_counts(
   module: LlavaSP, params: Any, batch: Batch, chunk: int, rngs: Any = None
 ) -> tuple[jax.Array, measure.Sums]:
-  """Sum of the loss over supervised tokens / their number, and the sums; `params` nested."""
+  """Returns the mean loss over the supervised tokens, and the sums of `loss_sums`.
+
+  `params` is the nested tree of all parameters.
+  """
   sums = loss_sums(module, flatten_dict(params, sep="/"), {}, batch, chunk, rngs)
   return sums["loss"] / jnp.maximum(sums["count"], 1), sums
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-  """Row a, a + A, a + 2A .. for micro-batch a: each device keeps its rows. [B, ..] -> [A, B/A, ..]."""
+  """Splits a batch into A micro-batches. [B, ...] -> [A, B/A, ...].
+
+  Micro-batch a takes the rows a, a + A, a + 2A, ..., so no row moves to another device.
+  """
   return {k: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for k, x in batch.items()}
 
 
 def working_copies(trainable: Flat, dtype: Any) -> Flat:
-  """What the step computes with: the decoder layers' masters cast to `dtype`, as their modules do.
+  """Casts the trainable parameters of the decoder layers to `dtype`, as their modules would.
 
-  Cast here, they are cast (and adapters gathered from `fsdp`) once for all layers, passes and
-  micro-batches, and what has to move is half as large.
+  Adapters are also gathered over the `fsdp` axis. Casting and gathering happen here once for all
+  layers, passes and micro-batches, and the gather moves values of `dtype` instead of float32.
   """
   cast = {
     p: x.astype(dtype) if "/layers/" in p and p.startswith("language_model/") else x
@@ -92,10 +100,11 @@ def working_copies(trainable: Flat, dtype: Any) -> Flat:
 def gradients(
   module: LlavaSP, train: config_lib.TrainConfig, state: TrainState, batch: Batch, rng: jax.Array
 ) -> tuple[measure.Sums, Flat]:
-  """Sums over the batch, and gradients of the token-mean loss of `state.trainable` (float32).
+  """Returns the sums over a batch and the gradients of the token-mean loss, in float32.
 
-  With `train.accumulate` > 1 it is the same sum over the same tokens, a micro-batch at a time: each
-  is divided by the count of the whole batch. Dropout differs for each micro-batch.
+  With `train.accumulate` > 1, micro-batches are computed one after another. Each of their losses is
+  divided by the token count of the whole batch, so the result is the same mean over the same
+  tokens. Each micro-batch has its own dropout mask.
   """
   rng = jax.random.fold_in(rng, state.step)
   count = jnp.maximum(batch["weights"].sum(), 1)
@@ -109,7 +118,7 @@ def gradients(
 
   def part_gradients(part: Batch, rng: jax.Array) -> tuple[measure.Sums, Flat]:
     grads, sums = jax.grad(loss_fn, has_aux=True)(used, part, rng)
-    grads = sharding.constrain(grads)  # summed over devices and divided as the masters are
+    grads = sharding.constrain(grads)  # summed over devices and sharded like the parameters
     return sums, {p: g.astype(state.trainable[p].dtype) for p, g in grads.items()}
 
   if train.accumulate == 1:
@@ -139,7 +148,11 @@ def train_step(
   batch: Batch,
   rng: jax.Array,
 ) -> tuple[TrainState, Metrics]:
-  """state, batch -> state, metrics of `measure.report`. `rng` seeds dropout, folded with the step."""
+  """Applies one update and returns the new state and the metrics of `measure.report`.
+
+  `rng`, folded with the step number, seeds dropout. An update whose loss or gradient is not finite
+  is dropped (`guard.keep_finite`).
+  """
   sums, grads = gradients(module, train, state, batch, rng)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
   new = state.replace(

@@ -1,4 +1,4 @@
-"""Ends a run that is asked to stop: after a step, or while it waits for data that may never come."""
+"""Stops a run on request: after the current step, or while it waits for data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import STOPPED_EARLY
 
-POLL_SECONDS = 0.2  # of a wait, between two polls of whether any process was asked
-GRACE = 0.5  # seconds that data may take once one was
-AGREE = 3.0  # seconds until all must have said that they wait, too
-LIMIT = 12.0  # seconds of waiting on when others do not; SIGKILL follows 30 s after SIGTERM
+POLL_SECONDS = 0.2  # between two polls of whether any process was asked to stop
+GRACE = 0.5  # seconds that data may still take after a process was asked
+AGREE = 3.0  # seconds for all processes to reach the barrier of the wait
+LIMIT = 12.0  # seconds until an abort if others do not wait; SIGKILL comes 30 s after SIGTERM
 
 
 class StopRequest:
-  """Notices SIGTERM (and ctrl-C) and lets the step finish.
+  """Notes SIGTERM and ctrl-C, and lets the current step finish.
 
-  `several` processes must stop after the same step, though only one may have been told. JAX agrees
-  on that step when SIGTERM reaches its own handler (`Checkpoints.preempted`), so it is left there.
+  With `several` processes, all must stop after the same step though only one may get the signal.
+  JAX's own SIGTERM handler agrees on that step (`Checkpoints.preempted`), so it stays installed,
+  and ctrl-C is turned into a SIGTERM.
   """
 
   def __init__(self, several: bool = False) -> None:
@@ -33,8 +34,10 @@ class StopRequest:
     return self
 
   def during(self, place: str) -> Callable[[], bool]:
-    """What a wait for data asks again and again: whether to give it up. `place` is where the run is,
-    in the same words in all processes."""
+    """Returns the function that a wait for data calls to learn whether to give up.
+
+    `place` names the point that the run has reached; it must be the same text in all processes.
+    """
     return Wait(place) if self._several else lambda: self.asked
 
   def _notice(self, number: int, frame: Any) -> None:
@@ -51,11 +54,11 @@ class StopRequest:
 
 
 class Wait:
-  """Whether processes that wait for data give it up, all of them at once.
+  """Decides whether processes that wait for data give up, all at once.
 
-  When all wait at the same place, nothing is under way and they stop there. When others have begun
-  the step, they cannot take it back: data may come for a while yet, and then this process leaves,
-  and with it the run.
+  If all processes wait at the same place, no step is in progress and they stop there. If others
+  have begun the step, which cannot be undone, this process waits for LIMIT seconds and then aborts
+  the run.
   """
 
   def __init__(self, place: str):
@@ -64,7 +67,10 @@ class Wait:
     self._tried = False
 
   def __call__(self) -> bool:
-    """Called by the one thread that waits; once it has agreed to stop it must do so."""
+    """Returns whether to give up the wait.
+
+    Only the thread that waits may call it. Once it has returned True, the caller must stop.
+    """
     now = time.monotonic()
     if now - self._looked < POLL_SECONDS:
       return False
@@ -79,7 +85,7 @@ class Wait:
     if waited > LIMIT:
       processes.abort(
         f"asked to stop, and no data came for {waited:.0f} s at {self._place}, which others have "
-        "begun; the same command goes on from the last checkpoint",
+        "begun; the same command resumes from the last checkpoint",
         STOPPED_EARLY,
       )
     return False

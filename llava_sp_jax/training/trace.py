@@ -1,4 +1,4 @@
-"""An xplane trace of some steps, for xprof, TensorBoard's profiler or Perfetto."""
+"""Writes an xplane trace of some steps, for xprof, TensorBoard's profiler or Perfetto."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ FOLDER = "profile"
 
 
 def steps_of(text: str, first: int, last: int) -> range:
-  """ "A:B" -> the steps A..B, both included, of a run that does `first`..`last`; "" -> none.
+  """Parses "A:B" as the steps A to B, both included; "" gives no steps.
 
-  Raises: ConfigError for another form, and for steps that the run does not do.
+  `first` and `last` are the first and last step that the run will do.
+
+  Raises: ConfigError for another form, and for steps outside `first`..`last`.
   """
   if not text:
     return range(0)
@@ -36,10 +38,10 @@ def steps_of(text: str, first: int, last: int) -> range:
 
 
 class Profiler:
-  """Traces the wanted steps and nothing else; every process writes its own devices."""
+  """Traces the requested steps only; each process writes the trace of its own devices."""
 
   def __init__(self, text: str, folder: Path, first: int, last: int):
-    """Raises: ConfigError as `steps_of`."""
+    """Raises ConfigError as `steps_of`."""
     self._wanted, self._folder = steps_of(text, first, last), folder / FOLDER
     self._running = False
 
@@ -47,11 +49,14 @@ class Profiler:
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._stop()  # a run that ends early keeps what it has
+    self._stop()  # a run that stops early keeps the trace so far
 
   @contextlib.contextmanager
   def step(self, number: int, pending: Any) -> Iterator[None]:
-    """Around the dispatch of step `number`; `pending` is what the step before it still computes."""
+    """Wraps the dispatch of step `number`, and starts the trace before the first requested step.
+
+    `pending` are outputs of the step before, which is waited for so that it is not in the trace.
+    """
     if number not in self._wanted:
       yield
       return
@@ -63,7 +68,7 @@ class Profiler:
       yield
 
   def after(self, number: int, metrics: Any) -> None:
-    """The trace ends when the last wanted step has been computed."""
+    """Stops the trace once the last requested step has been computed."""
     if self._running and number == self._wanted[-1]:
       jax.block_until_ready(metrics)
       self._stop()

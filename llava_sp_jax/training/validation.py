@@ -1,4 +1,4 @@
-"""Loss and token accuracy on the validation split, between the steps of a run."""
+"""Computes the loss and token accuracy on the validation split between the steps of a run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from llava_sp_jax.training import state, step
 
 
 class Validator:
-  """Scores the same batches each time, without dropout; the training data are not touched.
+  """Scores the same batches each time, without dropout and without moving the training data.
 
-  Of n samples of the validation split, min(train.validate_batches, n // batch) batches are scored, at least one,
-  so no sample counts twice unless there are fewer than one batch. Quarantined samples are left out.
+  Of n samples of the validation split, min(train.validate_batches, n // batch) batches are scored,
+  at least one. So no sample counts twice, unless there is less than one batch. Quarantined samples
+  are left out.
   """
 
   def __init__(
     self, config: config_lib.Config, module: Any, tokenizer: Tokenizer, device_mesh: Any
   ):
-    """Raises: ConfigError, FileNotFoundError when there is nothing to validate with."""
+    """Raises ConfigError, FileNotFoundError when the validation data cannot be used."""
     self._train, self._mesh = config.train, device_mesh
     self._iterator, self._count = None, 0
     if not config.train.validate_every:
@@ -52,7 +53,7 @@ class Validator:
       validation_split.VALIDATION,
     )
     self._start = self._iterator.get_state()
-    next(self._iterator)  # unusable samples show now, not after the first thousand steps
+    next(self._iterator)  # reports unusable samples now, not at the first validation
 
     def sums(trainable: Any, frozen: Any, batch: Any) -> Any:
       with nn.logical_axis_rules(sharding.activation_rules()):
@@ -63,16 +64,16 @@ class Validator:
     self._sums = jax.jit(sums)
 
   def due(self, number: int) -> bool:
-    """Whether step `number` is followed by a validation."""
+    """Returns whether a validation follows step `number`."""
     every = self._train.validate_every
     return bool(every) and (number % every == 0 or number == self._train.steps)
 
   def __call__(
     self, train_state: state.TrainState, stopped: Callable[[], bool] = lambda: False
   ) -> dict[str, float]:
-    """`val_loss` and `val_token_accuracy`, means over the supervised tokens of all batches.
+    """Returns `val_loss` and `val_token_accuracy`, means over the supervised tokens of all batches.
 
-    Gives up, with {}, when `stopped()` while data are waited for.
+    Returns {} if `stopped()` becomes true while data are waited for.
     """
     assert self._iterator is not None
     self._iterator.set_state(self._start)

@@ -169,7 +169,7 @@ def test_asked_to_stop(
   assert process.returncode == 75, errors  # not complete: launchers go on
   last = metrics(workdir)[-1]["step"]
   assert last < STEPS
-  said = rf"asked to stop: saved step {last} in \d+\.\d s; the same command goes on from there"
+  said = rf"asked to stop: saved step {last} in \d+\.\d s; the same command resumes from there"
   assert re.search(said, printed)
   assert saved(workdir)[-1] == last
   assert numbers(workdir) == numbers(unbroken)[:last]

@@ -118,7 +118,7 @@ def test_without_a_step_that_can_be_read_nothing_begins_anew_unasked(
   with pytest.raises(CheckpointError, match=r"step 2 .*; step 3 .*--from-step 0 trains"):
     loop.train(values, run)
   assert not looker.seen
-  assert loop.train(values, run, wish=resume.Wish(0)).step == 5
+  assert loop.train(values, run, options=resume.ResumeOptions(0)).step == 5
   assert sorted(p.name for p in (run / "aside").iterdir()) == ["2", "3"]
   went_on(run, looker, 0)
 
@@ -128,17 +128,17 @@ def test_a_run_goes_back_once_when_asked_and_then_goes_on(
 ) -> None:
   """The same command after a kill does not go back again."""
   with pytest.raises(CheckpointError, match=r"--from-step 1: it is not there; .*: 2, 3$"):
-    loop.train(values, run, wish=resume.Wish(1))
+    loop.train(values, run, options=resume.ResumeOptions(1))
   assert on_disk.steps(run) == [2, 3]
-  back = resume.Wish(2)
+  back = resume.ResumeOptions(2)
   looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 4 else None
-  assert loop.train(values, run, wish=back).step == 4
+  assert loop.train(values, run, options=back).step == 4
   assert on_disk.steps(run) == [2, 4]
-  assert f"step 3: training goes on from step 2; it is kept in {run / 'aside/3'}" in (
+  assert f"step 3: training resumes from step 2; it is kept in {run / 'aside/3'}" in (
     capsys.readouterr().err
   )
   looker.does = lambda number: None
-  assert loop.train(values, run, wish=back).step == 5
+  assert loop.train(values, run, options=back).step == 5
   assert f"continuing {run} from step 4" in capsys.readouterr().out
   went_on(run, looker, 2)
 
@@ -157,7 +157,7 @@ def test_other_data_are_refused_with_both_values_unless_they_are_allowed(
     assert "data (data.path) has fingerprint " in str(error.value)
     assert f" here, {known} there. " in str(error.value)
     assert str(error.value).endswith("--allow-changed data")
-    assert loop.train(values, run, wish=resume.Wish(changed=DATA)).step == 5
+    assert loop.train(values, run, options=resume.ResumeOptions(changed=DATA)).step == 5
   finally:
     path.write_text(whole)
   assert "data is not what it was until step 3, as allowed" in capsys.readouterr().err
@@ -354,5 +354,5 @@ def test_a_step_is_a_number_that_a_run_can_have(step: str) -> None:
   with pytest.raises(
     config_lib.ConfigError, match=r"--from-step: expected a step such as 500"
   ) as e:
-    resume.Wish.of(step, "")
+    resume.ResumeOptions.of(step, "")
   assert len(str(e.value)) < 120

@@ -63,7 +63,7 @@ def test_quantized_kernels_that_should_learn_are_refused(
 ) -> None:
   config = tiny_config("finetune_full", "none", model={**WIDE, "quantize": "nf4"})
   with pytest.raises(
-    config_lib.ConfigError, match=r"nf4: quantised kernels cannot be trained, but opti"
+    config_lib.ConfigError, match=r"nf4: quantized kernels cannot be trained, but opti"
   ):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run" / runs.CONFIG_FILE).exists()
