@@ -159,7 +159,7 @@ def questions(task: Task) -> list[Item]:
   odd += [repr(item.id) for item in items if not isinstance(item.id, str)]
   if odd:
     raise EvalError(
-      f"{task.name}: ids that are no text, or stand more than once: "
+      f"{task.name}: ids that are not texts, or appear more than once: "
       f"{', '.join(odd[:3])}; an answer is found by its item's id"
     )
   return items
