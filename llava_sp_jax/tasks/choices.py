@@ -1,4 +1,4 @@
-"""Multiple-choice questions: writes options, reads the choice, computes MMBench's circular score."""
+"""Multiple-choice questions: writes options, reads choices, computes MMBench's circular score."""
 
 from __future__ import annotations
 
