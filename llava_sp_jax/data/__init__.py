@@ -1,1 +1,1 @@
-"""Samples to static numpy batches, on the host; no jax in here."""
+"""Turns samples into numpy batches of static shapes, on the host; imports no jax."""

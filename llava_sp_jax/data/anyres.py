@@ -1,8 +1,8 @@
-"""From a picture to tiles and the plan of their tokens: the one way, in training and in inference.
+"""Turns an image into tiles and a plan of their tokens, for training and inference alike.
 
-A large picture (`anyres`) is shown whole as tile 0 and cut into tiles of the tower's size. The
-decoder then reads LLaVA-SP's order: the spatial tokens of all tiles, the patches of tile 0, the
-patches of the others, all of it decided here, as indices.
+With `anyres`, tile 0 shows the whole image, and the other tiles are squares cut out of a larger
+copy of it. The decoder reads the tokens in LLaVA-SP's order: the spatial tokens of all tiles, the
+patches of tile 0, the patches of the other tiles. This module computes that order, as indices.
 
 Shape letters:  R,C rows and columns of tiles . g patches along a side of a tile
 Source: `llava/mm_utils.py`, `prepare_inputs_labels_for_multimodal` in `llava/model/llava_arch.py`.
@@ -28,12 +28,12 @@ Size = tuple[int, int]  # width, height
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """What the model makes of one square of pixels; `newline` when it has an end-of-row token."""
+  """Describes the tokens of one tile: a square of pixels that the vision tower reads at once."""
 
   size: int  # pixels along a side
   grid: int  # patches along a side
-  spatial: int = 0  # spatial tokens, which stand before the patches
-  newline: bool = False
+  spatial: int = 0  # spatial tokens, which come before the patches
+  newline: bool = False  # whether the model has a learned token for the end of a row of patches
 
   @property
   def tokens(self) -> int:
@@ -42,17 +42,20 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-  """An image ready for the model: its tiles [tiles, size, size, 3] float32, and their tokens."""
+  """Holds a preprocessed image: its tiles [tiles, size, size, 3] float32 and their token plan."""
 
   tiles: np.ndarray
   plan: TokenPlan
 
 
 class Reader:
-  """Turns pictures into `Picture`s as `data` says."""
+  """Preprocesses images into `Picture`s by the image settings of a `DataConfig`."""
 
   def __init__(self, data: config_lib.DataConfig, tile: Tile):
-    """Raises: ConfigError for settings that do not exist or do not fit the tile."""
+    """Checks the settings and prepares the preprocessing.
+
+    Raises: ConfigError for settings that do not exist or do not fit the tile.
+    """
     self._aspect = lookup("data.image_aspect", data.image_aspect, ASPECTS)
     lookup("data.image_fit", data.image_fit, image_lib.FITS)
     lookup("data.image_resample", data.image_resample, image_lib.RESAMPLES)
@@ -79,15 +82,15 @@ class Reader:
     self.max_tiles = 1 + max(areas) if data.image_aspect == "anyres" else 1
 
   def __call__(self, image: Image.Image) -> Picture:
-    """Raises: SampleError for a picture that the settings cannot show."""
+    """Preprocesses an image. Raises: SampleError for a size that the settings cannot handle."""
     plan = self.plan(image.size)
     views = self._aspect.views(self, decode.rgb(image))
     return Picture(np.stack([self.preprocess.square(v) for v in views]), plan)
 
   def plan(self, size: Size) -> TokenPlan:
-    """The tokens of a picture of that size, which need not be decoded for it.
+    """Returns the token plan of an image from its size alone, without decoding it.
 
-    Raises: SampleError for a size that the settings cannot show.
+    Raises: SampleError for a size that the settings cannot handle.
     """
     self._aspect.check(self, size)
     return plan(self.tile, size, self._aspect.canvas(self, size), self._merge)
@@ -95,9 +98,11 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Aspect:
-  """How a picture is shown: the pictures of its tiles, and the canvas of all of them but tile 0.
+  """Defines how an image becomes tiles.
 
-  `check` refuses a picture by its size.
+  `views` returns one image for each tile, `check` raises SampleError for a size that cannot be
+  handled, and `canvas` returns the size that all tiles but tile 0 cover together (None: only tile
+  0).
   """
 
   views: Callable[[Reader, Image.Image], list[Image.Image]]
@@ -127,8 +132,8 @@ def _check_fit(reader: Reader, size: Size) -> None:
   image_lib.FITS[reader.preprocess.fit].check(size)
 
 
-# The original's `image_aspect_ratio`. Its "square" is what the tower's own processor does: CLIP
-# cuts a square out of the middle, SigLIP stretches.
+# The values of the original's `image_aspect_ratio`. "square" leaves the work to the tower's own
+# processor: CLIP crops a square from the center, SigLIP stretches.
 ASPECTS = {
   "pad": Aspect(_padded, lambda reader, size: decode.check_size(size, padded=True)),
   "square": Aspect(_as_it_is, _check_fit),
@@ -137,7 +142,7 @@ ASPECTS = {
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-  """The canvas that shows most of the picture's pixels, among equals the one that wastes least."""
+  """Returns the canvas that keeps the most pixels of the image, of equals the smallest one."""
 
   def shown(canvas: Size) -> tuple[int, int]:
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
@@ -148,7 +153,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
-  """The whole picture as large as it fits, in the middle of black."""
+  """Resizes an image to fit a canvas, keeps its aspect ratio, and centers it on black."""
   (width, height), (across, down) = resolution, image.size
   if width / across < height / down:
     size = (width, min(math.ceil(down * (width / across)), height))
@@ -161,7 +166,7 @@ def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
 
 
 def cut(image: Image.Image, size: int) -> list[Image.Image]:
-  """Squares of `size` pixels, row by row."""
+  """Cuts an image into squares of `size` pixels and returns them row by row."""
   return [
     image.crop((left, top, left + size, top + size))
     for top in range(0, image.height, size)
@@ -170,10 +175,10 @@ def cut(image: Image.Image, size: int) -> list[Image.Image]:
 
 
 def unpad(grid: np.ndarray, size: Size) -> np.ndarray:
-  """The part of a canvas [H, W] that a picture of `size` covers.
+  """Removes from a canvas [H, W] the border that an image of `size` (width, height) leaves.
 
-  Like the original's, it rounds the border down, so up to a row or column of border stays; of a
-  picture that is a line nothing stays, and only tile 0 shows it.
+  Rounds the width of the border down, like the original, so up to one row or column of border
+  remains. May leave nothing of an extremely long image, which only tile 0 shows then.
   """
   rows, columns = grid.shape
   if size[0] / size[1] > columns / rows:
@@ -184,10 +189,13 @@ def unpad(grid: np.ndarray, size: Size) -> np.ndarray:
 
 
 def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> TokenPlan:
-  """The order of an image's tokens; `resolution` is the canvas of its tiles, None for a single one.
+  """Returns the order in which the decoder reads an image's tokens.
 
-  `size` is the picture's before it was cut, `merge` names a row of MERGES (the original's
-  `mm_patch_merge_type`).
+  Args:
+    tile: the tokens of one tile.
+    size: width and height of the original image, in pixels.
+    resolution: width and height of the canvas that tiles 1, 2, ... cover; None for a single tile.
+    merge: names a row of MERGES (the original's `mm_patch_merge_type`).
   """
   across, down = (side // tile.size for side in resolution or (0, 0))
   tiles = 1 + across * down
@@ -199,17 +207,20 @@ def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> TokenPl
 
 
 def _flat(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
-  """Tile by tile: each one's spatial tokens, then its patches, as they are numbered."""
+  """Orders tokens tile by tile: the spatial tokens of a tile, then its patches."""
   return [np.arange(spatial.size + base.size + patches.size, dtype=np.int32)]
 
 
 def _spatial(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
-  """All spatial tokens, the patches of tile 0, then those of the canvas, border included."""
+  """Orders tokens: all spatial tokens, patches of tile 0, rows of the canvas with its border."""
   return [spatial, base, patches.transpose(0, 2, 1, 3)]  # [R, g, C, g]
 
 
 def _spatial_unpad(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
-  """As `_spatial` without the border, and NEWLINE after every row; after tile 0 if it is alone."""
+  """Orders like `_spatial`, but without the border and with NEWLINE after every row of the canvas.
+
+  Puts NEWLINE after tile 0 when it is the only tile.
+  """
   if not patches.size:
     return [spatial, base, np.asarray([NEWLINE], np.int32)]
   down, across, side, _ = patches.shape

@@ -1,8 +1,8 @@
-"""Looks through a data set, without a model, for all that training would leave out or cut off.
+"""Checks a data set, without a model, for samples that training would leave out or cut off.
 
-Every sample goes through what training puts it through: `forms`, `samples.Writer`, the sizes of its
-pictures from the heads of their files, `example.layout`. As many pictures as asked for are decoded.
-Folders are those of the images' names, e.g. `coco/train2017`.
+Every sample passes through the functions of training: `forms.read`, `samples.SampleEncoder`,
+`example.layout`. Image sizes are read from the headers of the files, and a given number of images
+is decoded. Reports count images by folder: the folder part of their names, e.g. `coco/train2017`.
 """
 
 from __future__ import annotations
@@ -24,33 +24,35 @@ from llava_sp_jax.data import samples as samples_lib
 from llava_sp_jax.data.failure import REASON, SampleError, attempt, of_one_sample
 from llava_sp_jax.data.tokenizer import Tokenizer
 
-# What can be wrong with a sample; True: it is lost to training, so a check does not pass with it.
+# Kind of problem -> whether training loses the sample, so that the check fails.
 KINDS = {
   "missing image": True,
   "unreadable image": True,
-  "cannot be used": True,  # turns that do not alternate, <image> marks that do not fit, no room
-  "nothing to learn": True,  # no reply, or all of it beyond the row
-  "cut off": False,  # text beyond the row, as in the original
+  "cannot be used": True,  # e.g. turns do not alternate, <image> marks do not match the images
+  "nothing to learn": True,  # no reply, or the whole reply lies beyond the end of the row
+  "cut off": False,  # text beyond the end of the row, as in the original
 }
-AHEAD = 256  # samples that are handed to the threads at a time
+AHEAD = 256  # samples submitted to the threads at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
+  """Holds one problem of a sample."""
+
   kind: str  # one of KINDS
   text: str
-  folder: str = ""  # of the image, where there is one
+  folder: str = ""  # of the image that has the problem, if any
 
 
 @dataclasses.dataclass
 class CheckReport:
-  """Counts over the samples that were checked; examples are the first of their kind."""
+  """Holds counts over the checked samples, and the first example of each kind of problem."""
 
-  total: int
+  total: int  # samples of the data set
   checked: int = 0
-  decoded: int = 0  # pictures
+  decoded: int = 0  # images
   tokens: int = 0  # of text and images, before anything is cut off
-  longest: int = 0  # tokens of a sample
+  longest: int = 0  # tokens of the longest sample
   kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   examples: dict[str, str] = dataclasses.field(default_factory=dict)
   images: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -61,7 +63,7 @@ class CheckReport:
     return not any(count and KINDS[kind] for kind, count in self.kinds.items())
 
   def add(self, index: int, found: Found) -> None:
-    """Counts one sample, and each kind of problem once in it."""
+    """Adds the result of one sample; counts each kind of problem once for it."""
     self.checked += 1
     self.decoded += found.decoded
     self.tokens += found.tokens
@@ -75,7 +77,7 @@ class CheckReport:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What one sample is: its length, the folders of its images, and what is wrong with it."""
+  """Holds the result for one sample: its length, the folders of its images, and its problems."""
 
   tokens: int
   folders: tuple[str, ...]
@@ -84,7 +86,7 @@ class Found:
 
 
 class Checker:
-  """Checks samples one by one; safe to call from several threads."""
+  """Checks samples one at a time; may be called from several threads."""
 
   def __init__(
     self,
@@ -94,7 +96,14 @@ class Checker:
     seed: int = 0,
     split: str = validation_split.TRAIN,
   ):
-    """`seed` is the run's: it draws turns as the first epoch does. `split` is one of `validation_split`.
+    """Opens the data of a split.
+
+    Args:
+      data: the data settings of the run.
+      tokenizer: the tokenizer of the run.
+      tile: the tokens of one tile of the model.
+      seed: the seed of the run; turns are drawn as in its first epoch.
+      split: TRAIN or VALIDATION of `validation_split`.
 
     Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
     """
@@ -106,7 +115,7 @@ class Checker:
     self.source = sources.of(data, self._reader, split)
 
   def __call__(self, index: int, decode: bool) -> Found:
-    """Checks one sample; its pictures are decoded when `decode` is set."""
+    """Checks one sample, and decodes its images if `decode` is true."""
     sample = attempt(lambda: self.source[index])
     images = attempt(lambda: forms.read(sample).images)
     if isinstance(images, SampleError):
@@ -124,7 +133,7 @@ class Checker:
     return Found(tokens, folders, problems, len(images) if decode else 0)
 
   def _plan(self, image: forms.Image, file: Any, name: str) -> example.TokenPlan | Problem:
-    """The tokens of an image, or what is wrong with its file."""
+    """Returns the token plan of an image, or the problem with its file."""
     folder = folder_of(image) if isinstance(image, str) else ""
     try:
       with of_one_sample():
@@ -135,7 +144,7 @@ class Checker:
       return Problem("unreadable image", str(error), folder)
 
   def _lay_out(self, index: int, sample: Any, plans: list[Any]) -> tuple[int, tuple[Problem, ...]]:
-    """Length of a sample's row before it is cut off, and what is wrong with the row."""
+    """Returns the tokens of a sample before anything is cut off, and the problems of its row."""
     limit = self._data.row_length
     try:
       with of_one_sample():
@@ -167,15 +176,18 @@ def check(
   seed: int = 0,
   split: str = validation_split.TRAIN,
 ) -> CheckReport:
-  """Checks a data set.
+  """Checks a data set and returns the counts.
 
   Args:
-    images: how many samples have their pictures decoded, drawn at random; None: all. Of the others
-      the heads of the files are read.
-    samples: how many samples are checked, drawn at random; None: all.
-    progress: called with the report after every few samples.
-    seed: the run's, with which turns are drawn.
-    split: one of `validation_split`; its file is checked as a whole.
+    data: the data settings of the run.
+    tokenizer: the tokenizer of the run.
+    tile: the tokens of one tile of the model.
+    images: how many samples, drawn at random, have their images decoded (None: all). For the other
+      samples only the headers of the image files are read.
+    samples: how many samples, drawn at random, are checked (None: all).
+    progress: called with the report so far after every AHEAD samples.
+    seed: the seed of the run, with which turns are drawn.
+    split: TRAIN or VALIDATION of `validation_split`; all samples of the split's file are checked.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened at all.
   """

@@ -1,9 +1,10 @@
-"""Conversation templates: turns become pieces of text, each supervised or context.
+"""Conversation templates: turn a dialogue into pieces of text, each supervised or context.
 
-A piece is text of one role; answers and their end marks are supervised, everything else is context.
-Labels are born here, turn by turn, and never searched for in the finished prompt. So a sample that
-the original drops with "tokenization mismatch" (a separator inside an answer, most dialogues of the
-mpt and chatml templates) is supervised, and its v0 labels, which slip by some tokens, are not ours.
+Replies and their end marks are supervised; all other text is context. Supervision is decided here,
+turn by turn, and never by searching the finished prompt. Two faults of the original are avoided
+thereby. It drops samples with "tokenization mismatch" (a separator inside a reply, most dialogues
+of the mpt and chatml templates); here they are trained on. Its labels for v0 are off by some
+tokens.
 Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the original code.
 """
 
@@ -20,10 +21,11 @@ IMAGE = "<image>"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """The text around the turns: system, `before` question `after` + `answer` reply `end`.
+  """Holds the text around the turns of a dialogue.
 
-  `with_system` makes the same template around another system text; None where there is no place for
-  one.
+  A dialogue is written as `system`, and for each turn `before`, question, `after`, `answer`, reply,
+  `end`. `with_system` builds the same template with another system text; it is None for a template
+  without a system text.
   """
 
   system: str
@@ -31,20 +33,20 @@ class Template:
   after: str
   answer: str
   end: str
-  first: str | None = None  # in place of `before`, at the first question
-  unanswered: str | None = None  # in place of `after`, where training has no reply
-  image: str = IMAGE  # how training writes an image
-  image_only: bool = False  # the question is reduced to its image
-  empty_reply: bool = False  # an empty reply is written and supervised, not left out
-  training: Template | None = None  # what training writes, where the original prompts otherwise
+  first: str | None = None  # replaces `before` at the first question
+  unanswered: str | None = None  # replaces `after` in training, for a question without a reply
+  image: str = IMAGE  # the text that stands for an image
+  image_only: bool = False  # whether a question is reduced to its images
+  empty_reply: bool = False  # whether an empty reply is written and supervised, or left out
+  training: Template | None = None  # the template of training, if the original trains another text
   with_system: Callable[[str], Template] | None = dataclasses.field(default=None, compare=False)
 
 
-# The original's separator styles, as functions of what its templates vary.
+# The separator styles of the original; the arguments are what its templates vary.
 
 
 def single(system: str, example: str = "", image: str = IMAGE) -> Template:
-  """`###` ends every turn. The original trains another text than it prompts with."""
+  """Closes every turn with `###`; training uses another text than prompts, as in the original."""
   trained = Template(
     f"{system}\n\n### ",
     "Human: ",
@@ -68,7 +70,7 @@ def single(system: str, example: str = "", image: str = IMAGE) -> Template:
 
 
 def two(system: str, image: str = IMAGE) -> Template:
-  """A blank ends a question, `</s>` an answer."""
+  """Closes a question with a space and a reply with `</s>`."""
   return Template(
     f"{system} ",
     "USER: ",
@@ -82,7 +84,7 @@ def two(system: str, image: str = IMAGE) -> Template:
 
 
 def chatml(system: str, gap: str = "") -> Template:
-  """`<|im_end|>` and `gap` end every turn."""
+  """Closes every turn with `<|im_end|>` and `gap`."""
   end = f"<|im_end|>{gap}"
   return Template(
     f"<|im_start|>system\n{system}{end}",
@@ -96,7 +98,7 @@ def chatml(system: str, gap: str = "") -> Template:
 
 
 def llama_2(system: str, start: str) -> Template:
-  """`[INST]` around a question; the system text stands inside the first."""
+  """Puts `[INST]` marks around each question, and the system text into the first question."""
   first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
   return Template(
     "",
@@ -110,7 +112,10 @@ def llama_2(system: str, start: str) -> Template:
 
 
 def plain() -> Template:
-  """Images and their caption. The original prompts with a question that it never trained on."""
+  """Writes images and their caption alone.
+
+  The original prompts with a question as well, though it trains without one.
+  """
   return Template("", "", "", "", "\n", image_only=True, empty_reply=True)
 
 
@@ -165,7 +170,7 @@ _MPT = (
 )
 _SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
-# The original trains `v0` with the text of `v1`; here every row trains and prompts as it says.
+# The original trains `v0` with the text of `v1`; here every row trains and prompts with its own.
 TEMPLATES = {
   "default": single(_CHAT.format("human"), _EXAMPLE),
   "v0": single(_CHAT.format("human"), _EXAMPLE),
@@ -189,19 +194,22 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class TextPiece:
-  """Text of one role. `end` is the length of the mark that closes a reply, the last of its text."""
+  """Holds consecutive text that is wholly supervised or wholly context."""
 
   text: str
   supervised: bool
   branch: int  # 0 is the trunk, which every branch sees
-  end: int = 0
+  end: int = 0  # characters of the end mark of a reply, which are the last of `text`
 
 
-Turns = list[tuple[str, str | None]]  # (question, reply); reply None: open
+Turns = list[tuple[str, str | None]]  # (question, reply); the reply of an open question is None
 
 
 def saying(template: Template, system: str | None) -> Template:
-  """`template` with another system text (None: its own). Raises: SampleError where none can stand."""
+  """Returns the template with another system text (None: its own).
+
+  Raises: SampleError for a template without a system text.
+  """
   if system is None:
     return template
   if template.with_system is None:
@@ -210,10 +218,11 @@ def saying(template: Template, system: str | None) -> Template:
 
 
 def image_first(question: str, image: str = IMAGE) -> str:
-  """A question with its images written as `image`: a single one goes to the front, on a line of its
-  own, as in the original; several stay where the text puts them, as in LLaVA-NeXT.
+  """Returns a question with its image marks written as `image`.
 
-  The original keeps only one of several, so its text no longer fits the sample.
+  Moves a single image to the front, on a line of its own, as in the original. Leaves several images
+  where the text puts them, as in LLaVA-NeXT; the original keeps only one of their marks, so its
+  text no longer matches the images of the sample.
   """
   if question.count(IMAGE) == 1:
     return f"{image}\n{question.replace(IMAGE, '').strip()}".strip()
@@ -221,9 +230,10 @@ def image_first(question: str, image: str = IMAGE) -> str:
 
 
 def write(turns: Turns, template: Template, open_end: str | None = None) -> list[TextPiece]:
-  """The pieces of a dialogue, questions as they are; `open_end` (default `after`) follows the last.
+  """Returns the pieces of a dialogue, with the questions unchanged.
 
-  An empty reply is no reply, except where the template writes it.
+  `open_end` replaces the template's `after` behind a question without a reply (None: `after`).
+  Treats an empty reply as none unless the template has `empty_reply`.
   """
   pieces = [TextPiece(template.system, False, 0)]
   for i, (question, reply) in enumerate(turns):
@@ -234,17 +244,20 @@ def write(turns: Turns, template: Template, open_end: str | None = None) -> list
 
 
 def chain(turns: Turns, template: Template) -> list[TextPiece]:
-  """One dialogue to train on: every turn sees the turns before it."""
+  """Returns the pieces of a dialogue to train on, in which every turn sees the turns before it."""
   text = template.training or template
   asked = [(_asked(question, text), reply) for question, reply in turns]
   return write(asked, text, text.unanswered)
 
 
 def branch(turns: Turns, template: Template) -> list[TextPiece]:
-  """Every turn alone with the image, as if it were a sample of its own, at the price of one image.
+  """Returns the pieces of a dialogue to train on, in which turns do not see each other.
+
+  Every turn is a branch that sees the system text and the image, as if it were a sample of its own;
+  the image is read once.
 
   Raises:
-    SampleError: when the image does not stand in the first turn only.
+    SampleError: unless there is exactly one image, in the first turn.
   """
   text = template.training or template
   first, *others = (question for question, _ in turns)
@@ -261,11 +274,11 @@ def branch(turns: Turns, template: Template) -> list[TextPiece]:
 
 
 def prompt(question: str, template: Template, images: int = 0) -> list[TextPiece]:
-  """The pieces of one open question, ready for an answer.
+  """Returns the pieces of one question that is to be answered.
 
-  `images` are put in front of a question that does not say where they stand.
-  Outer blanks of a question behind its image stay, where training strips them: the original's
-  `model_vqa*.py` put `<image>` and a newline in front of whatever the file says.
+  Puts `images` image marks in front of a question that has none. Keeps leading and trailing spaces
+  of a question that follows `<image>` and a newline, though training strips them: the original's
+  `model_vqa*.py` write the image mark, a newline and the unchanged question.
   """
   if IMAGE not in question:
     question = f"{IMAGE}\n" * images + question

@@ -1,9 +1,9 @@
-"""From a picture's file to its pixels, within bounds: which files, which formats, how large.
+"""Decodes image files to RGB, within bounds on the kind of file, its format and its size.
 
-A picture is what a data set or a user names, so its file is opened as a stranger's: regular files
-only, formats of a table, sizes from the head before a pixel is decoded, and never more pixels at
-once than `ROOM` has. Exif orientation is not applied and transparency is dropped, as in the
-original, which opens every picture with `convert("RGB")`.
+A data set or a user names the files, so none is trusted: only regular files and the formats of a
+table are read, the size is checked before a pixel is decoded, and `PIXEL_BUDGET` bounds the pixels
+in memory. Exif orientation is ignored and transparency is dropped, as in the original, which opens
+every image with `convert("RGB")`.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_sp_jax.data.failure import SampleError, reason
 
-# Pillow's decoders that may read a stranger's file; JPEG stands for multi-picture files as well.
+# Pillow's decoders that are used for untrusted files; JPEG includes multi-picture files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_PIXELS = 178_956_970  # of a picture, and of the square that it is padded to
-MAX_BYTES = 1 << 30  # of a file; the largest picture is smaller, uncompressed
-_WARNINGS = threading.Lock()  # their filters belong to the process
+MAX_PIXELS = 178_956_970  # of an image, and of the square that it is padded to
+MAX_BYTES = 1 << 30  # of a file; an uncompressed image of MAX_PIXELS has fewer
+_WARNINGS = threading.Lock()  # warning filters are shared by all threads
 T = TypeVar("T")
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
 class MissingImageError(SampleError):
-  """There is no file of that name."""
+  """Reports that an image file does not exist."""
 
 
-class Room:
-  """Pixels that may be in memory at a time, over all threads of a process."""
+class PixelBudget:
+  """Bounds the pixels in memory at a time, over all threads of a process."""
 
   def __init__(self, pixels: int):
     self._all = self._free = pixels
@@ -46,7 +46,7 @@ class Room:
 
   @contextlib.contextmanager
   def of(self, size: tuple[int, int]) -> Iterator[None]:
-    """Waits for the room of a picture with the square around it."""
+    """Reserves the pixels of an image padded to a square for a block; waits until they are free."""
     pixels = min(max(size) ** 2, self._all)
     with self._changed:
       self._changed.wait_for(lambda: pixels <= self._free)
@@ -59,7 +59,7 @@ class Room:
         self._changed.notify_all()
 
 
-ROOM = Room(2 * MAX_PIXELS)
+PIXEL_BUDGET = PixelBudget(2 * MAX_PIXELS)
 
 
 def _converted(image: Image.Image) -> Image.Image:
@@ -72,10 +72,10 @@ def _as_it_is(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-  """Grey of up to 16 bits: its highest 8, as Pillow itself reads colours of 16 bits.
+  """Reduces gray values of up to 16 bits to their highest 8 bits, as Pillow reads 16-bit colors.
 
-  What a TIFF says of its numbers is Pillow's to honour only for 8 bits: how many count (12 of 16),
-  and whether 0 is white.
+  Reads two tags of TIFF files that Pillow ignores beyond 8 bits: the bits per sample (e.g. 12 of
+  16), and whether 0 is white.
   """
   tags = getattr(image, "tag_v2", {})
   bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
@@ -83,7 +83,8 @@ def _high_byte(image: Image.Image) -> Image.Image:
   return Image.fromarray(255 - values if white_is_zero else values).convert("RGB")
 
 
-# Pillow's mode -> how it becomes RGB. Numbers of 32 bits have no range that could be known.
+# Pillow's mode -> conversion to RGB. 32-bit modes are missing: the range of their values is
+# unknown.
 MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
   **dict.fromkeys(("1", "L", "P", "LA", "La", "PA"), _converted),
   **dict.fromkeys(("RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"), _converted),
@@ -93,14 +94,17 @@ MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def rgb(image: Image.Image) -> Image.Image:
-  """A picture in 3 x 8 bits. Raises: SampleError for a mode that is in no row of MODES."""
+  """Converts an image to RGB, 8 bits a channel. Raises: SampleError for a mode not in MODES."""
   if image.mode not in MODES:
     raise SampleError(f"a picture of mode {image.mode!r}; known: {', '.join(MODES)}")
   return _unwarned(lambda: MODES[image.mode](image))
 
 
 def _unwarned(make: Callable[[], T]) -> T:
-  """What `make` returns; what Pillow only warns of costs no picture where warnings are errors."""
+  """Calls `make`, and again with warnings ignored if a warning was raised as an error.
+
+  So a warning of Pillow costs no image in a process that turns warnings into errors.
+  """
   try:
     return make()
   except Warning:
@@ -110,7 +114,10 @@ def _unwarned(make: Callable[[], T]) -> T:
 
 
 def check_size(size: tuple[int, int], padded: bool = False) -> None:
-  """Raises: SampleError when a picture has no pixels, or with the square around it too many."""
+  """Checks the pixels of an image, or of the square around it if `padded`.
+
+  Raises: SampleError when there are none, or more than MAX_PIXELS.
+  """
   width, height = size
   pixels = max(size) ** 2 if padded else width * height
   if min(size) < 1:
@@ -123,10 +130,11 @@ def check_size(size: tuple[int, int], padded: bool = False) -> None:
 
 
 def read(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
-  """Decodes a file to RGB; messages call it `name` (its path if empty).
+  """Decodes a file to RGB; errors name it `name`, or its path if `name` is empty.
 
   Raises:
-    SampleError: names the file and says whether it is missing or not a picture that is read.
+    MissingImageError: when the file does not exist.
+    SampleError: when it is not an image that can be decoded within the bounds.
   """
   with picture(file, name) as image:
     return image
@@ -134,29 +142,33 @@ def read(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
 
 @contextlib.contextmanager
 def picture(file: str | Path | BinaryIO, name: str = "") -> Iterator[Image.Image]:
-  """The RGB pixels of a file; until the block ends, they have their place in `ROOM`.
+  """Decodes a file to RGB for the length of a block, within `PIXEL_BUDGET`.
 
-  Raises: SampleError like `read`; it names the file for what is raised in the block as well.
+  Raises: SampleError like `read`. An error raised in the block becomes one that names the file,
+    too.
   """
-  with _named(file, name), _opened(file) as image, ROOM.of(image.size):
+  with _named(file, name), _opened(file) as image, PIXEL_BUDGET.of(image.size):
     yield rgb(image)
 
 
 def read_size(file: str | Path | BinaryIO, name: str = "") -> tuple[int, int]:
-  """Width and height in pixels, from the head of a file. Raises: SampleError like `read`."""
+  """Reads width and height in pixels from the header of a file. Raises: SampleError like `read`."""
   with _named(file, name), _opened(file) as image:
     return image.size
 
 
 def read_bytes(path: str | Path) -> bytes:
-  """The bytes of a picture's file, whatever they are. Raises: SampleError like `read`."""
+  """Reads an image file without decoding it, up to MAX_BYTES.
+
+  Raises: SampleError when the file cannot be opened, like `read`.
+  """
   with _named(path, ""), _regular(path) as file:
     return file.read(MAX_BYTES)
 
 
 @contextlib.contextmanager
 def _named(file: str | Path | BinaryIO, name: str) -> Iterator[None]:
-  """Puts the file's name before whatever Pillow or the system raises: that can be nearly anything."""
+  """Turns any exception of a block into a SampleError whose message starts with the file's name."""
   name = name or str(file)
   try:
     yield
@@ -179,7 +191,10 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _regular(path: str | Path) -> io.BufferedReader:
-  """Opens a regular file of a bounded size; a pipe or a device is refused, and not waited for."""
+  """Opens a regular file of at most MAX_BYTES; refuses pipes and devices without blocking.
+
+  Raises: MissingImageError, SampleError.
+  """
   try:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except OSError as error:

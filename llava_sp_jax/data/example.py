@@ -13,14 +13,14 @@ import numpy as np
 
 from llava_sp_jax.data.failure import SampleError
 
-BRANCHES = 1 << 12  # as `models.layers.BRANCHES`; a test holds the two together
+BRANCHES = 1 << 12  # equals `models.layers.BRANCHES`; a test compares the two
 IMAGE_ID = -200  # stands for a whole image in a list of ids, as in LLaVA's data
-NEWLINE = -2  # in a plan: the learned token that ends a row of patches
+NEWLINE = -2  # in a plan: the learned token at the end of a row of patches
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Consecutive ids of one branch; `supervised` marks the ids that are predicted."""
+  """Holds consecutive ids of one branch; `supervised` marks the ids that count in the loss."""
 
   ids: tuple[int, ...]
   supervised: tuple[bool, ...]
@@ -29,7 +29,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPlan:
-  """The tokens of one image, in the order in which the decoder reads them."""
+  """Holds the tokens of one image in the order in which the decoder reads them."""
 
   slots: np.ndarray  # [L] int32; token n of the image's tile t is t * N + n, or NEWLINE
   tiles: int
@@ -37,13 +37,13 @@ class TokenPlan:
 
 
 def one_tile(tokens: int) -> TokenPlan:
-  """An image that is one tile, its tokens in their own order."""
+  """Returns the plan of an image of one tile whose tokens keep their order."""
   return TokenPlan(np.arange(tokens, dtype=np.int32), 1, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRow:
-  """Arrays of length T, int32 but for `weights` (float32); a batch stacks them."""
+  """Holds one row of a batch: arrays [T], int32 except `weights` (float32)."""
 
   tokens: np.ndarray
   targets: np.ndarray
@@ -51,7 +51,7 @@ class TokenRow:
   positions: np.ndarray
   segments: np.ndarray
   slots: np.ndarray
-  length: int  # of the row before padding, after what is too long was cut off
+  length: int  # tokens of the row without padding, after truncation
 
   def arrays(self) -> dict[str, np.ndarray]:
     names = ("tokens", "targets", "weights", "positions", "segments", "slots")
@@ -61,11 +61,13 @@ class TokenRow:
 def total_length(
   runs: list[Run], plans: Sequence[TokenPlan], row_length: int, row_tiles: int = 0
 ) -> int:
-  """Tokens of a sample before anything is cut off, without laying it out.
+  """Returns the tokens of a sample before truncation, without building its row.
+
+  `row_tiles` is the number of tiles for which a row has space (0: unlimited).
 
   Raises:
-    SampleError: when the ids name another number of images than the sample has, the images have
-      more tiles than the row, or an image would be cut.
+    SampleError: when the number of IMAGE_ID in the ids is not the number of plans, the images have
+      more tiles than a row has space for, or truncation would cut an image.
   """
   tiles = sum(plan.tiles for plan in plans)
   if row_tiles and tiles > row_tiles:
@@ -95,12 +97,20 @@ def layout(
   segment: int = 1,
   first_tile: int = 0,
 ) -> TokenRow:
-  """Lays runs out in a row: each image becomes the slots of its plan; what is too long is cut off.
+  """Builds the row of a sample: replaces each IMAGE_ID by the slots of its plan, pads, truncates.
 
-  The tiles of a row's images follow each other, the first of this sample is `first_tile`.
-  `row_tiles` is M, for how many the row has room (0: as many as there are): the model's end-of-row
-  token is slot M * N. A branch continues the positions of the trunk, so it reads as if it alone
-  followed it. Raises: SampleError like `total_length`.
+  Positions of every branch continue those of the trunk, as if no other branch were there.
+
+  Args:
+    runs: ids of the sample, with IMAGE_ID for an image.
+    plans: token plans of the images, in their order in the ids.
+    row_length: T.
+    row_tiles: M, the tiles for which a row has space (0: exactly those of the plans). NEWLINE
+      becomes slot M * N.
+    segment: the number of the sample within its row.
+    first_tile: the index, within its row, of the sample's first tile.
+
+  Raises: SampleError like `total_length`.
   """
   total = total_length(runs, plans, row_length, row_tiles)
   places = iter(_places(plans, row_tiles, first_tile))
@@ -137,12 +147,12 @@ def layout(
     array[: min(total, row_length)] = values[:row_length]
     arrays[name] = array
   if total > row_length:
-    arrays["weights"][-1] = 0.0  # its target was cut off
+    arrays["weights"][-1] = 0.0  # the target was cut off
   return TokenRow(length=min(total, row_length), **arrays)
 
 
 def _places(plans: Sequence[TokenPlan], row_tiles: int, first: int) -> list[list[int]]:
-  """The slots of each image within its row."""
+  """Returns the slots of each image within its row."""
   result, room = [], row_tiles or first + sum(plan.tiles for plan in plans)
   for plan in plans:
     newline = room * plan.tile_tokens
@@ -153,9 +163,9 @@ def _places(plans: Sequence[TokenPlan], row_tiles: int, first: int) -> list[list
 
 
 def join(rows: Sequence[TokenRow], row_length: int) -> TokenRow:
-  """Rows one after the other, without their padding, in one of `row_length`.
+  """Concatenates rows without their padding and pads the result to `row_length`.
 
-  Their segments and slots must be apart already. Raises: ValueError when they are too long.
+  The rows must have distinct segments and slots already. Raises: ValueError when they are too long.
   """
   used = sum(row.length for row in rows)
   if used > row_length:
@@ -170,5 +180,5 @@ def join(rows: Sequence[TokenRow], row_length: int) -> TokenRow:
 
 
 def from_labels(ids: list[int], labels: list[int], ignore: int = -100) -> list[Run]:
-  """A run from LLaVA's own arrays: ids with IMAGE_ID, labels that are `ignore` in the context."""
+  """Converts LLaVA's arrays to runs: ids with IMAGE_ID, and labels that are `ignore` in context."""
   return [Run(tuple(ids), tuple(label != ignore for label in labels))]

@@ -1,4 +1,4 @@
-"""One sample's failure stays that sample's failure, whatever library raised it."""
+"""Confines any exception about one sample to that sample, whatever library raised it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TypeVar
 from llava_sp_jax.console import shortened
 from llava_sp_jax.errors import LlavaSPError
 
-REASON = 200  # characters of a reason
+REASON = 200  # the most characters of a reason
 
 T = TypeVar("T")
 
 
 class SampleError(LlavaSPError, ValueError):
-  """One sample that cannot be used; the message says what was found and what was expected.
+  """Reports a sample that cannot be used: what was found, and what was expected.
 
-  The message is one line of at most REASON characters that any terminal can print.
+  The message is one printable line of at most REASON characters.
   """
 
   def __init__(self, message: object):
@@ -25,7 +25,10 @@ class SampleError(LlavaSPError, ValueError):
 
 
 def reason(error: BaseException) -> str:
-  """Why a sample failed: our own message, or the kind of another library's error and its text."""
+  """Returns why a sample failed: the text of a SampleError, or type and text of another error.
+
+  The result is one printable line of at most REASON characters.
+  """
   if isinstance(error, SampleError):
     return str(error)
   name, text = type(error).__name__, str(error)
@@ -34,7 +37,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def of_one_sample() -> Iterator[None]:
-  """Turns whatever is raised within into a SampleError; ctrl-C and the like pass.
+  """Turns every Exception of a block into a SampleError; KeyboardInterrupt and the like pass.
 
   Raises: SampleError.
   """
@@ -47,7 +50,7 @@ def of_one_sample() -> Iterator[None]:
 
 
 def attempt(make: Callable[[], T]) -> T | SampleError:
-  """What `make` returns, or why there is none: an error that stands in the sample's place."""
+  """Calls `make` and returns its result, or the SampleError that says why it failed."""
   try:
     with of_one_sample():
       return make()

@@ -1,7 +1,8 @@
-"""The forms of a sample that are read, as tables: where dialogue, system text and images stand.
+"""Reads samples in all supported forms.
 
-Nothing that a sample carries is left out in silence: a key or a mark of a medium that is not read
-costs the sample, with the reason. docs/data.md shows the tables to users.
+Tables say which keys hold the dialogue, the system text and the images. Refuses a sample with a key
+or mark of a medium that is not read, rather than dropping the medium silently. docs/data.md shows
+the tables to users.
 """
 
 from __future__ import annotations
@@ -20,53 +21,61 @@ ASKS, REPLIES, SYSTEM = "human", "gpt", "system"
 ROLES = {"human": ASKS, "user": ASKS, "gpt": REPLIES, "assistant": REPLIES, "system": SYSTEM}
 IMAGES = ("image", "images")  # keys of a file name, or a list of them; in TFDS also of bytes
 LONGEST_NAME = 4096  # characters of a path
-LONGEST_TEXT = 1 << 20  # characters of a dialogue; far beyond any row, and read within seconds
-# Kinds of parts of a `content` that is a list -> the key that holds their value.
+LONGEST_TEXT = 1 << 20  # characters of a dialogue; far beyond any row, yet tokenized in seconds
+# Type of a part of a `content` list -> the key that holds its value.
 PARTS = {"text": "text", "image": "image"}
 
-# Keys of other media, or of images in a form that is not read.
+# Patterns of keys of other media, or of images in a form that is not read.
 _PICTURES = r"(image|img|picture|photo|pixel|frame)s?"
 _OTHERS = r"(video|audio|speech|sound|voice|music)s?"
 _HOLDS = r"([_-]?(path|file|file_?name|name|url|uri|base64|b64|byte|value|data|list)s?)?"
 _PICTURE_KEY = re.compile(_PICTURES + _HOLDS, re.IGNORECASE)
-_NUMBERED_KEY = re.compile(rf"{_PICTURES}{_HOLDS}[_-]?\d+", re.IGNORECASE)  # one of several
+_NUMBERED_KEY = re.compile(rf"{_PICTURES}{_HOLDS}[_-]?\d+", re.IGNORECASE)  # e.g. image_2
 _OTHER_KEY = re.compile(rf"{_OTHERS}{_HOLDS}([_-]?\d+)?", re.IGNORECASE)
-# A text that is a medium whatever its key.
+# Values that are a medium or the name of its file, whatever their key.
 _MEDIUM = re.compile(
   r"data:(image|video|audio)/.*|[^\n]+\."
   r"(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)",
   re.IGNORECASE | re.DOTALL,
 )
-NAMES = ("id", "sample_id", "question_id")  # of the sample, though it may be called like a file
-# Marks of other media, before a question, behind its images or on the line behind it; elsewhere a
-# text may speak of one.
+NAMES = ("id", "sample_id", "question_id")  # name the sample, and may look like a file name
+# Marks of other media before a question, after its image mark, or on a line after it. Anywhere else
+# a text may merely mention such a mark.
 _OTHER_MARK = re.compile(
   r"^\s*(?:<image>\s*)*<{0}>|\n\s*<{0}>\s*$".format(_OTHERS + r"([ _-]?\d+)?"), re.IGNORECASE
 )
 _FILE_WITHIN = re.compile(r"<img>[^<>]*</img>", re.IGNORECASE)
-# How others write the place of a picture; beside pictures that are read a text may refer to one.
+# Image marks of other code. They are refused only in samples without images: beside an image that
+# is read, a text may refer to one.
 _PICTURE_MARK = re.compile(
   r"<(image|img|picture)[ _-]?(\d+|here|pad|token|placeholder|context)>|<\|(image|vision)\w*\|>",
   re.IGNORECASE,
 )
-# Keys, of a reply or with a value for each turn, that weigh a reply in the loss.
+# Keys that weight a reply in the loss: of a turn, or of a sample with a value for each turn.
 WEIGHTS = ("loss", "loss_mask", "loss_scale", "loss_weight", "weight", "train", "trainable")
 
 Image = str | bytes  # a file's name, or its bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
-  """A sample in the one form that is worked with. `system` None: the template's own text."""
+class Dialogue:
+  """Holds a sample in the form that the rest of the package uses.
+
+  `system` is None where the template's own system text applies.
+  """
 
   turns: Turns
   images: tuple[Image, ...] = ()
   system: str | None = None
 
 
-def read(sample: Any) -> Talk:
-  """Raises: SampleError for what is no dialogue, or carries what is not read."""
-  if isinstance(sample, SampleError):  # why there is no sample
+def read(sample: Any) -> Dialogue:
+  """Reads a sample in any of the supported forms.
+
+  Raises: SampleError for what is no dialogue, or has a medium or weight that is not read; a sample
+    that is a SampleError itself is raised.
+  """
+  if isinstance(sample, SampleError):  # its source could not read it
     raise sample
   if not isinstance(sample, dict):
     raise SampleError(f"expected a dictionary, found {_shown(sample)}")
@@ -82,7 +91,7 @@ def read(sample: Any) -> Talk:
   system, rest = _system(sample, messages)
   turns = _turns(rest, len(messages) - len(rest))
   _refuse_marks(turns, bool(within or named))
-  return Talk(turns, within or named, system)
+  return Dialogue(turns, within or named, system)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +116,12 @@ def _dialogue(sample: dict[str, Any]) -> list[Any]:
 
 
 def _held(sample: dict[str, Any], key: str) -> bool:
-  """Whether a key is there and holds something."""
+  """Returns whether a key is present with a value that is not empty."""
   return sample.get(key) not in (None, "", b"", [])
 
 
 def _only_one(found: dict[str, Any]) -> None:
-  """Raises: SampleError for two keys that say different things."""
+  """Raises: SampleError for two keys with different values."""
   first, *others = found or [""]
   if other := [key for key in others if found[key] != found[first]]:
     raise SampleError(f"both `{first}` and `{other[0]}` are given; expected one of them")
@@ -139,7 +148,10 @@ def _message(number: int, turn: Any) -> _Message:
 
 
 def _check_text(where: str, text: str) -> None:
-  """Raises: SampleError for what is no Unicode: some tokenizers refuse it, others read anything."""
+  """Checks that a text is valid Unicode; tokenizers differ in how they treat one that is not.
+
+  Raises: SampleError for half of a surrogate pair.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as error:
@@ -148,7 +160,7 @@ def _check_text(where: str, text: str) -> None:
 
 
 def _content(number: int, content: Any) -> tuple[str, tuple[Image, ...]]:
-  """The text of a turn, and the images that are named in it."""
+  """Returns the text of a turn, and the images of its parts."""
   if isinstance(content, str):
     return content, ()
   if not isinstance(content, list):
@@ -196,9 +208,12 @@ def _names(key: str, value: Any) -> Iterator[Image]:
 
 
 def _refuse_media(sample: dict[str, Any], has_image: bool) -> None:
-  """Raises: SampleError for media that are not read.
+  """Checks the other keys of a sample for media.
 
-  Beside an image that is read, other keys of pictures say where it is from, but for numbered ones.
+  In a sample with an image, keys such as `image_url` are taken to describe it and pass; numbered
+  ones such as `image_2` do not.
+
+  Raises: SampleError for media that are not read.
   """
   for key, value in sample.items():
     if key in (*IMAGES, *DIALOGUES, "system"):
@@ -219,13 +234,13 @@ def _holds_media(values: dict[str, Any], key: Any) -> bool:
   if not isinstance(key, str) or not any(pattern.fullmatch(key) for pattern in known):
     return False
   value = values[key]
-  if value is None or isinstance(value, bool | int | float):  # it counts, or says whether
+  if value is None or isinstance(value, bool | int | float):  # a count or a flag, no medium
     return False
   return len(value) > 0 if hasattr(value, "__len__") else True
 
 
 def _is_medium(value: Any) -> bool:
-  """Whether a value is bytes or the name of a file, or holds one."""
+  """Returns whether a value is bytes or the name of a media file, or contains one."""
   if isinstance(value, str):
     return len(value) <= LONGEST_NAME and _MEDIUM.fullmatch(value) is not None
   if isinstance(value, dict):
@@ -236,7 +251,7 @@ def _is_medium(value: Any) -> bool:
 
 
 def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
-  """Raises: SampleError where a reply is to be weighed unlike all others."""
+  """Raises: SampleError for a reply whose weight in the loss is not 1."""
   for key in WEIGHTS:
     every = sample.get(key)
     spread = every if isinstance(every, list) and len(every) == len(messages) else None
@@ -249,7 +264,7 @@ def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
 
 
 def _refuse_marks(turns: Turns, has_image: bool) -> None:
-  """Raises: SampleError for a picture in a question that is written in another way than IMAGE."""
+  """Raises: SampleError for a question with an image mark other than IMAGE."""
   for question, _ in turns:
     mark = _FILE_WITHIN.search(question)
     if not mark and not has_image:
@@ -262,7 +277,7 @@ def _refuse_marks(turns: Turns, has_image: bool) -> None:
 
 
 def _system(sample: dict[str, Any], messages: list[_Message]) -> tuple[str | None, list[_Message]]:
-  """The system text of the key or of the first turn, and the other turns."""
+  """Returns the system text, of the key or of the first turn, and the other turns."""
   key, first = sample.get("system"), messages[0]
   if key is not None and not isinstance(key, str):
     raise SampleError(f"`system` must be a text, found {_shown(key)}")
@@ -275,9 +290,10 @@ def _system(sample: dict[str, Any], messages: list[_Message]) -> tuple[str | Non
 
 
 def _turns(messages: list[_Message], first: int) -> Turns:
-  """(question, reply) pairs; an open last turn has reply None.
+  """Returns (question, reply) pairs; the reply of an open last question is None.
 
-  A greeting in front of the first question is left out, as in the original.
+  Drops a reply before the first question, as in the original. `first` is the number of turns that
+  were removed from the front, for messages.
 
   Raises:
     SampleError: when the turns do not alternate.
@@ -302,5 +318,5 @@ def _turns(messages: list[_Message], first: int) -> Turns:
 
 
 def _shown(value: Any) -> str:
-  """The beginning of a value that an error quotes."""
+  """Returns the beginning of a value, for messages."""
   return f"{value[:80]!r:.80}" if isinstance(value, str | bytes) else f"{value!r:.80}"

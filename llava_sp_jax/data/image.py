@@ -1,7 +1,7 @@
-"""Preprocessing of pictures, equal to the last bit to the original's (PIL, not torch).
+"""Preprocesses images, bit-equal to the original (with PIL, without torch).
 
-The original guesses from an array's shape where the channels are: it fails on a picture one pixel
-high and misreads one of three. Here such pictures are computed like all others.
+The original guesses the channel axis from an array's shape, so it fails on an image one pixel high
+and misreads one three pixels high. Here such images are treated like all others.
 Source: `expand2square` in `llava/mm_utils.py`; Hugging Face's CLIP and SigLIP image processors.
 """
 
@@ -16,14 +16,15 @@ from PIL import Image
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError
 
-LONGEST = 200  # times its width or height: more is a line, which "crop" would enlarge past memory
+LONGEST = 200  # the largest aspect ratio for "crop", which would enlarge a longer image past memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """What a vision tower expects of a picture; `size` in pixels.
+  """Preprocesses images as a vision tower expects.
 
-  `fit` names a row of FITS, `resample` one of RESAMPLES.
+  `size` is the side of the result in pixels, `mean` and `std` are of RGB values in [0, 1], `fit`
+  names a row of FITS and `resample` one of RESAMPLES.
   """
 
   size: int
@@ -37,25 +38,28 @@ class Preprocess:
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
-    """Pads to a square with the mean colour, resizes, normalises. -> [size, size, 3]."""
+    """Pads to a square with the mean color, resizes, normalizes. -> [size, size, 3] float32."""
     return self.square(pad_to_square(decode.rgb(image), self.pad_color))
 
   def square(self, image: Image.Image) -> np.ndarray:
-    """An RGB picture of any shape, made square as `fit` says. -> [size, size, 3] float32."""
+    """Makes an RGB image square as `fit` says, and normalizes it. -> [size, size, 3] float32."""
     if image.size != (self.size, self.size):
       image = FITS[self.fit].make(image, self.size, RESAMPLES[self.resample])
     scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
     return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
-# What processors of others may name; LLaVA's is bicubic, SigLIP 2's bilinear.
+# Resampling filters that a processor's settings may name; LLaVA's is bicubic, SigLIP 2's bilinear.
 RESAMPLES = {kind.name.lower(): kind for kind in Image.Resampling}
 
 
 def crop(
   image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-  """The shorter side becomes `size`, the middle of the longer one is kept (CLIP)."""
+  """Resizes the shorter side to `size` and crops the longer one around its center (CLIP).
+
+  Raises: SampleError like `check_crop`.
+  """
   check_crop(image.size)
   short, long = sorted(image.size)
   enlarged = int(size * long / short)
@@ -66,7 +70,7 @@ def crop(
 
 
 def check_crop(size: tuple[int, int]) -> None:
-  """Raises: SampleError for a line."""
+  """Raises: SampleError for an aspect ratio above LONGEST."""
   if max(size) > LONGEST * min(size):
     raise SampleError(f"an image of {size[0]}x{size[1]} pixels is too long to be cropped")
 
@@ -74,13 +78,13 @@ def check_crop(size: tuple[int, int]) -> None:
 def stretch(
   image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
-  """Both sides become `size` (SigLIP)."""
+  """Resizes both sides to `size`, regardless of the aspect ratio (SigLIP)."""
   return image.resize((size, size), resample)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """How a picture becomes a square; `check` refuses, by its size, one that cannot."""
+  """Defines how an image becomes a square; `check` raises SampleError for a size that cannot."""
 
   make: Callable[[Image.Image, int, Image.Resampling], Image.Image]
   check: Callable[[tuple[int, int]], None] = lambda size: None
@@ -90,7 +94,7 @@ FITS = {"crop": Fit(crop, check_crop), "stretch": Fit(stretch)}
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-  """Centres the image on a square of its longer side. Raises: SampleError for one too large."""
+  """Centers an image on a square with its longer side. Raises: SampleError if that is too large."""
   width, height = image.size
   if width == height:
     return image
@@ -113,5 +117,5 @@ def _mirror_shift(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return image[:, ::-1] if rng.integers(2) else image
 
 
-# A mirror is right only where no question speaks of left and right; LLaVA's recipe has "none".
+# Mirroring suits only data without questions about left and right; LLaVA's recipe uses "none".
 AUGMENTS = {"none": _no_change, "mirror_shift": _mirror_shift}

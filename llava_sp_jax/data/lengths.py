@@ -1,7 +1,8 @@
-"""The sizes of all samples: one pass over text and image heads, before any row is planned.
+"""Measures the sizes of all samples in one pass over text and image headers.
 
-The pass runs in several processes and is kept in a file whose name is a hash of all that it depends
-on, so a run that goes on, or another run on the same data, does not repeat it.
+Rows are planned from the sizes. The pass runs in several processes. Its result is saved in a file
+whose name is a hash of all that it depends on, so a resumed run, or another run on the same data,
+does not repeat it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.progress import Progress
 
-VERSION = 1  # of the file, and of the code that measures
-CHUNK = 256  # samples that go to a process at a time
-ALONE = 4096  # so few are measured here: processes take seconds to start
-SAY_EVERY = 10.0  # seconds
-# Settings that do not change a size. All others count, so that a new one is never forgotten.
+VERSION = 1  # of the file's format and of the code that measures
+CHUNK = 256  # samples sent to a process at a time
+ALONE = 4096  # up to so many samples are measured in this process: others take seconds to start
+SAY_EVERY = 10.0  # seconds between two lines about progress
+# Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
 NOT_MEASURED = ("threads", "processes", "packing", "bucket_lengths", "augment", "image_mean",
                 "image_std", "path", "tokenizer")  # fmt: skip
 
@@ -45,24 +46,26 @@ Found = tuple[int, int, int, str]  # length, total, tiles, or (0, 0, 0, why it c
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-  """Arrays over all samples, int32; 0 for those in `errors`, which says why."""
+  """Holds the sizes of all N samples; they are 0 for the samples in `errors`."""
 
-  lengths: np.ndarray
-  totals: np.ndarray  # before anything was cut
-  tiles: np.ndarray
-  errors: dict[int, str]
+  lengths: np.ndarray  # [N] int32, tokens in a row
+  totals: np.ndarray  # [N] int32, tokens before truncation
+  tiles: np.ndarray  # [N] int32
+  errors: dict[int, str]  # index of a sample -> why it cannot be used
 
   @property
   def cut(self) -> int:
+    """Returns the number of samples that are truncated."""
     return int(np.sum(self.totals > self.lengths))
 
   def sizes(self) -> Sizes:
+    """Returns the sizes, with the samples of a length above 0 as usable."""
     usable = np.flatnonzero(self.lengths).astype(np.int32)
     return Sizes(self.lengths, self.tiles, usable)
 
 
 class Lengths:
-  """`sizes(epoch)`: measured, read from the file of an earlier pass, or the same as before."""
+  """Provides the sizes of samples in an epoch: measured, or from the file of an earlier pass."""
 
   def __init__(
     self,
@@ -75,14 +78,28 @@ class Lengths:
     folder: Path | None = None,
     say: Say | None = None,
   ):
-    """`folder` is where passes are kept (None: nowhere); `say` is told how far one is."""
+    """Prepares the measuring.
+
+    Args:
+      source: the samples.
+      tokenizer: the tokenizer of the run.
+      data: the data settings of the run.
+      tile: the tokens of one tile of the model.
+      seed: the seed of the run, with which turns are drawn.
+      quarantine: where samples that cannot be used are recorded.
+      folder: where results are saved (None: nowhere).
+      say: receives lines about progress.
+    """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
     self._say = say or (lambda line: None)
 
   def measured(self, epoch: int) -> Measured:
-    """Raises: ConfigError when no sample can be used."""
-    # Only where turns are drawn does an epoch have sizes of its own.
+    """Returns the sizes in an epoch, and quarantines the samples that cannot be used.
+
+    Raises: ConfigError when no sample can be used.
+    """
+    # Sizes differ between epochs only if turns are drawn at random.
     result = self._pass(epoch if self._data.turns_per_row else 0)
     for index, error in result.errors.items():
       self._quarantine.add(index, self._source[index], SampleError(error))
@@ -101,11 +118,11 @@ class Lengths:
     return result
 
   def sizes(self, epoch: int) -> Sizes:
-    """What `packing.Stream` asks for. Raises: ConfigError when no sample can be used."""
+    """Returns `measured(epoch)` as `packing.Stream` takes it, with the same errors."""
     return self.measured(epoch).sizes()
 
   def key(self, epoch: int) -> str:
-    """A hash of all that sizes depend on, but for the images themselves."""
+    """Returns a hash of all that the sizes depend on, except the image files."""
     data = dataclasses.asdict(self._data)
     about = {
       "version": VERSION,
@@ -143,7 +160,10 @@ class Lengths:
     return result
 
   def _parts(self, epoch: int) -> Iterator[list[Found]]:
-    """What was found, CHUNK samples at a time, in order."""
+    """Yields the results for all samples, CHUNK at a time and in order.
+
+    Raises: ConfigError when a process dies.
+    """
     about = (self._data, self._tile, self._source.sizes, self._seed)
     count = len(self._source)
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
@@ -165,7 +185,7 @@ class Lengths:
       chunk, future = waiting.popleft()
       try:
         return future.result()
-      except RecursionError:  # samples that are nested too deeply to be sent
+      except RecursionError:  # a sample is nested too deeply to be pickled
         return here(chunk)
 
     try:
@@ -173,7 +193,7 @@ class Lengths:
         for chunk in chunks:
           parts = [self._source[i] for i in chunk]
           waiting.append((chunk, pool.submit(_work, parts, epoch, chunk.start)))
-          if len(waiting) > 4 * processes:  # not all samples at once in the queue
+          if len(waiting) > 4 * processes:  # bounds the samples in the queue
             yield found()
             done += CHUNK
         while waiting:
@@ -215,13 +235,13 @@ def _found(measure: samples.Measurer, sample: Any, epoch: int, index: int) -> Fo
   return size.length, size.total, size.tiles, ""
 
 
-_process: list[samples.Measurer] = []  # of a process that `_start` has prepared
+_process: list[samples.Measurer] = []  # in a worker process: its measurer, set by `_start`
 
 
 def _start(
   data: config_lib.DataConfig, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
 ) -> None:
-  """`tokenizer` is the folder that it was loaded from."""
+  """Prepares a worker process; `tokenizer` is the folder of the tokenizer."""
   _process.append(_measurer(data, tile, sizes, seed, Tokenizer(tokenizer)))
 
 
@@ -230,7 +250,7 @@ def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
 
 
 def _save(measured: Measured, path: Path) -> None:
-  """Raises: OSError when it cannot be written; nothing is left of it then."""
+  """Writes a file atomically. Raises: OSError when it cannot be written; no part of it remains."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_suffix(f".{os.getpid()}.part")
   errors = json.dumps(sorted(measured.errors.items()))
@@ -249,7 +269,7 @@ def _save(measured: Measured, path: Path) -> None:
 
 
 def _load(path: Path) -> Measured | None:
-  """What was measured; None where the file is damaged, whatever reading it raises."""
+  """Reads the file of an earlier pass; returns None if it is damaged in any way."""
   try:
     with path.open("rb") as opened, np.load(opened) as file:
       errors = {int(i): str(error) for i, error in json.loads(str(file["errors"]))}

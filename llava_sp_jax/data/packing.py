@@ -1,8 +1,8 @@
-"""Which samples share a row: a pure function of their sizes and the seed, the same on every host.
+"""Packs samples into rows, as a pure function of their sizes and the seed, equal on every host.
 
-An epoch is planned ahead, as a whole: its samples are shuffled and grouped, and its rows are
-shuffled again, so that neither long samples nor well filled rows come first. Row r of the endless
-stream of rows is then known without reading anything before it: a position in the data is a number
+Each epoch is planned as a whole before it begins: samples are shuffled and grouped, and then the
+rows are shuffled, so that neither long samples nor full rows come first. Row r of the endless
+stream is therefore known without reading the rows before it, and a position in the data is a number
 of rows, whatever the number of hosts.
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-WINDOW = 8192  # samples that are grouped at a time; more fill rows no better (see the benchmark)
-KEPT = 2  # epochs whose rows stay in memory: readers ahead are in the next one
+WINDOW = 8192  # samples grouped at a time; a larger window packs no better (see the benchmark)
+KEPT = 2  # epochs whose rows stay in memory: prefetching reaches into the next epoch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sizes:
-  """What each sample takes of a row; `usable` are the indices of those that are not left out."""
+  """Holds the size of each of N samples in a row, and the indices of the usable samples."""
 
   lengths: np.ndarray  # [N] int32, tokens in a row, image tokens included
   tiles: np.ndarray  # [N] int32
@@ -30,44 +30,45 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """What rows are made for: `length` tokens, `tiles` tiles, batches of `batch` rows."""
+  """Holds the capacity of rows and batches."""
 
-  length: int
-  tiles: int
-  batch: int
+  length: int  # tokens of a row
+  tiles: int  # of a row
+  batch: int  # rows of a batch
   buckets: tuple[int, ...] = ()  # static lengths, ascending; empty: quarters of `length`
 
   @property
   def bucket_lengths(self) -> tuple[int, ...]:
+    """Returns the lengths of all buckets, ascending; the last is `length`."""
     quarters = [max(1, self.length * i // 4) for i in (1, 2, 3)]
     return tuple(sorted({*(self.buckets or quarters), self.length}))
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-  """The samples of a row, in their order, and its static length."""
+  """Holds the indices of a row's samples, in their order, and the static length of the row."""
 
   length: int
   samples: tuple[int, ...] = ()
 
 
 def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
-  """Every sample has a row to itself; sizes need not be known."""
+  """Gives every sample a row of its own; does not read the sizes."""
   return [PackedRow(shape.length, (i,)) for i in order]
 
 
 def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
-  """Largest sample first, each into the fullest row that still has room for its tokens and tiles.
+  """Packs the longest sample first, each into the fullest row with space for its tokens and tiles.
 
-  It looks at WINDOW samples of the shuffled order at a time, which bounds how far samples of like
-  size can be drawn together.
+  Groups WINDOW samples of the shuffled order at a time, which limits how far samples of similar
+  size are drawn together.
   """
   lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
   rows: list[PackedRow] = []
   for start in range(0, len(order), WINDOW):
     window = sorted(order[start : start + WINDOW], key=lambda i: -lengths[i])  # stable
     held: list[list[int]] = []
-    # By the tiles that a row has room for: (tokens it has room for, its number), ascending.
+    # room[tiles left in a row]: (tokens left, number of the row), ascending.
     room: list[list[tuple[int, int]]] = [[] for _ in range(shape.tiles + 1)]
     for i in window:
       length, count = lengths[i], tiles[i]
@@ -90,19 +91,20 @@ def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRo
 
 
 def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
-  """One sample to a row, padded to the shortest bucket that holds it; every batch is of one bucket.
+  """Gives every sample a row of the shortest bucket that holds it, in batches of one bucket.
 
-  What does not fill a batch goes up a bucket; the last batch of all has empty rows.
+  Moves samples that do not fill a batch to the next longer bucket; fills the last batch of the
+  longest bucket with empty rows.
   """
   batches: list[list[PackedRow]] = []
   waiting: list[int] = []
   shorter = -1
   for length in shape.bucket_lengths:
-    mine = waiting + [i for i in order if shorter < sizes.lengths[i] <= length]
-    whole = len(mine) // shape.batch * shape.batch
-    rows = [PackedRow(length, (i,)) for i in mine[:whole]]
+    members = waiting + [i for i in order if shorter < sizes.lengths[i] <= length]
+    whole = len(members) // shape.batch * shape.batch
+    rows = [PackedRow(length, (i,)) for i in members[:whole]]
     batches += [rows[i : i + shape.batch] for i in range(0, whole, shape.batch)]
-    waiting, shorter = mine[whole:], length
+    waiting, shorter = members[whole:], length
   if waiting:
     empty = [PackedRow(shape.length)] * (shape.batch - len(waiting))
     batches.append([PackedRow(shape.length, (i,)) for i in waiting] + empty)
@@ -111,11 +113,11 @@ def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """How to group samples; `measured`: it needs their sizes."""
+  """Defines how samples are grouped into rows."""
 
   group: Callable[[Sequence[int], Sizes, Shape], list[PackedRow]]
-  measured: bool = True
-  batched: bool = False  # rows of a batch stay together
+  measured: bool = True  # whether `group` needs the sizes of the samples
+  batched: bool = False  # whether whole batches are shuffled, in place of rows
 
 
 PACKINGS = {
@@ -126,7 +128,7 @@ PACKINGS = {
 
 
 def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:
-  """The rows of one epoch; every usable sample is in one of them, once."""
+  """Returns the rows of one epoch; every usable sample is in exactly one of them."""
   rng = np.random.default_rng([seed, epoch])
   rows = packing.group(rng.permutation(sizes.usable).tolist(), sizes, shape)
   size = shape.batch if packing.batched else 1
@@ -135,28 +137,28 @@ def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) ->
 
 
 def fill(rows: Sequence[PackedRow], sizes: Sizes) -> float:
-  """The share of the rows' places that hold a token."""
+  """Returns the share of the positions of all rows that hold a token."""
   used = sum(int(sizes.lengths[i]) for row in rows for i in row.samples)
   return used / sum(row.length for row in rows)
 
 
 class Stream:
-  """Row r of all epochs, one after the other. Threads may share it."""
+  """Provides the endless sequence of rows of all epochs, by index; may be shared by threads."""
 
   def __init__(self, packing: Packing, shape: Shape, seed: int, sizes: Callable[[int], Sizes]):
-    """`sizes` of an epoch are asked for when its rows are planned."""
+    """Stores the arguments; calls `sizes(epoch)` only when the rows of an epoch are planned."""
     self._packing, self._shape, self._seed, self._sizes = packing, shape, seed, sizes
-    self._ends: list[int] = []  # of the epochs that were planned, in rows
+    self._ends: list[int] = []  # rows up to the end of each planned epoch
     self._rows: dict[int, list[PackedRow]] = {}
     self._lock = threading.Lock()
 
   def epoch(self, number: int) -> list[PackedRow]:
-    """The rows of an epoch. Raises: ValueError when it has none."""
+    """Returns the rows of an epoch. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
 
   def __getitem__(self, row: int) -> tuple[int, PackedRow]:
-    """The epoch of row `row`, counted from the start of training, and the row itself."""
+    """Returns the epoch of row `row`, counted from the start of training, and the row itself."""
     with self._lock:
       while not self._ends or self._ends[-1] <= row:
         self._planned(len(self._ends))

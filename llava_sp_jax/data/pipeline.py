@@ -1,4 +1,4 @@
-"""The data pipeline: shuffled, packed, seekable batches of static shape, read ahead by threads.
+"""Builds the data pipeline: shuffled, packed, prefetched, seekable batches of static shapes.
 
 Shape letters:  B rows . T row length . M tiles per row
 """
@@ -30,21 +30,21 @@ from llava_sp_jax.data.prefetch import Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 
-HOPELESS = 256  # so many bad samples and no good one: the settings are wrong, not the samples
-PREFETCH = 64  # rows that are made before they are asked for
-SAMPLES = "samples"  # in a batch: for each row, a list of Held; for the host, no array
+HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
+PREFETCH = 64  # rows that are made ahead of the batch that is read
+SAMPLES = "samples"  # key of a batch: for each row, a list of Held; stays on the host
 
 
 class Held(NamedTuple):
-  """A sample in a row; `trained` is False where it could not be read, so its place is empty."""
+  """Identifies a sample that was planned into a row."""
 
   epoch: int
   sample: int  # its index in the source
-  trained: bool
+  trained: bool  # False if it could not be read, so that its part of the row is padding
 
 
 class RowMaker:
-  """Reads the samples of a row; the place of a bad one stays empty, and it is quarantined."""
+  """Reads the samples of a row; quarantines a bad one and leaves padding in its place."""
 
   def __init__(
     self,
@@ -61,7 +61,10 @@ class RowMaker:
     self._any_good, self._bad = False, set[int]()
 
   def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
-    """Arrays as described at `make`, without B."""
+    """Returns the arrays of a row: those of `make` without the axis B.
+
+    Raises: ConfigError when none of the first samples can be used.
+    """
     room = self._data.images_per_row
     images = np.zeros((room, self._side, self._side, 3), np.float32)
     parts: list[example.TokenRow] = []
@@ -118,14 +121,14 @@ class RowMaker:
 
 
 class Batches(grain.DatasetIterator):
-  """An endless iterator of batches that can stand before any step.
+  """Iterates endlessly over batches, from any step.
 
-  Batch s holds rows s*B .. (s+1)*B-1 of the stream; each process makes some of them. So what is
-  trained at a step depends neither on the number of processes nor on what was read before, and a
-  step's number is all the state there is. `stopped` is asked while a batch is waited for.
+  Batch s holds rows s*B .. (s+1)*B-1 of the stream, of which each process makes some. The data of a
+  step therefore depend neither on the number of processes nor on what was read before, and the step
+  number is the whole state. While `__next__` waits for a batch it polls `stopped`.
 
-  Rows are made by threads of our own: those of grain's pools cannot be left behind by a process that
-  is asked to end while one hangs in a file system.
+  Rows are made by daemon threads rather than by grain's pools, whose threads keep a process from
+  exiting while one hangs in a file system.
   """
 
   def __init__(
@@ -137,14 +140,23 @@ class Batches(grain.DatasetIterator):
     threads: int,
     usable: Sequence[int],
   ):
-    """`usable` samples are in each epoch."""
+    """Starts at step 0.
+
+    Args:
+      stream: the rows of all epochs.
+      row_maker: makes the arrays of a row.
+      batch_size: B, the rows of a batch over all processes.
+      rows: the indices, within a batch, of the rows that this process makes.
+      threads: threads that make rows.
+      usable: indices of the samples of an epoch.
+    """
     super().__init__()
     self.stream, self.usable = stream, usable
     self.stopped: Callable[[], bool] = lambda: False
     self._count, self._threads = len(rows), threads
     self._prefetcher: Prefetcher | None = None
 
-    def row(number: int) -> dict[str, Any]:  # of those that this process makes
+    def row(number: int) -> dict[str, Any]:  # `number` counts the rows that this process makes
       step, place = divmod(number, len(rows))
       return row_maker(*stream[step * batch_size + int(rows[place])])
 
@@ -153,23 +165,27 @@ class Batches(grain.DatasetIterator):
 
   @property
   def position(self) -> int:
-    """Steps whose batches were handed out."""
+    """Returns the number of batches that were returned."""
     return self._position
 
   def seek(self, step: int) -> None:
-    """The next batch is that of step `step` + 1, as if `step` batches had been read."""
+    """Moves the iterator as if `step` batches had been read."""
     self._position = step
     if self._prefetcher:
       self._prefetcher.close()
     self._prefetcher = None
 
   def close(self) -> None:
-    """Ends the threads."""
+    """Stops the threads."""
     self.seek(self._position)
     super().close()
 
   def __next__(self) -> dict[str, Any]:
-    """Raises: Stopped when `stopped()` before the batch is there; the position is then unknown."""
+    """Returns the next batch, as described at `make`.
+
+    Raises: Stopped when `stopped()` is true before the batch is ready; the position is undefined
+      afterwards.
+    """
     if self._prefetcher is None:
       self._prefetcher = Prefetcher(
         self._row, self._position * self._count, self._threads, PREFETCH
@@ -180,16 +196,19 @@ class Batches(grain.DatasetIterator):
     return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}
 
   def get_state(self) -> dict[str, Any]:
+    """Returns the position, for grain's protocol of iterators."""
     return {"step": self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:
+    """Moves to the position of a state that `get_state` returned."""
     self.seek(int(state["step"]))
 
 
 def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
-  """SAMPLES of a batch as the ledger takes them: int32 [B, n].
+  """Encodes SAMPLES of a batch for the ledger as int32 [B, n], n the most samples of a row.
 
-  A sample that is trained is its index, one that could not be read `-2 - index`, and -1 is none.
+  Writes the index of a sample that is trained, `-2 - index` of one that could not be read, and -1
+  as padding.
   """
   result = np.full((len(held), max(map(len, held), default=0)), -1, np.int32)
   for row, samples_ in zip(result, held, strict=True):
@@ -198,7 +217,11 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
 
 
 def check_settings(data: config_lib.DataConfig) -> None:
-  """Raises: ConfigError for settings of rows that do not exist, or do not fit each other."""
+  """Checks the settings of rows.
+
+  Raises: ConfigError for a packing or augmentation that does not exist, or a bucket longer than a
+    row.
+  """
   lookup("data.packing", data.packing, packing.PACKINGS)
   lookup("data.augment", data.augment, image.AUGMENTS)
   if beyond := [length for length in data.bucket_lengths if length > data.row_length]:
@@ -210,7 +233,10 @@ def check_settings(data: config_lib.DataConfig) -> None:
 def open_source(
   data: config_lib.DataConfig, tile: anyres.Tile, split: str
 ) -> tuple[sources.Source, Sequence[int]]:
-  """The samples of `data` and the indices of those that belong to a split (see `validation_split`)."""
+  """Opens the source of a split, and returns it with the indices of the split's samples.
+
+  Raises: ConfigError, FileNotFoundError for data that cannot be opened.
+  """
   source = sources.of(data, anyres.Reader(data, tile), split)
   return source, validation_split.samples(data, split, len(source))
 
@@ -227,12 +253,23 @@ def make(
   folder: Path | None = None,
   say: Say | None = None,
 ) -> Batches:
-  """Batches of `batch_size` rows over all processes, of which `rows` are made here (None: all).
+  """Builds the batches of a split.
 
-  A batch has tokens, targets, weights, positions, segments, slots [B, T], images [B, M, H, W, 3]
-  float32, and for the host SAMPLES. T is `data.row_length`, or one of the buckets' lengths. Where
-  samples are packed they are measured first: `folder` keeps their sizes, `say` is told of progress.
-  `split` is one of `validation_split`: TRAIN or VALIDATION.
+  A batch has tokens, targets, weights (float32), positions, segments, slots [B, T] int32, images
+  [B, M, H, W, 3] float32, and SAMPLES for the host. T is `data.row_length` or the length of a
+  bucket. For a packing that needs sizes, all samples are measured first.
+
+  Args:
+    data: the data settings of the run.
+    tokenizer: the tokenizer of the run.
+    tile: the tokens of one tile of the model.
+    batch_size: B, the rows of a batch over all processes.
+    seed: the seed of the run.
+    quarantine: records samples that cannot be used.
+    rows: the indices, within a batch, of the rows that this process makes (None: all).
+    split: TRAIN or VALIDATION of `validation_split`.
+    folder: where the sizes of samples are saved (None: nowhere).
+    say: receives lines about progress.
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
@@ -245,9 +282,9 @@ def make(
   quarantine = quarantine or Quarantine()
   rows = range(batch_size) if rows is None else rows
   row_maker = RowMaker(source, writer, data, tile.size, seed, quarantine)
-  mine = np.asarray(members, np.int32)
+  in_split = np.asarray(members, np.int32)
   if packed.measured:
-    main = 0 in rows  # every process finds the same bad samples; one writes them down
+    main = 0 in rows  # every process finds the same bad samples; one of them records them
     lengths = Lengths(
       source,
       tokenizer,
@@ -261,13 +298,13 @@ def make(
 
     def sizes(epoch: int) -> packing.Sizes:
       found = lengths.sizes(epoch)
-      return dataclasses.replace(found, usable=np.intersect1d(found.usable, mine))
+      return dataclasses.replace(found, usable=np.intersect1d(found.usable, in_split))
 
   else:
     main, unknown = False, np.zeros(0, np.int32)
 
     def sizes(epoch: int) -> packing.Sizes:
-      return packing.Sizes(unknown, unknown, mine)
+      return packing.Sizes(unknown, unknown, in_split)
 
   stream = packing.Stream(packed, shape, seed, sizes)
   first = stream.epoch(0)

@@ -1,4 +1,4 @@
-"""Prefetches in threads that never keep a process from ending."""
+"""Prefetches in threads that never keep a process from exiting."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-POLL_SECONDS = 0.2  # between two polls of whether to stop
+POLL_SECONDS = 0.2  # between two polls of `stopped`
 
 
-class Stopped(Exception):  # noqa: N818 - the end of a wait, and no error
-  """The reader was asked to stop while it waited."""
+class Stopped(Exception):  # noqa: N818 - reports a stop, not an error
+  """Reports that the reader was asked to stop while it waited."""
 
 
 class Prefetcher:
-  """`make(start)`, `make(start + 1)`, ... in order, at most `room` ahead of what is taken.
+  """Computes `make(start)`, `make(start + 1)`, ... in threads, at most `room` ahead of the reader.
 
-  The threads are daemons: one that hangs in a file system does not keep the process from ending.
-  They end with `close`, and when nobody holds the reader any more.
+  The threads are daemons: one that hangs in a file system does not keep the process from exiting.
+  They stop at `close`, or when the Prefetcher is garbage-collected.
   """
 
   def __init__(self, make: Callable[[int], Any], start: int, threads: int, room: int):
@@ -29,12 +29,18 @@ class Prefetcher:
       threading.Thread(target=self._work.run, name=name, daemon=True).start()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
-    """The next one. Raises: what `make` raised; Stopped when `stopped()` while it is waited for."""
+    """Returns the next result, in order.
+
+    Raises: what `make` raised; Stopped when `stopped()` is true before the result is ready.
+    """
     return self._work.take(stopped)
 
 
 class _Work:
-  """What the threads share; they hold this and not the reader."""
+  """Holds what the threads share.
+
+  The threads refer to it and not to the Prefetcher, so that the latter can be garbage-collected.
+  """
 
   def __init__(self, make: Callable[[int], Any], start: int, room: int):
     self._make, self._room = make, room
@@ -53,7 +59,7 @@ class _Work:
       made: tuple[Any, BaseException | None]
       try:
         made = (self._make(number), None)
-      except BaseException as error:  # for whoever takes it
+      except BaseException as error:  # `take` raises it
         made = (None, error)
       with self._changed:
         self._made[number] = made

@@ -1,4 +1,4 @@
-"""Samples that could not be used: counted, written down with the reason, never silently lost."""
+"""Records samples that could not be used, with the reason, so that none is lost silently."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from llava_sp_jax.data.failure import REASON, attempt, reason
 
 
 class Quarantine:
-  """Counts samples that could not be used and writes each to a file, once in the life of a run."""
+  """Counts samples that could not be used, and writes each to a file once in the life of a run."""
 
   def __init__(self, path: Path | None = None, process: int = 0):
-    """Each process writes a file of its own; `path` is the first one's."""
+    """Reads the samples that an earlier part of the run recorded.
+
+    `path` is the file of process 0 (None: samples are only counted); process N > 0 writes a file
+    beside it whose name ends in N.
+    """
     self._lock, self._seen, self._path = threading.Lock(), set[int](), path
-    self._torn = False  # whether the file ends within a line
+    self._torn = False  # whether the file ends in an incomplete line
     if path:
       self._path = path.with_stem(f"{path.stem}-{process:05d}") if process else path
       for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
@@ -32,33 +36,36 @@ class Quarantine:
     return len(self._seen)
 
   def add(self, index: int, sample: Any, error: Exception) -> None:
-    """Raises: OSError that names the file when it cannot be written; the sample may be added again."""
+    """Records a sample unless it is recorded already.
+
+    Raises: OSError, which names the file, when it cannot be written; the sample may be added again.
+    """
     with self._lock:
       if index in self._seen:
         return
       if self._path:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         line = {"index": index, "id": _name(sample), "error": reason(error)}
-        torn, self._torn = self._torn, True  # until the line is whole
+        torn, self._torn = self._torn, True  # until the line is complete
         jsonl.append(self._path, line, start="\n" * torn)
         self._torn = False
       self._seen.add(index)
 
 
 def reasons(path: Path) -> list[str]:
-  """Why the samples of a quarantine file could not be used; lines that cannot be read do not count."""
+  """Returns the reasons in a quarantine file; skips lines that cannot be read."""
   errors = (record.get("error") for record in jsonl.read(path)[0])
   return [error for error in errors if isinstance(error, str)]
 
 
 def _name(sample: Any) -> Any:
-  """The id of a sample, as short as a line wants it."""
+  """Returns the id of a sample, as a number, None, or text of at most REASON characters."""
   name = sample.get("id", "no id") if isinstance(sample, dict) else "not a dictionary"
-  text = str(attempt(lambda: str(name)))  # it may be anything
+  text = str(attempt(lambda: str(name)))  # an id may be any object
   return name if isinstance(name, int | None) and len(text) <= REASON else shortened(text, REASON)
 
 
 def _indices(path: Path) -> set[int]:
-  """Samples that an earlier call has written; a line cut off by a kill does not count."""
+  """Returns the samples in a quarantine file; skips a line that a kill left incomplete."""
   indices = (record.get("index") for record in jsonl.read(path)[0])
   return {index for index in indices if isinstance(index, int)}

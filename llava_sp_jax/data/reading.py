@@ -1,9 +1,10 @@
-"""The one way from text to ids: training, validation, the engine and likelihoods all read here.
+"""Turns text into ids, for training, validation, the engine and likelihoods alike.
 
-A stretch of text between two images is one text to the tokenizer, and is then divided into what is
-supervised and what is not. So a border between pieces is no border between tokens, but for two, at
-which generation begins and ends: a reply starts with a token of its own, since the ids of a prompt
-are there before it; and an end mark of ordinary text does, since it must be found behind any reply.
+All text between two images is tokenized at once, and its ids are divided into supervised and
+context afterwards. So tokens may cross the border between two pieces, with two exceptions. A reply
+starts with a token of its own, because at inference the ids of the prompt are fixed before it. An
+end mark of ordinary text starts with a token of its own, because generation must recognize it after
+any reply.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from llava_sp_jax.data.example import IMAGE_ID, Run
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.tokenizer import Tokenizer, TokenizerError
 
-AGAIN = 1 << 23  # characters of a text that are read anew, over all its replies
+AGAIN = 1 << 23  # the most characters of a text that are tokenized again, over all its replies
 
 
 def dialogue(
   turns: Turns, template: Template, layout: str, tokenizer: Tokenizer, system: str | None = None
 ) -> list[Run]:
-  """Ids of a dialogue to train on; `layout` names a row of `conversation.TURNS`.
+  """Tokenizes a dialogue to train on.
 
-  `system` stands in place of the template's own text. Raises: SampleError for turns that do not fit
-  the layout, and for a system text that has no place.
+  `layout` names a row of `conversation.TURNS`. `system` replaces the template's system text (None:
+  keeps it).
+
+  Raises: SampleError for turns that do not fit the layout, and for a system text that the template
+    cannot hold.
   """
   template = conversation.saying(template, system)
   return tokenize(conversation.TURNS[layout](turns, template), tokenizer)
@@ -42,25 +46,31 @@ def question(
   system: str | None = None,
   reply: str = "",
 ) -> list[Run]:
-  """Ids of one open question, as training would have them in front of its reply.
+  """Tokenizes a question to be answered, to the ids that training has before the reply.
 
-  `images` stand in front of a question that does not place them, `system` in place of the template's
-  own text. A `reply` is read as the beginning of the answer: its ids are supervised, and no end mark
-  follows. Raises: SampleError for a system text that has no place.
+  Args:
+    text: the question.
+    images: the number of images that are put in front of a question without image marks.
+    template: the template.
+    tokenizer: the tokenizer.
+    system: replaces the template's system text (None: keeps it).
+    reply: the beginning of the answer; its ids are supervised, and no end mark follows.
+
+  Raises: SampleError for a system text that the template cannot hold.
   """
   template = conversation.saying(template, system)
   pieces = conversation.prompt(text, template, images)
-  said = reply.removeprefix(" ")  # the template's own blank stands there
-  if said:
-    pieces.append(TextPiece(template.answer + said, True, 0))
+  begun = reply.removeprefix(" ")  # the template's `answer` has the space
+  if begun:
+    pieces.append(TextPiece(template.answer + begun, True, 0))
   return tokenize(pieces, tokenizer)
 
 
 def tokenize(pieces: list[TextPiece], tokenizer: Tokenizer) -> list[Run]:
-  """Ids of pieces; `<image>` becomes IMAGE_ID.
+  """Tokenizes pieces; `<image>` becomes IMAGE_ID.
 
-  As in the original, each stretch of text between images is a text of its own to the tokenizer, and
-  only the first has a begin-of-sequence token.
+  As in the original, each stretch of text between images is tokenized as a separate text, and only
+  the first one is preceded by a begin-of-sequence token.
   """
   runs = []
   if tokenizer.bos_id is not None:
@@ -74,7 +84,7 @@ def tokenize(pieces: list[TextPiece], tokenizer: Tokenizer) -> list[Run]:
 
 
 def _stretches(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
-  """Pieces without images; a stretch ends where an image stands."""
+  """Splits the text of pieces at images and yields the pieces between two images."""
   stretch: list[TextPiece] = []
   for piece in pieces:
     *before, last = piece.text.split(IMAGE)
@@ -86,6 +96,7 @@ def _stretches(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
 
 
 def _read(stretch: list[TextPiece], branch: int, tokenizer: Tokenizer) -> list[Run]:
+  """Tokenizes the pieces of a stretch as one text, and divides the ids among the pieces."""
   text = "".join(piece.text for piece in stretch)
   if not text:
     return []
@@ -103,7 +114,7 @@ def _read(stretch: list[TextPiece], branch: int, tokenizer: Tokenizer) -> list[R
 
 
 def _cuts(stretch: list[TextPiece], tokenizer: Tokenizer) -> list[int]:
-  """Where a token must begin: at replies, and at end marks without a special token."""
+  """Returns where a token must begin: at replies, and at end marks without a special token."""
   found, at = [], 0
   for piece in stretch:
     if piece.supervised:
@@ -115,9 +126,10 @@ def _cuts(stretch: list[TextPiece], tokenizer: Tokenizer) -> list[int]:
 
 
 def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-  """The spans of `text`, read in parts where a token would reach over a cut.
+  """Tokenizes `text` so that no token crosses a cut.
 
-  What becomes of blanks can depend on what follows them, so a cut behind one always parts the text.
+  Splits the text at a cut only where a token crosses it, or after whitespace, whose tokens may
+  depend on the text that follows.
   """
   parting = [cut for cut in cuts if text[cut - 1].isspace()]
   try:
@@ -125,20 +137,24 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, in
       _part(text, start, end, _between(cuts, start, end), tokenizer)
       for start, end in itertools.pairwise([0, *parting, len(text)])
     ]
-  except TokenizerError:  # it puts a blank in front of texts, and never looks at what follows one
+  except TokenizerError:  # the tokenizer prefixes texts with a space; its spaces need no split
     parts = [_part(text, 0, len(text), cuts, tokenizer)]
   return [span for part in parts for span in part]
 
 
 def _between(cuts: list[int], start: int, end: int) -> list[int]:
-  """Those of the sorted `cuts` that are neither `start` nor `end`, nor beyond."""
+  """Returns the sorted `cuts` that are strictly between `start` and `end`."""
   return cuts[bisect.bisect_right(cuts, start) : bisect.bisect_left(cuts, end)]
 
 
 def _part(
   text: str, start: int, end: int, cuts: list[int], tokenizer: Tokenizer
 ) -> list[tuple[int, int]]:
-  """The spans of text[start:end], read anew from a cut on that a token reaches over."""
+  """Tokenizes text[start:end], and again from every cut that a token crosses.
+
+  Raises: SampleError when this would tokenize more than AGAIN characters, or the tokenizer cannot
+    split a text.
+  """
   done: list[tuple[int, int]] = []
   rest, at, again = _spans(text, start, end, tokenizer), 0, 0  # rest[:at] is done
   for cut in cuts:
@@ -164,10 +180,10 @@ def _spans(text: str, start: int, end: int, tokenizer: Tokenizer) -> list[tuple[
 
 
 def end_of_replies(template: Template, tokenizer: Tokenizer) -> str:
-  """Why generation could not see the end of a reply; empty where it can.
+  """Returns why generation could not detect the end of a reply; an empty text if it can.
 
-  An end mark is seen when it has a special token, or is one token. The `###` family ends in text for
-  every tokenizer, in the original as well.
+  Generation detects an end mark that contains a special token or is a single token. Templates of
+  the `###` family pass, since the original closes their replies with ordinary text, too.
   """
   ids = tokenizer.end_ids(template.end)
   if template.training or len(ids) == 1 or tokenizer.has_special(template.end):
@@ -180,12 +196,15 @@ def end_of_replies(template: Template, tokenizer: Tokenizer) -> str:
 
 
 def fitting(tokenizer: Tokenizer) -> list[str]:
-  """The templates whose replies end in a way that generation sees."""
+  """Returns the templates whose end marks generation can detect with a tokenizer.
+
+  Leaves out the `###` family.
+  """
   known = conversation.TEMPLATES.items()
   return [name for name, t in known if not t.training and not end_of_replies(t, tokenizer)]
 
 
 def misfit(name: str, tokenizer: Tokenizer) -> str:
-  """Why the template `name` does not go with a tokenizer, and which do; empty where it goes."""
+  """Returns why a template does not fit a tokenizer, and which do; an empty text if it fits."""
   why = end_of_replies(conversation.TEMPLATES[name], tokenizer)
   return why and f"template {name!r}: {why}; that fit: {', '.join(fitting(tokenizer))}"

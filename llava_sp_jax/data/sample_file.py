@@ -1,4 +1,4 @@
-"""A file of samples: a JSON list, or JSON lines, in UTF-8, UTF-16 or UTF-32."""
+"""Reads a file of samples: a JSON list or JSON lines, in UTF-8, UTF-16 or UTF-32."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from llava_sp_jax.data.failure import REASON, SampleError
 
 EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
 UTF_8, BLANKS = "utf-8", b" \t\r\n"
-_SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)  # of JSON; texts as a whole
+_SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)  # strings, and signs of JSON
 
 
-class _NoText(ValueError):  # noqa: N818 - named where it is told
-  """Bytes that are no text in the encoding that they seem to be in."""
+class _NoText(ValueError):  # noqa: N818 - an internal signal, shown to users in another error
+  """Reports bytes that are not valid in the encoding that was detected."""
 
 
 def read(path: str | Path, key: str = "data.path") -> list[Any]:
-  """The samples; a line or item that is no JSON is a SampleError in the sample's place.
+  """Reads the samples of a file.
 
-  `key` is the setting that names the file. Raises: FileNotFoundError; ConfigError, in one line that
-  names the file, when it holds no samples.
+  Puts a SampleError in the place of a line or item that is not JSON.
+
+  `key` is the setting that names the file, for messages.
+
+  Raises:
+    FileNotFoundError: when there is no such file.
+    ConfigError: when the file holds no samples.
   """
   if not files.is_regular(Path(path)):
     raise FileNotFoundError(f"{key}: no file {str(path)[-REASON:]!r}; {EXPECTED}")
@@ -44,12 +49,15 @@ def read(path: str | Path, key: str = "data.path") -> list[Any]:
 
 @functools.lru_cache(maxsize=2)
 def _read(path: str, changed: int) -> list[Any]:
-  """Kept, since training and validation may read the same large file."""
+  """Reads a file; cached, since training and validation may read the same large one."""
   return _parsed(Path(path).read_bytes(), Path(path).name)
 
 
 def _parsed(data: bytes, name: str) -> list[Any]:
-  """`name` is the file's, for the errors of samples. Raises: ValueError that says what the file is."""
+  """Returns the samples in `data`; `name` is the file's name, for errors of samples.
+
+  Raises: ValueError that says what the file holds in place of samples.
+  """
   try:
     found = _loads(_decoded(data, json.detect_encoding(data)))
   except (ValueError, RecursionError) as error:
@@ -65,7 +73,7 @@ def _parsed(data: bytes, name: str) -> list[Any]:
 
 
 def _why(error: Exception) -> str:
-  """Why a file is not one JSON value."""
+  """Returns why a file is not a single JSON value."""
   if isinstance(error, _NoText):
     return str(error)
   if isinstance(error, RecursionError):
@@ -75,9 +83,9 @@ def _why(error: Exception) -> str:
 
 
 def _apart(data: bytes, name: str, why: str) -> list[Any]:
-  """The samples of a file that is not one JSON value, each read alone: the items, or the lines.
+  """Reads each item of a list, or each line, of a file that is not a single JSON value.
 
-  Raises: ValueError that says `why` when they cannot be told apart, or none of them is a sample.
+  Raises: ValueError with the text `why` when items or lines cannot be found or none is a sample.
   """
   if data.startswith(codecs.BOM_UTF8):
     data = b" " * len(codecs.BOM_UTF8) + data[len(codecs.BOM_UTF8) :]
@@ -96,7 +104,7 @@ def _apart(data: bytes, name: str, why: str) -> list[Any]:
   return found
 
 
-Part = tuple[str, int, bytes]  # how it is called, where it begins in the file, what it is
+Part = tuple[str, int, bytes]  # name for messages, offset in the file, content
 
 
 def _lines(data: bytes) -> Iterator[Part]:
@@ -108,10 +116,10 @@ def _lines(data: bytes) -> Iterator[Part]:
 
 
 def _items(data: bytes) -> Iterator[Part] | None:
-  """The items of a list, found by its brackets alone; None where they do not end with the file.
+  """Finds the items of a list by brackets and commas alone; returns None if the list is incomplete.
 
-  So an item that is no JSON, no text or too deep is told from those beside it. Memory does not grow
-  with the file, nor the stack with the depth.
+  So one item that is not JSON, not text, or nested too deeply does not affect the others. Uses no
+  recursion, and stores only the offsets of the items.
   """
   depth, borders = 0, array.array("q")
   for found in _SIGNS.finditer(data):
@@ -130,7 +138,7 @@ def _items(data: bytes) -> Iterator[Part] | None:
 
 
 def _sample(name: str, part: str, start: int, content: bytes) -> Any:
-  """The value of a part, or why it has none."""
+  """Parses a part; returns its value, or a SampleError that says why it has none."""
   try:
     return _loads(_decoded(content, UTF_8, start))
   except _NoText as error:
@@ -144,12 +152,12 @@ def _sample(name: str, part: str, start: int, content: bytes) -> Any:
 
 
 def _decoded(data: bytes, encoding: str, start: int = 0) -> str:
-  """`start` is where `data` begins in its file. Raises: _NoText."""
+  """Decodes bytes that begin at offset `start` of a file. Raises: _NoText."""
   try:
-    # Half a surrogate pair is the failure of the sample that has it, not of the file.
+    # Half of a surrogate pair must fail only its sample (in `forms`), not the file.
     return data.decode(encoding, "surrogatepass")
   except UnicodeDecodeError as error:
-    at = len(data) - len(error.object) + error.start  # a byte order mark is no part of the object
+    at = len(data) - len(error.object) + error.start  # `error.object` lacks the byte order mark
     name = encoding.removesuffix("-sig")
     raise _NoText(
       f"is not {name} text (byte {data[at]:#04x} at {start + at}); save it as UTF-8"
@@ -157,7 +165,7 @@ def _decoded(data: bytes, encoding: str, start: int = 0) -> str:
 
 
 def _loads(text: str) -> Any:
-  """What JSON says; a number with more digits than Python reads is kept as a text.
+  """Parses JSON; keeps an integer with more digits than Python converts as text.
 
   Raises: JSONDecodeError; RecursionError.
   """

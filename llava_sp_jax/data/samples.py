@@ -1,7 +1,7 @@
-"""One sample: its text as runs of ids, its size before its pictures are read, its place in a row.
+"""Turns a sample into runs of ids, and computes its size without decoding its images.
 
-What is drawn at random for a sample depends on the seed, the epoch and the sample alone, so it is
-the same wherever the sample stands and whoever reads it.
+Random draws for a sample depend on the seed, the epoch and the sample's index alone, so they are
+the same in any row and on any host.
 """
 
 from __future__ import annotations
@@ -22,39 +22,45 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class SampleSize:
-  """What a sample takes: `length` tokens of a row, `total` before it was cut, and its tiles."""
+  """Holds the size of a sample."""
 
-  length: int
-  total: int
+  length: int  # tokens in a row
+  total: int  # tokens before truncation
   tiles: int
 
 
 def rng_of(seed: int, epoch: int, index: int) -> np.random.Generator:
-  """The generator of one visit of a sample."""
+  """Returns the random generator of a sample in an epoch."""
   return np.random.default_rng([seed, epoch, index])
 
 
 class SampleEncoder:
-  """Turns samples into runs of ids, and says what they take of a row."""
+  """Turns samples into runs of ids, and computes their size."""
 
   def __init__(self, tokenizer: Tokenizer, data: config_lib.DataConfig):
-    """Raises: ConfigError for settings that do not exist."""
+    """Looks the settings up. Raises: ConfigError for settings that do not exist."""
     self._tokenizer, self._data = tokenizer, data
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
     lookup("data.turns", data.turns, conversation.TURNS)
     self._shorten = lookup("data.too_long", data.too_long, TOO_LONG)
 
   def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
-    """Raises: SampleError for what is not a dialogue."""
-    talk = forms.read(sample)
-    turns, limit = talk.turns, self._data.turns_per_row
+    """Tokenizes a sample; draws turns first if it has more than `data.turns_per_row`.
+
+    Raises: SampleError for a sample that cannot be used.
+    """
+    dialogue = forms.read(sample)
+    turns, limit = dialogue.turns, self._data.turns_per_row
     if limit and len(turns) > limit:
       turns = draw_turns(turns, limit, rng)
     layout = self._data.turns
-    return reading.dialogue(turns, self._template, layout, self._tokenizer, talk.system)
+    return reading.dialogue(turns, self._template, layout, self._tokenizer, dialogue.system)
 
   def size(self, runs: list[example.Run], plans: Sequence[example.TokenPlan]) -> SampleSize:
-    """Raises: SampleError when it fits into no row, or may not be cut."""
+    """Returns the size of a sample from its runs and the token plans of its images.
+
+    Raises: SampleError when it fits into no row, or is too long and may not be truncated.
+    """
     limit = self._data.row_length
     total = example.total_length(runs, plans, limit, self._data.images_per_row)
     length = self._shorten(total, limit) if total > limit else total
@@ -73,11 +79,12 @@ TOO_LONG = {"cut": _cut, "quarantine": _refused}
 
 
 def draw_turns(turns: Turns, limit: int, rng: np.random.Generator) -> Turns:
-  """A random subset of the turns, in their order; the images stay in the first of them.
+  """Draws `limit` turns at random, keeps their order, and puts the images into the first of them.
 
-  Several images within a text stay there when its turn is drawn, and stand in front of the first
-  turn that is drawn otherwise. Raises: SampleError for an image in a later turn, which might not be
-  drawn.
+  Several images keep their places within the text of the first turn if it is drawn. Otherwise image
+  marks are put in front of the first turn that is drawn.
+
+  Raises: SampleError for an image mark in a later turn, which might not be drawn.
   """
   if any(conversation.IMAGE in question for question, _ in turns[1:]):
     raise SampleError("data.turns_per_row draws turns, so images must stand in the first turn")
@@ -92,13 +99,13 @@ def draw_turns(turns: Turns, limit: int, rng: np.random.Generator) -> Turns:
 
 
 class Measurer:
-  """The size of a sample from its text and the heads of its image files; a process can build it."""
+  """Computes the size of a sample from its text and the headers of its image files."""
 
   def __init__(self, writer: SampleEncoder, reader: anyres.Reader, sizes: Any, seed: int):
-    """`sizes` is that of a `sources.Source`."""
+    """Stores its arguments; `sizes` is the property of a `sources.Source`."""
     self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed
 
   def __call__(self, sample: Any, epoch: int, index: int) -> SampleSize:
-    """Raises: SampleError for a sample that cannot be used."""
+    """Returns the size of a sample. Raises: SampleError for a sample that cannot be used."""
     runs = self._writer.runs(sample, rng_of(self._seed, epoch, index))
     return self._writer.size(runs, [self._reader.plan(size) for size in self._sizes(sample)])

@@ -1,4 +1,4 @@
-"""Where samples come from: random-access sources of LLaVA-style dictionaries."""
+"""Provides random access to data sets of LLaVA-style dictionaries."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from llava_sp_jax.config import lookup
 from llava_sp_jax.data import decode, forms, sample_file, validation_split
 from llava_sp_jax.data.failure import attempt
 
-Reader = Callable[[Image.Image], Any]  # a picture into what the model takes
-# Widths and heights of a sample's images, from the heads of their files; it goes to other processes
+Reader = Callable[[Image.Image], Any]  # preprocesses an image, e.g. `anyres.Reader`
+# Reads widths and heights of a sample's images from the headers of their files. It can be pickled
 # without the samples. Raises: SampleError.
 Sizes = Callable[[Any], list[tuple[int, int]]]
-File = tuple[Path | BinaryIO, str]  # and how messages call it; "": by its path
+File = tuple[Path | BinaryIO, str]  # and its name in messages; "": its path
 
 
 class Source(Protocol):
-  """Samples in a form of `forms` by index, and the images of a sample, read by a `Reader`.
+  """Provides samples by index, in a form of `forms`, and the images of a sample.
 
-  In place of a sample that cannot be had stands the SampleError that says why. `fingerprint` changes
-  when the samples do; the images are not looked at for it.
+  Images are read by a `Reader`. Returns a SampleError in place of a sample that cannot be read.
+  `fingerprint` is a hash of the samples, without their image files.
   """
 
   def __len__(self) -> int: ...
@@ -41,17 +41,17 @@ class Source(Protocol):
 
 
 class _Images:
-  """The images of a source whose names stand for files of `folder`."""
+  """Reads the images of samples from the files of a folder, or from bytes within the sample."""
 
   def __init__(self, folder: str, read: Reader):
     self._folder, self._read = Path(folder), read
 
   def files(self, sample: Any) -> list[File]:
-    """Raises: SampleError for a sample that is none."""
+    """Returns the image files of a sample. Raises: SampleError for a sample that cannot be read."""
     return _files(self._folder, sample)
 
   def images(self, sample: Any) -> list[Any]:
-    """What the reader makes of each. Raises: SampleError when one cannot be read."""
+    """Reads the images of a sample. Raises: SampleError when one cannot be read."""
     found = []
     for file, name in self.files(sample):
       with decode.picture(file, name) as picture:
@@ -78,15 +78,17 @@ def _sizes(folder: Path, sample: Any) -> list[tuple[int, int]]:
 
 
 class LlavaJson(_Images):
-  """A file of samples beside a folder of images.
+  """Reads a file of samples, and their images from a folder.
 
-  Serves `blip_laion_cc_sbu_558k.json` and `llava_v1_5_mix665k.json` as they are published.
+  Reads `blip_laion_cc_sbu_558k.json` and `llava_v1_5_mix665k.json` as they are published.
   """
 
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
-    """`key` is the setting of the path, for messages.
+    """Reads the file of samples; `key` is the setting that names it, for messages.
 
-    Raises: FileNotFoundError, or ConfigError when the file holds no samples.
+    Raises:
+      FileNotFoundError: when the file or the folder does not exist.
+      ConfigError: when the file holds no samples.
     """
     self._samples, self._path = sample_file.read(path, key), Path(path)
     if image_folder and not Path(image_folder).is_dir():
@@ -105,15 +107,18 @@ class LlavaJson(_Images):
 
 
 class Tfds(_Images):
-  """The same samples from TensorFlow Datasets, read without tensorflow (array_record files).
+  """Reads samples from TensorFlow Datasets, without tensorflow (array_record files only).
 
-  Features: `id` (text), `conversations` (text with LLaVA's JSON list, or a sequence of
-  `{from, value}`), and `image` (an Image, or a file's bytes; empty for a sample about text). The
-  other keys that `forms` reads go as well: `messages`, `images`, `system`.
+  Features are `id` (text), `conversations` (text with LLaVA's JSON list, or a sequence of
+  `{from, value}`), and `image` (an Image, or a file's bytes; empty for a sample without one). The
+  other keys that `forms` reads are supported as well: `messages`, `images`, `system`.
   """
 
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
-    """`path` is a builder's folder or the name of a prepared data set; its split "train" is read.
+    """Opens the split "train" of a data set.
+
+    `path` is the folder of a builder, or the name of a prepared data set. `key` is the setting that
+    names it, for messages.
 
     Raises: ConfigError when there is no such data set or its files are not array_record.
     """
@@ -121,7 +126,7 @@ class Tfds(_Images):
 
     try:
       builder = tfds.builder_from_directory(path) if Path(path).is_dir() else tfds.builder(path)
-      # Images are decoded in `images`, so that a broken one costs its sample and not the run.
+      # Images are decoded in `images`, so that a broken one fails its sample and not the run.
       pictures = [key for key in forms.IMAGES if key in builder.info.features]
       skip = {key: tfds.decode.SkipDecoding() for key in pictures} or None
       self._records = builder.as_data_source("train", decoders=skip)
@@ -130,7 +135,8 @@ class Tfds(_Images):
         f"{key}: {path!r} cannot be read ({str(error).splitlines()[0]}); expected a folder or "
         "name of TensorFlow Datasets with split 'train', prepared with file_format='array_record'"
       ) from None
-    # Its version, and the shards with their lengths; a data set that is prepared anew has another.
+    # The version, and the shards with their lengths, which change when a data set is prepared
+    # again.
     self._about = f"{builder.info.full_name} {builder.info.splits['train'].to_proto()}"
     super().__init__(image_folder, read)
 
@@ -152,7 +158,7 @@ def _text(value: Any) -> Any:
 
 
 def _plain(key: str, value: Any) -> Any:
-  """A feature's value as JSON has it; what is not known is left for `forms` to refuse."""
+  """Converts the value of a feature to that of a JSON file; leaves others for `forms` to refuse."""
   if key in forms.DIALOGUES:
     return _turns(value)
   if key in forms.IMAGES:
@@ -161,7 +167,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _turns(value: Any) -> Any:
-  """A list of turns; what is not one is left for `forms` to refuse."""
+  """Converts the value of a feature to a list of turns; leaves others for `forms` to refuse."""
   if isinstance(value, dict):  # a sequence of dictionaries arrives as a dictionary of sequences
     columns = {key: [_text(x) for x in column] for key, column in value.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -178,7 +184,10 @@ SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
 
 
 def of(data: config_lib.DataConfig, read: Reader, split: str = validation_split.TRAIN) -> Source:
-  """The source of a split (see `validation_split`). Raises: ConfigError, FileNotFoundError, by the setting."""
+  """Opens the source of a split, TRAIN or VALIDATION of `validation_split`.
+
+  Raises: ConfigError, FileNotFoundError, which name the setting.
+  """
   make = lookup("data.source", data.source, SOURCES)
   path = validation_split.of_split(data, split).path
   return make(path, data.image_folder, read, validation_split.path_key(data, split))

@@ -1,7 +1,7 @@
-"""Text to ids and back, as the original does it: sentencepiece folders, or any Hugging Face one.
+"""Tokenizes and detokenizes like the original, from folders of sentencepiece or Hugging Face.
 
-Source of the sentencepiece rules: `LlamaTokenizer` of transformers 4.37, which tokenised the
-original's training data; transformers 5 treats leading blanks and `legacy` otherwise.
+Source of the sentencepiece rules: `LlamaTokenizer` of transformers 4.37, which tokenized the
+original's training data; transformers 5 treats leading spaces and `legacy` differently.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer_config.json"
 SIDE_FILES = (SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-BLANK = "\u2581"  # how sentencepiece writes a blank
+BLANK = "\u2581"  # stands for a space in the pieces of sentencepiece
 
-# Protocol buffers merge when joined: these bytes say normalizer_spec.add_dummy_prefix = false.
+# Concatenated protocol buffers merge; these bytes set normalizer_spec.add_dummy_prefix to false.
 NO_DUMMY_PREFIX = bytes((0x1A, 2, 0x18, 0))
 
 MAX_IDS = 1 << 24
-SHORT = 256  # characters of a text whose ids are kept: questions and answers come again and again
+SHORT = 256  # the most characters of a text whose ids are cached: short texts recur
 Spans = tuple[tuple[int, int], ...]  # each token's id, and the index of its last character
 
 
 class TokenizerError(LlavaSPError, ValueError):
-  """A tokenizer that cannot do what is asked; the message names it and says what to do."""
+  """Reports a tokenizer that cannot be read or cannot do what is asked."""
 
 
 class Backend(Protocol):
-  bos_id: int | None  # put in front of a row; None where the tokenizer has none
+  """Defines what `Tokenizer` needs of a library."""
+
+  bos_id: int | None  # the begin-of-sequence token; None if the tokenizer adds none
   eos_id: int | None
   special_ids: frozenset[int]
-  mark_ids: frozenset[int]  # special tokens that a text can name: not what stands for unknown text
+  mark_ids: frozenset[int]  # special tokens except the one for unknown text
 
   def __len__(self) -> int: ...  # one more than the largest id
   def spans(self, text: str, inside: bool) -> Spans: ...
@@ -49,14 +51,14 @@ class Backend(Protocol):
 
 
 class Tokenizer:
-  """Text in, ids out, special tokens recognised; the same in training and in inference."""
+  """Converts text to ids, with special tokens recognized, and ids to text."""
 
   def __init__(self, path: str | Path):
-    """Loads `path`, a folder with tokenizer.json or tokenizer.model and tokenizer_config.json.
+    """Loads a folder with tokenizer.json or tokenizer.model, and tokenizer_config.json.
 
     Raises:
       FileNotFoundError: when the folder is missing or holds no tokenizer.
-      TokenizerError: when its files are none of a tokenizer.
+      TokenizerError: when its files are not those of a tokenizer.
     """
     folder = Path(path)
     names = ("tokenizer.json", MODEL_FILE)
@@ -69,11 +71,11 @@ class Tokenizer:
     self.bos_id, self.eos_id = self._backend.bos_id, self._backend.eos_id
 
   def __len__(self) -> int:
-    """One more than the largest id: the rows that an embedding needs."""
+    """Returns one more than the largest id: the rows that an embedding needs."""
     return len(self._backend)
 
   def fingerprint(self) -> str:
-    """A hash of the files it was loaded from."""
+    """Returns a hash of the files that the tokenizer was loaded from."""
     digest = hashlib.sha256()
     for name in ("tokenizer.json", MODEL_FILE, *SIDE_FILES):
       if (self.path / name).is_file():
@@ -81,39 +83,40 @@ class Tokenizer:
     return digest.hexdigest()
 
   def encode(self, text: str) -> tuple[int, ...]:
-    """Ids of `text` alone, without a begin-of-sequence token."""
+    """Returns the ids of `text`, without a begin-of-sequence token."""
     return tuple(id_ for id_, _ in self.spans(text))
 
   def spans(self, text: str, inside: bool = False) -> Spans:
-    """Ids of `text` with the index of each token's last character, in the order of the text.
+    """Returns the ids of `text`, each with the index of the token's last character.
 
-    `inside` says that the text continues another one, so no blank is put in front of it.
+    `inside` says that the text continues another one, so that no space is put in front of it.
 
-    Raises: TokenizerError where the tokenizer cannot continue a text.
+    Raises: TokenizerError if `inside` is set and the tokenizer always puts a space in front.
     """
     return self._backend.spans(text, inside)
 
   @property
   def special_ids(self) -> frozenset[int]:
-    """Ids that no plain text becomes."""
+    """Returns the ids of special tokens, which `decode` leaves out."""
     return self._backend.special_ids
 
   def has_special(self, text: str) -> bool:
-    """Whether a special token stands in `text`, other than that of unknown text."""
+    """Returns whether `text` contains a special token, other than that of unknown text."""
     return any(id_ in self._backend.mark_ids for id_, _ in self.spans(text))
 
   def decode(self, ids: Any) -> str:
-    """Text of `ids` without special tokens."""
+    """Returns the text of `ids`, without special tokens."""
     return self._backend.decode([int(i) for i in ids])
 
   def end_ids(self, end: str) -> tuple[int, ...]:
-    """Ids of the mark `end` behind a reply."""
+    """Returns the ids of the end mark `end` after a reply."""
     return tuple(id_ for id_, last in self.spans("a" + end) if last)
 
   def stop_ids(self, end: str) -> tuple[int, ...]:
-    """Tokens that show that a reply is over, when replies are followed by `end`.
+    """Returns the ids, ascending, at which generation stops, for replies that `end` follows.
 
-    The first special token of `end`, or just its first, and the end of a sequence.
+    These are the first special token of `end`, or its first token if it has none, and the
+    end-of-sequence token.
     """
     ids = self.end_ids(end)
     mark = next((i for i in ids if i in self._backend.mark_ids), ids[0])
@@ -126,7 +129,11 @@ class Tokenizer:
 
 
 def _opened(kind: Callable[[Path], Backend], folder: Path) -> Backend:
-  """Raises: TokenizerError in one line, whatever a library raises for files of something else."""
+  """Loads a backend.
+
+  Raises: TokenizerError of one line for any exception of the library, FormatError for a pointer
+    file.
+  """
   for name in ("tokenizer.json", MODEL_FILE):
     if files.is_regular(folder / name):
       with files.open_regular(folder / name) as file:
@@ -136,17 +143,17 @@ def _opened(kind: Callable[[Path], Backend], folder: Path) -> Backend:
   except (TokenizerError, files.FormatError):
     raise
   except Exception as error:
-    said = " ".join(str(error).split())
+    why = " ".join(str(error).split())
     raise TokenizerError(
-      f"{folder}: no tokenizer can be read from its files ({said:.200})"
+      f"{folder}: no tokenizer can be read from its files ({why:.200})"
     ) from None
 
 
 class SentencePiece:
-  """A `tokenizer.model` with the settings beside it.
+  """Reads a `tokenizer.model` with the settings beside it.
 
-  A blank goes in front of the whole text (`legacy` false), or of every stretch of text between
-  special tokens (`legacy` true, and where the settings do not say).
+  Puts a space in front of the whole text if the setting `legacy` is false, and otherwise (also if
+  it is missing) in front of every stretch of text between special tokens.
   """
 
   def __init__(self, folder: Path):
@@ -169,7 +176,10 @@ class SentencePiece:
     self.bos_id: int | None = bos if settings.get("add_bos_token", True) else None
 
   def _added(self, settings: dict[str, Any], extra: dict[str, int]) -> dict[str, int]:
-    """{text: id} of the tokens that stand outside of sentencepiece's text."""
+    """Returns {text: id} of the special and added tokens.
+
+    Raises: TokenizerError for an id out of range.
+    """
     ids = {
       _content(t): int(i) for i, t in (settings.get("added_tokens_decoder") or {}).items()
     } | extra
@@ -213,22 +223,22 @@ class SentencePiece:
 
 
 class HuggingFace:
-  """Whatever `transformers` makes of a folder."""
+  """Reads any folder of a fast tokenizer with `transformers`."""
 
   def __init__(self, folder: Path):
     from transformers import AutoTokenizer  # slow to import
 
-    # Code that a folder brings is never run, and nobody is asked whether it may be.
+    # Never runs code from the folder, and does not prompt for permission to do so.
     self._inner: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     self.eos_id: int | None = self._inner.eos_token_id
     marked = {i for i, token in self._inner.added_tokens_decoder.items() if token.special}
     self.special_ids = frozenset({*self._inner.all_special_ids, *marked})
     self.mark_ids = self.special_ids - {self._inner.unk_token_id}
-    # By what it does: flags of `transformers` do not know of a post-processor that adds a token.
+    # Found by a trial: the flags of `transformers` ignore a post-processor that adds the token.
     bare = self._inner("a", add_special_tokens=False).input_ids
     ids = self._inner("a").input_ids
     self.bos_id: int | None = ids[0] if ids and ids[1 : 1 + len(bare)] == bare else None
-    # Not how many there are: some leave gaps in front of what was added.
+    # Not the number of tokens: some vocabularies have gaps before added tokens.
     self._count = max(self._inner.get_vocab().values()) + 1
     self._puts_blank = self._inner.tokenize("a")[0] != "a"  # in front of every text
     if not self._inner.is_fast:
@@ -263,14 +273,17 @@ class HuggingFace:
 
 
 def _last(text: str, start: int, end: int) -> int:
-  """The last character of a token from offsets of `tokenizers`, which leave blanks out."""
+  """Returns the index of a token's last character from offsets of `tokenizers`.
+
+  The offsets of a token of whitespace alone may be empty.
+  """
   if end > start:
     return end - 1
   return start - 1 if start and text[start - 1].isspace() else start
 
 
 def _content(token: Any) -> str:
-  """Text of a token that a settings file gives as text or as {"content": text, ..}."""
+  """Returns the text of a token that a settings file gives as text or as {"content": text, ..}."""
   return token["content"] if isinstance(token, dict) else token
 
 
@@ -279,9 +292,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def train_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
-  """Learns a byte-level BPE from `texts` and writes it as a folder that `Tokenizer` reads.
+  """Trains a byte-level BPE tokenizer, for models from scratch, and writes it to the folder `out`.
 
-  For models from scratch: `<s>` goes in front of a text, `</s>` ends an answer.
+  The special tokens are `<unk>`, `<s>` (begin of sequence) and `</s>` (end of sequence).
   """
   from tokenizers import Tokenizer as Bpe
   from tokenizers import decoders, models, pre_tokenizers, processors, trainers

@@ -1,4 +1,4 @@
-"""The training and the validation split: which samples belong to each."""
+"""Divides the samples into a training split and a validation split."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
-  """`data` as one split reads it: validation without augmentation, from a path of its own if given.
+  """Returns the data settings of a split.
 
-  Raises: ConfigError for a validation split that is not given, given twice, or no share.
+  The validation split has no augmentation, and reads `data.validation_path` if that is given.
+
+  Raises: ConfigError for a validation split that is missing or given in two ways, and for a
+    fraction outside [0, 1).
   """
   if not 0 <= data.validation_fraction < 1:
     raise ConfigError(
@@ -36,16 +39,18 @@ def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
 
 
 def path_key(data: config_lib.DataConfig, split: str) -> str:
-  """The setting that names the file of a split, for messages."""
+  """Returns the setting that names the file of a split, for messages."""
   own = split == VALIDATION and data.validation_path
   return "data.validation_path" if own else "data.path"
 
 
 def samples(data: config_lib.DataConfig, split: str, count: int) -> Sequence[int]:
-  """The indices, of `count` samples, that belong to a split.
+  """Returns the indices, of `count` samples, that belong to a split.
 
-  A hash of its index decides: the same ones in every run, on any number of hosts,
-  and with a larger fraction these and more. Raises: ConfigError when a split would be empty.
+  A hash of its index decides about each sample. So the split is the same in every run and on any
+  number of hosts, and a larger validation fraction only adds samples to the validation split.
+
+  Raises: ConfigError when the split would be empty.
   """
   if not data.validation_fraction:
     return range(count)
@@ -60,7 +65,7 @@ def samples(data: config_lib.DataConfig, split: str, count: int) -> Sequence[int
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-  """Numbers spread evenly over [0, 1): the finaliser of SplitMix64 (Steele et al. 2014)."""
+  """Hashes integers to [0, 1) uniformly: the finalizer of SplitMix64 (Steele et al. 2014)."""
   x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

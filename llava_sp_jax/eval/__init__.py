@@ -1,1 +1,1 @@
-"""Asking a benchmark: from the command, between the steps of a training, and through lmms-eval."""
+"""Runs benchmarks: from the command, between the steps of training, and through lmms-eval."""

@@ -1,4 +1,4 @@
-"""`llava_sp_jax.evaluate`: one call from a loaded model to the scores of a benchmark."""
+"""Provides `llava_sp_jax.evaluate`: one call from a loaded model to the scores of a benchmark."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def evaluate(
 ) -> dict[str, object]:
   """Asks a model the questions of a benchmark and scores its answers.
 
-  What `out` already answers is not asked again.
+  Does not ask questions again that `out` has answers to.
 
   Args:
-    task: a name of `llava-sp eval --list`, FILE.py:Class, or a task of your own.
-    data: the folder of the benchmark's data, where `task` is a name.
-    out: the folder of predictions.jsonl, scores.json and index.html.
-    limit: only the first so many questions; 0 for all.
-    generation: settings in place of the benchmark's own.
+    model: the loaded model.
+    task: a name of `llava-sp eval --list`, FILE.py:Class, or a task object.
+    data: the folder of the benchmark's data, if `task` is a name or FILE.py:Class.
+    out: the folder for predictions.jsonl, scores.json and index.html.
+    limit: asks only the first `limit` questions (0: all).
+    generation: replaces the generation settings of the benchmark.
 
   Returns: the content of scores.json; `headline` is the benchmark's figure.
   Raises: ConfigError for an unknown task; EvalError for data that cannot be read, or an `out` with
-    answers that were made otherwise.
+    answers of other settings.
   """
   asked = catalog.find("task", task)(data) if isinstance(task, str) else task
   return run.run(asked, model.engine(generation or asked.generation), out, limit)

@@ -1,4 +1,4 @@
-"""Scores a benchmark between the steps of a training run, by the text that the model generates."""
+"""Evaluates a benchmark between the steps of a training run, on text that the model generates."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from llava_sp_jax.results.predictions import Record
 from llava_sp_jax.tasks import catalog
 from llava_sp_jax.tasks.task import Task
 
-FOLDER = "evaluate"  # in the run folder; one folder of results for each step
+FOLDER = "evaluate"  # in the run folder; has one result folder for each evaluated step
 
 
 class _Stopped(Exception):  # noqa: N818
-  """The run was asked to stop in the middle of an evaluation."""
+  """Reports that the run was asked to stop during an evaluation."""
 
 
 class InLoop:
-  """What `config.evaluate` says: the evaluator of `training.loop.train`."""
+  """Evaluates a run as `config.evaluate` says; called by `training.loop.train`."""
 
   def __init__(self, config: config_lib.Config, workdir: str | Path):
-    """Opens the benchmark. Raises: ConfigError, FileNotFoundError, before anything is computed."""
+    """Opens the benchmark.
+
+    Raises: ConfigError for settings that do not fit, and a benchmark without a score;
+      FileNotFoundError for data that are missing.
+    """
     settings = config.evaluate
     limits.check(config)
     self._config, self._settings = config, settings
@@ -47,22 +51,30 @@ class InLoop:
     self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
 
   def due(self, number: int) -> bool:
-    """Whether step `number` is followed by an evaluation."""
+    """Returns whether an evaluation follows step `number`."""
     return number % self._settings.every == 0 or number == self._config.train.steps
 
   def __call__(
     self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
-    """`eval_score` (the headline), `eval_answered`, and `eval_score/KIND` of each kind.
+    """Evaluates the parameters of a step, and writes answers and page to `evaluate/step-NUMBER`.
 
-    The answers and their page are in `evaluate/step-NUMBER` of the run. Empty when asked to stop,
-    and in all processes but the first: they compute its answers with it.
+    All processes compute the answers together; process 0 alone scores and writes them.
+
+    Args:
+      number: the step.
+      params: all parameters, as training holds them.
+      fingerprint: the fingerprint of the frozen base.
+      going: returns False when the run was asked to stop; polled after every answer.
+
+    Returns: `eval_score` (the headline), `eval_answered`, and `eval_score/KIND` of each kind; {}
+      when asked to stop, and in all processes but the first.
     """
     loaded = Pretrained(
       self._config, as_computed(self._config, params), self._tokenizer, number, fingerprint
     )
     if self._engine is None:
-      place = jax.tree.leaves(loaded.params)[0].sharding  # on the devices where training has them
+      place = jax.tree.leaves(loaded.params)[0].sharding  # uses the mesh of training
       self._engine = Engine(
         loaded, self._settings.batch_size, self._task.generation, getattr(place, "mesh", None)
       )
@@ -79,7 +91,7 @@ class InLoop:
     self, engine: Engine, number: int, model: run.ModelIdentity, going: Callable[[], bool]
   ) -> dict[str, float]:
     out = self._folder / f"step-{number}"
-    shutil.rmtree(out, ignore_errors=True)  # of a step that a resumed run does again
+    shutil.rmtree(out, ignore_errors=True)  # left by a step that a resumed run repeats
 
     def each(line: Record) -> None:
       if not going():

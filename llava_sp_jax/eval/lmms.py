@@ -1,6 +1,6 @@
-"""lmms-eval with our engine: its model interface `lmms`, for the tasks that it has and we have not.
+"""Runs lmms-eval's tasks with our engine, through its model interface `lmms`.
 
-Optional: `pip install lmms-eval` (it brings torch). This module imports without it.
+Needs `pip install lmms-eval`, which installs torch; the module can be imported without it.
 Interface: `lmms_eval/api/model.py`, `api/instance.py`, `models/registry_v2.py` of lmms-eval.
 """
 
@@ -19,15 +19,15 @@ from llava_sp_jax.tasks.task import EvalError
 
 try:
   from lmms_eval.api.model import lmms as Base  # noqa: N812
-except ImportError:  # the class below is there all the same, without a harness to run it
+except ImportError:  # the class below exists nevertheless, and raises when it is constructed
   Base = object
 
 NAME = "llava_sp_jax"
 PATH = f"{__name__}.LlavaSp"
-MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's own LLaVA
+MAX_NEW_TOKENS = 1024  # for a task that gives none, as in lmms-eval's own LLaVA
 
-# Keys of a task's `generation_kwargs` that we know: what they are in our settings. The others that
-# its tasks give are no settings of generation (how images are read) or LLaVA's defaults.
+# Keys of a task's `generation_kwargs` that are fields of Generation. WITHOUT_MEANING are those that
+# are read below, do not concern generation, or have the values of LLaVA.
 KNOWN = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")
 WITHOUT_MEANING = (
   "until",
@@ -39,20 +39,29 @@ WITHOUT_MEANING = (
 
 
 def manifest() -> Any:
-  """What lmms-eval's entry point `lmms_eval.models` loads."""
+  """Returns the manifest that lmms-eval loads through its entry point `lmms_eval.models`."""
   from lmms_eval.models.registry_v2 import ModelManifest
 
   return ModelManifest(model_id=NAME, simple_class_path=PATH)
 
 
 class LlavaSp(Base):
-  """`lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune --batch_size 8`."""
+  """Implements a model of lmms-eval.
+
+  Use: `lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune --batch_size 8`.
+  """
 
   is_simple = True
 
   def __init__(self, pretrained: Any, batch_size: int | str = 8, **more: Any):
-    """`pretrained`: a checkpoint's folder, or a `Pretrained`. Raises: EvalError for unknown arguments."""
-    unknown = [name for name in more if name not in ("device", "max_batch_size")]  # it always gives
+    """Loads a model.
+
+    `pretrained` is the folder of a checkpoint, or a `Pretrained`.
+
+    Raises: EvalError for unknown arguments, and without lmms-eval.
+    """
+    # lmms-eval always passes these two.
+    unknown = [name for name in more if name not in ("device", "max_batch_size")]
     if unknown:
       raise EvalError(f"--model_args: unknown {', '.join(unknown)}; known: pretrained, batch_size")
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -63,13 +72,13 @@ class LlavaSp(Base):
     opened = isinstance(pretrained, pretrained_lib.Pretrained)
     self._pretrained = pretrained if opened else pretrained_lib.from_any(pretrained)
     self._batch_size = int(batch_size)
-    self._engine: Engine | None = None  # the last one: each holds the parameters on the device
+    self._engine: Engine | None = None  # only the last one: each has the parameters on the device
     self._likelihood: Likelihood | None = None
 
   def generate_until(self, requests: Sequence[Any]) -> list[str]:
-    """Answers in the order of the requests; an answer ends before the first of `until`.
+    """Returns answers in the order of the requests, each cut before the first text of `until`.
 
-    Raises: EvalError for a request that cannot be answered, since a task would score it as wrong.
+    Raises: EvalError for a request that cannot be answered, which a task would score as wrong.
     """
     groups: dict[Generation, list[int]] = {}
     for i, request in enumerate(requests):
@@ -87,7 +96,11 @@ class LlavaSp(Base):
     return texts
 
   def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-    """(sum of the log-probabilities of the continuation, whether greedy decoding writes it)."""
+    """Returns for each request the log-probability of its continuation, and whether it is greedy.
+
+    The log-probability is the sum over the tokens of the continuation. A continuation is greedy if
+    greedy decoding generates it.
+    """
     if self._likelihood is None:
       self._engine = None
       self._likelihood = Likelihood(self._pretrained, self._batch_size)
@@ -99,7 +112,7 @@ class LlavaSp(Base):
     return list(self._likelihood(zip(self._requests(requests), continuations, strict=True)))
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-    """Raises: EvalError; a round's question depends on the answer before, which LLaVA never trained."""
+    """Raises: EvalError, since the engine answers single questions, as LLaVA is trained to."""
     raise EvalError(
       "tasks of several rounds (generate_until_multi_round) are not supported: the engine answers "
       "single questions; choose tasks with output_type generate_until or loglikelihood"
@@ -112,19 +125,19 @@ class LlavaSp(Base):
     return self._engine
 
   def _requests(self, requests: Sequence[Any]) -> Iterable[Request]:
-    """Lazily, so that pictures are not all in memory."""
+    """Yields our requests one by one, so that not all images are in memory."""
     for request in requests:
       context, _, doc_to_visual, doc_id, task, split = request.args
       images = tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
-      if images and IMAGE not in context:  # as its own LLaVA: on one line, in front
+      if images and IMAGE not in context:  # like lmms-eval's LLaVA: on one line, in front
         context = " ".join([IMAGE] * len(images)) + f"\n{context}"
       yield Request(context, images)
 
 
 def generation(arguments: dict[str, Any]) -> Generation:
-  """Our settings for a task's `generation_kwargs`; defaults are those of lmms-eval's LLaVA.
+  """Converts a task's `generation_kwargs`, with the defaults of lmms-eval's LLaVA.
 
-  Raises: EvalError for a key that would change answers and that we do not know.
+  Raises: EvalError for an unknown key.
   """
   if unknown := [key for key in arguments if key not in (*KNOWN, *WITHOUT_MEANING)]:
     raise EvalError(f"generation_kwargs: unknown {', '.join(unknown)}; known: {', '.join(KNOWN)}")
@@ -133,8 +146,7 @@ def generation(arguments: dict[str, Any]) -> Generation:
   if arguments.get("do_sample") is False:
     given["temperature"] = 0.0
   if not given.get("temperature"):
-    given = {
-      k: v for k, v in given.items() if k not in ("top_p", "top_k")
-    }  # say nothing when greedy
+    # Without effect in greedy decoding.
+    given = {k: v for k, v in given.items() if k not in ("top_p", "top_k")}
   stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
   return Generation(**{"max_new_tokens": MAX_NEW_TOKENS, **given, "stop": stop})

@@ -1,4 +1,4 @@
-"""Runs a task through the engine: predictions as they come, then scores and a page to look at."""
+"""Runs a task through the engine: writes predictions as they arrive, then scores and a page."""
 
 from __future__ import annotations
 
@@ -27,35 +27,39 @@ from llava_sp_jax.tasks.task import EvalError, Item, Scores, Task
 
 SCORES, SUBMISSION = "scores.json", "submission"
 
-# Of `config.data`: what a question and its pictures become before the model reads them.
+# Fields of `config.data` that decide how a question and its images are preprocessed.
 INPUTS = (
   "template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
   "image_mean", "image_std",
 )  # fmt: skip
-# Of `config.model`: how fast it computes, or what only training reads; all else decides answers.
+# Fields of `config.model` that do not change answers: they change the speed, or concern training.
 NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelIdentity:
-  """Which model answered: its folder, its step, a hash of all that was loaded, and its settings."""
+  """Identifies the model that answered: its folder, step, fingerprints and settings."""
 
-  checkpoint: str
+  checkpoint: str  # folder
   step: int
-  base: str  # fingerprint of the frozen base, as the run keeps it
-  loaded: str  # fingerprint of every parameter as it computes: frozen base and trained part
-  # What it makes of a question beside its parameters: {"inputs", "model"}, JSON-able.
+  base: str  # fingerprint of the frozen base, as stored in the run
+  loaded: str  # fingerprint of all parameters as they compute: frozen and trained
+  # The settings that answers depend on, as `reads` returns them.
   reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> ModelIdentity:
-    with jax.default_device(_host()):  # a whole stack of layers may not fit beside a model
+    """Identifies a loaded model; computes the fingerprint of its parameters."""
+    with jax.default_device(_host()):  # stacked layers may not fit on the device beside the model
       loaded = fingerprints.fingerprint(flatten_dict(pretrained.params, sep="/"))
     return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
 
 
 def reads(pretrained: Pretrained) -> dict[str, Any]:
-  """`inputs` (template, tokenizer, pictures) and `model` (sizes, dtype) that answers depend on."""
+  """Returns the settings that answers depend on, as values for JSON.
+
+  `inputs` has template, tokenizer and preprocessing of images; `model` has sizes and dtype.
+  """
   config, model = pretrained.config, dataclasses.asdict(pretrained.config.model)
   return {
     "inputs": {
@@ -67,7 +71,7 @@ def reads(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _host() -> Any:
-  """The CPU as a device, where JAX was not told to leave it out."""
+  """Returns the CPU as a device, or None if JAX was told not to use it."""
   try:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError:
@@ -85,22 +89,26 @@ def run(
   compare: str | Path = "",
   each: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:
-  """Answers every item, writes `predictions.jsonl`, `scores.json` and `index.html` in `out`.
+  """Answers every item, and writes `predictions.jsonl`, `scores.json` and `index.html` to `out`.
 
-  What `out` already answers is not asked again. An item without an answer (an image that cannot be
-  read) is counted in `failures`, and scores say over how many answers they were taken.
+  Does not ask items again that `out` has answers to. An item without an answer (e.g. its image
+  cannot be read) is counted in `failures`; scores state the number of answers that they are taken
+  over.
 
   Args:
-    limit: only the first so many items; 0 for all.
-    model: what scores say of the model; from the engine's own when not given.
-    part: the share of this process; `Part(process, processes)` when not given.
-    retry: asks again what has no answer, as after images were put back.
-    compare: the result folder of another run on the same data; the page shows what flipped.
-    each: called with every line of predictions.jsonl when it is written; prints progress if not given.
+    task: the benchmark.
+    engine: answers the questions.
+    out: the result folder.
+    limit: asks only the first `limit` items (0: all).
+    model: identifies the model in the results (None: that of the engine).
+    part: the share of this process (None: `Part(process, processes)`).
+    retry: asks items again whose answer failed, e.g. after missing images were restored.
+    compare: the result folder of another run on the same data, with which the page compares.
+    each: called with every line of predictions.jsonl after it is written (None: prints progress).
 
-  Returns: the scores; `{"part", "answered", "missing"}` while other parts are not there yet.
-  Raises: EvalError for a `limit` below 0, when `out` holds answers made with other settings, and
-    see `check`.
+  Returns: the scores; `{"part", "answered", "missing"}` while answers of other parts are missing.
+  Raises: EvalError for a `limit` below 0, when `out` holds answers of other settings, and like
+    `check`.
   """
   if limit < 0:
     raise EvalError(f"limit: expected 0 (all questions) or more, found {limit}")
@@ -113,21 +121,21 @@ def run(
   items = questions(task)[: limit or None]
   places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
-  mine = [
+  pending = [
     item
     for item in part.choose(items)
     if item.id not in found or (retry and found[item.id]["error"])
   ]
-  if len(mine) < len(items) and found:
+  if len(pending) < len(items) and found:
     print(f"{folder}: {len(found)} questions are answered already", flush=True)
   if retry:
-    engine.forget()  # it would remember which images it could not read
+    engine.forget()  # the engine remembers images that it could not read
   with predictions.PredictionWriter(folder, part) as writer:
     started, before = time.monotonic(), counts(engine)
-    _ask(task, engine, mine, places, writer, each or Scored(len(mine)))
+    _ask(task, engine, pending, places, writer, each or Scored(len(pending)))
     session = {
       "part": str(part),
-      "asked": len(mine),
+      "asked": len(pending),
       "seconds": time.monotonic() - started,
       "engine": {k: n - before[k] for k, n in counts(engine).items()},
     }
@@ -139,34 +147,34 @@ def run(
 
 
 def check(task: Task, compare: str | Path = "") -> None:
-  """What scoring will need, so that nobody learns of it when all is answered.
+  """Checks, before questions are asked, what scoring will need afterwards.
 
-  Raises: EvalError for a `compare` that is no result on this data, or a package that is not there.
+  Raises: EvalError for a `compare` that is not a result on this data, or a package that is missing.
   """
   if compare:
     compare_lib.check(asked(task), Path(compare))
   try:
-    getattr(task, "check_submission", lambda: None)()  # no member that every task must have
+    getattr(task, "check_submission", lambda: None)()  # an optional member
   except ModuleNotFoundError as error:
     raise EvalError(str(error)) from None
 
 
 def questions(task: Task) -> list[Item]:
-  """The items of a task. Raises: EvalError when an id is no text, or two are the same."""
+  """Returns the items of a task. Raises: EvalError when an id is not a text, or two are equal."""
   items = task.items()
   counts = Counter(item.id if isinstance(item.id, str) else repr(item.id) for item in items)
   odd = [key for key, count in counts.items() if count > 1]
   odd += [repr(item.id) for item in items if not isinstance(item.id, str)]
   if odd:
     raise EvalError(
-      f"{task.name}: ids that are no text, or stand more than once: "
+      f"{task.name}: ids that are not texts, or appear more than once: "
       f"{', '.join(odd[:3])}; an answer is found by its item's id"
     )
   return items
 
 
 def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]:
-  """What an answer depends on; the batch, the mesh and the hosts are not among it."""
+  """Returns all settings that answers depend on; not the batch size, mesh and number of hosts."""
   return {
     **asked(task),
     "fingerprint": {"base": model.base, "loaded": model.loaded},
@@ -177,13 +185,16 @@ def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]
 
 
 def asked(task: Task) -> dict[str, str]:
-  """Which questions, by which rule. A judge reads answers and makes none: one may be given later."""
+  """Returns the name, protocol and data hash of a task.
+
+  Leaves the judge out of the protocol: it does not change answers, and may be given later.
+  """
   rule = task.protocol.partition("; judge ")[0].removesuffix("; no judge")
   return {"task": task.name, "protocol": rule, "data_hash": task.data_hash()}
 
 
 def counts(engine: Engine) -> dict[str, int]:
-  """What the engine has counted since it was made."""
+  """Returns the counters of an engine, since it was constructed."""
   return dataclasses.asdict(engine.counts)
 
 
@@ -195,10 +206,14 @@ def _ask(
   writer: predictions.PredictionWriter,
   each: Callable[[Record], None],
 ) -> None:
-  """`places` in the whole set: by them samples are drawn, so a part or a resumed run draws the same."""
+  """Asks items, and writes their answers as they arrive.
+
+  `places` maps an item's id to its index among all items. It seeds the sampling of an answer, so
+  that a part or a resumed run samples the same.
+  """
   requests = (Request(item.question, item.images, number=places[item.id]) for item in items)
   answers: Any = engine.as_ready(requests)
-  with contextlib.closing(answers):  # its workers end with us
+  with contextlib.closing(answers):  # stops the engine's threads on an error
     for index, answer in answers:
       line = record(task, items[index], answer)
       writer.write(line)
@@ -206,7 +221,7 @@ def _ask(
 
 
 def record(task: Task, item: Item, answer: Answer) -> Record:
-  """One line of predictions.jsonl."""
+  """Returns a line of predictions.jsonl."""
   return {
     "id": item.id,
     "question": item.question,
@@ -221,14 +236,15 @@ def record(task: Task, item: Item, answer: Answer) -> Record:
 
 
 def _verdict(task: Task, item: Item, text: str) -> dict[str, Any]:
-  """What the task says of an answer; with `problem`, why nobody can say whether it is right."""
+  """Returns the task's verdict on an answer, or `problem`: why the item cannot be scored."""
   return {"problem": item.problem} if item.problem else task.verdict(item, text)
 
 
 class Scored:
-  """Tells how many questions are answered, and how well so far."""
+  """Prints progress: how many questions are answered, and the mean score so far."""
 
   def __init__(self, total: int):
+    """Starts at 0 of `total` questions."""
     self._progress = Progress(total, "questions")
     self._failed = self._judged = 0
     self._sum = 0.0
@@ -249,24 +265,25 @@ def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:
 
 
 def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = "") -> dict[str, Any]:
-  """Scores what a folder's parts have answered: merges them, writes all that `run` writes.
+  """Merges the answers of a folder's parts, scores them, and writes the files of `run`.
 
-  Raises: EvalError when questions were not asked yet, or the task is another one.
+  Raises: EvalError when questions were not asked yet, or the folder is of another task.
   """
   folder = Path(out)
   saved = predictions.read_settings(folder)
   _same_task(task, folder, saved["settings"])
   everything = questions(task)
   items = everything[: limit or None]
-  with predictions.alone(folder):
+  with predictions.locked(folder):
     records = predictions.read(folder)
     if missing := _missing(items, records):
       raise EvalError(
         f"{folder}: {len(missing)} of {len(items)} questions were not asked yet "
         f"({', '.join(missing[:3])}, ...); run the parts that are missing, then merge again"
       )
-    result = _told(task.score(items, predictions.as_predictions(records[i.id] for i in items)))
-    chosen = [_known(task, item, records[item.id], result) for item in items]
+    result = task.score(items, predictions.as_predictions(records[i.id] for i in items))
+    result = _without_empty_headline(result)
+    chosen = [_updated(task, item, records[item.id], result) for item in items]
     predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
     flips = compare_lib.compare(folder, Path(compare)) if compare else None
     scores = _score(task, folder, items, chosen, result, saved) | {"questions": len(everything)}
@@ -277,8 +294,8 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
   return scores
 
 
-def _told(result: Scores) -> Scores:
-  """Scores without a headline where nothing was scored: 0.0 over no answers is no result."""
+def _without_empty_headline(result: Scores) -> Scores:
+  """Removes the headline if nothing was scored: 0.0 over no answers is not a result."""
   total = result.by_kind["all"]
   if result.headline is None or total["items"]:
     return result
@@ -294,8 +311,8 @@ def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
     raise EvalError(f"{folder} holds answers to another task: " + "; ".join(lines))
 
 
-def _known(task: Task, item: Item, record: Record, result: Scores) -> Record:
-  """A record with what is known by now: a judge or the truths may have come after the answer."""
+def _updated(task: Task, item: Item, record: Record, result: Scores) -> Record:
+  """Updates kind, truth and verdict of a record: a judge or truths may be newer than the answer."""
   verdict = {} if record["error"] else _verdict(task, item, record["text"])
   verdict |= result.verdicts.get(item.id, {})
   return {**record, "kind": item.kind, "truth": item.truth, "verdict": verdict}
@@ -319,7 +336,7 @@ def _score(
   upload.mkdir(exist_ok=True)
   try:
     files = task.submission(items, answers, upload)
-  except ModuleNotFoundError as error:  # the answers are safe
+  except ModuleNotFoundError as error:  # the answers are on disk already
     raise EvalError(f"{error}; then the same command, or --merge, scores them") from None
   if not files:
     upload.rmdir()
@@ -347,7 +364,7 @@ def _score(
 
 
 def _ratio(engine: Mapping[str, int]) -> dict[str, float]:
-  """Encoder calls for each distinct image: 1 when none is encoded twice."""
+  """Returns encoder calls for each distinct image: 1 if none is encoded twice."""
   with contextlib.suppress(KeyError, ZeroDivisionError):
     return {"encoder_calls_per_image": engine["encoder_calls"] / engine["distinct_images"]}
   return {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sp_jax import recipes
+from llava_sp_jax import limits, recipes
 from llava_sp_jax.config import Config
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.eval.in_loop import InLoop
 from llava_sp_jax.training import loop
 from llava_sp_jax.training.loop import Result
@@ -32,5 +33,7 @@ def train(
   """
   if isinstance(config, str):
     config = recipes.load(config)
+  limits.check(config)
+  processes.start(peer_seconds=config.train.peer_seconds)
   evaluator = InLoop(config, workdir) if config.evaluate.every else None
   return loop.train(config, workdir, profile, evaluator, resume)

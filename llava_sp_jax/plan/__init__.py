@@ -1,1 +1,1 @@
-"""Planning for absent chips: compile the real step from shapes, read its schedule, predict."""
+"""Plans for absent chips: compiles the real step from shapes and predicts memory and time."""

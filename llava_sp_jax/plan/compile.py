@@ -1,7 +1,7 @@
-"""Compiles a config for absent chips in a child process and reads what the compiler wrote.
+"""Compiles a config for absent chips in a child process, and reads the compiler's dumps.
 
-In fast mode the child is stopped once buffers are assigned: the schedule is final by then, and the
-rest, code generation, takes ten times as long. Only one compile runs at a time.
+Fast mode stops the child once buffers are assigned: the schedule is final then, and the remaining
+code generation takes ten times as long. Only one compilation runs at a time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from llava_sp_jax.plan import hlo, memory
 from llava_sp_jax.plan.topologies import Topology
 from llava_sp_jax.training import TRAIN_STEP
 
-# What can be planned: the name of its compiled program, by which the compiler's files are found.
+# Value of --what -> name of the compiled program, which the names of the compiler's dumps contain.
 PROGRAMS = {"train": TRAIN_STEP, "eval": "answer_rows"}
-# How the names of those files end.
+# Endings of the names of the dumps.
 SCHEDULE = ".after_optimizations_after_buffer_assignment.txt"
 BUFFERS = ".after_optimizations-buffer-assignment.txt"
-TOO_LARGE = ".oom_intermediate_module.txt"  # in place of the schedule
+TOO_LARGE = ".oom_intermediate_module.txt"  # in place of the schedule, if the program does not fit
 CODE = ".after_codegen.txt"
-PATIENCE = 3600  # seconds
+PATIENCE = 3600  # the most seconds of a compilation
 
-# platform: (modules of which one must be there, the extra of jax that brings the first)
+# platform -> (modules, of which one is needed; the extra of jax that installs the first)
 NEEDS = {
   "tpu": (("libtpu",), "tpu"),
   "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda13"),
@@ -45,28 +45,28 @@ ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # only keeps libtpu from asking for it
-  "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache writes no schedule
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any value keeps libtpu from querying for it
+  "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program writes no dumps
 }
 
 
 class PlanError(LlavaSPError, ValueError):
-  """A config that cannot be compiled for a topology, with the reason."""
+  """Reports a config that cannot be compiled for a topology, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What is known of a compiled step; `module` is None where no schedule is written."""
+  """Holds what is known of a compiled program."""
 
   memory: memory.Memory
-  seconds: float  # the compile took
+  seconds: float  # of the compilation
   about: dict[str, Any]  # coordinates, mesh, useful_flops, parameters
-  module: hlo.Module | None = None
-  full: bool = False  # whether code was generated: the schedule has cycle counts
+  module: hlo.Module | None = None  # the schedule; None if the compiler wrote none
+  full: bool = False  # whether code was generated, so that the schedule has cycle counts
 
 
 def check_installed(topology: Topology) -> None:
-  """Raises: PlanError that says what to install."""
+  """Checks that a topology's compiler is installed. Raises: PlanError that says what to install."""
   modules, extra = NEEDS[topology.chip.platform]
   if all(importlib.util.find_spec(module) is None for module in modules):
     raise PlanError(
@@ -82,9 +82,17 @@ def compile_config(
   keep: Path | None = None,
   fast: bool = True,
 ) -> Compiled:
-  """Compiles the real step. `keep` is a folder for the compiler's files.
+  """Compiles the real train step, or the real generation.
 
-  Raises: PlanError when it cannot be compiled for another reason than its memory.
+  Args:
+    config: the config to compile.
+    topology: the chips to compile for.
+    what: a key of PROGRAMS.
+    keep: a folder that keeps the compiler's dumps (None: they are deleted).
+    fast: stops before code generation.
+
+  Raises: PlanError when the program cannot be compiled; one that exceeds the memory of a TPU does
+    not raise.
   """
   check_installed(topology)
   with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as temporary:
@@ -108,7 +116,10 @@ def compile_config(
 
 
 def _run(folder: Path, what: str, fast: bool) -> str:
-  """Runs the child until it ends, or (fast) has written the schedule; returns what it printed."""
+  """Runs the child until it exits, or (`fast`) has written the schedule; returns its output.
+
+  Raises: PlanError after PATIENCE seconds.
+  """
   flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
   environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags}
   log = folder / "log.txt"
@@ -136,12 +147,12 @@ def _run(folder: Path, what: str, fast: bool) -> str:
 
 
 def _dumps(folder: Path, what: str, ending: str) -> list[Path]:
-  """The compiler's files about a program."""
+  """Returns the compiler's dumps of a program whose names have an ending."""
   return list(folder.glob(f"*jit_{PROGRAMS[what]}*{ending}"))
 
 
 def _written(files: list[Path]) -> bool:
-  """Whether a file is there and has not grown for a moment."""
+  """Returns whether the first file exists, is not empty, and was last written over a second ago."""
   return (
     bool(files) and time.time() - files[0].stat().st_mtime > 1.0 and files[0].stat().st_size > 0
   )

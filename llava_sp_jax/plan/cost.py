@@ -1,8 +1,9 @@
-"""Predicts the time of a scheduled module: a walk along the schedule with three clocks.
+"""Predicts the time of a scheduled module by a walk along its schedule.
 
-Matrix units, vector unit and HBM work at the same time within an operation, so it takes the longest
-of the three. Collectives and copies that have a start and a done run beside what stands between;
-only what is left at the done is waited for. Loops count as often as they run.
+Matrix units, vector unit and HBM work concurrently within an operation, which takes the longest of
+the three times. Asynchronous collectives and copies overlap with the operations between their start
+and their done; only the rest of their time is waited for at the done. The body of a loop is counted
+once for each iteration.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from llava_sp_jax.plan.hlo import Computation, Module, Op
 from llava_sp_jax.plan.topologies import Topology
 from llava_sp_jax.plan.work import FREE, Work, Worker
 
-MATRIX_SHARE = 0.93  # of the peak that a large matmul reaches by the compiler's own estimates
+MATRIX_SHARE = 0.93  # share of the peak that large matmuls reach in the compiler's own estimates
 LATENCY = 1e-6  # seconds, of a collective
 
-# kind: bytes that a device receives, from (bytes of its input, of its output, devices).
+# kind -> function (bytes of input, bytes of output, devices) -> bytes that a device receives
 COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
   "all-gather": lambda i, o, n: o * (n - 1) / n,
   "reduce-scatter": lambda i, o, n: i * (n - 1) / n,
@@ -28,12 +29,12 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
   "ragged-all-to-all": lambda i, o, n: i * (n - 1) / n,
   "collective-permute": lambda i, o, n: o,
 }
-COPIES = ("copy-start", "slice-start", "async-start")  # run beside the schedule until their done
+COPIES = ("copy-start", "slice-start", "async-start")  # asynchronous until their done
 
 
 @dataclasses.dataclass
 class Entry:
-  """What one operation of the schedule adds to a step, all its executions together."""
+  """Holds the cost of one operation of the schedule, summed over its executions."""
 
   name: str
   op_name: str
@@ -46,20 +47,21 @@ class Entry:
 
 @dataclasses.dataclass
 class Cost:
-  """Of one device for one step."""
+  """Holds the cost of a computation on one device."""
 
   seconds: float = 0.0
   flops: float = 0.0
   hbm_bytes: float = 0.0
   entries: list[Entry] = dataclasses.field(default_factory=list)
   collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-  # kind: [bytes received, executions, seconds on the wires, seconds waited for]
-  loops: dict[str, Cost] = dataclasses.field(default_factory=dict)  # of unknown length: one turn
+  # kind -> [bytes received, executions, seconds on the wires, seconds waited for]
+  loops: dict[str, Cost] = dataclasses.field(default_factory=dict)  # name -> cost of one iteration,
+  # for loops whose number of iterations is unknown; not part of the sums
   unknown: list[str] = dataclasses.field(default_factory=list)  # kernels counted by bytes alone
   wire_seconds: float = 0.0
 
   def add(self, other: Cost, times: float) -> None:
-    """Adds `times` executions of a part."""
+    """Adds the cost of `times` executions of another computation."""
     self.seconds += other.seconds * times
     self.flops += other.flops * times
     self.hbm_bytes += other.hbm_bytes * times
@@ -84,37 +86,41 @@ class Cost:
     self.collectives[kind] = [a + b for a, b in zip(old, values, strict=True)]
 
   def collective(self, kind: str, size: float, seconds: float) -> None:
-    """Counts a collective when it starts."""
+    """Counts the start of a collective: bytes received, and seconds on the wires."""
     self._collective(kind, [size, 1.0, seconds, 0.0])
     self.wire_seconds += seconds
 
   def waited(self, kind: str, seconds: float) -> None:
-    """Counts the seconds that nothing else ran."""
+    """Counts seconds in which a device waited for a collective."""
     self._collective(kind, [0.0, 0.0, 0.0, seconds])
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
+  """Holds what a collective costs a device."""
+
   kind: str
   bytes: float  # received by a device
   seconds: float
-  key: str  # the same at start and done
+  key: str  # equal at start and done
 
 
 class Predictor:
-  """Walks a module on a topology. `coordinates[partition]` is where its chip stands."""
+  """Predicts the cost of a module on a topology."""
 
   def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]]):
+    """Stores its arguments; `coordinates[partition]` are those of the partition's chip."""
     self._module, self._topology, self._coordinates = module, topology, coordinates
     self._worker = Worker(module)
 
   def run(self) -> Cost:
+    """Returns the cost of one execution of the module on one device."""
     return self._walk(self._module.entry)
 
   def _walk(self, computation: Computation) -> Cost:
     cost = Cost()
     now, wires, copies = 0.0, 0.0, 0.0
-    running: dict[str, tuple[str, float]] = {}  # key: (kind, when it is done)
+    running: dict[str, tuple[str, float]] = {}  # key -> (kind, time of its end)
     for op in computation.ops:
       if op.opcode in FREE:
         continue
@@ -154,7 +160,7 @@ class Predictor:
         now = self._wait(cost, op, kind, now, end)
       elif op.opcode not in ("async-update", "custom-call") or kernels.is_kernel(op):
         now += self._run(cost, op, computation)
-    # What a turn leaves on the wires is waited for in the next one.
+    # Transfers that are still on the wires at the end are waited for.
     left = max(cost.wire_seconds - now, 0.0)
     if left > 0:
       now = self._wait_end(cost, now, left)
@@ -166,7 +172,7 @@ class Predictor:
     chip = self._topology.chip
     seconds, kind = duration(work, chip)
     cycles = op.attribute(r'"estimated_cycles":"(\d+)"')
-    if cycles and work.flops:  # only there after code generation; of loop fusions it says too much
+    if cycles and work.flops:  # exists only after code generation; too high for loop fusions
       seconds, kind = max(int(cycles) / chip.clock, work.bytes / chip.hbm_rate), "matmul"
     if kernels.is_kernel(op):
       flops, share = kernels.flops(op, computation)
@@ -189,11 +195,11 @@ class Predictor:
     return max(now, end)
 
   def _wait_end(self, cost: Cost, now: float, left: float) -> float:
-    cost.entries.append(Entry("end of turn", "", "wait:wires", left))
+    cost.entries.append(Entry("remaining transfers", "", "wait:wires", left))
     return now + left
 
   def _copied(self, op: Op, computation: Computation) -> float:
-    """HBM bytes of a copy or slice: what it moves from or to HBM."""
+    """Returns the HBM bytes that a copy or slice moves."""
     sizes = sorted(a.bytes for a in op.arrays if a.dims)
     return sizes[0] if sizes else 0.0
 
@@ -204,7 +210,7 @@ class Predictor:
       where = self._module.computations[op.called["calls"]]
       found = [o for o in where.ops if o.opcode.removesuffix("-start") in COLLECTIVES]
       if not found or "continuation_config" in op.attributes:
-        return None  # a matmul that a collective runs through: its start and done are counted
+        return None  # a matmul fused with a collective, whose start and done are counted
       inner, base = found[0], found[0].opcode.removesuffix("-start")
     if base not in COLLECTIVES:
       return None
@@ -212,7 +218,7 @@ class Predictor:
       return Collective(base, 0.0, 0.0, op.operands[0])
     operands = [where.by_name[n] for n in inner.operands if n in where.by_name]
     size_in = float(sum(o.bytes for o in operands))
-    # The result of a start repeats its operands before its results.
+    # The result of a start contains its operands as well as its results.
     size_out = inner.bytes - size_in if inner.opcode.endswith("-start") else float(inner.bytes)
     scattered = base == "all-reduce" and inner is not op and op.bytes < size_in
     kind = "reduce-scatter" if scattered and not _is_start(op) else base
@@ -229,7 +235,7 @@ class Predictor:
 
 
 def duration(work: Work, chip) -> tuple[float, str]:
-  """(seconds, what it waits for) of an operation that is neither collective nor kernel."""
+  """Returns (seconds, limiting unit) of an operation that is neither a collective nor a kernel."""
   matrix = (work.flops - work.low_flops / 2) / (MATRIX_SHARE * chip.peak_flops)
   times = {
     "matmul": matrix,
@@ -257,7 +263,7 @@ def _is_done(op: Op) -> bool:
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
-  """Partitions of the first group of a collective, in any of the forms that modules write."""
+  """Returns the partitions of a collective's first group, from any of the notations of HLO."""
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
   if listed:
     return [int(i) for i in listed.group(1).split(",") if i]
@@ -288,7 +294,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _transposed(dims: list[int], order: list[int]) -> list[int]:
-  """0, 1, .. in `dims`, transposed by `order`, flat."""
+  """Returns arange(prod(dims)), reshaped to `dims`, transposed by `order`, and flattened."""
   strides = [1] * len(dims)
   for i in reversed(range(len(dims) - 1)):
     strides[i] = strides[i + 1] * dims[i + 1]

@@ -1,7 +1,7 @@
-"""What XLA must know of a GPU to compile for it without one, as the text of its `GpuTargetConfig`.
+"""Describes GPUs to XLA, as text of its `GpuTargetConfig`, so that it compiles without one.
 
 Numbers of the H100 SXM5 80 GB: NVIDIA's H100 white paper and the CUDA programming guide's table of
-compute capabilities. They decide which kernels are chosen and how much memory a program may take.
+compute capabilities. They decide which kernels XLA chooses and how much memory a program may use.
 """
 
 H100 = """

@@ -1,7 +1,7 @@
-"""Reads a scheduled HLO module from its text: computations, operations, shapes, trip counts.
+"""Parses the text of a scheduled HLO module: computations, operations, shapes, trip counts.
 
-Only what a cost model needs is understood. The metadata of kernels holds newlines and braces, so
-operations are put together before they are parsed, and parentheses in strings do not count.
+Parses only what the cost model needs. The metadata of kernels contain newlines and braces, so the
+lines of an operation are joined before it is parsed, and parentheses within strings are ignored.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ from collections.abc import Iterator
 
 from llava_sp_jax.errors import LlavaSPError
 
-WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; all others say their bits in their name
+WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; the names of all others contain their bits
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-# What begins a statement; lines that do not continue one (kernels have metadata of several lines).
+# The beginning of a statement. Other lines continue one (metadata of kernels have several lines).
 _BEGINS = re.compile(r"  (ROOT )?%|\}$|$|%|ENTRY ")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", re.DOTALL)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 
 
 class HloError(LlavaSPError, ValueError):
-  """Text that is no HLO module, or one without what was asked for."""
+  """Reports text that is not an HLO module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of a shape; `space` 0 is HBM, 1 is VMEM, others are scalar memories."""
+  """Describes one array of a shape."""
 
   dtype: str
   dims: tuple[int, ...]
-  space: int = 0
+  space: int = 0  # memory space: 0 is HBM, 1 is VMEM, others are scalar memories
 
   @property
   def size(self) -> int:
+    """Returns the number of elements."""
     return math.prod(self.dims)
 
   @property
   def bytes(self) -> int:
+    """Returns the size in bytes, rounded up."""
     return math.ceil(self.size * width(self.dtype))
 
 
 def width(dtype: str) -> float:
-  """Bytes of one element."""
+  """Returns the bytes of one element, which may be a fraction."""
   if dtype in WIDTHS:
     return WIDTHS[dtype]
   bits = re.search(r"\d+", dtype)
@@ -54,9 +56,11 @@ def width(dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
+  """Holds one operation."""
+
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # of the result; a tuple has several
+  arrays: tuple[Array, ...]  # of the result; several for a tuple
   operands: tuple[str, ...]
   attributes: str
   root: bool
@@ -64,36 +68,41 @@ class Op:
 
   @functools.cached_property
   def called(self) -> dict[str, str]:
-    """{"calls" | "to_apply" | "body" | "condition": computation}."""
+    """Returns {"calls" | "to_apply" | "body" | "condition": name of a computation}."""
     return {m.group(0).split("=")[0]: m.group(1) for m in _CALLED.finditer(self.attributes)}
 
   @functools.cached_property
   def op_name(self) -> str:
-    """Where the operation comes from in the traced program; empty when it does not say."""
+    """Returns the name of the operation in the traced program, or ""."""
     found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
     return found.group(1) if found else ""
 
   def attribute(self, pattern: str) -> str:
-    """The first group of `pattern` in the attributes, or an empty string."""
+    """Returns the first group of the regex `pattern` in the attributes, or ""."""
     found = re.search(pattern, self.attributes)
     return found.group(1) if found else ""
 
   @property
   def bytes(self) -> int:
+    """Returns the bytes of the result."""
     return sum(a.bytes for a in self.arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+  """Holds one computation of a module."""
+
   name: str
   ops: tuple[Op, ...]  # in the order of the schedule
 
   @functools.cached_property
   def by_name(self) -> dict[str, Op]:
+    """Returns {name: operation}."""
     return {op.name: op for op in self.ops}
 
   @functools.cached_property
   def users(self) -> dict[str, list[Op]]:
+    """Returns {name of an operation: the operations that read its result}."""
     result: dict[str, list[Op]] = {}
     for op in self.ops:
       for operand in dict.fromkeys(op.operands):
@@ -102,20 +111,24 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> dict[int, Op]:
+    """Returns {number: parameter}."""
     return {int(op.argument): op for op in self.ops if op.opcode == "parameter"}
 
   @property
   def root(self) -> Op:
+    """Returns the operation whose result is that of the computation."""
     return next(op for op in self.ops if op.root)
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+  """Holds a module: its computations by name, and the entry computation."""
+
   computations: dict[str, Computation]
   entry: Computation
 
   def trip_count(self, loop: Op) -> int | None:
-    """How often a `while` runs, or None when it depends on values."""
+    """Returns the number of iterations of a `while`, or None if it depends on values."""
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
       return int(known)
@@ -131,7 +144,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """A module from its text. Raises: HloError."""
+  """Parses the text of a module. Raises: HloError for text that is not one."""
   computations: dict[str, Computation] = {}
   entry, name, ops = None, "", list[Op]()
   for line in _statements(text):
@@ -150,7 +163,7 @@ def parse(text: str) -> Module:
 
 
 def _statements(text: str) -> Iterator[str]:
-  """Headers, operations and closing braces, each as one text, however many lines it takes."""
+  """Yields headers, operations and closing braces, with the lines of each joined."""
   held: list[str] = []
   for line in text.splitlines():
     if held and _BEGINS.match(line):
@@ -177,7 +190,10 @@ def _op(line: str) -> Op:
 
 
 def _closing(text: str, start: int) -> int:
-  """Index of the parenthesis that closes the one at `start`; strings are jumped over."""
+  """Returns the index of the parenthesis that closes the one at `start`; skips strings.
+
+  Raises: HloError when there is none.
+  """
   depth, quoted = 0, False
   for i in range(start, len(text)):
     c = text[i]

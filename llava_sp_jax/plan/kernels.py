@@ -1,7 +1,7 @@
-"""FLOPs of Pallas kernels, which the compiler does not count: a table by the kernel's name.
+"""Counts the FLOPs of Pallas kernels, which the compiler does not, by a table of their names.
 
-Splash attention computes only the tiles that the causal triangle touches. Shapes: queries [.., N, T,
-H], keys [.., K, S, H]. Shares of the peak were read from the kernel's own schedule on v5e.
+Splash attention computes only the tiles that the causal triangle touches. Shapes: queries [.., N,
+T, H], keys [.., K, S, H]. The shares of the peak are from the kernels' own schedules on v5e.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from llava_sp_jax.plan.hlo import Computation, Op
 # (regex over the name of the traced operation, matmuls of [T, S] x H, share of the peak)
 KERNELS: tuple[tuple[str, int, float], ...] = (
   (r"splash_m[hq]a_fwd", 2, 0.43),
-  (r"splash_m[hq]a_dkv", 5, 0.67),  # all three gradients, as `models.attention` asks for them
+  (r"splash_m[hq]a_dkv", 5, 0.67),  # all three gradients in one kernel, as in `models.attention`
 )
-# Sides of a tile in the kernel's metadata; those of its own pass come first.
+# Patterns of the sides of a tile in a kernel's metadata; the first match is for its own pass.
 TILE = tuple(re.compile(rf'block_{side}(?:_dkv)?\\?": (\d+)') for side in ("q", "kv"))
 
 
 def is_kernel(op: Op) -> bool:
+  """Returns whether an operation is a Pallas kernel on TPU."""
   return op.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attributes
 
 
 def flops(op: Op, computation: Computation) -> tuple[float, float]:
-  """(FLOPs of a call, share of the peak); 0 FLOPs for a kernel that no row knows."""
+  """Returns (FLOPs of a call, share of the peak); 0 FLOPs for a kernel without a row."""
   for pattern, matmuls, share in KERNELS:
     if re.search(pattern, op.name) or re.search(pattern, op.op_name):
       arrays = [computation.by_name[o].arrays[0] for o in op.operands if o in computation.by_name]
@@ -39,7 +40,7 @@ def flops(op: Op, computation: Computation) -> tuple[float, float]:
 
 
 def _computed(op: Op, queries: int, keys: int) -> float:
-  """Share of the square that a causal kernel computes: whole tiles, those on the diagonal too."""
+  """Returns the share of the attention matrix that a causal kernel computes, in whole tiles."""
   sides = [side.search(op.attributes) for side in TILE]
   if not all(sides):
     return 0.5

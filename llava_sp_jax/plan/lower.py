@@ -1,8 +1,8 @@
-"""The child process of a compile: the real step from shapes, for devices that are not here.
+"""Lowers and compiles the real step from shapes, for absent devices, in a child process.
 
-`python -m llava_sp_jax.plan.lower REQUEST.json`, started by `plan.compile`, which sets the
-environment that jax reads when it is imported. Writes `about.json` beside the request before it
-compiles, `done.json` after; no array is ever made.
+`plan.compile` starts it as `python -m llava_sp_jax.plan.lower REQUEST.json`, with the environment
+that jax reads at import. Writes `about.json` beside the request before it compiles, and `done.json`
+afterwards. Creates no arrays.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.plan.compile import PROGRAMS
 from llava_sp_jax.training import optimizer, setup
 
-# Beside what the step itself asks for (`setup.COMPILER_OPTIONS`).
+# In addition to those of the step itself (`setup.COMPILER_OPTIONS`).
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "tpu": {},
-  "cuda": {"xla_gpu_enable_triton_gemm": False},  # it wants to measure on a real one
+  "cuda": {"xla_gpu_enable_triton_gemm": False},  # Triton would autotune on a real GPU
 }
-NEW_TOKENS = 128  # of an answer, in the plan of an evaluation
+NEW_TOKENS = 128  # tokens of an answer in the plan of an evaluation
 
 
 def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
-  """The lowered train step of `config`, from shapes."""
+  """Lowers the train step of a config."""
   shapes, places, tx = setup.abstract_state(config, device_mesh)
   whole = NamedSharding(device_mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -49,7 +49,7 @@ def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
 
 
 def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
-  """The lowered generation of `config`: prefill of whole rows, then a loop of decode steps."""
+  """Lowers the generation of a config: prefill of full rows, then a loop of decode steps."""
   platform = device_mesh.devices.flat[0].platform
   module = build.compiled_for(build.model(config.model), platform, branches=False)
   dtype = jnp.dtype(config.model.dtype)
@@ -72,8 +72,8 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   return jax.jit(program, compiler_options=options).lower(params, prompt, key)
 
 
-_LEARNING = ("targets", "weights")  # what only training reads of a batch
-# What can be planned: name -> (config, mesh) -> lowered. The traced functions are named as PROGRAMS says.
+_LEARNING = ("targets", "weights")  # arrays of a batch that only training reads
+# Value of --what -> function (config, mesh) -> lowered. PROGRAMS has the names of their programs.
 LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Any]] = {
   "train": train_step,
   "eval": answers,
@@ -81,7 +81,10 @@ LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Any]] = {
 
 
 def placed(shapes: Any, places: Any) -> Any:
-  """Shapes with shardings, as `lower` takes them; one sharding may serve a whole tree."""
+  """Adds shardings to a tree of shapes, as `lower` takes them.
+
+  `places` is a tree of shardings, or one sharding for all shapes.
+  """
   if isinstance(places, NamedSharding):
     places = jax.tree.map(lambda _: places, shapes)
   return jax.tree.map(
@@ -90,7 +93,7 @@ def placed(shapes: Any, places: Any) -> Any:
 
 
 def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
-  """A batch as the pipeline makes it, as shapes: every row full, every image there."""
+  """Returns the shapes of a batch of `data.pipeline.make`, sharded by rows."""
   rows, side = config.train.batch_size, config.model.tower.image_size
   arrays = example.layout([], [], config.data.row_length).arrays()
   shapes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
@@ -103,7 +106,10 @@ def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
 
 
 def useful_flops(config: config_lib.Config, what: str) -> float:
-  """FLOPs of a train step that the model needs (`models.flops`); rows are full, attention causal."""
+  """Returns the FLOPs that the model needs for a train step (`models.flops`); 0 for an evaluation.
+
+  Assumes full rows with all images, and causal attention.
+  """
   if what != "train":
     return 0.0
   stage = config.optimizer.stage
@@ -116,6 +122,7 @@ def useful_flops(config: config_lib.Config, what: str) -> float:
 
 
 def main(path: str) -> None:
+  """Compiles the request in the file `path`."""
   file = Path(path)
   request = json.loads(file.read_text())
   config = config_lib.from_dict(request["config"])
@@ -143,9 +150,9 @@ def main(path: str) -> None:
 
 
 def argument_bytes(lowered: Any, compiled: Any) -> dict[str, int]:
-  """Bytes of each argument on one device, by names as `memory.PARTS` matches them.
+  """Returns the bytes of each argument on one device, by names that `memory.PARTS` matches.
 
-  One that the program does not read (the dropout's key, without dropout) is not there.
+  Leaves out arguments that the program does not read (e.g. the key of dropout, without dropout).
   """
   named, _ = jax.tree_util.tree_flatten_with_path(lowered.args_info[0])
   places = jax.tree.leaves(compiled.input_shardings[0], is_leaf=lambda place: place is None)

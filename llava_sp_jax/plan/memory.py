@@ -1,4 +1,4 @@
-"""HBM of one device by part, from the compiler's buffer assignment."""
+"""Sums the HBM of one device by part, from the compiler's buffer assignment."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ TEMPORARIES = "temporaries"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device. `largest` are (bytes, shape, where it comes from) of temporaries."""
+  """Holds the bytes of a program on one device."""
 
-  parts: dict[str, int]
+  parts: dict[str, int]  # part -> bytes
   total: int
-  largest: tuple[tuple[int, str, str], ...] = ()
+  largest: tuple[tuple[int, str, str], ...] = ()  # (bytes, shape, traced name) of temporaries
 
 
 def of_assignment(text: str, module: Module) -> Memory:
-  """Memory of a module from the text of its `buffer-assignment` dump, which is there if it fits or not."""
+  """Reads the memory of a module from the text of its `buffer-assignment` dump.
+
+  The compiler writes that dump for a program that does not fit, too.
+  """
   names = {number: op.op_name for number, op in module.entry.parameters.items()}
   origin = {op.name: op.op_name for c in module.computations.values() for op in c.ops}
   parts: dict[str, int] = {}
@@ -43,7 +46,7 @@ def of_assignment(text: str, module: Module) -> Memory:
       size, rest = int(allocation.group(1)), allocation.group(2)
       if "color " in rest or "thread-local" in rest:
         inside = False
-        continue  # VMEM, scalar memory, host
+        continue  # not in HBM
       argument = re.search(r"parameter (\d+)", rest)
       inside = "preallocated-temp" in rest
       part = TEMPORARIES
@@ -62,7 +65,7 @@ def of_assignment(text: str, module: Module) -> Memory:
 
 
 def of_analysis(sizes: dict[str, Any]) -> Memory:
-  """Memory from what `plan.lower` writes of a compiled step, where there is no assignment."""
+  """Reads the memory of a program without a buffer assignment from the file of `plan.lower`."""
   parts: dict[str, int] = {}
   for name, size in sizes["arguments"].items():
     part = part_of(name)
@@ -74,5 +77,5 @@ def of_analysis(sizes: dict[str, Any]) -> Memory:
 
 
 def part_of(argument: str) -> str:
-  """The part of a step's memory that an argument belongs to."""
+  """Returns the part of a program's memory to which an argument belongs."""
   return next(part for pattern, part in PARTS if re.search(pattern, argument))

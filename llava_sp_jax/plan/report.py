@@ -1,4 +1,4 @@
-"""What a plan says: memory against the limit, FLOPs, collectives, step time, and how it was found."""
+"""Formats plans: memory against the limit, FLOPs, collectives, step time, method of prediction."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import Compiled, PlanError
 from llava_sp_jax.plan.topologies import Topology
 
-# Program, collective scratch and what the runtime keeps are not in the buffer assignment.
+# The program, scratch of collectives and the runtime's memory are not in the buffer assignment.
 RESERVE = int(0.35 * GIB)
 PREDICTORS = {
   "fast": "schedule walk, FLOPs at 93% of peak",
   "full": "schedule walk, the compiler's cycles for matmuls",
   "none": "memory only",
 }
-RECORD_KEYS = ("model", "topology", "what", "rows")  # a newer plan replaces an older one
+RECORD_KEYS = ("model", "topology", "what", "rows")  # identify a record; a new one replaces its old
 
-# (part, regex over the traced operation's name, or over the kind of what took the time)
+# (section, regex over an entry's traced name; over its kind for a regex that begins with ^)
 SECTIONS: tuple[tuple[str, str], ...] = (
   ("waiting for collectives", r"^wait:(?!copy)"),
   ("waiting for copies", r"^wait:copy"),
@@ -40,50 +40,55 @@ SECTIONS: tuple[tuple[str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One config on one topology. Without `cost`, memory is all that is known."""
+  """Holds the prediction for one config on one topology."""
 
   config: config_lib.Config
   topology: Topology
-  what: str
+  what: str  # "train" or "eval"
   compiled: Compiled
-  cost: cost_lib.Cost | None
+  cost: cost_lib.Cost | None  # None: only memory is predicted
 
   @property
   def limit(self) -> int:
+    """Returns the HBM of a chip in bytes."""
     return self.topology.chip.hbm_bytes
 
   @property
   def used(self) -> int:
+    """Returns the HBM that the program needs on a chip, in bytes."""
     extra = RESERVE if self.compiled.module else 0
     return self.compiled.memory.total + extra
 
   @property
   def fits(self) -> bool:
+    """Returns whether the program fits into the HBM of a chip."""
     return self.used <= self.limit
 
   @property
   def seconds(self) -> float:
-    """Of a train step, or of the prefill of an evaluation; nan when it is not predicted."""
+    """Returns the seconds of a train step, or of an evaluation's prefill; nan if not predicted."""
     return self.cost.seconds if self.cost else math.nan
 
   @property
   def mfu(self) -> float:
+    """Returns the model FLOPs utilization of a train step."""
     peak = self.topology.chips * self.topology.chip.peak_flops
     return self.compiled.about.get("useful_flops", 0.0) / (peak * self.seconds)
 
   @property
   def predictor(self) -> str:
-    """A row of PREDICTORS."""
+    """Returns the key of PREDICTORS that applies."""
     if self.cost is None:
       return "none"
     return "full" if self.compiled.full else "fast"
 
   @property
   def tokens(self) -> int:
+    """Returns the tokens of a step: rows times row length."""
     return self.config.train.batch_size * self.config.data.row_length
 
   def record(self) -> dict[str, Any]:
-    """As it is kept in plan.json."""
+    """Returns the plan as a record for the JSON file."""
     speed = self.fits and not math.isnan(self.seconds)
     train = speed and self.what == "train"
     config = self.config
@@ -114,7 +119,7 @@ class Plan:
 
 
 def make(config: config_lib.Config, topology: Topology, what: str, compiled: Compiled) -> Plan:
-  """Predicts the speed of what was compiled, where a schedule and the rates are known."""
+  """Makes the plan of a compiled program; predicts its time if schedule and rates are known."""
   cost = None
   if compiled.module and topology.chip.speed:
     walk = cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"])
@@ -123,12 +128,12 @@ def make(config: config_lib.Config, topology: Topology, what: str, compiled: Com
 
 
 def text(plan: Plan, top: int = 15) -> str:
-  """The whole report."""
+  """Returns the whole report, with the `top` longest operations."""
   return "\n".join([*_head(plan), *_memory(plan), *_speed(plan, top)])
 
 
 def refusal(plan: Plan) -> PlanError:
-  """The error of a plan that does not fit: how much is missing, and the largest buffers."""
+  """Returns the error of a plan that does not fit: how much is missing, and the largest buffers."""
   memory = plan.compiled.memory
   lines = [
     f"does not fit: {plan.used / GIB:.2f} GiB of HBM per chip on {plan.topology.name}, "
@@ -196,7 +201,7 @@ def _speed(plan: Plan, top: int) -> list[str]:
   for name, loop in cost.loops.items():
     rows = plan.config.train.batch_size
     lines += [
-      f"one turn of the loop {_short(name)}: {loop.seconds * 1e3:.3f} ms, "
+      f"one iteration of the loop {_short(name)}: {loop.seconds * 1e3:.3f} ms, "
       f"{rows / max(loop.seconds, 1e-12):,.0f} tokens/s",
       *_top(loop, top // 3),
     ]
@@ -228,7 +233,7 @@ def _sections(cost: cost_lib.Cost) -> list[str]:
 
 
 def section(entry: cost_lib.Entry) -> str:
-  """The part of the model that an entry belongs to."""
+  """Returns the section of SECTIONS to which an entry belongs."""
   return next(
     name
     for name, pattern in SECTIONS
@@ -250,7 +255,7 @@ def _top(cost: cost_lib.Cost, top: int) -> list[str]:
 
 
 def _short(name: str) -> str:
-  """The traced operation without the wrappers that all share."""
+  """Removes from a traced name the wrappers that all operations share."""
   name = re.sub(r"jit\(run\)/|closed_call/|while/body/|LlavaSP\.\w+/", "", name)
   name = re.sub(r"transpose\(jvp\(LlavaSP\)\)", "backward", name)
   return re.sub(r"jvp\(LlavaSP\)", "forward", name)
@@ -261,16 +266,16 @@ def _sorted(parts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-  """Puts a record beside the others in OUT.json and returns all; replaces its older self."""
+  """Adds a record to OUT.json and returns all; replaces an older one with equal RECORD_KEYS."""
   records = provenance.read(out, [])
-  mine = [record.get(k) for k in RECORD_KEYS]
-  records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != mine] + [record]
+  key = [record.get(k) for k in RECORD_KEYS]
+  records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != key] + [record]
   provenance.write(out, records, beside=True)
   return records
 
 
 def table(records: list[dict[str, Any]]) -> str:
-  """plan.md of the records."""
+  """Returns the text of OUT.md: a table of records in markdown."""
   lines = [
     "# Plans for absent chips",
     "",

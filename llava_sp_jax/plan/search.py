@@ -1,8 +1,9 @@
-"""Looks for the fastest plan that fits: mesh, base placement, recomputation, micro-batches.
+"""Searches for the fastest plan that fits: mesh, base placement, recomputation, micro-batches.
 
-Every candidate is compiled, so their number is a budget. The walk starts at the config as it is.
-While nothing fits, it takes the leanest value of one axis after another; then it climbs, a step or
-a trade of two at a time, and leaves out what needs more memory than something that did not fit.
+Every candidate is compiled, so a budget limits their number. The search starts at the config
+itself. While it does not fit, the search sets one axis after another to the value with the least
+memory. Then it climbs greedily, changing one axis or two at a time, and skips candidates that need
+at least as much memory on every axis as one that did not fit.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 
-Values = tuple[dict[str, Any], ...]  # each: {key below config: value}
+Values = tuple[dict[str, Any], ...]  # alternatives, each {key below config: value}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a compile said. `seconds` of a step; nan when it does not fit."""
+  """Holds the result of compiling a candidate."""
 
   fits: bool
-  seconds: float
-  hbm: int  # bytes on a device; 0 when it could not be compiled for another reason
+  seconds: float  # of a step; nan if they are not predicted
+  hbm: int  # bytes on a device; 0 if it could not be compiled for a reason other than memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
+  """Holds a candidate that was compiled, and its difference from the one before."""
+
   config: config_lib.Config
   change: str
   outcome: Outcome
@@ -36,15 +39,15 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """Alternatives from the leanest in memory to the richest."""
+  """Holds the alternatives of one setting, from the least memory to the most."""
 
   name: str
   values: Values
 
 
 def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
-  """What may be varied, in the order in which memory is saved."""
-  from llava_sp_jax.distributed import sharding  # here, because these import jax
+  """Returns the axes of the search, in the order in which they are used to save memory."""
+  from llava_sp_jax.distributed import sharding  # imports jax, so not at the top
   from llava_sp_jax.models import remat
 
   rows = config.train.batch_size
@@ -76,7 +79,14 @@ def search(
   budget: int,
   evaluate: Callable[[config_lib.Config], Outcome],
 ) -> list[Tried]:
-  """All that was compiled, at most `budget`, in order. `best` picks from it."""
+  """Returns all candidates that were compiled, at most `budget`, in order.
+
+  Args:
+    config: the config to start from.
+    devices: the number of chips.
+    budget: the most candidates.
+    evaluate: compiles a candidate.
+  """
   walk = _Walk(config, axes(config, devices), budget, evaluate)
   current = walk.start()
   for axis in range(len(walk.axes)):
@@ -98,15 +108,17 @@ def search(
 
 
 def best(tried: list[Tried]) -> Tried | None:
-  """The fastest that fits, or None."""
+  """Returns the fastest candidate that fits, or None."""
   fitting = [t for t in tried if t.outcome.fits]
   return min(fitting, key=lambda t: t.outcome.seconds, default=None)
 
 
-Point = tuple[int, ...]  # an index into the values of each axis
+Point = tuple[int, ...]  # for each axis an index of its values
 
 
 class _Walk:
+  """Holds the candidates of a search that were compiled, and proposes new ones."""
+
   def __init__(self, config, axes: tuple[Axis, ...], budget: int, evaluate):
     self.axes, self.tried = axes, list[Tried]()
     self._config, self._budget, self._evaluate = config, budget, evaluate
@@ -122,7 +134,7 @@ class _Walk:
     return len(self.tried) >= self._budget
 
   def start(self) -> Point:
-    """The config's own values; a value that no axis has becomes its leanest."""
+    """Compiles the config's own point; a value that an axis lacks becomes that of least memory."""
     point = tuple(
       next((i for i, v in enumerate(axis.values) if v.items() <= self._from.items()), 0)
       for axis in self.axes
@@ -135,7 +147,10 @@ class _Walk:
     return point in self._known and self._known[point].fits
 
   def leanest(self, point: Point, axis: int) -> Point:
-    """`point` at the leanest value of an axis that the rows allow, compiled."""
+    """Moves an axis to its value of least memory at which the rows divide, and compiles the point.
+
+    Returns `point` itself if there is no such value up to its own.
+    """
     for index in range(point[axis] + 1):
       moved = (*point[:axis], index, *point[axis + 1 :])
       if self._divides(moved):
@@ -144,10 +159,12 @@ class _Walk:
     return point
 
   def neighbors(self, point: Point) -> Iterator[Point]:
-    """One step along an axis, richer ones first; then trades, a step richer here for leaner there;
-    then two steps, over a value that is neither lean nor fast.
+    """Yields the neighbors of a point in the order in which they are tried.
 
-    What was compiled, what the rows do not divide, and what cannot fit is left out.
+    These are single steps along an axis, to more memory first; then a step up on one axis and down
+    on another; then two steps up, over a value that is neither small nor fast.
+
+    Leaves out points that were compiled, at which the rows do not divide, or that cannot fit.
     """
     count = range(len(self.axes))
     steps = [((axis, step),) for step in (1, -1) for axis in count]
@@ -161,7 +178,7 @@ class _Walk:
         yield moved
 
   def _step(self, point: Point, axis: int, step: int) -> Point | None:
-    """The next value along an axis that the rows divide; None at its end."""
+    """Returns the next point along an axis at which the rows divide; None at the axis' end."""
     index = point[axis] + step
     while 0 <= index < len(self.axes[axis].values):
       moved = (*point[:axis], index, *point[axis + 1 :])
@@ -183,7 +200,7 @@ class _Walk:
     return self._known[point]
 
   def _hopeless(self, point: Point) -> bool:
-    """Whether it is at least as rich in everything as something that did not fit."""
+    """Returns whether a point needs at least as much memory on all axes as one that did not fit."""
     return any(
       not outcome.fits and outcome.hbm and all(a >= b for a, b in zip(point, other, strict=True))
       for other, outcome in self._known.items()
@@ -201,7 +218,7 @@ class _Walk:
     return self._rows % parts == 0
 
   def _fewest(self, point: Point) -> Point:
-    """`point` with as many micro-batches as its mesh divides, or as it is."""
+    """Returns a point with the most micro-batches at which the rows divide, or the point itself."""
     choices = [(i, *point[1:]) for i in range(len(self.axes[0].values))]
     return next((p for p in choices if self._divides(p)), point)
 
@@ -211,7 +228,7 @@ class _Walk:
 
 
 def _flat(config: config_lib.Config) -> dict[str, Any]:
-  """The keys that the axes vary, with their values in `config`."""
+  """Returns the keys that the axes vary, with their values in a config."""
   mesh = config.mesh
   return {
     "train.accumulate": config.train.accumulate,
@@ -224,7 +241,10 @@ def _flat(config: config_lib.Config) -> dict[str, Any]:
 
 
 def recipe(config: config_lib.Config, origin: str) -> str:
-  """A recipe file with every value of `config`, which `llava-sp train --config` takes."""
+  """Returns the text of a recipe with all values of a config, for `llava-sp train --config`.
+
+  `origin` becomes its docstring.
+  """
   values = pprint.pformat(config_lib.to_dict(config), indent=1, width=98, sort_dicts=False)
   return (
     f'"""{origin}"""\n\nfrom ml_collections import ConfigDict\n\n\n'

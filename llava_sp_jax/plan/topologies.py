@@ -1,4 +1,4 @@
-"""Slices that `llava-sp plan` knows, by the names that users rent them under; `hardware` has the chips.
+"""The slices that `llava-sp plan` knows, by the names of cloud providers; `hardware` has the chips.
 
 Source: Google's pages "TPU v4 / v5e / v5p / v6e" (chips of a slice).
 """
@@ -12,43 +12,49 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.hardware import CHIPS, Chip
 from llava_sp_jax.plan import gpu
 
-# What XLA must know of a GPU to compile for it without one.
+# Name of a GPU -> its description, with which XLA compiles for it without one.
 TARGETS = {"h100": gpu.H100}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice: `sides` are its chips along each axis of the interconnect."""
+  """Describes a slice: its chips and their interconnect."""
 
   name: str
   chip_name: str
-  sides: tuple[int, ...]
+  sides: tuple[int, ...]  # chips along each axis of the interconnect
 
   @property
   def chip(self) -> Chip:
+    """Returns the data of a chip."""
     return CHIPS[self.chip_name]
 
   @property
   def chips(self) -> int:
+    """Returns the number of chips."""
     return math.prod(self.sides)
 
   @property
   def compiler_name(self) -> str:
-    """As `jax.experimental.topologies.get_topology_desc` takes it; GPUs have none."""
+    """Returns the name for `jax.experimental.topologies.get_topology_desc`; "" for GPUs."""
     sides = "x".join(map(str, self.sides))
     return f"{self.chip_name}:{sides}" if self.chip.platform == "tpu" else ""
 
   @property
   def compiler_arguments(self) -> dict[str, str]:
-    """Further arguments of `get_topology_desc`: on GPUs slices x hosts x devices, and the GPU."""
+    """Returns further arguments of `get_topology_desc`.
+
+    For GPUs these are slices x hosts x devices, and the description of the GPU.
+    """
     if self.chip.platform == "tpu":
       return {"chip_config_name": self.chip.config_name} if self.chip.config_name else {}
     return {"target_config": TARGETS[self.chip_name], "topology": f"1x1x{self.chips}"}
 
   def ring_rate(self, varying: tuple[bool, ...]) -> float:
-    """Bytes per second that a chip receives when a group spans the axes that vary.
+    """Returns the bytes per second that a chip receives in a group that spans the given axes.
 
-    A side that is a ring serves a chip from both directions, another one from one (at its ends).
+    A chip receives from both directions of an axis that is a ring, and from one direction of any
+    other axis (as the chips at its ends do).
     """
     links = 0
     for side, used in zip(self.sides, varying, strict=True):
@@ -57,7 +63,7 @@ class Topology:
     return max(links, 1) * self.chip.link_rate
 
 
-# name: (chip, sides). v4 and v5p are named by their cores, two on a chip; v5e and v6e by chips.
+# name -> (chip, sides). Names of v4 and v5p count cores, two a chip; those of v5e and v6e chips.
 SLICES: dict[str, tuple[str, tuple[int, ...]]] = {
   "v4-8": ("v4", (2, 2, 1)),
   "v4-16": ("v4", (2, 2, 2)),
@@ -90,6 +96,6 @@ SLICES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def topology(name: str) -> Topology:
-  """The slice of that name. Raises: ConfigError that lists the known ones."""
+  """Returns the slice of a name. Raises: ConfigError that lists the known names."""
   chip, sides = config_lib.lookup("--topology", name, SLICES)
   return Topology(name, chip, sides)

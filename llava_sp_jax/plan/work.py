@@ -1,7 +1,7 @@
-"""What one operation of a scheduled module does: matrix FLOPs, vector operations, HBM bytes.
+"""Counts matrix FLOPs, vector operations and HBM bytes of the operations of a scheduled module.
 
-Fusions are followed inwards: of a stacked array that a fusion slices only the slice is read, of an
-array that it updates in place only the update is written, and what lives in VMEM costs no HBM.
+Looks into fusions: of an array that a fusion slices only the slice is read, and of an array that it
+updates in place only the update is written. Arrays in VMEM cost no HBM bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava_sp_jax.plan.hlo import Array, Computation, Module, Op
 
 HBM = 0  # memory space
 
-# Elementwise operations and what one costs in vector operations; all others cost nothing.
+# Opcode -> vector operations for each element; opcodes that are missing cost none.
 ELEMENTWISE = {
   **dict.fromkeys(
     ("add", "subtract", "multiply", "maximum", "minimum", "negate", "abs", "and", "or", "xor",
@@ -33,21 +33,22 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Of one execution on one device."""
+  """Holds the work of one execution of an operation on one device."""
 
   flops: float = 0.0  # of matrix multiplications and convolutions
-  low_flops: float = 0.0  # those of them with 8-bit operands
+  low_flops: float = 0.0  # the part of `flops` with operands of 8 bits or fewer
   vector: float = 0.0  # elementwise operations
   read: float = 0.0  # HBM bytes
   written: float = 0.0
 
   @property
   def bytes(self) -> float:
+    """Returns the HBM bytes read and written."""
     return self.read + self.written
 
 
 class Worker:
-  """Counts for the operations of a module; results per computation are kept."""
+  """Counts the work of a module's operations; caches the counts of computations."""
 
   def __init__(self, module: Module):
     self._module = module
@@ -55,7 +56,7 @@ class Worker:
     self._read = functools.cache(self._read_uncached)
 
   def of(self, op: Op, computation: Computation) -> Work:
-    """Work of an operation that stands in the schedule."""
+    """Returns the work of an operation of the schedule."""
     if op.opcode in FREE:
       return Work()
     flops, low, vector = self._compute(op, computation)
@@ -73,7 +74,7 @@ class Worker:
     return Work(flops, low, vector, read, self._written(root, op, passed))
 
   def _compute(self, op: Op, computation: Computation) -> tuple[float, float, float]:
-    """(matrix FLOPs, those with 8-bit operands, vector operations)."""
+    """Returns (matrix FLOPs, those with operands of 8 bits or fewer, vector operations)."""
     if op.opcode == "fusion":
       return self._inner(op.called["calls"])
     if op.opcode in ("convolution", "dot"):
@@ -86,7 +87,7 @@ class Worker:
     size = op.arrays[0].size if op.arrays else 0
     if op.opcode == "dynamic-update-slice":
       size = computation.by_name[op.operands[1]].arrays[0].size
-    # A scalar runs in the scalar unit, beside the rest.
+    # The scalar unit computes scalars concurrently.
     return 0.0, 0.0, ELEMENTWISE.get(op.opcode, 0.0) * (size if size > 1 else 0)
 
   def _inner_uncached(self, name: str) -> tuple[float, float, float]:
@@ -96,7 +97,7 @@ class Worker:
     return flops, low, vector
 
   def _read_uncached(self, name: str, index: int) -> float:
-    """HBM bytes that a fusion reads of its parameter, at most."""
+    """Returns an upper bound of the bytes that a fusion reads of one of its parameters."""
     computation = self._module.computations[name]
     parameter = computation.parameters.get(index)
     if parameter is None:
@@ -117,7 +118,7 @@ class Worker:
       users = computation.users.get(user.name, ())
       return sum(self._use(u, user, computation) for u in users) if users else user.bytes
     if user.opcode == "tuple":
-      return 0.0  # handed on
+      return 0.0  # returned without being read
     return parameter.bytes
 
   def _written(self, inner: Computation, op: Op, passed: dict[int, int]) -> float:
@@ -131,7 +132,7 @@ class Worker:
     return total
 
   def _updated(self, op: Op, computation: Computation) -> float:
-    """Bytes of the update when `op` writes into an array in place; otherwise 0."""
+    """Returns the bytes of the update if `op` updates an array in place; otherwise 0."""
     while op.opcode == "bitcast":
       op = computation.by_name[op.operands[0]]
     if op.opcode == "dynamic-update-slice":
@@ -162,7 +163,10 @@ def _plain_written(op: Op, operands: list[Op]) -> float:
 
 
 def _passed_through(op: Op) -> dict[int, int]:
-  """{index of the result: operand} for state that a fusion hands on (asynchronous collectives)."""
+  """Returns {index of the result: operand} for values that a fusion only passes on.
+
+  These are the state of asynchronous collectives.
+  """
   if "continuation_config" not in op.attributes and "async-collective" not in op.name:
     return {}
   text = op.attribute(r"output_to_operand_aliasing=\{(.*?)\}, calls")
@@ -170,10 +174,10 @@ def _passed_through(op: Op) -> dict[int, int]:
 
 
 def matmul_flops(op: Op, computation: Computation) -> float:
-  """2 x multiply-adds of a `convolution` or `dot`.
+  """Returns the FLOPs of a `convolution` or `dot`: twice its multiply-adds.
 
-  TPU modules write a batched product as a convolution with a dilated window; only the pairs of
-  places that meet are counted.
+  TPU modules express a batched product as a convolution with a dilated window; products with
+  padding or with the zeros of dilation are not counted.
   """
   left = computation.by_name[op.operands[0]].arrays[0]
   right = computation.by_name[op.operands[1]].arrays[0]
@@ -192,12 +196,12 @@ def matmul_flops(op: Op, computation: Computation) -> float:
   total *= right.dims[of_right.index("i")]
   for d in (label for label in of_out if label.isdigit()):
     sizes = (left.dims[of_left.index(d)], right.dims[of_right.index(d)], out.dims[of_out.index(d)])
-    total *= _meetings(*sizes, *(values[int(d)] for values in window.values()) if window else ())
+    total *= _overlaps(*sizes, *(values[int(d)] for values in window.values()) if window else ())
   return total
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-  """stride, low padding, and dilations of each spatial dimension."""
+  """Returns stride, low padding, and both dilations of each spatial dimension."""
   text = re.search(r"window=\{([^}]*)\}", attributes)
   if text is None:
     return {}
@@ -216,12 +220,15 @@ def _window(attributes: str) -> dict[str, list[int]]:
 
 
 @functools.cache
-def _meetings(
+def _overlaps(
   size: int, kernel: int, out: int, stride: int = 1, low: int = 0, left: int = 1, right: int = 1
 ) -> int:
-  """Pairs (output place, kernel place) that read an element of the input and not its padding."""
+  """Counts pairs (output position, kernel position) that read an element of the input.
+
+  Pairs that read padding or a zero of dilation are not counted.
+  """
   end, count = (size - 1) * left, 0
-  if out * kernel > 1 << 22:  # plain large windows: the padding hardly matters
+  if out * kernel > 1 << 22:  # an approximation for large windows, where padding hardly matters
     return out * kernel // left
   for o in range(out):
     for k in range(kernel):

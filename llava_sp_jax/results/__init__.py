@@ -1,1 +1,1 @@
-"""Answers on disk and what is made of them: predictions, scores, intervals, comparisons, pages."""
+"""Results on disk and their presentation: predictions, scores, intervals, comparisons, pages."""

@@ -1,4 +1,4 @@
-"""What another run answers otherwise: fixed, broken, changed."""
+"""Compares the answers of two runs to the same questions: fixed, broken, changed."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from llava_sp_jax.results import predictions
 from llava_sp_jax.results.predictions import Record
 from llava_sp_jax.tasks.task import EvalError
 
-SAME = ("task", "data_hash")  # settings that two runs on the same questions share
+SAME = ("task", "data_hash")  # settings that must be equal for a comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
-  """One question that two runs answer otherwise; `here` is the newer answer."""
+  """Holds the answers of two runs to one question, which differ."""
 
-  here: Record
-  there: Record
+  here: Record  # of this run
+  there: Record  # of the other run
 
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-  """Answers with a better score than in the other run, with a worse one, with other words only."""
+  """Holds the differences between this run and another one."""
 
   folder: str  # of the other run
-  fixed: list[Flip]
-  broken: list[Flip]
-  changed: list[Flip]
-  both: int  # questions that both have answered
-  notes: tuple[str, ...]  # in which settings the two runs differ
+  fixed: list[Flip]  # answers with a higher score than in the other run
+  broken: list[Flip]  # answers with a lower score
+  changed: list[Flip]  # answers with another text and the same score, or none
+  both: int  # questions that both runs answered
+  notes: tuple[str, ...]  # differences between the settings of the two runs
 
   @property
   def p_value(self) -> float:
-    """Of fixed and broken being equally likely: McNemar's test, exact and two-sided."""
+    """Returns the p-value of McNemar's exact two-sided test.
+
+    Its hypothesis is that an answer that flips is fixed or broken with equal probability.
+    """
     n = len(self.fixed) + len(self.broken)
-    ways = tail = 1  # of k among n: multiplied up, since math.comb of each is slow for thousands
+    ways = tail = 1  # binomial coefficients, updated step by step: math.comb of each is slow
     for k in range(min(len(self.fixed), len(self.broken))):
       ways = ways * (n - k) // (k + 1)
       tail += ways
     return min(1.0, 2 * tail / 2**n)
 
   def counts(self) -> dict[str, float | int | str]:
-    """For scores.json."""
+    """Returns the counts and the p-value, for scores.json."""
     return {
       "folder": self.folder,
       "both": self.both,
@@ -55,21 +58,25 @@ class Flips:
     }
 
 
-def check(mine: Mapping[str, Any], there: Path) -> None:
-  """Raises: EvalError when `there` is no result folder, or holds answers to other questions than a
-  run of these settings."""
+def check(settings: Mapping[str, Any], there: Path) -> None:
+  """Checks that another run can be compared with a run of `settings`.
+
+  Raises: EvalError when `there` is not a result folder, or holds answers to other questions.
+  """
   other = predictions.read_settings(there)["settings"]
   if different := [
-    f"{k}: {mine[k]!r} here, {other.get(k)!r} there" for k in SAME if mine[k] != other.get(k)
+    f"{k}: {settings[k]!r} here, {other.get(k)!r} there"
+    for k in SAME
+    if settings[k] != other.get(k)
   ]:
     raise EvalError(f"--compare {there}: answers to other questions ({'; '.join(different)})")
 
 
 def compare(here: Path, there: Path) -> Flips:
-  """Raises: EvalError, see `check`."""
-  mine, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
-  check(mine, there)
-  notes = tuple(predictions.differences(mine, other))
+  """Compares the answers in two result folders. Raises: EvalError like `check`."""
+  settings, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
+  check(settings, there)
+  notes = tuple(predictions.differences(settings, other))
   records, before = predictions.read(here), predictions.read(there)
   groups: dict[str, list[Flip]] = {"fixed": [], "broken": [], "changed": []}
   both = 0

@@ -1,4 +1,4 @@
-"""Which answers are shown, and their pictures made small."""
+"""Chooses the answers that a page shows, and makes thumbnails of their images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ QUALITY = 72
 
 
 def is_right(record: Record) -> bool | None:
-  """Whether an answer has the full score; None where nothing is said of a single answer."""
+  """Returns whether an answer has the full score; None if it has no score of its own."""
   score = record["verdict"].get("score")
   return None if score is None else score == 1
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:
-  """`count` of the records from all over them, each about another image."""
+  """Returns up to `count` records, evenly spaced over all of them, each with another image."""
   by_image: dict[str, list[Record]] = {}
   for record in records:
     by_image.setdefault(" ".join(record["images"]) or record["id"], []).append(record)
@@ -34,8 +34,10 @@ def spread(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def mixed(records: Sequence[Record], count: int) -> list[Record]:
-  """Rows for a sheet in the order of the records: at most a quarter are mistakes. What nobody scored
-  is shown as what is right."""
+  """Returns up to `count` records in their order, of which at most a quarter are wrong answers.
+
+  Treats answers without a score like right ones.
+  """
   wrong = spread([r for r in records if is_right(r) is False], count // 4)
   right = spread([r for r in records if is_right(r) is not False], count - len(wrong))
   chosen = {r["id"] for r in (*wrong, *right)}
@@ -43,7 +45,7 @@ def mixed(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def thumbnail(picture: Path | bytes | str) -> str | None:
-  """A small picture as a `data:` URI; None when it cannot be read."""
+  """Returns a thumbnail of an image as a `data:` URI; None if the image cannot be read."""
   try:
     file = io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)
     small: Any = decode.read(file, "")

@@ -1,4 +1,4 @@
-"""How sure a mean over answers is."""
+"""Computes confidence intervals of means."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LEVEL, RESAMPLES, SEED = 0.95, 1000, 0
 
 
 def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] | None:
-  """The mean of `scores` and the percentile-bootstrap interval around it; None for < 2 groups.
+  """Returns the mean of `scores` with its percentile-bootstrap interval; None for < 2 groups.
 
-  Answers about one image stand or fall together, so `groups` (images) are drawn, not answers
-  (cluster bootstrap: Davison and Hinkley 1997, section 3.8).
+  Resamples `groups` (one for each score, e.g. its image) in place of scores, since answers about
+  one image are not independent (cluster bootstrap: Davison and Hinkley 1997, section 3.8).
   """
   index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
   if len(index) < 2:
@@ -39,7 +39,7 @@ def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] 
 
 
 def of_mean(values: Sequence[float]) -> dict[str, float | None]:
-  """Mean of independent values and Student's interval around it; None, None for one value."""
+  """Returns the mean of independent values with Student's interval (None, None for one value)."""
   mean = float(np.mean(values))
   if len(values) < 2:
     return {"mean": mean, "low": None, "high": None}

@@ -1,7 +1,7 @@
-"""The page of a result: bars, answers with their images, flips and failures, in one HTML file.
+"""Writes the page of a result: bars, answers with their images, flips and failures.
 
-Everything is inside the file: styles, bars as SVG, pictures as small `data:` URIs. The tree is built
-with ElementTree, which escapes whatever a model or a data set says.
+The page is one HTML file that contains its styles, bars as SVG, and thumbnails as `data:` URIs.
+ElementTree builds it, and escapes the texts of models and data sets.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llava_sp_jax.results.compare import Flip, Flips
 from llava_sp_jax.results.predictions import Record
 
 FILE = "index.html"
-WRONG, RIGHT, FLIPS, FAILURES = 36, 24, 24, 200  # so many are shown
-LONGEST = 400  # characters of a text that are shown
-BAR, LABEL = (420, 18), 40  # pixels: the longest bar, and its height; characters of a kind's name
+WRONG, RIGHT, FLIPS, FAILURES = 36, 24, 24, 200  # the most that are shown of each
+LONGEST = 400  # the most characters of a text that are shown
+BAR, LABEL = (420, 18), 40  # width and height of the longest bar in pixels; characters of a label
 
-Pictures = Mapping[str, Sequence[Path | bytes]]  # of an item, by its id
+Pictures = Mapping[str, Sequence[Path | bytes]]  # item id -> its images
 Element = ElementTree.Element
 
 STYLE = """
@@ -46,7 +46,7 @@ svg { font-size: 13px }
 
 
 def tag(name: str, /, *children: Element | str | None, **attributes: object) -> Element:
-  """An element; `class_` is written as `class`, `text_anchor` as `text-anchor`."""
+  """Builds an element; the attribute `class_` becomes `class`, `text_anchor` `text-anchor`."""
   names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
   element = ElementTree.Element(name, {names[k]: str(v) for k, v in attributes.items()})
   last = None
@@ -69,7 +69,7 @@ def write(
   pictures: Pictures,
   flips: Flips | None = None,
 ) -> Path:
-  """Writes `index.html` in `folder`; `records` in the order of the items."""
+  """Writes `index.html` to `folder` and returns its path; `records` are in the order of items."""
   title = f"{scores['task']}: {tables.headline(scores)}"
   body = tag(
     "body",
@@ -242,5 +242,5 @@ def _text(value: object) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-  """A text that a card has room for."""
+  """Truncates a text to `longest` characters, and adds its length if it is longer."""
   return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"

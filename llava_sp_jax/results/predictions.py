@@ -1,8 +1,8 @@
-"""Predictions on disk: written as they come, kept through a kill, in parts of several hosts.
+"""Reads and writes predictions, which survive a kill and may come from several hosts.
 
-A result folder holds `settings.json` (what every answer in it was made with), one `predictions*.jsonl`
-for each part, and the sessions that wrote them. What any of these files answers is not asked again,
-so another number of hosts may finish what some began.
+A result folder has `settings.json` (the settings of every answer in it), `predictions*.jsonl` with
+the answers of each part, and `sessions*.jsonl` with statistics. A question with an answer in any of
+these files is not asked again, so another number of hosts may complete a folder.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FILE, SETTINGS = "predictions.jsonl", "settings.json"
 PARTS = "predictions*.jsonl"
 
 Record = dict[str, Any]
-# What a line of predictions must hold.
+# Keys of a line of predictions, and the types of their values.
 FIELDS = {"id": str, "question": str, "images": [str], "kind": str, "truth": object, "text": str,
           "error": str, "verdict": dict}  # fmt: skip
-# What scores.json must hold to be shown.
+# Keys that scores.json must have to be shown, and the types of their values.
 INTERVAL = {"of": str, "method": str, **dict.fromkeys(("mean", "low", "high", "level"), NUMBER)}
 SCORES = {
   **dict.fromkeys(("task", "protocol", "metric", "data_hash"), str), "headline": (NUMBER, NoneType),
@@ -45,7 +45,10 @@ SCORES = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Which of the questions this host asks: part `index` of `count`."""
+  """Identifies the questions that one process asks: part `index` of `count`.
+
+  Raises: EvalError for an index outside of 0 .. count - 1.
+  """
 
   index: int = 0
   count: int = 1
@@ -58,26 +61,29 @@ class Part:
     return f"{self.index}/{self.count}"
 
   def named(self, stem: str) -> str:
-    """The file of this part: `stem.jsonl`, or `stem.0-of-2.jsonl`."""
+    """Returns the file name of this part: `stem.jsonl`, or `stem.0-of-2.jsonl`."""
     return f"{stem}.jsonl" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.jsonl"
 
   def choose(self, items: Sequence[Item]) -> list[Item]:
-    """The items of this part. Questions about one image stay together, so no two hosts encode it;
-    each question about none stands by itself."""
+    """Returns the items of this part.
+
+    Keeps questions with the same images in one part, so that no image is encoded twice. Distributes
+    questions without an image one by one.
+    """
     if self.count == 1:
       return list(items)
     keys = [image_names(item) or (item.id,) for item in items]
     sizes = collections.Counter(keys)
     loads = [0] * self.count
     owner: dict[tuple[str, ...], int] = {}
-    for key, size in sizes.items():  # the least loaded takes the next image
+    for key, size in sizes.items():  # the part with the fewest questions gets the next image
       owner[key] = loads.index(min(loads))
       loads[owner[key]] += size
     return [item for item, key in zip(items, keys, strict=True) if owner[key] == self.index]
 
 
 def parse_part(text: str) -> Part:
-  """`0/2`. Raises: EvalError."""
+  """Parses a part such as `0/2`. Raises: EvalError for anything else."""
   found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
   if not found:
     raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
@@ -85,7 +91,7 @@ def parse_part(text: str) -> Part:
 
 
 def image_names(item: Item) -> tuple[str, ...]:
-  """Paths of an item's images; `sha256:...` for one that the benchmark's own file holds."""
+  """Returns the paths of an item's images, or `sha256:...` for one that is given as bytes."""
   return tuple(
     f"sha256:{hashlib.sha256(image).hexdigest()[:16]}" if isinstance(image, bytes) else str(image)
     for image in item.images
@@ -93,7 +99,7 @@ def image_names(item: Item) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path) -> None:
-  """Raises: EvalError when results could not be written there."""
+  """Checks that results can be written to a folder. Raises: EvalError if they cannot."""
   place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not place.is_dir():
     raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
@@ -103,7 +109,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-  """Raises: EvalError for what is no file where one is read or written: a pipe would never end."""
+  """Raises: EvalError for a pipe or another irregular file in place of a file of results."""
   patterns = (PARTS, "sessions*.jsonl", SETTINGS, "scores.json")
   for path in sorted(folder.iterdir()) if folder.is_dir() else ():
     if any(map(path.match, patterns)) and not regular.is_regular(path):
@@ -111,17 +117,20 @@ def _check_files(folder: Path) -> None:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-  """Writes `settings.json` of a new folder; in one that was begun, the settings must be the same.
+  """Writes `settings.json` of a new folder, or compares `settings` with those of a begun one.
 
-  `about` is written beside them and may change. Raises: EvalError that shows every difference.
+  `about` is written beside the settings and is not compared.
+
+  Raises: EvalError that lists all differences, or for a folder with predictions and no settings.
   """
   folder.mkdir(parents=True, exist_ok=True)
   _check_files(folder)
   path = folder / SETTINGS
   wanted = json.loads(json.dumps({"settings": settings, "about": about}))
   begun = _begun(folder)
-  new = not path.is_file() or (not begun and not _whole(path))  # one that nothing was answered with
-  if new:  # looked at again: another part writes its settings before its answers
+  # A damaged file of settings is replaced while there are no answers.
+  new = not path.is_file() or (not begun and not _is_valid(path))
+  if new:  # checks the file again: another part writes its settings before its answers
     if begun and not path.is_file():
       raise EvalError(
         f"{begun[0]}: predictions without {SETTINGS}, so nobody knows what they were made with; "
@@ -133,41 +142,44 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
   if lines:
     raise EvalError(
       f"{folder} holds answers made with other settings ('here' is what you ask for, 'there' the "
-      f"folder's): {'; '.join(lines)}. Go on with the folder's settings, or name another folder with "
-      "--out (or delete this one)."
+      f"folder's): {'; '.join(lines)}. Continue with the folder's settings, or name another folder "
+      "with --out (or delete this one)."
     )
 
 
 def _begun(folder: Path) -> list[Path]:
-  """The files of predictions that hold something."""
+  """Returns the files of predictions that are not empty."""
   return [path for path in sorted(folder.glob(PARTS)) if path.stat().st_size]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-  """`{"settings", "about"}` of a result folder. Raises: EvalError when it is none, or damaged."""
+  """Reads `{"settings", "about"}` of a result folder; renames old keys of the model.
+
+  Raises: EvalError for a folder without settings, or with a damaged file.
+  """
   _check_files(folder)
   path = folder / SETTINGS
   if not path.is_file():
     raise EvalError(f"{folder}: no {SETTINGS}; give the --out of llava-sp eval")
-  if not _whole(path):
+  if not _is_valid(path):
     raise EvalError(
       f"{path}: damaged, so nobody knows what the answers beside it were made with; put it back from "
       "a copy, or name another folder with --out"
     )
   found = json.loads(path.read_bytes())
-  if isinstance(model := found["settings"].get("model"), dict):  # as a run's config has it
+  if isinstance(model := found["settings"].get("model"), dict):  # like a run's config
     found["settings"]["model"] = config_lib.renamed(model, config_lib.ModelConfig, "model")
   return found
 
 
-def _whole(path: Path) -> bool:
-  """Whether a file of settings can be read."""
+def _is_valid(path: Path) -> bool:
+  """Returns whether a file of settings can be read."""
   found = read_json(path) or {}
   return all(isinstance(found.get(key), dict) for key in ("settings", "about"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-  """The JSON object of a file, None for anything else."""
+  """Reads the JSON object of a file; returns None for any other content."""
   try:
     found = json.loads(path.read_bytes())
   except (ValueError, RecursionError):
@@ -176,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-  """The scores in a file. Raises: EvalError when it is damaged, or holds no scores."""
+  """Reads scores.json. Raises: EvalError when the file is damaged or has no scores."""
   found = read_json(path)
   if found is None or not fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
     raise EvalError(f"{path}: damaged; llava-sp eval --merge --out {path.parent} writes it anew")
@@ -184,13 +196,13 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def _row(row: Any) -> bool:
-  """Whether a row of `by_kind` holds figures."""
+  """Returns whether a row of `by_kind` has only numbers, among them `items` and `asked`."""
   counted = {"items": NUMBER, "asked": NUMBER}
   return fits(row, counted) and all(fits(value, NUMBER) for value in row.values())
 
 
 def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
-  """What the sessions of a folder tell of themselves, and how many lines could not be read."""
+  """Reads the statistics of a folder's sessions, and counts lines that cannot be read."""
   found, torn = [], 0
   for path in sorted(folder.glob("sessions*.jsonl")):
     for _, value in jsonl.values(path.read_bytes().split(b"\n")):
@@ -211,14 +223,14 @@ def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def append(path: Path, record: Record) -> None:
-  """Appends a line, behind a torn one on a line of its own."""
+  """Appends a line to a file; starts a new line if the last one is incomplete."""
   torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
   with path.open("a") as file:
     file.write("\n" * torn + json.dumps(record) + "\n")
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
-  """Lines that name each value in which two settings differ."""
+  """Returns a line for each value in which two settings differ."""
   lines = []
   for key in dict.fromkeys([*here, *there]):
     a, b = here.get(key), there.get(key)
@@ -230,10 +242,12 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "")
 
 
 def read(folder: Path) -> dict[str, Record]:
-  """Every answer in a folder by its id, of all parts; one with an error gives way to one without.
+  """Reads the answers of all parts in a folder, by id.
 
-  What the parts were merged into comes first: its verdicts are the latest. A line that a kill cut
-  off is left out. Raises: EvalError for any other line that is no record.
+  Prefers an answer without an error, and then one of the merged file, whose verdicts are the
+  latest. Skips a last line that a kill left incomplete.
+
+  Raises: EvalError for any other line that is not a record.
   """
   found: dict[str, Record] = {}
   for path in sorted(folder.glob(PARTS), key=lambda path: (path.name != FILE, path.name)):
@@ -244,7 +258,7 @@ def read(folder: Path) -> dict[str, Record]:
 
 
 def read_file(path: Path) -> list[Record]:
-  """The whole lines of one file."""
+  """Reads the complete lines of one file. Raises: EvalError for a line that is not a record."""
   records = []
   for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
     if not fits(record, FIELDS) or not fits(record["verdict"].get("score", 0), NUMBER):
@@ -257,17 +271,21 @@ def read_file(path: Path) -> list[Record]:
 
 
 def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
+  """Converts records to Predictions, by id."""
   return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
 
 
 class PredictionWriter(contextlib.AbstractContextManager):
-  """Appends to the predictions of one part: each line is handed to the system whole, at once.
+  """Appends to the predictions of one part, each line in one unbuffered write.
 
-  So a kill loses at most the line that is being written. Raises: EvalError when another process has
-  the same part open.
+  A kill therefore loses at most the line that is being written.
   """
 
   def __init__(self, folder: Path, part: Part):
+    """Opens and locks the file of a part, and removes an incomplete last line.
+
+    Raises: EvalError when another process writes the same part.
+    """
     path = folder / part.named("predictions")
     self._file = path.open("ab", buffering=0)
     try:
@@ -283,6 +301,7 @@ class PredictionWriter(contextlib.AbstractContextManager):
     os.truncate(path, text.rfind(b"\n") + 1)
 
   def write(self, record: Record) -> None:
+    """Appends a record."""
     self._file.write(json.dumps(record).encode() + b"\n")
 
   def __exit__(self, *_: object) -> None:
@@ -290,15 +309,18 @@ class PredictionWriter(contextlib.AbstractContextManager):
 
 
 def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Record]) -> None:
-  """Writes all answers to `predictions.jsonl`, in the order of the items; those of no item last."""
+  """Writes all answers to `predictions.jsonl`, in the order of the items; others come last."""
   known = [item.id for item in items if item.id in records]
   ids = dict.fromkeys([*known, *records])
   replace(folder / FILE, "".join(json.dumps(records[i]) + "\n" for i in ids))
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-  """One process at a time finishes a folder, where the file system has locks."""
+def locked(folder: Path) -> Iterator[None]:
+  """Locks a result folder for a block, so that one process at a time merges it.
+
+  Does nothing on a file system without locks.
+  """
   with (folder / SETTINGS).open("rb") as file:
     with contextlib.suppress(OSError):
       fcntl.flock(file, fcntl.LOCK_EX)
@@ -306,7 +328,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def replace(path: Path, text: str) -> None:
-  """Writes a file so that nobody ever sees half of it."""
+  """Writes a file atomically, so that no reader sees a part of it."""
   # Hosts that share a folder may share process ids (containers count from 1).
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

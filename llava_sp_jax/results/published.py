@@ -1,4 +1,4 @@
-"""Figures that others published, to stand beside ours; none of them was measured here."""
+"""Quotes figures that others published, for comparison; none of them was measured here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 SOURCE = "LLaVA's docs/MODEL_ZOO.md, LLaVA-v1.5, schedule lora-1e (liuhaotian/llava-v1.5-*-lora)"
 MODELS = ("LLaVA-1.5 7B LoRA", "LLaVA-1.5 13B LoRA")
 
-# The paper's own result table is not quoted: only what could be read at its source stands here. Each
-# row is of one protocol and split (SEED: images and videos), in the unit of its table.
-FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # task, protocol, split: as MODELS
+# Only figures that could be read at their source are quoted, so those of the LLaVA-SP paper are
+# missing. A row is for one protocol and split (SEED: images and videos), in the unit of its source.
+FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # (task, protocol, split) -> as in MODELS
   ("vqav2", "llava"): (79.1, 80.0),
   ("gqa", "llava"): (63.0, 63.3),
   ("vizwiz", "llava"): (47.8, 58.9),
@@ -28,8 +28,10 @@ FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # task, protocol, split
 
 
 def beside(scores: Mapping[str, Any]) -> list[tuple[str, float]]:
-  """(model, figure) that belong to these scores: of the same protocol and split, and of all its
-  questions; [] where nothing was published."""
+  """Returns pairs (model, figure) to compare scores with: of the same task, protocol and split.
+
+  Returns [] if there are none, or the scores are not over all questions.
+  """
   if scores["asked"] < scores["questions"]:
     return []
   figures = FIGURES.get((scores["task"], *scores["variant"].values()))

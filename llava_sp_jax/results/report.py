@@ -1,4 +1,4 @@
-"""Results to look at: a table, loss curves, bars by kind of question, a sheet of answers."""
+"""Writes a report: a table, loss curves, bars by kind of question, a sheet of answers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from llava_sp_jax.results import gallery, predictions, tables
 
 RIGHT, INK = "#2a7f62", "#222222"
 COLORS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
-RECORD = ("step", "loss")  # what a record of a run must hold
+RECORD = ("step", "loss")  # keys that a record of a run must have
 SHEET = (4, 6)  # rows, columns of the sheet of answers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  """The records of a run; lines that were torn or damaged are left out. Raises: EvalError for none."""
+  """Reads the records of a run's metrics; skips damaged lines.
+
+  Raises: EvalError when there is no record.
+  """
   records, _ = jsonl.objects(path.read_bytes().split(b"\n"))
   found = [r for r in records if all(isinstance(r.get(key), int | float) for key in RECORD)]
   if not found:
@@ -31,12 +34,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
-  """Writes report.md with loss.png, accuracy.png, answers.png and scores.json; returns the page.
+  """Writes report.md, loss.png, accuracy.png, answers.png and scores.json to the folder `out`.
 
-  Without figures by kind (a server scores) there is no accuracy.png, without images in files of
-  their own (MMBench) no answers.png.
+  Omits accuracy.png if there are no figures by kind (a server scores), and answers.png if no image
+  is a file of its own (MMBench).
 
-  Raises: FileNotFoundError when a run or the scores are not there.
+  Args:
+    runs: run folders, whose loss curves are drawn.
+    scores_folder: a result folder of `llava-sp eval`.
+    out: the folder of the report.
+
+  Returns: the text of report.md.
+  Raises: FileNotFoundError when a run or the scores are missing; EvalError for damaged ones.
   """
   folder, source = Path(out), Path(scores_folder)
   needed = [source / "scores.json", source / predictions.FILE]
@@ -92,7 +101,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any
   import matplotlib
 
   matplotlib.use("Agg")
-  matplotlib.rcParams["text.parse_math"] = False  # a dollar in a question is a dollar
+  matplotlib.rcParams["text.parse_math"] = False  # questions may contain dollar signs
   from matplotlib import pyplot
 
   return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained")
@@ -102,14 +111,14 @@ def _save(figure: Any, path: Path) -> bool:
   from matplotlib import pyplot
 
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font has not
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # of a script that the font lacks
     figure.savefig(path, dpi=110)
   pyplot.close(figure)
   return True
 
 
 def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
-  """One panel a run: loss over steps. True when it was drawn."""
+  """Draws the loss over steps, one panel a run; returns True."""
   figure, axes = _figure(4.5 * len(curves), 3.2, 1, len(curves))
   for axis, (name, lines) in zip(axes if len(curves) > 1 else [axes], curves.items(), strict=True):
     axis.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=RIGHT)
@@ -119,7 +128,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
 
 
 def score_bars(scores: dict[str, Any], path: Path) -> bool:
-  """The headline's figure by kind of question; False when there is none."""
+  """Draws the headline's figure by kind of question; returns False if there is none."""
   rows = tables.bars(scores)
   if not rows:
     return False
@@ -133,8 +142,10 @@ def score_bars(scores: dict[str, Any], path: Path) -> bool:
 
 
 def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
-  """Test images with question, answer and truth: from the whole split, some mistakes among them.
-  Answers that nobody scored stand in grey. False without an image in a file of its own."""
+  """Draws test images with question, answer and truth, chosen by `gallery.mixed`.
+
+  Answers without a score are gray. Returns False if no image is a file of its own.
+  """
   on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
   rows = gallery.mixed(on_disk, SHEET[0] * SHEET[1])
   pictures = [attempt(functools.partial(decode.read, row["images"][0])) for row in rows]

@@ -1,4 +1,4 @@
-"""Scores as people read them: a headline, a table, bars; for the terminal, markdown and the page."""
+"""Formats scores as a headline, tables and bars, for the terminal, markdown and the page."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 from llava_sp_jax import console
 
-SHOWN = 3  # rows that were left out, and are named
-COUNTS = ("items", "asked")  # of a row of `by_kind`; all else in it are figures
-# Figures in [0, 1], by their names; all others are points, or counts where they are whole numbers.
+SHOWN = 3  # the most left-out questions that are named
+COUNTS = ("items", "asked")  # keys of a row of `by_kind` that are counts; all others are figures
+# Names of figures in [0, 1]. All others are points, or counts if they are integers.
 SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "yes_ratio", "anls"})
 
 
 def number(value: float, name: str) -> str:
-  """A figure: shares as percent, counts as they are, points to one place."""
+  """Formats a figure: a share in percent, a count as it is, points with one decimal."""
   if name in SHARES:
     return f"{100 * value:.2f}%"
   return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 def headline(scores: Mapping[str, Any]) -> str:
+  """Returns the headline with its metric, or why there is none."""
   if scores["headline"] is None:
     files = ", ".join(scores["submission"])
     return f"{scores['metric']} ({files})" if files else scores["metric"]
@@ -28,7 +29,7 @@ def headline(scores: Mapping[str, Any]) -> str:
 
 
 def interval(scores: Mapping[str, Any]) -> str:
-  """The interval with what it is of and how it was made; empty when there is none."""
+  """Returns the confidence interval with its quantity and method, or "" if there is none."""
   found = scores["interval"]
   if not found:
     return ""
@@ -38,12 +39,12 @@ def interval(scores: Mapping[str, Any]) -> str:
 
 
 def coverage(scores: Mapping[str, Any]) -> str:
-  """Over how many questions the headline was taken, and why over no more."""
+  """Returns the number of questions that the headline is taken over, and why others are missing."""
   total, failed = scores["by_kind"]["all"], len(scores["failures"])
   unjudged, bad = scores["figures"].get("unjudged"), scores.get("left_out", ())
   whole = scores.get("questions", scores["asked"])
   limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
-  said = [
+  parts = [
     f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
     f"{unjudged} unjudged: the judge failed or said nothing that can be read{_failed(scores)}"
@@ -51,11 +52,11 @@ def coverage(scores: Mapping[str, Any]) -> str:
     else "",
     f"{len(bad)} left out, whose truth or options are not understood: {_shown(bad)}" if bad else "",
   ]
-  return "; ".join(filter(None, said)) + "."
+  return "; ".join(filter(None, parts)) + "."
 
 
 def _failed(scores: Mapping[str, Any]) -> str:
-  """What a judge first failed with."""
+  """Returns the first failure of a judge, or ""."""
   reviews = scores["figures"].get("reviews", ())
   first = next((review for review in reviews if review["error"]), None)
   return f", first at {first['id']} ({first['error']:.300})" if first else ""
@@ -67,20 +68,20 @@ def _shown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def figures(scores: Mapping[str, Any]) -> list[str]:
-  """Names of the figures that the rows by kind hold."""
+  """Returns the names of the figures in the rows by kind."""
   rows = scores["by_kind"].values()
   return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
 
 
 def figure(scores: Mapping[str, Any]) -> str:
-  """The figure of the rows by kind that the headline speaks of, or the first one; "" for none."""
+  """Returns the name of the figure that the headline's metric mentions, of the first one, or ""."""
   names = figures(scores)
   words = scores["metric"].lower().split()
   return next((name for name in names if name.lower() in words), next(iter(names), ""))
 
 
 def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
-  """(kind, value, value as text, answers) of `figure`, for the kinds that have it."""
+  """Returns (kind, value, value as text, answers) of `figure` for each kind that has it."""
   name = figure(scores)
   return [
     (kind, row[name], number(row[name], name), int(row["items"]))
@@ -90,14 +91,14 @@ def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
 
 
 def full(scores: Mapping[str, Any]) -> float:
-  """What the whole length of a bar stands for: 1 for shares, the largest figure for points."""
+  """Returns the value of a bar of full length: 1 for shares, the largest value for points."""
   return (
     1.0 if figure(scores) in SHARES else max((row[1] for row in bars(scores)), default=0) or 1.0
   )
 
 
 def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-  """Head and rows of the table by kind."""
+  """Returns head and rows of the table by kind."""
   names = figures(scores)
   rows = [
     [
@@ -112,7 +113,7 @@ def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-  """Head and rows of one table of several tasks' scores."""
+  """Returns head and rows of a table of the scores of several tasks."""
   rows = []
   for scores in several:
     total, found = scores["by_kind"]["all"], scores["interval"]
@@ -130,7 +131,7 @@ def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
 
 
 def listed() -> tuple[list[str], list[list[str]]]:
-  """Head and rows of the table of all benchmarks: a row for each protocol."""
+  """Returns head and rows of the table of all benchmarks, with a row for each protocol."""
   from llava_sp_jax.tasks.catalog import TASKS
 
   rows = []
@@ -138,17 +139,17 @@ def listed() -> tuple[list[str], list[list[str]]]:
     others = [o for o in task.options if o not in ("protocol", "judge", "reviews")]
     reads = ", ".join(getattr(task, "needed", ())) or (task.__init__.__doc__ or "").split(".")[0]
     protocols = getattr(task, "protocols", None)
-    said = (
+    described = (
       {key: rules.says for key, rules in protocols.items()} if protocols else {"": task.protocol}
     )
-    for place, (key, says) in enumerate(said.items()):
+    for place, (key, says) in enumerate(described.items()):
       first = [name, ", ".join(others), reads] if not place else [""] * 3
       rows.append([first[0], key, says, *first[1:]])
   return ["task", "protocol", "which", "--option", "reads"], rows
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table; names in it, which come out of files, stay in their cells."""
+  """Returns a table in markdown; escapes the texts of its cells."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 
@@ -158,7 +159,7 @@ def _cell(text: str) -> str:
 
 
 def flips(found: Mapping[str, Any]) -> str:
-  """What `compare.Flips.counts` counted, in words."""
+  """Returns a sentence about the counts of `compare.Flips.counts`."""
   return (
     f"Against {found['folder']}, of {found['both']} questions that both answered: {found['fixed']} "
     f"fixed, {found['broken']} broken, {found['changed']} in other words with the same score "
@@ -167,7 +168,7 @@ def flips(found: Mapping[str, Any]) -> str:
 
 
 def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-  """Prints a table: drawn on a terminal, as markdown elsewhere."""
+  """Prints a table: drawn on a terminal, and as markdown otherwise."""
   from rich.console import Console
   from rich.table import Table
   from rich.text import Text
@@ -178,12 +179,12 @@ def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     return
   table = Table(*head, title=Text(title) if title else None)
   for row in rows:
-    table.add_row(*(Text(console.one_line(cell)) for cell in row))  # no markup of rich's
+    table.add_row(*(Text(console.one_line(cell)) for cell in row))  # without rich's markup
   drawn.print(table)
 
 
 def show(scores: Mapping[str, Any]) -> None:
-  """Prints the scores of one task, and what flipped against another run where one was compared."""
+  """Prints the scores of a task, and its comparison with another run if there is one."""
   draw(f"{scores['task']} ({scores['protocol']}): {headline(scores)}", *cells(scores))
   compared = scores.get("compared")
   for line in (interval(scores), coverage(scores), flips(compared) if compared else ""):

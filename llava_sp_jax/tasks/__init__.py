@@ -1,1 +1,1 @@
-"""Benchmarks of vision-language models: one file each; `catalog.TASKS` names them."""
+"""Benchmarks of vision-language models, one a file; `catalog.TASKS` is the table of them."""

@@ -1,4 +1,4 @@
-"""What the tasks that read LLaVA's evaluation folders have in common."""
+"""Provides what is common to the tasks that read LLaVA's evaluation folders."""
 
 from __future__ import annotations
 
@@ -20,93 +20,112 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LOADER = Generation(max_new_tokens=128)  # llava/eval/model_vqa_loader.py with --temperature 0
 LONG = Generation(max_new_tokens=1024)  # model_vqa.py, model_vqa_science.py, model_vqa_mmbench.py
 LMMS_SHORT = Generation(max_new_tokens=16)  # most of lmms-eval's YAML files
-LMMS_LONG = Generation(max_new_tokens=128, stop=("ASSISTANT:",))  # its files that limit no tokens
+LMMS_LONG = Generation(max_new_tokens=128, stop=("ASSISTANT:",))  # its files without a limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """One named protocol of a benchmark: what it asks and how it reads the answer."""
+  """Defines one protocol of a benchmark: what is asked, and how an answer is read."""
 
-  says: str
+  says: str  # a description for users, part of the results
   generation: Generation
-  read: Callable[[str], str] = str  # text -> what is compared with the truth
-  prompt: Callable[..., str] | None = None  # row -> question, where it is not the file's own
+  read: Callable[[str], str] = str  # answer -> what is compared with the truth
+  prompt: Callable[..., str] | None = None  # row -> question; None: the question of the file
 
 
 class Benchmark:
-  """A task over the files of `<root>/<home>`; `folder` is that folder, or the root above it. Of
-  several, it is the one that holds most of the needed files.
+  """Implements a task over the files of a benchmark's folder.
 
-  A subclass names its files and protocols and makes the items; what it does not score by the mean
-  of `verdict(...)["score"]` over the answered items, it overrides.
+  A subclass names its files and protocols, and makes the items. It overrides `score` unless its
+  score is the mean of `verdict(...)["score"]` over the answered items.
   """
 
   name: ClassVar[str]
-  homes: ClassVar[Sequence[str]]  # below playground/data/eval; LLaVA's pages and scripts may differ
-  needed: Sequence[str]  # files that must be there
+  homes: ClassVar[Sequence[str]]  # folders below the root that LLaVA's pages and scripts name
+  needed: Sequence[str]  # files that must exist
   protocols: ClassVar[dict[str, Rules]]
-  options: ClassVar[Sequence[str]] = ("protocol",)  # what the constructor takes beside the folder
+  options: ClassVar[Sequence[str]] = ("protocol",)  # arguments of the constructor after the folder
 
   def __init__(self, folder: str | Path, protocol: str = "llava"):
-    """Raises: ConfigError for an unknown protocol; FileNotFoundError with all missing files."""
+    """Finds the files of the benchmark.
+
+    `folder` is the benchmark's own folder, or a root that contains one of `homes`; of several
+    candidates, the one with the most files of `needed` is used.
+
+    Raises: ConfigError for an unknown protocol; FileNotFoundError that lists all missing files.
+    """
     given = Path(folder)
     homes = [given / home for home in self.homes if (given / home).is_dir()]
     self.folder = max([*homes, given], key=lambda home: len(files.there(home, self.needed)))
     self.rules = lookup(f"{self.name} protocol", protocol, self.protocols)
     self.protocol = f"{protocol}: {self.rules.says}"
-    self.variant = {"protocol": protocol}  # what scores of one benchmark may differ in, by name
+    self.variant = {"protocol": protocol}  # option -> value that distinguishes two scores
     self.generation = self.rules.generation
     self.lmms = protocol.startswith("lmms")
     files.need(self.folder, self.needed, SOURCE)
 
   def check_submission(self) -> None:
-    """Raises: ModuleNotFoundError for what `submission` will need, before anything is answered."""
+    """Checks, before any question is answered, that `submission` can write its files.
+
+    Raises: ModuleNotFoundError for a package that is missing.
+    """
 
   def items(self) -> list[Item]:
+    """Returns the questions. Raises: BenchmarkError for files that are not what is expected."""
     raise NotImplementedError
 
   def hashed(self) -> list[Path]:
-    """The files that decide what is asked. Those of truths that may come later are not among them:
-    answers stay good when they come."""
+    """Returns the files that determine the questions.
+
+    Files of truths that may be added later are not among them, so that answers stay valid then.
+    """
     return [self.folder / name for name in self.needed]
 
   def data_hash(self) -> str:
+    """Returns a hash of the files of `hashed`."""
     hashes = "".join(file_hash(path) for path in self.hashed())
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Returns what can be said of one answer, as `Task.verdict` describes; here nothing."""
     return {}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the mean score of the answered items, overall and by kind."""
     by_kind = mean_by_kind(items, predictions, self.verdict)
     return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """Writes the files for an official server, and returns their paths; here none."""
     return []
 
   def rows(self, name: str, keys: Sequence[str] = ("question_id", "image", "text")) -> list[Any]:
-    """The questions of one of LLaVA's JSON-lines files."""
+    """Reads the questions of one of LLaVA's JSON-lines files. Raises: BenchmarkError."""
     return files.read_lines(self.folder / name, keys)
 
   def question(self, row: dict[str, Any]) -> str:
+    """Returns the question of a row, as the protocol asks it."""
     return self.rules.prompt(row) if self.rules.prompt else row["text"]
 
 
 def unique(items: list[Item], path: Path) -> list[Item]:
-  """The items. Raises: BenchmarkError when two have the same id."""
+  """Returns the items unchanged. Raises: BenchmarkError when two have the same id."""
   seen: dict[str, int] = {}
   for item in items:
     seen[item.id] = seen.get(item.id, 0) + 1
   if twice := [key for key, count in seen.items() if count > 1]:
     raise files.BenchmarkError(
-      f"{path}: {len(twice)} ids stand more than once, {', '.join(twice[: files.SHOWN])}; "
+      f"{path}: {len(twice)} ids appear more than once, {', '.join(twice[: files.SHOWN])}; "
       "expected each question once. Fetch the file again."
     )
   return items
 
 
 def settled(items: list[Item], path: Path) -> list[Item]:
-  """The items, each once. Raises: BenchmarkError for none at all, or none that can be scored."""
+  """Returns the items unchanged.
+
+  Raises: BenchmarkError when there are none, none can be scored, or two have the same id.
+  """
   if not items:
     raise files.BenchmarkError(f"{path}: no questions; expected one at least")
   bad = [f"{item.id}: {item.problem}" for item in items if item.problem]
@@ -116,7 +135,7 @@ def settled(items: list[Item], path: Path) -> list[Item]:
 
 
 def numbered(rows: list[dict[str, Any]]) -> list[str]:
-  """Ids for rows whose `question_id` names an image: `im#1`, `im#2`, ... in their order."""
+  """Returns unique ids for rows whose `question_id` is an image's name: `im#1`, `im#2`, ..."""
   counts: dict[str, int] = {}
   result = []
   for row in rows:
@@ -127,7 +146,7 @@ def numbered(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
-  """Scores of a benchmark that a server scores: only how many were answered."""
+  """Returns the Scores of a benchmark that a server scores: only the counts of answers."""
   by_kind = mean_by_kind(items, predictions, lambda item, text: {"score": 0.0}, "unknown")
   counts = {k: {"items": v["items"], "asked": v["asked"]} for k, v in by_kind.items()}
   return Scores(None, f"scored by {where}", counts)
@@ -140,7 +159,7 @@ def judged(
   figures: dict[str, Any],
   verdicts: dict[str, dict[str, Any]],
 ) -> Scores:
-  """Scores over what could be judged; where that is nothing, there is no headline."""
+  """Returns Scores over the answers that could be judged; without any, the headline is None."""
   if by_kind["all"]["items"]:
     return Scores(headline, metric, by_kind, figures, verdicts)
   failed = f"the judge failed for all of {figures['unjudged']} answers"
@@ -149,17 +168,20 @@ def judged(
 
 
 def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
-  """Every item with its answer, "" where there is none: for scorers that pair lines by their place
-  or refuse a file that misses a question."""
+  """Returns every item with its answer, or "" if it has none.
+
+  Needed by official scorers that match answers to questions by position, or refuse a file without
+  an answer to each question.
+  """
   return [(item, text_of(predictions, item) or "") for item in items]
 
 
 def answered(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
-  """The items that have an answer and can be scored, with it."""
+  """Returns the items that have an answer and can be scored, with their answers."""
   pairs = [(item, text_of(predictions, item)) for item in items if not item.problem]
   return [(item, text) for item, text in pairs if text is not None]
 
 
 def ratio(part: float, whole: float) -> float:
-  """0.0 where there is nothing to divide by (the originals raise ZeroDivisionError)."""
+  """Divides; returns 0.0 if `whole` is 0 (the originals raise ZeroDivisionError)."""
   return part / whole if whole else 0.0

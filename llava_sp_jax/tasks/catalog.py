@@ -1,4 +1,4 @@
-"""One benchmark a file; TASKS names them. What each reads, asks and scores: docs/benchmarks.md."""
+"""The table of all benchmarks, TASKS. docs/benchmarks.md tells what each reads, asks and scores."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ BENCHMARKS = (
   VqaV2, Gqa, VizWiz, ScienceQa, TextVqa, Pope, Mme, MmBench, MmBenchCn, Seed, LlavaBench, MmVet,
 )  # fmt: skip
 
-# name -> class, called with the folder of the data and the options that its `options` names
-# (protocol, split, circular, judge, reviews).
+# name -> class. Its constructor takes the folder of the data, and the options that `options` lists.
 TASKS: dict[str, Any] = {task.name: task for task in (EasyVqa, *BENCHMARKS, VqaJson)}
 
-# What a task of a file of yours has to have: see tasks.task.Task.
+# The members that a task of a user's own file must have: see tasks.task.Task.
 MEMBERS = ("name", "protocol", "generation", "items", "data_hash", "verdict", "score", "submission")
-ON_CLASS = tuple(member for member in MEMBERS if member != "protocol")  # it may depend on options
+ON_CLASS = tuple(m for m in MEMBERS if m != "protocol")  # the constructor may set the protocol
 
 
 def find(key: str, name: str) -> Any:
-  """The class of a task: one of TASKS, or FILE.py:Class. `key` is where the name was given.
+  """Returns the class of a task from its name in TASKS, or from FILE.py:Class.
 
-  Raises: ConfigError for an unknown name, a file that cannot be run, or a class that is no task.
+  Runs the file in the latter case. `key` is the setting that gave the name, for messages.
+
+  Raises: ConfigError for an unknown name, a file that cannot be run, or a class that is not a task.
   """
   path, colon, wanted = name.rpartition(":")
   if not (colon and path.endswith(".py")):

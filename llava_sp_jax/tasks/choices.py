@@ -1,4 +1,4 @@
-"""Options of a question: how they are asked, which an answer means, MMBench's circular score."""
+"""Multiple-choice questions: writes options, reads choices, computes MMBench's circular score."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llava_sp_jax.tasks.judge import Ask, Reviews
 from llava_sp_jax.tasks.scoring import choice
 from llava_sp_jax.tasks.task import Item, Predictions, text_of
 
-TURNS = 3  # askings before the judge is given up
+TURNS = 3  # attempts to get a letter from the judge
 
-# The judge's prompt of MMBench, word for word: a score depends on it.
+# The judge's prompt of MMBench. Scores depend on its exact words.
 PROMPT = (
   "You are an AI assistant who will help me to match an answer with several options of a "
   "single-choice question. You are provided with a question, several options, and an answer, and "
@@ -28,17 +28,18 @@ PROMPT = (
 )
 
 
-# What pandas.read_table, with which LLaVA reads the file, takes for an empty cell.
+# The values that pandas.read_table, with which LLaVA reads the file, takes for an empty cell.
 EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
          "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}  # fmt: skip
 
 
 def empty(text: str) -> bool:
+  """Returns whether the original takes a cell for an empty one."""
   return text in EMPTY or text.lower() in ("nan", "none")
 
 
 def of_llava(request: str) -> Callable[..., str]:
-  """hint, question, `A. ...` lines, and the request for a letter."""
+  """Returns LLaVA's prompt: hint, question, lines `A. ...`, and the request for a letter."""
 
   def prompt(row: dict[str, str], options: dict[str, str]) -> str:
     hint = [] if empty(row["hint"]) else [row["hint"]]
@@ -49,7 +50,10 @@ def of_llava(request: str) -> Callable[..., str]:
 
 
 def of_lmms(begin: str, request: str) -> Callable[..., str]:
-  """lmms-eval: hint and question in one line with what begins the options; an empty line."""
+  """Returns lmms-eval's prompt.
+
+  It has hint, question and `begin` in one line, lines `A. ...`, an empty line, and the request.
+  """
 
   def prompt(row: dict[str, str], options: dict[str, str]) -> str:
     hint = "" if empty(row["hint"]) else f"{row['hint']} "
@@ -61,9 +65,11 @@ def of_lmms(begin: str, request: str) -> Callable[..., str]:
 
 @dataclasses.dataclass(frozen=True)
 class CircularScore:
+  """Holds the result of `circular_score`."""
+
   by_kind: dict[str, dict[str, float]]  # over groups: accuracy, items, asked
-  figures: dict[str, Any]
-  verdicts: dict[str, dict[str, Any]]  # of the answers that the judge has read
+  figures: dict[str, Any]  # counts of groups without a result, and the judge's reviews
+  verdicts: dict[str, dict[str, Any]]  # by item id, of the answers that the judge read
 
 
 def circular_score(
@@ -72,11 +78,11 @@ def circular_score(
   verdict: Callable[[Item, str], dict[str, Any]],
   judge: Reviews | None,
 ) -> CircularScore:
-  """A group (one question, all orders of its options) is right when each of its answers is.
+  """Computes the circular score: the share of groups of which every answer is right.
 
-  A group with a wrong answer is wrong and needs no judge. One with an answer missing, or that the
-  judge failed to read, is not counted (the original draws an option at random there), nor is one
-  that holds a question with a problem.
+  A group is one question with all orders of its options. A group with a wrong answer is wrong and
+  needs no judge. A group is not counted if it has a missing answer, an answer that the judge failed
+  to read (the original draws an option at random instead), or an item with a problem.
   """
   groups: dict[int | str, list[Item]] = {}
   for item in items:
@@ -89,7 +95,7 @@ def circular_score(
     texts = [text_of(predictions, item) for item in members]
     found = [verdict(i, t) for i, t in zip(members, texts, strict=True) if t is not None]
     if any(item.problem for item in members):
-      pass  # nobody can say
+      pass  # cannot be scored
     elif any(v.get("score") == 0 for v in found):
       right = False
     elif None in texts:
@@ -100,8 +106,8 @@ def circular_score(
         if "score" in known or not right:
           continue
         assert judge is not None
-        letter, said = judged(item, text or "", judge)
-        reviews += said
+        letter, new = judged(item, text or "", judge)
+        reviews += new
         right = letter == item.truth if letter else None
         if letter:
           verdicts[item.id] = {"score": float(letter == item.truth), "read": letter}
@@ -119,19 +125,19 @@ def circular_score(
 
 
 def judged(item: Item, text: str, judge: Reviews) -> tuple[str, list[dict[str, str]]]:
-  """The letter that the judge reads out of an answer, "" where it failed, and all that it said."""
+  """Returns the letter that the judge finds in an answer ("" if it failed), and all its reviews."""
   options = "".join(f"{letter}. {option}\n" for letter, option in item.extra["options"].items())
   prompt = PROMPT.format(
     question=item.extra["asked"], options=f"There are several options: \n{options}", answer=text
   )
-  said = []
+  reviews = []
   for turn in range(TURNS):
     review = judge(
       Ask(prompt=prompt, max_tokens=256, turn=turn),
-      lambda said: choice(said, item.extra["options"]) or None,
+      lambda reply: choice(reply, item.extra["options"]) or None,
     )
-    said.append({"id": item.id, "text": review.text, "error": review.error})
+    reviews.append({"id": item.id, "text": review.text, "error": review.error})
     letter = choice(review.text, item.extra["options"]) if not review.error else ""
     if letter:
-      return letter, said
-  return "", said
+      return letter, reviews
+  return "", reviews

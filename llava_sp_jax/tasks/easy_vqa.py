@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI `easy-vqa`): one coloured shape; exact match of generated answers, test split."""
+"""easy-VQA (PyPI `easy-vqa`), test split: questions about a colored shape, by exact match."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ KINDS = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "rectangle": "shape
 
 
 class EasyVqa:
+  """Implements easy-VQA."""
+
   name = "easy_vqa"
   protocol = "generated text, exact match after stripping blanks"
   generation = Generation(max_new_tokens=8)
   options = ()
 
   def __init__(self, folder: str | Path):
-    """`folder` is what `scripts/prepare_easy_vqa.py` wrote. Raises: FileNotFoundError."""
+    """Reads a folder that `scripts/prepare_easy_vqa` wrote. Raises: FileNotFoundError."""
     self._folder = Path(folder)
     self._file = self._folder / "test.json"
     if not self._file.is_file():
@@ -30,7 +32,10 @@ class EasyVqa:
       )
 
   def items(self) -> list[Item]:
-    """Raises: BenchmarkError for rows that cannot be asked, or when none can be scored."""
+    """Returns the questions.
+
+    Raises: BenchmarkError for rows without a question or image, and when none can be scored.
+    """
     rows = files.read_json(self._file, list)
     named = [(f"[{i}]", row) for i, row in enumerate(rows)]
     files.check_rows(self._file, named, ("id", "question", "image"))
@@ -38,7 +43,7 @@ class EasyVqa:
 
   def _item(self, row: dict[str, Any]) -> Item:
     truth: Any = row.get("answer")
-    understood = files.is_text(truth) and truth == truth.strip()  # else no answer is equal to it
+    understood = files.is_text(truth) and truth == truth.strip()  # otherwise no answer can match
     return Item(
       id=str(row["id"]),
       question=row["question"],
@@ -49,14 +54,18 @@ class EasyVqa:
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores 1 for an answer that equals the truth without leading and trailing whitespace."""
     return {"score": float(text.strip() == item.truth)}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the accuracy, overall and by kind of question."""
     by_kind = mean_by_kind(items, predictions, self.verdict)
     return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """Writes nothing: all is scored here."""
     return []
 
   def data_hash(self) -> str:
+    """Returns a hash of the file of questions."""
     return file_hash(self._file)

@@ -1,4 +1,4 @@
-"""Reading and writing the files of benchmarks: an error names the file, the place and what to do."""
+"""Reads and writes files of benchmarks; errors name the file, the place in it, and what to do."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llava_sp_jax import files as regular
 from llava_sp_jax import jsonl
 from llava_sp_jax.errors import LlavaSPError
 
-SHOWN = 5  # problems of one file that an error tells
-LARGEST = 1 << 36  # bytes of a file
+SHOWN = 5  # problems of one file that an error lists
+LARGEST = 1 << 36  # the most bytes of a file
 
 Row = dict[str, Any]
 
-# What these keys of a question hold, in whatever benchmark's file.
+# Key of a row -> the types of its value, in the files of all benchmarks.
 TYPES: dict[str, tuple[type, ...]] = {
   **dict.fromkeys(("image", "text", "question", "category"), (str,)),
   **dict.fromkeys(("question_id", "id"), (str, int)),
@@ -29,27 +29,27 @@ _NAMES = {str: "a text", int: "a whole number"}
 
 
 class BenchmarkError(LlavaSPError, ValueError):
-  """A benchmark's file does not hold what its format promises."""
+  """Reports a benchmark's file that does not have the expected content."""
 
 
 def first_of(folder: Path, names: Sequence[str]) -> Path | None:
-  """The first of several places where people keep a file."""
+  """Returns the first of several paths that exists, or None."""
   return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def there(folder: Path, names: Iterable[str]) -> list[str]:
-  """Those of the files that a folder holds."""
+  """Returns the names that exist in a folder."""
   return [name for name in names if (folder / name).exists()]
 
 
 def need(folder: Path, names: Iterable[str], source: str) -> None:
-  """Raises: FileNotFoundError that lists everything that is not there, and where it comes from."""
+  """Raises: FileNotFoundError that lists all missing files and where they come from (`source`)."""
   if missing := [str(folder / name) for name in names if not (folder / name).exists()]:
     raise FileNotFoundError(f"no {', '.join(missing)}; {source}")
 
 
 def refuse(path: Path, problems: list[str], expected: str) -> None:
-  """Raises: BenchmarkError where there are problems: the first of them, and how many more."""
+  """Raises: BenchmarkError if there are problems; it lists the first ones and counts the others."""
   if problems:
     more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise BenchmarkError(
@@ -58,12 +58,15 @@ def refuse(path: Path, problems: list[str], expected: str) -> None:
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-  """Whether a value is a text that says something: what a truth is compared with is one."""
+  """Returns whether a value is a text that is not blank."""
   return isinstance(value, str) and bool(value.strip())
 
 
 def read_text(path: Path) -> str:
-  """The text of a regular UTF-8 file. Raises: BenchmarkError for another encoding, FormatError."""
+  """Reads a UTF-8 file.
+
+  Raises: BenchmarkError for another encoding; FormatError for what is not a regular file.
+  """
   try:
     return regular.read(path, LARGEST).decode("utf-8-sig")
   except UnicodeDecodeError as error:
@@ -73,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, expected: type = dict) -> Any:
-  """The JSON of a file. Raises: BenchmarkError when it is broken or of another type."""
+  """Reads a JSON file. Raises: BenchmarkError when it is not JSON or its value has another type."""
   value = jsonl.value_of(read_text(path))
   if isinstance(value, jsonl.LineError):
     raise BenchmarkError(f"{path}: {value}; fetch the file again")
@@ -85,9 +88,9 @@ def read_json(path: Path, expected: type = dict) -> Any:
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
-  """Rows of a file of JSON lines, each with `keys`. Blank lines are skipped.
+  """Reads the objects of a JSON-lines file, each with `keys`; skips blank lines.
 
-  Raises: BenchmarkError that tells the first problems, with their lines, and how many there are.
+  Raises: BenchmarkError that lists the first problems with their lines, and counts the others.
   """
   rows = [(f"line {number}", row) for number, row in jsonl.values(read_text(path).split("\n"))]
   check_rows(path, rows, keys, f"JSON lines with {', '.join(keys)}")
@@ -95,17 +98,20 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
 
 
 def read_truths(path: Path) -> list[Row]:
-  """Rows of a file of JSON lines as they stand, {} for one that is none: it tells no truth, and
-  what has none is left out by name."""
+  """Reads the objects of a JSON-lines file of truths, with {} in place of a line that is not one.
+
+  A question whose truth is missing becomes an item with a problem, so a bad line costs no other.
+  """
   rows = [row for _, row in jsonl.values(read_text(path).split("\n"))]
   return [row if isinstance(row, dict) else {} for row in rows]
 
 
 def read_rows(path: Path) -> list[tuple[int, Any]]:
-  """(number from 1, value) of a JSON list, or of the lines of JSON lines; blank lines are skipped.
+  """Reads the values of a JSON list or of JSON lines, with their numbers from 1; skips blank lines.
 
-  A line that is no JSON is a LineError in the row's place. Raises: BenchmarkError for a file
-  without rows.
+  Puts a LineError in the place of a line that is not JSON.
+
+  Raises: BenchmarkError for a file without rows, or a list that is not JSON.
   """
   text = read_text(path)
   if text.lstrip().startswith("["):
@@ -120,9 +126,9 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
 def check_rows(
   path: Path, rows: Sequence[tuple[str, Any]], keys: Sequence[str], expected: str = ""
 ) -> None:
-  """(name, row) pairs must be objects with `keys`, of the types of TYPES.
+  """Checks that the rows of (name, row) pairs are objects with `keys`, of the types of TYPES.
 
-  Raises: BenchmarkError with all that are not, or that there is none.
+  Raises: BenchmarkError when some are not, or there are no rows.
   """
   expected = expected or f"entries with {', '.join(keys)}"
   refuse(path, [f"{name}: {why}" for name, row in rows if (why := misses(row, keys))], expected)
@@ -131,7 +137,7 @@ def check_rows(
 
 
 def misses(row: Any, keys: Sequence[str]) -> str:
-  """Why a row is none with `keys`; empty where it is one."""
+  """Returns why a row is not an object with `keys` of the types of TYPES; "" if it is one."""
   if isinstance(row, jsonl.LineError):
     return str(row)
   if not isinstance(row, dict):
@@ -150,7 +156,7 @@ def _is(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def of_number(value: float) -> str | None:
-  """A number as people write it, whole ones without a period; None for what is none."""
+  """Returns a number as text, a whole one without a period; None for a boolean, nan or infinity."""
   if isinstance(value, float):
     if not math.isfinite(value):
       return None
@@ -159,9 +165,10 @@ def of_number(value: float) -> str | None:
 
 
 def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
-  """Rows of a tab-separated file with a header, fields of any length (MMBench keeps images in it).
+  """Reads a tab-separated file with a header; fields may be of any length (MMBench's hold images).
 
-  Raises: BenchmarkError for what is no such text, a header without `keys`, lines of another width.
+  Raises: BenchmarkError for text that is not tab-separated UTF-8, a header without `keys`, and rows
+    with more or fewer fields than the header.
   """
   csv.field_size_limit(sys.maxsize)
   raw: Any = regular.open_regular(path)
@@ -188,12 +195,14 @@ def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
+  """Writes a JSON file, creates its folder if needed, and returns its path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(value, indent=indent))
   return path
 
 
 def write_lines(path: Path, rows: Iterable[Row]) -> Path:
+  """Writes a JSON-lines file, creates its folder if needed, and returns its path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path

@@ -1,4 +1,4 @@
-"""GQA, test-dev balanced (scripts/v1_5/eval/gqa.sh): exact match, by GQA's own eval.py."""
+"""GQA, test-dev balanced (scripts/v1_5/eval/gqa.sh): exact match, as in GQA's eval.py."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def _understood(truth: Any) -> bool:
 
 
 def gqa_text(text: str) -> str:
-  """What LLaVA hands in: periods at the end gone, small letters (scripts/convert_gqa_for_eval.py)."""
+  """Lower-cases and strips final periods, as LLaVA's scripts/convert_gqa_for_eval.py does."""
   return text.rstrip(".").lower()
 
 
 class Gqa(Benchmark):
-  """Scored where GQA's `testdev_balanced_questions.json` is (in data/ or data/questions1.2/);
-  without it only the predictions for its eval.py are written, and there is no score."""
+  """Implements GQA.
+
+  Scores answers if GQA's `testdev_balanced_questions.json` exists (in data/, data/questions1.2/ or
+  data/questions/). Otherwise there is no score, and only the predictions for its eval.py are
+  written.
+  """
 
   name = "gqa"
   homes = ("gqa",)
@@ -84,8 +88,11 @@ class Gqa(Benchmark):
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Accuracy; figures hold eval.py's `binary` and `open` (questions of structure `query`), the
-    means by semantic type, and the hash of the truths."""
+    """Returns the accuracy.
+
+    `figures` holds eval.py's `binary` and `open` (questions of structure `query`), the means by
+    semantic type, and the hash of the truths.
+    """
     if all(item.truth is None for item in items):
       more = f"; with {TRUTHS} in {self.folder / 'data'}, --merge scores it here"
       return served(items, predictions, f"GQA's eval.py{more}")
@@ -101,8 +108,10 @@ class Gqa(Benchmark):
     return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`testdev_balanced_predictions.json`: [{questionId, prediction}] for GQA's eval.py, which
-    refuses a file that misses a question: "" where there is no answer."""
+    """Writes `testdev_balanced_predictions.json`: [{questionId, prediction}] for GQA's eval.py.
+
+    Writes "" for a missing answer, since eval.py refuses a file without an answer to each question.
+    """
     rows = [
       {"questionId": item.id, "prediction": gqa_text(text)}
       for item, text in texts(items, predictions)

@@ -1,4 +1,4 @@
-"""Judges: language models that grade answers. A call that fails never becomes a score."""
+"""Asks judges: language models that grade answers. A failed call never becomes a score."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llava_sp_jax import jsonl
 from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.tasks import web
 
-PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # statuses that are worth another try
-SHOWN = 300  # characters of what a server says beside its status
-LONGEST_WAIT = 120.0  # seconds before another try, whatever the server asks for
-LARGEST = 4 << 20  # bytes of an answer
+PASSING = {408, 409, 429, 500, 502, 503, 504, 529}  # HTTP statuses after which a call is repeated
+SHOWN = 300  # characters of a server's text that an error quotes
+LONGEST_WAIT = 120.0  # the most seconds between two tries, whatever the server asks for
+LARGEST = 4 << 20  # the most bytes of an answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
-  """What a judge is asked; `turn` tells repeated askings of the same apart."""
+  """Holds a request to a judge; `turn` distinguishes repetitions of the same request."""
 
   prompt: str
   system: str = ""
@@ -38,29 +38,28 @@ class Ask:
   turn: int = 0
 
 
-Judge = Callable[[Ask], str]  # the judge's answer; raises where it has none
+Judge = Callable[[Ask], str]  # returns the judge's answer; raises if there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-  """A judge's raw answer; with `error`, why there is none."""
+  """Holds a judge's raw answer, or in `error` why there is none."""
 
   text: str
   error: str = ""
 
 
 class JudgeError(LlavaSPError, RuntimeError):
-  """The judge could not be asked. Its message holds no key."""
+  """Reports a judge that could not be asked; the message never contains the API key."""
 
 
 class Endpoint:
-  """A judge behind an OpenAI-compatible `/chat/completions`.
+  """Calls a judge through an OpenAI-compatible `/chat/completions`.
 
-  `url` is the API's base (`https://api.openai.com/v1`). The key is read from the environment
-  variable `key` at each call (`key=""`: the server asks for none) and appears in no message. It goes
-  to that address alone: redirects are not followed. A call has `seconds` in all and LARGEST bytes.
-  Calls that may pass are repeated `tries` times with doubling pauses, or when the server says so,
-  after LONGEST_WAIT at most.
+  Reads the API key from an environment variable at each call, sends it to that address alone (it
+  follows no redirects), and never puts it into a message. Repeats a call that failed for a reason
+  that may pass, after a pause that doubles each time or that the server asks for, of at most
+  LONGEST_WAIT seconds.
   """
 
   def __init__(
@@ -72,8 +71,19 @@ class Endpoint:
     seconds: float = 60.0,
     pause: Callable[[float], Any] = time.sleep,
   ):
-    """Raises: JudgeError for what is no address of a web server, and when the variable is not set,
-    or holds what cannot be a key."""
+    """Checks the address and the key.
+
+    Args:
+      url: the base of the API, e.g. `https://api.openai.com/v1`.
+      model: the name of the model to ask.
+      key: the environment variable that holds the API key ("": the server needs none).
+      tries: the most calls for one request.
+      seconds: the time limit of one call.
+      pause: sleeps between two calls.
+
+    Raises: JudgeError for what is not the address of a web server, and for a variable that is not
+      set or cannot hold a key.
+    """
     self.name = model
     self._url, self._key, self._tries = _address(model, url), key, tries
     self._seconds, self._pause = seconds, pause
@@ -82,7 +92,7 @@ class Endpoint:
   def _secret(self) -> str:
     if not self._key:
       return ""
-    # A key that is read from a file ends in a newline.
+    # A key that was read from a file may end in a newline.
     secret = os.environ.get(self._key, "").strip()
     if not secret:
       raise JudgeError(f"no key for the judge {self.name}: set the variable {self._key}")
@@ -94,7 +104,7 @@ class Endpoint:
     return secret
 
   def __call__(self, ask: Ask) -> str:
-    """The judge's answer. Raises: JudgeError after the last try."""
+    """Returns the judge's answer. Raises: JudgeError when the call fails, after the last try."""
     messages = [{"role": "system", "content": ask.system}] if ask.system else []
     asked = {
       "model": self.name,
@@ -113,8 +123,8 @@ class Endpoint:
         found = web.post(self._url, body, headers, self._seconds, LARGEST)
         if 200 <= found.status < 300:
           return _content(json.loads(found.body))
-        said = _hidden(found.body.decode(errors="replace"), secret)  # before it is cut
-        problem = f"status {found.status}: {found.moved or said[:SHOWN]}"
+        reply = _hidden(found.body.decode(errors="replace"), secret)  # before it is cut
+        problem = f"status {found.status}: {found.moved or reply[:SHOWN]}"
         if found.status not in PASSING:
           break
         wait = found.wait(wait)
@@ -131,11 +141,14 @@ class Endpoint:
 
 
 def _address(model: str, url: str) -> str:
-  """Where chats are completed below an API's base. Raises: JudgeError for what is no such address."""
+  """Returns the address of `/chat/completions` below an API's base.
+
+  Raises: JudgeError for a base that is not a plain http or https address.
+  """
   expected = (
     f"judge {model}: expected an address http://... or https://..., without a user or a query"
   )
-  if "@" in url:  # what stands before it may be a password
+  if "@" in url:  # the text before it may be a password, so it is not quoted
     raise JudgeError(f"{expected}, found one with a user; a key is read from a variable")
   try:
     parts = urllib.parse.urlsplit(url)
@@ -149,7 +162,7 @@ def _address(model: str, url: str) -> str:
       and url.isascii()
       and not re.search(r"[\x00-\x20]", url)
     )
-  except ValueError:  # no port, or no address of six
+  except ValueError:  # an invalid port, or an invalid IPv6 address
     fits = False
   if not fits:
     raise JudgeError(f"{expected}, found {url!r}")
@@ -157,23 +170,25 @@ def _address(model: str, url: str) -> str:
 
 
 def _lasts(error: BaseException) -> bool:
-  """Whether another try would fail alike: a host of no such name, or that is not who it says."""
-  cause = getattr(error, "reason", error)  # urllib wraps what a socket raises
+  """Returns whether another try would fail, too: an unknown host, or an invalid certificate."""
+  cause = getattr(error, "reason", error)  # urllib wraps the errors of sockets
   unknown = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
   return unknown or isinstance(cause, ssl.SSLCertVerificationError)
 
 
 def _hidden(text: str, secret: str) -> str:
+  """Replaces the key in a text by "(key)"."""
   return text.replace(secret, "(key)") if secret else text
 
 
 def _content(answer: Any) -> str:
+  """Returns the text of a chat completion. Raises: JudgeError when there is none."""
   try:
     text = answer["choices"][0]["message"]["content"]
   except (KeyError, IndexError, TypeError):
-    said = json.dumps(answer)
-    raise JudgeError(f"an answer without choices[0].message.content: {said:.{SHOWN}}") from None
-  if isinstance(text, list):  # in parts, as some servers put it
+    found = json.dumps(answer)
+    raise JudgeError(f"an answer without choices[0].message.content: {found:.{SHOWN}}") from None
+  if isinstance(text, list):  # some servers send a list of parts
     parts = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
     text = "".join(str(part.get("text", "")) for part in parts) or text
   if not isinstance(text, str) or not text.strip():
@@ -183,38 +198,40 @@ def _content(answer: Any) -> str:
 
 
 class Reviews:
-  """A judge whose raw answers are kept: in memory, and in a file when there is one.
+  """Caches the raw answers of a judge, in memory and optionally in a file.
 
-  The file (JSON lines: key, name, text) is appended to answer by answer, so that a run that was
-  killed pays for no answer twice. Failures are not kept, and an answer that holds nothing to read
-  is no better: the next run asks both again.
+  Appends each answer to the file (JSON lines: key, name, text) at once, so that a run that was
+  killed pays for no answer twice. Does not write failures. The next run repeats the request of a
+  failure, and of an answer that holds no grade.
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):
+    """Reads the answers in `file`, if it exists."""
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
     self._judge, self._file = judge, Path(file) if file else None
     self._kept: dict[str, Review] = {}
-    self._told: set[str] = set()  # keys of what this run has asked
+    self._asked: set[str] = set()  # keys of the requests of this run
     if self._file and self._file.is_file():
       rows, _ = jsonl.objects(self._file.read_bytes().split(b"\n"))
-      for row in rows:  # what was cut off or damaged is asked again
+      for row in rows:  # requests of damaged lines are repeated
         if isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
           self._kept[row["key"]] = Review(row["text"])
 
   def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
-    """The kept or a new answer; a judge that raises makes a review with an error.
+    """Returns the cached or a new answer; returns a Review with an error if the judge raises.
 
-    `reads` gives None for an answer of no use: such a kept one is asked for once more in each run.
+    `reads` returns None for an answer that holds no grade. The request of such an answer in the
+    file is repeated once in each run.
     """
-    told = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
-    key = hashlib.sha256(told.encode()).hexdigest()
+    request = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
+    key = hashlib.sha256(request.encode()).hexdigest()
     kept = self._kept.get(key)
-    if kept and not kept.error and (key in self._told or reads(kept.text) is not None):
+    if kept and not kept.error and (key in self._asked or reads(kept.text) is not None):
       return kept
-    self._told.add(key)
+    self._asked.add(key)
     try:
       review = Review(self._judge(ask))
-    except Exception as error:  # whatever a judge fails with, the benchmark goes on and counts it
+    except Exception as error:  # any failure of a judge is counted, and the benchmark continues
       review = Review("", f"{type(error).__name__}: {error}")
     self._kept[key] = review
     if self._file and not review.error:
@@ -225,7 +242,7 @@ class Reviews:
     return review
 
   def _torn(self) -> bool:
-    """Whether the file ends within a line."""
+    """Returns whether the file ends in an incomplete line."""
     assert self._file is not None
     with self._file.open("rb") as file:
       size = file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""LLaVA-Bench in the wild (scripts/v1_5/eval/llavabench.sh): a judge compares with GPT-4's answer."""
+"""LLaVA-Bench in the wild (scripts/v1_5/eval/llavabench.sh): a judge compares with GPT-4."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from llava_sp_jax.tasks.task import Item, Predictions, Scores
 
 ASKED, CONTEXT, REFERENCE = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
 CATEGORIES = ("conv", "detail", "complex")
-BEST = 10.0  # of the scale that the rule asks for
+BEST = 10.0  # the highest score that the rule allows
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
-# The rule of llava/eval/table/rule.json, the same for the three categories, word for word: a score
-# depends on it.
+# The rule of llava/eval/table/rule.json, equal for the three categories. Scores depend on its exact
+# words.
 RULE = (
   "We would like to request your feedback on the performance of two AI assistants in response to "
   "the user question displayed above. The user asks the question on observing an image. For your "
@@ -42,8 +42,10 @@ RULE = (
 
 
 def pair(review: str) -> tuple[float, float] | None:
-  """The two scores, from 0 to 10, of a review's first line (blanks or commas between), None for
-  anything else."""
+  """Returns the two scores, from 0 to 10, in the first line of a review; None for any other text.
+
+  Spaces or commas separate the scores.
+  """
   scores = [plain_number(word) for word in review.split("\n")[0].replace(",", " ").split(" ")]
   match scores:
     case [float(first), float(second)] if 0 <= first <= BEST and 0 <= second <= BEST:
@@ -52,7 +54,7 @@ def pair(review: str) -> tuple[float, float] | None:
 
 
 class LlavaBench(Benchmark):
-  """Without a judge only the answers' file is written."""
+  """Implements LLaVA-Bench; without a judge there is no score, and only the answers are written."""
 
   name = "llava_bench"
   homes = ("llava-bench-in-the-wild",)
@@ -69,14 +71,21 @@ class LlavaBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """`judge`: LLaVA's is gpt-4-0314 or later; `reviews`: a file that keeps what it said."""
+    """Finds the files, as `Benchmark` does.
+
+    Args:
+      folder: the folder of the benchmark, or a root above it.
+      protocol: a name of `protocols`.
+      judge: grades the answers; LLaVA uses gpt-4-0314 or later.
+      reviews: a file that caches the judge's answers.
+    """
     super().__init__(folder, protocol)
     self._judge = Reviews(judge, reviews) if judge else None
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    captions = {str(r.get("image")): r.get("caption") for r in self._told(CONTEXT)}
-    reference = {str(r.get("question_id")): r.get("text") for r in self._told(REFERENCE)}
+    captions = {str(r.get("image")): r.get("caption") for r in self._truths(CONTEXT)}
+    reference = {str(r.get("question_id")): r.get("text") for r in self._truths(REFERENCE)}
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
     items = []
     for row in rows:
@@ -108,11 +117,11 @@ class LlavaBench(Benchmark):
       )
     return settled(items, self.folder / ASKED)
 
-  def _told(self, name: str) -> list[dict[str, Any]]:
+  def _truths(self, name: str) -> list[dict[str, Any]]:
     return files.read_truths(self.folder / name)
 
   def ask(self, item: Item, text: str) -> Ask:
-    """What LLaVA's eval_gpt_review_bench.py sends."""
+    """Returns the request that LLaVA's eval_gpt_review_bench.py sends for an answer."""
     prompt = (
       f"[Context]\n{item.extra['caption']}\n\n[Question]\n{item.question}\n\n"
       f"[Assistant 1]\n{item.truth}\n\n[End of Assistant 1]\n\n"
@@ -121,9 +130,12 @@ class LlavaBench(Benchmark):
     return Ask(prompt=prompt, system=SYSTEM, max_tokens=1024, temperature=0.2)
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """As summarize_gpt_review.py rounds: means to three places, then their ratio to one. A review
-    that failed or holds no two scores is `unjudged` (there it counts as -1 for both). The verdict
-    on a single answer is its score over that of GPT-4's answer, 1 at most."""
+    """Returns the ratio of the mean scores of the model and of GPT-4, in percent.
+
+    Rounds like summarize_gpt_review.py: the means to three decimals, then the ratio to one. A
+    review that failed or does not hold two scores counts as `unjudged` (in the original as -1 for
+    both). The verdict on a single answer is its score divided by that of GPT-4's answer, at most 1.
+    """
     if not self._judge:
       return served(items, predictions, "a judge: give one to have a score")
     pairs: dict[str, list[tuple[float, float]]] = {}
@@ -139,14 +151,14 @@ class LlavaBench(Benchmark):
       reviews.append({"id": item.id, "scores": scores, "text": review.text, "error": review.error})
     by_kind = {}
     for kind in ("all", *sorted({item.kind for item in items})):
-      mine = pairs.get(kind, [])
-      first, second = (round(ratio(sum(p[i] for p in mine), len(mine)), 3) for i in (0, 1))
+      graded = pairs.get(kind, [])
+      first, second = (round(ratio(sum(p[i] for p in graded), len(graded)), 3) for i in (0, 1))
       asked = sum(kind in ("all", item.kind) for item in items)
       by_kind[kind] = {
         "score": round(ratio(second, first) * 100, 1),
         "reference": first,
         "model": second,
-        "items": len(mine),
+        "items": len(graded),
         "asked": asked,
       }
     unjudged = sum(review["scores"] is None for review in reviews)
@@ -155,8 +167,10 @@ class LlavaBench(Benchmark):
     return judged(by_kind["all"]["score"], metric, by_kind, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`llava_bench_answers.jsonl` for LLaVA's review script, which pairs questions and answers by
-    line: "" where there is no answer."""
+    """Writes `llava_bench_answers.jsonl` for LLaVA's review script.
+
+    Writes "" for a missing answer, since the script matches questions and answers by line.
+    """
     rows = (
       {
         "question_id": i.extra["question_id"],
@@ -172,6 +186,6 @@ class LlavaBench(Benchmark):
 
 
 def _joined(caption: Any) -> str:
-  """A caption, or its lines, as one text; "" for what is neither."""
+  """Returns a caption, or a list of its lines, as one text; "" for anything else."""
   lines = caption if isinstance(caption, list) else [caption]
   return "\n".join(lines) if all(isinstance(line, str) for line in lines) else ""

@@ -1,7 +1,8 @@
-"""MMBench (scripts/v1_5/eval/mmbench.sh): options as letters; its server scores the submission.
+"""MMBench (scripts/v1_5/eval/mmbench.sh): multiple choice; its server scores the submission.
 
-MMBench's own rule counts a question only when every order of its options was answered rightly
-("circular"). LLaVA asks one order unless `--all-rounds`; here `circular=True` asks all.
+MMBench's own rule ("circular") counts a question as right only if it is answered correctly in every
+order of its options. LLaVA asks one order unless `--all-rounds` is given; here `circular=True` asks
+all.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from llava_sp_jax.tasks.task import Item, Predictions, Scores, text_of
 
 SERVER = "https://mmbench.opencompass.org.cn"
 LETTERS = "ABCDE"
-DIGITS = 18  # of an index at most
+DIGITS = 18  # the most digits of an index
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "image")
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 class MmBench(Benchmark):
-  """`split` names the TSV (`mmbench_dev_20230712`); images stand in it in base64, or as the index
-  of the row whose image is meant."""
+  """Implements MMBench.
+
+  Reads the questions from a tab-separated file. Its images are in base64; a row may name the index
+  of another row in place of its image.
+  """
 
   name = "mmbench"
   homes: ClassVar[Sequence[str]] = ("mmbench",)
@@ -54,7 +58,16 @@ class MmBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """`judge` reads answers that no rule can (lmms only); `reviews`: file that keeps what it said."""
+    """Finds the files, as `Benchmark` does.
+
+    Args:
+      folder: the folder of the benchmark, or a root above it.
+      protocol: a name of `protocols`.
+      split: the name of the TSV file without its ending ("": that of the class).
+      circular: asks each question in all orders of its options.
+      judge: reads answers that the rules cannot read; protocol `lmms` only.
+      reviews: a file that caches the judge's answers.
+    """
     self.split = split or self.split
     self.needed = (f"{self.split}.tsv",)
     super().__init__(folder, protocol)
@@ -68,7 +81,8 @@ class MmBench(Benchmark):
     path = self.folder / self.needed[0]
     rows = files.read_tsv(path, COLUMNS)
     images = {row["index"]: row["image"] for row in rows}
-    self._answers = any(not empty(row.get("answer", "")) for row in rows)  # other splits keep them
+    # Some splits have no answers; only the server knows them.
+    self._answers = any(not empty(row.get("answer", "")) for row in rows)
     problems = [self._problem(row) for row in rows]
     groups = [_group(row["index"]) for row in rows]
     by_group = {group: problem for group, problem in zip(groups, problems, strict=True) if problem}
@@ -104,7 +118,7 @@ class MmBench(Benchmark):
     return settled(items, path)
 
   def _texts(self, row: dict[str, str]) -> list[str]:
-    """The options up to the first empty cell, as LLaVA and lmms-eval read them."""
+    """Returns the options up to the first empty cell, as LLaVA and lmms-eval do."""
     texts = (row[letter] for letter in self._columns(row))
     return list(itertools.takewhile(lambda text: not empty(text), texts))
 
@@ -112,7 +126,7 @@ class MmBench(Benchmark):
     return LETTERS if self.lmms and "E" in row else LETTERS[:4]
 
   def _problem(self, row: dict[str, str]) -> str:
-    """Why nobody can say whether an answer to this row is right; empty where it can be said."""
+    """Returns why an answer to this row cannot be scored; "" if it can."""
     if not _is_index(row["index"]):
       return f"the index {row['index']!r:.40} is no whole number"
     texts, columns = self._texts(row), self._columns(row)
@@ -127,16 +141,21 @@ class MmBench(Benchmark):
     return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """`read`: the option that MMBench's rules find, "" for none; no score without a truth, or
-    where a judge is to read the answer."""
+    """Returns in `read` the option that MMBench's rules find in an answer, or "".
+
+    Adds a score unless the truth is unknown or the judge has to read the answer.
+    """
     read = choice(text, item.extra["options"])
     if item.truth is None or item.problem or (self._judge and not read):
       return {"read": read}
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """lmms: the share of questions of which all orders are right. llava: the server's; where the
-    file has answers, that share by rules alone is a figure, `local`."""
+    """Returns the share of questions that are right in all their orders (protocol `lmms`).
+
+    With protocol `llava` only the server scores; if the file has answers, the share by the rules
+    alone is the figure `local`.
+    """
     if not items or all(item.truth is None for item in items):
       return served(items, predictions, SERVER)
     local = circular_score(items, predictions, self.verdict, self._judge)
@@ -150,9 +169,12 @@ class MmBench(Benchmark):
     sheet.need(f"{self.split}.xlsx")
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`<split>.xlsx`: the file's columns without images and hints, `prediction` behind the options
-    (scripts/convert_mmbench_for_submission.py). Only the first order of options is handed in (the
-    original, given all rounds, keeps the last, whose letters mean other options)."""
+    """Writes `<split>.xlsx`, as scripts/convert_mmbench_for_submission.py does.
+
+    It has the columns of the TSV without those of DROPPED, and `prediction` after the options. Only
+    answers to the first order of options are submitted (the original, given all rounds, submits the
+    last one, whose letters stand for other options).
+    """
     first = [item for item in items if not item.extra["round"]]
     texts = {item.id: text_of(predictions, item) for item in first}
     table: list[list[Any]] = []
@@ -170,19 +192,23 @@ def _is_index(text: str) -> bool:
 
 
 def _group(index: str) -> int | str:
-  """All orders of one question's options: the files have them under index + 1,000,000 x n. What is
-  no number stands by itself."""
+  """Returns the group of a row: the orders of one question have indices that differ by 1,000,000.
+
+  An index that is not a number is a group of its own.
+  """
   return int(index) % 1_000_000 if _is_index(index) else index
 
 
 def _picture(text: str, images: Mapping[str, str]) -> bytes:
-  """The encoded image of a cell, which may hold the index of the row that has it; what is neither
-  becomes nothing, which the engine reports as unreadable."""
+  """Returns the encoded image of a cell, or of the row whose index the cell holds.
+
+  Returns empty bytes for any other text, which the engine reports as an unreadable image.
+  """
   seen = set()
   while text in images and text not in seen:
     seen.add(text)
     text = images[text]
-  if _is_index(text):  # of a row that is not there, or of one that leads back here
+  if _is_index(text):  # of a row that does not exist, or of a cycle of rows
     return b""
   try:
     return base64.b64decode(text, validate=True)
@@ -191,7 +217,7 @@ def _picture(text: str, images: Mapping[str, str]) -> bytes:
 
 
 def _cell(key: str, value: str) -> int | str | None:
-  """What the sheet holds of one of the file's cells."""
+  """Converts a cell of the TSV to a cell of the sheet."""
   if key == "index" and _is_index(value):
     return int(value)
   return None if empty(value) else value

@@ -1,4 +1,4 @@
-"""MMBench in Chinese (scripts/v1_5/eval/mmbench_cn.sh): as MMBench, with requests in Chinese."""
+"""MMBench in Chinese (scripts/v1_5/eval/mmbench_cn.sh): like MMBench, with prompts in Chinese."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from llava_sp_jax.tasks.mmbench import MmBench
 
 
 class MmBenchCn(MmBench):
+  """Implements MMBench in Chinese."""
+
   name = "mmbench_cn"
-  homes = ("mmbench_cn", "mmbench")  # by LLaVA's script; by its docs/Evaluation.md
+  homes = ("mmbench_cn", "mmbench")  # of LLaVA's script, and of its docs/Evaluation.md
   split = "mmbench_dev_cn_20231003"
   protocols: ClassVar = {
     "llava": Rules("the server scores", LONG, prompt=of_llava("请直接回答选项字母。")),

@@ -1,4 +1,4 @@
-"""MME (scripts/v1_5/eval/mme.sh): yes or no, two questions an image; accuracy and accuracy+."""
+"""MME (scripts/v1_5/eval/mme.sh): two yes-or-no questions an image; accuracy and accuracy+."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from llava_sp_jax.tasks.task import Item, Predictions, Scores
 
 ASKED = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
-POINTS = 200  # of a subtask
-Line = tuple[str, str, str]  # category, image without its ending, question
+POINTS = 200  # the highest score of a subtask
+Line = tuple[str, str, str]  # category, stem of the image's name, question
 YES_NO = " Please answer yes or no."
 PARTS = {
   "perception": (
@@ -51,8 +51,11 @@ PARTS = {
 
 
 class Mme(Benchmark):
-  """Truths are the release's own text files, found by image and question as LLaVA's
-  convert_answer_to_mme.py finds them."""
+  """Implements MME.
+
+  Reads the truths from the text files of the release, and finds them by image and question like
+  LLaVA's convert_answer_to_mme.py.
+  """
 
   name = "mme"
   homes = ("MME",)
@@ -73,36 +76,37 @@ class Mme(Benchmark):
   }
 
   def _answers(self) -> list[Path]:
-    """Text files of questions and answers: beside the images, or in a folder of their own."""
+    """Returns the text files of questions and answers, beside the images or in their own folder."""
     root = self.folder / RELEASE
     return sorted([*root.glob("*/questions_answers_YN/*.txt"), *root.glob("*/*.txt")])
 
   def hashed(self) -> list[Path]:
+    """Returns the files that determine the questions."""
     return [self.folder / ASKED, *self._answers()]
 
   def _truths(self) -> tuple[dict[Line, str], dict[tuple[str, str], str]]:
-    """Answers by (category, image's stem, question); by (category, stem), why they say nothing."""
+    """Returns the answers by Line, and by (category, stem) why those of an image are not valid."""
     truths: dict[Line, str] = {}
-    strange: dict[tuple[str, str], str] = {}
+    invalid: dict[tuple[str, str], str] = {}
     for path in self._answers():
       place = path.relative_to(self.folder / RELEASE).parts[0], path.stem
       try:
         lines = files.read_text(path).strip().split("\n")
       except ValueError as error:
-        strange[place] = str(error)
+        invalid[place] = str(error)
         continue
       for line in lines:
         question, tab, answer = line.strip().partition("\t")
         before = truths.setdefault((*place, question), answer)
         if not tab or answer.lower() not in ("yes", "no"):
-          said = f"expected a question, a tab and Yes or No, found {line!r:.80}"
-          strange[place] = f"{path.name}: {said}"
+          problem = f"expected a question, a tab and Yes or No, found {line!r:.80}"
+          invalid[place] = f"{path.name}: {problem}"
         elif before.lower() != answer.lower():
-          strange[place] = f"{path.name}: {before} and {answer} to {question!r:.80}"
-    return truths, strange
+          invalid[place] = f"{path.name}: {before} and {answer} to {question!r:.80}"
+    return truths, invalid
 
   def items(self) -> list[Item]:
-    truths, strange = self._truths()
+    truths, invalid = self._truths()
     rows = self.rows(ASKED)
     odd = [
       f"question_id {i!a:.40}"
@@ -119,7 +123,7 @@ class Mme(Benchmark):
       forms = (plain,) if YES_NO.strip() in plain else (plain + YES_NO, f"{plain} {YES_NO}")
       line = next((form for form in forms if (category, stem, form) in truths), forms[0])
       truth = truths.get((category, stem, line))
-      problem = strange.get((category, stem), "")  # of one question: the pair cannot be scored
+      problem = invalid.get((category, stem), "")  # one bad question makes the pair unscorable
       if not problem and truth is None:
         problem = f"no answer to {line!r:.80} in {RELEASE}/{category}"
       if not problem and counts[pair] != 2:
@@ -142,14 +146,16 @@ class Mme(Benchmark):
     return {"score": float(read == item.truth.lower()), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Headline: perception (of 2000), the sum of its subtasks' scores; cognition (of 800) and the
-    total are figures. Pairs belong together by their image; a pair of which one answer is missing
-    is not right (the original needs all answers, in order)."""
+    """Returns the perception score (at most 2000), the sum of the scores of its subtasks.
+
+    The figures are cognition (at most 800) and the total. The two questions about an image are a
+    pair. A pair with a missing answer is not right (the original needs all answers, in order).
+    """
     by_kind: dict[str, dict[str, float]] = {}
     for kind in ("all", *sorted({item.kind for item in items})):
-      mine = [item for item in items if kind in ("all", item.kind)]
+      members = [item for item in items if kind in ("all", item.kind)]
       right: dict[str, list[float]] = {}
-      for item, text in answered(mine, predictions):
+      for item, text in answered(members, predictions):
         right.setdefault(item.extra["pair"], []).append(self.verdict(item, text)["score"])
       count = sum(map(len, right.values()))
       accuracy = ratio(sum(map(sum, right.values())), count)
@@ -159,7 +165,7 @@ class Mme(Benchmark):
         "accuracy_plus": plus,
         "score": 100 * accuracy + 100 * plus,
         "items": count,
-        "asked": len(mine),
+        "asked": len(members),
       }
     parts = {
       part: sum(by_kind[kind]["score"] for kind in kinds if kind in by_kind)
@@ -170,9 +176,12 @@ class Mme(Benchmark):
     return Scores(parts["perception"], f"perception score (of {most})", by_kind, figures)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`mme/<subtask>.txt` for the official calculation.py: file, question, truth, answer by tabs;
-    blanks for tabs and line ends within an answer, which its reader would stumble on; "" where there
-    is none, since it takes lines two by two."""
+    """Writes `mme/<subtask>.txt` for the official calculation.py.
+
+    A line has file, question, truth and answer, separated by tabs. Whitespace within an answer
+    becomes single spaces, since tabs and line breaks would break the file. A missing answer is "",
+    since the reader takes lines in pairs.
+    """
     lines: dict[str, list[str]] = {}
     for item, text in texts(items, predictions):
       fields = (item.extra["file"], item.extra["line"], item.truth, " ".join(text.split()))
@@ -184,7 +193,7 @@ class Mme(Benchmark):
 
 
 def _whole_pairs(items: list[Item]) -> list[Item]:
-  """The items; what is wrong with one is wrong with both of a pair."""
+  """Gives both items of a pair the problem of either one."""
   problems = {item.extra["pair"]: item.problem for item in items if item.problem}
   return [
     dataclasses.replace(item, problem=item.problem or problems.get(item.extra["pair"], ""))

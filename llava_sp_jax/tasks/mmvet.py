@@ -1,4 +1,4 @@
-"""MM-Vet (scripts/v1_5/eval/mmvet.sh): its own grader, GPT-4, scores from the file or as a judge."""
+"""MM-Vet (scripts/v1_5/eval/mmvet.sh): GPT-4 grades answers, as a judge or on MM-Vet's server."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llava_sp_jax.tasks.scoring import plain_number
 from llava_sp_jax.tasks.task import Item, Predictions, Scores, file_hash
 
 ASKED = "llava-mm-vet.jsonl"
-# Where the release is extracted: mm-vet.zip holds a folder mm-vet, LLaVA's script reads from mm-vet,
-# its docs/Evaluation.md names mmvet.
+# Places of the extracted release: mm-vet.zip contains a folder mm-vet, LLaVA's script reads from
+# mm-vet, and its docs/Evaluation.md names mmvet.
 RELEASES = ("", "mm-vet/", "../mmvet/", "../mmvet/mm-vet/")
 TRUTHS, IMAGES = (
   tuple(f"{place}{name}" for place in RELEASES) for name in ("mm-vet.json", "images")
@@ -42,8 +42,8 @@ _MEME = (
   "saying that the person has trust issues because the names of these countries do not accurately "
   "represent their landscapes. | "
 )
-# The grader's prompt of MM-Vet (arXiv 2308.02490; mm-vet_evaluator.py of yuweihao/MM-Vet), word for
-# word: a score depends on it. lmms-eval's differs in the table's head.
+# The grader's prompt of MM-Vet (arXiv 2308.02490; mm-vet_evaluator.py of yuweihao/MM-Vet). Scores
+# depend on its exact words. lmms-eval's differs in the head of the table.
 PROMPT = (
   "Compare the ground truth and prediction from AI models, to give a correctness score for the "
   "prediction. <AND> in the ground truth means it is totally right only when all elements in the "
@@ -70,14 +70,14 @@ PROMPT = (
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-  """How the grader is asked, and how its review is read."""
+  """Defines how a protocol asks the grader and reads its reviews."""
 
   head: str  # of the first column of the prompt's table
-  end: str  # behind the prediction
-  again: str  # behind that, from the second asking on
-  temperatures: tuple[float, ...]  # of each asking, until there is a grade
+  end: str  # follows the prediction
+  again: str  # follows `end` from the second attempt on
+  temperatures: tuple[float, ...]  # of each attempt to get a grade
   max_tokens: int
-  read: Callable[[str], str]
+  read: Callable[[str], str]  # prepares a review for `grade`
 
 
 GRADERS = {
@@ -94,7 +94,7 @@ GRADERS = {
 
 
 def grade(review: str) -> float | None:
-  """The first word as a number from 0 to 1, None for anything else."""
+  """Returns the first word of a review as a number from 0 to 1; None for any other word."""
   value = plain_number(review.split(" ")[0])
   return value if value is not None and 0.0 <= value <= 1.0 else None
 
@@ -107,7 +107,7 @@ def _understood(truth: Any) -> TypeGuard[dict[str, Any]]:
 
 
 class MmVet(Benchmark):
-  """The truths (`mm-vet.json` of the release) are needed by a judge only."""
+  """Implements MM-Vet; the truths (`mm-vet.json` of the release) are needed by a judge only."""
 
   name = "mmvet"
   homes = ("mm-vet", "mmvet")
@@ -129,7 +129,16 @@ class MmVet(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """`judge`: MM-Vet's is gpt-4-0613; `reviews`: a file that keeps what it said."""
+    """Finds the files, as `Benchmark` does.
+
+    Args:
+      folder: the folder of the benchmark, or a root above it.
+      protocol: a name of `protocols`.
+      judge: grades the answers; MM-Vet uses gpt-4-0613.
+      reviews: a file that caches the judge's answers.
+
+    Raises: FileNotFoundError for a judge without truths, too.
+    """
     super().__init__(folder, protocol)
     self._grader = GRADERS[protocol]
     self._judge = Reviews(judge, reviews) if judge else None
@@ -162,6 +171,7 @@ class MmVet(Benchmark):
     return settled(items, self._truths or self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
+    """Returns the request to grade an answer; `turn` counts the attempts from 0."""
     how = self._grader
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"
@@ -176,9 +186,11 @@ class MmVet(Benchmark):
     return grade(self._grader.read(review))
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Means of the grades, all and by kind; `figures` has each capability's, all reviews, and the
-    hash of the truths. An answer without a grade after all askings is `unjudged` (0.0 in the
-    original)."""
+    """Returns the mean of the grades in percent, overall and by kind.
+
+    `figures` has the means by capability, all reviews, and the hash of the truths. An answer
+    without a grade after all attempts counts as `unjudged` (in the original as 0.0).
+    """
     if not self._judge:
       return served(items, predictions, SERVER)
     reviews: list[dict[str, Any]] = []
@@ -190,16 +202,16 @@ class MmVet(Benchmark):
         reviews.append({"id": item.id, "score": value, "text": review.text, "error": review.error})
         if value is not None:
           grades[item.id] = value
-        if value is not None or review.error:  # an endpoint has tried often enough itself
+        if value is not None or review.error:  # a failed call was repeated by the endpoint already
           break
     groups: dict[str, list[Item]] = {"all": items}
     capabilities = sorted({c for item in items for c in item.extra["capability"]})
     for kind in sorted({item.kind for item in items} - {"all"}):
       groups[kind] = [item for item in items if item.kind == kind]
     tables = {
-      name: {"score": 100 * ratio(sum(got), len(got)), "items": len(got), "asked": len(mine)}
-      for name, mine in groups.items()
-      if (got := [grades[i.id] for i in mine if i.id in grades]) is not None
+      name: {"score": 100 * ratio(sum(got), len(got)), "items": len(got), "asked": len(members)}
+      for name, members in groups.items()
+      if (got := [grades[i.id] for i in members if i.id in grades]) is not None
     }
     figures: dict[str, Any] = {}
     for name in capabilities:
@@ -213,7 +225,9 @@ class MmVet(Benchmark):
     return judged(tables["all"]["score"], "mean grade, %", tables, figures, verdicts)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`mmvet_answers.json`: {"v1_<id>": answer} (scripts/convert_mmvet_for_eval.py), "" where there
-    is none, since MM-Vet's evaluator looks every question up."""
+    """Writes `mmvet_answers.json`: {"v1_<id>": answer}, as scripts/convert_mmvet_for_eval.py does.
+
+    Writes "" for a missing answer, since MM-Vet's evaluator needs an answer to each question.
+    """
     rows = {item.id: text for item, text in texts(items, predictions)}
     return [files.write_json(folder / "mmvet_answers.json", rows, indent=2)]

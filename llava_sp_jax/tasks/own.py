@@ -1,4 +1,4 @@
-"""A benchmark of one's own, FILE.py:Class: what goes wrong in it is one line that names the place."""
+"""Wraps a user's own benchmark, FILE.py:Class, so that its errors are one line with their place."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.json_files import NUMBER, fits
 from llava_sp_jax.tasks.task import EvalError, Item, Scores
 
-Check = Callable[
-  ..., Any
-]  # what a method returned and what it was called with -> what is handed on
+# Checks what a method returned, given the arguments of its call, and returns it to the caller.
+Check = Callable[..., Any]
 ITEM = {"id": str, "question": str, "kind": str, "extra": dict, "problem": str}
 
 
 def guarded(found: type, file: str) -> type:
-  """A subclass of a task's class whose methods end with an EvalError where they raise what nobody
-  was meant to read, or return what no task may; an answer is written only with a good verdict.
+  """Returns a subclass of a task's class that checks what each method returns.
 
-  Raises: EvalError for members that are not what a task's are.
+  Its methods raise an EvalError that names the file and line if they return a wrong value or raise
+  an error that is not meant for users.
+
+  Raises: EvalError for a class whose members are not those of a task.
   """
   label = f"{file}:{found.__name__}"
   if inspect.isabstract(found):
@@ -50,15 +51,15 @@ def _method(inherited: Callable[..., Any], label: str, name: str, check: Check) 
     try:
       return check(inherited(self, *arguments, **options), self, *arguments)
     except Exception as error:
-      if console.error_line(error):  # written to be read
+      if console.error_line(error):  # an error that is meant for users
         raise
-      raise EvalError(f"{label}: {name} ends with {_told(error)}") from error
+      raise EvalError(f"{label}: {name} ends with {_described(error)}") from error
 
   return called
 
 
-def _told(error: Exception) -> str:
-  """An error, and the line of the user's that raised it, or that called what did."""
+def _described(error: Exception) -> str:
+  """Returns the text of an error, with the line of the user's file that raised it or led to it."""
   frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
   place = f" ({Path(frames[0].filename).name}, line {frames[0].lineno})" if frames else ""
   return f"{type(error).__name__}: {error}{place}"
@@ -73,7 +74,7 @@ def _items(value: Any, *_: Any) -> list[Item]:
   items = list(value)
   for place, item in enumerate(items):
     if not isinstance(item, Item):
-      raise TypeError(f"[{place}] is {item!r:.60}, expected an tasks.task.Item")
+      raise TypeError(f"[{place}] is {item!r:.60}, expected a tasks.task.Item")
     if wrong := [key for key, kind in ITEM.items() if not isinstance(getattr(item, key), kind)]:
       raise TypeError(
         f"[{place}]: {wrong[0]} {getattr(item, wrong[0])!r:.60}, expected {ITEM[wrong[0]].__name__}"
@@ -95,7 +96,7 @@ def _verdict(value: Any, *_: Any) -> dict[str, Any]:
 
 def _scores(value: Any, *_: Any) -> Scores:
   if not isinstance(value, Scores):
-    raise TypeError(f"it returned {value!r:.60}, expected an tasks.task.Scores")
+    raise TypeError(f"it returned {value!r:.60}, expected a tasks.task.Scores")
   rows = value.by_kind if isinstance(value.by_kind, dict) else {}
   counted = {"items": NUMBER, "asked": NUMBER}
   for kind in dict.fromkeys(("all", *rows)):

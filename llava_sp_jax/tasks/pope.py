@@ -1,4 +1,4 @@
-"""POPE (scripts/v1_5/eval/pope.sh): is an object there, three splits; F1 of "yes"."""
+"""POPE (scripts/v1_5/eval/pope.sh): asks whether an object is in the image; F1 of "yes"."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SPLITS = ("adversarial", "popular", "random")
 
 
 def measures(pairs: list[tuple[str, str]]) -> dict[str, float]:
-  """Counts and ratios of (answer, truth); an empty denominator gives 0.0, where the original stops
-  with ZeroDivisionError."""
+  """Returns counts and ratios over pairs (answer, truth).
+
+  A ratio with denominator 0 is 0.0 (the original raises ZeroDivisionError).
+  """
   count = collections.Counter((a if a == "yes" else "no", t) for a, t in pairs)
   tp, fp = count["yes", "yes"], count["yes", "no"]
   tn, fn = count["no", "no"], count["no", "yes"]
@@ -36,8 +38,11 @@ def measures(pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 
 def measures_lmms(pairs: list[tuple[str, str]]) -> dict[str, float]:
-  """lmms-eval's: an answer is exactly yes or no, anything else is wrong in the accuracy and left
-  out of recall; its yes ratio is that of the truths."""
+  """Returns the ratios of lmms-eval over pairs (answer, truth).
+
+  An answer other than exactly "yes" or "no" is wrong in the accuracy, and ignored in precision and
+  recall. The yes ratio is that of the truths, not of the answers.
+  """
   count = collections.Counter(pairs)
   tp, fp, fn = count["yes", "yes"], count["yes", "no"], count["no", "yes"]
   precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
@@ -51,8 +56,11 @@ def measures_lmms(pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 
 class Pope(Benchmark):
-  """Labels stand in the order of a split's questions, as LLaVA's scorer pairs them; an image that
-  is not the label's is an error here."""
+  """Implements POPE, with its three splits of questions.
+
+  Matches labels to the questions of a split by their order, like LLaVA's scorer, and checks that
+  their images are equal.
+  """
 
   name = "pope"
   homes = ("pope",)
@@ -76,21 +84,21 @@ class Pope(Benchmark):
     for split in SPLITS:
       path = self.folder / LABELS.format(split)
       labels = files.read_truths(path)
-      mine = [row for row in rows if row["category"] == split]
-      if len(labels) != len(mine):
+      members = [row for row in rows if row["category"] == split]
+      if len(labels) != len(members):
         raise files.BenchmarkError(
-          f"{path}: {len(labels)} labels for {len(mine)} questions of {ASKED}; expected the same "
-          "number in the same order. Fetch the version that docs/benchmarks.md names."
+          f"{path}: {len(labels)} labels for {len(members)} questions of {ASKED}; expected the "
+          "same number in the same order. Fetch the version that docs/benchmarks.md names."
         )
-      for row, label in zip(mine, labels, strict=True):
+      for row, label in zip(members, labels, strict=True):
         if label.get("image", row["image"]) != row["image"]:
           raise files.BenchmarkError(
             f"{path}: the label for question {row['question_id']} is of {label['image']}, expected "
             f"{row['image']} as in {ASKED}. Fetch the version that docs/benchmarks.md names."
           )
         truths[row["question_id"]] = label.get("label")
-    if strange := {row["category"] for row in rows} - set(SPLITS):
-      raise files.BenchmarkError(f"{self.folder / ASKED}: unknown category {sorted(strange)}")
+    if unknown := {row["category"] for row in rows} - set(SPLITS):
+      raise files.BenchmarkError(f"{self.folder / ASKED}: unknown category {sorted(unknown)}")
     items = [
       Item(
         id=str(row["question_id"]),
@@ -114,9 +122,9 @@ class Pope(Benchmark):
     measure = measures_lmms if self.lmms else measures
     by_kind: dict[str, dict[str, float]] = {}
     for kind in ("all", *sorted({item.kind for item in items})):
-      mine = [item for item in items if kind in ("all", item.kind)]
-      pairs = [(self.rules.read(text), i.truth) for i, text in answered(mine, predictions)]
-      by_kind[kind] = {**measure(pairs), "items": len(pairs), "asked": len(mine)}
+      members = [item for item in items if kind in ("all", item.kind)]
+      pairs = [(self.rules.read(text), i.truth) for i, text in answered(members, predictions)]
+      by_kind[kind] = {**measure(pairs), "items": len(pairs), "asked": len(members)}
     if self.lmms:
       return Scores(by_kind["all"]["f1"], "F1 over all splits", by_kind)
     splits = [row["f1"] for kind, row in by_kind.items() if kind != "all"]

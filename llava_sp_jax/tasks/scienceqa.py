@@ -1,4 +1,4 @@
-"""ScienceQA, test (scripts/v1_5/eval/sqa.sh): letters; the headline is the accuracy with images."""
+"""ScienceQA, test (scripts/v1_5/eval/sqa.sh): multiple choice; accuracy on those with an image."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ LETTERS = "ABCDE"
 
 
 def of_llava(row: dict[str, Any]) -> str:
+  """Returns LLaVA's question of a row: the text of its file, and a request for a letter."""
   return row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
 
 
 def of_lmms(row: dict[str, Any]) -> str:
+  """Returns lmms-eval's question of a row: hint, question, options, and a request for a letter."""
   problem = row["problem"]
   hint = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
   options = "\n".join(f"{x}. {c}" for x, c in zip(LETTERS, _choices(problem), strict=False))
@@ -47,7 +49,7 @@ def _choices(problem: dict[str, Any]) -> list[Any]:
 
 
 def _problem(problem: dict[str, Any]) -> str:
-  """Why nobody can say whether an answer is right; empty where it can be said."""
+  """Returns why an answer to this question cannot be scored; "" if it can."""
   if absent := [key for key in ("question", "choices", "answer") if key not in problem]:
     return f"without {', '.join(absent)} in {TRUTHS}"
   choices, answer = _choices(problem), problem["answer"]
@@ -60,7 +62,11 @@ def _problem(problem: dict[str, Any]) -> str:
 
 
 class ScienceQa(Benchmark):
-  """LLaVA asks the whole test split, lmms-eval's scienceqa_img only what has an image."""
+  """Implements ScienceQA.
+
+  Asks the whole test split with protocol `llava`, and only questions with an image with `lmms`,
+  like lmms-eval's scienceqa_img.
+  """
 
   name = "scienceqa"
   homes = ("scienceqa",)
@@ -111,7 +117,7 @@ class ScienceQa(Benchmark):
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """`index`: the choice that was read, -1 where none was or it lies beyond the choices."""
+    """Returns the score, the letter that was read, and in `index` its choice (-1: none of them)."""
     read = self.rules.read(text)
     letters = list(LETTERS[: item.extra["choices"]])
     index = letters.index(read) if read in letters else -1
@@ -119,8 +125,12 @@ class ScienceQa(Benchmark):
     return {"score": float(right), "read": read, "index": index}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """As the original: over all questions an unanswered one is wrong; among those with an image it
-    is not counted (it knows an image by the prompt that an answer repeats)."""
+    """Returns the accuracy on questions with an image.
+
+    As in the original, an unanswered question is wrong in the accuracy over all questions (protocol
+    `llava`), and is not counted in the accuracy on questions with an image (the original detects an
+    image by the prompt that is stored with an answer).
+    """
     by_kind = mean_by_kind(items, predictions, self.verdict)
     if not self.lmms:
       by_kind["all"] = mean_by_kind(items, predictions, self.verdict, missing=0.0)["all"]

@@ -1,4 +1,4 @@
-"""Rules from text to verdicts that several benchmarks share, equal to the originals in every quirk."""
+"""Scoring rules that several benchmarks share, equal to the originals in every quirk."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import string
 from collections.abc import Sequence
 
-# What an apostrophe is put back into: the word with any one of its apostrophes missing is mended.
-# From the list of the VQA evaluation (github.com/GT-Vision-Lab/VQA); its entries that begin with a
-# capital cannot match, since text is lower-cased first, and are left out.
+# Contractions that are restored when one of their apostrophes is missing. From the list of the VQA
+# evaluation (github.com/GT-Vision-Lab/VQA), without its capitalized entries, which cannot match,
+# since text is lower-cased first.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -31,16 +31,17 @@ NUMBERS = {
   "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
 ARTICLES = ("a", "an", "the")
-MARKS = ';/[]"{}()=+\\_-><@`!'  # commas and question marks are gone before these are looked at
-HUMANS = 4  # answers that the soft accuracy takes at least: with fewer none reaches 1
-PERIODS = 32  # sic: the original hands a flag to re.sub as the count
+MARKS = ';/[]"{}()=+\\_-><@`!'  # commas and question marks are removed before
+HUMANS = 4  # the fewest human answers of the soft accuracy: with fewer no answer can reach 1
+PERIODS = 32  # sic: the original passes a flag to re.sub as the count
 
 
 def vqa_normal(text: str) -> str:
-  """An answer as EvalAI compares it (the processor of llava/eval/m4c_evaluator.py).
+  """Normalizes an answer like EvalAI (the processor of llava/eval/m4c_evaluator.py).
 
-  A mark is removed where it stands beside a blank anywhere in the text, otherwise it becomes a
-  blank; a period goes unless a digit follows (whatever stands before it), 32 of them at most.
+  Removes every occurrence of a mark that is next to a space anywhere in the text, and otherwise
+  replaces it by a space. Removes a period unless a digit follows, at most 32 of them. Replaces
+  numerals by digits, drops articles, and restores apostrophes of contractions.
   """
   text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
   text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -54,9 +55,12 @@ def vqa_normal(text: str) -> str:
 
 
 def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
-  """Soft accuracy: the mean over each human left out of min(1, matches among the others / 3).
+  """Returns VQA's soft accuracy.
 
-  `answers` are those of the humans (ten in VQAv2, TextVQA and VizWiz; other counts work alike).
+  For each human answer, counts the equal ones among the other human answers; the accuracy is the
+  mean of min(1, count / 3). `answers` are the human answers (ten in VQAv2, TextVQA and VizWiz;
+  other numbers are possible).
+
   Raises: ValueError without answers.
   """
   if not answers:
@@ -70,30 +74,33 @@ def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
 
 
 def pope_answer(text: str) -> str:
-  """ "yes" or "no" (llava/eval/eval_pope.py): the text up to its first period, without commas, means
-  no where `No`, `no` or `not` is one of its words (split at single blanks), otherwise yes: also
-  "NO", "isn't" and an empty answer are yes."""
+  """Reads "yes" or "no" from an answer to POPE, like llava/eval/eval_pope.py.
+
+  An answer is "no" if `No`, `no` or `not` is one of its words, up to the first period, without
+  commas, and split at single spaces. All others are "yes", also "NO", "isn't" and an empty answer.
+  """
   words = text.split(".")[0].replace(",", "").split(" ")
   return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def mme_answer(text: str) -> str:
-  """ "yes", "no" or "other": what the first four letters contain (MME's eval_tool/calculation.py)."""
+  """Reads "yes", "no" or "other" from the first four letters (MME's eval_tool/calculation.py)."""
   start = text.lower()[:4]
   return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def mme_answer_lmms(text: str) -> str:
-  """As lmms-eval reads MME: stripped, without periods; `y` and `n` alone count."""
+  """Reads an answer to MME like lmms-eval: stripped, without periods; `y` and `n` are accepted."""
   text = text.lower().strip().replace(".", "")
   return {"y": "yes", "n": "no"}.get(text, mme_answer(text))
 
 
 def sqa_letter(text: str) -> str:
-  """The letter that ScienceQA's scorer reads (llava/eval/eval_science_qa.py), or "FAILED".
+  """Reads the letter of an answer like ScienceQA's scorer (llava/eval/eval_science_qa.py).
 
-  Exactly a letter A-E; or such a letter and ". "; or exactly one "The answer is X" with any capital
-  X and any one character behind it.
+  Accepts an answer that is exactly a letter A-E, one that begins with such a letter and ". ", and
+  one with exactly one "The answer is X", where X is any capital and any character follows it.
+  Returns "FAILED" for all others.
   """
   letters = "ABCDE"
   if len(text) == 1 and text in letters:
@@ -105,31 +112,38 @@ def sqa_letter(text: str) -> str:
 
 
 def sqa_letter_lmms(text: str) -> str:
-  """As lmms-eval's scienceqa reads it: exactly a letter, or a capital and a period in front."""
+  """Reads the letter of an answer like lmms-eval's scienceqa.
+
+  Returns the first character if it is a capital that a period follows, and otherwise the whole
+  text.
+  """
   return text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text
 
 
 def plain(text: str) -> str:
-  """Without case and ASCII punctuation."""
+  """Returns a text in lower case without ASCII punctuation."""
   return text.lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def plain_match(text: str, answer: str) -> bool:
-  """Equal without case and ASCII punctuation, blanks counting (lmms-eval's exact_match)."""
+  """Compares without case and ASCII punctuation, but with spaces (lmms-eval's exact_match)."""
   return plain(text) == plain(answer)
 
 
 def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> bool:
-  """ChartQA's relaxed correctness (arXiv 2203.10244): a number may be off by 5% of the answer;
-  what is no number has to be equal without case. A percent sign divides by 100."""
+  """Compares by ChartQA's relaxed correctness (arXiv 2203.10244).
+
+  Two numbers may differ by `tolerance` times the answer; a percent sign divides by 100. Other texts
+  must be equal without case.
+  """
   given, right = _figure(text), _figure(answer)
-  if given is not None and right:  # an answer of 0 is compared as text, as there
+  if given is not None and right:  # an answer of 0 is compared as text, as in the original
     return abs(given - right) <= tolerance * abs(right)
   return text.lower() == answer.lower()
 
 
 def _figure(text: str) -> float | None:
-  """None for what is no number, and for infinities, which everything would be near to."""
+  """Returns the number of a text, or None; also for infinities, to which all numbers were close."""
   percent = text.endswith("%")
   try:
     value = float(text.rstrip("%"))
@@ -141,16 +155,20 @@ def _figure(text: str) -> float | None:
 
 
 def plain_number(text: str) -> float | None:
-  """A decimal number in ASCII, blanks around it or not; None for all else that `float` would read
-  (`nan`, `1_0`, digits of other scripts)."""
+  """Returns a decimal number in ASCII with optional whitespace around it, or None.
+
+  Is None for other texts that `float` accepts: `nan`, `1_0`, exponents, digits of other scripts.
+  """
   found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", text, re.ASCII)
   return float(found[1]) if found else None
 
 
 def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-  """Average normalised Levenshtein similarity of one text (arXiv 1905.13648): the largest of 1 -
-  distance / longer length over the answers, without case and outer blanks; below 0.5 it is 0, as
-  DocVQA's scorer has it."""
+  """Returns DocVQA's normalized Levenshtein similarity of a text (arXiv 1905.13648), in [0, 1].
+
+  This is the largest value of 1 - distance / longer length over the answers, without case and with
+  whitespace collapsed. A value below `threshold` becomes 0, as in DocVQA's scorer.
+  """
   given = " ".join(text.strip().lower().split())
   found = [_similarity(given, " ".join(a.strip().lower().split())) for a in answers]
   best = max(found, default=0.0)
@@ -158,7 +176,7 @@ def anls(text: str, answers: Sequence[str], threshold: float = 0.5) -> float:
 
 
 def _similarity(a: str, b: str) -> float:
-  row = list(range(len(b) + 1))  # distances of the letters of `a` so far to each beginning of `b`
+  row = list(range(len(b) + 1))  # distances of the read part of `a` to each prefix of `b`
   for i, letter in enumerate(a, 1):
     before, row[0] = row[0], i
     for j, other in enumerate(b, 1):
@@ -173,11 +191,12 @@ _AROUND = (
 
 
 def choice(text: str, options: dict[str, str]) -> str:
-  """The option that an answer names by MMBench's own rules (VLMEvalKit, lmms-eval), or "".
+  """Returns the letter of the option that an answer names, or "".
 
-  One word that is a single letter of A-E, bare or in one of the common brackets (an `A` in more
-  than three words may be an article and does not count bare); else the one option whose text the
-  answer contains. `options` maps letters to texts.
+  Uses MMBench's own rules (VLMEvalKit, lmms-eval). Returns the letter of A-E that is the only one
+  to occur as a word, bare or with common punctuation around it. A bare letter is ignored in an
+  answer of more than three words with the word `A`, which may be an article. Otherwise returns the
+  only option whose text the answer contains. `options` maps letters to texts.
   """
   words = set(text.split())
   long = len(text.split()) > 3

@@ -1,4 +1,4 @@
-"""SEED-Bench (scripts/v1_5/eval/seed.sh): exactly the letter; its questions about images by default."""
+"""SEED-Bench (scripts/v1_5/eval/seed.sh): multiple choice; by default about images alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ LETTERS = ("A", "B", "C", "D")
 
 
 class Split(NamedTuple):
-  types: tuple[str, ...]  # of data; video: the middle frame, as an image
-  file: str  # of the submission
+  """Defines a split of the questions."""
+
+  types: tuple[str, ...]  # values of `data_type`; of a video the middle frame is read as an image
+  file: str  # name of the submission
 
 
 SPLITS = {
@@ -27,6 +29,8 @@ SPLITS = {
 
 
 class Seed(Benchmark):
+  """Implements SEED-Bench."""
+
   name = "seed"
   homes = ("seed_bench",)
   needed = (ASKED, TRUTHS)
@@ -39,6 +43,7 @@ class Seed(Benchmark):
   }
 
   def __init__(self, folder: str | Path, protocol: str = "llava", split: str = "image"):
+    """Finds the files, as `Benchmark` does; `split` is a name of SPLITS."""
     super().__init__(folder, protocol)
     self._types = lookup("seed split", split, SPLITS).types
     self.protocol += f"; split {split}"
@@ -78,7 +83,7 @@ class Seed(Benchmark):
     return settled(items, path)
 
   def _problem(self, truth: dict[str, Any]) -> str:
-    """Why nobody can say whether an answer is right; empty where it can be said."""
+    """Returns why an answer to this question cannot be scored; "" if it can."""
     if truth.get("answer") not in LETTERS:
       return f"the answer {truth.get('answer')!r:.40} is none of {', '.join(LETTERS)}"
     if truth.get("data_type") not in self._types:
@@ -90,20 +95,23 @@ class Seed(Benchmark):
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Accuracy; by question type, and of `image` and `video` where both were asked. A type without
-    a right answer has 0.0 (the original stops with KeyError)."""
+    """Returns the accuracy, overall, by question type and by type of data (`image`, `video`).
+
+    A type without a right answer has 0.0 (the original raises KeyError).
+    """
     missing = None if self.lmms else 0.0
     by_kind = mean_by_kind(items, predictions, self.verdict, missing=missing)
     for kind in self._types:
-      mine = [item for item in items if item.extra["data_type"] == kind]
-      by_kind[kind] = mean_by_kind(mine, predictions, self.verdict, missing=missing)["all"]
+      members = [item for item in items if item.extra["data_type"] == kind]
+      by_kind[kind] = mean_by_kind(members, predictions, self.verdict, missing=missing)["all"]
     unanswered = sum(text_of(predictions, item) is None for item in items)
     return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind, {"unanswered": unanswered})
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`seed_answers.jsonl`: {question_id, prediction} in the annotation's order, "" where there is
-    no answer (the original, scripts/convert_seed_for_submission.py, stops there). Of a split that
-    is not all of SEED, `seed_answers_<split>.jsonl`."""
+    """Writes the file that SPLITS names: lines {question_id, prediction} in the annotation's order.
+
+    Writes "" for a missing answer (the original, scripts/convert_seed_for_submission.py, fails).
+    """
     rows = (
       {
         "question_id": i.extra["question_id"],

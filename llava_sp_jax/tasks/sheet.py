@@ -1,4 +1,4 @@
-"""Excel files, which one server wants (openpyxl, an extra of 3 MB without compiled parts)."""
+"""Writes Excel files, which MMBench's server takes, with the optional package openpyxl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def need(path: Path | str) -> None:
-  """Raises: ModuleNotFoundError that says what to install."""
+  """Checks for openpyxl. Raises: ModuleNotFoundError that says what to install."""
   try:
     import openpyxl  # noqa: F401
   except ModuleNotFoundError:
@@ -18,7 +18,9 @@ def need(path: Path | str) -> None:
 
 
 def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
-  """One sheet; texts stay texts (also those that begin with `=`), control characters are left out.
+  """Writes a file of one sheet and returns its path.
+
+  Text stays text, even if it begins with `=`; control characters are left out.
 
   Raises: ModuleNotFoundError that says what to install.
   """

@@ -1,4 +1,4 @@
-"""What a benchmark is: items with a question, images and a truth, and rules from text to scores."""
+"""Defines a benchmark: items with question, images and truth, and rules from answers to scores."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from llava_sp_jax.infer.generation import Generation
 
 
 class EvalError(LlavaSPError, RuntimeError):
-  """An evaluation that cannot go on; the message says what was found and what to do."""
+  """Reports an evaluation that cannot continue: what was found, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One question. An image is a file's path, or an encoded file's bytes; `id` is unique in a task."""
+  """Holds one question."""
 
-  id: str
+  id: str  # unique within a task
   question: str
-  images: tuple[Path | bytes, ...]
+  images: tuple[Path | bytes, ...]  # paths, or the bytes of encoded files
   kind: str  # category for the report
-  truth: Any  # JSON-able; None where only a server knows
-  extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a task's own rules need
-  problem: str = ""  # why no answer to it can be scored: its truth, or its options, say nothing
+  truth: Any  # can be written as JSON; None if only a server knows it
+  extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # used by the task's own rules
+  problem: str = ""  # why answers cannot be scored, e.g. a truth that is missing; "": they can
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """A model's answer; with `error`, why there is none."""
+  """Holds a model's answer, or in `error` why there is none."""
 
   id: str
   text: str
@@ -41,17 +41,17 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What a task makes of all predictions; JSON-able.
+  """Holds the scores of a task over all predictions; all values can be written as JSON.
 
-  `by_kind` maps "all" and each kind to figures in [0, 1] or points, always with `items` (how many
-  the figures were taken over) and `asked` (how many there are). `figures` holds what the protocol
-  reports beside them (`unjudged`: answers that a judge could not score). `headline` is None where a
-  server scores, and where nothing could be scored. `verdicts` holds, by the item's id,
-  what was said of single answers on the way (by a judge), over what `Task.verdict` says.
+  `by_kind` maps "all" and each kind to figures in [0, 1] or points. It always has `items` (the
+  number of items in the figures) and `asked` (the number of all items). `figures` holds other
+  results of the protocol (e.g. `unjudged`, the answers that a judge could not score). `headline` is
+  None if a server scores, or nothing could be scored. `verdicts` holds by item id what a judge
+  found for single answers; it takes precedence over `Task.verdict`.
   """
 
   headline: float | None
-  metric: str  # what the headline is; without one, why there is none
+  metric: str  # what the headline measures, or why it is None
   by_kind: dict[str, dict[str, float]]
   figures: dict[str, Any] = dataclasses.field(default_factory=dict)
   verdicts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -61,36 +61,41 @@ Predictions = Mapping[str, Prediction]  # by the item's id
 
 
 class Task(Protocol):
-  """One benchmark; each is one file in `eval/tasks/`."""
+  """Defines the members of a benchmark."""
 
   name: str
-  protocol: str  # the exact rule, by name
-  generation: Generation  # what the protocol asks for
+  protocol: str  # name and description of the exact rule
+  generation: Generation  # settings of generation that the protocol demands
 
   def items(self) -> list[Item]: ...
   def data_hash(self) -> str: ...
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """What can be said of one answer: `score` in [0, 1] where there is one, {} where a server, a
-    judge or the whole set decides."""
+    """Returns what can be said of one answer, with `score` in [0, 1] if it can be scored alone.
+
+    Returns {} if a server, a judge or the whole set decides.
+    """
     ...
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores: ...
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """Writes the files that the official server or scorer takes; [] when all is scored here."""
+    """Writes the files for an official server or scorer, and returns their paths ([]: none)."""
     ...
 
 
 def file_hash(path: Path) -> str:
-  """sha256 of a regular file, shortened. Raises: FormatError, so nothing waits for a pipe."""
+  """Returns the first 16 hexadecimal digits of a file's SHA-256.
+
+  Raises: FormatError for what is not a regular file, so that a pipe does not block.
+  """
   file: Any = regular.open_regular(path)
   with file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def text_of(predictions: Predictions, item: Item) -> str | None:
-  """The answer to an item, or None where there is none (not asked, or it failed)."""
+  """Returns the answer to an item, or None if it was not asked or failed."""
   found = predictions.get(item.id)
   return None if found is None or found.error else found.text
 
@@ -102,10 +107,10 @@ def mean_by_kind(
   metric: str = "accuracy",
   missing: float | None = None,
 ) -> dict[str, dict[str, float]]:
-  """{kind: {metric, items, asked}}, "all" first: means of `score` over the answered items.
+  """Returns {kind: {metric, items, asked}} with the mean score of each kind, "all" first.
 
-  An item with a `problem` is asked and never scored. With `missing`, an item without an answer scores that and counts among `items`, as some originals
-  have it. A kind of which nothing was answered has the metric 0.0 over 0 items.
+  Items with a problem are never scored. Items without an answer are left out, or score `missing` if
+  it is given, as in some originals. A kind without any scored item has the metric 0.0 and 0 items.
   """
   groups: dict[str, list[float | None]] = {"all": []}
   for item in items:
@@ -114,7 +119,7 @@ def mean_by_kind(
     if not item.problem:
       score = missing if text is None else float(verdict(item, text)["score"])
     groups["all"].append(score)
-    if item.kind != "all":  # a kind of that name would count twice
+    if item.kind != "all":  # an item of a kind with that name would count twice
       groups.setdefault(item.kind, []).append(score)
   result = {}
   for kind, scores in groups.items():

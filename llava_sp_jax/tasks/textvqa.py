@@ -1,7 +1,7 @@
 """TextVQA, validation (scripts/v1_5/eval/textvqa.sh): soft accuracy, with or without OCR tokens.
 
-With the OCR tokens of LLaVA's file in the prompt, LLaVA-1.5 scores some 13 points higher than
-without: the two are protocols of their own.
+With the OCR tokens of LLaVA's file in the prompt, LLaVA-1.5 scores about 13 points higher than
+without, so the two are separate protocols.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ OCR = "Reference OCR token:"
 
 
 def asked(prompt: str) -> str:
-  """The question within a prompt of LLaVA's file. Raises: ValueError for another form.
+  """Returns the question within a prompt of LLaVA's file.
 
-  Two lines: the question first; three lines with the OCR tokens in one: the question is the first,
-  or the second after leading tokens; "OCR tokens: ... Question: ... Short answer:" of old files.
+  Knows three forms: two lines, of which the first is the question; three lines, with OCR tokens
+  before or after the question; and "OCR tokens: ... Question: ... Short answer:" of old files.
+
+  Raises: ValueError for any other form.
   """
   lines = prompt.split("\n")
   if prompt.startswith("OCR tokens: ") and "Question: " in prompt:
@@ -44,14 +46,17 @@ def asked(prompt: str) -> str:
 
 
 def without_ocr(row: dict[str, Any]) -> str:
+  """Returns the prompt without OCR tokens."""
   return f"{row['asked']}\n{SHORT}"
 
 
-def capitalised(row: dict[str, Any]) -> str:
+def capitalized(row: dict[str, Any]) -> str:
+  """Returns lmms-eval's prompt without OCR tokens: a capital first, then lower case."""
   return f"{row['truth']['question'].capitalize()}\n{SHORT}"
 
 
-def capitalised_ocr(row: dict[str, Any]) -> str:
+def capitalized_ocr(row: dict[str, Any]) -> str:
+  """Returns lmms-eval's prompt with the annotation's OCR tokens."""
   given = row["truth"].get("ocr_tokens")
   tokens = ", ".join(map(str, given if isinstance(given, list) else ()))
   return f"{row['truth']['question'].capitalize()}\n{OCR} {tokens}\n{SHORT}"
@@ -69,7 +74,7 @@ def _key(image: Any, question: str) -> tuple[str, str]:
 
 
 class TextVqa(Benchmark):
-  """An answer is matched to its truth by image and question in small letters, as LLaVA does."""
+  """Implements TextVQA; finds truths by image and lower-cased question, like LLaVA."""
 
   name = "textvqa"
   homes = ("textvqa",)
@@ -78,9 +83,9 @@ class TextVqa(Benchmark):
     "llava": Rules("with OCR tokens, VQA soft accuracy", LOADER),
     "llava_no_ocr": Rules("without OCR tokens, VQA soft accuracy", LOADER, prompt=without_ocr),
     "lmms": Rules("without OCR tokens, small letters after a capital, VQA soft accuracy", LMMS_LONG,
-                  prompt=capitalised),
+                  prompt=capitalized),
     "lmms_ocr": Rules("with the annotation's OCR tokens, small letters after a capital, VQA soft "
-                      "accuracy", LMMS_LONG, prompt=capitalised_ocr),
+                      "accuracy", LMMS_LONG, prompt=capitalized_ocr),
   }  # fmt: skip
 
   def items(self) -> list[Item]:
@@ -90,7 +95,7 @@ class TextVqa(Benchmark):
     return settled(items, path)
 
   def _truths(self, path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The annotations that can be found, by image and question. Raises: BenchmarkError."""
+    """Reads the annotations by image and question. Raises: BenchmarkError for another format."""
     match files.read_json(path):
       case {"data": list(data)}:
         found = [r for r in data if isinstance(r, dict) and isinstance(r.get("question"), str)]

@@ -12,17 +12,17 @@ from llava_sp_jax.tasks.task import Item, Predictions, Scores, text_of
 
 ASKED = "llava_test.jsonl"
 SERVER = "https://eval.ai/web/challenges/challenge-page/1911"
-HINT = "\nWhen the provided information is insufficient"  # begins what LLaVA adds to a question
+HINT = "\nWhen the provided information is insufficient"  # LLaVA adds it to questions
 
 
-def capitalised(row: dict[str, Any]) -> str:
-  """lmms-eval's `question.capitalize()`: a capital first, small letters after."""
+def capitalized(row: dict[str, Any]) -> str:
+  """Capitalizes the question like lmms-eval: a capital first, then lower case; not the hint."""
   question, hint, rest = row["text"].partition(HINT)
   return question.capitalize() + hint + rest
 
 
 class VizWiz(Benchmark):
-  """The prompt's hint ("... respond with 'Unanswerable'") is part of LLaVA's file."""
+  """Implements VizWiz; LLaVA's questions contain a hint ("... respond with 'Unanswerable'")."""
 
   name = "vizwiz"
   homes = ("vizwiz",)
@@ -30,7 +30,7 @@ class VizWiz(Benchmark):
   protocols: ClassVar = {
     "llava": Rules("answers normalised as EvalAI does", LOADER),
     "lmms": Rules(
-      "as llava; the question in small letters after a capital", LMMS_LONG, prompt=capitalised
+      "as llava; the question in small letters after a capital", LMMS_LONG, prompt=capitalized
     ),
   }
 
@@ -52,9 +52,10 @@ class VizWiz(Benchmark):
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`vizwiz_answers.json`: [{image, answer}] (scripts/convert_vizwiz_for_submission.py).
+    """Writes `vizwiz_answers.json`, like scripts/convert_vizwiz_for_submission.py.
 
-    The original stops at a missing answer; here it is "", as in VQAv2's, and the scores count it.
+    It is a list of {image, answer}. Writes "" for a missing answer, as for VQAv2 (the original
+    fails); the scores count how many questions were answered.
     """
     answers = [
       {"image": item.extra["image"], "answer": vqa_normal(text_of(predictions, item) or "")}

@@ -1,4 +1,4 @@
-"""Questions of your own, in a file of JSON or JSON lines, scored by a rule that is chosen by name."""
+"""A user's own questions, in a file of JSON or JSON lines, scored by a rule of a table."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from llava_sp_jax.tasks import files, scoring
 from llava_sp_jax.tasks.benchmark import LETTER, LONG, SHORT, settled
 from llava_sp_jax.tasks.task import Item, Predictions, Scores, file_hash, mean_by_kind
 
-LETTERS = "ABCDE"  # that MMBench's rule reads
+LETTERS = "ABCDE"  # the letters that MMBench's rule reads
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchRule:
-  """`score` compares a text with the answers of a row, in [0, 1]; `suffix` ends each question."""
+  """Defines a rule that compares an answer with the truths of a row."""
 
-  says: str
-  score: Callable[[str, Sequence[str]], float]
-  suffix: str = SHORT
+  says: str  # a description for users, part of the results
+  score: Callable[[str, Sequence[str]], float]  # (answer, truths) -> [0, 1]
+  suffix: str = SHORT  # follows each question
   metric: str = "accuracy"
-  least: int = 1  # answers of a row
-  bare: Callable[[str], str] = str  # what of an answer is compared: without any, all would be equal
+  least: int = 1  # the fewest truths of a row
+  bare: Callable[[str], str] = str  # what is compared of a truth; must not be empty
 
 
 def _any(equal: Callable[[str, str], bool]) -> Callable[[str, Sequence[str]], float]:
@@ -51,9 +51,11 @@ RULES = {
 
 
 class VqaJson:
-  """A row: `question` (or `text`); `image`, one file or a list of them, none for text alone; `answers`
-  or `answer`; maybe `id` and `kind`. Under `choice` also `options`, and the answer is one of
-  their letters or texts.
+  """Implements a benchmark over a user's file.
+
+  A row has `question` (or `text`), `image` (a file or a list of files; none for text alone),
+  `answers` or `answer`, and optionally `id` and `kind`. With the rule `choice` it also has
+  `options`, and the answer is one of their letters or texts.
   """
 
   name = "vqa_json"
@@ -64,13 +66,13 @@ class VqaJson:
   def __init__(
     self, file: str | Path, protocol: str = "exact", images: str = "", suffix: str = "rule"
   ):
-    """Reads the rows.
+    """Reads a file of questions, a JSON list or JSON lines.
 
     Args:
-      file: rows in a JSON list, or one in each line.
+      file: the path of the file.
       protocol: a name of RULES.
-      images: folder that the images' names start from; that of `file` if empty.
-      suffix: what is put below each question; "rule" for what the rule asks.
+      images: the folder of the images ("": the folder of `file`).
+      suffix: a text that follows each question ("rule": the text of the rule).
 
     Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError when none of the rows
       can be scored.
@@ -94,8 +96,11 @@ class VqaJson:
     return settled([self._item(i, row) for i, row in files.read_rows(self._file)], self._file)
 
   def _item(self, number: int, row: Any) -> Item:
-    """What is not understood of a row is its `problem`: it is asked as far as it goes, and left out
-    of the scores."""
+    """Returns the item of a row.
+
+    A row that is not valid becomes an item with a problem, which is asked as far as possible, and
+    not scored.
+    """
     asked, problem = "", "" if isinstance(row, dict) else _no_object(row)
     row = row if isinstance(row, dict) else {}
     names: list[str] = []
@@ -121,7 +126,7 @@ class VqaJson:
     )
 
   def _answers(self, row: dict[str, Any], options: dict[str, str]) -> list[str]:
-    """Raises: ValueError for what the rule cannot compare with."""
+    """Returns the truths of a row. Raises: ValueError for truths that the rule cannot use."""
     given = _list(row.get("answers", row.get("answer")), "answers")
     found = given if options else [answer.strip() for answer in given]
     if len(found) < self._rule.least:
@@ -158,7 +163,7 @@ def _no_object(row: Any) -> str:
 
 
 def _question(row: dict[str, Any]) -> str:
-  """Raises: ValueError where there is none."""
+  """Returns the question of a row. Raises: ValueError when there is none."""
   question: Any = row.get("question", row.get("text"))
   if not files.is_text(question):
     raise ValueError(f"expected a question, found {question!r:.40}")
@@ -166,13 +171,16 @@ def _question(row: dict[str, Any]) -> str:
 
 
 def _name(row: dict[str, Any], number: int) -> str:
-  """The id of a row, or its number where it has none that is a name."""
+  """Returns the id of a row, or its number if it has no id or one that is not a name."""
   name = row.get("id", row.get("question_id"))
   return str(number if name is None or isinstance(name, bool | list | dict | float) else name)
 
 
 def _list(value: Any, key: str) -> list[str]:
-  """One text or number, or a list of them, as texts; none is an empty list. Raises: ValueError."""
+  """Returns a text or number, or a list of them, as a list of texts; an empty one for None.
+
+  Raises: ValueError for anything else.
+  """
   values = [] if value is None else value if isinstance(value, list) else [value]
   texts = [
     files.of_number(one) if isinstance(one, int | float) else one if files.is_text(one) else None
@@ -185,7 +193,7 @@ def _list(value: Any, key: str) -> list[str]:
 
 
 def _options(row: dict[str, Any]) -> dict[str, str]:
-  """{letter: text}. Raises: ValueError for fewer than two, or more than the rule reads."""
+  """Returns {letter: text}. Raises: ValueError for fewer than two options, or more than LETTERS."""
   found = _list(row.get("options", row.get("choices")), "options")
   if not 2 <= len(found) <= len(LETTERS):
     raise ValueError(f"expected 2 to {len(LETTERS)} options, found {len(found)}")
@@ -193,7 +201,10 @@ def _options(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _option(answer: str, options: dict[str, str]) -> str:
-  """The letter of an answer, which is a letter or an option's text. Raises: ValueError."""
+  """Returns the letter of a truth that is a letter or the text of an option.
+
+  Raises: ValueError when it is not exactly one of the options.
+  """
   letters = [letter for letter, text in options.items() if answer in (letter, text)]
   if len(letters) != 1:
     raise ValueError(f"expected an answer that is one of the options, found {answer!r:.40}")

@@ -16,7 +16,7 @@ SERVER = "https://eval.ai/web/challenges/challenge-page/830"
 
 
 class VqaV2(Benchmark):
-  """Questions of test-dev; the submission holds an answer, maybe empty, for all of test2015."""
+  """Implements VQAv2: asks test-dev, and submits an answer, possibly empty, to all of test2015."""
 
   name = "vqav2"
   homes = ("vqav2",)
@@ -45,8 +45,11 @@ class VqaV2(Benchmark):
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """`vqav2_answers.json`: [{question_id, answer}] in the order of test2015, "" where there is no
-    answer (scripts/convert_vqav2_for_submission.py)."""
+    """Writes `vqav2_answers.json`, like scripts/convert_vqav2_for_submission.py.
+
+    It is [{question_id, answer}] in the order of test2015, with "" for a missing answer. With
+    protocol `lmms` it has only the questions that were asked.
+    """
     listed = [i.extra["question_id"] for i in items]
     if not self.lmms:
       listed = [row["question_id"] for row in self.rows(WHOLE, ("question_id",))]

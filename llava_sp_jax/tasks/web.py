@@ -1,4 +1,4 @@
-"""One POST to a web server: no redirects, a deadline over all of it, and a bounded answer."""
+"""Sends a POST to a web server, without redirects, with a deadline and a bound on the answer."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ CHUNK = 1 << 16  # bytes
 
 
 class TooLargeError(LlavaSPError, RuntimeError):
-  """An answer that is larger than was allowed."""
+  """Reports an answer that is larger than allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
+  """Holds the answer of a server."""
+
   status: int
   body: bytes
-  headers: Any  # a mapping whose keys have no case
+  headers: Any  # a mapping with case-insensitive keys
 
   @property
   def moved(self) -> str:
-    """What to tell of a redirect; empty for anything else."""
+    """Returns a description of a redirect, or "" for any other answer."""
     if not 300 <= self.status < 400:
       return ""
     to = self.headers.get("Location", "nowhere")
     return f"a redirect to {to!r:.200}, which is not followed; give the address that answers"
 
   def wait(self, otherwise: float) -> float:
-    """Seconds that the server asks to wait."""
+    """Returns the seconds that the server asks to wait, or `otherwise` if it does not ask."""
     told = self.headers.get("Retry-After", "").strip()
     if told.isascii() and told.isdecimal():
       return float(told)
-    try:  # the hour when it wants to be asked again
+    try:  # a date in place of seconds
       until = email.utils.parsedate_to_datetime(told).timestamp()
     except (ValueError, TypeError, OverflowError, OSError):
       return otherwise
@@ -50,7 +52,7 @@ class Response:
 
 
 class _Deadline:
-  """Ends a connection when its time is over, whatever the other side is sending."""
+  """Shuts a connection down when its time is over, even while data arrive."""
 
   def __init__(self) -> None:
     self.over = False
@@ -58,13 +60,14 @@ class _Deadline:
     self._lock = threading.Lock()
 
   def watch(self, connected: socket.socket) -> None:
-    """Raises: TimeoutError when the time is over already."""
+    """Registers the connection's socket. Raises: TimeoutError when the time is over already."""
     with self._lock:
       self._socket = connected
       if self.over:
         raise TimeoutError
 
   def end(self) -> None:
+    """Shuts the connection down, now or as soon as it is registered."""
     with self._lock:
       self.over = True
       if self._socket is not None:
@@ -73,7 +76,7 @@ class _Deadline:
 
   @contextlib.contextmanager
   def of(self, seconds: float) -> Iterator[None]:
-    """Raises: TimeoutError in place of what a cut connection raises."""
+    """Limits a block to `seconds`. Raises: TimeoutError, in place of the connection's errors."""
     timer = threading.Timer(seconds, self.end)
     timer.daemon = True
     timer.start()
@@ -85,17 +88,17 @@ class _Deadline:
       raise
     finally:
       timer.cancel()
-    if self.over:  # an answer without a length, which was cut
+    if self.over:  # an answer without a length header ends silently when it is cut
       raise TimeoutError(f"no whole answer within {seconds:g} s")
 
 
 def post(
   url: str, body: bytes, headers: Mapping[str, str], seconds: float, largest: int
 ) -> Response:
-  """The answer, whatever its status; proxies are those of the environment.
+  """Sends a POST and returns the answer, whatever its status; uses the proxies of the environment.
 
-  Raises: TooLargeError beyond `largest` bytes; TimeoutError after `seconds` in all; OSError,
-    http.client.HTTPException for what went wrong on the way.
+  Raises: TooLargeError for an answer of more than `largest` bytes; TimeoutError when all of it
+    takes longer than `seconds`; OSError, http.client.HTTPException when the connection fails.
   """
   deadline = _Deadline()
   opener = urllib.request.OpenerDirector()
@@ -117,13 +120,16 @@ def _read(answer: Any, largest: int) -> bytes:
     size += len(part)
     if size > largest:
       raise TooLargeError(f"an answer of more than {largest:,} bytes")
-  if answer.length:  # bytes that were promised
+  if answer.length:  # bytes that were announced and did not arrive
     raise http.client.IncompleteRead(b"".join(parts), answer.length)
   return b"".join(parts)
 
 
 def _watched(kind: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
-  """A connection that tells a deadline of its socket, before a proxy or TLS is spoken to and after."""
+  """Returns a subclass of a connection that registers its socket with a `_Deadline`.
+
+  It does so before and after the handshake with a proxy or TLS.
+  """
 
   class Watched(kind):  # type: ignore[misc, valid-type]
     def __init__(self, *arguments: Any, deadline: _Deadline, **options: Any):

@@ -1,1 +1,1 @@
-"""The commands of `llava-sp`, one a file; each has `main(argv)`."""
+"""The commands of `llava-sp`, one a file, each with a function `main(argv)`."""

@@ -1,4 +1,4 @@
-"""llava-sp check: looks through a data set for what training would leave out, before chips are rented."""
+"""llava-sp check: checks a data set for samples that training would leave out."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Reads the samples that a recipe would train on and lays each out as training doe
 and without an accelerator. Reports images that are missing (by folder) or cannot be decoded, samples
 that training would leave out, samples without a reply to learn from, and text that would be cut off.
 The file of data.validation_path is checked as well, and has a report of its own.
-Of every image the head is read, which tells its format and its size.
+The header of every image is read, which has its format and its size.
 
   --images N|all   samples whose images are also decoded, drawn at random (default 1000;
-                   0: the heads of the files alone are looked at)
+                   0: only the headers of the files are read)
   --samples N|all  samples to check, drawn at random (default all)
 
-Ends with code 1 when samples would be lost. Text that is cut off is told but is not an error.
+Exits with code 1 when samples would be lost. Text that is cut off is reported but is not an error.
 
 example:
   llava-sp check --config configs/finetune_lora.py:data=/mnt/share/llava_finetune --images all
 """
 OPTIONS = {"images": "1000", "samples": "all"}
-FOLDERS = 20  # lines of the table of folders: those with most missing first, then the largest
-LONGEST = 80  # characters of a folder in the table
+FOLDERS = 20  # rows of the table of folders: those with the most missing images first, then largest
+LONGEST = 80  # the most characters of a folder in the table
 
 
 def main(argv: list[str]) -> int:
-  """Checks and prints. Returns 1 when something is wrong."""
+  """Checks the data of a recipe and prints a report; returns 1 if samples would be lost, else 0."""
   if {"--help", "-h"} & set(argv):
     print(USAGE, end="")
     return 0
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.models import build
   from llava_sp_jax.training import preflight
 
-  build.model(config.model)  # unknown names and sizes that do not fit
+  build.model(config.model)  # raises for unknown names and sizes that do not fit
   tile = anyres.Tile(*build.tile_shape(config.model))
   tokenizer = Tokenizer(places.tokenizer(config.data.tokenizer))
   preflight.check_data(config, tokenizer)
@@ -56,25 +56,31 @@ def main(argv: list[str]) -> int:
   ]
   pipeline.check_settings(config.data)
   shares = [validation_split.VALIDATION] * bool(config.data.validation_fraction)
-  for split in (*files, *shares):  # what cannot be opened is told before an hour of checking
+  for split in (
+    *files,
+    *shares,
+  ):  # raises for data that cannot be opened, before an hour of checking
     pipeline.open_source(config.data, tile, split)
-  well = True
+  passed = True
   for split in files:
-    told, seed = Progress(0, "samples", stream=sys.stderr), config.train.seed
+    progress, seed = Progress(0, "samples", stream=sys.stderr), config.train.seed
 
-    def tell(report: check.CheckReport, told: Progress = told) -> None:
-      told.total = min(samples or report.total, report.total)
-      told.at(report.checked, f"{sum(report.kinds.values()):,} problems")
+    def show(report: check.CheckReport, progress: Progress = progress) -> None:
+      progress.total = min(samples or report.total, report.total)
+      progress.at(report.checked, f"{sum(report.kinds.values()):,} problems")
 
-    report = check.check(config.data, tokenizer, tile, images, samples, tell, seed, split)
+    report = check.check(config.data, tokenizer, tile, images, samples, show, seed, split)
     data = validation_split.of_split(config.data, split)
-    console.say(table(report, data, told.seconds))
-    well = well and report.passed
-  return 0 if well else 1
+    console.say(table(report, data, progress.seconds))
+    passed = passed and report.passed
+  return 0 if passed else 1
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
-  """The config with what was typed, --images and --samples. Raises: ConfigError, FileNotFoundError."""
+  """Parses the config with its overrides, --images and --samples.
+
+  Raises: ConfigError, FileNotFoundError.
+  """
   config, given = arguments.RecipeParser("check", optional=OPTIONS).read(argv, _counts)
   return config, *_counts(given)
 
@@ -84,19 +90,19 @@ def _counts(given: dict[str, str]) -> tuple[int | None, int | None]:
 
 
 def _number(given: dict[str, str], name: str, least: int) -> int | None:
-  """A whole number from `least`, or None for "all". Raises: ConfigError."""
+  """Parses an option that is a whole number from `least`, or "all" (None). Raises: ConfigError."""
   return None if given[name] == "all" else arguments.whole(name, given[name], least)
 
 
 def table(report: Any, data: config_lib.DataConfig, seconds: float) -> str:
-  """The report as text."""
+  """Returns a report as text; `seconds` is the time that the check took."""
   from llava_sp_jax.data import check
 
-  laid = max(1, report.checked)
+  checked = max(1, report.checked)
   lines = [
     f"{data.path}: {report.checked:,} of {report.total:,} samples checked, {report.decoded:,} "
     f"images decoded, {seconds:.0f} s",
-    f"tokens with images: {report.tokens / laid:.0f} a sample, {report.longest:,} the longest; "
+    f"tokens with images: {report.tokens / checked:.0f} a sample, {report.longest:,} the longest; "
     f"data.row_length is {data.row_length:,}",
     "",
     f"{'problem':<18}{'samples':>10}  the first",

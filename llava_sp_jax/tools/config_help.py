@@ -1,7 +1,7 @@
-"""What each key of a config means and allows, for `llava-sp train --help`.
+"""Describes each key of a config, its meaning and allowed values, for `llava-sp train --help`.
 
-The meaning is the comment beside a field in config.py; what numbers may be stands in limits.py, and
-names are the rows of the table that reads them.
+Meanings are the comments beside the fields in config.py, bounds of numbers are those of limits.py,
+and allowed names are the rows of the table that the key is looked up in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits
 
-# key -> (module, table) whose rows are its values.
+# key -> (module, table whose rows are its allowed values)
 TABLES = {
   "model.tower.variant": ("models.vit", "TOWER_VARIANTS"),
   "model.language_model.rope_scaling.kind": ("models.layers", "ROPES"),
@@ -41,29 +41,29 @@ TABLES = {
   "evaluate.task": ("tasks.catalog", "TASKS"),
   "mesh.base": ("distributed.sharding", "PRESETS"),
 }
-BESIDES = {"model.attention": ("auto",)}  # values that no row of a table stands for
+BESIDES = {"model.attention": ("auto",)}  # key -> allowed values that are not rows of its table
 FIELD = re.compile(r"  (\w+): .*?  # (.+)")
 
 
 def fields(values: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-  """(key, default, meaning) of all keys; "" where nothing is said."""
-  said = meanings(type(values))
+  """Yields (key, default, meaning) for all keys; the meaning is "" without a comment."""
+  comments = meanings(type(values))
   for field in dataclasses.fields(values):
     value, key = getattr(values, field.name), f"{prefix}{field.name}"
     if dataclasses.is_dataclass(value):
       yield from fields(value, f"{key}.")
     else:
-      yield key, value, said.get(field.name, "")
+      yield key, value, comments.get(field.name, "")
 
 
 def meanings(cls: type) -> dict[str, str]:
-  """{field: the comment beside it}."""
+  """Returns {field: comment beside it in the source of a dataclass}."""
   lines = inspect.getsource(cls).splitlines()
   return {match[1]: match[2] for line in lines if (match := FIELD.match(line))}
 
 
 def allowed(key: str, default: Any) -> str:
-  """The values that a key may have, in words; empty where only its use can tell."""
+  """Returns the allowed values of a key as text; "" if they are not known."""
   if key in TABLES:
     module, table = TABLES[key]
     rows = getattr(importlib.import_module(f"llava_sp_jax.{module}"), table)
@@ -77,7 +77,7 @@ def allowed(key: str, default: Any) -> str:
 
 
 def text() -> str:
-  """A block for each key: its flag with the default, what it means, what it allows."""
+  """Returns text with a block for each key: flag with default, meaning, and allowed values."""
   lines = []
   for key, default, meaning in fields(config_lib.Config()):
     lines.append(f"  --config.{key}={default!r}")

@@ -1,4 +1,4 @@
-"""llava-sp convert: any checkpoint of LLaVA-SP, LLaVA-1.5, LLaMA or CLIP -> a folder of ours."""
+"""llava-sp convert: converts a checkpoint of LLaVA-SP, LLaVA-1.5, LLaMA or CLIP to our format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = """example:
 
 
 def source_options(parser: argparse.ArgumentParser) -> None:
-  """What a checkpoint may not say itself."""
+  """Adds options for facts that a checkpoint may not contain."""
   parser.add_argument("--base", default="", help="folder of the base language model of a LoRA")
   parser.add_argument("--tower", default="", help="folder of the vision tower")
   parser.add_argument("--variant", default="", help="of the projector, where names do not tell it")
@@ -38,24 +38,24 @@ def source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def to_options(given: argparse.Namespace, path: str) -> formats.Options:
-  """What was said with `source_options` of the checkpoint at `path`.
+  """Returns the values of `source_options` for the checkpoint at `path`.
 
-  Raises: ConfigError for what a run, or a folder of ours, says itself.
+  Raises: ConfigError for an option whose value a run or a folder of ours contains.
   """
   from llava_sp_jax.checkpoints import own_folders
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.convert import formats
 
-  said = [f"--{name}" for name in ("variant", "template") if getattr(given, name)]
-  if said and own_folders.is_ours(path):
-    raise ConfigError(f"{path}: says itself what {' and '.join(said)} would say; leave that out")
+  options = [f"--{name}" for name in ("variant", "template") if getattr(given, name)]
+  if options and own_folders.is_ours(path):
+    raise ConfigError(f"{path}: says itself what {' and '.join(options)} would say; leave that out")
   return formats.Options(
     given.base, given.tower, given.variant, given.template, allow_unknown=given.allow_unknown
   )
 
 
 def described(source: Loaded) -> list[str]:
-  """What was taken from a checkpoint: lines for the terminal."""
+  """Returns lines that describe an opened checkpoint."""
   from llava_sp_jax.models import build
 
   model, data, lines = source.config.model, source.config.data, []
@@ -93,6 +93,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp convert",
     description="Reads a torch checkpoint (its format is found out) and writes a folder that "
@@ -116,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+  """Converts a checkpoint, and prints what it contains."""
   options = parser().parse_args(argv)
   import jax
 

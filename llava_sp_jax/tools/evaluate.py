@@ -17,9 +17,9 @@ from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 DESCRIPTION = """\
 Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
 soon as an answer is there), scores.json, submission files where a server scores, and index.html.
-The same command goes on where a killed one was; no question is asked twice."""
+The same command resumes a killed one; no question is asked twice."""
 
-MOST = 1 << 16  # questions at a time
+MOST = 1 << 16  # the largest batch size
 
 EXAMPLES = """example:
   llava-sp eval --checkpoint runs/finetune --task easy_vqa --data data/easy_vqa
@@ -34,6 +34,7 @@ EXAMPLES = """example:
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp eval",
     description=DESCRIPTION,
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     metavar="[TASK=]FOLDER",
     help="the benchmark's files, or the root of LLaVA's evaluation folders",
   )
-  add("--list", action="store_true", help="names the benchmarks with their protocols, and ends")
+  add("--list", action="store_true", help="lists the benchmarks with their protocols, and exits")
   add(
     "--out",
     default="",
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
   add(
     "--allow-missing",
     action="store_true",
-    help="end with code 0 although questions have no "
+    help="exit with code 0 although questions have no "
     "answer (an image that cannot be read); else with 1",
   )
   add("--retry", action="store_true", help="ask again what has no answer yet (images put back)")
@@ -107,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-  """Evaluates. Returns 1 when questions were left without an answer, unless that is allowed."""
+  """Evaluates a checkpoint; returns 1 if answers are missing without --allow-missing, else 0."""
   options = parser().parse_args(argv)
   if options.list:
     from llava_sp_jax.results import tables
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> int:
   with processes.Watchdog(0):
     tasks = _tasks(_names(options), options)
     found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
-    # The first to leave would end the others, whose questions may take hours longer.
+    # A process that exits aborts the others, whose questions may take hours longer.
     processes.barrier("answers are written", processes.WITHOUT_LIMIT)
   lines = [line for name, scores in found.items() if (line := _unanswered(name, scores))]
   for line in lines:
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
 
 
 def _unanswered(name: str, scores: Mapping[str, Any]) -> str:
-  """What to tell of questions without an answer; empty when all have one, or parts are not there."""
+  """Returns a line about questions without an answer; "" if all have one, or parts are missing."""
   failures = scores.get("failures", ())
   if not failures:
     return ""
@@ -144,7 +145,7 @@ def _unanswered(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def _check_counts(options: argparse.Namespace) -> None:
-  """Raises: ConfigError for a number that counts nothing, all of them at once."""
+  """Raises: ConfigError that lists all options whose number is out of range."""
   from llava_sp_jax.config import ConfigError
 
   found = {"limit": (options.limit, 0, math.inf), "batch-size": (options.batch_size, 1, MOST)}
@@ -158,7 +159,7 @@ def _check_counts(options: argparse.Namespace) -> None:
 
 
 def _names(options: argparse.Namespace) -> list[str]:
-  """The tasks that are asked for. Raises: ConfigError for none."""
+  """Returns the names of --task. Raises: ConfigError when there are none."""
   from llava_sp_jax.config import ConfigError
 
   given = options.task or ["easy_vqa"]
@@ -168,7 +169,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-  """{name of a task: the task}. Raises: ConfigError, FileNotFoundError, before a model is loaded."""
+  """Returns {name: task}; runs before a model is loaded. Raises: ConfigError, FileNotFoundError."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import catalog
 
@@ -180,7 +181,7 @@ def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _task(name: str, make: Any, names: Sequence[str], options: argparse.Namespace) -> Any:
-  """`names` are those of all tasks that are asked for."""
+  """Makes a task with the options of the command; `names` are those of all tasks."""
   texts = dict(_pair(text, "--option") for text in options.option)
   if options.protocol:
     texts["protocol"] = options.protocol
@@ -192,14 +193,16 @@ def _task(name: str, make: Any, names: Sequence[str], options: argparse.Namespac
 
 
 def _takes(make: Any) -> Sequence[str]:
-  """What a task's class takes beside its data."""
+  """Returns the options that a task's class takes besides its data."""
   return tuple(getattr(make, "options", ()))
 
 
 def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
-  """What was typed, in the types of the task's defaults. Raises: ConfigError.
+  """Parses the values of options to the types of a task's defaults.
 
-  An option without one (a judge) is no text, and has flags of its own.
+  Options without a default (e.g. a judge) are not accepted here, and have flags of their own.
+
+  Raises: ConfigError for unknown options, and values of another type.
   """
   import inspect
 
@@ -225,7 +228,10 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
-  """TASK=FOLDER where there is one, otherwise the folder that is given for all."""
+  """Returns the data folder of a task: of TASK=FOLDER, or the one that is given for all tasks.
+
+  Raises: ConfigError when there is none.
+  """
   pairs = [
     (task, folder)
     for task, equals, folder in (text.partition("=") for text in texts)
@@ -261,7 +267,7 @@ def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> 
 
 
 def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-  """The scores of each task."""
+  """Merges and scores the answers of all parts; returns the scores of each task."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import run
   from llava_sp_jax.results import tables
@@ -279,7 +285,7 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
 
 
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-  """The scores of each task, or which parts are not there yet."""
+  """Evaluates all tasks; returns the scores of each, or the counts of a part (see `run.run`)."""
   from pathlib import Path
 
   from llava_sp_jax.config import ConfigError
@@ -292,7 +298,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   if not options.checkpoint:
     raise ConfigError("no --checkpoint; give the folder of a run or a converted model")
   part = predictions.parse_part(options.part) if options.part else None
-  for name, task in tasks.items():  # before a model is loaded, and before hours of answering
+  for name, task in tasks.items():  # raises before a model is loaded
     run.check(task, _compare(name, tasks, options))
     predictions.check_folder(Path(_out(name, tasks, options)))
     run.questions(task)
@@ -302,7 +308,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.ModelIdentity.of(loaded, options.checkpoint)
   found = {}
-  engine: Engine | None = None  # tasks that are answered alike share one; each holds the parameters
+  engine: Engine | None = None  # shared by tasks of equal settings: each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
       engine = None
@@ -332,7 +338,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
 
 def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
-  """One table of several tasks, in the order in which they were asked for."""
+  """Prints and writes a table of several tasks, in the order of --task."""
   from pathlib import Path
 
   from llava_sp_jax.results import predictions, tables
@@ -348,7 +354,7 @@ def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
 
 
 def _generation(task: Any, options: argparse.Namespace) -> Generation:
-  """What the task asks for, with what the user asks for instead. Raises: ConfigError."""
+  """Returns the generation settings of a task, with the user's changes. Raises: ConfigError."""
   from llava_sp_jax.config import ConfigError
 
   given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Generation)}
@@ -361,7 +367,7 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
 
 
 def _judge(options: argparse.Namespace) -> Any:
-  """Raises: ConfigError, JudgeError when the variable that should hold the key is not set."""
+  """Makes the judge. Raises: ConfigError without a model; JudgeError when its key is not set."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import judge
 

@@ -1,4 +1,4 @@
-"""llava-sp export: a checkpoint of ours (or any we read) -> a layout of others."""
+"""llava-sp export: writes a checkpoint in a format of other projects."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = """example:
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp export",
     description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+  """Exports a checkpoint."""
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
   from llava_sp_jax.checkpoints import opening

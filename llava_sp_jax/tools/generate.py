@@ -16,6 +16,7 @@ DTYPE = "what the model computes in (default: the checkpoint's config)"
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp generate",
     description="Answers a question about images (or about nothing, without --image).",
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
+  """Prints the answer to a question; returns 1 if it cannot be answered, else 0."""
   options = parser().parse_args(argv)
   if not options.question.strip():
     parser().error(f"--question: expected a text, found {options.question!r}")
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
   except ValueError as error:
     setting, found = str(error).split(":", 1)
     parser().error(f"--{setting.replace('_', '-')}:{found}")
-  # Read here, so that a picture that is missing is told before a model is loaded.
+  # Read here, so that a missing image is reported before a model is loaded.
   pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(

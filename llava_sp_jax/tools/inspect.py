@@ -1,4 +1,4 @@
-"""llava-sp inspect: what a checkpoint is, without reading its values."""
+"""llava-sp inspect: describes a checkpoint without reading its values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llava_sp_jax.tools.convert import source_options, to_options
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp inspect",
     description="Prints format, projector variant, families, sizes, dtypes, fingerprint and parameter "
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
+  """Prints the description of a checkpoint."""
   options = parser().parse_args(argv)
   from llava_sp_jax.checkpoints import opening
   from llava_sp_jax.convert import formats, settings_out

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp merge",
     description="Writes a folder of ours whose decoder has the adapters in its kernels: the same "
@@ -34,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
   return result
 
 
-def _whole(source: Loaded) -> Loaded:
-  """A decoder alone with a small tower and a projector of zeros beside it, so that it can run."""
+def _completed(source: Loaded) -> Loaded:
+  """Adds a small tower and a projector of zeros to a decoder without them, so that it can run."""
   if "projector" in source.parts:
     return source
   import numpy as np
@@ -60,6 +61,10 @@ def _whole(source: Loaded) -> Loaded:
 
 
 def main(argv: list[str]) -> None:
+  """Folds the adapters of a checkpoint, and verifies what was written.
+
+  Raises: FormatError for a checkpoint without a decoder, or when the logits differ.
+  """
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
   from llava_sp_jax.checkpoints import opening, writing
@@ -79,7 +84,7 @@ def main(argv: list[str]) -> None:
   console.say(f"{options.out}: adapters of rank {source.config.model.lora.rank} folded")
   if options.verify:
     written = opening.open_any(options.out, formats.Options())
-    found = verify.compare(_whole(source), _whole(written))
+    found = verify.compare(_completed(source), _completed(written))
     if not found.within_bounds:
       raise FormatError(f"{options.out}: does not compute what it was merged from: {found}")
     console.say(found)

@@ -1,4 +1,4 @@
-"""llava-sp plan: what a config needs and how fast it is on chips that are not here."""
+"""llava-sp plan: predicts the memory and speed of a config on absent chips."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ example:
 
 
 def main(argv: list[str]) -> None:
+  """Prints the plan of a config. Raises: PlanError when it does not fit or cannot be compiled."""
   from llava_sp_jax.plan import topologies
 
   if {"--help", "-h"} & set(argv):
@@ -74,7 +75,10 @@ def _search(
   options: dict[str, str],
   argv: list[str],
 ) -> Any:
-  """The best plan of a search, or the leanest that was tried when none fits."""
+  """Returns the fastest plan of a search and writes its recipe.
+
+  Returns the plan of least memory if none fits. Raises: PlanError if none can be compiled.
+  """
   from llava_sp_jax.plan import compile as compile_lib
   from llava_sp_jax.plan import search
 
@@ -86,11 +90,11 @@ def _search(
     except compile_lib.PlanError as error:
       print(f"{len(plans):>3}  {error}", flush=True)
       return search.Outcome(False, math.nan, 0)
-    said = f"{plan.seconds:.4f} s" if plan.fits else "does not fit"
+    speed = f"{plan.seconds:.4f} s" if plan.fits else "does not fit"
     mesh = candidate.mesh
     print(
       f"{len(plans):>3}  accumulate {candidate.train.accumulate}, remat {candidate.model.remat}, "
-      f"base {mesh.base}, mesh {mesh.data} x {mesh.fsdp} x {mesh.tensor}: {said}, "
+      f"base {mesh.base}, mesh {mesh.data} x {mesh.fsdp} x {mesh.tensor}: {speed}, "
       f"{plan.used / (1 << 30):.2f} GiB",
       flush=True,
     )
@@ -109,7 +113,7 @@ def _search(
 
 
 def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
-  """Options of the command, and the config with what was typed. Raises: ConfigError."""
+  """Parses the options of the command, and the config with its overrides. Raises: ConfigError."""
   config, options = arguments.RecipeParser("plan", ("topology",), OPTIONS).read(argv, _check)
   return options, config
 

@@ -1,4 +1,4 @@
-"""llava-sp report: one page and its pictures from the runs of both stages and their scores."""
+"""llava-sp report: writes a page with figures about the runs of both stages and their scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from llava_sp_jax.tools import arguments
 
 
 def main(argv: list[str]) -> None:
+  """Writes a report and prints its page."""
   parser = arguments.Parser(
     prog="llava-sp report",
     description="Writes report.md, loss.png, accuracy.png and answers.png.",

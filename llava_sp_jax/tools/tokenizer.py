@@ -9,6 +9,7 @@ from llava_sp_jax.tools import arguments
 
 
 def main(argv: list[str]) -> None:
+  """Writes the tokenizer of a GGUF file."""
   parser = arguments.Parser(
     prog="llava-sp tokenizer",
     description="Writes tokenizer.json and tokenizer_config.json from the metadata of a GGUF.",

@@ -157,7 +157,7 @@ def test_what_an_enormous_picture_may_do_is_bounded_over_all_threads(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """Sixteen threads with pictures of which two fit: never more than two at a time."""
-  monkeypatch.setattr(decode, "ROOM", decode.Room(2 * 40 * 40))
+  monkeypatch.setattr(decode, "PIXEL_BUDGET", decode.PixelBudget(2 * 40 * 40))
   data, lock = encoded(picture(40, 30), "PNG"), threading.Lock()
   now, most = 0, 0
 
@@ -176,10 +176,10 @@ def test_what_an_enormous_picture_may_do_is_bounded_over_all_threads(
   assert most == 2
 
 
-def test_one_picture_larger_than_the_room_is_alone_in_it() -> None:
-  room = decode.Room(100)
-  with room.of((1000, 1)):
-    thread = threading.Thread(target=lambda: room.of((1, 1)).__enter__(), daemon=True)
+def test_one_picture_larger_than_the_budget_is_alone_in_it() -> None:
+  budget = decode.PixelBudget(100)
+  with budget.of((1000, 1)):
+    thread = threading.Thread(target=lambda: budget.of((1, 1)).__enter__(), daemon=True)
     thread.start()
     thread.join(0.05)
     assert thread.is_alive()

@@ -8,7 +8,7 @@ import pytest
 
 from llava_sp_jax.data import forms
 from llava_sp_jax.data.failure import REASON, SampleError
-from llava_sp_jax.data.forms import Talk
+from llava_sp_jax.data.forms import Dialogue
 
 ASK, REPLY = {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}
 TALK = [ASK, REPLY]
@@ -18,66 +18,66 @@ BARE = [{"from": "human", "value": "what?"}, REPLY]
 ONE = {"image": "a.png"}
 
 
-READ: dict[str, tuple[dict[str, Any], Talk]] = {
-  "llava": ({"conversations": TALK, **ONE}, Talk(TURNS, ("a.png",))),
-  "text alone": ({"conversations": BARE}, Talk([("what?", "red")])),
-  "several": ({"conversations": TALK, "image": ["a", "b"]}, Talk(TURNS, ("a", "b"))),
-  "images": ({"conversations": TALK, "images": ["a", "b"]}, Talk(TURNS, ("a", "b"))),
-  "images, one": ({"conversations": TALK, "images": "a"}, Talk(TURNS, ("a",))),
-  "said twice": ({"conversations": TALK, "image": "a", "images": ["a"]}, Talk(TURNS, ("a",))),
-  "messages": ({"messages": CHAT, "images": ["a"]}, Talk(TURNS, ("a",))),
-  "roles in conversations": ({"conversations": CHAT, **ONE}, Talk(TURNS, ("a.png",))),
+READ: dict[str, tuple[dict[str, Any], Dialogue]] = {
+  "llava": ({"conversations": TALK, **ONE}, Dialogue(TURNS, ("a.png",))),
+  "text alone": ({"conversations": BARE}, Dialogue([("what?", "red")])),
+  "several": ({"conversations": TALK, "image": ["a", "b"]}, Dialogue(TURNS, ("a", "b"))),
+  "images": ({"conversations": TALK, "images": ["a", "b"]}, Dialogue(TURNS, ("a", "b"))),
+  "images, one": ({"conversations": TALK, "images": "a"}, Dialogue(TURNS, ("a",))),
+  "said twice": ({"conversations": TALK, "image": "a", "images": ["a"]}, Dialogue(TURNS, ("a",))),
+  "messages": ({"messages": CHAT, "images": ["a"]}, Dialogue(TURNS, ("a",))),
+  "roles in conversations": ({"conversations": CHAT, **ONE}, Dialogue(TURNS, ("a.png",))),
   "nothing in a key": (
     {"conversations": BARE, "image": None, "images": [], "video": "", "system": "", "messages": []},
-    Talk([("what?", "red")]),
+    Dialogue([("what?", "red")]),
   ),
-  "system": ({"conversations": BARE, "system": "Be terse."}, Talk([("what?", "red")], (), "Be terse.")),
+  "system": ({"conversations": BARE, "system": "Be terse."}, Dialogue([("what?", "red")], (), "Be terse.")),
   "system turn": (
     {"conversations": [{"from": "system", "value": "Be terse."}, *BARE]},
-    Talk([("what?", "red")], (), "Be terse."),
+    Dialogue([("what?", "red")], (), "Be terse."),
   ),
   "system twice": (
     {"messages": [{"role": "system", "content": "X"}, *CHAT], "system": "X", **ONE},
-    Talk(TURNS, ("a.png",), "X"),
+    Dialogue(TURNS, ("a.png",), "X"),
   ),
-  "greeting": ({"conversations": [REPLY, *BARE]}, Talk([("what?", "red")])),
-  "open": ({"conversations": [*BARE, BARE[0]]}, Talk([("what?", "red"), ("what?", None)])),
+  "greeting": ({"conversations": [REPLY, *BARE]}, Dialogue([("what?", "red")])),
+  "open": ({"conversations": [*BARE, BARE[0]]}, Dialogue([("what?", "red"), ("what?", None)])),
   "parts": (
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
                   CHAT[1]], "images": ["a"]},
-    Talk(TURNS, ("a",)),
+    Dialogue(TURNS, ("a",)),
   ),
   "parts that name images": (
     {"messages": [{"role": "user", "content": [
       {"type": "text", "text": "see"}, {"type": "image", "image": "a"},
       {"type": "image", "image": "b"}]}, CHAT[1]]},
-    Talk([("see\n<image>\n<image>", "red")], ("a", "b")),
+    Dialogue([("see\n<image>\n<image>", "red")], ("a", "b")),
   ),
   "where a picture is from": (
     {"conversations": TALK, **ONE, "image_url": "http://x/a.png", "image_id": 3, "video_frames": 0},
-    Talk(TURNS, ("a.png",)),
+    Dialogue(TURNS, ("a.png",)),
   ),
   "replies that are all learned": (
     {"conversations": [{**BARE[0], "loss": False}, {**REPLY, "loss": True, "weight": 1.0}],
      "loss_mask": [0, 1], "loss": 2.5, "weight": 0.5},
-    Talk([("what?", "red")]),
+    Dialogue([("what?", "red")]),
   ),
-  "a sample called like a file": ({"conversations": BARE, "id": "a.png"}, Talk([("what?", "red")])),
+  "a sample called like a file": ({"conversations": BARE, "id": "a.png"}, Dialogue([("what?", "red")])),
   "a text that refers to pictures": (
     {"conversations": [{"from": "human", "value": "<image>\nis <image1> red?"}, REPLY], **ONE},
-    Talk([("<image>\nis <image1> red?", "red")], ("a.png",)),
+    Dialogue([("<image>\nis <image1> red?", "red")], ("a.png",)),
   ),
   "a text about a tag": (
     {"conversations": [{"from": "human", "value": "what is <img src='a.png'> in HTML?"}, REPLY]},
-    Talk([("what is <img src='a.png'> in HTML?", "red")]),
+    Dialogue([("what is <img src='a.png'> in HTML?", "red")]),
   ),
   "a turn said twice": (
     {"conversations": [{**BARE[0], "role": "user", "content": "what?"}, REPLY]},
-    Talk([("what?", "red")]),
+    Dialogue([("what?", "red")]),
   ),
   "a text about marks": (
     {"conversations": [{"from": "human", "value": "what does <video> mean in HTML?"}, REPLY]},
-    Talk([("what does <video> mean in HTML?", "red")]),
+    Dialogue([("what does <video> mean in HTML?", "red")]),
   ),
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ DAMAGE = [
   ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"image"', '"picture"',
    "line 1: without image"),
   ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", '"question_id": 2', '"question_id": 1',
-   "1 ids stand more than once, 1"),
+   "1 ids appear more than once, 1"),
   ("vizwiz", "vizwiz/llava_test.jsonl", "{", "", "line 1: not JSON"),
   ("scienceqa", "scienceqa/pid_splits.json", '"5"', '"6"', "2 questions .* 5, 6"),
   ("scienceqa", "scienceqa/llava_test_CQM-A.json", '"value"', '"text"',

@@ -58,7 +58,7 @@ def test_easy_vqa_without_the_key_is_left_out_too(tmp_path: Path) -> None:
     ([ROW, {"id": "1"}], r"\[1\]: without question, image"),
     ([{**ROW, "question": 7}], r"\[0\]: question 7, expected a text"),
     ([{**ROW, "id": True}], r"\[0\]: id True, expected a text or a whole number"),
-    ([ROW, ROW], "1 ids stand more than once, 0-0"),
+    ([ROW, ROW], "1 ids appear more than once, 0-0"),
     ([{**ROW, "answer": None}], "expected questions that can be scored; 0-0: expected an answer"),
   ],
 )
@@ -224,7 +224,9 @@ def test_a_task_of_one_s_own_needs_ids(tiny_data: Path, tmp_path: Path, ids: lis
     def items(self) -> list[Item]:
       return [Item(key, "q", (), "k", "t") for key in ids]
 
-  with pytest.raises(EvalError, match=r"easy_vqa: ids that are no text, or stand more than once"):
+  with pytest.raises(
+    EvalError, match=r"easy_vqa: ids that are not texts, or appear more than once"
+  ):
     run.run(Own(tiny_data), Scripted(), tmp_path / "out")
 
 

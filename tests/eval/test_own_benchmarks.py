@@ -141,7 +141,7 @@ def test_two_rows_of_one_name_are_refused(tmp_path: Path) -> None:
   path = tmp_path / "rows.json"
   row = {"question": "q", "answer": "a"}
   path.write_text(json.dumps([{**row, "id": 1}, {**row, "id": "1"}]))
-  with pytest.raises(BenchmarkError, match="1 ids stand more than once, 1") as error:
+  with pytest.raises(BenchmarkError, match="1 ids appear more than once, 1") as error:
     VqaJson(path)
   assert str(path) in str(error.value)
 
@@ -315,7 +315,7 @@ class Mine(Base):
       "def items(self): return None",
       "items ends with TypeError: 'NoneType' object is not iterable",
     ),
-    ("def items(self): return ['a']", r"\[0\] is 'a', expected an tasks.task.Item"),
+    ("def items(self): return ['a']", r"\[0\] is 'a', expected a tasks.task.Item"),
     ("def items(self): return [Item('a', None, (), 'k', 1)]", "question None, expected str"),
     (
       "def items(self): return [Item('a', 'q', 'x.png', 'k', 1)]",
@@ -337,7 +337,7 @@ class Mine(Base):
     ("def verdict(self, item, text): return {'x': Mine}", "it cannot be written as JSON"),
     (
       "def score(self, items, predictions): return 0.5",
-      "it returned 0.5, expected an tasks.task.Sc",
+      "it returned 0.5, expected a tasks.task.Sc",
     ),
     (
       "def score(self, items, predictions): return Scores(1.0, 'm', {})",
