@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,24 @@ def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactor
   folder = tmp_path_factory.mktemp("run") / "finetune"
   loop.train(tiny_config("finetune", train={"steps": 2}), folder)
   return folder
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Evaluation folders of all benchmarks, in the official formats."""
+  from tests.tasks import formats
+
+  folder = tmp_path_factory.mktemp("eval")
+  for write in formats.WRITERS.values():
+    write(folder)
+  return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+  """A copy of `root` to damage."""
+  shutil.copytree(root, tmp_path / "eval")
+  return tmp_path / "eval"
 
 
 # The files that take minutes, longest first: they start first, so that none is left for the end.

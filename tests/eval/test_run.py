@@ -23,7 +23,7 @@ from llava_sp_jax.results import interval, predictions, report
 from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.task import EvalError, Item, Prediction, mean_by_kind
-from tests.eval.conftest import Scripted, by_id
+from tests.eval.scripted import Scripted, by_id
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 from llava_sp_jax.tasks.benchmark import LETTER, SHORT
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.task import Prediction
-from tests.eval.formats import RIGHT, answers
+from tests.tasks.formats import RIGHT, answers
 
 # --- what each asks ---
 

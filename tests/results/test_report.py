@@ -10,7 +10,7 @@ from llava_sp_jax.results import gallery, predictions, report
 from llava_sp_jax.tasks.benchmark import served
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.task import Item, Predictions, Scores
-from tests.eval.conftest import Scripted
+from tests.eval.scripted import Scripted
 
 
 def test_a_report_of_what_a_server_scores(

@@ -18,7 +18,7 @@ from llava_sp_jax.tasks import catalog, scoring
 from llava_sp_jax.tasks.files import BenchmarkError
 from llava_sp_jax.tasks.task import EvalError
 from llava_sp_jax.tasks.vqa_json import RULES, VqaJson
-from tests.eval.conftest import Scripted
+from tests.eval.scripted import Scripted
 
 ROWS: list[dict[str, Any]] = [
   {"question": "what is it?", "image": "0.png", "answer": "a circle", "kind": "shape"},

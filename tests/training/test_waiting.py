@@ -19,7 +19,7 @@ from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.data import prefetch, sources
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
-from tests.train.test_loop import Looker, config, looker  # noqa: F401
+from tests.training.test_loop import Looker, config, looker  # noqa: F401
 
 ROWS = 8  # of a batch
 

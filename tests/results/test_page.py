@@ -19,8 +19,8 @@ from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.results import compare, gallery, page, published, tables
 from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
 from llava_sp_jax.tasks.task import EvalError, Item, Predictions, Scores, mean_by_kind
-from tests.eval import formats
-from tests.eval.conftest import Scripted
+from tests.eval.scripted import Scripted
+from tests.tasks import formats
 
 EVIL = '<script>alert("x")</script>&amp; <img src=http://example.com/x.png> \x00 \ud800 \'"'
 SIZE = 2_000_000  # bytes of the whole page

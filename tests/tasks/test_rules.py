@@ -17,7 +17,7 @@ from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
 from llava_sp_jax.tasks.pope import measures, measures_lmms
 from llava_sp_jax.tasks.task import Item, Prediction, mean_by_kind
 from tests.conftest import REPOSITORY
-from tests.eval.formats import RIGHT, answers, right
+from tests.tasks.formats import RIGHT, answers, right
 
 PAGE = (REPOSITORY / "docs" / "benchmarks.md").read_text()
 STOP = ("ASSISTANT:",)

@@ -19,7 +19,7 @@ from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, resume
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
-from tests.train.test_loop import Looker, config, logged
+from tests.training.test_loop import Looker, config, logged
 
 DATA = frozenset({"data"})
 # What Orbax had begun to read when it failed may end with an error of its own.

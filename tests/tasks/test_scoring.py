@@ -17,7 +17,7 @@ from llava_sp_jax.tasks.mme import PARTS, Mme
 from llava_sp_jax.tasks.pope import Pope
 from llava_sp_jax.tasks.scienceqa import ScienceQa
 from llava_sp_jax.tasks.task import Prediction
-from tests.eval import formats
+from tests.tasks import formats
 
 # The table of the VQA evaluation as it is published (key=value); ours is derived from the values.
 OFFICIAL = dict(

@@ -17,8 +17,8 @@ from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.files import BenchmarkError
 from llava_sp_jax.tasks.mmbench import MmBench
 from llava_sp_jax.tasks.task import EvalError
-from tests.eval.conftest import Scripted, by_id
-from tests.eval.formats import RIGHT, answers, damage
+from tests.eval.scripted import Scripted, by_id
+from tests.tasks.formats import RIGHT, answers, damage
 
 GQA, SQA = "gqa/data/testdev_balanced_questions.json", "scienceqa/problems.json"
 MME, MMB = "MME/MME_Benchmark_release_version/count/b.txt", "mmbench/mmbench_dev_20230712.tsv"

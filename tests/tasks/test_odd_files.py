@@ -19,8 +19,8 @@ from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.files import BenchmarkError
 from llava_sp_jax.tasks.mmbench import MmBench
 from llava_sp_jax.tasks.task import EvalError, Item, Prediction, mean_by_kind
-from tests.eval.conftest import Scripted
-from tests.eval.formats import RIGHT, answers, damage, picture
+from tests.eval.scripted import Scripted
+from tests.tasks.formats import RIGHT, answers, damage, picture
 
 ROW = {"id": "0-0", "question": "what shape?", "image": "0.png", "answer": "circle"}
 

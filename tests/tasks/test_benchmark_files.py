@@ -9,8 +9,8 @@ import pytest
 from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
 from llava_sp_jax.tasks.files import BenchmarkError
 from llava_sp_jax.tasks.task import Prediction
-from tests.eval import formats
-from tests.eval.formats import answers, damage
+from tests.tasks import formats
+from tests.tasks.formats import answers, damage
 
 NAMES = [task.name for task in BENCHMARKS]
 

@@ -22,7 +22,7 @@ from llava_sp_jax.tasks.textvqa import TextVqa
 from llava_sp_jax.tasks.vizwiz import VizWiz
 from llava_sp_jax.tasks.vqav2 import VqaV2
 from tests.conftest import REPOSITORY
-from tests.eval.formats import SHORT, lines, whole
+from tests.tasks.formats import SHORT, lines, whole
 
 GOLDEN = REPOSITORY / "tests/golden/scorers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -24,8 +24,8 @@ from llava_sp_jax.tasks.llava_bench import LlavaBench, pair
 from llava_sp_jax.tasks.mmbench import MmBench
 from llava_sp_jax.tasks.mmvet import MmVet, grade
 from llava_sp_jax.tasks.task import EvalError, Prediction
-from tests.eval import formats
-from tests.eval.formats import RIGHT, answers, damage, right, right_letter
+from tests.tasks import formats
+from tests.tasks.formats import RIGHT, answers, damage, right, right_letter
 
 NAMES = [task.name for task in BENCHMARKS]
 SERVED = {"vqav2", "vizwiz", "mmbench", "mmbench_cn", "llava_bench", "mmvet"}
