@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import http.server
-import json
 import socket
 import ssl
 import threading
 import time
 import urllib.error
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llava_sp_jax.tasks import llava_bench, mmvet, web
-from llava_sp_jax.tasks.judge import Ask, Endpoint, JudgeError, Reviews
-
-KEY = "sk-secret-123"
-
-
-class Server(http.server.ThreadingHTTPServer):
-  """Answers with what `script` holds, one (status, body) a call; then with "fine".
-
-  A body that is a function of the handler writes itself, as a server that misbehaves.
-  """
-
-  daemon_threads = True
-
-  def __init__(self) -> None:
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.script: list[tuple[int, Any]] = []
-    self.headers: dict[str, str] = {}
-    self.seen: list[tuple[str, str | None, dict[str, Any]]] = []
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-  def do_POST(self) -> None:
-    assert isinstance(self.server, Server)
-    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-    fine = {"choices": [{"message": {"content": "fine"}}]}
-    status, answer = self.server.script.pop(0) if self.server.script else (200, fine)
-    if callable(answer):
-      with contextlib.suppress(OSError):  # the judge has gone away
-        answer(self)
-      return
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    self.send_response(status)
-    if status == 429:
-      self.send_header("Retry-After", "7")
-    for name, value in self.server.headers.items():
-      self.send_header(name, value)
-    self.end_headers()
-    self.wfile.write(text.encode())
-
-  def log_message(self, *args: Any) -> None:
-    """Nothing is printed."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-  made = Server()
-  thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-  thread.start()
-  yield made
-  made.shutdown()
-  made.server_close()
-  thread.join()
-
-
-@pytest.fixture
-def waits() -> list[float]:
-  return []
-
-
-@pytest.fixture
-def endpoint(server: Server, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Endpoint:
-  monkeypatch.setenv("JUDGE_KEY", KEY)
-  url = f"http://127.0.0.1:{server.server_address[1]}/v1/"
-  return Endpoint(url, "grader", "JUDGE_KEY", tries=3, seconds=10, pause=waits.append)
+from llava_sp_jax.tasks import web
+from llava_sp_jax.tasks.judge import Ask, Endpoint, JudgeError
+from tests.tasks.judge_server import KEY, Server
 
 
 def test_what_is_sent(server: Server, endpoint: Endpoint) -> None:
@@ -168,80 +100,6 @@ def test_no_redirect_is_followed(server: Server, endpoint: Endpoint) -> None:
   assert not other.seen
 
 
-def drips(handler: Handler) -> None:
-  """A byte now and then, for ever: no read waits long."""
-  handler.send_response(200)
-  handler.end_headers()
-  while True:
-    handler.wfile.write(b" ")
-    handler.wfile.flush()
-    time.sleep(0.01)
-
-
-def drips_headers(handler: Handler) -> None:
-  handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
-  while True:
-    handler.wfile.write(b"x")
-    handler.wfile.flush()
-    time.sleep(0.01)
-
-
-def floods(handler: Handler) -> None:
-  handler.send_response(200)
-  handler.end_headers()
-  while True:
-    handler.wfile.write(b" " * (1 << 20))
-
-
-def closes_early(handler: Handler) -> None:
-  handler.send_response(200)
-  handler.send_header("Content-Length", "1000")
-  handler.end_headers()
-  handler.wfile.write(b'{"choices": [')
-
-
-def closes_at_once(handler: Handler) -> None:
-  handler.connection.close()
-
-
-@pytest.mark.parametrize(
-  ("body", "calls", "message"),
-  [
-    (drips, 2, "no whole answer within 0.3 s"),
-    (drips_headers, 2, "no whole answer within 0.3 s"),
-    (floods, 1, "an answer of more than 4,194,304 bytes"),
-    (closes_early, 2, "IncompleteRead"),
-    (closes_at_once, 2, "RemoteDisconnected"),
-  ],
-)
-def test_a_server_that_misbehaves_is_bounded(
-  server: Server, monkeypatch: pytest.MonkeyPatch, body: Any, calls: int, message: str
-) -> None:
-  monkeypatch.setenv("JUDGE_KEY", KEY)
-  url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-  seconds = 5 if body is floods else 0.3
-  judge = Endpoint(url, "grader", "JUDGE_KEY", 2, seconds, pause=lambda seconds: None)
-  server.script, started = [(200, body)] * 2, time.monotonic()
-  with pytest.raises(JudgeError, match=message):
-    judge(Ask(prompt="p"))
-  assert time.monotonic() - started < 10
-  assert len(server.seen) == calls
-  if body is not floods:  # and what can be tried again is
-    server.script = [(200, body)]
-    assert judge(Ask(prompt="p")) == "fine"
-
-
-@pytest.mark.parametrize(
-  ("asked", "waited"), [("1000000000", 120), ("9" * 400, 120), ("3", 3), ("-5", None), ("²", None)]
-)
-def test_what_a_server_asks_to_wait_is_bounded(
-  server: Server, endpoint: Endpoint, waits: list[float], asked: str, waited: float | None
-) -> None:
-  server.headers, server.script = {"retry-after": asked}, [(503, "later")]
-  assert endpoint(Ask(prompt="p")) == "fine"
-  assert waits[0] == waited or (waited is None and waits[0] < 2)
-
-
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:8000/v1", "", "ftp://x"])
 def test_only_web_servers_are_asked(url: str) -> None:
   with pytest.raises(JudgeError, match=r"expected an address http://\.\.\. or https"):
@@ -273,59 +131,6 @@ def test_a_key_that_no_header_can_hold_is_not_told(
     with pytest.raises(JudgeError, match="JUDGE_KEY, holds characters that no header") as caught:
       endpoint(Ask(prompt="p"))
     assert KEY not in str(caught.value)
-
-
-def test_raw_answers_are_kept_and_failures_asked_again(tmp_path: Path) -> None:
-  file, calls = tmp_path / "kept" / "reviews.jsonl", []
-
-  def judge(ask: Ask) -> str:
-    calls.append(ask.prompt)
-    if ask.prompt == "bad" and calls.count("bad") == 1:
-      raise ValueError("no")
-    return f"raw {ask.prompt}"
-
-  first = Reviews(judge, file)
-  assert first(Ask(prompt="good")).text == "raw good"
-  failed = first(Ask(prompt="bad"))
-  assert (failed.text, failed.error) == ("", "ValueError: no")
-  file.write_text(file.read_text() + '{"key": "torn')  # a run that was killed while writing
-  second = Reviews(judge, file)
-  assert second(Ask(prompt="good")).text == "raw good"
-  assert second(Ask(prompt="bad")).text == "raw bad"
-  assert calls == ["good", "bad", "bad"]
-  third = Reviews(judge, file)
-  assert third(Ask(prompt="bad")).text == "raw bad"
-  assert third(Ask(prompt="bad", turn=1)).text == "raw bad"
-  assert calls == ["good", "bad", "bad", "bad"]  # another turn is another question
-
-
-def test_an_answer_of_no_use_is_asked_for_once_more_in_each_run(tmp_path: Path) -> None:
-  said, calls = iter(["well, ...", "hm", "7"]), []
-
-  def judge(ask: Ask) -> str:
-    calls.append(ask)
-    return next(said)
-
-  def reads(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
-
-  for run, wanted in enumerate(["well, ...", "hm", "7", "7"]):
-    reviews = Reviews(judge, tmp_path / "reviews.jsonl")
-    for _ in range(3):
-      assert reviews(Ask(prompt="p"), reads).text == wanted
-    assert len(calls) == min(run + 1, 3)
-
-
-def test_another_judge_s_answers_are_not_taken(tmp_path: Path) -> None:
-  def one(ask: Ask) -> str:
-    return "1"
-
-  def two(ask: Ask) -> str:
-    return "2"
-
-  for judge in (one, two):
-    review = Reviews(judge, tmp_path / "reviews.jsonl")(Ask(prompt="p"))
-    assert review.text == judge(Ask(prompt="p"))
 
 
 @pytest.mark.parametrize(
@@ -379,60 +184,3 @@ def test_an_error_in_place_of_an_answer_is_told(server: Server, endpoint: Endpoi
   with pytest.raises(JudgeError, match=r"without choices.*no credit for \(key\)") as caught:
     endpoint(Ask(prompt="p"))
   assert KEY not in str(caught.value)
-
-
-def test_a_deadline_holds_while_a_proxy_is_spoken_to(monkeypatch: pytest.MonkeyPatch) -> None:
-  """It sends a byte now and then before there is any connection to the judge."""
-  with socket.create_server(("127.0.0.1", 0)) as proxy:
-
-    def drip() -> None:
-      there, _ = proxy.accept()
-      with there, contextlib.suppress(OSError):
-        there.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-        while True:
-          there.sendall(b"x")
-          time.sleep(0.01)
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    for name in ("https_proxy", "HTTPS_PROXY"):
-      monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-    for name in ("no_proxy", "NO_PROXY"):
-      monkeypatch.delenv(name, raising=False)
-    judge = Endpoint("https://judge.example/v1", "grader", "", 1, 0.3, pause=lambda seconds: None)
-    started = time.monotonic()
-    with pytest.raises(JudgeError, match=r"no whole answer within 0\.3 s"):
-      judge(Ask(prompt="p"))
-    assert time.monotonic() - started < 5
-    thread.join()
-
-
-@pytest.mark.parametrize(
-  "said",
-  [
-    "85 90",
-    "-1 -1",
-    "8 11",
-    "8 nan",
-    "8 1_0",
-    "8 \u0669",
-    "inf 8",
-    "<html>",
-    "8",
-    "8 9 7",
-    "",
-    "8/9",
-  ],
-)
-def test_scores_outside_the_scale_are_none(said: str) -> None:
-  """Others have counted -1 and numbers beyond the scale as scores."""
-  assert llava_bench.pair(said) is None
-  assert mmvet.grade(said.replace("8 ", "")) is None
-  assert llava_bench.pair("8 9.5\r\nwell") == (8.0, 9.5)
-  assert [mmvet.grade(text) for text in ("0.5", "1", "1.1", "-0.1", "0_1")] == [
-    0.5,
-    1,
-    None,
-    None,
-    None,
-  ]

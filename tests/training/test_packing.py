@@ -17,7 +17,7 @@ from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
 from llava_sp_jax.training import setup, step
 from tests.conftest import ConfigMaker
-from tests.data.test_packed_batches import COUNT, make, mixed_config
+from tests.data.mixed import COUNT, make, mixed_config
 
 TOLERANCE = 1e-6  # relative, float32: only the order of sums differs
 

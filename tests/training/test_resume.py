@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,53 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax import cli, jsonl, locks
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import on_disk, own_folders, runs
+from llava_sp_jax import locks
+from llava_sp_jax.checkpoints import on_disk, own_folders
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, resume
-from tests.conftest import ConfigMaker
-from tests.end_to_end import cluster
-from tests.training.test_loop import Looker, config, logged
+from tests.training.looker import Looker, logged
 
 DATA = frozenset({"data"})
 # What Orbax had begun to read when it failed may end with an error of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture
-def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
-  made = Looker()
-  monkeypatch.setattr(loop, "compile_step", lambda *_: made)
-  return made
-
-
-@pytest.fixture(scope="module")
-def values(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> config_lib.Config:
-  """Of a run on a copy of the tiny data, which a test may edit."""
-  made = config(tiny_config)
-  copy = tmp_path_factory.mktemp("data") / "captions.json"
-  shutil.copy(made.data.path, copy)
-  return dataclasses.replace(made, data=dataclasses.replace(made.data, path=str(copy)))
-
-
-@pytest.fixture(scope="module")
-def stopped(values: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """A run of five steps that was stopped after the third; steps 2 and 3 are saved."""
-  folder, made = tmp_path_factory.mktemp("stopped") / "run", Looker()
-  made.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 3 else None
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "compile_step", lambda *_: made)
-    assert loop.train(values, folder).step == 3
-  assert on_disk.steps(folder) == [2, 3]
-  assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.json", "tokenizer"}
-  assert not (folder / locks.FILE).exists()
-  return folder
-
-
-@pytest.fixture
-def run(stopped: Path, tmp_path: Path) -> Path:
-  return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 def went_on(folder: Path, looker: Looker, first: int) -> None:
@@ -200,89 +161,6 @@ def test_what_is_being_saved_gets_whole_when_a_step_fails(
   assert not (tmp_path / "run" / locks.FILE).exists()
 
 
-def test_a_second_training_of_a_folder_is_refused(
-  run: Path, values: config_lib.Config, looker: Looker
-) -> None:
-  before = sorted(run.rglob("*"))
-  with (
-    locks.Lock(run, "llava-sp train"),
-    pytest.raises(locks.LockError, match=f"in use by llava-sp train .process {os.getpid()} on "),
-  ):
-    loop.train(values, run)
-  assert sorted(run.rglob("*")) == before
-  assert not looker.seen
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger/00000.jsonl"])
-def test_a_full_disk_ends_a_run_that_goes_on_afterwards(
-  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
-) -> None:
-  """Linux's /dev/full refuses every write."""
-  run = tmp_path / "run"
-  (run / name).parent.mkdir(parents=True)
-  (run / name).symlink_to("/dev/full")
-  with pytest.raises(OSError, match="No space left on device"):
-    loop.train(values, run)
-  (run / name).unlink()
-  looker.seen.clear()
-  assert loop.train(values, run).step == 5
-  went_on(run, looker, 0)
-
-
-def test_a_full_disk_while_a_sample_is_written_down(
-  values: config_lib.Config, tmp_path: Path, capsys: pytest.CaptureFixture, looker: Looker
-) -> None:
-  """One line with the file's name and a code, and the same command goes on."""
-  samples, run = json.loads(Path(values.data.path).read_text()), tmp_path / "run"
-  path = tmp_path / "damaged.json"
-  path.write_text(json.dumps([*samples[:5], {"id": "bad"}, *samples[5:]]))
-  made = dataclasses.replace(values, data=dataclasses.replace(values.data, path=str(path)))
-  command = [
-    "train",
-    f"--config={cluster.write_config(made, tmp_path / 'c.py')}",
-    f"--workdir={run}",
-  ]
-  run.mkdir()
-  (run / "quarantine.jsonl").symlink_to("/dev/full")
-  assert cli.main(command) == 1
-  (line,) = capsys.readouterr().err.splitlines()
-  assert line == f"llava-sp train: {run / 'quarantine.jsonl'}: No space left on device"
-  (run / "quarantine.jsonl").unlink()
-  assert cli.main(command) == 0
-  assert [line["id"] for line in jsonl.read(run / "quarantine.jsonl")[0]] == ["bad"]
-
-
-def test_what_lies_beside_the_steps_is_left_alone(
-  run: Path, values: config_lib.Config, looker: Looker
-) -> None:
-  """Links, copies and half-written steps of other names; a run in a linked folder."""
-  place = run / "checkpoints"
-  (place / "latest").symlink_to(place / "3")
-  shutil.copytree(place / "2", place / "007")
-  shutil.copytree(place / "2", place / "3.bak")
-  (place / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-  (place / "notes").write_text("mine")
-  link = run.with_name("link")
-  link.symlink_to(run)
-  assert loop.train(values, link).step == 5
-  went_on(run, looker, 3)
-  assert {p.name for p in place.iterdir()} >= {"latest", "007", "3.bak", "notes"}
-
-
-@pytest.mark.parametrize("name", ["checkpoints", "ledger", "tokenizer"])
-def test_a_file_in_the_place_of_a_folder_is_named(
-  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
-) -> None:
-  run = tmp_path / "run"
-  run.mkdir()
-  runs.write_config(run, values)
-  (run / name).write_text("in the way")
-  with pytest.raises((OSError, CheckpointError), match=f"{run / name}"):
-    loop.train(values, run)
-  (run / name).unlink()
-  assert loop.train(values, run).step == 5
-
-
 def test_torn_lines_of_logs_are_told_and_the_run_goes_on(
   run: Path, values: config_lib.Config, looker: Looker, capsys: pytest.CaptureFixture
 ) -> None:
@@ -296,44 +174,6 @@ def test_torn_lines_of_logs_are_told_and_the_run_goes_on(
   assert "00000.jsonl: 1 lines could not be read and were dropped" in said
   assert "1 lines could not be read, so this is no proof" in said
   assert logged(run) == [1, 3, 4, 5]
-
-
-FOREIGN = {
-  "config.json": '{"model_type": "llama", "hidden_size": 8}',
-  "checkpoints/3/x": "",
-  "tokenizer/tokenizer.json": "{}",
-  "unfinished.json": '{"command": "convert"}',
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_folder_of_others_is_no_workdir(
-  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
-) -> None:
-  file = tmp_path / "theirs" / name
-  file.parent.mkdir(parents=True)
-  file.write_text(FOREIGN[name])
-  with pytest.raises(CheckpointError, match=r"--workdir .*theirs: holds .*; name a new"):
-    loop.train(values, tmp_path / "theirs")
-  assert file.read_text() == FOREIGN[name]
-  assert [p for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [file]
-
-
-def test_a_file_is_no_workdir(values: config_lib.Config, tmp_path: Path, looker: Looker) -> None:
-  (tmp_path / "file").write_text("mine")
-  for name in ("file", "file/below"):
-    with pytest.raises(CheckpointError, match="file is a file; name a folder"):
-      loop.train(values, tmp_path / name)
-  assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["link", "link/below"])
-def test_a_link_that_leads_nowhere_is_no_workdir(
-  values: config_lib.Config, tmp_path: Path, looker: Looker, name: str
-) -> None:
-  (tmp_path / "link").symlink_to(tmp_path / "gone")
-  with pytest.raises(CheckpointError, match="link is a link that leads nowhere"):
-    loop.train(values, tmp_path / name)
 
 
 def test_a_damaged_step_is_not_what_a_run_is_opened_with(

@@ -19,7 +19,7 @@ from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.data import prefetch, sources
 from llava_sp_jax.training import loop
 from tests.conftest import REPOSITORY, ConfigMaker
-from tests.training.test_loop import Looker, config, looker  # noqa: F401
+from tests.training.looker import Looker, config
 
 ROWS = 8  # of a batch
 
@@ -46,7 +46,7 @@ def test_a_wait_for_data_ends(
   tiny_config: ConfigMaker,
   tmp_path: Path,
   hanging: Any,
-  looker: Looker,  # noqa: F811
+  looker: Looker,
   capsys: pytest.CaptureFixture,
 ) -> None:
   """SIGTERM, as from outside, when the next batch never comes: all steps so far are saved."""
