@@ -176,10 +176,23 @@ def own(root: Path, tmp_path: Path) -> Path:
 
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
-  "test_every_variant", "test_distributed", "test_ladder", "test_smollm2", "test_resume", "test_qlora",
-  "test_step", "test_engine", "test_in_loop", "test_never_lost", "test_demo", "test_stages",
-  "test_sharding", "test_watching", "test_llava", "test_recipes",
-)  # fmt: skip
+  "test_every_variant",
+  "test_distributed",
+  "test_ladder",
+  "test_smollm2",
+  "test_resume",
+  "test_qlora",
+  "test_step",
+  "test_engine",
+  "test_in_loop",
+  "test_never_lost",
+  "test_demo",
+  "test_stages",
+  "test_sharding",
+  "test_watching",
+  "test_llava",
+  "test_recipes",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -60,14 +60,31 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(
 
 # What may be given otherwise when a run goes on; everything else decides its numbers or its files.
 MAY_CHANGE = {
-  "config.train.log_every", "config.train.save_every", "config.train.keep", "config.train.sinks",
-  "config.train.peak_tflops", "config.train.preflight", "config.train.validate_every",
-  "config.train.validate_batches", "config.train.max_nonfinite", "config.train.peer_seconds",
-  "config.train.stall_seconds", "config.data.threads", "config.data.processes",
-  "config.data.validation_path", "config.mesh.data", "config.mesh.fsdp", "config.mesh.tensor",
-  "config.mesh.base", "config.mesh.slices", "config.evaluate.every", "config.evaluate.task",
-  "config.evaluate.data", "config.evaluate.limit", "config.evaluate.batch_size",
-}  # fmt: skip
+  "config.train.log_every",
+  "config.train.save_every",
+  "config.train.keep",
+  "config.train.sinks",
+  "config.train.peak_tflops",
+  "config.train.preflight",
+  "config.train.validate_every",
+  "config.train.validate_batches",
+  "config.train.max_nonfinite",
+  "config.train.peer_seconds",
+  "config.train.stall_seconds",
+  "config.data.threads",
+  "config.data.processes",
+  "config.data.validation_path",
+  "config.mesh.data",
+  "config.mesh.fsdp",
+  "config.mesh.tensor",
+  "config.mesh.base",
+  "config.mesh.slices",
+  "config.evaluate.every",
+  "config.evaluate.task",
+  "config.evaluate.data",
+  "config.evaluate.limit",
+  "config.evaluate.batch_size",
+}
 
 
 def keys(values: Any, at: str = "config") -> Iterator[tuple[str, Any]]:

@@ -16,10 +16,20 @@ from llava_sp_jax.convert import (
 from llava_sp_jax.convert.torch_io import FormatError
 from tests.convert.settings_files import one_line, write
 
-CLIP = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "hidden_size": 32,
-        "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}  # fmt: skip
-PIXELS = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28},
-          "crop_size": {"height": 28, "width": 28}}  # fmt: skip
+CLIP = {
+  "model_type": "clip_vision_model",
+  "image_size": 28,
+  "patch_size": 14,
+  "hidden_size": 32,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 2,
+  "intermediate_size": 64,
+}
+PIXELS = {
+  "image_processor_type": "CLIPImageProcessor",
+  "size": {"shortest_edge": 28},
+  "crop_size": {"height": 28, "width": 28},
+}
 
 
 @pytest.mark.parametrize(

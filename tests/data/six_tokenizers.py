@@ -14,8 +14,28 @@ import pytest
 from llava_sp_jax.data.tokenizer import SETTINGS_FILE, train_bpe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "base-llm"
-WORDS = ("what", "colour", "is", "it", "12345", "3.14", "é漢🙂", "it's", "\n\n", "  two", "(yes)", "A.",
-         "don't", "x=1;", "\ttab", "ASSISTANT", "the", "red", "circle", "\n- item")  # fmt: skip
+WORDS = (
+  "what",
+  "colour",
+  "is",
+  "it",
+  "12345",
+  "3.14",
+  "é漢🙂",
+  "it's",
+  "\n\n",
+  "  two",
+  "(yes)",
+  "A.",
+  "don't",
+  "x=1;",
+  "\ttab",
+  "ASSISTANT",
+  "the",
+  "red",
+  "circle",
+  "\n- item",
+)
 # What today's tokenizers split before merging; the regular expressions are those of their files.
 _GPT4 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -92,6 +112,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
   "not_legacy": lambda folder: write_sentencepiece(folder, False),
   "small_bpe": lambda folder: train_bpe(texts(random.Random(2)), folder, 400),
   "smollm2": write_smollm2,
-  **{name: (lambda folder, row=row: write_byte_level(folder, *row))
-     for name, row in BYTE_LEVEL.items()},
-}  # fmt: skip
+  **{
+    name: (lambda folder, row=row: write_byte_level(folder, *row))
+    for name, row in BYTE_LEVEL.items()
+  },
+}

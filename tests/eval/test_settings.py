@@ -26,8 +26,16 @@ from tests.eval.scripted import Scripted, by_id
 
 # Of the model, what answers do not depend on; of the data, what they do.
 FASTER = {"frozen_dtype", "scan_unroll", "remat", "attention"}
-READS = {"template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
-         "image_mean", "image_std"}  # fmt: skip
+READS = {
+  "template",
+  "image_aspect",
+  "image_fit",
+  "image_resample",
+  "grid_pinpoints",
+  "patch_merge",
+  "image_mean",
+  "image_std",
+}
 
 
 @pytest.mark.parametrize(

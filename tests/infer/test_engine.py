@@ -118,9 +118,10 @@ LAYOUTS = {
   "one at a time": (1, EngineLayout()),
   "nothing shared": (4, EngineLayout(share=False)),
   "other buckets, no memory": (
-    3, EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3)
+    3,
+    EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3),
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,13 @@ from tests.convert.test_formats import GOLDEN
 from tests.convert.test_gguf import write as write_gguf
 from tests.convert.test_round_trip import TEXT, assert_same, source, without_image_row
 
-LORA = [str(GOLDEN / "cropping/llava-lora"), "--base", str(GOLDEN / "base-llm"),
-        "--tower", str(GOLDEN / "clip-vit-tiny")]  # fmt: skip
+LORA = [
+  str(GOLDEN / "cropping/llava-lora"),
+  "--base",
+  str(GOLDEN / "base-llm"),
+  "--tower",
+  str(GOLDEN / "clip-vit-tiny"),
+]
 
 
 def llava_sp(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

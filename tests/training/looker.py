@@ -16,8 +16,16 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.training import measure
 from tests.conftest import ConfigMaker
 
-COUNTS = ("loss", "right", "image_loss", "count", "image_count", "positions", "pairs",
-          "image_positions")  # fmt: skip
+COUNTS = (
+  "loss",
+  "right",
+  "image_loss",
+  "count",
+  "image_count",
+  "positions",
+  "pairs",
+  "image_positions",
+)
 
 
 @dataclasses.dataclass

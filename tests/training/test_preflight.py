@@ -139,9 +139,11 @@ def test_what_the_batches_are_refused_for(tmp_path: Path) -> None:
   assert preflight._commonest(tmp_path / "none.jsonl") == ""
 
 
-A, B, FC1 = "language_model/layers/q_proj/lora_a", "language_model/layers/q_proj/lora_b", (
-  "projector/fc1/kernel"
-)  # fmt: skip
+A, B, FC1 = (
+  "language_model/layers/q_proj/lora_a",
+  "language_model/layers/q_proj/lora_b",
+  "projector/fc1/kernel",
+)
 
 
 @pytest.mark.parametrize(

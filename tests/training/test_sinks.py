@@ -16,8 +16,15 @@ from llava_sp_jax import hardware as devices
 from llava_sp_jax.training import metrics, sinks
 from tests.conftest import ConfigMaker
 
-RECORD = {"step": 3, "loss": 1.5, "val_loss": 2.25, "grad_norm": 0.5, "steps_per_second": 0.5,
-          "mfu": 0.413, "quarantined": 0}  # fmt: skip
+RECORD = {
+  "step": 3,
+  "loss": 1.5,
+  "val_loss": 2.25,
+  "grad_norm": 0.5,
+  "steps_per_second": 0.5,
+  "mfu": 0.413,
+  "quarantined": 0,
+}
 
 
 def config(*names: str) -> config_lib.Config:
