@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,12 +156,43 @@ def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactor
   return folder
 
 
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Evaluation folders of all benchmarks, in the official formats."""
+  from tests.tasks import formats
+
+  folder = tmp_path_factory.mktemp("eval")
+  for write in formats.WRITERS.values():
+    write(folder)
+  return folder
+
+
+@pytest.fixture
+def own(root: Path, tmp_path: Path) -> Path:
+  """A copy of `root` to damage."""
+  shutil.copytree(root, tmp_path / "eval")
+  return tmp_path / "eval"
+
+
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
-  "test_every_variant", "test_distributed", "test_ladder", "test_smollm2", "test_resume", "test_qlora",
-  "test_step", "test_engine", "test_in_loop", "test_never_lost", "test_demo", "test_stages",
-  "test_sharding", "test_watching", "test_llava", "test_recipes",
-)  # fmt: skip
+  "test_every_variant",
+  "test_distributed",
+  "test_ladder",
+  "test_smollm2",
+  "test_resume",
+  "test_qlora",
+  "test_step",
+  "test_engine",
+  "test_in_loop",
+  "test_never_lost",
+  "test_demo",
+  "test_stages",
+  "test_sharding",
+  "test_watching",
+  "test_llava",
+  "test_recipes",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

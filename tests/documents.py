@@ -17,8 +17,11 @@ from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data import sample_file
 from tests.conftest import REPOSITORY
 
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
-         *sorted((REPOSITORY / "docs").glob("*.md")))  # fmt: skip
+PAGES = (
+  REPOSITORY / "README.md",
+  REPOSITORY / "CONTRIBUTING.md",
+  *sorted((REPOSITORY / "docs").glob("*.md")),
+)
 RECIPES = tuple(sorted((REPOSITORY / "configs").glob("*.py")))
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 VARIABLE = re.compile(r"\w+=")  # set for one command: `PYTHONPATH=deps python x.py`

@@ -134,7 +134,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/data.md", "1 GiB"): "a limit in llava_sp_jax/data/decode.py",
   ("docs/evaluation.md", "60 seconds"): "a limit in llava_sp_jax/tasks/judge.py",
   ("docs/evaluation.md", "95%"): "the level of an interval",
-  ("docs/evaluation.md", "5%"): "ChartQA's rule; tests/eval/test_own_benchmarks.py holds it",
+  ("docs/evaluation.md", "5%"): "ChartQA's rule; tests/tasks/test_vqa_json.py holds it",
   ("docs/pods.md", "90 s"): "a limit in llava_sp_jax/locks.py",
   ("docs/pods.md", "11.2 GB"): "by shapes; tests hold the sizes of checkpoints",
   ("docs/pods.md", "17.2 GB"): "by shapes; tests hold the sizes of checkpoints",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import threading
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax import recipes
+from llava_sp_jax import provenance, recipes
 from llava_sp_jax.results import interval
 from tests.conftest import REPOSITORY
 
 ACCURACY = {"none": (0.80, 0.82, 0.81), "pooling": (0.83, 0.84, 0.86)}
 Calls = list[tuple[str, int]]
+BARE = functools.cache(provenance.bare)  # a source is parsed once, not once a record
 
 
 @pytest.fixture
@@ -46,6 +48,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     return report
 
   monkeypatch.setattr(ablation, "run", run)
+  monkeypatch.setattr(provenance, "bare", BARE)
   monkeypatch.chdir(tmp_path)  # no other records
   monkeypatch.setattr(ablation, "command", lambda *_, **__: None)
   yield ablation, run_easy_vqa, called

@@ -57,6 +57,50 @@ def test_a_check_that_does_not_exist_ends_with_the_known_ones() -> None:
   assert "format, lint, types" in done.stderr
 
 
+def test_every_folder_of_the_package_has_its_folder_of_tests() -> None:
+  rooms = {p.parent.name for p in (REPOSITORY / "llava_sp_jax").glob("*/__init__.py")}
+  assert {p.parent.name for p in (REPOSITORY / "tests").glob("*/test_*.py")} >= rooms > {"models"}
+
+
+PYTHON = """#!/bin/sh
+case "$1 $2" in "-c "*) echo constraints.txt;; "-m pytest") echo "$@";; esac
+"""
+
+
+def run_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+  """scripts/test.sh with a Python that says what it is given."""
+  python = folder / "bin" / "python"
+  python.parent.mkdir(exist_ok=True)
+  python.write_text(PYTHON)
+  python.chmod(0o755)
+  return subprocess.run(
+    ["bash", "scripts/test.sh", *arguments],
+    capture_output=True,
+    text=True,
+    cwd=REPOSITORY,
+    check=False,
+    env={**os.environ, "VENV": str(folder)},
+  )
+
+
+def test_rooms_are_what_pytest_is_given(tmp_path: Path) -> None:
+  done = run_tests(tmp_path, "models", "data", "-k", "anyres")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1].endswith(" tests/models tests/data -k anyres")
+  done = run_tests(tmp_path, "--guards", "plan")
+  assert done.stdout.splitlines()[-1].endswith(" tests/plan -m guard and not slow")
+
+
+def test_a_room_that_does_not_exist_ends_with_the_known_ones(tmp_path: Path) -> None:
+  done = run_tests(tmp_path, "modles", "-x")
+  assert (done.returncode, done.stdout) == (2, "")
+  said, _, known = done.stderr.strip().partition("; known: ")
+  assert said == "scripts/test.sh: no room 'modles'"
+  assert set(known.split(", ")) == {
+    path.parent.name for path in (REPOSITORY / "tests").glob("*/test_*.py")
+  }
+
+
 def test_every_room_is_drawn_and_has_its_reference() -> None:
   drawn = re.findall(r"^\| [\d, ]+ \| (.*?) \|", (DOCS / "architecture.md").read_text(), re.M)
   assert {name for cell in drawn for name in re.findall(r"`(\w+)`", cell)} == set(HEIGHT)

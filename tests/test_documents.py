@@ -30,8 +30,19 @@ from tests.conftest import REPOSITORY
 from tests.documents import PAGES, Command
 
 # Programs of others that the pages call: their options are not ours to know.
-OTHERS = ("[", "gcloud", "hf", "lmms-eval", "mkdir", "mount", "mountpoint", "sphinx-build", "sudo",
-          "unzip", "wget")  # fmt: skip
+OTHERS = (
+  "[",
+  "gcloud",
+  "hf",
+  "lmms-eval",
+  "mkdir",
+  "mount",
+  "mountpoint",
+  "sphinx-build",
+  "sudo",
+  "unzip",
+  "wget",
+)
 # What a part of a command leaves out.
 REST = {"config": "configs/finetune_lora.py", "workdir": "runs/x", "topology": "v5e-16"}
 
@@ -124,9 +135,12 @@ def plan_(words: list[str], partial: bool) -> None:
 
 # Commands whose words are more than their parser alone knows.
 COMMANDS: dict[str, Callable[[list[str], bool], Any]] = {
-  "eval": eval_, "export": export_, "train": train, "plan": plan_,
+  "eval": eval_,
+  "export": export_,
+  "train": train,
+  "plan": plan_,
   "check": check_,
-}  # fmt: skip
+}
 
 
 def llava_sp(command: Command) -> None:

@@ -21,12 +21,22 @@ from llava_sp_jax.tools import arguments
 from tests import documents
 from tests.conftest import REPOSITORY, ConfigMaker
 
-RECIPES = ("easy_vqa", "easy_vqa_smollm2", "pretrain", "finetune_full", "finetune_lora",
-           "finetune_qlora")  # fmt: skip
+RECIPES = (
+  "easy_vqa",
+  "easy_vqa_smollm2",
+  "pretrain",
+  "finetune_full",
+  "finetune_lora",
+  "finetune_qlora",
+)
 COMMANDS = {  # with what they cannot do without
-  "convert": ["in", "out"], "inspect": ["in"], "merge": ["in", "out"], "evaluate": [],
-  "export": ["in", "out", "--format=llava"], "generate": ["--checkpoint=x", "--question=y"],
-}  # fmt: skip
+  "convert": ["in", "out"],
+  "inspect": ["in"],
+  "merge": ["in", "out"],
+  "evaluate": [],
+  "export": ["in", "out", "--format=llava"],
+  "generate": ["--checkpoint=x", "--question=y"],
+}
 
 
 def former(config: config_lib.Config) -> dict[str, typing.Any]:

@@ -22,10 +22,11 @@ SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
 LAUNCHERS = ("launch_tpu_vm", "launch_queued_resource", "launch_slurm")
 CLOUD = ("launch_tpu_vm", "launch_queued_resource")
 RECIPE = "configs/finetune_lora.py:size=7b"
-POD = ["--name", "pod", "--zone", "here-1a", "--type", "v5litepod-16", "--version", "image-1",
-       "--config", RECIPE, "--workdir", "/mnt/share/run"]  # fmt: skip
-JOB = ["--nodes", "2", "--gpus-per-node", "4", "--time", "8:00:00", "--config", RECIPE,
-       "--workdir", "runs/x"]  # fmt: skip
+POD = (
+  f"--name pod --zone here-1a --type v5litepod-16 --version image-1 --config {RECIPE} "
+  "--workdir /mnt/share/run"
+).split()
+JOB = f"--nodes 2 --gpus-per-node 4 --time 8:00:00 --config {RECIPE} --workdir runs/x".split()
 OPTIONS = {"launch_tpu_vm": POD, "launch_queued_resource": POD, "launch_slurm": JOB}
 
 

@@ -29,8 +29,17 @@ def load() -> ModuleType:
 mutations = load()
 SITES = mutations.sites()
 # The least number of sites in each file of them.
-ROOMS = {"data": 21, "models": 20, "train": 23, "eval": 23, "convert": 10, "infer": 15, "plan": 7,
-         "checkpoint": 4, "sharding": 4}  # fmt: skip
+ROOMS = {
+  "data": 21,
+  "models": 20,
+  "train": 23,
+  "eval": 23,
+  "convert": 10,
+  "infer": 15,
+  "plan": 7,
+  "checkpoint": 4,
+  "sharding": 4,
+}
 
 
 def test_every_room_has_its_sites() -> None:

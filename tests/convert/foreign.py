@@ -14,14 +14,31 @@ from llava_sp_jax.models import build
 from tests.convert.test_exports_in_torch import close, run
 from tests.convert.test_round_trip import source
 
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "image_size": 28,
-          "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+VISION = {
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 3,
+  "image_size": 28,
+  "num_attention_heads": 2,
+  "patch_size": 14,
+}
+TEXT = {
+  "hidden_size": 16,
+  "intermediate_size": 24,
+  "num_hidden_layers": 2,
+  "vocab_size": 64,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+}
 IMAGE, SIZE, PATCHES = 63, 28, 4  # the image's token, pixels, tokens of a tile
-PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "resample": 3,
-          "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE},
-          "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
+PIXELS = {
+  "image_mean": [0.4, 0.5, 0.6],
+  "image_std": [0.2, 0.3, 0.25],
+  "resample": 3,
+  "size": {"shortest_edge": SIZE},
+  "crop_size": {"height": SIZE, "width": SIZE},
+  "image_processor_type": "CLIPImageProcessor",
+}
 TOKENS = np.random.default_rng(1).integers(0, TEXT["vocab_size"] - 1, (1, 10))
 
 

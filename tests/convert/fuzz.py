@@ -45,8 +45,25 @@ ODD = [
     ("d", float("nan")),
   )
 ]
-WORDS = [b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"[]", b"{}", b'""', b"-1", b"0.5",
-         b"[" * 2000, b'{"a":' * 40, b"9" * 400, rb'"\ud800"', b'"a":1,"a":2', b"\xff", b","]  # fmt: skip
+WORDS = [
+  b"NaN",
+  b"-Infinity",
+  b"1e999",
+  b"null",
+  b"true",
+  b"[]",
+  b"{}",
+  b'""',
+  b"-1",
+  b"0.5",
+  b"[" * 2000,
+  b'{"a":' * 40,
+  b"9" * 400,
+  rb'"\ud800"',
+  b'"a":1,"a":2',
+  b"\xff",
+  b",",
+]
 
 Arrays = dict[str, np.ndarray]
 ARRAYS: Arrays = {
@@ -229,9 +246,15 @@ def zip_file(folder: Path, draw: random.Random) -> None:
 
 
 KINDS: dict[str, Callable[[Path, random.Random], None]] = {
-  "bin": bin_file, "pickle": pickle_file, "zip": zip_file, "safetensors": safetensors_file,
-  "header": header_file, "gguf": gguf_file, "json": json_file, "index": index_file,
-}  # fmt: skip
+  "bin": bin_file,
+  "pickle": pickle_file,
+  "zip": zip_file,
+  "safetensors": safetensors_file,
+  "header": header_file,
+  "gguf": gguf_file,
+  "json": json_file,
+  "index": index_file,
+}
 
 
 def outcome(kind: str, number: int, folder: Path) -> str:

@@ -102,9 +102,9 @@ def test_an_adapter_that_the_settings_promise_is_missed(llm: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-  "changed", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [0]},
-              {"exclude_modules": ["v_proj"]}],
-)  # fmt: skip
+  "changed",
+  [{"target_modules": ["q_proj"]}, {"layers_to_transform": [0]}, {"exclude_modules": ["v_proj"]}],
+)
 def test_an_adapter_that_the_settings_leave_out(
   llm: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:

@@ -25,13 +25,18 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 REQUIRED = {
-  "embedding_length": WIDTH, "block_count": 1, "attention.head_count": HEADS,
-  "feed_forward_length": MLP, "attention.layer_norm_rms_epsilon": 1e-5,
-}  # fmt: skip
+  "embedding_length": WIDTH,
+  "block_count": 1,
+  "attention.head_count": HEADS,
+  "feed_forward_length": MLP,
+  "attention.layer_norm_rms_epsilon": 1e-5,
+}
 OPTIONAL = {
-  "vocab_size": VOCAB, "attention.head_count_kv": KV_HEADS, "context_length": 64,
+  "vocab_size": VOCAB,
+  "attention.head_count_kv": KV_HEADS,
+  "context_length": 64,
   "rope.freq_base": 5000.0,
-}  # fmt: skip
+}
 
 
 def write(
@@ -188,8 +193,13 @@ def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     ours.open_gguf(tmp_path / "x.gguf")
 
 
-LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA_3 = {
+  "rope_type": "llama3",
+  "factor": 32.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
+}
 
 
 def test_divisors_of_llama_3(tmp_path: Path) -> None:

@@ -19,11 +19,16 @@ from tests.convert.test_formats import GOLDEN
 
 LORA = "cropping/llava-lora"
 FILES = (
-  f"{LORA}/config.json", f"{LORA}/adapter_config.json", f"{LORA}/llava_sp.json",
-  "base-llm/config.json", "base-llm/generation_config.json", "base-llm/tokenizer_config.json",
-  "base-llm/pytorch_model.bin.index.json", "clip-vit-tiny/config.json",
+  f"{LORA}/config.json",
+  f"{LORA}/adapter_config.json",
+  f"{LORA}/llava_sp.json",
+  "base-llm/config.json",
+  "base-llm/generation_config.json",
+  "base-llm/tokenizer_config.json",
+  "base-llm/pytorch_model.bin.index.json",
+  "clip-vit-tiny/config.json",
   "clip-vit-tiny/preprocessor_config.json",
-)  # fmt: skip
+)
 WHOLE: dict[str, Callable[[Path], Any]] = {
   "nothing": lambda path: path.write_bytes(b""),
   "a list": lambda path: path.write_bytes(b"[]"),

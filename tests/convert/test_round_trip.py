@@ -60,8 +60,13 @@ def assert_same(one: Loaded, two: Loaded) -> None:
     assert ours.tobytes() == theirs.tobytes(), path
 
 
-CASES = [*((variant, "float32") for variant in VARIANTS), ("cropping", "bfloat16"), ("pooling", "bfloat16"),
-         ("none", "float16"), ("pooling_transformer", "bfloat16")]  # fmt: skip
+CASES = [
+  *((variant, "float32") for variant in VARIANTS),
+  ("cropping", "bfloat16"),
+  ("pooling", "bfloat16"),
+  ("none", "float16"),
+  ("pooling_transformer", "bfloat16"),
+]
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES)

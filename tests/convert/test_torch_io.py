@@ -112,8 +112,17 @@ def test_an_index_with_a_name_that_no_file_has_is_one_line(sharded: Path, place:
   refused(sharded, "names files that are not there: ")
 
 
-@pytest.mark.parametrize("text", ['{"weights": []}', '{"weight_map": {"a": 1}}', "[]", "{",
-                                  '{"weight_map": ["a"]}', '{"weight_map": {"a": ["x"]}}'])  # fmt: skip
+@pytest.mark.parametrize(
+  "text",
+  [
+    '{"weights": []}',
+    '{"weight_map": {"a": 1}}',
+    "[]",
+    "{",
+    '{"weight_map": ["a"]}',
+    '{"weight_map": {"a": ["x"]}}',
+  ],
+)
 def test_an_index_that_is_no_index_is_named(sharded: Path, text: str) -> None:
   (sharded / INDEX).write_text(text)
   refused(sharded, r"index.json: (expected|not) .*JSON")

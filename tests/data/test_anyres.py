@@ -180,8 +180,13 @@ def test_the_most_tiles_of_a_picture() -> None:
   assert reader().max_tiles == 1
 
 
-SMALL = {"image_aspect": "anyres", "patch_merge": "spatial_unpad", "images_per_row": 5,
-         "grid_pinpoints": ((24, 48), (48, 24), (48, 48)), "row_length": 400}  # fmt: skip
+SMALL = {
+  "image_aspect": "anyres",
+  "patch_merge": "spatial_unpad",
+  "images_per_row": 5,
+  "grid_pinpoints": ((24, 48), (48, 24), (48, 48)),
+  "row_length": 400,
+}
 TILE = Tile(IMAGE_SIZE, IMAGE_SIZE // PATCH_SIZE, 6, newline=True)
 
 

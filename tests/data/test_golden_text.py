@@ -9,45 +9,51 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llava_sp_jax.data import conversation, example, forms, reading
 from llava_sp_jax.data.conversation import TEMPLATES, TextPiece
-from llava_sp_jax.data.tokenizer import SETTINGS_FILE, Tokenizer
+from llava_sp_jax.data.tokenizer import Tokenizer
+from tests.data.golden_tokenizers import GOLDEN, SETTINGS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TEXT = json.loads((GOLDEN / "text.json").read_text())
 LIMIT = TEXT["model_max_length"]
 ENTRIES = TEXT["preprocess"]
-SETTINGS = {
-  "legacy_false": {"legacy": False},
-  "legacy_true": {"legacy": True},
-  "no_bos_chatml": {"legacy": False, "add_bos_token": False,
-                    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
-}  # fmt: skip
-
-TEXT_OF_ALL_KINDS = "the cat sat\non a mat</s> é漢🙂"
 CHATML = ("mpt", "chatml_direct")
 SHORT = (
-  "one_turn_image", "image_after", "image_middle", "two_turns_image", "image_second_turn",
-  "three_turns_text", "one_turn_text", "unicode", "starts_with_gpt", "newlines",
-  "answer_contains_role", "spaces", "answer_with_eos", "plain_caption", "plain_caption2",
-)  # fmt: skip
+  "one_turn_image",
+  "image_after",
+  "image_middle",
+  "two_turns_image",
+  "image_second_turn",
+  "three_turns_text",
+  "one_turn_text",
+  "unicode",
+  "starts_with_gpt",
+  "newlines",
+  "answer_contains_role",
+  "spaces",
+  "answer_with_eos",
+  "plain_caption",
+  "plain_caption2",
+)
 
 # Samples that the original drops with "tokenization mismatch" and that are learned here.
 DROPPED = {
   "v1": ("answer_contains_role", "answer_with_eos"),
   "v1_mmtag": ("answer_contains_role", "answer_with_eos"),
   "llava_llama_2": ("answer_with_eos",),
-  "mistral_instruct": ("two_turns_image", "image_second_turn", "three_turns_text",
-                       "answer_with_eos"),
+  "mistral_instruct": (
+    "two_turns_image",
+    "image_second_turn",
+    "three_turns_text",
+    "answer_with_eos",
+  ),
   **dict.fromkeys(CHATML, SHORT),
-}  # fmt: skip
+}
 
 # Labels that slip in the original: v0 counts tokens of every turn that are in none; mpt and chatml
 # begin one token early and leave out the last end mark.
@@ -84,20 +90,6 @@ RAISES = {
     "answer_with_eos",
   )
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-  result = {}
-  for name, settings in SETTINGS.items():
-    folder = tmp_path_factory.mktemp("tokenizers") / name
-    folder.mkdir()
-    for file in ("tokenizer.model", SETTINGS_FILE, "special_tokens_map.json"):
-      shutil.copyfile(GOLDEN / "base-llm" / file, folder / file)
-    values = json.loads((folder / SETTINGS_FILE).read_text())
-    (folder / SETTINGS_FILE).write_text(json.dumps(values | settings))
-    result[name] = Tokenizer(folder)
-  return result
 
 
 def ids_and_labels(runs: list[example.Run]) -> tuple[list[int], list[int]]:
@@ -291,47 +283,3 @@ def test_rows_are_padded_as_the_original_pads(tokenizers: dict[str, Tokenizer]) 
     assert row.length == count
     assert row.tokens.tolist() == [max(i, 0) for i in wanted]
     assert not row.segments[count:].any()
-
-
-def test_a_folder_saved_is_the_same_tokenizer(
-  tokenizers: dict[str, Tokenizer], tmp_path: Path
-) -> None:
-  for name, tokenizer in tokenizers.items():
-    tokenizer.save(tmp_path / name)
-    again = Tokenizer(tmp_path / name)
-    assert again.spans(TEXT_OF_ALL_KINDS) == tokenizer.spans(TEXT_OF_ALL_KINDS)
-    assert (len(again), again.bos_id, again.eos_id) == (
-      len(tokenizer),
-      tokenizer.bos_id,
-      tokenizer.eos_id,
-    )
-  assert [len(t) for t in tokenizers.values()] == [512, 512, 514]
-
-
-def test_added_tokens_of_older_and_newer_folders(
-  tokenizers: dict[str, Tokenizer], tmp_path: Path
-) -> None:
-  """`added_tokens.json`, and `added_tokens_decoder` in the settings, name ids of their own."""
-  folder = tmp_path / "added"
-  tokenizers["legacy_false"].save(folder)
-  settings = json.loads((folder / SETTINGS_FILE).read_text())
-  settings["added_tokens_decoder"] = {"513": {"content": "<box>"}}
-  settings["pad_token"] = {"content": "<pad>"}
-  (folder / SETTINGS_FILE).write_text(json.dumps(settings))
-  (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 512}))
-  tokenizer = Tokenizer(folder)
-  assert len(tokenizer) == 514
-  assert tokenizer.encode("a<box>b<pad>")[1::2] == (513, 512)
-
-
-def test_a_fast_tokenizer_with_a_blank_in_front_reads_as_sentencepiece(
-  tokenizers: dict[str, Tokenizer], tmp_path: Path
-) -> None:
-  """A tokenizer.json made from the same model."""
-  from transformers import AutoTokenizer
-
-  AutoTokenizer.from_pretrained(str(tokenizers["legacy_false"].path)).save_pretrained(str(tmp_path))
-  assert not (tmp_path / "tokenizer.model").exists()
-  fast = Tokenizer(tmp_path)
-  text = "USER: hello there\nyou"
-  assert fast.spans(text) == tokenizers["legacy_false"].spans(text)

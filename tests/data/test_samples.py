@@ -199,14 +199,32 @@ def test_one_token_too_many_is_cut_and_counted(
 
 
 # Settings that change no size. All others must change the name under which sizes are kept.
-NO_SIZE = {"threads", "processes", "packing", "bucket_lengths", "augment", "image_mean", "image_std",
-           "path", "tokenizer"}  # fmt: skip
+NO_SIZE = {
+  "threads",
+  "processes",
+  "packing",
+  "bucket_lengths",
+  "augment",
+  "image_mean",
+  "image_std",
+  "path",
+  "tokenizer",
+}
 OTHER: dict[str, Any] = {
-  "source": "tfds", "template": "plain", "turns": "branch", "too_long": "quarantine",
-  "image_aspect": "square", "image_fit": "stretch", "patch_merge": "spatial", "packing": "buckets",
-  "augment": "none", "grid_pinpoints": ((24, 48),), "bucket_lengths": (9,), "image_mean": (0.1,) * 3,
+  "source": "tfds",
+  "template": "plain",
+  "turns": "branch",
+  "too_long": "quarantine",
+  "image_aspect": "square",
+  "image_fit": "stretch",
+  "patch_merge": "spatial",
+  "packing": "buckets",
+  "augment": "none",
+  "grid_pinpoints": ((24, 48),),
+  "bucket_lengths": (9,),
+  "image_mean": (0.1,) * 3,
   "image_std": (0.1,) * 3,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(config_lib.DataConfig)])

@@ -126,7 +126,7 @@ def test_a_wait_for_data_ends_in_all(
 
 @pytest.mark.guard
 def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> None:
-  """`tests/test_processes.py` has this without a model, for either of the two."""
+  """`tests/distributed/test_processes.py` has this without a model, for either of the two."""
   two = Cluster(
     config_file,
     tmp_path / "run",

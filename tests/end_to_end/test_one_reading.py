@@ -27,13 +27,21 @@ from llava_sp_jax.models import build
 from tests.conftest import COLORS, REPOSITORY, VOCAB_SIZE
 
 SMALL = {
-  "model.tower.image_size": 24, "model.tower.patch_size": 4, "model.tower.width": 32,
-  "model.tower.layers": 2, "model.tower.mlp_width": 64,
-  "model.language_model.vocab_size": VOCAB_SIZE, "model.language_model.width": 32,
-  "model.language_model.heads": 4, "model.language_model.kv_heads": 2,
-  "model.language_model.head_dim": 8, "model.language_model.mlp_width": 64,
-  "model.projector.token_width": 16, "train.batch_size": 8, "train.log_every": 40,
-}  # fmt: skip
+  "model.tower.image_size": 24,
+  "model.tower.patch_size": 4,
+  "model.tower.width": 32,
+  "model.tower.layers": 2,
+  "model.tower.mlp_width": 64,
+  "model.language_model.vocab_size": VOCAB_SIZE,
+  "model.language_model.width": 32,
+  "model.language_model.heads": 4,
+  "model.language_model.kv_heads": 2,
+  "model.language_model.head_dim": 8,
+  "model.language_model.mlp_width": 64,
+  "model.projector.token_width": 16,
+  "train.batch_size": 8,
+  "train.log_every": 40,
+}
 STAGES = {
   "pretrain": {"train.steps": 60, "data.row_length": 80},
   "finetune": {"train.steps": 80, "data.row_length": 200},

@@ -22,7 +22,7 @@ from llava_sp_jax.models.quantize import FORMATS, is_quantized
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.training import loop
 from tests.conftest import WIDE, ConfigMaker
-from tests.train.test_stages import qlora
+from tests.training.test_stages import qlora
 
 GATE = "language_model/layers/gate_proj/kernel"
 

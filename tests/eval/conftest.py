@@ -1,22 +1,14 @@
-"""The tiny trained run as it is loaded, its engine, and an engine that answers from a script."""
+"""The tiny trained run as it is loaded, and its engine."""
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from llava_sp_jax.config import Config
 from llava_sp_jax.infer import pretrained
-from llava_sp_jax.infer.engine import Answer, Counts, Engine, Request
+from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.results import predictions
-from tests.eval import formats
 
 
 @pytest.fixture(scope="session")
@@ -27,71 +19,3 @@ def loaded(run_folder: Path) -> pretrained.Pretrained:
 @pytest.fixture(scope="session")
 def engine(loaded: pretrained.Pretrained) -> Engine:
   return Engine(loaded, batch_size=4, generation=Generation(max_new_tokens=4))
-
-
-class Tokenizer:
-  """One that nothing is read with."""
-
-  def fingerprint(self) -> str:
-    return "no tokenizer"
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Evaluation folders of all benchmarks, in the official formats."""
-  folder = tmp_path_factory.mktemp("eval")
-  for write in formats.WRITERS.values():
-    write(folder)
-  return folder
-
-
-@pytest.fixture
-def own(root: Path, tmp_path: Path) -> Path:
-  """A copy to damage."""
-  shutil.copytree(root, tmp_path / "eval")
-  return tmp_path / "eval"
-
-
-class Scripted(Engine):
-  """Says `texts` in turn, whatever is asked; `fails` at images by name; may die on the way."""
-
-  def __init__(
-    self,
-    dies_after: int = 0,
-    tokens: int = 4,
-    texts: Iterable[str] = ("yes",),
-    fails: Mapping[str, str] | None = None,
-  ):
-    self._generation = Generation(max_new_tokens=tokens)
-    tokenizer: Any = Tokenizer()
-    self.pretrained = pretrained.Pretrained(Config(), {"w": np.ones(3, np.float32)}, tokenizer)
-    self.counts = Counts()
-    self.asked: list[str] = []
-    self.numbers: list[int | None] = []
-    self._dies_after, self._texts, self._fails = dies_after, list(texts), fails or {}
-
-  def forget(self) -> None:
-    self._fails = {}
-
-  def as_ready(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
-    for index, request in enumerate(requests):
-      if self._dies_after and len(self.asked) == self._dies_after:
-        1 / 0  # noqa: B018
-      (image,) = request.images
-      name = image.name if isinstance(image, Path) else "bytes"
-      self.asked.append(name)
-      self.numbers.append(request.number)
-      self.counts = dataclasses.replace(self.counts, requests=self.counts.requests + 1)
-      error = self._fails.get(name, "")
-      text = "" if error else self._texts[len(self.asked) % len(self._texts)]
-      yield index, Answer(text, (), error)
-
-
-def by_id(folder: Path) -> dict[str, Any]:
-  """All answers of a result folder."""
-  records = predictions.read_file(folder / predictions.FILE)
-  for record in records:
-    del record["margin"]  # the last bits depend on the batch
-  found = {record["id"]: record for record in records}
-  assert len(found) == len(records), "an id is there twice"
-  return found

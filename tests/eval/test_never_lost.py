@@ -16,7 +16,7 @@ import pytest
 from llava_sp_jax import cli
 from llava_sp_jax.results import predictions
 from tests.conftest import DEVICES_FLAG, REPOSITORY
-from tests.eval.conftest import by_id
+from tests.eval.scripted import by_id
 
 QUESTIONS, PATIENCE = 240, 300  # seconds
 

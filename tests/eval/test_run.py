@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ from llava_sp_jax import __version__
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.results import interval, predictions, report
-from llava_sp_jax.results.predictions import Part
+from llava_sp_jax.results import predictions, report
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
-from llava_sp_jax.tasks.task import EvalError, Item, Prediction, mean_by_kind
-from tests.eval.conftest import Scripted, by_id
+from llava_sp_jax.tasks.task import EvalError, Item
+from tests.eval.scripted import Scripted, by_id
 
 
 @pytest.fixture
@@ -261,109 +258,6 @@ def test_a_damaged_line_is_named(tiny_data: Path, tmp_path: Path) -> None:
     run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path)
 
 
-def test_one_part_is_written_by_one_process(tiny_data: Path, tmp_path: Path) -> None:
-  with (
-    predictions.PredictionWriter(tmp_path, Part()),
-    pytest.raises(EvalError, match="another process is writing it"),
-  ):
-    predictions.PredictionWriter(tmp_path, Part())
-  predictions.PredictionWriter(tmp_path, Part()).__exit__()
-
-
-def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Path) -> None:
-  task = EasyVqa(tiny_data)
-  whole = run_lib.run(task, Scripted(), tmp_path / "whole")
-  out, engines = tmp_path / "parts", [Scripted(), Scripted(), Scripted()]
-  for i in (0, 2):
-    said = run_lib.run(task, engines[i], out, part=Part(i, 3))
-    assert said["part"] == f"{i}/3"
-    assert said["missing"] == 12 - said["answered"] > 0
-    assert not (out / "scores.json").exists()
-  with pytest.raises(EvalError, match=r"4 of 12 questions were not asked yet \(test-1"):
-    run_lib.finish(task, out)
-  scores = run_lib.run(task, engines[1], out, part=Part(1, 3))
-  assert sorted(path.name for path in out.glob("predictions*")) == [
-    "predictions.0-of-3.jsonl",
-    "predictions.1-of-3.jsonl",
-    "predictions.2-of-3.jsonl",
-    "predictions.jsonl",
-  ]
-  asked = [image for engine in engines for image in engine.asked]
-  assert len(asked) == len(set(asked)) == 12
-  assert sorted(n for engine in engines for n in engine.numbers if n is not None) == list(range(12))
-  assert scores["by_kind"] == whole["by_kind"]
-  assert scores["sessions"] == 3
-  assert scores["engine"]["requests"] == 12
-  assert by_id(out) == by_id(tmp_path / "whole")
-  assert run_lib.finish(task, out) == scores
-
-
-def test_another_number_of_hosts_finishes_what_some_began(tiny_data: Path, tmp_path: Path) -> None:
-  task, alone = EasyVqa(tiny_data), Scripted()
-  run_lib.run(task, Scripted(), tmp_path, part=Part(1, 3))
-  scores = run_lib.run(task, alone, tmp_path)
-  assert len(alone.asked) == 8
-  assert scores["answered"] == 12
-
-
-def test_a_part_keeps_the_questions_of_an_image_together() -> None:
-  items = [Item(f"{i}", "q", (Path(f"{i % 7}.png"),), "k", None) for i in range(40)]
-  parts = [Part(i, 3).choose(items) for i in range(3)]
-  assert sorted(int(item.id) for part in parts for item in part) == list(range(40))
-  images = [{item.images for item in part} for part in parts]
-  assert sum(len(part) for part in images) == 7
-  assert max(map(len, parts)) - min(map(len, parts)) <= 6
-
-
-def test_questions_about_no_image_are_divided_too() -> None:
-  items = [Item(f"{i}", "q", (), "k", None) for i in range(40)]
-  parts = [Part(i, 3).choose(items) for i in range(3)]
-  assert sorted(int(item.id) for part in parts for item in part) == list(range(40))
-  assert sorted(map(len, parts)) == [13, 13, 14]
-
-
-def test_hosts_that_start_at_once_do_not_disturb_each_other(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """Each sees no settings and writes them, though all have the same process id."""
-  monkeypatch.setattr("os.getpid", lambda: 1)
-  together = threading.Barrier(8)
-  kept = predictions.replace
-
-  def at_once(path: Path, text: str) -> None:
-    together.wait(30)
-    for _ in range(20):
-      kept(path, text)
-
-  monkeypatch.setattr(predictions, "replace", at_once)
-  with concurrent.futures.ThreadPoolExecutor(8) as hosts:
-    list(hosts.map(lambda _: predictions.check_settings(tmp_path, {"a": 1}, {}), range(8)))
-  assert [path.name for path in tmp_path.iterdir()] == [predictions.SETTINGS]
-
-
-def test_a_host_that_is_a_moment_late_takes_the_settings_of_the_first(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """The first writes its settings and an answer while the second looks."""
-  looks = Path.glob
-
-  def first_is_faster(folder: Path, pattern: str) -> Any:
-    monkeypatch.setattr(Path, "glob", looks)
-    predictions.check_settings(folder, {"a": 1}, {})
-    (folder / "predictions.0-of-2.jsonl").write_text("")
-    return folder.glob(pattern)
-
-  monkeypatch.setattr(Path, "glob", first_is_faster)
-  predictions.check_settings(tmp_path, {"a": 1}, {})
-
-
-@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])
-def test_parts_that_are_none(text: str) -> None:
-  with pytest.raises(EvalError, match=r"--part: expected I/N|parts are counted from 0/N"):
-    predictions.parse_part(text)
-  assert str(predictions.parse_part("1/2")) == "1/2"
-
-
 def test_images_inside_the_data_are_named_by_their_hash(tiny_data: Path) -> None:
   picture = (tiny_data / "images" / "0.png").read_bytes()
   item = Item("x", "q", (picture,), "k", "yes")
@@ -374,47 +268,7 @@ def test_images_inside_the_data_are_named_by_their_hash(tiny_data: Path) -> None
   assert line["verdict"] == {"score": 1.0}
 
 
-def test_the_interval_covers_the_mean_and_draws_images() -> None:
-  """Scores that agree within an image are less sure than as many independent ones."""
-  scores = [float(i // 10 % 3 > 0) for i in range(600)]
-  together = interval.bootstrap(scores, [str(i // 10) for i in range(600)])
-  apart = interval.bootstrap(scores, [str(i) for i in range(600)])
-  assert together is not None
-  assert apart is not None
-  assert together["mean"] == apart["mean"] == pytest.approx(2 / 3)
-  assert together["low"] < apart["low"] < 2 / 3 < apart["high"] < together["high"]
-  # The standard error of a mean of 60 images is sqrt(2/9/60) = .061; the interval is +-1.96 of it.
-  assert together["high"] - together["low"] == pytest.approx(2 * 1.96 * 0.0609, rel=0.15)
-  assert interval.bootstrap([1.0, 0.0], ["a", "a"]) is None
-
-
-def test_means_by_kind_count_what_was_answered() -> None:
-  items = [Item(str(i), "q", (), kind, "red") for i, kind in enumerate(["shape"] * 3 + ["colour"])]
-  predictions = {
-    "0": Prediction("0", "red"),
-    "1": Prediction("1", "blue"),
-    "2": Prediction("2", "red", error="no such file"),
-  }
-  assert mean_by_kind(items, predictions, lambda i, t: {"score": t == i.truth}) == {
-    "all": {"accuracy": 0.5, "items": 2, "asked": 4},
-    "shape": {"accuracy": 0.5, "items": 2, "asked": 3},
-    "colour": {"accuracy": 0.0, "items": 0, "asked": 1},
-  }
-
-
-def test_exact_match_after_stripping_blanks(tiny_data: Path) -> None:
-  task = EasyVqa(tiny_data)
-  item = Item("x", "q", (), "colour", "red")
-  assert [task.verdict(item, t)["score"] for t in (" red\n", "Red", "red.")] == [1, 0, 0]
-  assert {i.kind for i in task.items()} == {"yes/no", "shape", "colour"}
-
-
 def test_the_data_s_hash_changes_with_the_data(damaged: Path) -> None:
   before = EasyVqa(damaged).data_hash()
   (damaged / "test.json").write_text((damaged / "test.json").read_text() + " ")
   assert EasyVqa(damaged).data_hash() != before
-
-
-def test_missing_data_says_how_to_write_it(tmp_path: Path) -> None:
-  with pytest.raises(FileNotFoundError, match=r"write it with scripts/prepare_easy_vqa.py --out"):
-    EasyVqa(tmp_path)

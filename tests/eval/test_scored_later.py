@@ -15,8 +15,8 @@ from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.judge import Ask
 from llava_sp_jax.tasks.mmbench import MmBench
-from tests.eval import formats
-from tests.eval.conftest import Scripted, by_id
+from tests.eval.scripted import Scripted, by_id
+from tests.tasks import formats
 
 
 def judge(ask: Ask) -> str:

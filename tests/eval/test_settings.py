@@ -20,14 +20,22 @@ from llava_sp_jax.results import predictions
 from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.task import EvalError, Item
+from tests.checkpoints.test_checkpoint import another, changed, keys
 from tests.conftest import ConfigMaker
-from tests.eval.conftest import Scripted, by_id
-from tests.test_checkpoint import another, changed, keys
+from tests.eval.scripted import Scripted, by_id
 
 # Of the model, what answers do not depend on; of the data, what they do.
 FASTER = {"frozen_dtype", "scan_unroll", "remat", "attention"}
-READS = {"template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
-         "image_mean", "image_std"}  # fmt: skip
+READS = {
+  "template",
+  "image_aspect",
+  "image_fit",
+  "image_resample",
+  "grid_pinpoints",
+  "patch_merge",
+  "image_mean",
+  "image_std",
+}
 
 
 @pytest.mark.parametrize(

@@ -16,27 +16,13 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.infer.engine import Answer, Engine, EngineLayout, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.prompts import LostImageError, Pictures
-from llava_sp_jax.models import build
-from tests.conftest import ConfigMaker
-from tests.infer.tiny import Oracle, questions, random_model
+from tests.infer.tiny import Oracle, random_model
 
 NEW = 6
 GENERATION = Generation(max_new_tokens=NEW)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_config: ConfigMaker) -> Pretrained:
-  return random_model(tiny_config("finetune"))
-
-
-@pytest.fixture(scope="module")
-def asked(tiny_data: Path) -> list[Request]:
-  return questions(tiny_data)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +118,10 @@ LAYOUTS = {
   "one at a time": (1, EngineLayout()),
   "nothing shared": (4, EngineLayout(share=False)),
   "other buckets, no memory": (
-    3, EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3)
+    3,
+    EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3),
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -165,66 +152,6 @@ def test_no_answer_depends_on_the_mesh(
   assert ids(engine.answer(asked)) == wanted
   kernel = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel"]
   assert len(kernel.addressable_shards[0].data) * fsdp == kernel.shape[0]
-
-
-def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
-  model: Pretrained, asked: list[Request], tiny_data: Path
-) -> None:
-  asked = asked[:9]  # about three images, and one about none
-  engine = Engine(model, 4, GENERATION, layout=EngineLayout(suffix=64))  # one bucket of questions
-  engine.warm_up(asked)
-  engine.forget()
-  counts = engine.counts
-  before = dataclasses.replace(counts)
-  list(engine.answer(asked))
-  assert counts.compiles == before.compiles
-  for name in ("distinct_images", "encoder_calls", "prefills", "prefix_hits"):
-    setattr(counts, name, getattr(counts, name) - getattr(before, name))
-  assert (counts.distinct_images, counts.encoder_calls, counts.encoder_ratio) == (3, 3, 1.0)
-  assert counts.images_asked == sum(bool(r.images) for r in asked) == 8
-  assert counts.prefills == 3 + 1  # the system text goes before all images
-  assert counts.prefix_hits == 8 - 3
-  assert counts.requests == counts.admitted == len(asked)
-  before = dataclasses.replace(counts)
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-  )
-  again = [Request(r.question + " ", r.images, r.system) for r in reversed(asked)]
-  list(engine.answer([*again, *asked]))
-  assert counts.compiles == before.compiles
-  assert compiled == []
-  assert counts.encoder_calls == before.encoder_calls
-  assert counts.prefills == before.prefills
-  jax.jit(lambda x: x + 41)(np.ones(3)).block_until_ready()
-  assert compiled, "the listener must hear of compilations"
-
-
-def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_data: Path) -> None:
-  """Prefixes of one size that are made of pieces of other sizes, before questions of other lengths."""
-  layout = EngineLayout(capacity=1, suffix=4, groups=2)
-  engine = Engine(model, 2, Generation(max_new_tokens=1), layout=layout)
-  images = (tiny_data / "images" / "0.png",)
-
-  def request(words: int, question: str) -> Request:
-    return Request(question, images, system="a " * words)
-
-  def sizes(words: int) -> list[int]:
-    *before, _ = engine._prompts(request(words, "red?")).pieces
-    return [engine._prefixes.capacity(before[: i + 1]) for i in range(len(before))]
-
-  short = next(
-    n
-    for n in range(8, 40)
-    if len(sizes(n)) == 2 and sizes(n)[0] < sizes(n + 1)[0] and sizes(n)[1] == sizes(n + 1)[1]
-  )
-  long = "is it blue, or teal, or green?"
-  asked = [request(short, "red?"), request(short, long), request(short + 1, "red?")]
-  engine.warm_up(asked)
-  engine.forget()
-  before = engine.counts.compiles
-  ids(engine.answer([asked[2], asked[1], *asked]))
-  assert engine.counts.compiles == before
 
 
 def test_answers_come_as_they_are_ready(
@@ -328,25 +255,6 @@ def test_an_image_that_vanishes_costs_its_own_questions(
   assert ids(engine.answer(others)) == wanted[2:4]
   monkeypatch.undo()
   engine.forget()
-
-
-def test_an_image_of_another_size_is_not_taken_for_the_first(
-  tiny_config: ConfigMaker, tmp_path: Path
-) -> None:
-  """Its tiles would be others than the prompt has places for."""
-  config = tiny_config("finetune")
-  side = config.model.tower.image_size
-  pinpoints = ((side, 2 * side), (2 * side, side), (2 * side, 2 * side))
-  data = dataclasses.replace(config.data, image_aspect="anyres", grid_pinpoints=pinpoints)
-  tile = anyres.Tile(*build.tile_shape(config.model))
-  pictures, path = Pictures(anyres.Reader(data, tile)), tmp_path / "a.png"
-  Image.new("RGB", (side, 2 * side)).save(path)
-  assert pictures.plan("key", path).tiles == len(pictures.tiles("key", path)) == 3
-  assert len(pictures.tiles("key", path)) == 3
-  Image.new("RGB", (2 * side, 2 * side)).save(path)
-  with pytest.raises(LostImageError, match="key: is not the picture that it was") as raised:
-    pictures.tiles("key", path)
-  assert raised.value.key == "key"
 
 
 def test_an_image_may_be_a_path_bytes_or_a_picture(engine: Engine, asked: list[Request]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_sp_jax.models.lora import LoraDense, LoraRecipe, keep
+from llava_sp_jax.models.lora import LoraDense, LoraRecipe, fused, keep
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
@@ -61,22 +61,22 @@ def test_layers_read_their_input_through_one_matmul() -> None:
   """`fused` gives what each layer gives alone, and its program has one product with A."""
 
   class Pair(nn.Module):
-    fused: bool
+    together: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
       layers = [
         LoraDense(n, rank=2, alpha=4.0, use_bias=False, name=f"l{n}") for n in (3, 5, 5 + 2)
       ]
-      return fused(layers, x) if self.fused else [layer(x) for layer in layers]
+      return fused(layers, x) if self.together else [layer(x) for layer in layers]
 
   params = Pair(False).init(jax.random.key(0), X)
   assert jax.tree.structure(Pair(True).init(jax.random.key(0), X)) == jax.tree.structure(params)
   noise = np.random.default_rng(2)
   params = jax.tree.map(lambda p: jnp.asarray(noise.normal(size=p.shape), jnp.float32), params)
   products = {}
-  for fused in (True, False):
-    products[fused] = str(jax.make_jaxpr(Pair(fused).apply)(params, X)).count("dot_general")
+  for together in (True, False):
+    products[together] = str(jax.make_jaxpr(Pair(together).apply)(params, X)).count("dot_general")
   assert products == {True: 3 + 1 + 3, False: 3 + 3 + 3}
   for ours, alone in zip(Pair(True).apply(params, X), Pair(False).apply(params, X), strict=True):
     np.testing.assert_allclose(ours, alone, atol=1e-5)
@@ -114,8 +114,8 @@ def test_adapters_are_scaled_by_alpha_over_rank(params: dict, alpha: float) -> N
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
-@pytest.mark.parametrize("fused", [False, True])
-def test_dropout_leaves_the_mean_as_it_is(params: dict, rate: float, fused: bool) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_dropout_leaves_the_mean_as_it_is(params: dict, rate: float, together: bool) -> None:
   """Over many keys the adapter's part is what it is at inference: what is kept is scaled up."""
   with_b = {**params, "lora_b": np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)}
   dense = {name: LoraDense(5, rank=2, alpha=3.0, dropout=rate, name=name) for name in "ab"}
@@ -124,7 +124,7 @@ def test_dropout_leaves_the_mean_as_it_is(params: dict, rate: float, fused: bool
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
       layers = [m.clone(parent=self) for m in dense.values()]
-      return fused(layers, x) if fused else [layer(x) for layer in layers]
+      return fused(layers, x) if together else [layer(x) for layer in layers]
 
   variables = {"params": dict.fromkeys("ab", with_b)}
   calm = np.stack(Pair().apply(variables, X))

@@ -21,14 +21,14 @@ import numpy as np
 
 from llava_sp_jax.models import build
 from llava_sp_jax.training import state, step
-from tests.parity import ladder
+from tests.parity import cases
 
 
-def gradients(case: ladder.Case, dtype: str) -> dict[str, np.ndarray]:
+def gradients(case: cases.Case, dtype: str) -> dict[str, np.ndarray]:
   """Gradients of the batch's loss under the original's names, computed in `dtype`."""
   model = dataclasses.replace(case.model, dtype=dtype, frozen_dtype=dtype)
   module = build.model(model)
-  config = ladder.training_config(case, 0.0, 0.0)
+  config = cases.training_config(case, 0.0, 0.0)
   trainable, frozen = state.split(case.params, config)
   cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
   trainable, frozen = cast(trainable), cast(frozen)
@@ -37,12 +37,12 @@ def gradients(case: ladder.Case, dtype: str) -> dict[str, np.ndarray]:
   def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
     return step.loss_and_counts(module, state.join(trainable, frozen), batch, chunk=500)[0]
 
-  names = ladder.learning_names(np.load(ladder.GOLDEN / case.name / "grads.npz"))
+  names = cases.learning_names(np.load(cases.GOLDEN / case.name / "grads.npz"))
   grads = jax.jit(jax.grad(loss_fn))(trainable, frozen, batch)
   return dict(case.torch_arrays(grads, names))
 
 
-def differences(case: ladder.Case) -> Iterator[tuple[str, float, float]]:
+def differences(case: cases.Case) -> Iterator[tuple[str, float, float]]:
   """(name, of the stored torch gradient, of our float32 gradient), both to float64."""
   ours = gradients(case, "float32")
   with jax.enable_x64(True):
@@ -52,24 +52,24 @@ def differences(case: ladder.Case) -> Iterator[tuple[str, float, float]]:
       exact = gradients(case, "float64")
     finally:
       jnp.float32 = single
-  stored = np.load(ladder.GOLDEN / case.name / "grads.npz")
+  stored = np.load(cases.GOLDEN / case.name / "grads.npz")
   for name, truth in exact.items():
     assert truth.dtype == np.float64, name
     scale = np.abs(truth).max()
     full = f"grad/{name}" in stored
     torch = stored[f"grad/{name}" if full else f"probe/{name}"]
-    same = truth if full else ladder.probe(truth, 32)
+    same = truth if full else cases.probe(truth, 32)
     yield name, np.abs(torch - same).max() / scale, np.abs(ours[name] - truth).max() / scale
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("cases", nargs="*", default=list(ladder.TRAINED))
+  parser.add_argument("cases", nargs="*", default=list(cases.TRAINED))
   print(
     "| case | torch float32 to float64 | ours float32 to float64 | tensors |\n|---|---|---|---|"
   )
   for name in parser.parse_args().cases:
-    rows = list(differences(ladder.case(name)))
+    rows = list(differences(cases.case(name)))
     print(
       f"| {name} | {max(r[1] for r in rows):.1e} | {max(r[2] for r in rows):.1e} | {len(rows)} |"
     )

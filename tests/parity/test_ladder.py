@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.parity import ladder
+from tests.parity import cases, ladder
 
 # Cases whose tensors and tokens show all that is their own; what follows is the same code for all.
 SHORT = ("conv224", "dfi_only", "pooling_multiscale_dfi", "siglip27", "tfm336_pool")
@@ -29,14 +29,14 @@ CLIMBS = [
       *[pytest.mark.guard] * ((name, rung) in GUARDS),
     ],
   )
-  for rung, (cases, _) in ladder.RUNGS.items()
-  for name in cases
+  for rung, (named, _) in ladder.RUNGS.items()
+  for name in named
 ]
 
 
 @pytest.mark.parametrize(("name", "rung"), CLIMBS)
 def test_rung_is_within_its_tolerance(name: str, rung: str) -> None:
-  results = list(ladder.RUNGS[rung][1](ladder.case(name)))
+  results = list(ladder.RUNGS[rung][1](cases.case(name)))
   assert results, "a climb without rungs proves nothing"
   beyond = [
     f"{r.rung}: {r.max_abs_diff:.2e} > {r.tolerance:.0e}"
@@ -49,7 +49,7 @@ def test_rung_is_within_its_tolerance(name: str, rung: str) -> None:
 def test_every_tolerance_has_a_rung_and_the_other_way_round() -> None:
   """The climbs name their rungs when they run; the exceptions must name existing ones."""
   for name, rung in ladder.EXCEPTIONS:
-    assert name in ladder.SPECS
+    assert name in cases.SPECS
     assert rung in ladder.TOLERANCES
 
 

@@ -1,0 +1,33 @@
+"""Pictures that are read again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_sp_jax.data import anyres
+from llava_sp_jax.infer.prompts import LostImageError, Pictures
+from llava_sp_jax.models import build
+from tests.conftest import ConfigMaker
+
+
+def test_an_image_of_another_size_is_not_taken_for_the_first(
+  tiny_config: ConfigMaker, tmp_path: Path
+) -> None:
+  """Its tiles would be others than the prompt has places for."""
+  config = tiny_config("finetune")
+  side = config.model.tower.image_size
+  pinpoints = ((side, 2 * side), (2 * side, side), (2 * side, 2 * side))
+  data = dataclasses.replace(config.data, image_aspect="anyres", grid_pinpoints=pinpoints)
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  pictures, path = Pictures(anyres.Reader(data, tile)), tmp_path / "a.png"
+  Image.new("RGB", (side, 2 * side)).save(path)
+  assert pictures.plan("key", path).tiles == len(pictures.tiles("key", path)) == 3
+  assert len(pictures.tiles("key", path)) == 3
+  Image.new("RGB", (2 * side, 2 * side)).save(path)
+  with pytest.raises(LostImageError, match="key: is not the picture that it was") as raised:
+    pictures.tiles("key", path)
+  assert raised.value.key == "key"

@@ -1,0 +1,80 @@
+"""Plans are refused with their largest buffers; records and their formula."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
+from llava_sp_jax.plan import compile as compile_lib
+from llava_sp_jax.plan import cost, memory, report, topologies
+
+GIB = 1 << 30
+
+
+def plan(total: int, seconds: float = 2.0, **about: float) -> report.Plan:
+  largest = (
+    (4 * GIB, "bf16[32,8,2048,4096]", "jit(run)/jvp(LlavaSP)/layers/dynamic_update_slice"),
+  )
+  found = memory.Memory(
+    {"frozen": total // 4, memory.TEMPORARIES: total - total // 4}, total, largest
+  )
+  compiled = compile_lib.Compiled(found, 9.0, {"mesh": {"fsdp": 16}, **about})
+  config = config_lib.from_dict({"name": "x", "train": {"batch_size": 128, "steps": 1000}})
+  return report.Plan(config, topologies.topology("v5e-16"), "train", compiled, cost.Cost(seconds))
+
+
+def test_what_does_not_fit_is_refused_with_its_largest_buffers() -> None:
+  large = plan(20 * GIB)
+  assert not large.fits
+  text = str(report.refusal(large))
+  assert (
+    "does not fit: 20.00 GiB of HBM per chip on v5e-16, 15.75 GiB there; 4.25 GiB too many" in text
+  )
+  assert "4.00 GiB  bf16[32,8,2048,4096]  forward/layers/dynamic_update_slice" in text
+  assert "train.batch_size" in text
+  record = large.record()
+  assert (record["fits"], record["step_seconds"], record["mfu"]) == (False, None, None)
+
+
+def test_records_and_their_formula() -> None:
+  good = plan(8 * GIB, seconds=2.0, useful_flops=2.0 * 16 * 197e12 * 0.5)
+  record = good.record()
+  assert record["mfu"] == 0.5
+  assert record["tokens_per_second"] == 128 * 2048 // 2
+  assert {
+    "model",
+    "topology",
+    "rows",
+    "step_seconds",
+    "mfu",
+    "hbm_gib",
+    "hbm_limit_gib",
+    "predictor",
+  } <= record.keys()
+  text = report.text(good)
+  assert "MFU 0.500" in text
+  assert f"{2.0 * 1000 / 86400:.2f} days" in text
+
+
+def test_records_replace_their_older_selves(tmp_path: Path) -> None:
+  file = tmp_path / "plan"
+  report.append(file, plan(8 * GIB, 2.0, useful_flops=1.0).record())
+  report.append(file, plan(20 * GIB).record() | {"topology": "v5e-64"})
+  records = report.append(file, plan(8 * GIB, 1.5, useful_flops=1.0).record())
+  held = json.loads((tmp_path / "plan.json").read_text())
+  assert held["figures"] == records
+  assert held["record"]["commit"] == provenance.commit()
+  assert [(r["topology"], r["step_seconds"]) for r in records] == [
+    ("v5e-64", None),
+    ("v5e-16", 1.5),
+  ]
+  assert "does not fit" in report.table(records)
+
+
+def test_no_speed_for_gpus() -> None:
+  gpu = dataclasses.replace(plan(8 * GIB), topology=topologies.topology("h100x8"), cost=None)
+  assert "no speed is predicted for h100x8" in report.text(gpu)
+  assert gpu.record()["predictor"] == "memory only"

@@ -1,0 +1,67 @@
+"""llava-sp plan: help and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import pytest
+
+from llava_sp_jax import cli
+from llava_sp_jax.plan import compile as compile_lib
+from llava_sp_jax.plan import topologies
+from tests.conftest import REPOSITORY
+from tests.plan.test_report import GIB, plan
+
+RECIPE = str(REPOSITORY / "configs" / "finetune_lora.py")
+
+
+def test_help_is_instant(capsys: pytest.CaptureFixture) -> None:
+  started = time.monotonic()
+  assert cli.main(["plan", "--help"]) == 0
+  assert time.monotonic() - started < 5
+  printed = capsys.readouterr().out
+  assert all(
+    f"--{name}" in printed for name in ("config", "topology", "what", "search", "out", "full")
+  )
+  assert all(name in printed for name in topologies.SLICES)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--topology", "v5e-16"], "no --config"),
+    ([f"--config={RECIPE}", "--topology=v9"], "--topology: unknown 'v9'; known: "),
+    ([f"--config={RECIPE}", "--topology=v5e-16", "--what=x"], "--what: unknown 'x'"),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--search=many"],
+      "--search: expected a whole number from 0, found 'many'",
+    ),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--top=0"],
+      "--top: expected a whole number from 1",
+    ),
+    ([f"--config={RECIPE}", "--topology=v5e-16", "--frobnicate=1"], "unknown --frobnicate"),
+  ],
+)
+def test_errors(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+  assert cli.main(["plan", *arguments]) == 1
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("options", "fast"), [([], True), (["--full=true"], False), (["--full", "false"], True)]
+)
+def test_full_asks_for_code(
+  options: list[str], fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  asked: list[bool] = []
+
+  def compile_config(config: Any, topology: Any, what: str, keep: Any, fast: bool) -> Any:
+    asked.append(fast)
+    return dataclasses.replace(plan(8 * GIB).compiled, full=not fast)
+
+  monkeypatch.setattr(compile_lib, "compile_config", compile_config)
+  assert cli.main(["plan", f"--config={RECIPE}", "--topology=v5e-16", *options]) == 0
+  assert asked == [fast]
