@@ -12,7 +12,7 @@ project = "llava-sp-jax"
 author = "The llava-sp-jax authors"
 version = release = llava_sp_jax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_api"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_api", "sphinx_notebook"]
 exclude_patterns = ["_ext"]
 smartquotes = False  # docstrings quote values
 
