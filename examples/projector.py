@@ -1,5 +1,7 @@
 """The projector in a model of one's own: it learns to tell four random grids of features apart."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,16 +24,16 @@ def main(steps: int = 20) -> list[float]:
 
   def loss(params: optax.Params) -> jax.Array:
     logits = model.apply(params, features)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
   @jax.jit
-  def step(state: tuple, _: None) -> tuple[tuple, jax.Array]:
+  def step(state: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], jax.Array]:
     value, gradients = jax.value_and_grad(loss)(state[0])
     updates, moments = tx.update(gradients, state[1], state[0])
     return (optax.apply_updates(state[0], updates), moments), value
 
   _, losses = jax.lax.scan(step, (params, tx.init(params)), length=steps)
-  return losses.tolist()
+  return [float(value) for value in losses]
 
 
 if __name__ == "__main__":

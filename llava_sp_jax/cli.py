@@ -6,6 +6,7 @@ import importlib
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 
 from llava_sp_jax import __version__, console, environment
 
@@ -51,7 +52,7 @@ example:
 
 
 # Options of `llava-sp` itself: {option: function that returns the text to print}.
-ABOUT = {
+ABOUT: dict[str, Callable[[], str]] = {
   **dict.fromkeys(("-h", "--help", "help"), usage),
   "--version": lambda: __version__,
 }

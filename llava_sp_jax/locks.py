@@ -76,7 +76,7 @@ class Owner:
     return f"{self.command} (process {self.process} on {self.host}, since {self.since})"
 
 
-class Lock(contextlib.AbstractContextManager):
+class Lock(contextlib.AbstractContextManager["Lock"]):
   """Holds the lock of `folder`.
 
   The folder is created if need be, and removed at the end if it was created and stayed empty.

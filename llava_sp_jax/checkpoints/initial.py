@@ -46,7 +46,8 @@ def initial_params(
     p: _place(found[p], places[p]) if p in found else jax.device_put(random[p], places[p])
     for p in expected
   }
-  return unflatten_dict(placed, sep="/")
+  result: dict[str, Any] = unflatten_dict(placed, sep="/")
+  return result
 
 
 def _place(leaf: Leaf, sharding: Any) -> jax.Array:

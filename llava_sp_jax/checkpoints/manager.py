@@ -27,7 +27,7 @@ from llava_sp_jax.errors import CheckpointError
 Result = TypeVar("Result")
 
 
-class Checkpoints(contextlib.AbstractContextManager):
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   """Manages the checkpoints of one run folder; leaving its block waits for pending writes.
 
   The checksum of every parameter and moment is saved with each step. Computing them takes one pass
@@ -50,7 +50,8 @@ class Checkpoints(contextlib.AbstractContextManager):
   @property
   def latest(self) -> int | None:
     """Returns the newest step that Orbax lists; None without any."""
-    return self._manager.latest_step()
+    result: int | None = self._manager.latest_step()
+    return result
 
   def preempted(self, step: int) -> bool:
     """Returns whether the cluster will stop this job after step `step`.

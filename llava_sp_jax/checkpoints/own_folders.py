@@ -158,7 +158,8 @@ def _floats(loaded: Loaded) -> Leaves:
 
 def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes and dtypes of a model's parameters as a flat dictionary."""
-  return flatten_dict(build.abstract(model), sep="/")
+  result: dict[str, jax.ShapeDtypeStruct] = flatten_dict(build.abstract(model), sep="/")
+  return result
 
 
 def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
@@ -173,7 +174,8 @@ def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str
     flat = flatten_dict(build.initialize(build.unquantized(config.model), rng), sep="/")
     return {path: flat[path] for path in wanted}
 
-  return jax.jit(leaves)(jax.random.key(config.train.seed))
+  result: dict[str, jax.Array] = jax.jit(leaves)(jax.random.key(config.train.seed))
+  return result
 
 
 def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:

@@ -99,7 +99,7 @@ def chunk(leaf: Leaf) -> tuple[int, ...]:
   return tuple(shape)
 
 
-class _Handler(ocp.type_handlers.TypeHandler):
+class _Handler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # orbax has no types
   """Saves `_Tracked` leaves; Orbax's own handler restores them."""
 
   def typestr(self) -> str:

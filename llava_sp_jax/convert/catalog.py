@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava_sp_jax import files
 from llava_sp_jax.convert import settings, torch_io
+from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError
 
 PARTS = ("vision_tower", "projector", "language_model")
@@ -53,7 +54,7 @@ class Folder:
 
   path: Path
   files: frozenset[str]
-  config: settings.Json
+  config: Json
 
   def has(self, *stems: str) -> bool:
     """Returns whether a file, other than JSON, has one of these stems before its first dot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,11 @@ def _blank_in_front_of_every_text(inner: Any) -> None:
 
 
 # Changes that add blanks which sentencepiece adds, but transformers does not.
-_BLANKS = (lambda inner: None, _blank_behind_images, _blank_in_front_of_every_text)
+_BLANKS: tuple[Callable[[Any], None], ...] = (
+  lambda inner: None,
+  _blank_behind_images,
+  _blank_in_front_of_every_text,
+)
 
 
 def _with_row(tensor: Tensor, row: int) -> Tensor:

@@ -87,7 +87,8 @@ def _open(path: Path) -> Container:
 
 def _text(container: Container, key: str) -> str:
   try:
-    return container.values[key].decode()
+    result: str = container.values[key].decode()
+    return result
   except (KeyError, AttributeError, UnicodeDecodeError):
     raise FormatError(f"{container.file.path}: no text under the key {key}") from None
 

@@ -268,10 +268,10 @@ def to_tensors(leaves: Leaves, rows: tuple[tables.NameRule, ...]) -> list[Tensor
       name = target.name.replace("{layer}", str(layer))
 
       def array(leaf: Leaf = leaf, layer: int | None = layer, target: Any = target) -> np.ndarray:
-        if layer is None:
-          return target.layout.to_torch(leaf.read())
         rest = (slice(None),) * (len(leaf.shape) - 1)
-        return target.layout.to_torch(leaf.read((slice(layer, layer + 1), *rest))[0])
+        ours = leaf.read() if layer is None else leaf.read((slice(layer, layer + 1), *rest))[0]
+        there: np.ndarray = target.layout.to_torch(ours)
+        return there
 
       result.append(Tensor(name, path, shape, leaf.dtype, array))
   return result

@@ -154,7 +154,8 @@ class _Machine:
     return data
 
   def number(self, form: str) -> int:
-    return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    result: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    return result
 
   def text(self, length: int) -> str:
     if length > MAX_TEXT:

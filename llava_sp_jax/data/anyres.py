@@ -24,6 +24,7 @@ from llava_sp_jax.data import image as image_lib
 from llava_sp_jax.data.example import NEWLINE, TokenPlan
 
 Size = tuple[int, int]  # width, height
+Order = list[np.ndarray]  # indices of image tokens; their concatenation is what the decoder reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,17 +207,17 @@ def plan(tile: Tile, size: Size, resolution: Size | None, merge: str) -> TokenPl
   return TokenPlan(np.concatenate([part.reshape(-1) for part in order]), tiles, tile.tokens)
 
 
-def _flat(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+def _flat(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> Order:
   """Orders tokens tile by tile: the spatial tokens of a tile, then its patches."""
   return [np.arange(spatial.size + base.size + patches.size, dtype=np.int32)]
 
 
-def _spatial(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+def _spatial(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> Order:
   """Orders tokens: all spatial tokens, patches of tile 0, rows of the canvas with its border."""
   return [spatial, base, patches.transpose(0, 2, 1, 3)]  # [R, g, C, g]
 
 
-def _spatial_unpad(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> list:
+def _spatial_unpad(spatial: np.ndarray, base: np.ndarray, patches: np.ndarray, size: Size) -> Order:
   """Orders like `_spatial`, but without the border and with NEWLINE after every row of the canvas.
 
   Puts NEWLINE after tile 0 when it is the only tile.

@@ -178,7 +178,9 @@ class Lengths:
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
     given = (*about, self._tokenizer.path)
-    waiting: collections.deque[tuple[range, concurrent.futures.Future]] = collections.deque()
+    waiting: collections.deque[tuple[range, concurrent.futures.Future[list[Found]]]] = (
+      collections.deque()
+    )
     done = 0
 
     def found() -> list[Found]:

@@ -120,7 +120,7 @@ class RowMaker:
         ) from None
 
 
-class Batches(grain.DatasetIterator):
+class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
   """Iterates endlessly over batches, from any step.
 
   Batch s holds rows s*B .. (s+1)*B-1 of the stream, of which each process makes some. The data of a

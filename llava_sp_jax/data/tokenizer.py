@@ -214,7 +214,8 @@ class SentencePiece:
     return tuple(result[1:] if alone and result[1][0] in self.special_ids else result)
 
   def decode(self, ids: list[int]) -> str:
-    return self._with_blank.decode([i for i in ids if i not in self.special_ids])
+    result: str = self._with_blank.decode([i for i in ids if i not in self.special_ids])
+    return result
 
   def save(self, folder: Path) -> None:
     for name in (MODEL_FILE, *SIDE_FILES):
@@ -266,7 +267,8 @@ class HuggingFace:
     return tuple(zip(found.input_ids, lasts, strict=True))
 
   def decode(self, ids: list[int]) -> str:
-    return self._inner.decode(ids, skip_special_tokens=True)
+    result: str = self._inner.decode(ids, skip_special_tokens=True)
+    return result
 
   def save(self, folder: Path) -> None:
     self._inner.save_pretrained(str(folder))
@@ -284,7 +286,8 @@ def _last(text: str, start: int, end: int) -> int:
 
 def _content(token: Any) -> str:
   """Returns the text of a token that a settings file gives as text or as {"content": text, ..}."""
-  return token["content"] if isinstance(token, dict) else token
+  result: str = token["content"] if isinstance(token, dict) else token
+  return result
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """Puts the rows of this process, those of `rows`, on devices as arrays over all rows."""
   sharding = NamedSharding(mesh, BATCH)
   if jax.process_count() == 1:
-    return jax.device_put(batch, sharding)
+    result: dict[str, Any] = jax.device_put(batch, sharding)
+    return result
   local = len(next(iter(batch.values())))
   held = len(rows(mesh, _parts(mesh))[0])
   total = local // held * _parts(mesh)
@@ -178,7 +179,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """Puts an array that every process has in full on the devices of all, as `sharding` says."""
   if sharding.is_fully_addressable:
-    return jax.device_put(array, sharding)
+    result: jax.Array = jax.device_put(array, sharding)
+    return result
   return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])
 
 

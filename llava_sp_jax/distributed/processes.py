@@ -298,7 +298,7 @@ def _full(error: BaseException) -> bool:
   return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-class Watchdog(contextlib.AbstractContextManager):
+class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
   """Exits this process when it fails or stalls, so that the others do not wait forever.
 
   JAX ends the survivors of a process that *died* (`peer_seconds`). The watchdog handles the other

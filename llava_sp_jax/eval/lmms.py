@@ -45,7 +45,7 @@ def manifest() -> Any:
   return ModelManifest(model_id=NAME, simple_class_path=PATH)
 
 
-class LlavaSp(Base):
+class LlavaSp(Base):  # type: ignore[misc]  # the package has no types
   """Implements a model of lmms-eval.
 
   Use: `lmms-eval --model llava_sp_jax --model_args pretrained=runs/finetune --batch_size 8`.

@@ -11,6 +11,7 @@ Shape letters:  R rows . n beams . C candidates . N new tokens at most . V vocab
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -136,8 +137,12 @@ class BeamSearch:
     width = min(self.rule.max_new_tokens, cache.capacity)
 
     def move(axis: int, x: jax.Array) -> jax.Array:
-      cut = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis))
-      put = jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis))
+      cut: Callable[..., jax.Array] = jax.vmap(
+        lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis)
+      )
+      put: Callable[..., jax.Array] = jax.vmap(
+        lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis)
+      )
       return put(x, cut(x, start)[parents], start)
 
     return KVCache(*cache_lib.both(move, cache), cache.length)

@@ -46,7 +46,8 @@ def _broadcast(what: list[Any]) -> list[Any]:
   room = 1 << (size - 1).bit_length()  # few sizes, because each one is a compiled program
   data = np.resize(data, room) if jax.process_index() == 0 else np.zeros(room, np.uint8)
   sent = np.asarray(multihost_utils.broadcast_one_to_all(data))
-  return serialization.msgpack_restore(sent[:size].tobytes())
+  result: list[Any] = serialization.msgpack_restore(sent[:size].tobytes())
+  return result
 
 
 def _packed(request: Request) -> dict[str, Any]:

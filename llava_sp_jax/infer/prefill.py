@@ -133,4 +133,5 @@ def _place(
 
     return KVCache(*cache_lib.both(fill, kept, past, new), kept.length)
 
-  return jax.lax.fori_loop(0, sequences.size, once, cache)
+  result: KVCache = jax.lax.fori_loop(0, sequences.size, once, cache)
+  return result

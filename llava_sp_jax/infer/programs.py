@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,8 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import State
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
+
+T = TypeVar("T")
 
 
 class Programs:
@@ -100,12 +102,13 @@ class Programs:
   def widen(self, state: State, capacity: int) -> State:
     """The same rows with room for more."""
     rows = len(state.rows.done)
-    return self._run(
+    result: State = self._run(
       ("widen", rows, state.cache.capacity, capacity),
       lambda s: s._replace(cache=cache_lib.widen(s.cache, capacity)),
       (state,),
       out=self._state_places(rows),
     )
+    return result
 
   def encode(self, tiles: np.ndarray) -> list[jax.Array]:
     """[E, H, W, 3] -> E arrays [N, D]."""
@@ -123,14 +126,18 @@ class Programs:
       return self._module.apply({"params": params}, tiles[None], method="encode_image")[0]
 
     arguments = (self._params, *self._same(tiles))
-    return self._run(("encode_image", len(tiles)), run, arguments, out=self._whole)
+    result: jax.Array = self._run(("encode_image", len(tiles)), run, arguments, out=self._whole)
+    return result
 
   def score(self, batch: dict[str, np.ndarray], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores given tokens, see `log_probabilities.score`; arrays of the host."""
     run = functools.partial(log_probabilities.score, self._module, rule=self._strategy.rule)
     key = ("score", *batch["tokens"].shape, batch["images"].shape[1], at.shape[1])
     arguments = (self._params, {k: self._put(v) for k, v in batch.items()}, self._put(at))
-    return jax.device_get(self._run(key, run, arguments, out=self._whole))
+    result: tuple[np.ndarray, np.ndarray] = jax.device_get(
+      self._run(key, run, arguments, out=self._whole)
+    )
+    return result
 
   def grow(self, group: prefill.Group, capacity: int) -> tuple[prefill.Prefix, ...]:
     """See `prefill.grow`."""
@@ -164,11 +171,11 @@ class Programs:
   def _run(
     self,
     key: tuple[str | int, ...],
-    run: Callable[..., Any],
+    run: Callable[..., T],
     arguments: tuple[Any, ...],
     donate: tuple[int, ...] = (),
     out: Any = None,
-  ) -> Any:
+  ) -> T:
     """Runs the program of that name and those shapes; compiles it where there is none yet."""
     compiled = self._table.get(key)
     if compiled is None:
@@ -186,7 +193,8 @@ class Programs:
       self._counts.compiles += 1
       if self.several:  # none runs before all have compiled
         processes.barrier(f"program {self._counts.compiles} is compiled")
-    return compiled(*arguments)
+    result: T = compiled(*arguments)
+    return result
 
   def _group(self, group: prefill.Group) -> prefill.Group:
     tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])
@@ -219,7 +227,7 @@ def _on(params: Any, mesh: Mesh) -> bool:
   )
 
 
-def _shapes(group: prefill.Group) -> tuple[int, ...]:
+def _shapes(group: prefill.Group) -> tuple[str | int, ...]:
   """G, T, P, M."""
   capacity = group.prefixes[0].values.shape[2] if group.prefixes else 0
   return (*group.tokens.shape, capacity, len(group.tiles[0]) if group.tiles else 0)

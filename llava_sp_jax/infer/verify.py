@@ -70,4 +70,5 @@ def _logits(source: Loaded) -> jax.Array:
     )
     return module.apply(variables, hidden[:, images:], method="logits")
 
-  return run(params)
+  result: jax.Array = run(params)
+  return result

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -28,6 +29,7 @@ from llava_sp_jax.models import layers
 # arrays).
 SAVED = "attention"
 SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+LOWEST = float(np.finfo(np.float32).min)  # the score of a key that is not seen
 BLOCK = 512  # queries and keys per tile of the kernel; if it does not divide T, gcd(T, BLOCK)
 LANES = 128  # the kernel's smallest tile
 # The most queries per key head that are multiplied one by one, when XLA reads keys faster.
@@ -121,7 +123,7 @@ def attend_cached(
   for (keys, _), allowed in ((cached, seen), (new, mask)):
     scores = _scores(spec, q, keys.astype(q.dtype)).astype(jnp.float32)
     scores = scores.reshape(rows, groups, -1, count, keys.shape[3]) / math.sqrt(width)
-    parts.append(jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min))
+    parts.append(jnp.where(allowed[:, None, None], scores, LOWEST))
   top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in parts))
   weights = [jnp.exp(part - top) for part in parts]
   total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
@@ -175,11 +177,16 @@ def _ways(axis: str, mesh: dict[str, int]) -> int:
   return math.prod(mesh.get(name, 1) for name in names)
 
 
-def _xla(case: Case, q, k, v, mask, segments) -> jax.Array:
-  return checkpoint_name(layers.attend(q, k, v, mask), SAVED)
+def _xla(
+  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
+) -> jax.Array:
+  result: jax.Array = checkpoint_name(layers.attend(q, k, v, mask), SAVED)
+  return result
 
 
-def _cudnn(case: Case, q, k, v, mask, segments) -> jax.Array:
+def _cudnn(
+  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
+) -> jax.Array:
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
@@ -213,7 +220,9 @@ def _splash_objections(case: Case) -> list[str]:
   return [reason for reason, found in checks.items() if found]
 
 
-def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
+def _splash(
+  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
+) -> jax.Array:
   """Runs jax's Pallas kernel, each device on its rows and heads; interpreted without a TPU.
 
   Its mask is causal, or the window, and within segments; `mask` is not read. The window counts
@@ -246,7 +255,8 @@ def _splash(case: Case, q, k, v, mask, segments) -> jax.Array:
       residual_checkpoint_name=SAVED,
       interpret=case.platform == "cpu",
     )
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    result: jax.Array = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    return result
 
   q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

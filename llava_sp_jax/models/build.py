@@ -214,7 +214,8 @@ def initialize(config: config_lib.ModelConfig, rng: jax.Array) -> dict[str, Any]
   """Returns random parameters as nested float32 arrays; must be called inside jit."""
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
-  return module.init(rng, *inputs, method=_touch)["params"]
+  result: dict[str, Any] = module.init(rng, *inputs, method=_touch)["params"]
+  return result
 
 
 def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
@@ -223,7 +224,8 @@ def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
 
 def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
   """Returns the parameter tree as shapes and dtypes."""
-  return jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+  result: dict[str, Any] = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+  return result
 
 
 def parameter_counts(config: config_lib.ModelConfig) -> dict[str, int]:

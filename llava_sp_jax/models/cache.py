@@ -32,7 +32,8 @@ class KVCache(NamedTuple):
   @property
   def capacity(self) -> int:
     """Returns S."""
-    return self.values[0].shape[-2]
+    result: int = self.values[0].shape[-2]
+    return result
 
 
 class New(NamedTuple):

@@ -193,7 +193,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         kept.append(name)
         size //= mesh.shape[name]
     parts.append(tuple(kept) or None)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+  result: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+  return result
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -53,7 +53,17 @@ class DecoderBlock(nn.Module):
   attention: AttentionChoice
 
   @nn.compact
-  def __call__(self, x, cache, windowed, angles, mask, segments, near, past):
+  def __call__(
+    self,
+    x: jax.Array,
+    cache: Any,
+    windowed: Any,
+    angles: Any,
+    mask: Any,
+    segments: Any,
+    near: Any,
+    past: Any,
+  ) -> Any:
     dense = functools.partial(
       self.dense,
       use_bias=False,

@@ -72,7 +72,8 @@ class LoraDense(nn.Module):
       low = self.lower(x, a)
     b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, self.features))
     scale = self.alpha / self.rank / (1 - self._rate())  # cheapest here: R < I, features
-    return base(x) + (low * scale) @ b.astype(low.dtype)
+    result: jax.Array = base(x) + (low * scale) @ b.astype(low.dtype)
+    return result
 
   def _rate(self) -> float:
     return self.dropout if self.has_rng("dropout") else 0.0
@@ -86,7 +87,8 @@ class LoraDense(nn.Module):
     x = x.astype(self.dtype or x.dtype)
     if rate := self._rate():
       x = jnp.where(keep(self.make_rng("dropout"), x.shape, rate), x, 0)
-    return checkpoint_name(x @ a.astype(x.dtype), "low")
+    result: jax.Array = checkpoint_name(x @ a.astype(x.dtype), "low")
+    return result
 
 
 def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
@@ -102,13 +104,15 @@ def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     row = _mix(row + jax.lax.broadcasted_iota(jnp.uint32, (*shape[:-1], 1), axis))
     row = row ^ (row >> 16)
   column = jnp.arange(shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + other
-  return _mix(row + column) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  result: jax.Array = _mix(row + column) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  return result
 
 
 def _mix(x: jax.Array) -> jax.Array:
   """Applies murmur3's finalizer without its last line, which only changes lower bits. uint32."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  result: jax.Array = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return result
 
 
 def fused(layers: Sequence[nn.Module], x: jax.Array) -> list[jax.Array]:

@@ -183,7 +183,10 @@ def is_quantized(path: str) -> bool:
 def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of the leaves of a kernel [I, O] or, stacked, [L, I, O]."""
   quantize = form.quantize if len(shape) == 2 else jax.vmap(form.quantize)
-  return jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
+  result: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(
+    quantize, jax.ShapeDtypeStruct(shape, jnp.float32)
+  )
+  return result
 
 
 class QuantizedDense(nn.Module):
@@ -207,7 +210,8 @@ class QuantizedDense(nn.Module):
 
     def leaf(name: str) -> jax.Array:
       def init(_: jax.Array) -> jax.Array:
-        return self.form.quantize(self.kernel_init(key, shape, jnp.float32))[name]
+        result: jax.Array = self.form.quantize(self.kernel_init(key, shape, jnp.float32))[name]
+        return result
 
       return self.param(name, init)
 
@@ -215,10 +219,12 @@ class QuantizedDense(nn.Module):
     dtype = self.dtype or x.dtype
 
     def multiply(x: jax.Array, leaves: Leaves) -> jax.Array:
-      return x @ self.form.dequantize(jax.lax.stop_gradient(leaves), dtype)
+      result: jax.Array = x @ self.form.dequantize(jax.lax.stop_gradient(leaves), dtype)
+      return result
 
     y = jax.checkpoint(multiply, prevent_cse=False)(x.astype(dtype), leaves)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
       y = y + bias.astype(dtype)
-    return y
+    result: jax.Array = y
+    return result

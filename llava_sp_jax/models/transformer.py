@@ -85,7 +85,10 @@ class TransformerStack(nn.Module):
       split_rngs={"params": True, "dropout": True},
     )
     x, _ = layers(self.dtype, name="layers")(x, memory)
-    return nn.LayerNorm(epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm")(x)
+    result: jax.Array = nn.LayerNorm(
+      epsilon=NORM_EPS, use_bias=False, dtype=self.dtype, name="norm"
+    )(x)
+    return result
 
 
 class Transformer(nn.Module):

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+from llava_sp_jax.hardware import Chip
 from llava_sp_jax.plan import kernels
 from llava_sp_jax.plan.hlo import Computation, Module, Op
 from llava_sp_jax.plan.topologies import Topology
@@ -234,7 +235,7 @@ class Predictor:
     return tuple(len({place[d] for place in places if d < len(place)}) > 1 for d in sides)
 
 
-def duration(work: Work, chip) -> tuple[float, str]:
+def duration(work: Work, chip: Chip) -> tuple[float, str]:
   """Returns (seconds, limiting unit) of an operation that is neither a collective nor a kernel."""
   matrix = (work.flops - work.low_flops / 2) / (MATRIX_SHARE * chip.peak_flops)
   times = {

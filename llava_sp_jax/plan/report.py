@@ -73,7 +73,8 @@ class Plan:
   def mfu(self) -> float:
     """Returns the model FLOPs utilization of a train step."""
     peak = self.topology.chips * self.topology.chip.peak_flops
-    return self.compiled.about.get("useful_flops", 0.0) / (peak * self.seconds)
+    result: float = self.compiled.about.get("useful_flops", 0.0) / (peak * self.seconds)
+    return result
 
   @property
   def predictor(self) -> str:

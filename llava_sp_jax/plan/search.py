@@ -119,7 +119,13 @@ Point = tuple[int, ...]  # for each axis an index of its values
 class _Walk:
   """Holds the candidates of a search that were compiled, and proposes new ones."""
 
-  def __init__(self, config, axes: tuple[Axis, ...], budget: int, evaluate):
+  def __init__(
+    self,
+    config: config_lib.Config,
+    axes: tuple[Axis, ...],
+    budget: int,
+    evaluate: Callable[[config_lib.Config], Outcome],
+  ):
     self.axes, self.tried = axes, list[Tried]()
     self._config, self._budget, self._evaluate = config, budget, evaluate
     self._known: dict[Point, Outcome] = {}
@@ -215,7 +221,8 @@ class _Walk:
   def _divides(self, point: Point) -> bool:
     values = self._values(point)
     parts = values["mesh.data"] * values["mesh.fsdp"] * values["train.accumulate"]
-    return self._rows % parts == 0
+    result: bool = self._rows % parts == 0
+    return result
 
   def _fewest(self, point: Point) -> Point:
     """Returns a point with the most micro-batches at which the rows divide, or the point itself."""

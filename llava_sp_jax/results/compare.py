@@ -44,7 +44,8 @@ class Flips:
     for k in range(min(len(self.fixed), len(self.broken))):
       ways = ways * (n - k) // (k + 1)
       tail += ways
-    return min(1.0, 2 * tail / 2**n)
+    result: float = min(1.0, 2 * tail / 2**n)
+    return result
 
   def counts(self) -> dict[str, float | int | str]:
     """Returns the counts and the p-value, for scores.json."""

@@ -169,7 +169,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
   found = json.loads(path.read_bytes())
   if isinstance(model := found["settings"].get("model"), dict):  # like a run's config
     found["settings"]["model"] = config_lib.renamed(model, config_lib.ModelConfig, "model")
-  return found
+  result: dict[str, Any] = found
+  return result
 
 
 def _is_valid(path: Path) -> bool:
@@ -275,7 +276,7 @@ def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
   return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
 
 
-class PredictionWriter(contextlib.AbstractContextManager):
+class PredictionWriter(contextlib.AbstractContextManager["PredictionWriter"]):
   """Appends to the predictions of one part, each line in one unbuffered write.
 
   A kill therefore loses at most the line that is being written.

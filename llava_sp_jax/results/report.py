@@ -14,6 +14,7 @@ from llava_sp_jax import console, jsonl
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.results import gallery, predictions, tables
+from llava_sp_jax.tasks.task import EvalError
 
 RIGHT, INK = "#2a7f62", "#222222"
 COLORS = {True: RIGHT, False: "#c0392b", None: "#888888"}  # of an answer: right, wrong, not scored
@@ -29,7 +30,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
   records, _ = jsonl.objects(path.read_bytes().split(b"\n"))
   found = [r for r in records if all(isinstance(r.get(key), int | float) for key in RECORD)]
   if not found:
-    raise predictions.EvalError(f"{path}: no record that can be read; a run writes one at each log")
+    raise EvalError(f"{path}: no record that can be read; a run writes one at each log")
   return found
 
 

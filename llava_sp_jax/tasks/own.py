@@ -91,7 +91,8 @@ def _verdict(value: Any, *_: Any) -> dict[str, Any]:
     raise TypeError(f"it returned {value!r:.60}, expected a dict")
   if "score" in value and not fits(value["score"], NUMBER):
     raise ValueError(f"score {value['score']!r:.40}, expected a finite number")
-  return _writable(value, "it")
+  result: dict[str, Any] = _writable(value, "it")
+  return result
 
 
 def _scores(value: Any, *_: Any) -> Scores:

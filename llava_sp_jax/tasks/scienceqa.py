@@ -25,7 +25,8 @@ LETTERS = "ABCDE"
 
 def of_llava(row: dict[str, Any]) -> str:
   """Returns LLaVA's question of a row: the text of its file, and a request for a letter."""
-  return row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+  result: str = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+  return result
 
 
 def of_lmms(row: dict[str, Any]) -> str:

@@ -18,7 +18,8 @@ HINT = "\nWhen the provided information is insufficient"  # LLaVA adds it to que
 def capitalized(row: dict[str, Any]) -> str:
   """Capitalizes the question like lmms-eval: a capital first, then lower case; not the hint."""
   question, hint, rest = row["text"].partition(HINT)
-  return question.capitalize() + hint + rest
+  result: str = question.capitalize() + hint + rest
+  return result
 
 
 class VizWiz(Benchmark):

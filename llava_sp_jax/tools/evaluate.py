@@ -360,7 +360,8 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
   given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Generation)}
   given = {k: tuple(v) if k == "stop" else v for k, v in given.items() if v is not None}
   try:
-    return dataclasses.replace(task.generation, **given)
+    result: Generation = dataclasses.replace(task.generation, **given)
+    return result
   except ValueError as error:
     setting, found = str(error).split(":", 1)
     raise ConfigError(f"--{setting.replace('_', '-')}:{found}") from None

@@ -17,6 +17,7 @@ from llava_sp_jax import jsonl, limits, locks
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
 from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
+from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.models import build
@@ -110,7 +111,7 @@ class _Run:
   folder: Path
   mesh: Any
   iterator: pipeline.Batches
-  quarantine: pipeline.Quarantine
+  quarantine: Quarantine
   validator: Validator
   evaluator: Evaluator | None
   profiler: trace.Profiler
@@ -173,7 +174,7 @@ def _train(
   known = resume.about(folder, begun)
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
-  quarantine = pipeline.Quarantine(folder / "quarantine.jsonl", jax.process_index())
+  quarantine = Quarantine(folder / "quarantine.jsonl", jax.process_index())
   iterator = pipeline.make(
     config.data,
     tokenizer,

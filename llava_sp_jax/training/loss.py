@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,25 @@ def sums(
   return total
 
 
-def _forward(head, chunk, trainable, frozen, hidden, targets, weights, about_image):
+def _forward(
+  head: Head,
+  chunk: int,
+  trainable: Flat,
+  frozen: Flat,
+  hidden: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  about_image: jax.Array,
+) -> tuple[jax.Array, tuple[Flat, jax.Array]]:
   total, d_learning, d_hidden = _scan(
     head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=True
   )
   return total, (d_learning, d_hidden)
 
 
-def _backward(head, chunk, kept, cotangent):
+def _backward(
+  head: Head, chunk: int, kept: tuple[Flat, jax.Array], cotangent: jax.Array
+) -> tuple[Flat, None, jax.Array, None, None, None]:
   """Scales the gradients of `_forward` by the cotangent of the loss."""
   by = cotangent[0]
   d_learning, d_hidden = jax.tree.map(lambda g: (g * by).astype(g.dtype), kept)
@@ -68,21 +80,36 @@ def _backward(head, chunk, kept, cotangent):
 sums.defvjp(_forward, _backward)
 
 
-def _scan(head, chunk, trainable, frozen, hidden, targets, weights, about_image, *, gradients):
+def _scan(
+  head: Head,
+  chunk: int,
+  trainable: Flat,
+  frozen: Flat,
+  hidden: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  about_image: jax.Array,
+  *,
+  gradients: bool,
+) -> tuple[jax.Array, Flat, jax.Array]:
   frozen = sharding.gather(frozen)  # once instead of in every slice
 
-  def one(trainable, h, targets, weights, image):
+  def one(
+    trainable: Flat, h: jax.Array, targets: jax.Array, weights: jax.Array, image: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     logits = head({**trainable, **frozen}, h)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
     right = (jnp.argmax(logits, axis=-1) == targets) * weights
     return loss.sum(), (right.sum(), (loss * image).sum())
 
-  def slice_sums(h, *rest):
+  def slice_sums(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Flat, jax.Array]:
     if not gradients:
       loss, others = one(trainable, h, *rest)
       return jnp.stack([loss, *others]), {}, jnp.zeros((), h.dtype)
-    loss, pull, others = jax.vjp(lambda p, h: one(p, h, *rest), trainable, h, has_aux=True)
-    return jnp.stack([loss, *others]), *pull(jnp.ones((), loss.dtype))
+    run: Any = functools.partial(jax.vjp, has_aux=True)
+    loss, pull, others = run(lambda p, h: one(p, h, *rest), trainable, h)
+    d_learning, d_hidden = pull(jnp.ones((), loss.dtype))
+    return jnp.stack([loss, *others]), d_learning, d_hidden
 
   length = hidden.shape[1]
   if length <= chunk:
@@ -93,7 +120,9 @@ def _scan(head, chunk, trainable, frozen, hidden, targets, weights, about_image,
     for x in (hidden, targets, weights, about_image)
   ]
 
-  def body(carry, start):
+  def body(
+    carry: tuple[jax.Array, Flat], start: jax.Array
+  ) -> tuple[tuple[jax.Array, Flat], jax.Array]:
     total, d_learning = carry
     part = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in padded)
     more, more_learning, d_hidden = slice_sums(*part)

@@ -50,7 +50,7 @@ def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
   first = jnp.concatenate([edge, change], axis=1)
   last = jnp.concatenate([change, edge], axis=1)
   before = jax.lax.cummax(jnp.where(first, seen - image, 0), axis=1)
-  most = jnp.iinfo(jnp.int32).max
+  most = np.iinfo(np.int32).max
   after = jax.lax.cummin(jnp.where(last, seen, most), axis=1, reverse=True)
   return (after > before).astype(jnp.float32)
 

@@ -60,7 +60,8 @@ def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
 
 def join(trainable: Flat, frozen: Flat) -> dict[str, Any]:
   """Joins what `split` returns into the nested tree that `module.apply` takes."""
-  return unflatten_dict({**trainable, **frozen}, sep="/")
+  result: dict[str, Any] = unflatten_dict({**trainable, **frozen}, sep="/")
+  return result
 
 
 def start(trainable: Flat, frozen: Flat, tx: optax.GradientTransformation) -> TrainState:

@@ -47,7 +47,8 @@ def loss_sums(
   head_frozen = {p: frozen[p] for p in paths if p in frozen}
 
   def head(params: Flat, h: jax.Array) -> jax.Array:
-    return module.apply({"params": join(params, {})}, h, method="logits")
+    result: jax.Array = module.apply({"params": join(params, {})}, h, method="logits")
+    return result
 
   about_image = measure.about_image(batch)
   total = loss_lib.sums(
