@@ -101,9 +101,8 @@ class Reader:
 class Aspect:
   """Defines how an image becomes tiles.
 
-  `views` returns one image for each tile, `check` raises SampleError for a size that cannot be
-  handled, and `canvas` returns the size that all tiles but tile 0 cover together (None: only tile
-  0).
+  `views` returns one image for each tile. `check` raises SampleError for a size that cannot be
+  handled. `canvas` returns the size that all tiles but tile 0 cover, or None for a single tile.
   """
 
   views: Callable[[Reader, Image.Image], list[Image.Image]]

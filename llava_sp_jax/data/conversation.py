@@ -1,10 +1,9 @@
 """Conversation templates: turn a dialogue into pieces of text, each supervised or context.
 
-Replies and their end marks are supervised; all other text is context. Supervision is decided here,
-turn by turn, and never by searching the finished prompt. Two faults of the original are avoided
-thereby. It drops samples with "tokenization mismatch" (a separator inside a reply, most dialogues
-of the mpt and chatml templates); here they are trained on. Its labels for v0 are off by some
-tokens.
+Replies and their end marks are supervised; all other text is context. Supervision is decided turn
+by turn, and never by searching the finished prompt. This avoids two faults of the original: it
+drops samples with "tokenization mismatch" (a separator inside a reply, most dialogues of the mpt
+and chatml templates), and its labels for v0 are off by some tokens.
 Source: `llava/conversation.py`, `preprocess*` in `llava/train/train.py` of the original code.
 """
 

@@ -144,8 +144,7 @@ def read(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
 def picture(file: str | Path | BinaryIO, name: str = "") -> Iterator[Image.Image]:
   """Decodes a file to RGB for the length of a block, within `PIXEL_BUDGET`.
 
-  Raises: SampleError like `read`. An error raised in the block becomes one that names the file,
-    too.
+  Raises: SampleError like `read`; it also replaces any error that the block raises.
   """
   with _named(file, name), _opened(file) as image, PIXEL_BUDGET.of(image.size):
     yield rgb(image)

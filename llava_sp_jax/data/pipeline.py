@@ -40,11 +40,11 @@ class Held(NamedTuple):
 
   epoch: int
   sample: int  # its index in the source
-  trained: bool  # False if it could not be read, so that its part of the row is padding
+  trained: bool  # False if it could not be read, and is missing from the row
 
 
 class RowMaker:
-  """Reads the samples of a row; quarantines a bad one and leaves padding in its place."""
+  """Reads the samples of a row; quarantines one that cannot be used and leaves it out."""
 
   def __init__(
     self,

@@ -137,7 +137,9 @@ def _cut(text: str, cuts: list[int], tokenizer: Tokenizer) -> list[tuple[int, in
       _part(text, start, end, _between(cuts, start, end), tokenizer)
       for start, end in itertools.pairwise([0, *parting, len(text)])
     ]
-  except TokenizerError:  # the tokenizer prefixes texts with a space; its spaces need no split
+  except TokenizerError:
+    # A tokenizer that prefixes texts with a space; its tokens of spaces do not depend on what
+    # follows.
     parts = [_part(text, 0, len(text), cuts, tokenizer)]
   return [span for part in parts for span in part]
 

@@ -56,10 +56,7 @@ def main(argv: list[str]) -> int:
   ]
   pipeline.check_settings(config.data)
   shares = [validation_split.VALIDATION] * bool(config.data.validation_fraction)
-  for split in (
-    *files,
-    *shares,
-  ):  # raises for data that cannot be opened, before an hour of checking
+  for split in (*files, *shares):  # raises early for data that cannot be opened
     pipeline.open_source(config.data, tile, split)
   passed = True
   for split in files:
