@@ -22,9 +22,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llava_sp_jax.config import ConfigError, lookup, parse_arg
+from llava_sp_jax.config import ConfigError, ModelConfig, from_dict, lookup, parse_arg
 
-PATCHES, SPATIAL = 36, 6  # tokens of one image
+TOWER = {"variant": "clip", "image_size": 48, "patch_size": 8, "width": 96, "layers": 3,
+         "heads": 2, "mlp_width": 384, "select_layer": -1}  # fmt: skip
 CAPTION = 16  # tokens of a caption that are kept: the first few statements
 TURNS = 8  # questions of an image in one row
 TRUNK, TURN = 24, 18  # tokens of system text and roles; of a question with its answer (21 at most)
@@ -57,7 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
     seed=0,
     scale=1.0,
   )
-  image_tokens = PATCHES + (0 if arg.variant == "none" else SPATIAL)
+  projector = {"variant": arg.variant, "token_width": 64}
+  image_tokens = tokens_of_an_image(projector)
   stages = {
     "pretrain": {
       "data": {
@@ -97,16 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "name": f"easy_vqa_smollm2-{arg.variant}-{arg.stage}",
       "model": {
-        "tower": {
-          "variant": "clip",
-          "image_size": 48,
-          "patch_size": 8,
-          "width": 96,
-          "layers": 3,
-          "heads": 2,
-          "mlp_width": 384,
-          "select_layer": -1,
-        },
+        "tower": TOWER,
         "language_model": {
           "vocab_size": 49152,
           "width": 576,
@@ -120,7 +113,7 @@ def get_config(arg: str = "") -> ConfigDict:
           "tie_embeddings": True,
           "max_positions": 8192,
         },
-        "projector": {"variant": arg.variant, "token_width": 64},
+        "projector": projector,
         "lora": stage["lora"],
         "dtype": "float32",
         "frozen_dtype": "float32",
@@ -138,3 +131,10 @@ def get_config(arg: str = "") -> ConfigDict:
       "init": stage["init"],
     }
   )
+
+
+def tokens_of_an_image(projector: dict) -> int:
+  """Counts spatial tokens and patches. Raises: ConfigError for a variant that does not exist."""
+  from llava_sp_jax.models import build
+
+  return build.image_token_count(from_dict({"tower": TOWER, "projector": projector}, ModelConfig))

@@ -32,13 +32,13 @@ _ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # tensors with a row fo
 
 def refuse(model: Loaded) -> None:
   """Raises FormatError for a model that transformers' Llava does not compute."""
-  variant, data = model.config.model.projector.variant, model.config.data
-  if variant != "none":
+  config, data = model.config.model, model.config.data
+  if build.image_token_count(config) > build.patch_grid(config) ** 2:
     raise FormatError(
-      f"--format llava_hf: transformers has no spatial tokens (variant {variant}); export 'llava' "
+      f"--format llava_hf: transformers has no spatial tokens (variant {config.projector.variant}); export 'llava' "
       "for the original code, or 'language_model' for the decoder alone"
     )
-  if data.image_aspect == "anyres" or model.config.model.image_newline:
+  if data.image_aspect == "anyres" or config.image_newline:
     raise FormatError("--format llava_hf: tiles (anyres) are not written; export 'llava'")
 
 

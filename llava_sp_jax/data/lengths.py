@@ -169,9 +169,10 @@ class Lengths:
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     processes = self._data.processes or os.cpu_count() or 1
 
+    measurer = functools.cache(lambda: _measurer(*about, self._tokenizer))
+
     def here(chunk: range) -> list[Found]:
-      measure = _measurer(*about, self._tokenizer)
-      return _chunk(measure, [self._source[i] for i in chunk], epoch, chunk.start)
+      return _chunk(measurer(), [self._source[i] for i in chunk], epoch, chunk.start)
 
     if processes == 1 or count <= ALONE:
       yield from map(here, chunks)
