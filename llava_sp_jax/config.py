@@ -1,7 +1,8 @@
-"""Configuration: a ConfigDict from `configs/` becomes frozen, validated dataclasses.
+"""Defines the configuration: frozen, validated dataclasses.
 
-A config file builds nested dictionaries; `from_dict` turns them into the classes below (`overrides`
-says how). The same JSON is written beside every checkpoint.
+A recipe in `configs/` makes nested dictionaries, which `from_dict` turns into the classes below (see
+`overrides`). The same content is saved as JSON beside every checkpoint. `llava-sp train --help` prints
+the comment beside each field.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """Vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`; image sizes in pixels."""
+  """Sets the sizes of the vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`; image sizes in pixels."""
 
   variant: str = "clip"  # architecture
   image_size: int = 336  # pixels of a side
@@ -61,9 +62,9 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-  """How rotary positions reach beyond the trained length; `kind` names a row of `layers.ROPES`.
+  """Extends rotary positions beyond the trained length; `kind` names a row of `layers.ROPES`.
 
-  Words and defaults are those of Hugging Face's `rope_parameters`; a kind reads what it needs.
+  Meanings and defaults are those of Hugging Face's `rope_parameters`; a kind reads what it needs.
   """
 
   kind: str = "default"  # how positions are stretched
@@ -78,7 +79,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
-  """LLaMA-family decoder sizes, named as in the field."""
+  """Sets the sizes of the LLaMA-family decoder."""
 
   vocab_size: int = 32000  # rows of the embedding
   width: int = 4096  # of hidden states
@@ -100,9 +101,9 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-  """`variant` names a row of `models.projector.VARIANTS`; `token_width` is the paper's 512.
+  """Sets the projector; `variant` names a row of `models.projector.VARIANTS`.
 
-  `scales` are the sizes of the views in patches, small to large; empty: the variant's own for the grid.
+  `scales` are the sizes of the views in patches, small to large; if empty, the variant's own.
   """
 
   variant: str = formerly("row", "cropping")  # design of the spatial tokens
@@ -112,7 +113,7 @@ class ProjectorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """Adapters on the decoder's seven linear layers; rank 0 means none."""
+  """Sets the adapters on the decoder's seven linear layers; rank 0 means none."""
 
   rank: int = 0  # of the adapters; 0: none
   alpha: float = 256.0  # adapters are scaled by alpha / rank
@@ -137,7 +138,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """`source` names a row of `data.sources.SOURCES`; `row_length` counts text and image tokens.
+  """Sets what is read; `source` names a row of `data.sources.SOURCES`.
 
   `image_aspect` names a row of `data.anyres.ASPECTS`, `image_fit` one of `data.image.FITS`,
   `patch_merge` one of `data.anyres.MERGES`; `template` and `turns` one of `data.conversation`.
@@ -173,7 +174,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with a cosine schedule; `stage` names a row of `training.optimizer.STAGES`."""
+  """Sets AdamW and its cosine schedule; `stage` names a row of `training.optimizer.STAGES`."""
 
   stage: str = "finetune"  # which parameters are trained
   learning_rate: float = 2e-4  # peak, of all but the projector
@@ -209,7 +210,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-  """Scores a benchmark by generated text between the steps; `task` names a row of `tasks.catalog.TASKS`."""
+  """Sets the benchmark that is scored between steps; `task` names a row of `tasks.catalog.TASKS`."""
 
   every: int = 0  # steps; 0: never. With it, the last step is followed by one as well
   task: str = "easy_vqa"  # benchmark, or FILE.py:Class
@@ -220,7 +221,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices along each axis; -1 takes what is left. `base` names a row of `distributed.sharding.PRESETS`."""
+  """Sets the devices along each axis; `base` names a row of `distributed.sharding.PRESETS`."""
 
   data: int = 1  # copies of the model, each with rows of its own
   fsdp: int = -1  # parts of parameters and rows; -1: the devices that are left
@@ -231,7 +232,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-  """Where parameters come from before training; empty means random."""
+  """Sets where parameters come from before training; empty means random."""
 
   language_model: str = ""  # folder of a torch language model
   vision_tower: str = ""  # folder of a torch vision tower
@@ -267,7 +268,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  """The inverse of `to_json`, also of older versions. Raises: ConfigError."""
+  """Reads what `to_json` wrote, also in older versions. Raises: ConfigError."""
   try:
     values = json_files.parse_object(text.encode(), "config.json")
   except files.FormatError as error:
@@ -284,7 +285,7 @@ def from_json(text: str) -> Config:
 
 
 def groups(cls: type[Any] = Config) -> Iterator[type[Any]]:
-  """Yields a config class and all that it holds."""
+  """Yields a config class and the classes of its groups."""
   yield cls
   for hint in typing.get_type_hints(cls).values():
     if dataclasses.is_dataclass(hint):
@@ -296,7 +297,7 @@ FORMER_NAMES = {old: new for group in groups() for old, new in former_names(grou
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-  """Options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of `defaults`.
+  """Parses the options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of `defaults`.
 
   An option may have a former name, unless it is one of `defaults`.
   Raises: ConfigError for an unknown option or a value of the wrong type.

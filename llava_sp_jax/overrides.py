@@ -1,6 +1,6 @@
-"""Frozen dataclasses from nested mappings, from JSON and from what a user typed, and back.
+"""Builds frozen dataclasses from nested mappings and from command-line texts, and compares them.
 
-A key that no class knows is an error that lists the known ones, so a typo never trains the wrong thing.
+An unknown key is an error that lists the known ones, so that a typo never trains the wrong thing.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ C = TypeVar("C")
 
 
 class ConfigError(LlavaSPError, ValueError):
-  """A configuration that cannot be used; the message names the key and what to do."""
+  """Reports a configuration that cannot be used; the message names the key and what to do."""
 
 
-# Metadata of a value, or a group of them, that may change when a run is resumed: it alters neither
-# numbers nor files.
+# Metadata of a field, or a group of fields, that may change when a run is resumed, because it changes
+# neither numbers nor files.
 FREE = {"resume": "free"}
 
 
 def free(default: Any) -> Any:
-  """Makes a field whose value may be another one when a run is resumed."""
+  """Makes a field whose value may change when a run is resumed."""
   return dataclasses.field(default=default, metadata=FREE)
 
 
 def formerly(name: str, default: Any) -> Any:
-  """Makes a field that had another name: it is read in files, options and flags, and never written."""
+  """Makes a field that had the name `name` before; that name is still read, but never written."""
   return dataclasses.field(default=default, metadata={"formerly": name})
 
 
 def former_names(cls: type[Any]) -> dict[str, str]:
-  """Former names of a class's fields, with the present ones."""
+  """Returns the former names of a class's fields, with the present ones."""
   fields = [field for field in dataclasses.fields(cls) if "formerly" in field.metadata]
   return {field.metadata["formerly"]: field.name for field in fields}
 
 
 def renamed(values: Any, cls: type[Any], path: str = "config") -> dict[str, Any]:
-  """Nested mappings of `cls` in which keys with a former name have the present one.
+  """Returns the nested mappings of `cls` with present names in place of former ones.
 
   Raises: ConfigError where a mapping has both.
   """
@@ -118,12 +118,12 @@ def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """The inverse of `from_dict`: plain nested dictionaries."""
+  """Returns a config as plain nested dictionaries, the inverse of `from_dict`."""
   return dataclasses.asdict(config)
 
 
 def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
-  """Lines that name each value in which two configs differ; `but_free` leaves out those of `free`."""
+  """Returns a line for each value in which two configs differ; `but_free` leaves out fields of `free`."""
   lines = []
   for field in dataclasses.fields(ours):
     if but_free and field.metadata.get("resume") == "free":
@@ -138,14 +138,14 @@ def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = F
 
 
 def lookup(key: str, name: str, table: Mapping[str, Row]) -> Row:
-  """The row `name` of a table. Raises: ConfigError that names `key` and lists the known rows."""
+  """Returns the row `name` of a table. Raises: ConfigError that names `key` and lists the known rows."""
   if name not in table:
     raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
   return table[name]
 
 
 def override(config: C, texts: Mapping[str, str]) -> C:
-  """`config` with values replaced by what a user typed: {"config.train.steps": "200"}.
+  """Returns `config` with some values replaced by texts: {"config.train.steps": "200"}.
 
   Raises: ConfigError for unknown keys and texts of the wrong type, all of them at once.
   """
@@ -178,7 +178,7 @@ def override(config: C, texts: Mapping[str, str]) -> C:
 
 
 def parse(text: str, like: Any) -> Any:
-  """`text`, as a user typed it, as a value of the type of `like`. Raises: ValueError, KeyError."""
+  """Parses a text as a value of the type of `like`. Raises: ValueError, KeyError."""
   if isinstance(like, bool):
     return {"true": True, "false": False}[text.lower()]
   if isinstance(like, tuple):

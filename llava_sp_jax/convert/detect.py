@@ -1,4 +1,4 @@
-"""Which variant of the projector a checkpoint is, by the names and shapes of its tensors."""
+"""Detects the variant of a projector from the names and shapes of a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def with_projector(
   origin: str,
   scales: tuple[int, ...] = (),
 ) -> config_lib.ModelConfig:
-  """`model` with the projector's variant whose names and shapes are those of the tensors.
+  """Returns `model` with the projector variant that has the names and shapes of the tensors.
 
-  The original's configs do not say which variant they are; our own exports say its
-  `scales`. Raises: FormatError when none fits (with what the nearest lacks), or when two do and
+  The original's configs do not name the variant. Our own exports name its `scales`. Raises: FormatError when none fits (with what the nearest lacks), or when two do and
   `wanted` does not decide.
   """
   if wanted:
@@ -87,9 +86,9 @@ def _widths(variant: str) -> Iterator[str]:
 def _candidates(
   model: config_lib.ModelConfig, wanted: str, said: tuple[int, ...]
 ) -> Iterator[config_lib.ModelConfig]:
-  """Every variant with its own scales for the tower's grid, and with those of the original's 24 grid.
+  """Yields every variant, with its own scales for the tower's grid and with those of a grid of 24.
 
-  With the scales that were said, if there are any.
+  If the checkpoint names scales, every variant has those alone.
   """
   for variant in VARIANTS:
     if wanted not in ("", variant):
@@ -107,7 +106,7 @@ def _candidates(
         yield candidate
 
 
-# Everything that is no projector's; what no variant knows among the rest decides against it.
+# Tensors of other parts. Any other tensor that a variant does not have rules the variant out.
 _ELSEWHERE = re.compile(
   r"base_model\.|lm_head\.|model\.(layers|embed_tokens|norm)\.|vision_model\.|text_model\."
 )

@@ -1,8 +1,8 @@
-"""Names torch <-> jax: one table for each part, read in both directions.
+"""Maps torch names to parameter paths and back: one table for each part of the model.
 
-A row is (torch name, our path, layout). `{layer}` is stacked into (or taken from) the leading axis;
-any other `{name:a|b}` is one of the listed words and carried over. Names that may be dropped stand
-in IGNORED. The projector's rows are made for each variant in `projector_names`.
+A row is (torch name, parameter path, layout). `{layer}` becomes the leading axis of stacked layers; any
+other `{name:a|b}` stands for one of the listed words in both names. Tensors that may be dropped match
+IGNORED. `projector_names` makes the rows of a projector.
 
 Sources: Hugging Face LLaMA, Qwen2, CLIP and SigLIP, PEFT.
 """
@@ -98,7 +98,7 @@ class Match:
 
 
 def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
-  """The row that a torch name belongs to. Raises: ValueError when there are two."""
+  """Returns the match of a torch name, None if no row has it. Raises: ValueError when two have it."""
   found = []
   for row in rows:
     groups = re.fullmatch(_pattern(row.torch), name)
@@ -118,7 +118,7 @@ def ignored(name: str) -> bool:
 
 
 def _pattern(template: str) -> str:
-  """`a.{layer}.{p:x|y}` -> a regular expression with named groups."""
+  """Turns `a.{layer}.{p:x|y}` into a regular expression with named groups."""
   parts = re.split(r"(\{[^}]*\})", template)
   out = []
   for part in parts:
@@ -134,14 +134,14 @@ def _pattern(template: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Where a leaf goes: a torch name, with `{layer}` in it when the leaf is a stack of layers."""
+  """Holds the torch name of a leaf, with `{layer}` in it if the leaf is a stack of layers."""
 
   name: str
   layout: TensorLayout
 
 
 def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
-  """The same rows read backwards: our path -> torch name. Raises: ValueError for a path twice."""
+  """Reads the rows backwards: parameter path -> torch name. Raises: ValueError for a path twice."""
   targets: dict[str, Target] = {}
   for row in rows:
     for words in _choices(row.torch):
@@ -156,7 +156,7 @@ def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
 
 
 def _choices(template: str) -> Iterator[dict[str, str]]:
-  """Every way to fill the `{name:a|b}` of a template."""
+  """Yields every way to fill the `{name:a|b}` of a template."""
   fields = re.findall(r"\{[^}:]*:[^}]*\}", template)
   for words in itertools.product(*(s[1:-1].split(":")[1].split("|") for s in fields)):
     yield dict(zip(fields, words, strict=True))

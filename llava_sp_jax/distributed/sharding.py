@@ -1,7 +1,8 @@
-"""Where arrays live: parameter paths -> logical axes -> mesh axes. The only place that knows both.
+"""Maps parameter paths to logical axes, and logical axes to axes of the mesh.
 
-`PARAM_AXES` gives the logical axes of a parameter by its path, for an extractor's own parameters the
-extractor does (`models.spatial`); "layers" is put in front for the stacked leaves of a scan. `RULES` maps logical axes to mesh axes; activations use the same names.
+`PARAM_AXES` gives the logical axes of a parameter by its path; `models.spatial` gives those of an
+extractor's own parameters. "layers" is prepended for the stacked leaves of a scan. `RULES` maps logical
+axes to mesh axes. Activations use the same logical axes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Axes = tuple[str | None, ...]
 PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"token_embed/embedding$", ("vocab", "embed")),
   (r"lm_head/kernel$", ("embed", "vocab")),
-  # kernel_q, kernel_scale...: the leaves of a quantised kernel run along the same two axes.
+  # kernel_q, kernel_scale...: the leaves of a quantized kernel run along the same two axes.
   (r"(q|k|v)_proj/kernel(_\w+)?$", ("embed", "heads")),
   (r"o_proj/kernel(_\w+)?$", ("heads", "embed")),
   (r"(gate_proj|up_proj|fc1)/kernel(_\w+)?$", ("embed", "mlp")),
@@ -52,11 +53,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-# Rules for what every device of `fsdp` holds whole.
+# Rules for parameters of which every device along `fsdp` holds a copy.
 WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
 
-# Where the frozen base lives (config.MeshConfig.base): rules by path, first match wins. Copies need no
-# gathers, where memory allows; the tower's many small ones are slow on many devices.
+# How the frozen base is sharded (config.MeshConfig.base): rules by path, the first match wins. Copies
+# need more memory, but no gathers; the many small gathers of the tower are slow on many devices.
 PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
@@ -72,7 +73,7 @@ def axes_table() -> Iterator[tuple[str, Axes]]:
 
 
 def param_axes(path: str) -> Axes:
-  """Logical axes of the parameter at `path`. Raises: KeyError when no row matches."""
+  """Returns the logical axes of the parameter at `path`. Raises: KeyError when no row matches."""
   for pattern, axes in axes_table():
     if re.search(pattern, path):
       return ("layers", *axes) if "/layers/" in path else axes
@@ -80,16 +81,16 @@ def param_axes(path: str) -> Axes:
 
 
 def activation_rules() -> tuple[tuple[str, Any], ...]:
-  """RULES as flax takes them for `nn.with_logical_constraint`."""
+  """Returns RULES in the form that flax needs for `nn.with_logical_constraint`."""
   return tuple(RULES.items())
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
-  """A NamedSharding for each leaf of a tree whose dictionaries repeat parameter paths.
+  """Returns a NamedSharding for each leaf of a tree whose dictionaries repeat parameter paths.
 
-  Works for parameters (nested or flat) and for optimizer moments; leaves that belong to no
-  parameter are replicated. A dimension that its mesh axes do not divide is left whole. `base`, a row
-  of PRESETS, is for what stands below a field `frozen`. Raises: ConfigError for an unknown row.
+  The tree may hold parameters (nested or flat) or optimizer moments. Leaves that belong to no parameter
+  are replicated. A dimension that its mesh axes do not divide is not sharded. `base`, a row of PRESETS,
+  applies to leaves below a field `frozen`. Raises: ConfigError for an unknown row.
   """
   preset = config_lib.lookup("mesh.base", base, PRESETS)
 
@@ -110,13 +111,13 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
 
 
 def constrain(tree: Any) -> Any:
-  """Inside jit: holds a `{path: array}` tree, such as gradients, where its parameters live."""
+  """Inside jit: shards a `{path: array}` tree, such as gradients, like the parameters."""
   mesh = jax.sharding.get_abstract_mesh()
   return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
 def gather(tree: Any) -> Any:
-  """Inside jit: a `{path: array}` tree on every device of `fsdp`, still divided over `tensor`."""
+  """Inside jit: gathers a `{path: array}` tree over `fsdp`; it stays sharded over `tensor`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree

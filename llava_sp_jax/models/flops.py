@@ -1,9 +1,10 @@
-"""FLOPs of a training step, by formula: what the model needs, whatever the compiler makes of it.
+"""Counts the FLOPs of a training step by formula, independent of the compiled program.
 
-A kernel of N parameters costs 2N per token forward, 2N for the gradient of its input and 2N for its
-own: 4N when it is frozen (gradients pass through it), 6N when it is trainable, 2N in a frozen tower,
-below which nothing is trainable. Rematerialised work and padding do not count, as in the
-usual definition of MFU (Chowdhery et al. 2022, appendix B); norms, rotary and softmax are left out.
+A kernel of N parameters costs 2N FLOPs per token in the forward pass, 2N for the gradient of its input
+and 2N for its own gradient. So it costs 6N when it is trainable, 4N when it is frozen and gradients
+pass through it, and 2N in a frozen tower. Rematerialized work and padding do not count, as in the
+usual definition of MFU (Chowdhery et al. 2022, appendix B). Norms, rotary positions and softmax are
+left out.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ FORWARD, BACKWARD_INPUT, BACKWARD_KERNEL = 2, 2, 2  # per parameter and token
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """FLOPs of a training step for each thing that a batch has so and so many of."""
+  """Holds the FLOPs of a training step for each unit of a batch."""
 
   position: float  # of the decoder that holds a token, of text or of an image
   pair: float  # (query, key) that attention may see
   image: float  # one tile: tower and projector
 
   def step(self, positions: float, pairs: float, images: float) -> float:
-    """FLOPs of a batch."""
+    """Returns the FLOPs of a batch with so many units."""
     return self.position * positions + self.pair * pairs + self.image * images
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-  """Counts of one image that decide how often a kernel of the projector is used."""
+  """Holds the counts of one image that determine how often a kernel of the projector is used."""
 
   patches: int
   spatial: int
@@ -50,8 +51,8 @@ class _Sizes:
 
 
 # (regex, uses of the kernel per image, whether it reads the tower's features directly); the first
-# match wins. Such a kernel passes no gradient on to a frozen tower. The parameters of views are rows
-# of `spatial.EXTRACTORS`.
+# match wins. A kernel that reads a frozen tower's features has no gradient of its input. The kernels
+# of views are in `spatial.EXTRACTORS`.
 _Uses = Callable[[_Sizes, re.Match[str]], float]
 PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
   (r"projector/fc1/kernel", lambda s, m: s.patches, True),
@@ -61,12 +62,14 @@ PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
   (r"projector/detail_(\d+)/query/kernel", lambda s, m: s.spatial, False),
   (r"projector/detail_(\d+)/(key|value)/kernel", lambda s, m: s.detail(int(m[1])), False),
 )
-# What no matmul reads: looked up, added, or normalised with.
+# Parameters that no matmul reads.
 NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
 
 
 def costs(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> Costs:
-  """FLOPs of a step of `config` when the parameters at paths that `trainable` accepts are trained.
+  """Returns the FLOPs of a training step of a model.
+
+  `trainable` says of a parameter's path whether it is trained.
 
   Raises: KeyError for a parameter whose use is not known.
   """
@@ -131,7 +134,7 @@ def _image(
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
-  """Uses of a projector's kernel per image, and whether it reads the tower's features."""
+  """Returns how often an image uses a projector's kernel, and whether it reads the tower's features."""
   for pattern, uses, reads_tower in PROJECTOR:
     if match := re.fullmatch(pattern, path):
       return uses(sizes, match), reads_tower

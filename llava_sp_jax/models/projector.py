@@ -1,6 +1,6 @@
-"""Vision-to-language projector: a patch MLP, optionally preceded by visual spatial tokens.
+"""Defines the vision-to-language projector: a patch MLP, optionally with visual spatial tokens.
 
-Every variant is a row of VARIANTS; `spatial` has the parts that a row names.
+Every variant is a row of VARIANTS; a row names parts of `spatial`.
 
 Shape letters:  B images . G grid side . C vision width . S spatial tokens . D model width
 Source: paper section 3; `llava/model/llava_arch.py` of the original code.
@@ -31,7 +31,10 @@ from llava_sp_jax.models.spatial import (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One variant of the projector; without views and detail kernels it is LLaVA-1.5's plain MLP."""
+  """Describes one variant of the projector.
+
+  Without views and detail kernels, it is the plain MLP of LLaVA-1.5.
+  """
 
   views: tuple[str, ...] = ()  # rows of VIEWS; one token for each view and scale
   parts: int = 6  # scales are 1/parts, 2/parts .. of the grid side
@@ -43,7 +46,9 @@ class Variant:
   out_bias: bool = False
 
   def scales(self, grid: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
-    """View sizes for a grid side, small to large: the wanted ones, or equal parts of the grid.
+    """Returns the view sizes for a grid side, in patches, small to large.
+
+    They are the `wanted` ones, or else equal parts of the grid.
 
     Raises: ValueError for sizes that the grid or the variant does not have.
     """
@@ -59,7 +64,7 @@ class Variant:
     return sizes
 
   def detail_field(self, grid: int, wanted: Sequence[int] = ()) -> int:
-    """Side of what the detail kernels see: the largest view, or the grid when there are none."""
+    """Returns the side of what the detail kernels see: the largest view, or the grid without views."""
     sizes = self.scales(grid, wanted)
     return sizes[-1] if sizes else grid
 
@@ -91,7 +96,10 @@ VARIANTS = {
 
 
 def check_grid(variant: str, shape: Sequence[int]) -> None:
-  """Raises: ValueError for a variant that does not exist, or features that are no square grid."""
+  """Checks the input of a projector.
+
+  Raises: ValueError for an unknown variant, or for features that are not a square grid.
+  """
   if variant not in VARIANTS:
     raise ValueError(f"projector variant {variant!r}: expected one of {', '.join(VARIANTS)}")
   if len(shape) != 4 or shape[1] != shape[2] or 0 in shape:
@@ -102,7 +110,7 @@ def check_grid(variant: str, shape: Sequence[int]) -> None:
 
 
 def spatial_token_count(variant: str, grid: int, scales: Sequence[int] = ()) -> int:
-  """How many spatial tokens stand before the patch tokens of one image.
+  """Returns the number of spatial tokens that precede the patch tokens of one image.
 
   Raises: ValueError for scales that the grid or the variant does not have.
   """
@@ -114,7 +122,7 @@ def spatial_token_count(variant: str, grid: int, scales: Sequence[int] = ()) -> 
 
 
 class Projector(nn.Module):
-  """Image tokens of the language model: spatial tokens first, then one per patch.
+  """Computes the image tokens of the language model: spatial tokens, then one token for each patch.
 
   `scales` replaces the variant's own view sizes. With `newline` it also holds `image_newline` [D], the
   token that ends a row of tile patches. `platform` is that of the devices ("": where jax runs).
@@ -148,7 +156,7 @@ class Projector(nn.Module):
     return jnp.concatenate([tokens, patches], axis=1)
 
   def _spatial(self, grid: jax.Array) -> jax.Array:
-    """Spatial tokens with their details, before the output layer. [B, G, G, C] -> [B, S, ...]."""
+    """Computes spatial tokens with their details, before the output layer. -> [B, S, ...]."""
     variant, side = VARIANTS[self.variant], grid.shape[1]
     scales, field = variant.scales(side, self.scales), variant.detail_field(side, self.scales)
     details = {

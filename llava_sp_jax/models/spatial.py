@@ -1,4 +1,4 @@
-"""Visual spatial tokens: views of the feature grid, extractors, and the detail interaction.
+"""Defines visual spatial tokens: views of the feature grid, extractors, and detail interaction.
 
 A spatial token is one view of the grid (a central crop or an adaptive average pool) that an extractor
 turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the whole view.
@@ -34,13 +34,13 @@ DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 fiel
 
 
 def crop(grid: jax.Array, size: int) -> jax.Array:
-  """The central square. [B, G, G, C] -> [B, size, size, C]."""
+  """Returns the central square. [B, G, G, C] -> [B, size, size, C]."""
   start = grid.shape[1] // 2 - size // 2
   return grid[:, start : start + size, start : start + size]
 
 
 def pool(grid: jax.Array, size: int) -> jax.Array:
-  """Adaptive average pooling with torch's bins. [B, G, G, C] -> [B, size, size, C]."""
+  """Averages over torch's adaptive bins. [B, G, G, C] -> [B, size, size, C]."""
   if size == grid.shape[1]:
     return grid
   bins = jnp.asarray(pooling_matrix(grid.shape[1], size), grid.dtype)
@@ -48,7 +48,10 @@ def pool(grid: jax.Array, size: int) -> jax.Array:
 
 
 def pooling_matrix(side: int, size: int) -> np.ndarray:
-  """Rows average bins floor(i*side/size) .. ceil((i+1)*side/size), which overlap. [size, side]."""
+  """Returns the matrix of `pool` along one axis, [size, side].
+
+  Row i averages the bin floor(i*side/size) .. ceil((i+1)*side/size); bins may overlap.
+  """
   matrix = np.zeros((size, side), np.float32)
   for i in range(size):
     low, high = i * side // size, -(-(i + 1) * side // size)
@@ -57,13 +60,13 @@ def pooling_matrix(side: int, size: int) -> np.ndarray:
 
 
 def nothing(grid: jax.Array, size: int) -> jax.Array:
-  """No part of the grid: the view of a token that does not depend on the image. -> [B, 0, 0, C]."""
+  """Returns an empty view, for a token that does not depend on the image. -> [B, 0, 0, C]."""
   return grid[:, :0, :0]
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """What a spatial token sees of the grid.
+  """Describes which part of the grid a spatial token sees.
 
   `apply` maps the grid and a view size in patches, [B, G, G, C] -> [B, s, s, C]; `side` is that s.
   """
@@ -72,7 +75,7 @@ class View:
   side: Callable[[int], int] = lambda size: size
 
   def positions(self, size: int) -> int:
-    """Counts the vectors of a view."""
+    """Returns the number of feature vectors in a view."""
     return self.side(size) ** 2
 
 
@@ -84,7 +87,7 @@ VIEWS = {
 
 
 class Register(nn.Module):
-  """A learned token, whatever the view. [B, ...] -> [B, K]."""
+  """Returns a learned token that does not depend on the view. [B, ...] -> [B, K]."""
 
   width: int
   dtype: jnp.dtype
@@ -97,10 +100,10 @@ class Register(nn.Module):
 
 
 def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
-  """A kernel that covers its view is one contraction over rows, columns and channels.
+  """Applies a kernel that covers the whole view: one contraction over rows, columns and channels.
 
-  The kernel is divided along that axis over all devices and stays: views move to it, and parts of
-  the sums move back.
+  The kernel is divided over all devices along the contraction. Views move to the kernel, and partial
+  sums move back.
   """
   dense = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=torch_uniform, name=name)
   flat = constrain(
@@ -117,9 +120,9 @@ def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> ja
 def _transformer_channels_first(
   view: jax.Array, width: int, dtype: jnp.dtype, name: str
 ) -> jax.Array:
-  """As the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s vectors of C.
+  """Reads a view as the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s vectors.
 
-  What the transformer takes for one position is then a run of values of one or few channels.
+  Each vector then holds neighboring values of one or a few channels, instead of one position.
   """
   return _transformer(view.transpose(0, 3, 1, 2).reshape(view.shape), width, dtype, name)
 
@@ -135,7 +138,7 @@ Uses = tuple[tuple[str, Callable[[int], float], bool], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-  """What turns a view into one spatial token, and all that other tables derive from it.
+  """Describes how a view becomes one spatial token, and what other tables need to know about it.
 
   Regular expressions match the whole path of a parameter below the extractor's module,
   `projector/<view>_<scale index>/`. A path has the same axes in every extractor that has it.
@@ -185,7 +188,7 @@ def parameter_axes() -> Iterator[tuple[str, tuple[str | None, ...]]]:
     yield rf"projector/({views})_\d+/({pattern})$", axes
 
 
-# How the details of several kernels stand beside the token: one after the other, or added up.
+# How the details of several kernels are combined, before they are concatenated to the token.
 MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
   "concat": lambda details: details,
   "sum": lambda details: [functools.reduce(jnp.add, details)],
@@ -193,12 +196,12 @@ MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
 
 
 def detail_size(kernel: int, field: int) -> int:
-  """Side of a detail kernel for a field of another side than 24."""
+  """Scales the side of a detail kernel, which is given for a field of 24, to a field's side."""
   return max(1, kernel * field // DETAIL_FIELD)
 
 
 def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
-  """An unpadded convolution as one matmul. [B,G,G,C], [k,k,C,K] -> [B,P,P,K]."""
+  """Computes an unpadded convolution as one matmul. [B,G,G,C], [k,k,C,K] -> [B,P,P,K]."""
   size, step = kernel.shape[0], strides[0]
   starts = range(0, grid.shape[1] - size + 1, step)
   patches = [grid[:, y : y + size, x : x + size] for y in starts for x in starts]
@@ -206,19 +209,22 @@ def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__:
   return flat @ kernel.reshape(-1, kernel.shape[-1])
 
 
-# How details are convolved, where it is not as the compiler does it: on one CPU device that is much
-# slower for a kernel as large as these.
+# Convolutions that replace the compiler's, by platform. On one CPU device, the compiler's is much
+# slower for kernels as large as these.
 CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
 
 
 def _convolution(platform: str) -> Callable[..., jax.Array] | None:
-  """On several devices the kernel is divided along its channels, which patches would gather."""
+  """Returns a faster convolution for one device of the platform, if there is one.
+
+  On several devices the kernel is divided along its channels, and patches would gather it.
+  """
   devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
   return CONVOLUTIONS.get(platform or jax.default_backend()) if devices == 1 else None
 
 
 class DetailInteraction(nn.Module):
-  """Spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
+  """Lets spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
 
   Single head. `values` may be another interaction's, see `projector.Variant.detail_values`.
   """

@@ -1,4 +1,4 @@
-"""torch's nn.Transformer without biases, which one extractor of spatial tokens is.
+"""Defines torch's nn.Transformer without biases, an extractor of spatial tokens.
 
 Shape letters:  B images . s view side . C vision width . T,M sequences . N heads . H head width
                 D model width
@@ -19,7 +19,7 @@ DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # layers on each side, heads of each layer
 
 
 class MultiHeadAttention(nn.Module):
-  """torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
+  """Computes torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
 
   One array holds the kernels of queries, keys and values, as in torch.
   """
@@ -46,13 +46,16 @@ class MultiHeadAttention(nn.Module):
 
 
 def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-  """A linear layer without bias, initialised as torch's Transformer does it."""
+  """Makes a linear layer without bias, initialized as in torch's Transformer."""
   kernel_init = nn.initializers.xavier_uniform()
   return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 class TransformerLayer(nn.Module):
-  """Pre-norm layer; with a memory it also reads that. The second value is scan's empty output."""
+  """Computes a pre-norm layer, which also attends to `memory` if there is one.
+
+  The second value is the empty output of `nn.scan`.
+  """
 
   dtype: jnp.dtype
 
@@ -71,7 +74,7 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerStack(nn.Module):
-  """Layers and a final norm: torch's encoder, or with a memory its decoder. [B,T,D] -> [B,T,D]."""
+  """Computes torch's encoder, or its decoder if there is a memory. [B,T,D] -> [B,T,D]."""
 
   dtype: jnp.dtype
 
@@ -92,9 +95,9 @@ class TransformerStack(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A learned query reads a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
+  """Lets a learned query read a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
 
-  There is no positional encoding. Dropout acts only when an rng named "dropout" is passed.
+  There is no positional encoding. Dropout is applied only when an rng named "dropout" is passed.
   """
 
   dtype: jnp.dtype

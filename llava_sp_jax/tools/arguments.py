@@ -1,4 +1,4 @@
-"""What the commands share in reading their arguments: one line for what is wrong, with the nearest name."""
+"""Parses the arguments of commands; an error is one line and suggests the nearest option."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DIGITS = 18  # of a whole number: what 64 bits hold
 
 
 class Parser(argparse.ArgumentParser):
-  """A parser whose errors are one line; a mistyped option is told with the one that was meant.
+  """Parses arguments; an error is one line, and suggests an option for a mistyped one.
 
-  Options are found by their former names as well.
+  Former names of options are accepted.
   """
 
   def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-    """Ends the process with code 2 for what it does not take."""
+    """Parses arguments; exits with code 2 if they are wrong."""
     known = [name for action in self._actions for name in action.option_strings]
     given = [present(text, known) for text in (sys.argv[1:] if args is None else args)]
     found, unknown = self.parse_known_args(given, namespace)
@@ -35,9 +35,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class RecipeParser(Parser):
-  """The options of a command that takes a recipe: --config FILE[:OPTIONS] and --config.GROUP.KEY=VALUE.
+  """Parses the arguments of a command that reads a recipe.
 
-  `required` and `optional`, with their defaults, are its other options; each takes one text.
+  These are --config FILE[:OPTIONS], --config.GROUP.KEY=VALUE, and the options in `required` and in
+  `optional` (with their defaults). Each option has one value.
   """
 
   def __init__(
@@ -54,9 +55,9 @@ class RecipeParser(Parser):
   def read(
     self, argv: Sequence[str], check: Callable[[dict[str, str]], object] | None = None
   ) -> tuple[config_lib.Config, dict[str, str]]:
-    """Returns the recipe's config with the values that were typed, and the other options.
+    """Returns the recipe's config with the overrides, and the other options.
 
-    `check` looks at the options before the recipe runs. Raises: ConfigError, FileNotFoundError.
+    `check` is called with the options before the recipe runs. Raises: ConfigError, FileNotFoundError.
     """
     known = [name for action in self._actions for name in action.option_strings]
     typed = [text.partition("=")[0] for text in argv if text.startswith("--config.")]
@@ -76,7 +77,7 @@ class RecipeParser(Parser):
 
 
 def whole(flag: str, text: str, least: int) -> int:
-  """The number that was typed behind --flag. Raises: ConfigError for what counts nothing."""
+  """Parses the value of --flag as a whole number. Raises: ConfigError."""
   plain = text.isascii() and text.isdigit() and len(text) <= DIGITS
   if not plain or int(text) < least:
     raise ConfigError(f"--{flag}: expected a whole number from {least}, found {text!r:.40}")
@@ -84,14 +85,14 @@ def whole(flag: str, text: str, least: int) -> int:
 
 
 def present(text: str, known: Iterable[str]) -> str:
-  """An argument with the present name of its option, where `known` has that and not the former."""
+  """Replaces the former name of an option, if `known` has the present one and not the former."""
   flag, equals, value = text.partition("=")
   name = "--" + FORMER_NAMES.get(flag.removeprefix("--"), "")
   return f"{name}{equals}{value}" if flag not in known and name in known else text
 
 
 def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:
-  """What to tell of options that a command does not have; of values among them nothing."""
+  """Returns the message about options that a command does not have, without their values."""
   names = list(known)
   told = [text.partition("=")[0] for text in given if text.startswith("-")] or list(given)
   return ", ".join(f"unknown {name:.60}{_meant(name, names)}" for name in told)

@@ -1,6 +1,6 @@
-"""What a step measures on the device: sums over the batch, and the size of each gradient.
+"""Computes the metrics of a step on the device: sums over the batch, and gradient norms.
 
-Everything that depends on the batch is a sum, so micro-batches add up.
+Everything that depends on the batch is a sum, so that micro-batches can be added up.
 
 Shape letters:  B rows . T row length . P trainable parameters
 """
@@ -31,7 +31,7 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 
 def part_of(path: str) -> str:
-  """The part of a parameter. Raises: KeyError when no row of PARTS matches."""
+  """Returns the part that a parameter belongs to. Raises: KeyError when no row of PARTS matches."""
   for part, pattern in PARTS:
     if re.match(pattern, path):
       return part
@@ -39,9 +39,9 @@ def part_of(path: str) -> str:
 
 
 def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
-  """1 at the positions of samples that have an image, 0 at others. [B, T] float32.
+  """Returns 1 at the positions of samples with an image, 0 at all others. [B, T] float32.
 
-  The positions of a sample follow each other, so running counts at its two ends tell.
+  The positions of a sample are contiguous, so running counts at its first and last position suffice.
   """
   sample, image = batch["segments"] // BRANCHES, (batch["slots"] >= 0).astype(jnp.int32)
   seen = jnp.cumsum(image, axis=1)
@@ -56,10 +56,10 @@ def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
-  """Counts of a batch, float32 scalars; `image` is `about_image` of it.
+  """Returns the counts of a batch as float32 scalars; `image` is the result of `about_image`.
 
-  `pairs` are the (query, key) pairs of attention: a token at position p sees p + 1, whatever
-  stands beside its sample in the row.
+  `pairs` counts the (query, key) pairs of attention: a token at position p of its sample attends to
+  p + 1 keys.
   """
   used = (batch["segments"] > 0).astype(jnp.float32)
   return {
@@ -72,11 +72,11 @@ def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
 
 
 def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Metrics of a step from its sums and the gradients (before clipping) of the trainable parameters.
+  """Computes the metrics of a step from its sums and its gradients before clipping.
 
-  Float32 scalars but for `grad_squares` [P], the sum of squares of each gradient in the order of
-  sorted paths. `loss_text` and `loss_image` are means over the tokens of their samples, 0 without
-  any.
+  All are float32 scalars except `grad_squares` [P], the sum of squares of each gradient, in the order
+  of sorted paths. `loss_text` and `loss_image` are means over the tokens of samples without and with
+  an image; a mean without tokens is 0.
   """
   squares = jnp.stack([jnp.sum(jnp.square(grads[p].astype(jnp.float32))) for p in sorted(grads)])
   squares = nn.with_logical_constraint(squares, (None,))  # whole on every process, to be read
@@ -100,7 +100,7 @@ def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def norms(squares: Any, paths: Iterable[str]) -> dict[str, float]:
-  """`grad_squares` of the parameters at `paths` -> {part: gradient norm}, on the host."""
+  """Computes on the host, from `grad_squares` of the parameters at `paths`, {part: gradient norm}."""
   totals: dict[str, float] = {}
   for path, square in zip(sorted(paths), np.asarray(squares, np.float64), strict=True):
     totals[part_of(path)] = totals.get(part_of(path), 0.0) + float(square)
