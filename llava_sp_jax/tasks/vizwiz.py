@@ -35,6 +35,7 @@ class VizWiz(Benchmark):
   }
 
   def items(self) -> list[Item]:
+    """Returns the questions, without truths."""
     items = [
       Item(
         id=str(row["question_id"]),
@@ -49,6 +50,7 @@ class VizWiz(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the counts of answers; the server scores them."""
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
