@@ -38,6 +38,7 @@ class Tile:
 
   @property
   def tokens(self) -> int:
+    """Returns the number of spatial and patch tokens of the tile, without the newline."""
     return self.spatial + self.grid * self.grid
 
 

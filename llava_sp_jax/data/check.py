@@ -60,6 +60,7 @@ class CheckReport:
 
   @property
   def passed(self) -> bool:
+    """Returns whether training would lose none of the checked samples."""
     return not any(count and KINDS[kind] for kind, count in self.kinds.items())
 
   def add(self, index: int, found: Found) -> None:
@@ -163,6 +164,7 @@ class Checker:
 
 
 def folder_of(name: str) -> str:
+  """Returns the folder part of an image's name."""
   return str(PurePath(name).parent)
 
 

@@ -1,4 +1,4 @@
-"""Conversation templates: turn a dialogue into pieces of text, each supervised or context.
+"""Turns a dialogue into pieces of text by a conversation template, each supervised or context.
 
 Replies and their end marks are supervised; all other text is context. Supervision is decided turn
 by turn, and never by searching the finished prompt. This avoids two faults of the original: it

@@ -1,4 +1,4 @@
-"""One row of a batch: token ids, targets, and where every image token goes.
+"""Builds one row of a batch: token ids, targets, and the slot of every image token.
 
 Shape letters:  T row length . M tiles per row . N tokens per tile . L tokens of one image
 """
@@ -54,6 +54,7 @@ class TokenRow:
   length: int  # tokens of the row without padding, after truncation
 
   def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays by their names in a batch."""
     names = ("tokens", "targets", "weights", "positions", "segments", "slots")
     return {name: getattr(self, name) for name in names}
 

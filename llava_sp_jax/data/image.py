@@ -35,6 +35,7 @@ class Preprocess:
 
   @property
   def pad_color(self) -> tuple[int, ...]:
+    """Returns the mean color as integers in [0, 255]."""
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:

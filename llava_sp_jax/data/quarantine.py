@@ -33,6 +33,7 @@ class Quarantine:
 
   @property
   def count(self) -> int:
+    """Returns the number of samples that are recorded, of all parts of the run."""
     return len(self._seen)
 
   def add(self, index: int, sample: Any, error: Exception) -> None:

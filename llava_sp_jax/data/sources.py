@@ -28,16 +28,27 @@ class Source(Protocol):
   """Provides samples by index, in a form of `forms`, and the images of a sample.
 
   Images are read by a `Reader`. Returns a SampleError in place of a sample that cannot be read.
-  `fingerprint` is a hash of the samples, without their image files.
   """
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Any: ...
-  def files(self, sample: Any) -> list[File]: ...
-  def images(self, sample: Any) -> list[Any]: ...
+
+  def files(self, sample: Any) -> list[File]:
+    """Returns the image files of a sample. Raises: SampleError."""
+    ...
+
+  def images(self, sample: Any) -> list[Any]:
+    """Reads the images of a sample. Raises: SampleError."""
+    ...
+
   @property
-  def sizes(self) -> Sizes: ...
-  def fingerprint(self) -> str: ...
+  def sizes(self) -> Sizes:
+    """Returns a function that reads the sizes of a sample's images."""
+    ...
+
+  def fingerprint(self) -> str:
+    """Returns a hash of the samples, without their image files."""
+    ...
 
 
 class _Images:
@@ -60,6 +71,7 @@ class _Images:
 
   @property
   def sizes(self) -> Sizes:
+    """Returns a function that reads the sizes of a sample's images."""
     return functools.partial(_sizes, self._folder)
 
 
@@ -102,6 +114,7 @@ class LlavaJson(_Images):
     return self._samples[index]
 
   def fingerprint(self) -> str:
+    """Returns the SHA-256 of the file of samples."""
     with self._path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -150,6 +163,7 @@ class Tfds(_Images):
     return {key: _plain(key, value) for key, value in self._records[index].items()}
 
   def fingerprint(self) -> str:
+    """Returns a hash of the data set's name, version and shards."""
     return hashlib.sha256(self._about.encode()).hexdigest()
 
 

@@ -137,6 +137,7 @@ class _Walk:
 
   @property
   def spent(self) -> bool:
+    """Returns whether the budget is used up."""
     return len(self.tried) >= self._budget
 
   def start(self) -> Point:
@@ -150,6 +151,7 @@ class _Walk:
     return point
 
   def fits(self, point: Point) -> bool:
+    """Returns whether a point was compiled and fits."""
     return point in self._known and self._known[point].fits
 
   def leanest(self, point: Point, axis: int) -> Point:
@@ -194,11 +196,13 @@ class _Walk:
     return None
 
   def better(self, point: Point, than: Point) -> bool:
+    """Compiles a point, and returns whether it fits and is faster than another one."""
     names = [a.name for a, i, j in zip(self.axes, point, than, strict=True) if i != j]
     outcome = self.outcome(point, ", ".join(names))
     return outcome.fits and outcome.seconds < self._known[than].seconds
 
   def outcome(self, point: Point, change: str) -> Outcome:
+    """Returns the outcome of a point; compiles it if that was not done yet."""
     if point not in self._known:
       config = self._at(point)
       self._known[point] = self._evaluate(config)

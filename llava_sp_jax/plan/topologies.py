@@ -1,4 +1,4 @@
-"""The slices that `llava-sp plan` knows, by the names of cloud providers; `hardware` has the chips.
+"""Lists the slices that `llava-sp plan` knows, by the names of cloud providers.
 
 Source: Google's pages "TPU v4 / v5e / v5p / v6e" (chips of a slice).
 """

@@ -1,4 +1,4 @@
-"""The table of all benchmarks, TASKS. docs/benchmarks.md tells what each reads, asks and scores."""
+"""Lists all benchmarks in the table TASKS; docs/benchmarks.md describes each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: writes options, reads choices, computes MMBench's circular score."""
+"""Writes and reads multiple-choice questions, and computes MMBench's circular score."""
 
 from __future__ import annotations
 

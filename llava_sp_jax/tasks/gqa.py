@@ -57,6 +57,7 @@ class Gqa(Benchmark):
     return files.first_of(self.folder, PLACES)
 
   def items(self) -> list[Item]:
+    """Returns the questions, with their truths if the file of truths exists."""
     rows, path = self.rows(ASKED), self._truths()
     truths: dict[str, dict[str, Any]] = files.read_json(path) if path else {}
     items = []
@@ -80,6 +81,7 @@ class Gqa(Benchmark):
     return settled(items, path or self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores an answer by exact match; returns {} without a truth."""
     if item.truth is None or item.problem:
       return {}
     if self.lmms:

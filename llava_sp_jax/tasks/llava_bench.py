@@ -84,6 +84,7 @@ class LlavaBench(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
+    """Returns the questions, with GPT-4's answers as truths and captions for the judge."""
     captions = {str(r.get("image")): r.get("caption") for r in self._truths(CONTEXT)}
     reference = {str(r.get("question_id")): r.get("text") for r in self._truths(REFERENCE)}
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))

@@ -78,6 +78,7 @@ class MmBench(Benchmark):
     self._circular, self._answers = circular, False
 
   def items(self) -> list[Item]:
+    """Returns the questions, in one or all orders of their options."""
     path = self.folder / self.needed[0]
     rows = files.read_tsv(path, COLUMNS)
     images = {row["index"]: row["image"] for row in rows}
@@ -166,6 +167,7 @@ class MmBench(Benchmark):
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 
   def check_submission(self) -> None:
+    """Checks that Excel files can be written. Raises: ModuleNotFoundError."""
     sheet.need(f"{self.split}.xlsx")
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:

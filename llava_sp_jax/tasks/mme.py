@@ -106,6 +106,7 @@ class Mme(Benchmark):
     return truths, invalid
 
   def items(self) -> list[Item]:
+    """Returns the questions, with the truths of the release."""
     truths, invalid = self._truths()
     rows = self.rows(ASKED)
     odd = [
@@ -142,6 +143,7 @@ class Mme(Benchmark):
     return settled(_whole_pairs(items), self.folder / RELEASE)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores 1 if the answer reads as the truth, yes or no."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth.lower()), "read": read}
 

@@ -148,6 +148,7 @@ class MmVet(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
+    """Returns the questions, with their truths if the file of truths exists."""
     rows = self.rows(ASKED)
     truths = files.read_json(self._truths) if self._truths else {}
     images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]

@@ -79,6 +79,7 @@ class Pope(Benchmark):
   }
 
   def items(self) -> list[Item]:
+    """Returns the questions of all splits. Raises: BenchmarkError for labels that do not match."""
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
     truths: dict[str, Any] = {}
     for split in SPLITS:
@@ -115,10 +116,12 @@ class Pope(Benchmark):
     return settled(items, self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores 1 if the answer reads as the truth, yes or no."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the mean F1 of the splits, or with protocol `lmms` the F1 over all questions."""
     measure = measures_lmms if self.lmms else measures
     by_kind: dict[str, dict[str, float]] = {}
     for kind in ("all", *sorted({item.kind for item in items})):

@@ -86,6 +86,7 @@ class ScienceQa(Benchmark):
   }
 
   def items(self) -> list[Item]:
+    """Returns the questions. Raises: BenchmarkError for files that do not match each other."""
     path = self.folder / ASKED
     rows = files.read_json(path, list)
     files.check_rows(path, [(f"[{i}]", r) for i, r in enumerate(rows)], ("id", "conversations"))

@@ -1,4 +1,4 @@
-"""Scoring rules that several benchmarks share, equal to the originals in every quirk."""
+"""Implements scoring rules that several benchmarks share, equal to the originals in every quirk."""
 
 from __future__ import annotations
 

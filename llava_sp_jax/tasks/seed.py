@@ -50,6 +50,7 @@ class Seed(Benchmark):
     self.variant["split"] = split
 
   def items(self) -> list[Item]:
+    """Returns the questions of the split, in the order of the annotation."""
     path = self.folder / TRUTHS
     match files.read_json(path):
       case {"questions": list(questions), "question_type": dict(types)}:
@@ -91,6 +92,7 @@ class Seed(Benchmark):
     return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores 1 if the answer is the letter of the truth."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth), "read": read}
 

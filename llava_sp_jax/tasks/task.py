@@ -67,8 +67,13 @@ class Task(Protocol):
   protocol: str  # name and description of the exact rule
   generation: Generation  # settings of generation that the protocol demands
 
-  def items(self) -> list[Item]: ...
-  def data_hash(self) -> str: ...
+  def items(self) -> list[Item]:
+    """Returns the questions."""
+    ...
+
+  def data_hash(self) -> str:
+    """Returns a hash of the files that determine the questions."""
+    ...
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     """Returns what can be said of one answer, with `score` in [0, 1] if it can be scored alone.
@@ -77,7 +82,9 @@ class Task(Protocol):
     """
     ...
 
-  def score(self, items: list[Item], predictions: Predictions) -> Scores: ...
+  def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the scores over the predictions for `items`."""
+    ...
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """Writes the files for an official server or scorer, and returns their paths ([]: none)."""

@@ -89,6 +89,7 @@ class TextVqa(Benchmark):
   }  # fmt: skip
 
   def items(self) -> list[Item]:
+    """Returns the questions, with the human answers as truths."""
     path = self.folder / TRUTHS
     truths, rows = self._truths(path), self.rows(ASKED)
     items = [self._item(row, key, truths) for row, key in zip(rows, numbered(rows), strict=True)]
@@ -126,4 +127,5 @@ class TextVqa(Benchmark):
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores an answer by VQA's soft accuracy."""
     return {"score": vqa_accuracy(text, item.truth), "read": vqa_normal(text)}

@@ -36,6 +36,7 @@ class VizWiz(Benchmark):
   }
 
   def items(self) -> list[Item]:
+    """Returns the questions, without truths."""
     items = [
       Item(
         id=str(row["question_id"]),
@@ -50,6 +51,7 @@ class VizWiz(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the counts of answers; the server scores them."""
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:

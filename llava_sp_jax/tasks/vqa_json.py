@@ -138,23 +138,28 @@ class VqaJson:
     return found
 
   def items(self) -> list[Item]:
+    """Returns the questions."""
     return self._items
 
   def data_hash(self) -> str:
+    """Returns a hash of the file."""
     return file_hash(self._file)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
+    """Scores an answer by the rule."""
     if not self._choice:
       return {"score": self._rule.score(text, item.truth)}
     chosen = scoring.choice(text, item.extra["options"])
     return {"score": self._rule.score(chosen, item.truth), "chosen": chosen}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
+    """Returns the mean score, overall and by kind."""
     metric = self._rule.metric
     by_kind = mean_by_kind(items, predictions, self.verdict, metric)
     return Scores(by_kind["all"][metric], metric, by_kind)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
+    """Writes nothing: all is scored here."""
     return []
 
 
