@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
     return config_lib.from_dict(merged(values, changes))
 
   return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_found_once() -> Iterator[None]:
+  """The shapes of a model are traced once a process: most tests of a room open the same few models."""
+  import jax
+
+  from llava_sp_jax.models import build
+
+  found = functools.cache(build.abstract)
+
+  def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf, found(config))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, "abstract", abstract)
+    yield
 
 
 @pytest.fixture(scope="session")
