@@ -194,25 +194,30 @@ def own(root: Path, tmp_path: Path) -> Path:
 
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
-  "test_every_variant",
-  "test_distributed",
-  "test_ladder",
-  "test_smollm2",
-  "test_resume",
-  "test_qlora",
-  "test_step",
-  "test_engine",
-  "test_in_loop",
-  "test_never_lost",
+  "end_to_end/test_every_variant",
+  "end_to_end/test_distributed",
+  "parity/test_ladder",
+  "end_to_end/test_one_reading",
+  "distributed/test_sharding",
+  "convert/test_smollm2",
+  "end_to_end/test_resume",
+  "infer/test_engine",
+  "infer/test_likelihood",
+  "training/test_step",
+  "training/test_packing",
+  "end_to_end/test_qlora",
+  "convert/test_round_trip",
+  "models/test_llava",
+  "eval/test_in_loop",
+  "eval/test_never_lost",
   "test_demo",
-  "test_stages",
-  "test_sharding",
-  "test_watching",
-  "test_llava",
+  "training/test_stages",
+  "training/test_watching",
+  "test_tables",
   "test_recipes",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  places = {name: place for place, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+  places = {REPOSITORY / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path, len(places)))

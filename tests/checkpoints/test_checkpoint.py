@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import manager, on_disk, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
+from tests.checkpoints.config_keys import another, changed, keys
 from tests.conftest import ConfigMaker
 
 RNG = np.random.default_rng(0)
@@ -85,30 +84,6 @@ MAY_CHANGE = {
   "config.evaluate.limit",
   "config.evaluate.batch_size",
 }
-
-
-def keys(values: Any, at: str = "config") -> Iterator[tuple[str, Any]]:
-  for field in dataclasses.fields(values):
-    value = getattr(values, field.name)
-    if dataclasses.is_dataclass(value):
-      yield from keys(value, f"{at}.{field.name}")
-    else:
-      yield f"{at}.{field.name}", value
-
-
-def another(value: Any) -> Any:
-  if isinstance(value, bool):
-    return not value
-  if isinstance(value, tuple):
-    return (*value, *(value[-1:] or ("x",)))
-  return f"{value}x" if isinstance(value, str) else value + 1
-
-
-def changed(values: Any, key: str, value: Any) -> Any:
-  name, _, rest = key.partition(".")
-  return dataclasses.replace(
-    values, **{name: changed(getattr(values, name), rest, value) if rest else value}
-  )
 
 
 @pytest.mark.parametrize("key", [key for key, _ in keys(config_lib.Config())])
