@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
   return make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_found_once() -> Iterator[None]:
+  """The shapes of a model are traced once a process: most tests of a room open the same few models."""
+  import jax
+
+  from llava_sp_jax.models import build
+
+  found = functools.cache(build.abstract)
+
+  def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf, found(config))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, "abstract", abstract)
+    yield
+
+
 @pytest.fixture(scope="session")
 def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A finished run of two steps, which its readers leave as it is."""
@@ -176,25 +194,30 @@ def own(root: Path, tmp_path: Path) -> Path:
 
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
-  "test_every_variant",
-  "test_distributed",
-  "test_ladder",
-  "test_smollm2",
-  "test_resume",
-  "test_qlora",
-  "test_step",
-  "test_engine",
-  "test_in_loop",
-  "test_never_lost",
+  "end_to_end/test_every_variant",
+  "end_to_end/test_distributed",
+  "parity/test_ladder",
+  "end_to_end/test_one_reading",
+  "distributed/test_sharding",
+  "convert/test_smollm2",
+  "end_to_end/test_resume",
+  "infer/test_engine",
+  "infer/test_likelihood",
+  "training/test_step",
+  "training/test_packing",
+  "end_to_end/test_qlora",
+  "convert/test_round_trip",
+  "models/test_llava",
+  "eval/test_in_loop",
+  "eval/test_never_lost",
   "test_demo",
-  "test_stages",
-  "test_sharding",
-  "test_watching",
-  "test_llava",
+  "training/test_stages",
+  "training/test_watching",
+  "test_tables",
   "test_recipes",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  places = {name: place for place, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+  places = {REPOSITORY / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path, len(places)))

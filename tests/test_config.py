@@ -17,7 +17,7 @@ from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.models.quantize import FORMATS
 from llava_sp_jax.models.vit import TOWER_VARIANTS
 from llava_sp_jax.training import optimizer
-from tests.test_tables import model
+from tests.every_variant import model
 
 UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
   "model.projector.variant": (lambda: build.model(model("nope")), VARIANTS),

@@ -15,7 +15,7 @@ from llava_sp_jax.models import build
 from llava_sp_jax.training import optimizer
 from tests import documents
 from tests.conftest import REPOSITORY
-from tests.test_tables import leaves
+from tests.every_variant import leaves
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import manager, on_disk, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
+from tests.checkpoints.config_keys import another, changed, keys
 from tests.conftest import ConfigMaker
 
 RNG = np.random.default_rng(0)
@@ -87,30 +86,6 @@ MAY_CHANGE = {
 }
 
 
-def keys(values: Any, at: str = "config") -> Iterator[tuple[str, Any]]:
-  for field in dataclasses.fields(values):
-    value = getattr(values, field.name)
-    if dataclasses.is_dataclass(value):
-      yield from keys(value, f"{at}.{field.name}")
-    else:
-      yield f"{at}.{field.name}", value
-
-
-def another(value: Any) -> Any:
-  if isinstance(value, bool):
-    return not value
-  if isinstance(value, tuple):
-    return (*value, *(value[-1:] or ("x",)))
-  return f"{value}x" if isinstance(value, str) else value + 1
-
-
-def changed(values: Any, key: str, value: Any) -> Any:
-  name, _, rest = key.partition(".")
-  return dataclasses.replace(
-    values, **{name: changed(getattr(values, name), rest, value) if rest else value}
-  )
-
-
 @pytest.mark.parametrize("key", [key for key, _ in keys(config_lib.Config())])
 def test_every_key_is_refused_when_a_run_goes_on_unless_it_is_listed(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
@@ -160,11 +135,9 @@ def test_parameters_come_back_from_the_newest_of_several(tmp_path: Path) -> None
   )
 
 
-FLIPS = 60
-
-
+@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path, flips: int) -> None:
   """Anywhere in the files of a step; some bytes say nothing."""
   draw = random.Random(0)
   params = {f"a/{i}": jnp.asarray(RNG.normal(size=(40, 30)).astype("float32")) for i in range(3)}
@@ -174,7 +147,7 @@ def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> N
   place = tmp_path / "checkpoints/3"
   files = [p for item in ("params", "optimizer") for p in (place / item).rglob("*") if p.is_file()]
   found = 0
-  for _ in range(FLIPS):
+  for _ in range(flips):
     file = draw.choices(files, [p.stat().st_size for p in files])[0]
     before = file.read_bytes()
     bit = draw.randrange(8 * len(before))
@@ -194,7 +167,7 @@ def test_a_flipped_bit_is_found_wherever_it_changes_a_value(tmp_path: Path) -> N
       assert len(said.splitlines()) == 1
     else:
       jax.tree.map(np.testing.assert_array_equal, (ours, theirs), (params, moments))
-  assert found > FLIPS // 2
+  assert found > flips // 2
 
 
 def test_a_newer_step_that_cannot_be_read_is_told_and_an_older_one_opened(

@@ -74,8 +74,13 @@ def asked(tiny_data: Path) -> list[Request]:
   return [Request(question, (image,)) for image in images for question in questions]
 
 
-def answers(run: Path, asked: list[Request]) -> list[Answer]:
-  engine = Engine(pretrained.from_run(run), 16, Generation(max_new_tokens=NEW_TOKENS))
+@pytest.fixture(scope="module")
+def engine(run: Path) -> Engine:
+  return Engine(pretrained.from_run(run), 16, Generation(max_new_tokens=NEW_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def answers(engine: Engine, asked: list[Request]) -> list[Answer]:
   return list(engine.answer(asked))
 
 
@@ -143,9 +148,10 @@ def leads(run: Path, replies: list[tuple[Request, str]], layout: str, folder: Pa
   return found
 
 
-def compared(run: Path, asked: list[Request], layout: str, folder: Path) -> tuple[int, list[str]]:
+def compared(
+  run: Path, asked: list[Request], given: list[Answer], layout: str, folder: Path
+) -> tuple[int, list[str]]:
   """(answers that could be compared, what differs)."""
-  given = answers(run, asked)
   stops = pretrained.from_run(run).tokenizer.stop_ids(conversation.TEMPLATES["v1"].end)
   replies = [(r, a.text) for r, a in zip(asked, given, strict=True)]
   trained = leads(run, replies, layout, folder)
@@ -165,15 +171,19 @@ def compared(run: Path, asked: list[Request], layout: str, folder: Path) -> tupl
 
 @pytest.mark.parametrize("layout", conversation.TURNS)
 def test_answers_are_what_training_would_say(
-  layout: str, run: Path, asked: list[Request], tmp_path: Path
+  layout: str, run: Path, asked: list[Request], answers: list[Answer], tmp_path: Path
 ) -> None:
-  count, differences = compared(run, asked, layout, tmp_path)
+  count, differences = compared(run, asked, answers, layout, tmp_path)
   assert count >= 200
   assert not differences, f"{len(differences)} of {count}, such as {differences[0]}"
 
 
 def test_another_reading_of_the_prompt_is_noticed(
-  run: Path, asked: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+  run: Path,
+  engine: Engine,
+  asked: list[Request],
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """Each piece of a prompt read as a text of its own, as it once was."""
 
@@ -186,5 +196,8 @@ def test_another_reading_of_the_prompt_is_noticed(
     return runs
 
   monkeypatch.setattr(reading, "question", piece_by_piece)
-  count, differences = compared(run, asked[::4], "chain", tmp_path)
+  engine.forget()
+  given = list(engine.answer(asked[::4]))
+  engine.forget()
+  count, differences = compared(run, asked[::4], given, "chain", tmp_path)
   assert len(differences) > count / 2

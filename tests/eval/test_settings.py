@@ -20,7 +20,7 @@ from llava_sp_jax.results import predictions
 from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.task import EvalError, Item
-from tests.checkpoints.test_checkpoint import another, changed, keys
+from tests.checkpoints.config_keys import another, changed, keys
 from tests.conftest import ConfigMaker
 from tests.eval.scripted import Scripted, by_id
 

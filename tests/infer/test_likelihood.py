@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,20 +56,25 @@ def naive(loaded: pretrained.Pretrained, question: str, continuation: str) -> tu
   ids = [i for run in runs for i in run.ids]
   first = len(ids) - sum(sum(run.supervised) for run in runs)
   module = build.model(loaded.config.model)
-  total, greedy = 0.0, True
-  for at in range(first, len(ids)):
-    tokens = jnp.asarray([ids[:at]], jnp.int32)
-    hidden = module.apply(
-      {"params": loaded.params},
+
+  @jax.jit
+  def last_logits(params: Any, tokens: jax.Array) -> jax.Array:
+    positions, segments = jnp.arange(tokens.shape[1])[None], jnp.full_like(tokens, 1 << 12)
+    hidden: Any = module.apply(
+      {"params": params},
       tokens,
-      jnp.arange(at)[None],
-      jnp.full_like(tokens, 1 << 12),
+      positions,
+      segments,
       jnp.zeros((1, 0, 1)),
       None,
       None,
       method="extend",
     )[0]
-    logits = module.apply({"params": loaded.params}, hidden[:, -1], method="logits")  # type: ignore[index]
+    return module.apply({"params": params}, hidden[:, -1], method="logits")
+
+  total, greedy = 0.0, True
+  for at in range(first, len(ids)):
+    logits = last_logits(loaded.params, jnp.asarray([ids[:at]], jnp.int32))
     row = np.asarray(logits, np.float64)[0]
     total += row[ids[at]] - math.log(np.exp(row - row.max()).sum()) - row.max()
     greedy &= int(row.argmax()) == ids[at]

@@ -13,7 +13,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.training import optimizer, state, step
-from tests.test_tables import model as table_model
+from tests.every_variant import model as table_model
 
 BATCH, LENGTH = 2, 96
 # XLA also counts what is no matmul (norms, softmax, rotary, activations, the loss). At these widths

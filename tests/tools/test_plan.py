@@ -12,7 +12,7 @@ from llava_sp_jax import cli
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import topologies
 from tests.conftest import REPOSITORY
-from tests.plan.test_report import GIB, plan
+from tests.plan.plans import GIB, plan
 
 RECIPE = str(REPOSITORY / "configs" / "finetune_lora.py")
 

@@ -18,7 +18,7 @@ from llava_sp_jax.convert import export, formats
 from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import loop, optimizer, setup
 from tests.conftest import WIDE, ConfigMaker, merged
-from tests.distributed.test_sharding import MESHES, mesh_of, run
+from tests.distributed.meshes import MESHES, mesh_of, run
 
 FULL = {"model": {"lora": {"rank": 0}}, "optimizer": {"weight_decay": 0.1}}
 

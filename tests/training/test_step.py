@@ -18,7 +18,7 @@ from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.training import loss, setup
 from tests.conftest import VOCAB_SIZE, ConfigMaker
-from tests.distributed.test_sharding import batches, mesh_of, parts
+from tests.distributed.meshes import batches, mesh_of, parts
 
 NO_DROPOUT = {"lora": {"dropout": 0.0}}
 

@@ -17,7 +17,7 @@ from llava_sp_jax.models import build
 from llava_sp_jax.training import optimizer, setup, state, step
 from llava_sp_jax.training.state import TrainState
 from tests.conftest import ConfigMaker
-from tests.distributed.test_sharding import batches
+from tests.distributed.meshes import batches
 from tests.training.test_optimizer import AdamW
 
 ROWS, STEPS = 8, 3

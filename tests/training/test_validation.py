@@ -17,7 +17,7 @@ from llava_sp_jax.training import setup, step
 from llava_sp_jax.training.state import TrainState, join
 from llava_sp_jax.training.validation import Validator
 from tests.conftest import ConfigMaker
-from tests.distributed.test_sharding import mesh_of
+from tests.distributed.meshes import mesh_of
 
 ROWS = 2
 
