@@ -42,12 +42,12 @@ class BeamAnswers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-  """Implements `decode.Strategy` by beam search with `rule.lanes` beams."""
+  """Implements `decode.Strategy` by beam search with `rule.beams` beams."""
 
   rule: StopRule
 
   def empty(self, rows: int) -> BeamAnswers:
-    count, longest = self.rule.lanes, self.rule.max_new_tokens
+    count, longest = self.rule.beams, self.rule.max_new_tokens
     none, each = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, count), jnp.int32)
     ids = jnp.zeros((rows, count, longest), jnp.int32)
     worst = jnp.full((rows, count), WORST, jnp.float32)
@@ -72,7 +72,7 @@ class BeamSearch:
     """
     rows = self.empty(len(logits))
     rows = rows._replace(done=jnp.zeros_like(rows.done), scores=rows.scores.at[:, 0].set(0.0))
-    every = jnp.repeat(logits, self.rule.lanes, axis=0)
+    every = jnp.repeat(logits, self.rule.beams, axis=0)
     return self.choose(rows, every, key)[0]
 
   def choose(
@@ -83,7 +83,7 @@ class BeamSearch:
     Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
     rows.
     """
-    count, longest = self.rule.lanes, self.rule.max_new_tokens
+    count, longest = self.rule.beams, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]
     possible = self.rule.possible(logits)
     scores = jax.nn.log_softmax(possible).reshape(-1, count, vocabulary) + rows.scores[..., None]
@@ -133,7 +133,7 @@ class BeamSearch:
 
     The prompt is not copied, because it is the same in all beams of a row.
     """
-    start = cache.length - jnp.repeat(rows.steps, self.rule.lanes)
+    start = cache.length - jnp.repeat(rows.steps, self.rule.beams)
     width = min(self.rule.max_new_tokens, cache.capacity)
 
     def move(axis: int, x: jax.Array) -> jax.Array:

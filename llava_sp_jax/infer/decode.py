@@ -54,7 +54,7 @@ class StopRule:
   stop_ids: tuple[int, ...]
   max_new_tokens: int
   sampler: Sampler = GREEDY
-  lanes: int = 1  # beams of a row; 1 without beam search
+  beams: int = 1  # of a row; 1 without beam search
   vocabulary: int = 0  # ids of the tokenizer, if the model has more; 0: all
 
   def possible(self, logits: jax.Array) -> jax.Array:
@@ -154,7 +154,7 @@ def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: ja
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
   hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
-  going = jnp.repeat(~state.rows.done, strategy.rule.lanes).astype(jnp.int32)
+  going = jnp.repeat(~state.rows.done, strategy.rule.beams).astype(jnp.int32)
   rows, parents = strategy.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
   # This adds 0, because no token is negative, but the compiler cannot know that. So the write must
   # follow all reads of the cache, and needs no copy of it. (On CPU, XLA drops optimization_barrier

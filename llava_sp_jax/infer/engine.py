@@ -84,7 +84,7 @@ class Engine:
       generation.num_beams,
       padded_from(pretrained),
     )
-    strategy: decode.Strategy = BeamSearch(rule) if rule.lanes > 1 else decode.Sampling(rule)
+    strategy: decode.Strategy = BeamSearch(rule) if rule.beams > 1 else decode.Sampling(rule)
     seed = generation.seed
     self._programs = Programs(config, pretrained.params, strategy, seed, mesh, self.counts)
     parts = self._programs.parts

@@ -100,8 +100,8 @@ def admit(
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
   first = strategy.first(logits, numbers, key)
-  sequences = rows[:, None] * strategy.rule.lanes + jnp.arange(
-    strategy.rule.lanes, dtype=rows.dtype
+  sequences = rows[:, None] * strategy.rule.beams + jnp.arange(
+    strategy.rule.beams, dtype=rows.dtype
   )
   cache = _place(state.cache, new, past, group.start, sequences)
   length = cache.length.at[sequences].set((group.start + group.length)[:, None])

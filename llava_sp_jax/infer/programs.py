@@ -88,7 +88,7 @@ class Programs:
     def make() -> State:
       cache = cache_lib.allocate(
         text.layers,
-        rows * self._strategy.rule.lanes,
+        rows * self._strategy.rule.beams,
         capacity,
         text.kv_heads,
         text.head_dim,

@@ -74,7 +74,7 @@ def test_an_engine_is_built_with_all_that_was_asked_for(model: Pretrained) -> No
   np.testing.assert_array_equal(
     jax.random.key_data(engine._programs._key), jax.random.key_data(jax.random.key(4))
   )
-  assert Engine(model, 2, Generation(num_beams=3))._programs._strategy.rule.lanes == 3
+  assert Engine(model, 2, Generation(num_beams=3))._programs._strategy.rule.beams == 3
 
 
 def test_prefixes_are_shared_unless_positions_depend_on_the_whole_prompt(
