@@ -167,10 +167,11 @@ def shapes_are_found_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run_folder(tiny_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A finished run of two steps, which its readers leave as it is."""
-  from llava_sp_jax.training import loop
+  import llava_sp_jax as llava
 
   folder = tmp_path_factory.mktemp("run") / "finetune"
-  loop.train(tiny_config("finetune", train={"steps": 2}), folder)
+  done = llava.train(tiny_config("finetune", train={"steps": 2}), folder)
+  assert (done.step, done.quarantined) == (2, 0)
   return folder
 
 
