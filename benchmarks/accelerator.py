@@ -1,13 +1,13 @@
-"""What llava_sp_jax does on this accelerator, in eight minutes: one JSON object a line.
+"""Measures llava_sp_jax on this accelerator in eight minutes: one JSON object per line.
 
 Usage: python benchmarks/accelerator.py [--seconds 480] [--only rates,train] [--out accelerator]
        [--checkpoint runs/easy_vqa/pooling-0/finetune --data data/easy_vqa]
 
-For one GPU or TPU; without a network, torch or any weights (random ones, but for the checkpoint).
-Sections, in this order (docs/accelerator.md says what each measures): rates, correct, train, decode,
-prefill, engine, flips, variants. A part that fails says why, and costs nothing else; one for which no
-time is left says so. OUT.json and its page OUT.md are whole after every line. --tiny runs all of it
-on a CPU.
+Runs on one GPU or TPU. Needs no network and no torch, and no weights but those of the checkpoint;
+others are random. Sections, in this order: rates, correct, train, decode, prefill, engine, flips,
+variants (docs/accelerator.md says what each measures). A part that fails reports why and does not stop
+the others; a part without time left is reported, too. OUT.json and its page OUT.md are complete after
+every line. --tiny runs everything on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 
 from accelerator_record import Record
 
-# section: the file and the function that measure it; both are looked up when it is its turn.
+# section: the file and the function that measure it, imported when the section starts.
 SECTIONS = {
   "rates": ("accelerator_arithmetic", "rates"),
   "correct": ("accelerator_arithmetic", "correct"),
@@ -61,7 +61,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> Record:
   options = arguments(argv)
-  # Read when jax is imported. Its own 75% of a card would hide what fits.
+  # jax reads this when it is imported. Its default of 75% of a card would hide what fits.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
   record = Record(options)
   for name in (name for name in SECTIONS if name in options.only):

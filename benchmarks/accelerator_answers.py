@@ -1,4 +1,4 @@
-"""Decoding, prefill, and questions a second of the engine, on random weights."""
+"""Measures decoding, prefill, and questions per second of the engine, on random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUNDS = 3  # measurements of a batch
 
 
 def _programs(size: models.Size, quantize: str) -> tuple[Any, Programs]:
-  """The engine's programs; answers never end by themselves."""
+  """Builds the engine's programs; answers never stop by themselves."""
   config = models.config_of(size, 1, 0, quantize=quantize)
   device_mesh = models.one_mesh(models.device())
   strategy = decode_lib.Sampling(decode_lib.StopRule((), _room(size)))
@@ -39,12 +39,12 @@ def _programs(size: models.Size, quantize: str) -> tuple[Any, Programs]:
 
 
 def _room(size: models.Size) -> int:
-  """New tokens that a row has room for: those of all measurements of a batch."""
+  """Counts the new tokens of a row, over all measurements of a batch."""
   return size.steps * (ROUNDS + 1)
 
 
 def decode(record: Record) -> None:
-  """Tokens a second behind full prompts, beside the time that reading kernels and cache takes."""
+  """Measures tokens per second after full prompts, and the time to read kernels and cache."""
   size = models.size_of(record)
   for quantize in FORMATS:
     held: list[Any] = []
@@ -97,7 +97,7 @@ def _decoded(
 
 
 def prefill(record: Record) -> None:
-  """Positions a second of whole prompts without an image."""
+  """Measures positions per second of whole prompts without an image."""
   size = models.size_of(record)
   held: list[Any] = []
   if not record.part("prefill", 30, lambda: held.extend(_programs(size, "none"))):
@@ -132,7 +132,7 @@ def _prefilled(
 
 
 def engine(record: Record) -> None:
-  """Questions a second, with one question about each image, and with several."""
+  """Measures questions per second, with one question about each image and with several."""
   record.part("engine", 90, lambda: _engine(record))
 
 

@@ -1,4 +1,4 @@
-"""How fast the device multiplies and reads, and how exactly: against the same jax on the CPU."""
+"""Measures speed and accuracy of the device's arithmetic, against jax on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRODUCTS = (("bfloat16", "default"), ("float32", "default"), ("float32", "highes
 
 
 def rates(record: Record) -> None:
-  """TFLOP/s of large products and GB/s of one reading, beside the memory that programs may use."""
+  """Measures TFLOP/s of large products and GB/s of reading, and the memory that programs may use."""
   d = models.device()
   record.say(
     "rates",
@@ -48,7 +48,7 @@ def rates(record: Record) -> None:
 
 
 def correct(record: Record) -> None:
-  """Loss, logits and gradients by part, of the same values in each arithmetic and attention."""
+  """Compares loss, logits and gradients by part in each arithmetic and attention."""
   size = models.SIZES["tiny" if record.options.tiny else "small"]
   platform = models.device().platform
   cases = [
@@ -71,7 +71,7 @@ def correct(record: Record) -> None:
 
 
 def _values(config: Any) -> dict[str, np.ndarray]:
-  """Random float32 parameters by path, on the host; adapters as small as trained ones."""
+  """Makes random float32 parameters by path, on the host; adapters as small as trained ones."""
   rng, values = np.random.default_rng(0), {}
   for path, s in flatten_dict(build.abstract(config.model), sep="/").items():
     fan = s.shape[-2] if len(s.shape) > 1 else 2500
@@ -82,7 +82,7 @@ def _values(config: Any) -> dict[str, np.ndarray]:
 
 
 def _computed(config: Any, where: Any, values: Any) -> tuple[float, dict[str, Any], np.ndarray]:
-  """Loss, gradients by path, and logits at every 37th position, on one device."""
+  """Computes loss, gradients by path, and logits at every 37th position, on one device."""
   device_mesh = models.one_mesh(where)
   module = build.compiled_for(build.model(config.model), where.platform, branches=False)
 
@@ -110,7 +110,7 @@ def _computed(config: Any, where: Any, values: Any) -> tuple[float, dict[str, An
 
 
 def _compared(ours: Any, reference: Any) -> dict[str, Any]:
-  """Errors are norms of differences, divided by the norm of the reference."""
+  """Computes norms of differences, divided by the norm of the reference."""
   parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
   for path, grad in ours[1].items():
     parts.setdefault(measure.part_of(path), []).append((grad.ravel(), reference[1][path].ravel()))

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint that are others on the accelerator than on the CPU of the same machine."""
+"""Counts answers of a checkpoint that differ between the accelerator and the CPU of the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = 64
 
 
 def flips(record: Record) -> None:
-  """As many questions as the CPU answers in its part of the time, then asked in each way."""
+  """Asks as many questions as the CPU answers in its share of the time, in each way."""
   options = record.options
   if not options.checkpoint:
     record.say("flips", skipped="no --checkpoint and --data")

@@ -1,4 +1,4 @@
-"""Configs, random parameters and batches of the accelerator benchmark, made where they are needed."""
+"""Makes configs, random parameters and batches of the accelerator benchmark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """A model and what it is measured at; config keys that are left out are those of a 7B."""
+  """A model and its workload; missing config keys are those of a 7B model."""
 
   model: dict[str, Any]
   rank: int  # of its adapters
@@ -49,7 +49,7 @@ SIZES = {
   "1b": Size({"projector": CROPPING, "language_model": {
     "width": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "head_dim": 64, "mlp_width": 5632,
   }}, 128, 2048, 3, 640, 32, (64, 8, 1), 96),
-  # Where every figure can be held against a CPU's.
+  # Small enough to compare every figure with a CPU's.
   "small": Size({
     "tower": {"image_size": 112, "width": 256, "layers": 4, "heads": 4, "mlp_width": 1024},
     "language_model": {"vocab_size": 4096, "width": 512, "layers": 4, "heads": 4, "kv_heads": 4,
@@ -67,7 +67,7 @@ ROOM_OF_7B = 40 * GIB  # of the device's memory
 
 
 def size_of(record: Record) -> Size:
-  """What the speed is measured at."""
+  """Chooses the size for measurements of speed."""
   name = record.options.size
   if name == "auto":
     name = "7b" if memory_limit() > ROOM_OF_7B else "1b"
@@ -79,12 +79,12 @@ def device() -> Any:
 
 
 def memory_limit() -> int:
-  """Bytes that programs may use of the device; 8 GiB where it does not say (a CPU)."""
+  """Returns the bytes that programs may use; 8 GiB if the device does not report them (a CPU)."""
   return int((device().memory_stats() or {}).get("bytes_limit", 8 * GIB))
 
 
 def peak_flops(record: Record) -> float:
-  """bf16, dense, a second; nan where neither `devices` nor `--peak` knows it."""
+  """Returns the dense bf16 FLOP/s; nan if neither `hardware` nor `--peak` has them."""
   known = record.options.peak or devices.peak_tflops(device().device_kind)
   return known * 1e12 if known else float("nan")
 
@@ -94,7 +94,7 @@ def one_mesh(of: Any) -> Any:
 
 
 def best(run: Callable[[], Any], times: int = 3) -> float:
-  """Seconds of the fastest of some calls; a first one compiles and is not counted."""
+  """Returns the seconds of the fastest of some calls, after one that compiles."""
   jax.block_until_ready(run())
   found = []
   for _ in range(times):
@@ -107,7 +107,7 @@ def best(run: Callable[[], Any], times: int = 3) -> float:
 def config_of(
   size: Size, rows: int = 1, rank: int | None = None, dropout: float = 0.05, **model: Any
 ) -> Any:
-  """A config to finetune `size` with adapters (or, with rank 0, to answer); bfloat16 unless said."""
+  """Makes a config to finetune `size` with adapters (or to answer, with rank 0), in bfloat16 by default."""
   rank = size.rank if rank is None else rank
   values = {"dtype": "bfloat16", **model}
   return config_lib.from_dict(
@@ -127,10 +127,10 @@ def config_of(
 
 @functools.cache
 def _maker(kind: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Callable[..., jax.Array]:
-  """key -> random leaf, made on the device in its own dtype: no float32 copy of a model exists."""
+  """Returns a function from a key to a random leaf, made on the device without a float32 copy."""
 
   def run(key: jax.Array) -> jax.Array:
-    if jnp.issubdtype(dtype, jnp.integer):  # codes of a quantised kernel
+    if jnp.issubdtype(dtype, jnp.integer):  # codes of a quantized kernel
       low = 0 if dtype == jnp.uint8 else -100
       return jax.random.randint(key, shape, low, 100, jnp.int32).astype(dtype)
     if kind.startswith("kernel_scale"):
@@ -154,7 +154,7 @@ def random_leaves(shapes: dict[str, Any], places: dict[str, Any]) -> dict[str, j
 
 
 def answering_params(config: Any, device_mesh: Any) -> Any:
-  """Nested random parameters in the dtype that the model computes in, or quantised."""
+  """Makes nested random parameters in the dtype of the computation, or quantized."""
   tree = build.abstract(config.model)
   places = flatten_dict(sharding.shardings(tree, device_mesh), sep="/")
   dtype = jnp.dtype(config.model.dtype)
@@ -166,7 +166,7 @@ def answering_params(config: Any, device_mesh: Any) -> Any:
 
 
 def train_state(config: Any, device_mesh: Any, values: Any = None) -> tuple[Any, Any, Any]:
-  """(state at step 0, its shardings, optimizer): of random leaves, or of `values` by path."""
+  """Returns state at step 0, its shardings, and the optimizer, of random leaves or `values` by path."""
   shapes = build.abstract(config.model)
   trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), shapes)
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))
@@ -185,7 +185,7 @@ def train_state(config: Any, device_mesh: Any, values: Any = None) -> tuple[Any,
 
 
 def batch_of(config: Any, device_mesh: Any) -> tuple[Any, np.ndarray]:
-  """Full rows of several samples, each with one image, as data.packing=first_fit makes them.
+  """Makes full rows of several samples, each with one image, like data.packing=first_fit.
 
   The placed batch, and its segments [B, T] on the host.
   """

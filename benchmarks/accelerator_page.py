@@ -1,11 +1,11 @@
-"""The page of a record of accelerator.py: a table for each section."""
+"""Writes the page of a record of accelerator.py: a table for each section."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# section: what a reader must know of its figures.
+# section: what a reader must know about its figures.
 SAYS = {
   "rates": "Square products of 8,192, and one reading of 4 GiB.",
   "correct": "Errors against float32 on the CPU: norm of the difference / norm of the CPU's.",
@@ -21,7 +21,7 @@ SAYS = {
 
 
 def page(record: Mapping[str, Any]) -> str:
-  """Markdown. A figure that is not known is a dash."""
+  """Returns Markdown. An unknown figure is a dash."""
   stamp = record["record"]
   machine, versions = stamp["machine"], stamp["versions"]
   known = [f"{name} {version}" for name, version in versions.items() if version]

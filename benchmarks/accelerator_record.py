@@ -1,4 +1,4 @@
-"""What accelerator.py has found so far, and the time that it has left."""
+"""Keeps the figures of accelerator.py, and the time that is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIGITS = 6  # of a figure that is a float
 
 
 class Record:
-  """Lines of each section, printed as they are said and kept in `--out`."""
+  """Prints the lines of each section and keeps them in `--out`."""
 
   def __init__(self, options: argparse.Namespace):
     self.options = options
@@ -30,7 +30,7 @@ class Record:
     self._about: dict[str, Any] | None = None
 
   def left(self) -> float:
-    """Seconds until `--seconds` are over."""
+    """Returns the seconds until `--seconds` are over."""
     return float(self.options.seconds) - (time.monotonic() - self._started)
 
   def say(self, section: str, **values: Any) -> None:
@@ -44,7 +44,7 @@ class Record:
   def part(
     self, section: str, seconds: float, run: Callable[[], dict[str, Any] | None], **labels: Any
   ) -> bool:
-    """Says what `run` returns behind `labels`; whether it ran to its end.
+    """Records what `run` returns, with `labels`; returns whether it finished.
 
     What needs more than the time that is left (tiny sizes need next to nothing) is skipped, and an
     exception, whatever a driver or compiler raised, is said and ends this part only.
@@ -63,12 +63,12 @@ class Record:
     return True
 
   def last(self, section: str, name: str) -> Any:
-    """The figure of that name that was said last; None where there is none."""
+    """Returns the last figure of that name, or None."""
     lines = [line[name] for line in self.figures.get(section, []) if name in line]
     return lines[-1] if lines else None
 
   def _write(self, out: Path) -> None:
-    """The whole record and its page, so that one that is killed has kept all it said."""
+    """Writes the whole record and its page, so that a killed run keeps its figures."""
     self._about = self._about or about()
     record = {"record": self._about, "figures": self.figures}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,14 +79,14 @@ class Record:
 
 
 def _shown(value: Any) -> Any:
-  """A figure as JSON has it; None for one that is not finite, or not known."""
+  """Returns a figure for JSON; None if it is not finite or not known."""
   if not isinstance(value, float):
     return value
   return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
 def about() -> dict[str, Any]:
-  """The stamp of a record, with the device as its machine."""
+  """Returns the stamp of a record, with the device as its machine."""
   import jax
 
   device = jax.devices()[0]

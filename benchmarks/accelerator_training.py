@@ -1,4 +1,4 @@
-"""A LoRA step of packed rows at the largest batch that fits, and the vision part alone."""
+"""Measures a LoRA step of packed rows at the largest batch that fits, and the vision part alone."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from llava_sp_jax.models import build, flops
 from llava_sp_jax.plan import lower, memory
 from llava_sp_jax.training import optimizer, setup
 
-SPARE = 2 * models.GIB  # left beside what the compiler counts
-FEWER = 7 / 8  # of the rows, where they did not fit after all
+SPARE = 2 * models.GIB  # kept free beside the memory that the compiler counts
+FEWER = 7 / 8  # share of the rows to try if they did not fit after all
 TRIES = 3
 
 
 def train(record: Record) -> None:
-  """The step as it is chosen by itself."""
+  """Measures the step with its default settings."""
   record.part("train", 120, lambda: _step(record, {}), remat="projections", attention="auto")
   record.part("train", 30, lambda: _vision(record), part="vision alone")
 
 
 def variants(record: Record) -> None:
-  """The same step with more recomputation, and with XLA's attention."""
+  """Measures the step with more recomputation, and with XLA's attention."""
   for more in ({"remat": "full"}, {"attention": "xla"}):
     labels = {"remat": "projections", "attention": "auto", **more}
     record.part("variants", 110, lambda: _step(record, more), **labels)  # noqa: B023
 
 
 def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
-  """Two rows tell how much a row needs; then as many as fit."""
+  """Estimates the memory of a row from two rows, then measures as many as fit."""
   size, d = models.size_of(record), models.device()
   device_mesh = models.one_mesh(d)
   spent: list[float] = []
@@ -73,7 +73,7 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error) or attempt == TRIES - 1 or rows <= 2:
           raise
         rows = max(2, int(rows * FEWER))
-        if any(x.is_deleted() for x in jax.tree.leaves(held)):  # the step was given them
+        if any(x.is_deleted() for x in jax.tree.leaves(held)):  # the step had taken them
           held = None
           held, places, tx = models.train_state(config, device_mesh)
     loss = float(once())
@@ -103,27 +103,27 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
 
 
 def planned(lowered: Any, program: Any) -> memory.Memory:
-  """What `llava-sp plan` counts of a program, by its own rule for what has no schedule."""
+  """Returns the memory that `llava-sp plan` counts for a program."""
   found = program.memory_analysis()
   sizes = {f: getattr(found, f) for f in dir(found) if f.endswith("_in_bytes")}
   return memory.of_analysis({**sizes, "arguments": lower.argument_bytes(lowered, program)})
 
 
 def fitting(plan: memory.Memory, rows: int) -> int:
-  """How many rows fit, where the temporaries of these `rows` grow with them and the rest does not."""
+  """Computes how many rows fit: temporaries grow with `rows`, the rest does not."""
   fixed = plan.total - plan.parts[memory.TEMPORARIES]
   each = plan.parts[memory.TEMPORARIES] / rows
   return max(rows, int((models.memory_limit() - fixed - SPARE) / each))
 
 
 def _peak_gib() -> float | None:
-  """The most that this process has held so far, where the device says."""
+  """Returns the peak memory of this process, if the device reports it."""
   peak = (models.device().memory_stats() or {}).get("peak_bytes_in_use")
   return None if peak is None else peak / models.GIB
 
 
 def _vision(record: Record) -> dict[str, Any]:
-  """Seconds of tower and projector, forward, and of the projector with its gradients."""
+  """Measures tower and projector forward, and the projector with its gradients."""
   size, d = models.size_of(record), models.device()
   count = 2 if record.options.tiny else 24
   config = models.config_of(size, 1, 0)

@@ -1,11 +1,11 @@
-"""Speed and memory of conversion on a checkpoint of real shapes, beside a file copy and transformers.
+"""Measures conversion of a checkpoint with real shapes, beside a file copy and transformers.
 
 Usage: python benchmarks/convert_memory.py [--size 13b] [--layers 6] [--out docs/results/conversion]
 
 Writes random bfloat16 weights in the original's merged layout (a LLaMA of the given size with
-fewer layers, the cropping projector with all its 763 M spatial weights, the CLIP-L tower), then, in
-processes of their own: copies the files, converts them, loads the decoder with transformers. Prints
-GB/s and the peak resident memory of each.
+fewer layers, the cropping projector with all its 763 M spatial weights, the CLIP-L tower). Then copies
+the files, converts them, and loads the decoder with transformers, each in its own process. Prints GB/s
+and the peak resident memory of each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZES = {  # width, heads, MLP width, layers
 
 
 def make(folder: Path, size: str, layers: int) -> None:
-  """The checkpoint, tensor by tensor; values are small random numbers."""
+  """Yields the checkpoint tensor by tensor; values are small random numbers."""
   import dataclasses
 
   import jax.numpy as jnp
@@ -65,7 +65,7 @@ def make(folder: Path, size: str, layers: int) -> None:
 
 
 def bound(size: str, layers: int) -> float:
-  """What converting may take at most, GB: twice the largest stacked leaf, and one."""
+  """Returns the limit of memory in GB: twice the largest stacked leaf, plus one."""
   width, _, mlp, _ = SIZES[size]
   return 2 * max(layers * width * mlp, 24 * 24 * 1024 * 512) * 2 / 1e9 + 1
 
@@ -86,7 +86,7 @@ def convert(folder: Path, out: Path) -> int:
 
 
 def load(folder: Path, out: Path) -> int:
-  """transformers' loader, of the decoder (it does not know the rest)."""
+  """Loads the decoder with transformers, which does not know the rest."""
   import torch
   import transformers
 
@@ -112,7 +112,7 @@ def size_of(folder: Path) -> int:
 
 
 def measure(way: str, folder: Path, out: Path) -> None:
-  """Runs one way in this process and prints what it took."""
+  """Runs one way in this process and prints its time and memory."""
   started = time.monotonic()
   count = WAYS[way](folder, out)
   seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What eval_throughput.py compares: the engine and torch on the same random weights and questions."""
+"""Builds the two sides of eval_throughput.py: engine and torch, with equal weights and questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORKERS = 2  # that read images, on either side
+WORKERS = 2  # threads or processes that read images, on either side
 TOWER = {"image_size": 336, "patch_size": 14, "width": 384, "layers": 8, "heads": 6,
          "mlp_width": 1536, "select_layer": -2}  # fmt: skip
 SIZES = {  # of the decoder
@@ -35,7 +35,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 class Torch:
-  """The other process."""
+  """Talks to the process of torch_loop.py."""
 
   def __init__(self, folder: Path, variant: str, layers: int):
     script = Path(__file__).with_name("torch_loop.py")
@@ -83,7 +83,7 @@ def config_of(variant: str, size: str, tokenizer: Path) -> Any:
 
 
 def weights(config: Any, folder: Path, like: Any = None) -> Any:
-  """Random parameters as a `Pretrained`, written to `folder` as torch opens them.
+  """Makes random parameters as a `Pretrained`, and writes them to `folder` in torch's format.
 
   Tower and decoder are those of `like` if given; only the projector is written then. Rows of the
   vocabulary that the tokenizer does not have are zeros, as in published models that are padded: torch
@@ -130,7 +130,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-  """JPEG files of 640x480 smooth colours, as large as a benchmark's."""
+  """Writes JPEG files of 640x480 smooth colors, as large as those of a benchmark."""
   import numpy as np
   from PIL import Image
 

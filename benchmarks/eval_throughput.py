@@ -1,10 +1,10 @@
-"""The engine against a torch loop on this machine: same weights, same questions, float32.
+"""Compares the engine with a torch loop on this machine: same weights, same questions, float32.
 
 Usage: python benchmarks/eval_throughput.py [--minutes 20] [--repeats 3] [--out docs/results/eval_throughput]
 
-Random weights at sizes where shapes matter: a CLIP tower with a 24x24 grid and a decoder with the
-shape of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`).
-Ends with 1 when the two sides do not answer the same: their seconds are not those of one task then.
+Uses random weights of realistic shapes: a CLIP tower with a 24x24 grid and a decoder with the shape of
+SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`). Exits with code 1
+if the answers of the two sides differ, because their times are then not comparable.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from eval_sides import SIZES, WORKERS, WORKLOADS, Bench, write_images, write_tok
 from llava_sp_jax import provenance
 
 VARIANTS = ("none", "pooling", "cropping")
-PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed alone
-# Programs of the engine, and what a reader calls them.
+PROMPT, STEPS = 640, 16  # positions and steps of the parts that are timed separately
+# Programs of the engine, and their names on the page.
 PROGRAMS = {"encode": "images", "grow": "shared prefixes", "admit": "the rest of prompts",
             "decode": "decoding"}  # fmt: skip
 
@@ -39,12 +39,12 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def medians(repeats: int, *sides: Callable[[], float]) -> list[float]:
-  """Of each side's seconds."""
+  """Returns the median seconds of each side."""
   return [statistics.median(column) for column in zip(*turns(repeats, *sides), strict=True)]
 
 
 def turns(repeats: int, *sides: Callable[[], float]) -> list[list[float]]:
-  """Each side's seconds, taken in turns so that a busy moment meets all."""
+  """Measures the sides in turns, so that a busy moment affects all of them."""
   return [[side() for side in sides] for _ in range(repeats)]
 
 
@@ -81,7 +81,7 @@ def workload(bench: Bench, name: str, repeats: int) -> dict[str, Any]:
 
 
 def shares(engine: Any, requests: list[Any]) -> dict[str, float]:
-  """Of one run's seconds, how much each kind of program takes (each waited for), and the host."""
+  """Returns the share of each kind of program (each waited for) and of the host in one run."""
   import jax
 
   programs, taken = engine._programs, {}
@@ -100,7 +100,7 @@ def shares(engine: Any, requests: list[Any]) -> dict[str, float]:
 
 
 def limits() -> dict[str, float]:
-  """What XLA reaches on this machine: reading memory (GB/s), and large matmuls (GFLOP/s)."""
+  """Measures the limits of XLA here: reading memory (GB/s) and large matmuls (GFLOP/s)."""
   import jax
   import jax.numpy as jnp
 
@@ -117,7 +117,7 @@ def limits() -> dict[str, float]:
 
 
 def work(config: Any, name: str, rows: int) -> tuple[float, float]:
-  """(GB that must be read, GFLOP of matmuls) of a decode step behind PROMPT positions, or a prefill."""
+  """Returns GB to read and GFLOP of matmuls, of a decode step after PROMPT positions or of a prefill."""
   text = config.model.language_model
   width, inner = text.width, text.heads * text.head_dim
   layer = 2 * width * inner + 2 * width * text.kv_heads * text.head_dim + 3 * width * text.mlp_width
@@ -132,7 +132,7 @@ def work(config: Any, name: str, rows: int) -> tuple[float, float]:
 
 
 def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
-  """Decoding 8 rows, and prefill of 1 and 4, alone."""
+  """Measures decoding of 8 rows, and prefill of 1 and 4, separately."""
   import jax
   import numpy as np
 
@@ -201,7 +201,7 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
 
 
 def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
-  """From a new image to the first token of one answer, its tokens a second, and FLOPs of each variant.
+  """Measures time to the first token, tokens per second, and FLOPs of each variant, from a new image.
 
   All rows take turns, and each is compared with the first of its own turn: the machine's speed
   drifts by more than what they differ in.
@@ -251,12 +251,12 @@ def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
 
 
 def first_token_turns(repeats: int) -> int:
-  """They differ by less than what disturbs one, so more of them are taken."""
+  """Takes more repeats: variants differ by less than the noise of one."""
   return 3 * repeats
 
 
 def flops(config: Any) -> float:
-  """Of an image and a prompt of its tokens and 60 of text: matmuls as XLA counts them."""
+  """Counts the matmul FLOPs, as XLA does, of an image and a prompt of its tokens and 60 of text."""
   import jax
   import jax.numpy as jnp
 
@@ -277,7 +277,7 @@ def machine() -> str:
 
 
 def said(record: dict[str, Any]) -> None:
-  """One line of progress."""
+  """Prints one line of progress."""
   shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in record.items()}
   print(
     f"{time.monotonic() - STARTED:5.0f} s  " + "  ".join(f"{k} {v}" for k, v in shown.items()),
@@ -398,7 +398,7 @@ def main() -> int:
 
 
 def differing(records: list[dict[str, Any]]) -> int:
-  """1, and a sentence, when answers differ between the two sides."""
+  """Prints a sentence and returns 1 if the answers of the two sides differ."""
   asked = sum(r["questions"] for r in records)
   same = sum(r["same_answers"] for r in records)
   if same < asked:

@@ -1,12 +1,12 @@
-"""Pictures a second, from files to pixels: ours against Hugging Face's processor in a DataLoader.
+"""Measures images per second, from files to pixels, against Hugging Face's processor in a DataLoader.
 
 Usage: python benchmarks/image_loading.py [--images 192] [--workers 1 2] [--out docs/results/image_loading]
 
-JPEG files of 1024x768 are decoded, padded to a square, resized to 336 pixels and normalised: by the
-threads that read ahead of the engine and of training, and as the original does it, with
-`CLIPImageProcessor` (its PIL form) in as many worker processes of torch's DataLoader. Both are
-timed in turns from the first file to the last, without the start of the workers; the pixels must
-be equal to the last bit. Needs torch (the extra `test`).
+JPEG files of 1024x768 are decoded, padded to a square, resized to 336 pixels and normalized. One side is
+the threads that read ahead for the engine and for training. The other is the original's way:
+`CLIPImageProcessor` (its PIL form) in as many worker processes of torch's DataLoader. Both are timed in
+turns from the first file to the last, without the start of the workers. The pixels must be equal to the
+last bit. Needs torch (the extra `test`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZE, PATCH = 336, 14
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
-  """Coarse colours with fine grain, which compress about as photographs do."""
+  """Makes coarse colors with fine grain, which compress about as photographs do."""
   rng = np.random.default_rng(0)
   paths = []
   for i in range(count):
@@ -47,7 +47,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def ours(paths: list[Path], workers: int) -> Iterator[np.ndarray]:
-  """[336, 336, 3] float32 for each file, read ahead by threads."""
+  """Yields [336, 336, 3] float32 for each file, read ahead by threads."""
   data = config_lib.DataConfig(image_aspect="pad")
   reader = anyres.Reader(data, anyres.Tile(SIZE, SIZE // PATCH, 0, False))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -91,7 +91,7 @@ WAYS: dict[str, Callable[[list[Path], int], Iterator[np.ndarray]]] = {"ours": ou
 
 
 def rate(way: str, paths: list[Path], workers: int) -> float:
-  """Pictures a second after the first `workers` of them, which wait for the workers to start."""
+  """Measures images per second after the first `workers`, which wait for the workers to start."""
   pictures = WAYS[way](paths, workers)
   for _ in range(workers):
     next(pictures)

@@ -1,7 +1,7 @@
-"""A model of the lengths in `llava_v1_5_mix665k.json`, which is not needed for it.
+"""Models the lengths of `llava_v1_5_mix665k.json` without the file.
 
-Counts are those of the mixture's table in the LLaVA-1.5 paper (arXiv 2310.03744): 665K samples, of
-which 40,688 are text alone. Text lengths are ours: the v1 prompt (35 tokens), 8 tokens around each
+Counts come from the mixture's table in the LLaVA-1.5 paper (arXiv 2310.03744): 665K samples, of
+which 40,688 have no image. Text lengths are estimates: the v1 prompt (35 tokens), 8 tokens around each
 turn, and the paper's numbers of turns (all questions about a VQAv2 or GQA picture are one dialogue;
 ten regions of Visual Genome, boxes as digits; one caption with OCR words), as log-normals. An image
 is 576 patches and six spatial tokens. ShareGPT dialogues are cut at `row_length`, as in the paper.
@@ -32,7 +32,7 @@ SHORTEST = 45  # the prompt and one word
 
 
 def draw(count: int, seed: int = 0, row_length: int = 2048, shrink: int = 1) -> Sizes:
-  """Sizes of `count` random samples; `shrink` divides all lengths, for small models."""
+  """Draws sizes of `count` random samples; `shrink` divides all lengths, for small models."""
   rng = np.random.default_rng(seed)
   shares = np.array([group[0] for group in GROUPS], float)
   group = rng.choice(len(GROUPS), count, p=shares / shares.sum())

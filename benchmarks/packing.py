@@ -1,11 +1,11 @@
-"""Packed rows against plain padding and length buckets: how full rows are, and tokens a second.
+"""Compares packed rows with padding and length buckets: fill of rows, and tokens per second.
 
 Usage: python benchmarks/packing.py [--seconds 20] [--samples 32768] [--out docs/results/packing]
 
-Lengths are a model of LLaVA's 665K mixture (benchmarks/mixture.py). Fill is that of the planner
-at full size, beside the bound that no packing can pass (linear programming over whole rows). Speed
-is that of the package's own train step, of a small model with all lengths divided by SHRINK:
-tokens that are no padding, by the clock.
+Lengths follow a model of LLaVA's 665K mixture (benchmarks/mixture.py). The fill is that of the planner
+at full size, beside an upper bound of any packing (linear programming over whole rows). The speed is
+that of the package's train step on a small model, with all lengths divided by SHRINK: tokens per
+second without padding.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ WAYS = (  # name, packing, row length, tiles of a row, rows of the small model's
   ("packed, rows of 2048", "first_fit", 2048, 3, 12),
   ("packed, rows of 4096", "first_fit", 4096, 6, 6),
 )
-NEARLY_FULL = 0.95  # the bound takes a minute and is asked for only below this
+NEARLY_FULL = 0.95  # the bound takes a minute and is computed only below this fill
 UNIT = 16  # tokens to which the bound rounds lengths down
 
 
 def bound(sizes: packing.Sizes, length: int, tiles: int) -> float:
-  """A fill that no packing exceeds: Gilmore and Gomory's columns, Farley's bound, rounded sizes."""
+  """Computes a fill that no packing exceeds: Gilmore and Gomory's columns, Farley's bound, rounded sizes."""
   capacity = length // UNIT
   pairs = np.stack([np.maximum(sizes.lengths // UNIT, 1), sizes.tiles], 1)
   kinds, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -59,7 +59,7 @@ def bound(sizes: packing.Sizes, length: int, tiles: int) -> float:
 def fullest(
   values: np.ndarray, kinds: np.ndarray, capacity: int, tiles: int
 ) -> tuple[float, np.ndarray]:
-  """The most valuable row, and how many of each kind it holds."""
+  """Finds the most valuable row, and how many of each kind it holds."""
   worth = np.zeros((capacity + 1, tiles + 1))
   choice = np.full((capacity + 1, tiles + 1), -1)
   for c in range(1, capacity + 1):
@@ -82,7 +82,7 @@ def fullest(
 
 
 def fills(count: int) -> list[dict[str, Any]]:
-  """The planner at full size."""
+  """Measures the fill of the planner at full size."""
   sizes, records = mixture.draw(count), []
   few = mixture.draw(packing.WINDOW)
   for name, key, length, tiles, _ in WAYS:
@@ -142,7 +142,7 @@ def small_config(length: int, tiles: int, batch: int) -> config_lib.Config:
 def row_of(
   row: packing.PackedRow, sizes: packing.Sizes, tiles: int, rng: Any
 ) -> dict[str, np.ndarray]:
-  """Random words and pictures of the planned sizes."""
+  """Makes random words and images of the planned sizes."""
   from llava_sp_jax.data import example
 
   parts, first = [], 0
@@ -162,7 +162,7 @@ def row_of(
 
 
 def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]:
-  """Steps of the small model for about so many seconds, after all its programs are compiled."""
+  """Runs steps of the small model for about so many seconds, after all its programs are compiled."""
   import jax
 
   from llava_sp_jax.distributed import mesh as mesh_lib

@@ -1,9 +1,9 @@
-"""The other side of eval_throughput.py: torch and transformers, one question at a time.
+"""Answers one question at a time with torch and transformers: the other side of eval_throughput.py.
 
-A process of its own, so that two thread pools do not meet: reads JSON lines from stdin, each
-`{"do": name, ...}`, and answers each with one. As the original's evaluation scripts do it: a
-DataLoader reads images ahead, every question encodes its image and prefills its whole prompt.
-The projector is written from the paper (section 3) and computes what ours does.
+Runs as its own process, so that the thread pools of jax and torch do not compete. Reads JSON lines
+`{"do": name, ...}` from stdin and answers each with one. Works like the original's evaluation scripts:
+a DataLoader reads images ahead, and every question encodes its image and prefills its whole prompt.
+The projector is written from the paper (section 3) and computes what the package's does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGE_ID = -200
 
 
 class Projector:
-  """Rows none, pooling and cropping, float32. [B, P, C] -> [B, S + P, D]."""
+  """The variants none, pooling and cropping in float32. [B, P, C] -> [B, S + P, D]."""
 
   def __init__(self, variant: str, arrays: dict[str, np.ndarray]):
     self.variant = variant
@@ -75,10 +75,10 @@ class Projector:
 
 
 class Model:
-  """Tower and decoder as transformers opens our exports, and the projector."""
+  """Tower and decoder, opened by transformers from this package's exports, and the projector."""
 
   def __init__(self, folder: Path, variant: str, layers: int):
-    """`layers` of the tower are used, whatever its file says of the select layer."""
+    """Uses `layers` layers of the tower, whatever its file says about the select layer."""
     self.tower = CLIPVisionModel.from_pretrained(folder / "tower", dtype=torch.float32).eval()
     self.text = AutoModelForCausalLM.from_pretrained(folder / "text", dtype=torch.float32).eval()
     with np.load(folder / f"{variant}.npz") as arrays:
@@ -110,7 +110,7 @@ class Model:
 
 
 class Questions(torch.utils.data.Dataset):
-  """(ids, pixels) of each question; pixels as CLIP's processor makes them of the padded image."""
+  """Yields ids and pixels of each question; CLIP's processor makes the pixels from the padded image."""
 
   def __init__(self, rows: list[dict[str, Any]], size: int):
     from transformers import CLIPImageProcessorPil
@@ -137,7 +137,7 @@ def loader(rows: list[dict[str, Any]], size: int, workers: int) -> Any:
 
 
 def answers(model: Model, task: dict[str, Any]) -> dict[str, Any]:
-  """The loop: seconds and ids for a list of {image, ids}."""
+  """Runs the loop; returns seconds and ids for a list of {image, ids}."""
   started, found = time.perf_counter(), []
   for ids, pixels in loader(task["rows"], task["size"], task["workers"]):
     found.append(
@@ -147,7 +147,7 @@ def answers(model: Model, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(model: Model, task: dict[str, Any]) -> dict[str, Any]:
-  """Seconds per greedy step of `batch` rows behind `length` positions; nothing of `generate` around."""
+  """Returns the seconds of a greedy step of `batch` rows after `length` positions, without `generate`."""
   width = model.text.config.hidden_size
   embeds = torch.randn(task["batch"], task["length"], width) * 0.02
   found = model.text(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
@@ -160,7 +160,7 @@ def decode(model: Model, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def prefill(model: Model, task: dict[str, Any]) -> dict[str, Any]:
-  """Seconds for `batch` prompts of `length` positions, to the first token."""
+  """Returns the seconds to the first token of `batch` prompts with `length` positions."""
   embeds = torch.randn(task["batch"], task["length"], model.text.config.hidden_size) * 0.02
   started = time.perf_counter()
   model.text(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).logits.argmax(-1)

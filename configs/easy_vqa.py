@@ -1,13 +1,13 @@
 """Small LLaVA-SP from scratch on easy-VQA: llava-sp train --config configs/easy_vqa.py:stage=pretrain --workdir runs/pretrain
 
-Options after the colon, separated by commas: variant=none|pooling|cropping or any other of the
-projector's, scales=2+4+8 (sizes of its views in patches; empty: its own),
-stage=pretrain|finetune, init=<stage 1's run folder> (finetune), data=<folder of
+Options after the colon, separated by commas: variant=none|pooling|cropping or any other variant of the
+projector, scales=2+4+8 (sizes of its views in patches; empty: the variant's default),
+stage=pretrain|finetune, init=<run folder of stage 1> (finetune), data=<folder of
 scripts/prepare_easy_vqa.py>, seed=0, scale=1 (multiplies the steps of both stages).
 
-No pretrained weights are used: stage 1 also trains the small tower and decoder (in the paper they
-are CLIP and Vicuna, and frozen). Stage 2 is the paper's: LoRA on the decoder's seven linear layers,
-and the projector at a learning rate of its own.
+Uses no pretrained weights: stage 1 also trains the small tower and decoder (in the paper they are
+CLIP and Vicuna, and frozen). Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and
+the projector at its own learning rate.
 """
 
 from ml_collections import ConfigDict
@@ -16,10 +16,10 @@ from llava_sp_jax.config import ConfigError, ModelConfig, from_dict, lookup, par
 
 TOWER = {"variant": "clip", "image_size": 64, "patch_size": 8, "width": 96, "layers": 3,
          "heads": 2, "mlp_width": 384, "select_layer": -1,
-         # Positions as large as patches from the start: shapes are learned much earlier.
+         # Position embeddings as large as patch embeddings: the model learns shapes much earlier.
          "initializer_range": 0.5}  # fmt: skip
-TURNS = 8  # questions of an image in one row
-BATCH = 8  # rows: their activations fit into the caches of a CPU's core
+TURNS = 8  # questions about an image in one row
+BATCH = 8  # rows; their activations fit into the caches of a CPU core
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "template": "plain",
         "row_length": image_tokens + 30,
       },
-      # Small batches learn colors at once, but shapes only at a low rate.
+      # With small batches the model learns colors at once, but shapes only at a low learning rate.
       "optimizer": {
         "stage": "pretrain_all",
         "learning_rate": 5e-4,
@@ -102,7 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sizes(text: str) -> list[int]:
-  """`2+4+8` as numbers. Raises: ConfigError."""
+  """Parses `2+4+8` into numbers. Raises: ConfigError."""
   if not text.replace("+", "").isdigit() and text:
     raise ConfigError(f"option scales: expected sizes such as 2+4+8, found {text!r}")
   return [int(size) for size in text.split("+") if size]

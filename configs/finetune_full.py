@@ -1,13 +1,14 @@
 """Full fine-tuning: llava-sp train --config configs/finetune_full.py:size=7b --workdir runs/full
 
 Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), variant=<one of
-models.projector.VARIANTS> (as in stage 1), init=<stage 1's run folder> (default: runs/pretrain; empty:
+models.projector.VARIANTS> (as in stage 1), init=<run folder of stage 1> (default: runs/pretrain; empty:
 a random projector), data=<folder with llava_v1_5_mix665k.json and the image folders that it names:
 coco, gqa, ocr_vqa, textvqa, vg>, checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and
-clip-vit-large-patch14-336/> (read when init is empty; the tokenizer is read from there always).
+clip-vit-large-patch14-336/> (the tokenizer is always read from there, weights only if init is empty).
 
-The whole decoder and the projector learn at LLaVA-1.5's rate (its `finetune.sh`); the tower is
-frozen. The paper has no such run. Masters and moments are 12 bytes for each trainable parameter.
+Trains the whole decoder and the projector at LLaVA-1.5's learning rate (its `finetune.sh`); the tower
+is frozen. The paper has no such run. Master copies and moments take 12 bytes for each trainable
+parameter.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 """The paper's stage 2: llava-sp train --config configs/finetune_lora.py:size=7b --workdir runs/finetune
 
 Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), variant=<one of
-models.projector.VARIANTS> (as in stage 1), init=<stage 1's run folder> (default: runs/pretrain; empty:
+models.projector.VARIANTS> (as in stage 1), init=<run folder of stage 1> (default: runs/pretrain; empty:
 a random projector), data=<folder with llava_v1_5_mix665k.json and the image folders that it names:
 coco, gqa, ocr_vqa, textvqa, vg>, checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and
-clip-vit-large-patch14-336/> (read when init is empty; the tokenizer is read from there always).
+clip-vit-large-patch14-336/> (the tokenizer is always read from there, weights only if init is empty).
 
-Instructions train LoRA adapters on the decoder's seven linear layers; patch MLP and spatial tokens
-learn at a rate of their own.
+Trains LoRA adapters on the decoder's seven linear layers with instructions. Patch MLP and spatial
+tokens have their own learning rate.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
 Options after the colon, separated by commas: size=7b|13b (Vicuna v1.5), variant=<one of
 models.projector.VARIANTS>, data=<folder with blip_laion_cc_sbu_558k.json and images/>,
 checkpoints=<folder with vicuna-7b-v1.5/ or vicuna-13b-v1.5/, and clip-vit-large-patch14-336/>,
-init=<a run whose projector is the start> (default: random).
+init=<a run whose projector is trained on> (default: random).
 
-Captions of one image train the patch MLP and the spatial tokens; tower and decoder stay frozen.
+Trains the patch MLP and the spatial tokens with captions of one image; tower and decoder are frozen.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
       parse_arg(arg, **recipes.STAGE_1),
       "pretrain",
       recipes.CAPTIONS,
-      # Only the projector is trained, so its rate is the only one in use.
+      # Only the projector is trained, so no other rate is used.
       {"stage": "pretrain", "learning_rate": 1e-3, "projector_learning_rate": 1e-3},
     )
   )

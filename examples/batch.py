@@ -1,6 +1,6 @@
 """Answers many questions in batches: python examples/batch.py CHECKPOINT QUESTIONS.jsonl
 
-A line is {"question": TEXT, "images": [FILE, ...]}. One that cannot be answered costs itself alone.
+A line is {"question": TEXT, "images": [FILE, ...]}. A question that fails does not stop the others.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Own data on a checkpoint of others: python examples/finetune.py CHECKPOINT DATA IMAGES OUT [...]
+"""Fine-tunes a foreign checkpoint on your data: python examples/finetune.py CHECKPOINT DATA IMAGES OUT [...]
 
-Writes OUT/start, OUT/run and OUT/merged. More arguments go to `llava-sp train`.
+Writes OUT/start, OUT/run and OUT/merged. Other arguments go to `llava-sp train`.
 """
 
 import sys
@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
   recipe = f"finetune:init={out}/start,data={data},images={images},epochs=1"
   commands = (
     ["convert", checkpoint, f"{out}/start"],
-    ["check", f"--config={recipe}"],  # samples that would be lost end it here
+    ["check", f"--config={recipe}"],  # exits here if samples would be lost
     ["train", f"--config={recipe}", f"--workdir={out}/run", *more],
     ["merge", f"{out}/run", f"{out}/merged"],  # adapters folded in; OUT/merged stands alone
   )

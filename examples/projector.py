@@ -1,4 +1,4 @@
-"""The projector in a model of one's own: it learns to tell four random grids of features apart."""
+"""Trains a Flax model around `llava.Projector` to tell four random grids of features apart."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Train steps on a mesh of one's own: python examples/train_step.py configs/x.py:OPTIONS"""
+"""Runs train steps on your own mesh: python examples/train_step.py configs/x.py:OPTIONS"""
 
 import itertools
 import sys
@@ -25,7 +25,7 @@ def main(config: llava.Config, fsdp: int = 1, steps: int = 2) -> list[float]:
     step = setup.compile_step(build.model(config.model), tx, config, shardings)
     batches = pipeline.make(config.data, tokenizer, tile, size, seed)
     for batch in itertools.islice(batches, steps):
-      batch.pop(pipeline.SAMPLES)  # which samples these are: for the host
+      batch.pop(pipeline.SAMPLES)  # indices of the samples, for the host
       state, metrics = step(state, mesh_lib.put_batch(batch, mesh), jax.random.key(seed))
       losses.append(float(metrics["loss"]))
   return losses

@@ -1,12 +1,12 @@
-"""Variants of the projector against each other on easy-VQA; unattended, goes on where it stopped.
+"""Compares variants of the projector on easy-VQA; runs unattended and resumes where it stopped.
 
 Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.25]
 
-A variant is any of the projector's, with sizes of its views in patches behind an @ if they are
-not its own. Every variant meets the same seeds, so the same initial tower and decoder and the same
-samples in the same order. Runs that OUT.json holds for the sources as they are now are not done
-again. Says what it will cost before it starts; --dry-run says only that.
-Writes OUT.json (a record a run), OUT.md (means, intervals, differences to `none`) and OUT.png.
+A variant is any variant of the projector; @ and sizes of views in patches replace its default views.
+Every variant is trained with the same seeds: the same initial tower and decoder, and the same samples
+in the same order. Skips runs that OUT.json holds for the current sources. Prints the cost before it
+starts; --dry-run prints only that. Writes OUT.json (a record for each run), OUT.md (means, intervals,
+differences to `none`) and OUT.png.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 
 class Book:
-  """The records of OUT.json, each with the commit and the digest of its sources."""
+  """Holds the records of OUT.json, each with the commit and the digest of its sources."""
 
   def __init__(self, out: Path):
     self.path = provenance.named(out, "json")
@@ -46,13 +46,13 @@ class Book:
     self._canary = {k: held[k] for k in ("canary", "confirmed") if k in held}
     self._sources = provenance.sources_of(out)
     self.digest = provenance.digest(provenance.fingerprints(self._sources))
-    # Sources that are known to compute the same: only their records are compared with each other.
+    # Only records of sources that are known to compute the same are compared with each other.
     self._confirmed = held.get("confirmed", {}).get("sources") == self.digest
     older = {r["sources"] for r in self.records} if self._confirmed else set()
     self.same = {self.digest, *older}
 
   def find(self, job: Job) -> Record | None:
-    """The record of a run that was made by the sources as they are now."""
+    """Returns the record of a run by the current sources, if there is one."""
     wanted = dataclasses.asdict(job)
     return next(
       (r for r in self.records if {k: r[k] for k in KEYS} == wanted and r["sources"] in self.same),
@@ -60,7 +60,7 @@ class Book:
     )
 
   def add(self, record: Record) -> None:
-    """Takes the place of an older record of the same run; written at once."""
+    """Replaces an older record of the same run, and writes the file at once."""
     stamp = provenance.stamp(self._sources)
     if stamp["sources"] != self.digest:
       raise SystemExit(
@@ -78,7 +78,7 @@ class Book:
 
 
 def cost(todo: list[Job], out: Path, at_once: int) -> str:
-  """What the runs will take, from all records of such runs by the length of their training."""
+  """Estimates the time of the runs from records of runs of the same length."""
   files = {provenance.named(out, "json"), *Path("docs/results").glob("easy_vqa_*.json")}
   held = [json.loads(path.read_text())["figures"] for path in files if path.is_file()]
   known = [
@@ -96,7 +96,7 @@ def cost(todo: list[Job], out: Path, at_once: int) -> str:
 
 
 def summary(records: list[Record]) -> list[dict[str, Any]]:
-  """A row for each variant: mean with its 95% interval, and the paired difference to BASELINE."""
+  """Returns a row for each variant: mean with its 95% interval, and the paired difference to BASELINE."""
   by_variant: dict[str, dict[int, float]] = {}
   for record in records:
     by_variant.setdefault(record["variant"], {})[record["seed"]] = 100 * record["accuracy"]
@@ -165,7 +165,7 @@ def page(book: Book, records: list[Record], scale: float, out: Path, called: str
 
 
 def picture(rows: list[dict[str, Any]], records: list[Record], path: Path) -> None:
-  """Every seed as a point, means with their intervals."""
+  """Draws every seed as a point, and means with their intervals."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -193,7 +193,7 @@ def picture(rows: list[dict[str, Any]], records: list[Record], path: Path) -> No
 
 
 def shares(at_once: int) -> list[list[int]]:
-  """The cores of each of the runs that go on at once; all share all if it is one."""
+  """Divides the cores among parallel runs; a single run gets all of them."""
   cores = sorted(os.sched_getaffinity(0))
   return [cores[i::at_once] for i in range(at_once)] if at_once > 1 else [[]]
 
@@ -201,13 +201,17 @@ def shares(at_once: int) -> list[list[int]]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME[@SIZE+SIZE..]")
-  parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, .. of each (%(default)s)")
-  parser.add_argument("--scale", type=float, default=0.25, help="of the steps (%(default)s)")
+  parser.add_argument(
+    "--seeds", type=int, default=5, help="number of seeds 0, 1, .. for each variant (%(default)s)"
+  )
+  parser.add_argument(
+    "--scale", type=float, default=0.25, help="multiplies the steps of both stages (%(default)s)"
+  )
   parser.add_argument(
     "--at-once",
     type=int,
     default=1,
-    help="runs at a time, with a share of the cores each (%(default)s)",
+    help="number of parallel runs, which share the cores (%(default)s)",
   )
   parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="%(default)s")
   parser.add_argument("--data", default="data/easy_vqa", help="%(default)s")
@@ -215,16 +219,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     "--out",
     type=Path,
     default=Path("docs/results/easy_vqa_ablation"),
-    help="path without ending (%(default)s)",
+    help="output path without a suffix (%(default)s)",
   )
   parser.add_argument(
     "--pictures",
     type=Path,
     default=None,
     metavar="FOLDER",
-    help="copies the report of the first run there",
+    help="copies the report of the first run to FOLDER",
   )
-  parser.add_argument("--dry-run", action="store_true", help="says what there is to do and ends")
+  parser.add_argument("--dry-run", action="store_true", help="prints what there is to do and exits")
   return parser.parse_args(argv)
 
 
@@ -251,7 +255,7 @@ def main() -> None:
 
   def one(job: Job) -> Path:
     report = folder / job.name / "report"
-    if (report / "record.json").is_file():  # of a command that was stopped before it was recorded
+    if (report / "record.json").is_file():  # the command was stopped before it recorded the run
       return report
     cores = free.pop()
     try:
@@ -288,7 +292,7 @@ def main() -> None:
 
 
 def finished(pool: concurrent.futures.Executor, futures: Iterable[Any]) -> Iterator[Any]:
-  """Futures as they end; where whoever takes them stops, none of the others begins."""
+  """Yields futures as they finish; cancels the others when the consumer stops."""
   try:
     yield from concurrent.futures.as_completed(futures)
   finally:
@@ -296,7 +300,7 @@ def finished(pool: concurrent.futures.Executor, futures: Iterable[Any]) -> Itera
 
 
 def show(book: Book, options: argparse.Namespace) -> str:
-  """Writes page and picture of the records of this scale; returns the page."""
+  """Writes page and picture for the records of this scale; returns the page."""
   variants = list(dict.fromkeys([*options.variants, *(r["variant"] for r in book.records)]))
   records = sorted(
     (r for r in book.records if r["scale"] == options.scale and r["sources"] in book.same),

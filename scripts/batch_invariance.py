@@ -1,10 +1,10 @@
-"""Asks the same questions in many ways and counts answers whose greedy tokens change.
+"""Asks the same questions in many ways and counts the answers whose greedy tokens change.
 
 Usage: python scripts/batch_invariance.py --checkpoint runs/finetune --data data/easy_vqa [--limit N]
 
-Batch sizes, bucket layouts, meshes of simulated devices (on a CPU) and a run that two processes
-share. Every way but the first is compared with the first; a changed answer is printed with the
-margin of its closest choice, in logits. In float32 none may change: the exit status is 1 otherwise.
+The ways are batch sizes, bucket layouts, meshes of simulated devices (on a CPU), and two processes.
+Each is compared with the first. A changed answer is printed with its margin, the smallest lead of a
+chosen token in logits. In float32 no answer may change; otherwise the script exits with code 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from llava_sp_jax import provenance
 
-# name: what differs from the first; `layout` are fields of infer.engine.EngineLayout.
+# name: the difference to the first; `layout` holds fields of infer.engine.EngineLayout.
 WAYS: dict[str, dict[str, Any]] = {
   "batch 16": {},
   "batch 1": {"batch": 1},
@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: int) -> list[Any]:
-  """[number, ids, margin] of every question of a part."""
+  """Returns number, ids, margin, verdict and error of every question of a part."""
   import jax
 
   from llava_sp_jax import config as config_lib
@@ -68,7 +68,7 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
 
 
 def child(options: argparse.Namespace, name: str) -> list[Any]:
-  """The answers of one way, by a process for each part: jax's devices are counted at its start."""
+  """Returns the answers of one way; each part is a process, because jax counts devices at its start."""
   way = WAYS[name]
   parts = way.get("processes", 1)
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -90,7 +90,7 @@ def child(options: argparse.Namespace, name: str) -> list[Any]:
 
 
 def check(name: str, found: list[Any]) -> list[Any]:
-  """The answers. Raises: SystemExit when a question has none: two errors would count as the same."""
+  """Returns the answers. Raises: SystemExit if one is an error: two errors would count as equal."""
   if errors := [f for f in found if f[4]]:
     raise SystemExit(
       f"{name}: {len(errors)} of {len(found)} questions have no answer, question {errors[0][0]}: "
@@ -100,7 +100,7 @@ def check(name: str, found: list[Any]) -> list[Any]:
 
 
 def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
-  """The answers that differ, and by how many logits their closest choice was made."""
+  """Returns the answers that differ, with their margins in logits."""
   return [
     {"question": a[0], "was": a[1], "became": b[1], "margin": min(a[2], b[2])}
     for a, b in zip(first, other, strict=True)
@@ -109,7 +109,7 @@ def compare(first: list[Any], other: list[Any]) -> list[dict[str, Any]]:
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-  """Puts a dtype's counts beside those of others in `out`.json, and makes the page `out`.md."""
+  """Adds the counts of a dtype to those of others in `out`.json, and writes the page `out`.md."""
   reports = provenance.read(out, {}, current=True)
   reports[report["dtype"]] = report
   provenance.write(out, reports)

@@ -1,11 +1,12 @@
-"""The first steps of a result, bit by bit: whether changed sources still compute the same.
+"""Prints a hash of the first steps of a result, to check that changed sources compute the same.
 
 Usage: python scripts/canary.py [--recipe smollm2] [--variants none pooling cropping] [--scale 0.005]
 
-Trains each variant for some steps of both stages and answers some questions, as scripts/ablation.py
-and scripts/easy_vqa_smollm2.sh do at length. Prints a hash of all losses, as written, and of all answers with their verdicts. Where it is the hash that
-was kept beside a result, on the same kind of machine and with the same versions, sources that were
-renamed, moved or rewritten since compute what the result was made with (`results.py --confirm`).
+Trains each variant for some steps of both stages and answers some questions, like
+scripts/ablation.py and scripts/easy_vqa_smollm2.sh, but shorter. The hash covers all losses, as
+written, and all answers with their verdicts. `results.py --confirm` compares it with the hash that is
+stored beside a result. Equal hashes on the same kind of machine and with the same versions mean that
+sources that were renamed, moved or rewritten compute the same.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ablation import VARIANTS
 from run_easy_vqa import CONFIG, Job, command
 
 QUESTIONS = 200
-SAME = ("step", "loss", "grad_norm", "token_accuracy")  # of a line of metrics: no rates
+SAME = ("step", "loss", "grad_norm", "token_accuracy")  # fields of a line of metrics, without rates
 
 
 def easy_vqa(variant: str, scale: float, folder: Path, data: str, core: int) -> None:
-  """Both stages and the answers of one short job of configs/easy_vqa.py."""
+  """Runs both stages and the answers of one short job of configs/easy_vqa.py."""
   options = f"{Job(variant, 0, scale).options},data={data}"
 
   def llava_sp(*arguments: str) -> None:
@@ -50,7 +51,7 @@ def easy_vqa(variant: str, scale: float, folder: Path, data: str, core: int) -> 
 
 
 def smollm2(variant: str, scale: float, folder: Path, data: str, core: int) -> None:
-  """A short run of scripts/easy_vqa_smollm2.sh."""
+  """Runs scripts/easy_vqa_smollm2.sh shortly."""
   with (folder / "log").open("w") as log:
     done = subprocess.run(
       [
@@ -85,7 +86,7 @@ RECIPES = {"easy_vqa": easy_vqa, "smollm2": smollm2}
 
 
 def bits(folder: Path) -> list[str]:
-  """Losses of every stage below `folder` and the answers with their verdicts, as text."""
+  """Returns the losses of every stage below `folder` and the answers with their verdicts, as text."""
   lines = []
   for metrics in sorted(folder.rglob("metrics.jsonl"), key=order):
     for text in metrics.read_text().splitlines():
@@ -104,8 +105,8 @@ def order(metrics: Path) -> int:
 
 
 def canary(recipe: str, variants: list[str], scale: float, data: str) -> str:
-  """The hash over all variants."""
-  # On one core, so that sums are made in one order on a machine of any size.
+  """Returns the hash over all variants."""
+  # On one core, so that sums have one order on every machine.
   digest, core = hashlib.sha256(), min(os.sched_getaffinity(0))
   for variant in variants:
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The main job, end to end: easy-VQA -> stage 1 -> stage 2 -> evaluation -> report.
+# Runs the demo: easy-VQA -> stage 1 -> stage 2 -> evaluation -> report.
 #
-#   bash scripts/demo.sh                       ends with runs/easy_vqa/pooling-0/report/report.md
-#   bash scripts/demo.sh --variant cropping    another projector: none, pooling, cropping
+#   bash scripts/demo.sh                       writes runs/easy_vqa/pooling-0/report/report.md
+#   bash scripts/demo.sh --variant cropping    another variant: none, pooling, cropping, ...
 #   bash scripts/demo.sh --help                all options
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A real language model: SmolLM2-135M from its GGUF -> stage 1 -> stage 2 -> evaluation -> report.
+# Trains on a real language model: SmolLM2-135M from its GGUF -> both stages -> evaluation -> report.
 #
-#   bash scripts/easy_vqa_smollm2.sh                 ends with runs/smollm2/pooling-0/report/report.md
+#   bash scripts/easy_vqa_smollm2.sh                 writes runs/smollm2/pooling-0/report/report.md
 #   bash scripts/easy_vqa_smollm2.sh --scale 4       four times the steps of both stages
-#   bash scripts/easy_vqa_smollm2.sh --variant cropping another projector: none, pooling, cropping
-#   bash scripts/easy_vqa_smollm2.sh --tower-steps 0 no tower of its own: stage 1 trains it
+#   bash scripts/easy_vqa_smollm2.sh --variant cropping another variant: none, pooling, cropping
+#   bash scripts/easy_vqa_smollm2.sh --tower-steps 0 stage 1 trains the tower as well
 #
-# No pretrained vision tower is at hand. So the tower is first trained beside the small decoder of
-# configs/easy_vqa.py, on the captions (--tower-steps 4000), and then frozen as in the paper: stage
+# There is no pretrained vision tower here. So the tower is first trained with the small decoder of
+# configs/easy_vqa.py on the captions (--tower-steps 4000). Then it is frozen as in the paper, and stage
 # 1 trains the projector alone. With --tower-steps 0, stage 1 trains a random tower as well.
 #
 # Other options: --seed 0, --limit 500 (test questions to answer; 0 is all 9,673), --runs FOLDER,
 # --data FOLDER, --publish OUT (copies the report to OUT/ and its figures with their stamp to
-# OUT.json). A killed job goes on where it was when the same command is given again.
+# OUT.json). The same command resumes a killed job.
 set -euo pipefail
 variant=pooling seed=0 scale=1 limit=500 runs=runs/smollm2 data=data/easy_vqa tower_steps=4000 publish=
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
@@ -40,7 +40,7 @@ tokenizer=$data/tokenizer_smollm2
 base=$runs/$variant-$seed
 options="variant=$variant,seed=$seed,scale=$scale,data=$data,tokenizer=$tokenizer"
 
-# Runs `llava-sp ...` and shows the command.
+# Prints a command and runs `llava-sp ...`.
 llava_sp() { printf '\n$ llava-sp %s\n' "$*"; "$python" -m llava_sp_jax.cli "$@"; }
 
 "$python" scripts/prepare_easy_vqa.py --out "$data"

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: goes to the repository, makes an environment once.
+# Sourced by the other scripts: changes to the repository and creates an environment once.
 #
 #   source scripts/environment.sh && prepare_environment report,test
 #
-# PYTHON is what makes it (python3), VENV where it stands (.venv).
+# PYTHON creates it (default: python3), VENV is its folder (default: .venv).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
 
-# The file of tested versions for a Python.
+# Prints the file of tested versions for a Python.
 constraints_of() {
   "$1" -c 'import sys
 print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")'
@@ -35,9 +35,9 @@ prepare_environment() {
   fi
 }
 
-# XLA's YNNPACK fusions are slower than its plain loops for models this small (CPU only).
+# For models this small, XLA's YNNPACK fusions are slower than its plain loops (CPU only).
 export XLA_FLAGS="${XLA_FLAGS---xla_cpu_experimental_ynn_fusion_type=}"
-# glibc hands XLA's buffers out in huge pages: a step of a small model touches fresh memory every time,
-# and page faults took a quarter of its CPU time. (Other C libraries do not read it.)
+# Makes glibc allocate XLA's buffers in huge pages: each step of a small model touches fresh memory, and
+# page faults took a quarter of its CPU time. (Other C libraries ignore it.)
 export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"

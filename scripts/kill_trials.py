@@ -1,6 +1,7 @@
-"""python scripts/kill_trials.py --out docs/results/kill_trials: kills training, resumes, compares.
+"""Kills training, resumes it, and compares: python scripts/kill_trials.py --out docs/results/kill_trials
 
-Needs the test extra; 20 trials on a tiny model. What was done is kept, so the same command goes on.
+Runs 20 trials on a tiny model and needs the extra `test`. Finished trials are stored, so the same
+command resumes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice that is waited for: a queued resource, asked for again after
-# every preemption.
+# Waits for a Cloud TPU pod slice and trains on it: a queued resource, requested again after every
+# preemption.
 #
 #   bash scripts/launch_queued_resource.sh --name NAME --zone ZONE --type v5litepod-256 \
 #     --version v2-alpha-tpuv5-lite --create-flag --spot \
 #     --config configs/finetune_lora.py:size=7b --workdir /mnt/share/runs/finetune
 #
 # The options are those of launch_tpu_vm.sh; --create-flag goes to `gcloud compute tpus
-# queued-resources create` (--spot, --valid-until-duration=6h, --reserved, --project=P). The slice is
-# made when there is room, which may take hours or days; this command waits, and can be stopped and
-# given again. When the run is complete, delete what it used:
+# queued-resources create` (--spot, --valid-until-duration=6h, --reserved, --project=P). Google creates
+# the slice when there is capacity, which may take hours or days. This command waits; you can stop it and
+# give it again. When the run is complete, delete its resource:
 #
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on GPUs under SLURM: one process for each GPU; the job goes on by itself after its time
-# limit and after preemption, until the run is complete.
+# Trains on GPUs under SLURM with one process for each GPU. The job requeues itself after its time limit
+# and after a preemption, until the run is complete.
 #
 #   bash scripts/launch_slurm.sh --nodes 2 --gpus-per-node 8 --time 24:00:00 \
 #     --config configs/finetune_lora.py:size=7b --workdir runs/finetune [-- --config.train.keep=3]
 #
-# --dry-run            prints the commands and the job's script, and submits nothing
-# --name NAME          of the job (llava-sp)
-# --cpus N             for each GPU (8)
-# --grace SECONDS      how long before the time limit training is told to save (300)
-# --setup COMMAND      a line of the job's script before training, e.g. 'module load cuda'
-# --sbatch-flag FLAG   for sbatch, may be repeated: --partition=P, --account=A, --qos=Q
+# --dry-run            prints the commands and the job's script, submits nothing
+# --name NAME          name of the job (llava-sp)
+# --cpus N             CPUs for each GPU (8)
+# --grace SECONDS      signals training to save this long before the time limit (300)
+# --setup COMMAND      runs in the job's script before training, e.g. 'module load cuda'
+# --sbatch-flag FLAG   goes to sbatch, may be repeated: --partition=P, --account=A, --qos=Q
 #
-# This repository and --workdir must be on a disk that all nodes see, with .venv made by
-# `pip install -e '.[cuda]' -c constraints.txt`. What follows -- goes to llava-sp train.
+# This repository and --workdir must be on a disk that all nodes see. Create .venv there with
+# `pip install -e '.[cuda]' -c constraints.txt`. Arguments after -- go to llava-sp train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice: creates or reuses it, installs, runs on all its workers.
+# Trains on a Cloud TPU pod slice: creates or reuses it, installs, and runs on all its workers.
 #
 #   bash scripts/launch_tpu_vm.sh --name NAME --zone ZONE --type v5litepod-16 \
 #     --version v2-alpha-tpuv5-lite --config configs/finetune_lora.py:size=7b \
@@ -7,13 +7,13 @@
 #
 # --dry-run            prints every command and runs none
 # --setup COMMAND      runs on each worker before training, e.g. to mount the folder with the runs;
-#                      it may run again, so it must not mind
-# --create-flag FLAG   for `gcloud ... create`, may be repeated: --spot, --project=P, --network=N
+#                      it may run more than once
+# --create-flag FLAG   goes to `gcloud ... create`, may be repeated: --spot, --project=P, --network=N
 #
-# What is committed in this repository is what runs. When the pod is preempted it is made anew and
-# the run continues from its last checkpoint, so --workdir must be a folder that outlives the pod
-# and that all workers see. Keep this terminal open (tmux); training itself does not need it: the
-# same command finds a running training and follows it. What follows -- goes to llava-sp train.
+# The committed state of this repository runs. After a preemption the pod is created again and the run
+# resumes from its last checkpoint, so --workdir must be a folder that outlives the pod and that all
+# workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
+# training and follows its log. Arguments after -- go to llava-sp train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/pod.sh

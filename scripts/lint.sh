@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint and types, with the tools of the environment that is there; all, or those that are named.
+# Checks format, lint and types with the tools of the environment; all, or those that are named.
 #
 #   bash scripts/lint.sh                  all three
 #   bash scripts/lint.sh format lint      some: format, lint, types

@@ -1,14 +1,14 @@
-"""python scripts/mutations.py: changes one line of the package at a time and sees whether tests notice.
+"""Changes one line of the package at a time and checks that tests notice: python scripts/mutations.py
 
-The sites stand in tests/mutations/<room>.toml: a fragment of a file, what replaces it, the test files
-that should notice, and what would hurt a user. Each is applied to a copy of the working tree in a
-temporary folder, never to the checkout, and its test files run in the default tier. Needs the test
-extra; about an hour for all. Before it, all named test files have to pass as they are.
+tests/mutations/<room>.toml lists the sites: a fragment of a file, its replacement, the test files that
+should notice, and the harm to a user. Each is applied to a copy of the working tree in a temporary
+folder, never to the checkout, and its test files run in the default tier. First all named test files
+must pass unchanged. Needs the extra `test`; all sites take about an hour.
 
   python scripts/mutations.py --list
   python scripts/mutations.py --only 'train/|alpha' --out docs/results/mutations
 
-Ends with 0 when at least --least of the sites were noticed.
+Exits with code 0 if the tests noticed at least the share --least of the sites.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from llava_sp_jax.progress import eta
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE, TESTS = "llava_sp_jax", "tests"
 SITES = REPOSITORY / TESTS / "mutations"
-LIMIT = 900  # seconds; a mutation that makes tests hang is noticed
+LIMIT = 900  # seconds; a mutation that makes tests hang counts as noticed
 NOTICED, SURVIVED = "noticed", "not noticed"
 PASSED, FAILED, INTERRUPTED = 0, 1, 2  # of pytest's exit codes
 
-# Processes for tests begin as copies of one that has imported what is slow to import.
+# Test processes are forked from one that has imported the slow libraries.
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = ["pytest", "jax", "flax.linen", "optax", "orbax.checkpoint", "grain"]
 ENVIRONMENT = {  # jax reads these when it is imported
@@ -54,12 +54,12 @@ ENVIRONMENT = {  # jax reads these when it is imported
 
 
 class SiteError(ValueError):
-  """A site that no longer fits the source; the message names it."""
+  """Reports a site that does not match the source any more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """`old` stands exactly once in `file` (below the package); `tests` are paths below tests/."""
+  """One change: `old` occurs exactly once in `file` (below the package); `tests` are paths below tests/."""
 
   room: str
   file: str
@@ -73,7 +73,7 @@ class Site:
     return Path(PACKAGE) / self.file
 
   def line(self, root: Path = REPOSITORY) -> int:
-    """Where it is now. Raises: SiteError."""
+    """Finds the current line. Raises: SiteError."""
     text = (root / self.path).read_text()
     found = text.count(self.old)
     if found != 1:
@@ -92,7 +92,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What became of a site; `by` is the first test that failed, or why else it was noticed."""
+  """The outcome of a site; `by` is the first test that failed, or another reason why it was noticed."""
 
   room: str
   file: str
@@ -106,7 +106,7 @@ class Record:
 
 
 def sites(folder: Path = SITES) -> list[Site]:
-  """All sites, room by room."""
+  """Reads all sites, room by room."""
   found = []
   for path in sorted(folder.glob("*.toml")):
     for values in tomllib.loads(path.read_text())["site"]:
@@ -115,7 +115,7 @@ def sites(folder: Path = SITES) -> list[Site]:
 
 
 def copy_tree(target: Path) -> None:
-  """The files of the working tree that git knows or would add."""
+  """Lists the files of the working tree that git tracks or would add."""
   names = subprocess.run(
     ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
     cwd=REPOSITORY,
@@ -130,7 +130,7 @@ def copy_tree(target: Path) -> None:
 
 
 def run_tests(root: Path, tests: Iterable[str], *options: str) -> tuple[int, str]:
-  """(pytest's exit code, what it printed); FAILED when it hangs."""
+  """Returns pytest's exit code and its output; FAILED if it hangs."""
   arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *options]
   arguments += [f"{TESTS}/{test}" for test in tests]
   log = root.with_suffix(".log")
@@ -145,17 +145,17 @@ def run_tests(root: Path, tests: Iterable[str], *options: str) -> tuple[int, str
 
 
 def _child(root: str, arguments: list[str], log: str) -> None:
-  """pytest in a process where the libraries are imported already, and the package is the copy's."""
-  os.setsid()  # so that what it starts can be ended with it
+  """Runs pytest in a process with imported libraries and the package of the copy."""
+  os.setsid()  # so that its children can be killed with it
   os.chdir(root)
   sys.path.insert(0, root)
-  # This file has imported the checkout's package, which tests of the copy would then be given.
+  # This file imported the package of the checkout; tests must import that of the copy.
   for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
     del sys.modules[name]
   if not str(importlib.import_module(PACKAGE).__file__).startswith(root + os.sep):
     raise RuntimeError(f"{PACKAGE} is imported from elsewhere than {root}")
   os.environ["PYTHONPATH"] = root
-  sys.dont_write_bytecode = False  # what is compiled once serves all runs in this copy
+  sys.dont_write_bytecode = False  # bytecode serves all runs in this copy
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   for stream in (1, 2):
     os.dup2(output, stream)
@@ -165,7 +165,7 @@ def _child(root: str, arguments: list[str], log: str) -> None:
 
 
 def judge(code: int, printed: str) -> tuple[str, str]:
-  """(outcome, by) of a run. Raises: RuntimeError when no test decided."""
+  """Returns outcome and `by` of a run. Raises: RuntimeError if no test decided."""
   if code == PASSED:
     return SURVIVED, ""
   failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$|^no end within .*", printed, re.MULTILINE)
@@ -193,7 +193,7 @@ def attempt(site: Site, root: Path, stamp: float) -> Record:
 
 
 def run(chosen: Sequence[Site], jobs: int, baseline: bool) -> Iterable[Record]:
-  """Records in the order in which they are ready. Raises: RuntimeError when tests fail unchanged."""
+  """Yields records as they are ready. Raises: RuntimeError if tests fail without a mutation."""
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   FORKS.set_forkserver_preload(PRELOADED)
@@ -225,7 +225,7 @@ def run(chosen: Sequence[Site], jobs: int, baseline: bool) -> Iterable[Record]:
 
 
 def share(records: Iterable[Record]) -> dict[str, tuple[int, int]]:
-  """Room -> (noticed, all)."""
+  """Counts by room: (noticed, all)."""
   total: dict[str, tuple[int, int]] = {}
   for record in records:
     noticed, count = total.get(record.room, (0, 0))
@@ -266,14 +266,14 @@ def markdown(records: Sequence[Record], commit: str) -> str:
 
 
 def write(out: Path, records: dict[str, Record]) -> None:
-  """OUT.json and OUT.md, in the order of the files."""
+  """Writes OUT.json and OUT.md, in the order of the files."""
   ordered = sorted(records.values(), key=lambda r: (r.room, r.file, r.line))
   provenance.write(out, [dataclasses.asdict(r) for r in ordered])
   provenance.named(out, "md").write_text(markdown(ordered, provenance.commit()))
 
 
 def read(out: Path | None, known: Iterable[Site]) -> dict[str, Record]:
-  """Records that OUT.json already has, of sites that still exist, by `file old new`."""
+  """Reads the records of OUT.json whose sites still exist, by `file old new`."""
   keys = {key(site) for site in known}
   found = (Record(**values) for values in (provenance.read(out, []) if out else []))
   return {key(record): record for record in found if key(record) in keys}
@@ -287,12 +287,20 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--only", default="", help="regular expression over 'file:line what hurts'")
-  parser.add_argument("--list", action="store_true", help="shows the sites and ends")
-  parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json; others' records stay")
-  parser.add_argument("--jobs", type=int, default=1, help="copies that are tested side by side")
-  parser.add_argument("--least", type=float, default=0.95, help="share that has to be noticed")
-  parser.add_argument("--no-baseline", action="store_true", help="takes it that tests pass")
+  parser.add_argument("--only", default="", help="regular expression over 'file:line harm'")
+  parser.add_argument("--list", action="store_true", help="prints the sites and exits")
+  parser.add_argument(
+    "--out", type=Path, help="writes OUT.md and OUT.json; keeps records of other sites"
+  )
+  parser.add_argument(
+    "--jobs", type=int, default=1, help="number of copies that are tested in parallel"
+  )
+  parser.add_argument(
+    "--least", type=float, default=0.95, help="share of sites that tests must notice"
+  )
+  parser.add_argument(
+    "--no-baseline", action="store_true", help="assumes that unchanged tests pass"
+  )
   options = parser.parse_args()
   try:
     known = sites()

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs on every worker of a pod: installs, starts training once, follows it, ends with its code.
+# Runs on every worker of a pod: installs, starts training once, follows it, and exits with its code.
 #
 #   bash scripts/on_worker.sh [--setup COMMAND] -- --config FILE[:OPTIONS] --workdir DIR ...
-#   bash scripts/on_worker.sh --stop     saves and ends the training of this worker
+#   bash scripts/on_worker.sh --stop     saves and stops the training of this worker
 #
-# Training does not end with the connection: it writes train.log in this repository, and the same
-# command follows it again. launch_tpu_vm.sh and launch_queued_resource.sh call this over ssh.
+# Training outlives the connection: it writes train.log in this repository, and the same command
+# follows it again. launch_tpu_vm.sh and launch_queued_resource.sh call this script over ssh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,20 +1,20 @@
 # shellcheck shell=bash disable=SC2034 # variables are used by the launchers and pod_train.sh
-# Sourced by the two launchers for Cloud TPU. Each gives the commands `describe`, `create` and
-# `delete` of its service; here are the options that they share.
+# Sourced by the two launchers for Cloud TPU: holds the options that they share. Each launcher defines
+# the commands `describe`, `create` and `delete` of its service.
 
 name='' zone='' type='' version='' config='' workdir='' setup='' create_flags=() train_flags=()
 dry_run=false
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; }
 fail() { echo "$(basename "$0"): $*; see --help" >&2; exit 2; }
-# Words as a shell takes them, quoted where needed, each after a blank.
+# Prints words quoted for a shell, each after a blank.
 words() {
   local word
   for word; do
     if [[ $word =~ ^[[:alnum:]_./:=@%+,-]+$ ]]; then printf ' %s' "$word"; else printf ' %s' "${word@Q}"; fi
   done
 }
-# Shows a command as it can be typed, and runs it unless --dry-run was given.
+# Prints a command as you can type it, and runs it unless --dry-run was given.
 run() { echo "\$$(words "$@")"; "$dry_run" || "$@"; }
 
 read_options() {

@@ -1,18 +1,18 @@
 # shellcheck shell=bash disable=SC2154,SC2034 # variables of pod.sh
 # Sourced by the two launchers for Cloud TPU, after pod.sh: the loop that trains until the run is
-# complete. A pod that was preempted is made anew; a training that fails on a healthy pod ends it.
+# complete. It replaces a preempted pod, and exits if training fails on a healthy one.
 
 poll_seconds=${POLL_SECONDS:-60} failures=0
 again_or_fail() { (( ++failures < 5 )) || fail "$1, $failures times"; sleep "$poll_seconds"; }
 
-state() {  # one word of the service, ABSENT, or UNKNOWN when it cannot be asked
+state() {  # prints one word of the service, ABSENT, or UNKNOWN if the service does not answer
   local text
   if text=$(describe 2>&1); then echo "${text##*$'\n'}"
   elif [[ $text == *NOT_FOUND* ]]; then echo ABSENT
   else echo "$text" >&2; echo UNKNOWN; fi
 }
 
-make_ready() {  # creates, waits for, and replaces the pod, until it can be used
+make_ready() {  # creates the pod, waits for it, and replaces it, until it is ready
   while true; do
     if "$dry_run"; then describe; create; return; fi
     case "$(state)" in
@@ -38,7 +38,7 @@ train_until_complete() {
         "--command=tar xzf llava-sp-jax.tgz && bash llava-sp-jax/scripts/on_worker.sh$flags"
     } || code=$?
     [ "$code" -ne 0 ] || return 0
-    case "$code:$(state)" in  # 75: llava-sp train was asked to stop and has saved
+    case "$code:$(state)" in  # 75: llava-sp train was told to stop and has saved
       75:* | *:PREEMPTED | *:TERMINATED | *:SUSPEND* | *:ABSENT) failures=0 ;;
       255:* | *:UNKNOWN) again_or_fail "no connection to $name" ;;
       *) echo "training failed with code $code; train.log on the workers says why" >&2

@@ -2,8 +2,8 @@
 
 Usage: python scripts/prepare_easy_vqa.py --out data/easy_vqa
 
-Makes in --out: images/{train,test}/*.png, captions.json (stage 1), train.json (stage 2), test.json
-(one question a line of the held-out split), tokenizer/ (byte-level BPE learned from these texts).
+Writes into --out: images/{train,test}/*.png, captions.json (stage 1), train.json (stage 2), test.json
+(the questions of the test split), tokenizer/ (byte-level BPE trained on these texts).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import shutil
 from pathlib import Path
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-FACTS = {"shape": 4, "color": 2}  # questions told in a caption; shapes are harder to see
-MADE_BY = "made_by.txt"  # the hash of SOURCES when they wrote the folder; written last
+FACTS = {"shape": 4, "color": 2}  # statements in a caption; shapes are harder to learn
+MADE_BY = "made_by.txt"  # the hash of the SOURCES that wrote the folder; written last
 SOURCES = ("scripts/prepare_easy_vqa.py", "llava_sp_jax/data/tokenizer.py",
            "llava_sp_jax/data/conversation.py")  # fmt: skip
 SHAPES = ("circle", "rectangle", "triangle")
 
 
 def caption(pairs: list[tuple[str, str]]) -> str:
-  """What the answers tell of an image, and nothing else: 'not blue yes. a red circle. color red'.
+  """Writes a caption from the answers about an image: 'not blue yes. a red circle. color red'.
 
-  What is known of its one shape, and some of the questions in short, with their answers; in random
-  order, so that a question is learned from the image and not from words before it.
+  Holds what is known of its one shape, and some abbreviated questions with their answers. The order
+  is random, so that the model learns an answer from the image and not from the words before it.
   """
   known = {answer for _, answer in pairs} - {"yes", "no"}
   facts: dict[str, list[str]] = {"shape": [], "color": []}

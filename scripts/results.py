@@ -1,13 +1,13 @@
-"""Which results are current: every record under docs/results against the sources it depends on.
+"""Lists the results of docs/results, and which of them are older than their sources.
 
 Usage: python scripts/results.py [--make NAME] [--confirm NAME] [--check]
 
-Lists each result of docs/results/results.toml: current, or older than its sources (and which of them
-changed), the commit and machine that made it, its command and what making it costs. --make runs the
-command of one; --check ends with 1 when a result is older and its row gives no reason for it.
---confirm runs the short canary of a result (scripts/canary.py) instead of making it anew: when every
-bit is that of the sources that made it, the result is current for the sources as they are now. (For a
-result that is current it keeps the canary.)
+Prints for each result of docs/results/results.toml whether it is current or older than its sources (and
+which of them changed), the commit and machine that made it, its command, and the cost of the command.
+--make runs the command of a result. --check exits with code 1 if a result is older and its row gives
+no reason. --confirm runs the short canary of a result (scripts/canary.py) instead of its command: if
+every bit equals that of the sources that made the result, the result is current again. For a result
+that is current it stores the canary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MISSING, CURRENT, OLDER = "missing", "current", "older than its sources"
 
 
 def records(name: str) -> list[dict[str, Any]]:
-  """The stamps of a result; each of its figures may have one of its own."""
+  """Returns the stamps of a result; each of its figures may have its own."""
   if not path_of(name).is_file():
     return []
   held = json.loads(path_of(name).read_text())
@@ -44,13 +44,13 @@ def path_of(name: str) -> Path:
 
 
 def confirmed(name: str) -> dict[str, Any]:
-  """The stamp of the last sources that were confirmed to compute the same; empty without one."""
+  """Returns the stamp of the last sources that were confirmed to compute the same; empty without one."""
   held = json.loads(path_of(name).read_text()) if path_of(name).is_file() else {}
   return held.get("confirmed", {}) if isinstance(held, dict) else {}
 
 
 def confirm(name: str, table: dict[str, Any]) -> int:
-  """Compares the canary of the sources as they are with the one that is kept; 1 when it differs."""
+  """Compares the canary of the current sources with the stored one; returns 1 if they differ."""
   row = known(name, table)
   if "canary" not in row:
     raise SystemExit(f"{name}: its row has no canary; --make makes it anew")
@@ -86,7 +86,7 @@ def known(name: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def state(name: str, row: dict[str, Any]) -> tuple[str, list[str]]:
-  """How a result stands, and the files that changed since."""
+  """Returns the state of a result, and the files that changed since."""
   now = provenance.fingerprints(row["sources"])
   found = records(name)
   if found and confirmed(name).get("files") == now:
@@ -101,7 +101,7 @@ def state(name: str, row: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def line(name: str, row: dict[str, Any]) -> list[str]:
-  """What is said of a result."""
+  """Describes a result in lines of text."""
   how, changed = state(name, row)
   lines = [f"{name}: {how}"]
   made = {
@@ -121,7 +121,7 @@ def line(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def make(name: str, table: dict[str, Any]) -> int:
-  """Runs the command of a result in the repository's root."""
+  """Runs the command of a result in the root of the repository."""
   first, *words = shlex.split(known(name, table)["command"])
   program = PROGRAMS.get(first, [first])
   return subprocess.run([*program, *words], cwd=provenance.REPOSITORY, check=False).returncode
@@ -131,7 +131,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--make", metavar="NAME", default="", help="runs the command of a result")
   parser.add_argument("--confirm", metavar="NAME", default="", help="runs the canary of a result")
-  parser.add_argument("--check", action="store_true", help="1 when one is older without a reason")
+  parser.add_argument(
+    "--check", action="store_true", help="exits with code 1 if one is older without a reason"
+  )
   options = parser.parse_args()
   table = provenance.table()
   if options.make:

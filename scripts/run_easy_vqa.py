@@ -1,9 +1,9 @@
-"""The main job on easy-VQA: prepares the data, trains both stages, evaluates, writes a report.
+"""Runs the demo on easy-VQA: prepares the data, trains both stages, evaluates, writes a report.
 
 Usage: python scripts/run_easy_vqa.py [--variant pooling] [--seed 0] [--scale 1] [--runs runs/easy_vqa]
 
-Each stage is a `llava-sp` command that it prints first; a killed job goes on where it was. It ends
-with code 1 when the model answers less than README promises.
+Prints each `llava-sp` command before it runs it. The same command resumes a killed job. Exits with
+code 1 if the model answers fewer questions than README promises.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SOURCES = "sources.txt"  # the hash of the package that trained a run
-ATTEMPTS = "attempts.txt"  # seconds of each attempt that did not reach its end
+SOURCES = "sources.txt"  # holds the hash of the package that trained a run
+ATTEMPTS = "attempts.txt"  # holds the seconds of each unfinished attempt
 CONFIG = "configs/easy_vqa.py"
-# (least scale, least share of right answers) of the variant `pooling`, over any seed; README says so.
+# (least scale, least share of right answers) of the variant `pooling`, for any seed, as README promises.
 PROMISED = ((3.0, 0.99), (1.0, 0.90))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One model: a variant of the projector (with scales of its own), a seed, a length of training."""
+  """One model: a variant of the projector (optionally with scales), a seed, a length of training."""
 
   variant: str  # NAME or NAME@SIZE+SIZE.., sizes of the views in patches
   seed: int
@@ -37,7 +37,7 @@ class Job:
 
   @property
   def options(self) -> str:
-    """Options of the recipe."""
+    """The options of the recipe."""
     variant, _, scales = self.variant.partition("@")
     return f"variant={variant},scales={scales},seed={self.seed},scale={self.scale:g}"
 
@@ -47,7 +47,7 @@ class Job:
 
 
 def command(*arguments: str, cores: Sequence[int] = (), log: Path | None = None) -> None:
-  """Runs `llava-sp` or a script with this Python, and shows the command.
+  """Prints a command, and runs `llava-sp` or a script with this Python.
 
   `cores` are those it may use (none: all), `log` a file for what it prints (none: the terminal).
   """
@@ -69,7 +69,7 @@ def command(*arguments: str, cores: Sequence[int] = (), log: Path | None = None)
 def run(
   job: Job, runs: Path, data: str, cores: Sequence[int] = (), log: Path | None = None
 ) -> Path:
-  """Both stages, evaluation and report; returns the report's folder, which holds record.json."""
+  """Runs both stages, evaluation and report; returns the report's folder, which holds record.json."""
   base = runs / job.name
   options = f"{job.options},data={data}"
   record, started = base / "report/record.json", time.monotonic()
@@ -113,7 +113,7 @@ def run(
 
 
 def refuse_older(base: Path, record: Path) -> None:
-  """Ends where a finished run was made by other sources: its answers are not theirs."""
+  """Exits if other sources made a finished run: its answers are not those of the current ones."""
   from llava_sp_jax import provenance
 
   made_by, now = base / SOURCES, provenance.digest(provenance.fingerprints(provenance.EVERYTHING))
@@ -125,7 +125,7 @@ def refuse_older(base: Path, record: Path) -> None:
 
 
 def taken(base: Path, seconds: float) -> int:
-  """Seconds of a job; those of attempts that were stopped are counted, later ones are not."""
+  """Returns the seconds of a job with its unfinished attempts; a finished job keeps its seconds."""
   record = base / "report/record.json"
   if record.is_file():
     return int(json.loads(record.read_text())["seconds"])
@@ -133,13 +133,13 @@ def taken(base: Path, seconds: float) -> int:
 
 
 def before(base: Path) -> float:
-  """Seconds of earlier attempts."""
+  """Sums the seconds of earlier attempts."""
   attempts = base / ATTEMPTS
   return sum(map(float, attempts.read_text().split())) if attempts.is_file() else 0.0
 
 
 def broken_promise(job: Job, accuracy: float) -> str:
-  """One sentence when README promises more of this job; empty otherwise."""
+  """Returns a sentence if README promises more of this job, otherwise nothing."""
   least = next((share for scale, share in PROMISED if job.scale >= scale), 0.0)
   if job.variant != "pooling" or accuracy >= least:
     return ""

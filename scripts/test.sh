@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment and passes the tests: format, lint, types, tests. Arguments go to pytest.
+# Creates the environment and runs format, lint, types and tests. Arguments go to pytest.
 #
 #   bash scripts/test.sh              the default suite: 15 minutes on two cores
 #   bash scripts/test.sh models       the tests of a room (a folder of tests/); may be several: data models
@@ -7,8 +7,8 @@
 #   bash scripts/test.sh --guards     the slow tests that hold a promise of README or docs: 25 minutes
 #   bash scripts/test.sh -m slow      the other slow ones: the same promises in more cases
 #
-# --guards comes first where other arguments follow. It installs the TPU compiler, tensorboardX and
-# wandb as well (0.8 GB). Format, lint and types are left to the default suite by --guards and rooms.
+# --guards must be the first argument. It also installs the TPU compiler, tensorboardX and wandb
+# (0.8 GB). --guards and rooms skip format, lint and types.
 set -euo pipefail
 guards=false
 [ "${1:-}" != --guards ] || { guards=true; shift; }
@@ -28,7 +28,7 @@ extras=test,report,gguf,xlsx
 "$guards" && extras+=,guards
 prepare_environment "$extras"
 unset XLA_FLAGS
-# A file of tests stays in one process: what its tests share is made once. The longest start first.
+# A test file stays in one process, so its tests share fixtures. The longest files start first.
 bin="${VENV:-.venv}/bin"
 tests=("$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
        --durations 20 -rs ${rooms[@]+"${rooms[@]}"})

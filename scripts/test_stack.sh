@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The tests with today's JAX and flax, in an environment of their own made by Python 3.13 or 3.12.
+# Runs the tests with today's JAX and flax, in a separate environment of Python 3.13 or 3.12.
 #
 #   bash scripts/test_stack.sh                        the default suite; arguments go to pytest
 #   bash scripts/test_stack.sh --short                a real job alone: two steps of each stage on
 #                                                     8 simulated devices, a resume, an evaluation
 #   bash scripts/test_stack.sh --python FILE ...      with this Python (3.12 or newer)
 #
-# Without --python, python3.13 and python3.12 are looked for on PATH, then among pyenv's. Where there
-# is none, nothing is tested and the code is 77. What compares with torch is skipped: there is no CPU
-# build of the oracle for these Pythons.
+# Without --python, the script looks for python3.13 and python3.12 on PATH, then in pyenv. If there is
+# none, it tests nothing and exits with code 77. Comparisons with torch are skipped: it has no CPU build
+# for these Pythons.
 set -euo pipefail
 short=false python=
 while [ $# -gt 0 ]; do
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-# A Python of 3.12 or newer that can make environments (pyenv puts names on PATH that only fail).
+# Finds Python 3.12 or newer that can create environments (some names that pyenv puts on PATH fail).
 usable() { "$1" -c 'import sys, ssl, venv, ensurepip; assert sys.version_info >= (3, 12)'; }
 
 if [ -n "$python" ]; then
@@ -49,7 +49,7 @@ if ! "$short"; then
   exec "$python" -m pytest --numprocesses 2 --dist loadfile --durations 20 -rs "$@"
 fi
 
-# A user's commands, on a model that compiles quickly.
+# Runs a user's commands on a model that compiles quickly.
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export JAX_PLATFORMS=cpu XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=8"
@@ -58,7 +58,7 @@ small=(--config.mesh.data=2 --config.mesh.fsdp=2 --config.mesh.tensor=2 --config
   --config.train.batch_size=8 --config.model.tower.layers=1 --config.model.scan_unroll=1)
 
 llava_sp() { printf '\n$ llava-sp %s\n' "$*"; "$python" -m llava_sp_jax "$@"; }
-steps() {  # the steps that a run has logged
+steps() {  # prints the steps that a run has logged
   [ -f "$1/metrics.jsonl" ] || return 0
   "$python" -c 'import json, sys
 rows = map(json.loads, open(sys.argv[1]))
@@ -71,7 +71,7 @@ llava_sp train --config "easy_vqa:stage=pretrain,data=$data" --workdir "$folder/
   --config.train.steps=2 "${small[@]}"
 expect "steps of stage 1" "$(steps "$folder/pretrain")" "1 2"
 
-# Stage 2 is asked to stop once it has made two steps, and goes on with the same command.
+# Stops stage 2 after two steps, and resumes it with the same command.
 stage_2=(train --config "easy_vqa:stage=finetune,init=$folder/pretrain,data=$data"
   --workdir "$finetune" --config.train.steps=60 "${small[@]}")
 llava_sp "${stage_2[@]}" &

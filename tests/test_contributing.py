@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.tasks import catalog
 from llava_sp_jax.tasks.task import Prediction
 from tests.conftest import REPOSITORY
@@ -109,6 +110,13 @@ def test_every_room_is_drawn_and_has_its_reference() -> None:
   assert sorted(documented) == sorted(set(HEIGHT) - {"__main__"})
 
 
+def test_every_variant_is_on_its_page() -> None:
+  table, _ = (DOCS / "variants.md").read_text().split("\n## ", 1)
+  cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+  assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(VARIANTS)
+  assert len(VARIANTS) == 16, "README and CHANGELOG say sixteen"
+
+
 def test_the_benchmark_of_the_guide_works(tmp_path: Path) -> None:
   (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "add-a-benchmark.md").read_text(), re.DOTALL)
   (tmp_path / "counting.py").write_text(code)
@@ -121,6 +129,17 @@ def test_the_benchmark_of_the_guide_works(tmp_path: Path) -> None:
   assert scores.headline == pytest.approx((1 + 1 / 3 + 0) / 3)
   assert scores.by_kind["all objects"]["items"] == 3
   assert len(task.data_hash()) == 16
+
+
+def test_the_front_page_is_short_and_links_into_the_docs() -> None:
+  """docs/index.md includes it, where only links that begin with docs/ are found."""
+  readme = (REPOSITORY / "README.md").read_text()
+  assert len(readme.splitlines()) <= 120
+  (end,) = re.findall(r":end-before: (.*)", (DOCS / "index.md").read_text())
+  front, _ = readme.split(end)
+  targets = re.findall(r"\]\(([^)]+)\)", front)
+  assert [t for t in targets if not t.startswith(("docs/", "https://"))] == []
+  assert len(targets) > 20
 
 
 @pytest.mark.slow  # reads every module of the package
