@@ -70,6 +70,8 @@ def run(
   job: Job, runs: Path, data: str, cores: Sequence[int] = (), log: Path | None = None
 ) -> Path:
   """Runs both stages, evaluation and report; returns the report's folder, which holds record.json."""
+  from llava_sp_jax.results import scores
+
   base = runs / job.name
   options = f"{job.options},data={data}"
   record, started = base / "report/record.json", time.monotonic()
@@ -99,7 +101,7 @@ def run(
     f"--scores={base}/eval",
     f"--out={base}/report",
   )
-  kinds = json.loads((base / "eval/scores.json").read_text())["by_kind"]
+  kinds = scores.read(base / "eval/scores.json").by_kind
   found = {
     "variant": job.variant,
     "seed": job.seed,

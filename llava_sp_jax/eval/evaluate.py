@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.eval import run
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.vlm import VisionLanguageModel
+from llava_sp_jax.results.scores import BenchmarkScores
 from llava_sp_jax.tasks import catalog
 from llava_sp_jax.tasks.task import Task
 
@@ -19,10 +21,11 @@ def evaluate(
   out: str | Path,
   limit: int = 0,
   generation: Generation | None = None,
-) -> dict[str, object]:
+) -> BenchmarkScores:
   """Asks a model the questions of a benchmark and scores its answers.
 
-  Does not ask questions again that `out` has answers to.
+  Does not ask questions again that `out` has answers to. Several processes take a part each, share
+  the folder `out`, and wait for each other.
 
   Args:
     model: the loaded model.
@@ -32,9 +35,11 @@ def evaluate(
     limit: asks only the first `limit` questions (0: all).
     generation: replaces the generation settings of the benchmark.
 
-  Returns: the content of scores.json; `headline` is the benchmark's figure.
+  Returns: the content of scores.json as attributes; `headline` is the benchmark's figure.
   Raises: ConfigError for an unknown task; EvalError for data that cannot be read, or an `out` with
     answers of other settings.
   """
   asked = catalog.find("task", task)(data) if isinstance(task, str) else task
-  return run.run(asked, model.engine(generation or asked.generation), out, limit)
+  run.ask(asked, model.engine(generation or asked.generation), out, limit)
+  processes.barrier("answers are written", processes.WITHOUT_LIMIT)
+  return run.finish(asked, out, limit)

@@ -98,17 +98,16 @@ class InLoop:
         raise _Stopped
 
     try:
-      scores = run.run(
-        self._task, engine, out, self._settings.limit, model, predictions.Part(), each=each
-      )
+      run.ask(self._task, engine, out, self._settings.limit, model, predictions.Part(), each=each)
     except _Stopped:
       print(f"step {number}: asked to stop; the evaluation is left out", flush=True)
       return {}
+    scores = run.finish(self._task, out, self._settings.limit)
     metric = tables.figure(scores)
     kinds = {
       f"eval_score/{kind}": row[metric]
-      for kind, row in scores["by_kind"].items()
+      for kind, row in scores.by_kind.items()
       if metric in row and kind != "all"
     }
-    score = {} if scores["headline"] is None else {"eval_score": scores["headline"]}
-    return {**score, "eval_answered": scores["answered"], **kinds}
+    score = {} if scores.headline is None else {"eval_score": scores.headline}
+    return {**score, "eval_answered": scores.answered, **kinds}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections import Counter
@@ -22,10 +21,12 @@ from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.progress import Progress
 from llava_sp_jax.results import compare as compare_lib
 from llava_sp_jax.results import interval, page, predictions
+from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.results.predictions import Part, Record
+from llava_sp_jax.results.scores import BenchmarkScores, Unscored
 from llava_sp_jax.tasks.task import EvalError, Item, Scores, Task
 
-SCORES, SUBMISSION = "scores.json", "submission"
+SUBMISSION = "submission"  # the folder of files for an official server
 
 # Fields of `config.data` that decide how a question and its images are preprocessed.
 INPUTS = (
@@ -34,6 +35,15 @@ INPUTS = (
 )  # fmt: skip
 # Fields of `config.model` that do not change answers: they change the speed, or concern training.
 NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+  """Counts the answers of a benchmark of which other parts are missing."""
+
+  part: str  # the part that is done, such as 0/2
+  answered: int  # questions with an answer, or a failure, in the result folder
+  missing: int  # questions that other parts have to ask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,7 @@ def run(
   retry: bool = False,
   compare: str | Path = "",
   each: Callable[[Record], None] | None = None,
-) -> dict[str, Any]:
+) -> BenchmarkScores | Unfinished:
   """Answers every item, and writes `predictions.jsonl`, `scores.json` and `index.html` to `out`.
 
   Does not ask items again that `out` has answers to. An item without an answer (e.g. its image
@@ -106,13 +116,34 @@ def run(
     compare: the result folder of another run on the same data, with which the page compares.
     each: called with every line of predictions.jsonl after it is written (None: prints progress).
 
-  Returns: the scores; `{"part", "answered", "missing"}` while answers of other parts are missing.
+  Returns: the scores, or Unfinished while answers of other parts are missing.
   Raises: EvalError for a `limit` below 0, when `out` holds answers of other settings, and like
     `check`.
   """
+  if compare:
+    compare_lib.check(asked(task), Path(compare))
+  unfinished = ask(task, engine, out, limit, model, part, retry, each)
+  return unfinished or finish(task, out, limit, compare)
+
+
+def ask(
+  task: Task,
+  engine: Engine,
+  out: str | Path,
+  limit: int = 0,
+  model: ModelIdentity | None = None,
+  part: Part | None = None,
+  retry: bool = False,
+  each: Callable[[Record], None] | None = None,
+) -> Unfinished | None:
+  """Answers the items of a part, and writes `predictions.jsonl`; `finish` scores them.
+
+  Args and Raises: like `run`.
+  Returns: None when all items of the benchmark have an answer or a failure.
+  """
   if limit < 0:
     raise EvalError(f"limit: expected 0 (all questions) or more, found {limit}")
-  check(task, compare)
+  check(task)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())
   model = model or ModelIdentity.of(engine.pretrained)
@@ -141,9 +172,7 @@ def run(
     }
     predictions.append(folder / part.named("sessions"), session)
   missing = len(_missing(items, predictions.read(folder)))
-  if missing:
-    return {"part": str(part), "answered": len(items) - missing, "missing": missing}
-  return finish(task, folder, limit, compare)
+  return Unfinished(str(part), len(items) - missing, missing) if missing else None
 
 
 def check(task: Task, compare: str | Path = "") -> None:
@@ -264,7 +293,9 @@ def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:
   return [item.id for item in items if item.id not in records]
 
 
-def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = "") -> dict[str, Any]:
+def finish(
+  task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
+) -> BenchmarkScores:
   """Merges the answers of a folder's parts, scores them, and writes the files of `run`.
 
   Raises: EvalError when questions were not asked yet, or the folder is of another task.
@@ -286,10 +317,8 @@ def finish(task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
     chosen = [_updated(task, item, records[item.id], result) for item in items]
     predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
     flips = compare_lib.compare(folder, Path(compare)) if compare else None
-    scores = _score(task, folder, items, chosen, result, saved) | {"questions": len(everything)}
-    if flips:
-      scores["compared"] = flips.counts()
-    predictions.replace(folder / SCORES, json.dumps(scores, indent=2) + "\n")
+    scores = _score(task, folder, items, chosen, result, saved, len(everything), flips)
+    scores_lib.write(folder / scores_lib.FILE, scores)
     page.write(folder, scores, chosen, {item.id: item.images for item in items}, flips)
   return scores
 
@@ -325,7 +354,10 @@ def _score(
   records: list[Record],
   result: Scores,
   saved: Mapping[str, Any],
-) -> dict[str, Any]:
+  whole: int,
+  flips: compare_lib.Flips | None,
+) -> BenchmarkScores:
+  """Returns the scores of answers; `whole` is the number of all questions of the task."""
   answers = predictions.as_predictions(records)
   judged = [r for r in records if not r["error"] and "score" in r["verdict"]]
   sessions, torn = predictions.read_sessions(folder)
@@ -340,27 +372,35 @@ def _score(
     raise EvalError(f"{error}; then the same command, or --merge, scores them") from None
   if not files:
     upload.rmdir()
-  return {
-    "task": task.name,
-    "protocol": task.protocol,
-    "variant": getattr(task, "variant", {}),
-    **{k: v for k, v in dataclasses.asdict(result).items() if k != "verdicts"},
-    "interval": interval.bootstrap(
+  asked_with = saved["settings"]
+  return BenchmarkScores(
+    task=task.name,
+    protocol=task.protocol,
+    variant=getattr(task, "variant", {}),
+    headline=result.headline,
+    metric=result.metric,
+    by_kind=result.by_kind,
+    figures=result.figures,
+    interval=interval.bootstrap(
       [float(r["verdict"]["score"]) for r in judged],
       [" ".join(r["images"]) or r["id"] for r in judged],
     ),
-    "asked": len(records),
-    "answered": sum(not r["error"] for r in records),
-    "failures": [{"id": r["id"], "error": r["error"]} for r in records if r["error"]],
-    "left_out": [{"id": item.id, "error": item.problem} for item in items if item.problem],
-    **saved["about"],
-    **{k: v for k, v in saved["settings"].items() if k not in ("task", "protocol")},
-    "engine": {**engine, **_ratio(engine)},
-    "sessions": len(sessions),
-    **({"sessions_damaged": torn} if torn else {}),
-    "seconds": round(math.fsum(session["seconds"] for session in sessions), 1),
-    "submission": [str(path.relative_to(folder)) for path in files],
-  }
+    asked=len(records),
+    answered=sum(not r["error"] for r in records),
+    failures=tuple(Unscored(r["id"], r["error"]) for r in records if r["error"]),
+    left_out=tuple(Unscored(item.id, item.problem) for item in items if item.problem),
+    checkpoint=saved["about"].get("checkpoint"),
+    step=saved["about"].get("step"),
+    data_hash=asked_with["data_hash"],
+    **{name: asked_with.get(name) for name in scores_lib.SETTINGS},
+    engine={**engine, **_ratio(engine)},
+    sessions=len(sessions),
+    sessions_damaged=torn or None,
+    seconds=round(math.fsum(session["seconds"] for session in sessions), 1),
+    submission=tuple(str(path.relative_to(folder)) for path in files),
+    questions=whole,
+    compared=flips.counts() if flips else None,
+  )
 
 
 def _ratio(engine: Mapping[str, int]) -> dict[str, float]:

@@ -23,6 +23,18 @@ class Flip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compared:
+  """Counts the differences between the answers of this run and another one."""
+
+  folder: str  # of the other run
+  both: int  # questions that both runs answered
+  fixed: int
+  broken: int
+  changed: int
+  p_value: float  # of McNemar's exact test
+
+
+@dataclasses.dataclass(frozen=True)
 class Flips:
   """Holds the differences between this run and another one."""
 
@@ -47,16 +59,16 @@ class Flips:
     result: float = min(1.0, 2 * tail / 2**n)
     return result
 
-  def counts(self) -> dict[str, float | int | str]:
-    """Returns the counts and the p-value, for scores.json."""
-    return {
-      "folder": self.folder,
-      "both": self.both,
-      "fixed": len(self.fixed),
-      "broken": len(self.broken),
-      "changed": len(self.changed),
-      "p_value": self.p_value,
-    }
+  def counts(self) -> Compared:
+    """Returns the counts and the p-value."""
+    return Compared(
+      folder=self.folder,
+      both=self.both,
+      fixed=len(self.fixed),
+      broken=len(self.broken),
+      changed=len(self.changed),
+      p_value=self.p_value,
+    )
 
 
 def check(settings: Mapping[str, Any], there: Path) -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 LEVEL, RESAMPLES, SEED = 0.95, 1000, 0
 
 
-def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """Holds a mean with its confidence interval."""
+
+  of: str  # what the mean is taken of
+  mean: float
+  low: float
+  high: float
+  level: float  # probability, e.g. 0.95
+  method: str
+
+
+def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> Interval | None:
   """Returns the mean of `scores` with its percentile-bootstrap interval; None for < 2 groups.
 
   Resamples `groups` (one for each score, e.g. its image) in place of scores, since answers about
@@ -28,14 +40,14 @@ def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> dict[str, Any] 
     drawn = rng.integers(len(index), size=len(index))
     means[i] = sums[drawn].sum() / counts[drawn].sum()
   low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-  return {
-    "of": "mean score of the answers",
-    "mean": float(np.mean(scores)),
-    "low": float(low),
-    "high": float(high),
-    "level": LEVEL,
-    "method": f"percentile bootstrap over {len(index)} images, {RESAMPLES} resamples, seed {SEED}",
-  }
+  return Interval(
+    of="mean score of the answers",
+    mean=float(np.mean(scores)),
+    low=float(low),
+    high=float(high),
+    level=LEVEL,
+    method=f"percentile bootstrap over {len(index)} images, {RESAMPLES} resamples, seed {SEED}",
+  )
 
 
 def of_mean(values: Sequence[float]) -> dict[str, float | None]:

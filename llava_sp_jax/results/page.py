@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from llava_sp_jax.results import gallery, predictions, published, tables
 from llava_sp_jax.results.compare import Flip, Flips
 from llava_sp_jax.results.predictions import Record
+from llava_sp_jax.results.scores import BenchmarkScores
 
 FILE = "index.html"
 WRONG, RIGHT, FLIPS, FAILURES = 36, 24, 24, 200  # the most that are shown of each
@@ -64,16 +64,16 @@ def tag(name: str, /, *children: Element | str | None, **attributes: object) -> 
 
 def write(
   folder: Path,
-  scores: Mapping[str, Any],
+  scores: BenchmarkScores,
   records: Sequence[Record],
   pictures: Pictures,
   flips: Flips | None = None,
 ) -> Path:
   """Writes `index.html` to `folder` and returns its path; `records` are in the order of items."""
-  title = f"{scores['task']}: {tables.headline(scores)}"
+  title = f"{scores.task}: {tables.headline(scores)}"
   body = tag(
     "body",
-    tag("h1", str(scores["task"])),
+    tag("h1", scores.task),
     _headline(scores),
     *_bars(scores),
     *_published(scores),
@@ -95,16 +95,16 @@ def write(
   return folder / FILE
 
 
-def _headline(scores: Mapping[str, Any]) -> Element:
+def _headline(scores: BenchmarkScores) -> Element:
   lines = [tag("p", tables.headline(scores), class_="big")]
   if sure := tables.interval(scores):
     lines.append(tag("p", sure, class_="note"))
   lines.append(tag("p", tables.coverage(scores)))
-  lines.append(tag("p", f"protocol: {scores['protocol']}", class_="note"))
+  lines.append(tag("p", f"protocol: {scores.protocol}", class_="note"))
   return tag("div", *lines)
 
 
-def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
+def _bars(scores: BenchmarkScores) -> Iterable[Element]:
   rows = tables.bars(scores)
   if not rows:
     return
@@ -128,7 +128,7 @@ def _bars(scores: Mapping[str, Any]) -> Iterable[Element]:
   )
 
 
-def _published(scores: Mapping[str, Any]) -> Iterable[Element]:
+def _published(scores: BenchmarkScores) -> Iterable[Element]:
   rows = published.beside(scores)
   if not rows:
     return
@@ -202,17 +202,17 @@ def _card(record: Record, pictures: Pictures, *more: Element) -> Element:
   return tag("div", *images, *lines, *more, class_=f"card {look}")
 
 
-def _failures(scores: Mapping[str, Any]) -> Iterable[Element]:
-  failures = scores["failures"]
+def _failures(scores: BenchmarkScores) -> Iterable[Element]:
+  failures = scores.failures
   yield tag("h2", f"Without an answer: {len(failures)}")
   if failures:
-    rows = [tag("tr", tag("td", f["id"]), tag("td", shortened(f["error"]))) for f in failures]
+    rows = [tag("tr", tag("td", f.id), tag("td", shortened(f.error))) for f in failures]
     yield tag("table", *rows[:FAILURES])
     if len(rows) > FAILURES:
       yield tag("p", f"and {len(rows) - FAILURES} more, all in scores.json", class_="note")
 
 
-def _settings(scores: Mapping[str, Any]) -> Iterable[Element]:
+def _settings(scores: BenchmarkScores) -> Iterable[Element]:
   names = (
     "checkpoint",
     "step",
@@ -229,9 +229,9 @@ def _settings(scores: Mapping[str, Any]) -> Iterable[Element]:
     "submission",
   )
   rows = [
-    tag("tr", tag("td", name), tag("td", shortened(_text(scores[name]), 4 * LONGEST)))
+    tag("tr", tag("td", name), tag("td", shortened(_text(value), 4 * LONGEST)))
     for name in names
-    if scores.get(name) not in (None, "", [], {})
+    if (value := getattr(scores, name)) not in (None, "", (), {})
   ]
   yield tag("h2", "How it was made")
   yield tag("table", *rows)

@@ -18,7 +18,6 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from llava_sp_jax import config as config_lib
@@ -34,13 +33,6 @@ Record = dict[str, Any]
 # Keys of a line of predictions, and the types of their values.
 FIELDS = {"id": str, "question": str, "images": [str], "kind": str, "truth": object, "text": str,
           "error": str, "verdict": dict}  # fmt: skip
-# Keys that scores.json must have to be shown, and the types of their values.
-INTERVAL = {"of": str, "method": str, **dict.fromkeys(("mean", "low", "high", "level"), NUMBER)}
-SCORES = {
-  **dict.fromkeys(("task", "protocol", "metric", "data_hash"), str), "headline": (NUMBER, NoneType),
-  "by_kind": {"all": {"items": NUMBER, "asked": NUMBER}}, "figures": dict, "asked": int,
-  "interval": (INTERVAL, NoneType), "failures": [{"id": str, "error": str}], "submission": [str],
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,20 +178,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
   except (ValueError, RecursionError):
     return None
   return found if isinstance(found, dict) else None
-
-
-def read_scores(path: Path) -> dict[str, Any]:
-  """Reads scores.json. Raises: EvalError when the file is damaged or has no scores."""
-  found = read_json(path)
-  if found is None or not fits(found, SCORES) or not all(map(_row, found["by_kind"].values())):
-    raise EvalError(f"{path}: damaged; llava-sp eval --merge --out {path.parent} writes it anew")
-  return found
-
-
-def _row(row: Any) -> bool:
-  """Returns whether a row of `by_kind` has only numbers, among them `items` and `asked`."""
-  counted = {"items": NUMBER, "asked": NUMBER}
-  return fits(row, counted) and all(fits(value, NUMBER) for value in row.values())
 
 
 def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:

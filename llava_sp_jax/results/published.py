@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from llava_sp_jax.results.scores import BenchmarkScores
 
 # LLaVA's docs/MODEL_ZOO.md, table "LLaVA-v1.5", schedule lora-1e. MME is the perception score.
 SOURCE = "LLaVA's docs/MODEL_ZOO.md, LLaVA-v1.5, schedule lora-1e (liuhaotian/llava-v1.5-*-lora)"
@@ -27,12 +26,12 @@ FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # (task, protocol, spli
 }
 
 
-def beside(scores: Mapping[str, Any]) -> list[tuple[str, float]]:
+def beside(scores: BenchmarkScores) -> list[tuple[str, float]]:
   """Returns pairs (model, figure) to compare scores with: of the same task, protocol and split.
 
   Returns [] if there are none, or the scores are not over all questions.
   """
-  if scores["asked"] < scores["questions"]:
+  if scores.asked < scores.questions:
     return []
-  figures = FIGURES.get((scores["task"], *scores["variant"].values()))
+  figures = FIGURES.get((scores.task, *scores.variant.values()))
   return list(zip(MODELS, figures, strict=True)) if figures else []

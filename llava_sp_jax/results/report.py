@@ -14,6 +14,7 @@ from llava_sp_jax import console, jsonl
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.results import gallery, predictions, tables
+from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.tasks.task import EvalError
 
 RIGHT, INK = "#2a7f62", "#222222"
@@ -49,17 +50,17 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   Raises: FileNotFoundError when a run or the scores are missing; EvalError for damaged ones.
   """
   folder, source = Path(out), Path(scores_folder)
-  needed = [source / "scores.json", source / predictions.FILE]
+  needed = [source / scores_lib.FILE, source / predictions.FILE]
   needed += [Path(run) / "metrics.jsonl" for run in runs]
   if missing := [str(path) for path in needed if not path.is_file()]:
     raise FileNotFoundError(
       f"no {', '.join(missing)}; --runs are folders of llava-sp train, --scores of llava-sp eval"
     )
   folder.mkdir(parents=True, exist_ok=True)
-  scores = predictions.read_scores(source / "scores.json")
+  scores = scores_lib.read(source / scores_lib.FILE)
   records = [r for r in predictions.read_file(source / predictions.FILE) if not r["error"]]
   if source.resolve() != folder.resolve():
-    shutil.copy(source / "scores.json", folder / "scores.json")
+    shutil.copy(source / scores_lib.FILE, folder / scores_lib.FILE)
   curves = {Path(run).name: read_lines(Path(run) / "metrics.jsonl") for run in runs}
   pictures: tuple[tuple[str, Any, Any, str], ...] = (
     ("loss of each stage", loss_curves, curves, "loss.png"),
@@ -69,11 +70,11 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   drawn = [f"![{what}]({name})" for what, draw, data, name in pictures if draw(data, folder / name)]
   page = "\n".join(
     [
-      console.one_line(f"# {scores['task']}: {tables.headline(scores)}"),
+      console.one_line(f"# {scores.task}: {tables.headline(scores)}"),
       "",
       console.one_line(
-        f"Checkpoint `{scores.get('checkpoint', '?')}`, step {scores.get('step', '?')}; "
-        f"{scores['protocol']}; data {scores['data_hash']}."
+        f"Checkpoint `{_known(scores.checkpoint)}`, step {_known(scores.step)}; "
+        f"{scores.protocol}; data {scores.data_hash}."
       ),
       "",
       tables.markdown(*tables.cells(scores)),
@@ -88,6 +89,10 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   )
   (folder / "report.md").write_text(page, encoding="utf-8")
   return page
+
+
+def _known(value: str | int | None) -> str:
+  return "?" if value is None else str(value)
 
 
 def _run_line(name: str, lines: list[dict[str, Any]]) -> str:
@@ -128,7 +133,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
   return _save(figure, path)
 
 
-def score_bars(scores: dict[str, Any], path: Path) -> bool:
+def score_bars(scores: scores_lib.BenchmarkScores, path: Path) -> bool:
   """Draws the headline's figure by kind of question; returns False if there is none."""
   rows = tables.bars(scores)
   if not rows:

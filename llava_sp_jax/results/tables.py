@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from llava_sp_jax import console
+from llava_sp_jax.results.compare import Compared
+from llava_sp_jax.results.scores import BenchmarkScores, Unscored
 
 SHOWN = 3  # the most left-out questions that are named
 COUNTS = ("items", "asked")  # keys of a row of `by_kind` that are counts; all others are figures
@@ -20,30 +21,29 @@ def number(value: float, name: str) -> str:
   return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
-def headline(scores: Mapping[str, Any]) -> str:
+def headline(scores: BenchmarkScores) -> str:
   """Returns the headline with its metric, or why there is none."""
-  if scores["headline"] is None:
-    files = ", ".join(scores["submission"])
-    return f"{scores['metric']} ({files})" if files else scores["metric"]
-  return f"{number(scores['headline'], figure(scores))} {scores['metric']}"
+  if scores.headline is None:
+    files = ", ".join(scores.submission)
+    return f"{scores.metric} ({files})" if files else scores.metric
+  return f"{number(scores.headline, figure(scores))} {scores.metric}"
 
 
-def interval(scores: Mapping[str, Any]) -> str:
+def interval(scores: BenchmarkScores) -> str:
   """Returns the confidence interval with its quantity and method, or "" if there is none."""
-  found = scores["interval"]
+  found = scores.interval
   if not found:
     return ""
-  mean, low, high = (f"{100 * found[name]:.2f}%" for name in ("mean", "low", "high"))
-  level = f"{100 * found['level']:.0f}% interval"
-  return f"{found['of']}: {mean}, {level} {low} to {high} ({found['method']})"
+  mean, low, high = (f"{100 * value:.2f}%" for value in (found.mean, found.low, found.high))
+  level = f"{100 * found.level:.0f}% interval"
+  return f"{found.of}: {mean}, {level} {low} to {high} ({found.method})"
 
 
-def coverage(scores: Mapping[str, Any]) -> str:
+def coverage(scores: BenchmarkScores) -> str:
   """Returns the number of questions that the headline is taken over, and why others are missing."""
-  total, failed = scores["by_kind"]["all"], len(scores["failures"])
-  unjudged, bad = scores["figures"].get("unjudged"), scores.get("left_out", ())
-  whole = scores.get("questions", scores["asked"])
-  limited = f", the first of {whole}: not the benchmark's result" if scores["asked"] < whole else ""
+  total, failed = scores.by_kind["all"], len(scores.failures)
+  unjudged, bad, whole = scores.figures.get("unjudged"), scores.left_out, scores.questions
+  limited = f", the first of {whole}: not the benchmark's result" if scores.asked < whole else ""
   parts = [
     f"Over {total['items']} of {total['asked']} questions{limited}",
     f"{failed} without an answer, see below" if failed else "",
@@ -55,49 +55,49 @@ def coverage(scores: Mapping[str, Any]) -> str:
   return "; ".join(filter(None, parts)) + "."
 
 
-def _failed(scores: Mapping[str, Any]) -> str:
+def _failed(scores: BenchmarkScores) -> str:
   """Returns the first failure of a judge, or ""."""
-  reviews = scores["figures"].get("reviews", ())
+  reviews = scores.figures.get("reviews", ())
   first = next((review for review in reviews if review["error"]), None)
   return f", first at {first['id']} ({first['error']:.300})" if first else ""
 
 
-def _shown(rows: Sequence[Mapping[str, str]]) -> str:
+def _shown(rows: Sequence[Unscored]) -> str:
   more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-  return ", ".join(f"{row['id']} ({row['error']})" for row in rows[:SHOWN]) + more
+  return ", ".join(f"{row.id} ({row.error})" for row in rows[:SHOWN]) + more
 
 
-def figures(scores: Mapping[str, Any]) -> list[str]:
+def figures(scores: BenchmarkScores) -> list[str]:
   """Returns the names of the figures in the rows by kind."""
-  rows = scores["by_kind"].values()
+  rows = scores.by_kind.values()
   return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
 
 
-def figure(scores: Mapping[str, Any]) -> str:
+def figure(scores: BenchmarkScores) -> str:
   """Returns the name of the figure that the headline's metric mentions, of the first one, or ""."""
   names = figures(scores)
-  words = scores["metric"].lower().split()
+  words = scores.metric.lower().split()
   return next((name for name in names if name.lower() in words), next(iter(names), ""))
 
 
-def bars(scores: Mapping[str, Any]) -> list[tuple[str, float, str, int]]:
+def bars(scores: BenchmarkScores) -> list[tuple[str, float, str, int]]:
   """Returns (kind, value, value as text, answers) of `figure` for each kind that has it."""
   name = figure(scores)
   return [
     (kind, row[name], number(row[name], name), int(row["items"]))
-    for kind, row in scores["by_kind"].items()
+    for kind, row in scores.by_kind.items()
     if name in row
   ]
 
 
-def full(scores: Mapping[str, Any]) -> float:
+def full(scores: BenchmarkScores) -> float:
   """Returns the value of a bar of full length: 1 for shares, the largest value for points."""
   return (
     1.0 if figure(scores) in SHARES else max((row[1] for row in bars(scores)), default=0) or 1.0
   )
 
 
-def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells(scores: BenchmarkScores) -> tuple[list[str], list[list[str]]]:
   """Returns head and rows of the table by kind."""
   names = figures(scores)
   rows = [
@@ -107,21 +107,21 @@ def cells(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
       str(row["asked"]),
       *(number(row[name], name) if name in row else "" for name in names),
     ]
-    for kind, row in scores["by_kind"].items()
+    for kind, row in scores.by_kind.items()
   ]
   return ["questions", "answered", "asked", *names], rows
 
 
-def together(several: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def together(several: Sequence[BenchmarkScores]) -> tuple[list[str], list[list[str]]]:
   """Returns head and rows of a table of the scores of several tasks."""
   rows = []
   for scores in several:
-    total, found = scores["by_kind"]["all"], scores["interval"]
-    spread = f"{100 * found['low']:.2f}% to {100 * found['high']:.2f}%" if found else ""
+    total, found = scores.by_kind["all"], scores.interval
+    spread = f"{100 * found.low:.2f}% to {100 * found.high:.2f}%" if found else ""
     rows.append(
       [
-        scores["task"],
-        scores["variant"].get("protocol", ""),
+        scores.task,
+        scores.variant.get("protocol", ""),
         headline(scores),
         spread,
         f"{total['items']} of {total['asked']}",
@@ -158,12 +158,12 @@ def _cell(text: str) -> str:
   return console.one_line(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
-def flips(found: Mapping[str, Any]) -> str:
-  """Returns a sentence about the counts of `compare.Flips.counts`."""
+def flips(found: Compared) -> str:
+  """Returns a sentence about the counts of a comparison."""
   return (
-    f"Against {found['folder']}, of {found['both']} questions that both answered: {found['fixed']} "
-    f"fixed, {found['broken']} broken, {found['changed']} in other words with the same score "
-    f"(McNemar's exact test: p = {found['p_value']:.2g})."
+    f"Against {found.folder}, of {found.both} questions that both answered: {found.fixed} "
+    f"fixed, {found.broken} broken, {found.changed} in other words with the same score "
+    f"(McNemar's exact test: p = {found.p_value:.2g})."
   )
 
 
@@ -183,10 +183,10 @@ def draw(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None
   drawn.print(table)
 
 
-def show(scores: Mapping[str, Any]) -> None:
+def show(scores: BenchmarkScores) -> None:
   """Prints the scores of a task, and its comparison with another run if there is one."""
-  draw(f"{scores['task']} ({scores['protocol']}): {headline(scores)}", *cells(scores))
-  compared = scores.get("compared")
-  for line in (interval(scores), coverage(scores), flips(compared) if compared else ""):
+  draw(f"{scores.task} ({scores.protocol}): {headline(scores)}", *cells(scores))
+  compared = flips(scores.compared) if scores.compared else ""
+  for line in (interval(scores), coverage(scores), compared):
     if line:
       print(console.one_line(line))

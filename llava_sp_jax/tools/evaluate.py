@@ -6,13 +6,16 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import console
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
+
+if TYPE_CHECKING:
+  from llava_sp_jax.results.scores import BenchmarkScores
 
 DESCRIPTION = """\
 Answers the questions of benchmarks and scores the answers. OUT gets predictions.jsonl (a line as
@@ -132,15 +135,14 @@ def main(argv: list[str]) -> int:
   return 1 if lines and not options.allow_missing else 0
 
 
-def _unanswered(name: str, scores: Mapping[str, Any]) -> str:
-  """Returns a line about questions without an answer; "" if all have one, or parts are missing."""
-  failures = scores.get("failures", ())
-  if not failures:
+def _unanswered(name: str, scores: BenchmarkScores) -> str:
+  """Returns a line about questions without an answer; "" if all have one."""
+  if not scores.failures:
     return ""
-  first = failures[0]
+  first = scores.failures[0]
   return (
-    f"{name}: {len(failures)} of {scores['asked']} questions have no answer, first {first['id']} "
-    f"({first['error']}); --retry asks them again, --allow-missing takes the scores as they are"
+    f"{name}: {len(scores.failures)} of {scores.asked} questions have no answer, first {first.id} "
+    f"({first.error}); --retry asks them again, --allow-missing takes the scores as they are"
   )
 
 
@@ -266,7 +268,7 @@ def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> 
   return f"{options.compare}/{name}" if several else options.compare
 
 
-def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, BenchmarkScores]:
   """Merges and scores the answers of all parts; returns the scores of each task."""
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.eval import run
@@ -284,8 +286,8 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
   return found
 
 
-def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-  """Evaluates all tasks; returns the scores of each, or the counts of a part (see `run.run`)."""
+def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, BenchmarkScores]:
+  """Evaluates all tasks; returns the scores of each whose parts are all answered."""
   from pathlib import Path
 
   from llava_sp_jax.config import ConfigError
@@ -307,7 +309,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
   model = run.ModelIdentity.of(loaded, options.checkpoint)
-  found = {}
+  done: dict[str, BenchmarkScores] = {}
   engine: Engine | None = None  # shared by tasks of equal settings: each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
@@ -324,20 +326,20 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, A
       options.retry,
       _compare(name, tasks, options),
     )
-    found[name] = scores
-    if "missing" in scores:
+    if isinstance(scores, run.Unfinished):
       console.say(
-        f"{out}: part {scores['part']} is done; {scores['missing']} questions are left to other "
+        f"{out}: part {scores.part} is done; {scores.missing} questions are left to other "
         "parts. The last of them writes the scores, or llava-sp eval --merge"
       )
     else:
+      done[name] = scores
       tables.show(scores)
       _written(out)
-  _together({n: found[n] for n in tasks if "missing" not in found[n]}, options)
-  return found
+  _together({name: done[name] for name in tasks if name in done}, options)
+  return done
 
 
-def _together(done: Mapping[str, Any], options: argparse.Namespace) -> None:
+def _together(done: Mapping[str, BenchmarkScores], options: argparse.Namespace) -> None:
   """Prints and writes a table of several tasks, in the order of --task."""
   from pathlib import Path
 

@@ -106,7 +106,7 @@ def test_evaluation_opens_it(run: Path, tiny_data: Path, tmp_path: Path) -> None
   assert GATE not in flat
   engine = Engine(model, batch_size=4, generation=Generation(max_new_tokens=3))
   scores = run_lib.run(EasyVqa(tiny_data), engine, tmp_path / "eval")
-  assert scores["by_kind"]["all"]["items"] == 12
+  assert scores.by_kind["all"]["items"] == 12
 
 
 def test_merged_computes_what_was_trained(run: Path, form: str, tmp_path: Path) -> None:

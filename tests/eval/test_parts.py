@@ -7,9 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.eval import run as run_lib
+from llava_sp_jax.eval.evaluate import evaluate
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.results import predictions
 from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
@@ -32,8 +36,8 @@ def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Pa
   out, engines = tmp_path / "parts", [Scripted(), Scripted(), Scripted()]
   for i in (0, 2):
     said = run_lib.run(task, engines[i], out, part=Part(i, 3))
-    assert said["part"] == f"{i}/3"
-    assert said["missing"] == 12 - said["answered"] > 0
+    assert said.part == f"{i}/3"
+    assert said.missing == 12 - said.answered > 0
     assert not (out / "scores.json").exists()
   with pytest.raises(EvalError, match=r"4 of 12 questions were not asked yet \(test-1"):
     run_lib.finish(task, out)
@@ -47,9 +51,9 @@ def test_parts_write_their_own_and_the_last_merges(tiny_data: Path, tmp_path: Pa
   asked = [image for engine in engines for image in engine.asked]
   assert len(asked) == len(set(asked)) == 12
   assert sorted(n for engine in engines for n in engine.numbers if n is not None) == list(range(12))
-  assert scores["by_kind"] == whole["by_kind"]
-  assert scores["sessions"] == 3
-  assert scores["engine"]["requests"] == 12
+  assert scores.by_kind == whole.by_kind
+  assert scores.sessions == 3
+  assert scores.engine["requests"] == 12
   assert by_id(out) == by_id(tmp_path / "whole")
   assert run_lib.finish(task, out) == scores
 
@@ -59,7 +63,7 @@ def test_another_number_of_hosts_finishes_what_some_began(tiny_data: Path, tmp_p
   run_lib.run(task, Scripted(), tmp_path, part=Part(1, 3))
   scores = run_lib.run(task, alone, tmp_path)
   assert len(alone.asked) == 8
-  assert scores["answered"] == 12
+  assert scores.answered == 12
 
 
 def test_a_part_keeps_the_questions_of_an_image_together() -> None:
@@ -118,3 +122,25 @@ def test_parts_that_are_none(text: str) -> None:
   with pytest.raises(EvalError, match=r"--part: expected I/N|parts are counted from 0/N"):
     predictions.parse_part(text)
   assert str(predictions.parse_part("1/2")) == "1/2"
+
+
+def test_processes_of_evaluate_wait_for_each_other(
+  tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Each gets the scores over the answers of all, whichever is the last to answer."""
+  task, asked = EasyVqa(tiny_data), []
+
+  class Model:
+    def engine(self, generation: Generation) -> Scripted:
+      asked.append(Scripted())
+      return asked[-1]
+
+  def other_process(*_: Any) -> None:
+    run_lib.ask(task, Scripted(), tmp_path, part=Part(1, 2))
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "barrier", other_process)
+  model: Any = Model()
+  scores = evaluate(model, task, out=tmp_path)
+  assert 0 < len(asked[0].asked) < 12
+  assert (scores.answered, scores.questions, scores.sessions) == (12, 12, 2)

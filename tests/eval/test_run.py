@@ -18,6 +18,7 @@ from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.results import predictions, report
+from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.tasks.task import EvalError, Item
 from tests.eval.scripted import Scripted, by_id
@@ -38,15 +39,15 @@ def test_an_unreadable_image_is_a_counted_failure(
 ) -> None:
   out = tmp_path / "eval"
   scores = run_lib.run(EasyVqa(damaged), engine, out)
-  assert [f["id"] for f in scores["failures"]] == ["test-3", "test-5"]
-  assert "cannot be decoded" in scores["failures"][0]["error"]
-  assert "no such file" in scores["failures"][1]["error"]
-  assert (scores["asked"], scores["answered"]) == (12, 10)
-  everything = scores["by_kind"]["all"]
+  assert [f.id for f in scores.failures] == ["test-3", "test-5"]
+  assert "cannot be decoded" in scores.failures[0].error
+  assert "no such file" in scores.failures[1].error
+  assert (scores.asked, scores.answered) == (12, 10)
+  everything = scores.by_kind["all"]
   assert (everything["items"], everything["asked"]) == (10, 12)
   records = predictions.read_file(out / "predictions.jsonl")
   assert [r["id"] for r in records] == [f"test-{i}" for i in range(12)]
-  assert json.loads((out / "scores.json").read_text()) == scores
+  assert scores_lib.read(out / scores_lib.FILE) == scores
   for record in records:
     if not record["error"]:
       assert record["verdict"]["score"] == (record["text"].strip() == record["truth"])
@@ -56,7 +57,7 @@ def test_an_unreadable_image_is_a_counted_failure(
     with Image.open(tmp_path / "report" / name) as picture:
       assert min(picture.size) > 100
   assert (tmp_path / "report" / "report.md").read_text() == page
-  assert json.loads((tmp_path / "report" / "scores.json").read_text()) == scores
+  assert scores_lib.read(tmp_path / "report" / scores_lib.FILE) == scores
 
 
 def test_images_that_were_put_back_are_asked_again_on_request(
@@ -64,10 +65,10 @@ def test_images_that_were_put_back_are_asked_again_on_request(
 ) -> None:
   task, out = EasyVqa(tiny_data), tmp_path / "eval"
   before = run_lib.run(task, Scripted(fails={"3.png": "gone", "5.png": "gone"}), out)
-  assert len(before["failures"]) == 2
-  assert run_lib.run(task, Scripted(), out)["failures"] == before["failures"]
+  assert len(before.failures) == 2
+  assert run_lib.run(task, Scripted(), out).failures == before.failures
   after = run_lib.run(task, Scripted(fails={"3.png": "remembered"}), out, retry=True)
-  assert after["failures"] == []
+  assert after.failures == ()
   assert by_id(out)["test-3"]["text"] == "yes"
   asked = [json.loads(line)["asked"] for line in (out / "sessions.jsonl").read_text().splitlines()]
   assert asked == [12, 0, 2]
@@ -77,17 +78,17 @@ def test_scores_say_what_they_are_of(engine: Engine, tiny_data: Path, tmp_path: 
   task = EasyVqa(tiny_data)
   model = run_lib.ModelIdentity.of(engine.pretrained, "runs/x")
   scores = run_lib.run(task, engine, tmp_path, model=model)
-  assert scores["task"] == "easy_vqa"
-  assert scores["protocol"] == task.protocol
-  assert scores["data_hash"] == task.data_hash()
-  assert scores["fingerprint"] == {"base": engine.pretrained.fingerprint, "loaded": model.loaded}
-  assert scores["generation"]["max_new_tokens"] == engine.generation.max_new_tokens
-  assert (scores["version"], scores["checkpoint"]) == (__version__, "runs/x")
-  assert scores["step"] == engine.pretrained.step == 2
-  assert scores["engine"]["requests"] == 12
-  sure = scores["interval"]
-  assert sure["low"] <= sure["mean"] == scores["headline"] <= sure["high"]
-  assert "bootstrap over 12 images" in sure["method"]
+  assert scores.task == "easy_vqa"
+  assert scores.protocol == task.protocol
+  assert scores.data_hash == task.data_hash()
+  assert scores.fingerprint == {"base": engine.pretrained.fingerprint, "loaded": model.loaded}
+  assert scores.generation["max_new_tokens"] == engine.generation.max_new_tokens
+  assert (scores.version, scores.checkpoint) == (__version__, "runs/x")
+  assert scores.step == engine.pretrained.step == 2
+  assert scores.engine["requests"] == 12
+  sure = scores.interval
+  assert sure.low <= sure.mean == scores.headline <= sure.high
+  assert "bootstrap over 12 images" in sure.method
 
 
 def test_the_fingerprint_of_what_was_loaded_sees_the_trained_part(engine: Engine) -> None:
@@ -107,10 +108,10 @@ def test_limit_takes_the_first_items_and_may_grow(
   engine: Engine, tiny_data: Path, tmp_path: Path
 ) -> None:
   few = run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)
-  assert few["by_kind"]["all"]["items"] == 3
+  assert few.by_kind["all"]["items"] == 3
   more = run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=5)
-  assert (more["asked"], more["engine"]["requests"]) == (5, 5)
-  assert run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3)["by_kind"] == few["by_kind"]
+  assert (more.asked, more.engine["requests"]) == (5, 5)
+  assert run_lib.run(EasyVqa(tiny_data), engine, tmp_path, limit=3).by_kind == few.by_kind
   assert len(by_id(tmp_path)) == 5
 
 
@@ -155,7 +156,7 @@ def test_a_broken_run_goes_on_where_it_was(tiny_data: Path, tmp_path: Path) -> N
   assert len(again.asked) == 12 - 4
   assert again.numbers == list(range(4, 12)), "a sample is drawn by the place in the whole set"
   assert path.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-  assert {**scores, "seconds": 0, "engine": 0} == {**whole, "seconds": 0, "engine": 0}
+  assert scores == dataclasses.replace(whole, seconds=scores.seconds, engine=scores.engine)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_model_that_reads_otherwise_is_refused(
   """The same parameters, but other prompts, pictures or arithmetic."""
   task = EasyVqa(tiny_data)
   scores = run_lib.run(task, Scripted(), tmp_path)
-  assert scores["inputs"]["tokenizer"] == Scripted().pretrained.tokenizer.fingerprint()
+  assert scores.inputs["tokenizer"] == Scripted().pretrained.tokenizer.fingerprint()
   engine = Scripted()
   group = dataclasses.replace(getattr(engine.pretrained.config, part), **{key: value})
   config = dataclasses.replace(engine.pretrained.config, **{part: group})
@@ -214,7 +215,7 @@ def test_a_model_that_reads_otherwise_is_refused(
   faster = dataclasses.replace(config.model, remat="none", scan_unroll=4, dtype="bfloat16")
   config = dataclasses.replace(Scripted().pretrained.config, model=faster)
   engine.pretrained = dataclasses.replace(engine.pretrained, config=config)
-  assert run_lib.run(task, engine, tmp_path)["by_kind"] == scores["by_kind"]
+  assert run_lib.run(task, engine, tmp_path).by_kind == scores.by_kind
 
 
 def test_other_data_are_refused(damaged: Path, tmp_path: Path) -> None:
@@ -231,9 +232,9 @@ def test_a_judge_may_come_later(tiny_data: Path, tmp_path: Path) -> None:
   """Who reads the answers is part of the protocol, but not of what the answers depend on."""
   task, engine = EasyVqa(tiny_data), Scripted()
   task.protocol = "a rule; no judge"
-  assert run_lib.run(task, engine, tmp_path)["protocol"] == "a rule; no judge"
+  assert run_lib.run(task, engine, tmp_path).protocol == "a rule; no judge"
   task.protocol = "a rule; judge someone"
-  assert run_lib.finish(task, tmp_path)["protocol"] == "a rule; judge someone"
+  assert run_lib.finish(task, tmp_path).protocol == "a rule; judge someone"
   task.protocol = "another rule; judge someone"
   with pytest.raises(EvalError, match="'another rule' here, 'a rule' there"):
     run_lib.run(task, engine, tmp_path)

@@ -11,6 +11,7 @@ import pytest
 
 from llava_sp_jax.eval import run
 from llava_sp_jax.results import compare, page, tables
+from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.results.predictions import Part
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.judge import Ask
@@ -50,17 +51,17 @@ def test_a_judge_that_comes_later_says_what_is_right(
   out, engine = tmp_path / "out", Scripted(texts=["ZAG", "ZIG"])
   task = TASKS[name](tmp_path, protocol)
   half = run.run(task, engine, out, part=Part(0, 2))
-  assert half["missing"]
+  assert half.missing
   first = run.run(task, engine, out, part=Part(1, 2))
-  assert first["interval"] is None
+  assert first.interval is None
   assert [r["verdict"] for r in by_id(out).values()] == [before] * len(engine.asked)
   asked = len(engine.asked)
   scores = run.finish(TASKS[name](tmp_path, protocol, judge=judge), out)
   assert len(engine.asked) == asked
   told = {r["text"]: r["verdict"] for r in by_id(out).values()}
   assert told == {"ZIG": zig, "ZAG": zag}
-  assert 0.5 <= scores["interval"]["mean"] <= 1.0
-  assert "verdicts" not in json.loads((out / run.SCORES).read_text())
+  assert 0.5 <= scores.interval.mean <= 1.0
+  assert "verdicts" not in json.loads((out / scores_lib.FILE).read_text())
   text = (out / page.FILE).read_text()
   assert "Wrong answers" in text
   assert "Right answers" in text
@@ -81,9 +82,9 @@ def test_a_judge_that_comes_later_reads_what_no_rule_could(
   out = tmp_path / "out"
   task = TASKS["mmbench"](tmp_path, "lmms")
   alone = run.run(task, Scripted(texts=["ZIG"]), out)
-  assert (alone["headline"], alone["interval"]) == (0.0, None)  # one image
+  assert (alone.headline, alone.interval) == (0.0, None)  # one image
   scores = run.finish(TASKS["mmbench"](tmp_path, "lmms", judge=judge), out)
-  assert scores["headline"] == pytest.approx(1 / 3)  # "B" is right once
+  assert scores.headline == pytest.approx(1 / 3)  # "B" is right once
   assert [r["verdict"] for r in by_id(out).values()] == [
     {"score": float(right), "read": "B"} for right in (True, False, False)
   ]
@@ -126,16 +127,16 @@ def test_truths_that_come_later_score_the_answers_that_are_there(tmp_path: Path,
   text = file.read_text()
   file.unlink()
   before = run.run(TASKS[name](tmp_path), engine, out)
-  assert before["headline"] is None
+  assert before.headline is None
   assert {(r["kind"], r["truth"]) for r in by_id(out).values()} == {("default", None)}
   file.write_text(text)
   merged = run.finish(TASKS[name](tmp_path, **options), out)
   again = run.run(TASKS[name](tmp_path, **options), engine, out)
   assert len(engine.asked) == 3
-  assert merged["headline"] == again["headline"] == {"gqa": 1 / 3, "mmvet": 50.0}[name]
+  assert merged.headline == again.headline == {"gqa": 1 / 3, "mmvet": 50.0}[name]
   assert all(r["truth"] and r["kind"] != "default" for r in by_id(out).values())
   assert all("score" in r["verdict"] for r in by_id(out).values())
-  assert merged["data_hash"] == before["data_hash"]
+  assert merged.data_hash == before.data_hash
   file.write_text(text + " ")
   other = run.finish(TASKS[name](tmp_path, **options), out)
-  assert other["figures"]["truths_hash"] != merged["figures"]["truths_hash"]
+  assert other.figures["truths_hash"] != merged.figures["truths_hash"]

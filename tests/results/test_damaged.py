@@ -33,10 +33,10 @@ def test_a_torn_line_of_sessions_is_left_out_and_told(
   with (results / "sessions.jsonl").open("ab") as file:
     file.write(torn)
   scores = run.finish(TASKS["pope"](root), results)
-  assert (scores["sessions"], scores["sessions_damaged"]) == (1, 1)
+  assert (scores.sessions, scores.sessions_damaged) == (1, 1)
   assert "1 lines of sessions*.jsonl could not be read" in capsys.readouterr().out
   again = run.run(TASKS["pope"](root), Scripted(), results)  # its own session is a line of its own
-  assert (again["sessions"], again["sessions_damaged"]) == (2, 1)
+  assert (again.sessions, again.sessions_damaged) == (2, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 3, "about": {}}', "\0"])
@@ -51,7 +51,7 @@ def test_damaged_settings_are_named(root: Path, results: Path, text: str, tmp_pa
     with pytest.raises(EvalError, match=r"out/settings.json: damaged, so nobody knows"):
       again()
   (results / "predictions.jsonl").write_text("")
-  assert run.run(task, Scripted(), results)["answered"] == 12  # nothing was there to protect
+  assert run.run(task, Scripted(), results).answered == 12  # nothing was there to protect
 
 
 LINES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -80,7 +80,7 @@ def test_a_damaged_answer_is_named_with_its_line(root: Path, results: Path, kind
     run.finish(TASKS["pope"](root), results)
   path.write_text("\n".join([first, *rest[1:]]) + "\n")  # as the message says
   engine = Scripted()
-  assert run.run(TASKS["pope"](root), engine, results)["answered"] == 12
+  assert run.run(TASKS["pope"](root), engine, results).answered == 12
   assert len(engine.asked) == 1
 
 
@@ -109,6 +109,8 @@ def torn(scores: dict[str, Any]) -> list[dict[str, Any]]:
     {**scores, "headline": float("nan")},
     {**scores, "interval": {}},
     {**scores, "failures": [1]},
+    {**scores, "left_out": [{"id": "1"}]},
+    {**scores, "questions": "12"},
     *({k: v for k, v in scores.items() if k != key} for key in ("task", "metric", "figures")),
   ]
 
@@ -120,7 +122,7 @@ def test_a_session_that_counts_nothing_is_left_out(root: Path, results: Path, li
   with (results / "sessions.jsonl").open("a") as file:
     file.write(line + "\n" + "[" * 99999 + "\n")
   scores = run.finish(TASKS["pope"](root), results)
-  assert (scores["sessions"], scores["sessions_damaged"]) == (1, 2)
+  assert (scores.sessions, scores.sessions_damaged) == (1, 2)
 
 
 def test_a_report_shows_what_others_would_take_for_a_language(
@@ -144,7 +146,7 @@ def test_a_report_shows_what_others_would_take_for_a_language(
   metrics.parent.mkdir()
   metrics.write_text('{"step": 1, "loss": 2.5}\n{"step": 2}\n')
   page = report.write([str(metrics.parent)], str(tmp_path / "out"), str(tmp_path / "report"))
-  assert scores["by_kind"]["all"]["items"] == 4
+  assert scores.by_kind["all"]["items"] == 4
   table = [line for line in page.splitlines() if line.startswith("|")]
   assert len(table) == 2 + 5
   assert "| a\\|b | 1 | 1 |" in page

@@ -15,10 +15,10 @@ def test_the_interval_covers_the_mean_and_draws_images() -> None:
   apart = interval.bootstrap(scores, [str(i) for i in range(600)])
   assert together is not None
   assert apart is not None
-  assert together["mean"] == apart["mean"] == pytest.approx(2 / 3)
-  assert together["low"] < apart["low"] < 2 / 3 < apart["high"] < together["high"]
+  assert together.mean == apart.mean == pytest.approx(2 / 3)
+  assert together.low < apart.low < 2 / 3 < apart.high < together.high
   # The standard error of a mean of 60 images is sqrt(2/9/60) = .061; the interval is +-1.96 of it.
-  assert together["high"] - together["low"] == pytest.approx(2 * 1.96 * 0.0609, rel=0.15)
+  assert together.high - together.low == pytest.approx(2 * 1.96 * 0.0609, rel=0.15)
   assert interval.bootstrap([1.0, 0.0], ["a", "a"]) is None
 
 

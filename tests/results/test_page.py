@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from llava_sp_jax.eval import run
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.results import compare, gallery, page, published, tables
+from llava_sp_jax.results.scores import BenchmarkScores
 from llava_sp_jax.tasks.catalog import BENCHMARKS, TASKS
 from llava_sp_jax.tasks.task import EvalError, Item, Predictions, Scores, mean_by_kind
 from tests.eval.scripted import Scripted
@@ -25,6 +27,10 @@ from tests.tasks import formats
 EVIL = '<script>alert("x")</script>&amp; <img src=http://example.com/x.png> \x00 \ud800 \'"'
 SIZE = 2_000_000  # bytes of the whole page
 VOID = {"meta", "img", "br"}
+SCORES = BenchmarkScores(
+  task="", protocol="", variant={}, headline=None, metric="", figures={}, interval=None, data_hash="",
+  by_kind={}, asked=9, answered=9, failures=(), left_out=(), engine={}, submission=(), questions=9,
+)  # fmt: skip
 
 
 class Reader(html.parser.HTMLParser):
@@ -100,13 +106,13 @@ def task(tmp_path: Path) -> Made:
 
 
 @pytest.fixture
-def scored(task: Made, tmp_path: Path) -> tuple[dict[str, Any], Path]:
+def scored(task: Made, tmp_path: Path) -> tuple[BenchmarkScores, Path]:
   out = tmp_path / "out"
   return run.run(task, Scripted(texts=["yes", EVIL, "no" * 900]), out), out
 
 
 def test_the_page_stands_alone_and_says_what_the_scores_say(
-  scored: tuple[dict[str, Any], Path],
+  scored: tuple[BenchmarkScores, Path],
 ) -> None:
   scores, out = scored
   text = (out / page.FILE).read_text()
@@ -121,12 +127,12 @@ def test_the_page_stands_alone_and_says_what_the_scores_say(
   assert "33.33% accuracy" in everything
   assert "Over 300 of 300 questions." in everything
   assert found.classes["wrong"] > found.classes["right"] > 0
-  assert found.tags["rect"] == len(scores["by_kind"]) == 4
+  assert found.tags["rect"] == len(scores.by_kind) == 4
   assert "... (1800 characters)" in everything
-  assert scores["data_hash"] in everything
+  assert scores.data_hash in everything
 
 
-def test_pictures_are_small_and_real(scored: tuple[dict[str, Any], Path]) -> None:
+def test_pictures_are_small_and_real(scored: tuple[BenchmarkScores, Path]) -> None:
   found = Reader((scored[1] / page.FILE).read_text())
   assert len(found.resources) == found.tags["img"] > 10
   for uri in found.resources:
@@ -136,27 +142,27 @@ def test_pictures_are_small_and_real(scored: tuple[dict[str, Any], Path]) -> Non
       assert picture.width / picture.height == pytest.approx(200 / 300, rel=0.02)
 
 
-def test_bars_are_as_long_as_the_figures(scored: tuple[dict[str, Any], Path]) -> None:
+def test_bars_are_as_long_as_the_figures(scored: tuple[BenchmarkScores, Path]) -> None:
   scores, out = scored
   text = (out / page.FILE).read_text()
   widths = [float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', text)]
-  values = [row["accuracy"] for row in scores["by_kind"].values()]
+  values = [row["accuracy"] for row in scores.by_kind.values()]
   assert widths == pytest.approx([v * page.BAR[0] for v in values], abs=0.06)
-  points = {
-    **scores,
-    "metric": "points",
-    "by_kind": {
+  points = dataclasses.replace(
+    scores,
+    metric="points",
+    by_kind={
       "all": {"points": 700.0, "items": 3, "asked": 3},
       "b": {"points": 1400.0, "items": 3, "asked": 4},
     },
-  }
+  )
   page.write(out, points, [], {})
   text = (out / page.FILE).read_text()
   assert re.findall(r'<rect[^>]*width="([\d.]+)"', text) == ["210.0", "420.0"]
   assert "1400.0 of 3" in text
 
 
-def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]) -> None:
+def test_others_figures_are_marked_as_theirs(scored: tuple[BenchmarkScores, Path]) -> None:
   everything = "".join(Reader((scored[1] / page.FILE).read_text()).texts)
   assert "Published by others" in everything
   assert "were not measured here" in everything
@@ -169,7 +175,7 @@ def test_others_figures_are_marked_as_theirs(scored: tuple[dict[str, Any], Path]
     {"variant": {"protocol": "llava", "split": "image"}},
   )
   for change in others:
-    page.write(scored[1], {**scored[0], **change}, [], {})
+    page.write(scored[1], dataclasses.replace(scored[0], **change), [], {})
     assert "Published by others" not in (scored[1] / page.FILE).read_text()
 
 
@@ -179,15 +185,15 @@ def test_every_benchmark_has_its_published_figures(tmp_path: Path) -> None:
   for name, write in formats.WRITERS.items():
     write(tmp_path)
     variant = TASKS[name](tmp_path, **({"split": "all"} if name == "seed" else {})).variant
-    scores = {"task": name, "variant": variant, "asked": 9, "questions": 9}
+    scores = dataclasses.replace(SCORES, task=name, variant=variant)
     assert [model for model, _ in published.beside(scores)] == list(published.MODELS)
   image = TASKS["seed"](tmp_path).variant
-  assert published.beside({**scores, "task": "seed", "variant": image}) == []
+  assert published.beside(dataclasses.replace(SCORES, task="seed", variant=image)) == []
 
 
 def test_the_first_questions_are_no_result_of_the_benchmark(task: Made, tmp_path: Path) -> None:
   scores = run.run(task, Scripted(), tmp_path / "out", limit=30)
-  assert (scores["asked"], scores["questions"]) == (30, 300)
+  assert (scores.asked, scores.questions) == (30, 300)
   everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
   assert "Over 30 of 30 questions, the first of 300: not the benchmark's result." in everything
   assert "Published by others" not in everything
@@ -195,9 +201,9 @@ def test_the_first_questions_are_no_result_of_the_benchmark(task: Made, tmp_path
 
 def test_bars_show_what_the_headline_speaks_of() -> None:
   row = {"accuracy": 0.5, "f1": 0.25, "items": 3, "asked": 4}
-  scores = {"metric": "mean F1 of the splits", "by_kind": {"all": row}}
+  scores = dataclasses.replace(SCORES, metric="mean F1 of the splits", by_kind={"all": row})
   assert tables.bars(scores) == [("all", 0.25, "25.00%", 3)]
-  assert tables.figure({**scores, "metric": "perception score"}) == "accuracy"
+  assert tables.figure(dataclasses.replace(scores, metric="perception score")) == "accuracy"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_a_figure_s_unit_is_told_by_its_name(
   name: str, value: float, text: str, full: float
 ) -> None:
   row = {name: value, "items": 3, "asked": 4}
-  scores = {"headline": value, "metric": name, "by_kind": {"all": row}}
+  scores = dataclasses.replace(SCORES, headline=value, metric=name, by_kind={"all": row})
   assert tables.cells(scores)[1] == [["all", "3", "4", text]]
   assert tables.headline(scores) == f"{text} {name}"
   assert tables.full(scores) == full
@@ -223,7 +229,7 @@ def test_every_figure_of_the_benchmarks_has_its_unit(tmp_path: Path) -> None:
     write(tmp_path)
     task = TASKS[name](tmp_path)
     scores = task.score(task.items(), {})
-    rows = {"by_kind": scores.by_kind, "metric": scores.metric}
+    rows = dataclasses.replace(SCORES, by_kind=scores.by_kind, metric=scores.metric)
     assert set(tables.figures(rows)) - tables.SHARES == points.get(name, set())
 
 
@@ -234,8 +240,8 @@ def test_an_unreadable_picture_is_a_failure_on_the_page(task: Made, tmp_path: Pa
   everything = "".join(Reader((tmp_path / "out" / page.FILE).read_text()).texts)
   assert "Without an answer: 25" in everything
   assert "cannot be decoded <b>" in everything
-  assert f"Over 275 of 300 questions; {len(scores['failures'])} without" in everything
-  assert scores["headline"] == 1.0
+  assert f"Over 275 of 300 questions; {len(scores.failures)} without" in everything
+  assert scores.headline == 1.0
 
 
 def test_flips_against_another_run(task: Made, tmp_path: Path) -> None:
@@ -243,14 +249,9 @@ def test_flips_against_another_run(task: Made, tmp_path: Path) -> None:
   old, new = tmp_path / "old", tmp_path / "new"
   run.run(task, Scripted(texts=["yes", "no", "no", "no"]), old)
   scores = run.run(task, Scripted(texts=["yes", "yes", "No", "no"]), new, compare=old)
-  counts = scores["compared"]
-  assert {k: counts[k] for k in ("both", "fixed", "broken", "changed")} == {
-    "both": 300,
-    "fixed": 75,
-    "broken": 0,
-    "changed": 75,
-  }
-  assert counts["p_value"] == pytest.approx(2 / 2**75)
+  counts = scores.compared
+  assert (counts.both, counts.fixed, counts.broken, counts.changed) == (300, 75, 0, 75)
+  assert counts.p_value == pytest.approx(2 / 2**75)
   everything = "".join(Reader((new / page.FILE).read_text()).texts)
   assert "75 fixed, 0 broken, 75 in other words with the same score" in everything
   assert "before: no" in everything
@@ -291,7 +292,7 @@ def test_a_score_of_a_server_is_said_to_be_one(task: Made, tmp_path: Path) -> No
       return [folder / "upload.json"]
 
   scores = run.run(Server(tmp_path), Scripted(), tmp_path / "out")
-  assert scores["interval"] is None
+  assert scores.interval is None
   found = Reader((tmp_path / "out" / page.FILE).read_text())
   assert "scored by a server (submission/upload.json)" in "".join(found.texts)
   assert found.classes["unsaid"] == 12

@@ -10,6 +10,7 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax.eval import run
+from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.results import tables
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tasks.files import BenchmarkError
@@ -164,7 +165,7 @@ def test_scores_say_what_was_left_out_and_why(own: Path, tmp_path: Path) -> None
   out = tmp_path / "out"
   scores = run.run(TASKS["pope"](own), Scripted(), out)
   why = "the label 'perhaps' is neither 'yes' nor 'no'"
-  assert json.loads((out / run.SCORES).read_text())["left_out"] == [{"id": "2", "error": why}]
+  assert json.loads((out / scores_lib.FILE).read_text())["left_out"] == [{"id": "2", "error": why}]
   said = (
     f"Over 11 of 12 questions; 1 left out, whose truth or options are not understood: 2 ({why})."
   )

@@ -40,8 +40,8 @@ def test_easy_vqa_leaves_out_a_truth_that_no_answer_can_equal(tmp_path: Path, an
   assert (odd.id, odd.kind) == ("7", "unknown")
   assert odd.problem == f"expected an answer without outer blanks, found {answer!r}"
   scores = run.run(task, Scripted(texts=["circle"]), tmp_path / "out")
-  assert (scores["headline"], scores["by_kind"]["all"]["items"]) == (1.0, 1)
-  assert [row["id"] for row in scores["left_out"]] == ["7"]
+  assert (scores.headline, scores.by_kind["all"]["items"]) == (1.0, 1)
+  assert [row.id for row in scores.left_out] == ["7"]
 
 
 def test_easy_vqa_without_the_key_is_left_out_too(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_nothing_that_was_scored_is_no_result(tiny_data: Path, tmp_path: Path) -
   """0.00% would be one."""
   lost = {f"{i}.png": "no such file" for i in range(99)}
   scores = run.run(EasyVqa(tiny_data), Scripted(fails=lost), tmp_path / "out")
-  assert scores["headline"] is None
-  assert scores["metric"] == "no score: none of 12 questions has an answer that can be scored"
+  assert scores.headline is None
+  assert scores.metric == "no score: none of 12 questions has an answer that can be scored"
   assert "no score: none of 12 questions" in (tmp_path / "out/index.html").read_text()
 
 

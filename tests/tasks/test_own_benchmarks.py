@@ -175,4 +175,4 @@ def test_items_may_come_one_by_one(tiny_data: Path, tmp_path: Path) -> None:
   path = tmp_path / "mine.py"
   path.write_text(f"{MINE}  def items(self): yield from Base.items(self)\n")
   task = catalog.find("--task", f"{path}:Mine")(tiny_data)
-  assert run.run(task, Scripted(), tmp_path / "out")["headline"] == 1.0
+  assert run.run(task, Scripted(), tmp_path / "out").headline == 1.0

@@ -175,7 +175,7 @@ def test_the_interval_is_that_of_resampled_images() -> None:
     means.append(sum(rows) / len(rows))
   low, high = np.quantile(means, [0.025, 0.975])
   width = high - low
-  assert found["mean"] == pytest.approx(sum(scores) / len(scores))
-  assert abs(found["low"] - low) < 0.12 * width
-  assert abs(found["high"] - high) < 0.12 * width
-  assert math.isclose(found["level"], 0.95)
+  assert found.mean == pytest.approx(sum(scores) / len(scores))
+  assert abs(found.low - low) < 0.12 * width
+  assert abs(found.high - high) < 0.12 * width
+  assert math.isclose(found.level, 0.95)

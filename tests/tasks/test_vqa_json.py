@@ -12,6 +12,7 @@ import pytest
 
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.eval import run
+from llava_sp_jax.results.scores import Unscored
 from llava_sp_jax.tasks import scoring
 from llava_sp_jax.tasks.files import BenchmarkError
 from llava_sp_jax.tasks.vqa_json import RULES, VqaJson
@@ -178,8 +179,8 @@ def test_a_row_whose_answers_say_nothing_is_asked_and_left_out(
   path.write_text(json.dumps([good, {**options, **row}]))
   texts = ["x", "A" if rule == "choice" else "a"]  # the second is said first
   scores = run.run(VqaJson(path, rule), Scripted(texts=texts), tmp_path / "out")
-  assert scores["left_out"] == [{"id": "2", "error": said}]
-  assert (scores["headline"], scores["by_kind"]["all"]["items"]) == (1.0, 1)
+  assert scores.left_out == (Unscored("2", said),)
+  assert (scores.headline, scores.by_kind["all"]["items"]) == (1.0, 1)
   path.write_text(json.dumps([{**options, **row}]))
   with pytest.raises(BenchmarkError, match="expected questions that can be scored; 1: "):
     VqaJson(path, rule)
@@ -202,6 +203,6 @@ def test_scores_by_kind(file: Path, tmp_path: Path) -> None:
   rows = [{**row, "image": f"{place}.png"} for place, row in enumerate(ROWS)]
   file.write_text("\n".join(map(json.dumps, rows)))
   scores = run.run(VqaJson(file), Scripted(texts=["2", "A circle", "three"]), tmp_path / "out")
-  assert scores["headline"] == pytest.approx(2 / 3)
-  assert scores["by_kind"]["shape"]["accuracy"] == 1.0
-  assert scores["variant"] == {"protocol": "exact"}
+  assert scores.headline == pytest.approx(2 / 3)
+  assert scores.by_kind["shape"]["accuracy"] == 1.0
+  assert scores.variant == {"protocol": "exact"}

@@ -148,11 +148,11 @@ def test_tasks_that_generate_alike_share_one_engine(
       self.generation = generation
       engines.append(self)
 
-  def answer(task: Any, engine: Any, *_: Any) -> dict[str, Any]:
+  def answer(task: Any, engine: Any, *_: Any) -> run_lib.Unfinished:
     assert engine is engines[-1], "an engine of before is still in use"
     assert engine.generation == task.generation
     used[task.name] = len(engines)
-    return {"missing": 1, "part": "0/2"}
+    return run_lib.Unfinished("0/2", answered=1, missing=1)
 
   monkeypatch.setattr(infer_engine, "Engine", Counted)
   monkeypatch.setattr(pretrained, "from_any", lambda *_, **__: None)
