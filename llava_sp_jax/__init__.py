@@ -19,8 +19,8 @@ if TYPE_CHECKING:
   from llava_sp_jax.eval.train import train as train
   from llava_sp_jax.infer.engine import Engine as Engine
   from llava_sp_jax.infer.generation import Generation as Generation
-  from llava_sp_jax.infer.prompts import Answer as Answer
-  from llava_sp_jax.infer.prompts import Request as Request
+  from llava_sp_jax.infer.requests import Answer as Answer
+  from llava_sp_jax.infer.requests import Request as Request
   from llava_sp_jax.infer.vlm import VisionLanguageModel as VisionLanguageModel
   from llava_sp_jax.infer.vlm import load as load
   from llava_sp_jax.models.projector import Projector as Projector
@@ -30,12 +30,12 @@ __version__ = "0.1.0"
 
 # Public name: the module that has it.
 _HOMES = {
-  "Answer": "infer.prompts",
+  "Answer": "infer.requests",
   "Config": "config",
   "Engine": "infer.engine",
   "Generation": "infer.generation",
   "Projector": "models.projector",
-  "Request": "infer.prompts",
+  "Request": "infer.requests",
   "VisionLanguageModel": "infer.vlm",
   "evaluate": "eval.evaluate",
   "load": "infer.vlm",

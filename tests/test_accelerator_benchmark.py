@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llava_sp_jax.infer.prompts import Answer
+from llava_sp_jax.infer.requests import Answer
 from llava_sp_jax.plan import memory
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

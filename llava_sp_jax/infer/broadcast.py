@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.infer.prompts import ImageFile, Request
+from llava_sp_jax.infer.requests import ImageFile, Request
 
 AT_ONCE = 16  # requests of one broadcast
 

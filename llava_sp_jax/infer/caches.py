@@ -5,16 +5,29 @@ Shape letters:  G rows of a group . T new positions . M tiles . N tokens per til
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.data import anyres, example
+from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import ImageFile, Pictures, PromptPiece, Request, keys_of
+from llava_sp_jax.infer.requests import (
+  ImageFile,
+  LostImageError,
+  PromptPiece,
+  Request,
+  keys_of,
+  tiles_of,
+)
+from llava_sp_jax.models import build
 
 Features = tuple[jax.Array, ...]  # [N, D] for each tile
 Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first pieces of its prompt
@@ -25,11 +38,71 @@ def bucket(length: int, multiple: int) -> int:
   return -(-length // multiple) * multiple
 
 
+class PictureCache:
+  """Reads each picture once, whatever the number of threads, and keeps its pixels until taken."""
+
+  def __init__(self, reader: anyres.Reader):
+    self._reader = reader
+    self._lock = threading.Lock()
+    self._plans: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
+    self._tiles: dict[str, np.ndarray] = {}
+
+  @classmethod
+  def of(cls, config: config_lib.Config) -> PictureCache:
+    """Makes the cache of pictures for a model, which reads them as its config says."""
+    return cls(anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model))))
+
+  def forget(self) -> None:
+    """Drops all plans and pixels."""
+    with self._lock:
+      self._plans.clear()
+      self._tiles.clear()
+
+  def plan(self, key: str, picture: ImageFile) -> example.TokenPlan:
+    """Returns the token plan of a picture, which is read on the first call for its key.
+
+    Raises: SampleError when the picture cannot be used.
+    """
+    with self._lock:
+      future = self._plans.get(key)
+      mine = future is None
+      if future is None:
+        future = self._plans[key] = concurrent.futures.Future()
+    if mine:
+      try:
+        found = self._read(picture)
+        self._tiles[key] = found.tiles
+        future.set_result(found.plan)
+      except Exception as error:
+        future.set_exception(error)
+    return future.result()
+
+  def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
+    """Takes the pixels of a picture, [tiles, size, size, 3] float32.
+
+    They are read again if they were taken before.
+
+    Raises: LostImageError when the file has disappeared, or its picture has another size now.
+    """
+    tiles = self._tiles.pop(key, None)
+    if tiles is not None:
+      return tiles
+    again = attempt(lambda: self._read(picture))
+    if isinstance(again, SampleError):
+      raise LostImageError(key, again)
+    if not np.array_equal(again.plan.slots, self.plan(key, picture).slots):
+      raise LostImageError(key, f"{key}: is not the picture that it was when it was first read")
+    return again.tiles
+
+  def _read(self, picture: ImageFile) -> anyres.Picture:
+    return tiles_of(picture, self._reader)
+
+
 class FeatureCache:
   """Encodes each image once while its features fit into `limit` bytes; the least recently used go."""
 
   def __init__(
-    self, programs: Programs, pictures: Pictures, counts: Counts, limit: int, tiles: int
+    self, programs: Programs, pictures: PictureCache, counts: Counts, limit: int, tiles: int
   ):
     """`tiles` at a time go through the tower: always as many, so that none depends on its company."""
     self._programs, self._pictures, self._counts = programs, pictures, counts

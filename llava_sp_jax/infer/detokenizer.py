@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.infer.prompts import Answer
+from llava_sp_jax.infer.requests import Answer
 
 UNFINISHED = "\ufffd"  # the decoded text of an incomplete character
 

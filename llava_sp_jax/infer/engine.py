@@ -19,22 +19,15 @@ from jax.sharding import Mesh
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
 from llava_sp_jax.infer.broadcast import broadcast_requests
-from llava_sp_jax.infer.caches import FeatureCache, PrefixCache, Shared, bucket
+from llava_sp_jax.infer.caches import FeatureCache, PictureCache, PrefixCache, Shared, bucket
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.detokenizer import Detokenizer
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.layout import ROUNDED, EngineLayout
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import (
-  Answer,
-  ImageFile,
-  LostImageError,
-  Prompt,
-  Prompts,
-  Request,
-  keys_of,
-)
+from llava_sp_jax.infer.prompts import Prompts
+from llava_sp_jax.infer.requests import Answer, ImageFile, LostImageError, Prompt, Request, keys_of
 from llava_sp_jax.infer.sampling import Sampler
 from llava_sp_jax.infer.schedule import Ready, Schedule
 
@@ -75,7 +68,7 @@ class Engine:
     self._tokenizer, self._threads = pretrained.tokenizer, max(1, config.data.threads)
     # Dynamic rotary positions depend on the length of the whole prompt.
     share = layout.share and config.model.language_model.rope_scaling.kind != "dynamic"
-    self._prompts = Prompts(config, pretrained.tokenizer, share)
+    self._prompts = Prompts(config, pretrained.tokenizer, PictureCache.of(config), share)
     self._longest = config.model.language_model.max_positions
     rule = decode.StopRule(
       self._prompts.stop_ids,

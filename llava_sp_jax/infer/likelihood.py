@@ -15,7 +15,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import Sampling, StopRule
 from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.programs import Programs
-from llava_sp_jax.infer.prompts import Request, tiles_of
+from llava_sp_jax.infer.requests import Request, tiles_of
 from llava_sp_jax.models import build
 
 Asked = tuple[list[example.Run], list[anyres.Picture]]

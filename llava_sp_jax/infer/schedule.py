@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.infer.prompts import Prompt, Prompts, Request, keys_of
+from llava_sp_jax.infer.prompts import Prompts
+from llava_sp_jax.infer.requests import Prompt, Request, keys_of
 
 
 class Ready(NamedTuple):

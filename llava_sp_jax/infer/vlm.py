@@ -17,7 +17,7 @@ from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.prompts import Answer, ImageFile, Request, tiles_of
+from llava_sp_jax.infer.requests import Answer, ImageFile, Request, tiles_of
 from llava_sp_jax.models import build
 
 Images = Sequence[ImageFile]

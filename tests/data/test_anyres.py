@@ -203,13 +203,16 @@ def config(tiny_config: ConfigMaker, tmp_path: Path) -> config_lib.Config:
 
 
 def test_training_and_inference_make_the_same_row(config: config_lib.Config) -> None:
-  from llava_sp_jax.infer.prompts import Prompts, Request, key_of
+  from llava_sp_jax.infer.caches import PictureCache
+  from llava_sp_jax.infer.prompts import Prompts
+  from llava_sp_jax.infer.requests import Request, key_of
 
   tokenizer = Tokenizer(config.data.tokenizer)
   batch = next(pipeline.make(config.data, tokenizer, TILE, batch_size=1, seed=0))
-  prompts, picture = Prompts(config, tokenizer), Path(config.data.image_folder) / "0.png"
+  pictures, picture = PictureCache.of(config), Path(config.data.image_folder) / "0.png"
+  prompts = Prompts(config, tokenizer, pictures)
   asked = prompts(Request("what is it?", (picture,)))
-  tiles = prompts.pictures.tiles(key_of(picture), picture)
+  tiles = pictures.tiles(key_of(picture), picture)
   np.testing.assert_array_equal(tiles, batch["images"][0])
   assert batch["images"].any(axis=(2, 3, 4)).all()  # five tiles of picture
   length = int(np.flatnonzero(batch["weights"][0])[0]) + 1  # up to the answer

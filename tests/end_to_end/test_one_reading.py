@@ -22,7 +22,7 @@ from llava_sp_jax.data import anyres, conversation, pipeline, reading
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.infer.prompts import Answer
+from llava_sp_jax.infer.requests import Answer
 from llava_sp_jax.models import build
 from tests.conftest import COLORS, REPOSITORY, VOCAB_SIZE
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax.data import anyres
-from llava_sp_jax.infer.prompts import LostImageError, Pictures
+from llava_sp_jax.infer.caches import PictureCache
+from llava_sp_jax.infer.requests import LostImageError
 from llava_sp_jax.models import build
 from tests.conftest import ConfigMaker
 
@@ -23,7 +24,7 @@ def test_an_image_of_another_size_is_not_taken_for_the_first(
   pinpoints = ((side, 2 * side), (2 * side, side), (2 * side, 2 * side))
   data = dataclasses.replace(config.data, image_aspect="anyres", grid_pinpoints=pinpoints)
   tile = anyres.Tile(*build.tile_shape(config.model))
-  pictures, path = Pictures(anyres.Reader(data, tile)), tmp_path / "a.png"
+  pictures, path = PictureCache(anyres.Reader(data, tile)), tmp_path / "a.png"
   Image.new("RGB", (side, 2 * side)).save(path)
   assert pictures.plan("key", path).tiles == len(pictures.tiles("key", path)) == 3
   assert len(pictures.tiles("key", path)) == 3

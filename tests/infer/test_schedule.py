@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.infer.lru import Lru
-from llava_sp_jax.infer.prompts import Request
+from llava_sp_jax.infer.requests import Request
 from llava_sp_jax.infer.schedule import Ready, Schedule
 
 

@@ -12,9 +12,11 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.infer.caches import PictureCache
 from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.prompts import Prompts, key_of
+from llava_sp_jax.infer.prompts import Prompts
+from llava_sp_jax.infer.requests import key_of
 from llava_sp_jax.models import build
 
 ROOM = 288  # positions of the oracle's rows
@@ -41,7 +43,9 @@ class Oracle:
   def __init__(self, model: Pretrained):
     self.model = model
     self.module = build.model(model.config.model)
-    self.prompts = Prompts(model.config, model.tokenizer, share=False)
+    self.prompts = Prompts(
+      model.config, model.tokenizer, PictureCache.of(model.config), share=False
+    )
     self.run = jax.jit(self._run)
 
   def _run(self, params: Any, tokens: Any, slots: Any, tiles: Any, length: Any) -> Any:

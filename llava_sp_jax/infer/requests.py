@@ -1,0 +1,128 @@
+"""Defines requests, answers, and the pieces that a prompt is cut into.
+
+Shape letters:  t positions of a piece
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava_sp_jax.data import anyres, decode
+from llava_sp_jax.data.failure import SampleError
+
+ImageFile = str | Path | bytes | Image.Image | SampleError  # an error: why there is no image
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Holds one question.
+
+  `images` are files, encoded files as bytes, or decoded pictures. Each `<image>` in the question
+  stands for one of them; without any, all come before the question. `system` replaces the system
+  text of the template. `number` seeds the sampling (from 0; None is the place among the requests),
+  so that a question with a number gets the same answer whatever else is asked.
+  """
+
+  question: str
+  images: tuple[ImageFile, ...] = ()
+  system: str | None = None
+  number: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """Holds one answer; `error` says why there is none, and then the text is empty.
+
+  `ids` are the chosen tokens without the one that ends a reply; with a stop string, up to the token
+  that completed it. `margin` is the smallest lead, in logits, of a chosen token over the next best
+  one. If it is below rounding errors (float32: about 1e-4), another machine may answer differently.
+  """
+
+  text: str
+  ids: tuple[int, ...]
+  error: str = ""
+  margin: float = float("inf")
+
+
+TileKey = tuple[str, int]  # (key of the picture, index of the tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPiece:
+  """Holds consecutive positions of a prompt.
+
+  `slots` index the tokens of `tiles`, one tile after another. The slot `len(tiles) * N` is the
+  newline token. `key` identifies the piece together with all pieces before it.
+  """
+
+  tokens: np.ndarray  # [t] int32
+  slots: np.ndarray  # [t] int32
+  tiles: tuple[TileKey, ...]
+  key: str
+  start: int  # positions before the piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """Holds the pieces of a prompt; all but the last can be shared, and the last is not empty."""
+
+  pieces: tuple[PromptPiece, ...]
+
+  @property
+  def length(self) -> int:
+    """Returns the number of positions."""
+    return self.pieces[-1].start + len(self.pieces[-1].tokens)
+
+
+def key_of(picture: ImageFile) -> str:
+  """Returns a key that is the same for the same path, or for the same bytes or pixels.
+
+  Raises: SampleError for anything that is not an image.
+  """
+  if isinstance(picture, str | Path):
+    return f"file {picture}"
+  if isinstance(picture, Image.Image):
+    digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+    return f"pixels {digest.hexdigest()}"
+  if isinstance(picture, SampleError):
+    raise picture
+  if not isinstance(picture, bytes):
+    kind = type(picture).__name__
+    raise SampleError(f"an image must be a path, the bytes of a file or a PIL image, found {kind}")
+  return f"bytes {hashlib.sha256(picture).hexdigest()}"
+
+
+def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
+  """Returns the tiles that `reader` makes of a picture. Raises: SampleError if it is unreadable."""
+  if isinstance(picture, SampleError):
+    raise picture
+  if isinstance(picture, Image.Image):
+    return reader(picture)
+  if isinstance(picture, bytes):
+    opened = decode.picture(io.BytesIO(picture), f"of {len(picture)} bytes")
+  else:
+    opened = decode.picture(picture)
+  with opened as pixels:
+    return reader(pixels)
+
+
+def keys_of(request: Request) -> tuple[str, ...]:
+  """Returns the keys of a request's images. Raises: SampleError as `key_of`."""
+  return tuple(map(key_of, request.images))
+
+
+class LostImageError(SampleError):
+  """Raised for a picture that was readable when its prompt was made, but no longer is.
+
+  `key` identifies the picture.
+  """
+
+  def __init__(self, key: str, why: object):
+    super().__init__(why)
+    self.key = key
