@@ -1,4 +1,4 @@
-"""Caches on the device: features of images, and keys and values of prompts' prefixes.
+"""Caches of the engine: pixels on the host; features, keys and values on the device.
 
 Shape letters:  G rows of a group . T new positions . M tiles . N tokens per tile
 """
@@ -34,7 +34,7 @@ Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first piec
 
 
 def bucket(length: int, multiple: int) -> int:
-  """The next multiple, which prompts of nearly the same length are padded to."""
+  """Returns the next multiple, to which prompts of similar length are padded."""
   return -(-length // multiple) * multiple
 
 
@@ -99,18 +99,21 @@ class PictureCache:
 
 
 class FeatureCache:
-  """Encodes each image once while its features fit into `limit` bytes; the least recently used go."""
+  """Keeps the features of images, at most `limit` bytes; drops the least recently used first."""
 
   def __init__(
     self, programs: Programs, pictures: PictureCache, counts: Counts, limit: int, tiles: int
   ):
-    """`tiles` at a time go through the tower: always as many, so that none depends on its company."""
+    """Makes an empty cache.
+
+    The tower always encodes `tiles` at a time, so that features do not depend on other images.
+    """
     self._programs, self._pictures, self._counts = programs, pictures, counts
     self._kept, self._tiles = Lru(limit), tiles
     self._seen: set[str] = set()
 
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
-    """Of all images of the requests, by their keys."""
+    """Returns the features of all images of the requests, by the images' keys."""
     files: dict[str, ImageFile] = {}
     for request in requests:
       files.update(zip(keys_of(request), request.images, strict=True))
@@ -140,7 +143,7 @@ class FeatureCache:
 
 
 class PrefixCache:
-  """Prefills each shared piece once while its keys and values fit into `limit` bytes."""
+  """Keeps keys and values of the shared pieces of prompts, at most `limit` bytes."""
 
   def __init__(
     self, programs: Programs, features: FeatureCache, counts: Counts, limit: int, multiple: int
@@ -149,13 +152,13 @@ class PrefixCache:
     self._kept, self._multiple = Lru(limit), multiple
 
   def capacity(self, pieces: Sequence[PromptPiece]) -> int:
-    """P of the prefix that these pieces make up."""
+    """Returns the capacity P of the prefix that consists of these pieces."""
     if not pieces:
       return 0
     return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
 
   def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
-    """What computing the last of these pieces is compiled for: P, P before it, T, M."""
+    """Returns the shape that the last piece is compiled for: P, P before it, T, M."""
     last = pieces[-1]
     return (
       self.capacity(pieces),
@@ -165,7 +168,7 @@ class PrefixCache:
     )
 
   def of(self, asked: Sequence[Shared]) -> list[Prefix | None]:
-    """The prefix of each request, all its pieces together; None where it has none."""
+    """Returns the prefix of each request, of all its pieces; None if it has none."""
     found: dict[str, Prefix] = {}
     depth: list[int] = []  # pieces of each that need not be computed
     for _, pieces in asked:
@@ -191,7 +194,10 @@ class PrefixCache:
     return [found[pieces[-1].key] if pieces else None for _, pieces in asked]
 
   def _compute(self, missing: list[Shared], found: dict[str, Prefix]) -> None:
-    """As many at a time as the mesh has parts of rows, always: none depends on its company."""
+    """Prefills pieces, always as many at a time as there are data-parallel groups.
+
+    So no prefix depends on the others in its batch.
+    """
     alike: dict[tuple[int, ...], list[Shared]] = {}
     for request, pieces in missing:
       alike.setdefault(self.shape(pieces), []).append((request, pieces))
@@ -214,7 +220,7 @@ class PrefixCache:
     before: Sequence[Prefix | None],
     length: int,
   ) -> Group:
-    """Pieces of equal numbers of tiles behind prefixes of equal size, padded to `length`."""
+    """Batches pieces with equal numbers of tiles and prefixes of equal size, padded to `length`."""
     tokens = np.zeros((len(pieces), length), np.int32)
     slots = np.full((len(pieces), length), -1, np.int32)
     for row, piece in enumerate(pieces):

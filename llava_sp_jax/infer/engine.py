@@ -1,7 +1,7 @@
-"""The engine: requests in, answers out, by continuous batching over few compiled shapes.
+"""Answers requests by continuous batching over few compiled shapes.
 
-Rows of one static batch decode together; each ends by itself and is refilled from the queue. Images
-are encoded once, and what prompts share (system text and images) is prefilled once.
+The rows of one static batch decode together. A row that is done takes the next request of the queue.
+Each image is encoded once, and what prompts share (system text and images) is prefilled once.
 
 Shape letters:  B rows . G rows of a group . S capacity of a row
 """
@@ -33,22 +33,22 @@ from llava_sp_jax.infer.schedule import Ready, Schedule
 
 __all__ = ["Answer", "Engine", "EngineLayout", "Generation", "ImageFile", "Request"]
 
-STREAMED = 4  # tokens between two looks at a row, where somebody waits for text
-CHECKED = 8  # tokens between two looks for stop strings
-UNCHECKED = 32  # tokens after which the device reports, though no row may be done
+STREAMED = 4  # tokens between two reports of the device, when text is streamed
+CHECKED = 8  # tokens between two reports, when there are stop strings
+UNCHECKED = 32  # tokens between two reports otherwise
 
 
-# What stands in a row: the index of a request, and its text so far.
+# The state of a row: the index of its request, and the text so far.
 _Row = tuple[int, Detokenizer]
 
 
 class Engine:
-  """Holds a model ready for questions.
+  """Answers questions with one model.
 
-  `mesh` has the axes of `mesh.AXES`; rows go over data and fsdp, kernels as `sharding` says. Without
-  one it is the first device of this process. Processes that share a mesh call the same methods in
-  the same order: what process 0 asks is answered in all. Others have an engine each, for a part of
-  the requests.
+  `mesh` has the axes of `mesh.AXES`: rows are divided over data and fsdp, kernels as `sharding` says.
+  The default is the first device of this process. Processes that share a mesh must call the same methods
+  in the same order; all of them answer the requests of process 0. Processes without a common mesh have
+  one engine each, for a part of the requests.
   """
 
   def __init__(
@@ -59,7 +59,7 @@ class Engine:
     mesh: Mesh | None = None,
     layout: EngineLayout = ROUNDED,
   ):
-    """Raises: ValueError for a `batch_size` below 1."""
+    """Places the parameters. Raises: ValueError for a `batch_size` below 1."""
     if batch_size < 1:
       raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     config = pretrained.config
@@ -99,17 +99,17 @@ class Engine:
 
   @property
   def programs(self) -> Programs:
-    """The compiled programs, for what is asked of the same arrays besides answers."""
+    """The compiled programs, which also score answers and encode images with the same parameters."""
     return self._programs
 
   def load(self, pretrained: Pretrained) -> None:
-    """Answers with another state of the same model from now on; nothing is compiled anew."""
+    """Replaces the parameters by others of the same model, without compiling again."""
     self.pretrained = pretrained
     self._programs.load(pretrained.params)
     self.forget()
 
   def forget(self) -> None:
-    """Drops images and prefixes that were kept for the next questions about them."""
+    """Empties the caches of images and prefixes."""
     layout, programs, pictures = self._layout, self._programs, self._prompts.pictures
     pictures.forget()
     at_once = layout.tiles * programs.parts
@@ -119,9 +119,9 @@ class Engine:
     )
 
   def warm_up(self, requests: Iterable[Request]) -> None:
-    """Compiles what requests as long as these need, in groups of every size; answers nothing.
+    """Compiles the programs for requests as long as these, in groups of every size, without answers.
 
-    Afterwards answering such requests, in any order and number, compiles nothing.
+    Afterwards, answering such requests in any order and number compiles nothing.
     """
     kinds: dict[tuple[int, ...], Ready] = {}  # by what admitting them is compiled for
     shared: dict[tuple[int, ...], Shared] = {}  # and growing their prefixes
@@ -158,7 +158,7 @@ class Engine:
       self._programs.decode(self._state, np.zeros(self._rows, bool), 1, self._rows + 1)
 
   def answer(self, requests: Iterable[Request]) -> Generator[Answer, None, None]:
-    """Answers in the order of the requests. A request that cannot be answered has an `error`.
+    """Yields answers in the order of the requests. If there is none, its `error` says why.
 
     Raises: RuntimeError while another iterator of this engine is open, here and below.
     """
@@ -172,7 +172,7 @@ class Engine:
           following += 1
 
   def as_ready(self, requests: Iterable[Request]) -> Generator[tuple[int, Answer], None, None]:
-    """(index of the request, answer) as they are done; requests are taken as there is room."""
+    """Yields (request index, answer) as answers are done; takes requests when there is room."""
     every = CHECKED if self._generation.stop else UNCHECKED
     with self._running(requests) as schedule:
       for index, text in self._run(schedule, every):
@@ -180,7 +180,7 @@ class Engine:
           yield index, text.answer()
 
   def stream(self, request: Request) -> Iterator[str]:
-    """The text of one answer as it comes. Raises: ValueError where an answer would have an error."""
+    """Yields the text of one answer while it is decoded. Raises: ValueError if there is no answer."""
     said = ""
     with self._running([request]) as schedule:
       for _, text in self._run(schedule, STREAMED):
@@ -195,7 +195,7 @@ class Engine:
 
   @contextlib.contextmanager
   def _running(self, requests: Iterable[Request]) -> Iterator[Schedule]:
-    """The rows are one run's at a time. Raises: RuntimeError while another has them."""
+    """Reserves the rows for one run. Raises: RuntimeError while another run has them."""
     if self._busy:
       raise RuntimeError(
         "this engine is answering already: end or close that iterator first, or make a second engine"
@@ -210,7 +210,7 @@ class Engine:
       self._state, self._busy = None, False
 
   def _run(self, schedule: Schedule, every: int) -> Iterator[tuple[int, Detokenizer]]:
-    """Every row after every report of the device, with its text so far."""
+    """Yields every row with its text so far, after every report of the device."""
     rows: dict[int, _Row] = {}
     ended = np.zeros(self._rows, bool)
     while True:
@@ -237,7 +237,7 @@ class Engine:
   def _refill(
     self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
   ) -> Iterator[tuple[int, Detokenizer]]:
-    """Puts waiting requests into free rows, as groups of equal shape. Yields those with errors."""
+    """Admits waiting requests into free rows, in groups of equal shape; yields those with errors."""
     while len(rows) < self._rows:
       free = [i for i in range(self._rows) if i not in rows]
       group: list[Ready] = []
@@ -264,9 +264,9 @@ class Engine:
   def _admit_readable(
     self, group: list[Ready], rows: list[int]
   ) -> tuple[list[Ready], list[tuple[Ready, str]]]:
-    """Admits a group into the first of `rows`, but for questions whose picture is gone by now.
+    """Admits a group into the first of `rows`, except requests whose image can no longer be read.
 
-    Returns those admitted, and the others with the reason.
+    Returns: the admitted requests, and the others with the reason.
     """
     lost: list[tuple[Ready, str]] = []
     while group:
@@ -322,7 +322,7 @@ class Engine:
     self.counts.admitted += len(group)
 
   def _capacity(self, prompt: Prompt, length: int) -> int:
-    """S that a prompt needs whose last piece is padded to `length`."""
+    """Returns the capacity S that a prompt needs when its last piece is padded to `length`."""
     shared = self._prefixes.capacity(prompt.pieces[:-1])
     last = prompt.pieces[-1]
     needed = max(shared, last.start + max(length, len(last.tokens)))
@@ -339,7 +339,7 @@ class Engine:
 
 
 def _shape(engine: Engine, ready: Ready) -> tuple[int, int]:
-  """What the prompts of a group have in common."""
+  """Returns what all prompts of a group must have in common."""
   assert ready.prompt is not None
   *before, last = ready.prompt.pieces
   return engine._prefixes.capacity(before), len(last.tiles)

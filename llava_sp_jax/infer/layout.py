@@ -1,4 +1,4 @@
-"""Sizes of the engine's compiled programs and bounds of its caches."""
+"""Defines the sizes of the engine's compiled programs and the bounds of its caches."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineLayout:
-  """Sizes that compiled shapes are rounded up to, and bounds of memory and of looking ahead."""
+  """Holds the sizes that shapes are rounded up to, and the bounds of caches and of the queue."""
 
-  prefix: int = 8  # positions that are shared, a multiple of this
-  suffix: int = 16  # positions of a prompt's own, likewise
-  capacity: int = 64  # positions of a row of the cache, likewise
-  groups: int = 4  # sizes of groups that are prefilled together: 1, this, this squared .. B
-  window: int = 1024  # requests that are taken ahead and may be answered in another order
-  feature_bytes: int = 2 << 30  # of encoded images
-  prefix_bytes: int = 1 << 30  # of keys and values
-  tiles: int = 1  # of images at a time through the tower, for each part of the mesh's rows
-  share: bool = True  # False: every prompt is computed whole
+  prefix: int = 8  # shared positions of a prompt are padded to a multiple of this
+  suffix: int = 16  # the other positions of a prompt, likewise
+  capacity: int = 64  # positions in a row of the KV cache, likewise
+  groups: int = 4  # groups that are prefilled together have 1, this, this squared .. B rows
+  window: int = 1024  # requests that are read ahead and may be answered in another order
+  feature_bytes: int = 2 << 30  # bound of the feature cache
+  prefix_bytes: int = 1 << 30  # bound of the prefix cache
+  tiles: int = 1  # that the tower encodes at a time, for each data-parallel group
+  share: bool = True  # False: prompts share nothing
 
 
 ROUNDED = EngineLayout()

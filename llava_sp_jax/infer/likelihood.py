@@ -1,4 +1,4 @@
-"""How likely a continuation is behind a prompt, and whether greedy decoding would write it.
+"""Computes how likely a given answer is, and whether greedy decoding would write it.
 
 Shape letters:  B rows . T row length . K tokens of the longest continuation
 """
@@ -26,7 +26,7 @@ class Likelihood:
   """Computes log-probabilities of given answers; each (T, K, tiles) is compiled once."""
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 8, programs: Programs | None = None):
-    """`programs` are an engine's of the same model (default: ones of its own, on one device)."""
+    """Prepares a model; `programs` are those of its engine (default: new ones, on one device)."""
     self._tokenizer, self._batch_size = pretrained.tokenizer, batch_size
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
@@ -37,10 +37,10 @@ class Likelihood:
     )
 
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
-    """(sum of the continuation's log-probabilities, whether each token is the most likely one).
+    """Yields (sum of the log-probabilities of a continuation, whether greedy decoding writes it).
 
-    The continuation is tokenised as an answer of training is: behind the template's own blank, not
-    one of its own. The end of the answer is not part of it. In the order of the requests.
+    The continuation is tokenized as an answer is in training: after the blank of the template, without
+    a blank of its own. The end token is not part of it. Results come in the order of the requests.
 
     Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
     """
@@ -63,7 +63,7 @@ class Likelihood:
     return runs, pictures
 
   def _batch(self, chunk: list[Asked]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Arrays of always as many rows, and for each one asked the positions before its tokens."""
+    """Returns a full batch, and for each continuation the positions before its tokens."""
     tiles = max(1, max(sum(p.plan.tiles for p in pictures) for _, pictures in chunk))
     length = _up(max(_length(*asked) for asked in chunk), LENGTHS)
     rows = []

@@ -1,4 +1,4 @@
-"""The engine's compiled programs: a table by name and shapes, built ahead of time and counted.
+"""Compiles the engine's programs, each once for its shapes, and counts them.
 
 Shape letters:  B rows . G rows of a group . T new positions . P capacity of a prefix . M tiles
                 S capacity of a row . E tiles at a time
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Programs:
-  """What runs on the devices of one mesh. Each program is compiled at its first call or `prepare`."""
+  """Runs programs on the devices of one mesh. Each is compiled at its first call."""
 
   def __init__(
     self,
@@ -59,11 +59,11 @@ class Programs:
     self._key = jax.jit(lambda: jax.random.key(seed), out_shardings=self._whole)()
 
   def load(self, params: Any) -> None:
-    """Other values of the same parameters; what is compiled stays."""
+    """Replaces the values of the parameters; compiled programs stay."""
     self._params = self._place(params)
 
   def _place(self, params: Any) -> Any:
-    """Parameters layer by layer, on the devices where `sharding` says."""
+    """Unstacks the layers of the parameters, and places them as `sharding` says."""
     if not params:
       return params
     whole = sharding.shardings(params, self.mesh)
@@ -82,7 +82,7 @@ class Programs:
   # ---- the programs -------------------------------------------------------------------------------
 
   def state(self, rows: int, capacity: int) -> State:
-    """All rows free, with room for `capacity` positions each."""
+    """Returns a state in which all rows are free, with `capacity` positions each."""
     text = self._module.language_model
 
     def make() -> State:
@@ -100,7 +100,7 @@ class Programs:
     return self._run(("state", rows, capacity), make, (), out=self._state_places(rows))
 
   def widen(self, state: State, capacity: int) -> State:
-    """The same rows with room for more."""
+    """Returns the same rows with a larger capacity."""
     rows = len(state.rows.done)
     result: State = self._run(
       ("widen", rows, state.cache.capacity, capacity),
@@ -111,7 +111,7 @@ class Programs:
     return result
 
   def encode(self, tiles: np.ndarray) -> list[jax.Array]:
-    """[E, H, W, 3] -> E arrays [N, D]."""
+    """Encodes tiles into image tokens. [E, H, W, 3] -> E arrays [N, D]."""
 
     def run(params: Any, tiles: jax.Array) -> Any:
       found: Any = self._module.apply({"params": params}, tiles, method="encode_tiles")
@@ -120,7 +120,10 @@ class Programs:
     return self._run(("encode", len(tiles)), run, (self._params, self._put(tiles)), out=self._whole)
 
   def encode_image(self, tiles: np.ndarray) -> jax.Array:
-    """Encodes the tiles of one image, [M, H, W, 3] -> [M*N (+1), D]: what its slots index."""
+    """Encodes the tiles of one image into the tokens that its slots index.
+
+    [M, H, W, 3] -> [M*N (+1), D]; the last one is the newline token, if the model has one.
+    """
 
     def run(params: Any, tiles: jax.Array) -> Any:
       return self._module.apply({"params": params}, tiles[None], method="encode_image")[0]
@@ -130,7 +133,7 @@ class Programs:
     return result
 
   def score(self, batch: dict[str, np.ndarray], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores given tokens, see `log_probabilities.score`; arrays of the host."""
+    """Scores given tokens, see `log_probabilities.score`; returns arrays on the host."""
     run = functools.partial(log_probabilities.score, self._module, rule=self._strategy.rule)
     key = ("score", *batch["tokens"].shape, batch["images"].shape[1], at.shape[1])
     arguments = (self._params, {k: self._put(v) for k, v in batch.items()}, self._put(at))
@@ -157,7 +160,7 @@ class Programs:
   def decode(
     self, state: State, ended: np.ndarray, steps: int, until: int
   ) -> tuple[State, decode_lib.DecodeReport]:
-    """See `decode.decode`; the state is donated, the report of the host."""
+    """See `decode.decode`; the state is donated, the report is on the host."""
     run = functools.partial(decode_lib.decode, self._module, strategy=self._strategy)
     bounds = self._same(ended, np.int32(steps), np.int32(until))
     arguments = (self._params, state, self._key, *bounds)
@@ -176,7 +179,7 @@ class Programs:
     donate: tuple[int, ...] = (),
     out: Any = None,
   ) -> T:
-    """Runs the program of that name and those shapes; compiles it where there is none yet."""
+    """Runs the program of a name and shapes, which is compiled at the first call."""
     compiled = self._table.get(key)
     if compiled is None:
 
@@ -204,7 +207,7 @@ class Programs:
     return mesh_lib.put(array, self._rows if len(array) % self.parts == 0 else self._whole)
 
   def _same(self, *values: Any) -> tuple[Any, ...]:
-    """What every device gets; as it is where one process has them all."""
+    """Replicates values over all devices; a single process leaves that to the program."""
     return tuple(mesh_lib.put(x, self._whole) for x in values) if self.several else values
 
   def _state_places(self, rows: int) -> Any:
@@ -220,7 +223,7 @@ class Programs:
 
 
 def _on(params: Any, mesh: Mesh) -> bool:
-  """Whether all parameters are on the mesh's devices already, as while they are trained."""
+  """Returns whether all parameters are on the mesh's devices already, as in training."""
   devices = set(mesh.devices.flat)
   return all(
     isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(params)
@@ -228,6 +231,6 @@ def _on(params: Any, mesh: Mesh) -> bool:
 
 
 def _shapes(group: prefill.Group) -> tuple[str | int, ...]:
-  """G, T, P, M."""
+  """Returns the shape of a group: G, T, P, M."""
   capacity = group.prefixes[0].values.shape[2] if group.prefixes else 0
   return (*group.tokens.shape, capacity, len(group.tiles[0]) if group.tiles else 0)

@@ -1,4 +1,4 @@
-"""One model with one method for each thing that is asked of it: the class behind `llava_sp_jax.load`."""
+"""Defines the model that `llava_sp_jax.load` returns."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ Images = Sequence[ImageFile]
 
 
 class VisionLanguageModel:
-  """Answers questions about images, and says what it makes of them.
+  """Answers questions about images, scores given answers, and encodes images.
 
-  An image is a path, the bytes of a file, or a PIL image. `<image>` in a question stands for one of
-  its images; without it, images come before the question. Programs are compiled at the first call of
-  each kind, and `answer`, `answers` and `stream` share an engine: a call with another `generation`
-  than the last one's makes a new engine.
+  An image is a path, the bytes of a file, or a PIL image. Each `<image>` in a question stands for one of
+  its images; without any, the images come before the question. All methods share one engine. The first
+  call of each kind compiles its programs. A call with another `generation` than the last one makes a new
+  engine.
   """
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 16, mesh: Mesh | None = None):
-    """`batch_size` rows decode together; `mesh` has the axes data, fsdp, tensor (default: one device)."""
+    """Wraps a loaded model.
+
+    Args:
+      pretrained: config, parameters and tokenizer.
+      batch_size: rows that decode together.
+      mesh: devices with the axes data, fsdp, tensor (default: the first device).
+    """
     self._pretrained, self._batch_size, self._mesh = pretrained, batch_size, mesh
     self._reader = anyres.Reader(
       self.config.data, anyres.Tile(*build.tile_shape(self.config.model))
@@ -66,7 +72,10 @@ class VisionLanguageModel:
   def answers(
     self, requests: Iterable[Request], generation: Generation = DEFAULT
   ) -> Iterator[Answer]:
-    """Answers many questions in batches, in their order. An `Answer.error` says why there is none."""
+    """Answers many questions in batches; yields answers in the order of the requests.
+
+    If a request has no answer, `Answer.error` says why.
+    """
     return self.engine(generation).answer(requests)
 
   def stream(
@@ -77,13 +86,13 @@ class VisionLanguageModel:
     system: str | None = None,
     generation: Generation = DEFAULT,
   ) -> Iterator[str]:
-    """Yields parts of one answer as they are decoded. Raises: ValueError, as `answer`."""
+    """Yields parts of one answer while it is decoded. Raises: ValueError if there is no answer."""
     return self.engine(generation).stream(Request(question, tuple(images), system))
 
   def loglikelihood(
     self, question: str, continuation: str, images: Images = (), *, system: str | None = None
   ) -> tuple[float, bool]:
-    """Scores a given answer.
+    """Computes the log-probability of a given answer.
 
     Returns: the sum of the log-probabilities (natural logarithm) of the continuation's tokens, and
       whether greedy decoding chooses each of them.
@@ -107,14 +116,14 @@ class VisionLanguageModel:
     return tokens[np.where(slots == NEWLINE, len(tokens) - 1, slots)]
 
   def engine(self, generation: Generation = DEFAULT) -> Engine:
-    """The engine that answers with these settings; the last one is kept."""
+    """Returns an engine with these settings; the last one is kept."""
     if self._engine is None or self._engine.generation != generation:
       self._engine = self._likelihood = None  # their arrays are freed before others are made
       self._engine = Engine(self._pretrained, self._batch_size, generation, self._mesh)
     return self._engine
 
   def _any_engine(self) -> Engine:
-    """The engine that is there, whatever its settings: its arrays and programs are shared."""
+    """Returns the engine that was kept, whatever its settings."""
     return self._engine or self.engine()
 
 
@@ -126,7 +135,7 @@ def load(
   batch_size: int = 16,
   mesh: Mesh | None = None,
 ) -> VisionLanguageModel:
-  """Loads a model to ask.
+  """Loads a model for inference.
 
   Args:
     path: a run of `train`, a folder of any format that `llava-sp convert` reads, or a name of the
