@@ -194,7 +194,7 @@ class Prompts:
   """Makes prompts as the config of a model says; any thread may call it."""
 
   def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, share: bool = True):
-    """Prepares the template and the reader of images; `share` False makes prompts of one piece."""
+    """Prepares template and image reader; `share` False makes prompts of one piece."""
     self._template = conversation.TEMPLATES[config.data.template]
     self._tokenizer, self._share = tokenizer, share
     self.pictures = Pictures(
