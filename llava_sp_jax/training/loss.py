@@ -41,9 +41,11 @@ def sums(
   Args:
     head: maps (parameters, hidden) to logits.
     chunk: positions of a slice.
-    trainable, frozen: the parameters of the head by path.
+    trainable: the trainable parameters of the head by path.
+    frozen: its other parameters by path.
     hidden: [B, T, D].
-    targets, weights: [B, T].
+    targets: [B, T].
+    weights: [B, T].
     about_image: [B, T], 1 in samples with an image, else 0.
   """
   total, _, _ = _scan(
