@@ -49,6 +49,7 @@ def run(config: config_lib.Config, mesh: Mesh) -> tuple[list[float], Any]:
     for _ in range(STEPS):
       state, metrics = step(state, mesh_lib.put_batch(next(rows), mesh), rng)
       losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1, "a step compiles once"
   return losses, state
 
 
