@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +52,39 @@ def test_importing_it_imports_nothing_else() -> None:
 @pytest.mark.parametrize("name", llava.__all__)
 def test_every_public_name_is_there(name: str) -> None:
   assert getattr(llava, name).__doc__
+
+
+def signatures(name: str) -> dict[str, Any]:
+  """Functions of a public name: itself, or the class's own fields, constructor and public methods."""
+  value = getattr(llava, name)
+  if not inspect.isclass(value):
+    return {name: value}
+  found = {name: value}
+  for key, member in vars(value).items():
+    function = member.fget if isinstance(member, property) else member
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    own = inspect.isfunction(function) and function.__module__.startswith(llava.__name__)
+    if own and (not key.startswith("_") or key in ("__init__", "__call__")):
+      found[f"{name}.{key}"] = function
+  return found
+
+
+def types_within(hint: Any) -> Iterator[Any]:
+  """A type and the types it is made of: those of `dict[str, list[int]]` are itself, str, list, int."""
+  yield hint
+  for part in hint if isinstance(hint, list) else typing.get_args(hint):
+    yield from types_within(part)
+
+
+@pytest.mark.parametrize("name", llava.__all__)
+def test_public_signatures_have_types(name: str) -> None:
+  """No parameter, result or field without a type, or with `Any` somewhere in it."""
+  for place, value in signatures(name).items():
+    hints = typing.get_type_hints(value)
+    assert not [key for key, hint in hints.items() if Any in types_within(hint)], place
+    if inspect.isfunction(value):
+      named = [key for key in inspect.signature(value).parameters if key != "self"]
+      assert not {*named, "return"} - {*hints, *(["return"] * place.endswith("__init__"))}, place
 
 
 def test_the_readme_runs(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:

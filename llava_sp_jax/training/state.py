@@ -15,7 +15,7 @@ from llava_sp_jax.models import build
 from llava_sp_jax.models.quantize import is_quantized
 from llava_sp_jax.training import optimizer
 
-Flat = dict[str, Any]
+Flat = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
@@ -27,7 +27,7 @@ class TrainState(struct.PyTreeNode):
   step: jax.Array
   trainable: Flat
   frozen: Flat
-  opt_state: Any
+  opt_state: optax.OptState
 
 
 def check(config: config_lib.Config) -> None:

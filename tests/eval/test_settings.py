@@ -98,8 +98,8 @@ def test_a_folder_with_former_names_of_keys_goes_on(tiny_data: Path, tmp_path: P
   projector["row"] = projector.pop("variant")
   path.write_text(old := json.dumps(saved))
   after = run_lib.run(task, engine := Scripted(), tmp_path, limit=4)
-  assert after["model"] == before["model"]
-  assert after["asked"] == 4
+  assert after.model == before.model
+  assert after.asked == 4
   assert len(engine.asked) == 2
   assert path.read_text() == old
   projector["row"] = "both"
