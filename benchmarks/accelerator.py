@@ -5,9 +5,9 @@ Usage: python benchmarks/accelerator.py [--seconds 480] [--only rates,train] [--
 
 Runs on one GPU or TPU. Needs no network and no torch, and no weights but those of the checkpoint;
 others are random. Sections, in this order: rates, correct, train, decode, prefill, engine, flips,
-variants (docs/accelerator.md says what each measures). A part that fails reports why and does not stop
-the others; a part without time left is reported, too. OUT.json and its page OUT.md are complete after
-every line. --tiny runs everything on a CPU.
+variants (docs/accelerator.md says what each measures). A part that fails reports why and does not
+stop the others; a part without time left is reported, too. OUT.json and its page OUT.md are
+complete after every line. --tiny runs everything on a CPU.
 """
 
 from __future__ import annotations

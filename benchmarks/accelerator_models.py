@@ -107,7 +107,9 @@ def best(run: Callable[[], Any], times: int = 3) -> float:
 def config_of(
   size: Size, rows: int = 1, rank: int | None = None, dropout: float = 0.05, **model: Any
 ) -> Any:
-  """Makes a config to finetune `size` with adapters (or to answer, with rank 0), in bfloat16 by default."""
+  """Makes a config to finetune `size` with adapters (or to answer, with rank 0), in bfloat16 by
+  default.
+  """
   rank = size.rank if rank is None else rank
   values = {"dtype": "bfloat16", **model}
   return config_lib.from_dict(
@@ -166,7 +168,9 @@ def answering_params(config: Any, device_mesh: Any) -> Any:
 
 
 def train_state(config: Any, device_mesh: Any, values: Any = None) -> tuple[Any, Any, Any]:
-  """Returns state at step 0, its shardings, and the optimizer, of random leaves or `values` by path."""
+  """Returns state at step 0, its shardings, and the optimizer, of random leaves or `values` by
+  path.
+  """
   shapes = build.abstract(config.model)
   trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), shapes)
   tx = optimizer.build(config.optimizer, config.train.steps, list(trainable))

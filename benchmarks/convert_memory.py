@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/convert_memory.py [--size 13b] [--layers 6] [--out docs/results/conversion]
 
-Writes random bfloat16 weights in the original's merged layout (a LLaMA of the given size with
-fewer layers, the cropping projector with all its 763 M spatial weights, the CLIP-L tower). Then copies
-the files, converts them, and loads the decoder with transformers, each in its own process. Prints GB/s
-and the peak resident memory of each.
+Writes random bfloat16 weights in the original's merged layout (a LLaMA of the given size with fewer
+layers, the cropping projector with all its 763 M spatial weights, the CLIP-L tower). Then copies
+the files, converts them, and loads the decoder with transformers, each in its own process. Prints
+GB/s and the peak resident memory of each.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def weights(config: Any, folder: Path, like: Any = None) -> Any:
   """Makes random parameters as a `Pretrained`, and writes them to `folder` in torch's format.
 
   Tower and decoder are those of `like` if given; only the projector is written then. Rows of the
-  vocabulary that the tokenizer does not have are zeros, as in published models that are padded: torch
-  does not choose them then, and the engine never does.
+  vocabulary that the tokenizer does not have are zeros, as in published models that are padded:
+  torch does not choose them then, and the engine never does.
   """
   import numpy as np
   from flax.traverse_util import flatten_dict, unflatten_dict

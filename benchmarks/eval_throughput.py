@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/eval_throughput.py [--minutes 20] [--repeats 3] [--out docs/results/eval_throughput]
 
-Uses random weights of realistic shapes: a CLIP tower with a 24x24 grid and a decoder with the shape of
-SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`). Exits with code 1
-if the answers of the two sides differ, because their times are then not comparable.
+Uses random weights of realistic shapes: a CLIP tower with a 24x24 grid and a decoder with the shape
+of SmolLM2-135M. Answers have a fixed number of tokens. Needs torch (the extra `test`). Exits with
+code 1 if the answers of the two sides differ, because their times are then not comparable.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def limits() -> dict[str, float]:
 
 
 def work(config: Any, name: str, rows: int) -> tuple[float, float]:
-  """Returns GB to read and GFLOP of matmuls, of a decode step after PROMPT positions or of a prefill."""
+  """Returns GB to read and GFLOP of matmuls, of a decode step after PROMPT positions or of a
+  prefill.
+  """
   text = config.model.language_model
   width, inner = text.width, text.heads * text.head_dim
   layer = 2 * width * inner + 2 * width * text.kv_heads * text.head_dim + 3 * width * text.mlp_width
@@ -201,7 +203,8 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
 
 
 def first_tokens(benches: list[Bench], repeats: int) -> list[dict[str, Any]]:
-  """Measures time to the first token, tokens per second, and FLOPs of each variant, from a new image.
+  """Measures time to the first token, tokens per second, and FLOPs of each variant, from a new
+  image.
 
   All rows take turns, and each is compared with the first of its own turn: the machine's speed
   drifts by more than what they differ in.

@@ -1,12 +1,13 @@
-"""Measures images per second, from files to pixels, against Hugging Face's processor in a DataLoader.
+"""Measures images per second, from files to pixels, against Hugging Face's processor in a
+DataLoader.
 
 Usage: python benchmarks/image_loading.py [--images 192] [--workers 1 2] [--out docs/results/image_loading]
 
-JPEG files of 1024x768 are decoded, padded to a square, resized to 336 pixels and normalized. One side is
-the threads that read ahead for the engine and for training. The other is the original's way:
-`CLIPImageProcessor` (its PIL form) in as many worker processes of torch's DataLoader. Both are timed in
-turns from the first file to the last, without the start of the workers. The pixels must be equal to the
-last bit. Needs torch (the extra `test`).
+JPEG files of 1024x768 are decoded, padded to a square, resized to 336 pixels and normalized. One
+side is the threads that read ahead for the engine and for training. The other is the original's
+way: `CLIPImageProcessor` (its PIL form) in as many worker processes of torch's DataLoader. Both are
+timed in turns from the first file to the last, without the start of the workers. The pixels must be
+equal to the last bit. Needs torch (the extra `test`).
 """
 
 from __future__ import annotations

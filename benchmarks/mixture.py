@@ -1,10 +1,11 @@
 """Models the lengths of `llava_v1_5_mix665k.json` without the file.
 
 Counts come from the mixture's table in the LLaVA-1.5 paper (arXiv 2310.03744): 665K samples, of
-which 40,688 have no image. Text lengths are estimates: the v1 prompt (35 tokens), 8 tokens around each
-turn, and the paper's numbers of turns (all questions about a VQAv2 or GQA picture are one dialogue;
-ten regions of Visual Genome, boxes as digits; one caption with OCR words), as log-normals. An image
-is 576 patches and six spatial tokens. ShareGPT dialogues are cut at `row_length`, as in the paper.
+which 40,688 have no image. Text lengths are estimates: the v1 prompt (35 tokens), 8 tokens around
+each turn, and the paper's numbers of turns (all questions about a VQAv2 or GQA picture are one
+dialogue; ten regions of Visual Genome, boxes as digits; one caption with OCR words), as
+log-normals. An image is 576 patches and six spatial tokens. ShareGPT dialogues are cut at
+`row_length`, as in the paper.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/packing.py [--seconds 20] [--samples 32768] [--out docs/results/packing]
 
-Lengths follow a model of LLaVA's 665K mixture (benchmarks/mixture.py). The fill is that of the planner
-at full size, beside an upper bound of any packing (linear programming over whole rows). The speed is
-that of the package's train step on a small model, with all lengths divided by SHRINK: tokens per
-second without padding.
+Lengths follow a model of LLaVA's 665K mixture (benchmarks/mixture.py). The fill is that of the
+planner at full size, beside an upper bound of any packing (linear programming over whole rows). The
+speed is that of the package's train step on a small model, with all lengths divided by SHRINK:
+tokens per second without padding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ UNIT = 16  # tokens to which the bound rounds lengths down
 
 
 def bound(sizes: packing.Sizes, length: int, tiles: int) -> float:
-  """Computes a fill that no packing exceeds: Gilmore and Gomory's columns, Farley's bound, rounded sizes."""
+  """Computes a fill that no packing exceeds: Gilmore and Gomory's columns, Farley's bound, rounded
+  sizes.
+  """
   capacity = length // UNIT
   pairs = np.stack([np.maximum(sizes.lengths // UNIT, 1), sizes.tiles], 1)
   kinds, counts = np.unique(pairs, axis=0, return_counts=True)

@@ -1,9 +1,10 @@
 """Answers one question at a time with torch and transformers: the other side of eval_throughput.py.
 
 Runs as its own process, so that the thread pools of jax and torch do not compete. Reads JSON lines
-`{"do": name, ...}` from stdin and answers each with one. Works like the original's evaluation scripts:
-a DataLoader reads images ahead, and every question encodes its image and prefills its whole prompt.
-The projector is written from the paper (section 3) and computes what the package's does.
+`{"do": name, ...}` from stdin and answers each with one. Works like the original's evaluation
+scripts: a DataLoader reads images ahead, and every question encodes its image and prefills its
+whole prompt. The projector is written from the paper (section 3) and computes what the package's
+does.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class Model:
 
 
 class Questions(torch.utils.data.Dataset):
-  """Yields ids and pixels of each question; CLIP's processor makes the pixels from the padded image."""
+  """Yields ids and pixels of each question; CLIP's processor makes the pixels from the padded
+  image.
+  """
 
   def __init__(self, rows: list[dict[str, Any]], size: int):
     from transformers import CLIPImageProcessorPil
@@ -147,7 +150,9 @@ def answers(model: Model, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(model: Model, task: dict[str, Any]) -> dict[str, Any]:
-  """Returns the seconds of a greedy step of `batch` rows after `length` positions, without `generate`."""
+  """Returns the seconds of a greedy step of `batch` rows after `length` positions, without
+  `generate`.
+  """
   width = model.text.config.hidden_size
   embeds = torch.randn(task["batch"], task["length"], width) * 0.02
   found = model.text(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)

@@ -1,8 +1,8 @@
 """Defines the configuration: frozen, validated dataclasses.
 
-A recipe in `configs/` makes nested dictionaries, which `from_dict` turns into the classes below (see
-`overrides`). The same content is saved as JSON beside every checkpoint. `llava-sp train --help` prints
-the comment beside each field.
+A recipe in `configs/` makes nested dictionaries, which `from_dict` turns into the classes below
+(see `overrides`). The same content is saved as JSON beside every checkpoint. `llava-sp train
+--help` prints the comment beside each field.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """Sets the sizes of the vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`; image sizes in pixels."""
+  """Sets the sizes of the vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`;
+  image sizes in pixels.
+  """
 
   variant: str = "clip"  # architecture
   image_size: int = 336  # pixels of a side
@@ -292,12 +294,14 @@ def groups(cls: type[Any] = Config) -> Iterator[type[Any]]:
       yield from groups(typing.cast(type[Any], hint))
 
 
-# Where an option, a flag or a note stands for a key of any group: its former name and the present one.
+# Where an option, a flag or a note stands for a key of any group: its former name and the present
+# one.
 FORMER_NAMES = {old: new for group in groups() for old, new in former_names(group).items()}
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-  """Parses the options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of `defaults`.
+  """Parses the options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of
+  `defaults`.
 
   An option may have a former name, unless it is one of `defaults`.
   Raises: ConfigError for an unknown option or a value of the wrong type.

@@ -22,8 +22,8 @@ class ConfigError(LlavaSPError, ValueError):
   """Reports a configuration that cannot be used; the message names the key and what to do."""
 
 
-# Metadata of a field, or a group of fields, that may change when a run is resumed, because it changes
-# neither numbers nor files.
+# Metadata of a field, or a group of fields, that may change when a run is resumed, because it
+# changes neither numbers nor files.
 FREE = {"resume": "free"}
 
 
@@ -123,7 +123,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
-  """Returns a line for each value in which two configs differ; `but_free` leaves out fields of `free`."""
+  """Returns a line for each value in which two configs differ; `but_free` leaves out fields of
+  `free`.
+  """
   lines = []
   for field in dataclasses.fields(ours):
     if but_free and field.metadata.get("resume") == "free":
@@ -138,7 +140,10 @@ def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = F
 
 
 def lookup(key: str, name: str, table: Mapping[str, Row]) -> Row:
-  """Returns the row `name` of a table. Raises: ConfigError that names `key` and lists the known rows."""
+  """Returns the row `name` of a table.
+
+  Raises: ConfigError that names `key` and lists the known rows.
+  """
   if name not in table:
     raise ConfigError(f"{key}: unknown {name!r}; known: {', '.join(sorted(table))}")
   return table[name]

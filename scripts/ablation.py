@@ -2,11 +2,11 @@
 
 Usage: python scripts/ablation.py [--variants none pooling cropping@2+4+8 ..] [--seeds 5] [--scale 0.25]
 
-A variant is any variant of the projector; @ and sizes of views in patches replace its default views.
-Every variant is trained with the same seeds: the same initial tower and decoder, and the same samples
-in the same order. Skips runs that OUT.json holds for the current sources. Prints the cost before it
-starts; --dry-run prints only that. Writes OUT.json (a record for each run), OUT.md (means, intervals,
-differences to `none`) and OUT.png.
+A variant is any variant of the projector; @ and sizes of views in patches replace its default
+views. Every variant is trained with the same seeds: the same initial tower and decoder, and the
+same samples in the same order. Skips runs that OUT.json holds for the current sources. Prints the
+cost before it starts; --dry-run prints only that. Writes OUT.json (a record for each run), OUT.md
+(means, intervals, differences to `none`) and OUT.png.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def cost(todo: list[Job], out: Path, at_once: int) -> str:
 
 
 def summary(records: list[Record]) -> list[dict[str, Any]]:
-  """Returns a row for each variant: mean with its 95% interval, and the paired difference to BASELINE."""
+  """Returns a row for each variant: mean with its 95% interval, and the paired difference to
+  BASELINE.
+  """
   by_variant: dict[str, dict[int, float]] = {}
   for record in records:
     by_variant.setdefault(record["variant"], {})[record["seed"]] = 100 * record["accuracy"]

@@ -68,7 +68,9 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
 
 
 def child(options: argparse.Namespace, name: str) -> list[Any]:
-  """Returns the answers of one way; each part is a process, because jax counts devices at its start."""
+  """Returns the answers of one way; each part is a process, because jax counts devices at its
+  start.
+  """
   way = WAYS[name]
   parts = way.get("processes", 1)
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -4,9 +4,9 @@ Usage: python scripts/canary.py [--recipe smollm2] [--variants none pooling crop
 
 Trains each variant for some steps of both stages and answers some questions, like
 scripts/ablation.py and scripts/easy_vqa_smollm2.sh, but shorter. The hash covers all losses, as
-written, and all answers with their verdicts. `results.py --confirm` compares it with the hash that is
-stored beside a result. Equal hashes on the same kind of machine and with the same versions mean that
-sources that were renamed, moved or rewritten compute the same.
+written, and all answers with their verdicts. `results.py --confirm` compares it with the hash that
+is stored beside a result. Equal hashes on the same kind of machine and with the same versions mean
+that sources that were renamed, moved or rewritten compute the same.
 """
 
 from __future__ import annotations

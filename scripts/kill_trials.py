@@ -1,4 +1,5 @@
-"""Kills training, resumes it, and compares: python scripts/kill_trials.py --out docs/results/kill_trials
+"""Kills training, resumes it, and compares: python scripts/kill_trials.py --out
+docs/results/kill_trials
 
 Runs 20 trials on a tiny model and needs the extra `test`. Finished trials are stored, so the same
 command resumes.

@@ -1,9 +1,10 @@
-"""Changes one line of the package at a time and checks that tests notice: python scripts/mutations.py
+"""Changes one line of the package at a time and checks that tests notice: python
+scripts/mutations.py
 
-tests/mutations/<room>.toml lists the sites: a fragment of a file, its replacement, the test files that
-should notice, and the harm to a user. Each is applied to a copy of the working tree in a temporary
-folder, never to the checkout, and its test files run in the default tier. First all named test files
-must pass unchanged. Needs the extra `test`; all sites take about an hour.
+tests/mutations/<room>.toml lists the sites: a fragment of a file, its replacement, the test files
+that should notice, and the harm to a user. Each is applied to a copy of the working tree in a
+temporary folder, never to the checkout, and its test files run in the default tier. First all named
+test files must pass unchanged. Needs the extra `test`; all sites take about an hour.
 
   python scripts/mutations.py --list
   python scripts/mutations.py --only 'train/|alpha' --out docs/results/mutations
@@ -59,7 +60,9 @@ class SiteError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """One change: `old` occurs exactly once in `file` (below the package); `tests` are paths below tests/."""
+  """One change: `old` occurs exactly once in `file` (below the package); `tests` are paths below
+  tests/.
+  """
 
   room: str
   file: str
@@ -92,7 +95,9 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """The outcome of a site; `by` is the first test that failed, or another reason why it was noticed."""
+  """The outcome of a site; `by` is the first test that failed, or another reason why it was
+  noticed.
+  """
 
   room: str
   file: str
@@ -177,7 +182,8 @@ def judge(code: int, printed: str) -> tuple[str, str]:
 def attempt(site: Site, root: Path, stamp: float) -> Record:
   """Applies a site to the copy at `root`, runs its tests, and puts the file back.
 
-  `stamp` is the modification time that the file gets, so that no bytecode of another is taken for it.
+  `stamp` is the modification time that the file gets, so that no bytecode of another is taken for
+  it.
   """
   path, line, started = root / site.path, site.line(root), time.monotonic()
   text = path.read_text()

@@ -2,8 +2,8 @@
 
 Usage: python scripts/prepare_easy_vqa.py --out data/easy_vqa
 
-Writes into --out: images/{train,test}/*.png, captions.json (stage 1), train.json (stage 2), test.json
-(the questions of the test split), tokenizer/ (byte-level BPE trained on these texts).
+Writes into --out: images/{train,test}/*.png, captions.json (stage 1), train.json (stage 2),
+test.json (the questions of the test split), tokenizer/ (byte-level BPE trained on these texts).
 """
 
 from __future__ import annotations

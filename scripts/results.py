@@ -2,12 +2,13 @@
 
 Usage: python scripts/results.py [--make NAME] [--confirm NAME] [--check]
 
-Prints for each result of docs/results/results.toml whether it is current or older than its sources (and
-which of them changed), the commit and machine that made it, its command, and the cost of the command.
+Prints for each result of docs/results/results.toml whether it is current or older than its sources
+(and which of them changed), the commit and machine that made it, its command, and the cost of the
+command.
 --make runs the command of a result. --check exits with code 1 if a result is older and its row gives
-no reason. --confirm runs the short canary of a result (scripts/canary.py) instead of its command: if
-every bit equals that of the sources that made the result, the result is current again. For a result
-that is current it stores the canary.
+no reason. --confirm runs the short canary of a result (scripts/canary.py) instead of its command:
+if every bit equals that of the sources that made the result, the result is current again. For a
+result that is current it stores the canary.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def path_of(name: str) -> Path:
 
 
 def confirmed(name: str) -> dict[str, Any]:
-  """Returns the stamp of the last sources that were confirmed to compute the same; empty without one."""
+  """Returns the stamp of the last sources that were confirmed to compute the same; empty without
+  one.
+  """
   held = json.loads(path_of(name).read_text()) if path_of(name).is_file() else {}
   return held.get("confirmed", {}) if isinstance(held, dict) else {}
 

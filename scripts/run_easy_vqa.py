@@ -23,7 +23,8 @@ from typing import Any
 SOURCES = "sources.txt"  # holds the hash of the package that trained a run
 ATTEMPTS = "attempts.txt"  # holds the seconds of each unfinished attempt
 CONFIG = "configs/easy_vqa.py"
-# (least scale, least share of right answers) of the variant `pooling`, for any seed, as README promises.
+# (least scale, least share of right answers) of the variant `pooling`, for any seed, as README
+# promises.
 PROMISED = ((3.0, 0.99), (1.0, 0.90))
 
 

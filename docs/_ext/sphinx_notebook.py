@@ -49,7 +49,8 @@ def markdown(notebook: dict[str, Any]) -> Iterator[str]:
 class Notebook(SphinxDirective):
   """Shows the cells of the notebook whose path, from the page, is the argument.
 
-  Behind its title the notebook begins with a section: what stands before the first one would come last.
+  Behind its title the notebook begins with a section: what stands before the first one would come
+  last.
   """
 
   required_arguments = 1

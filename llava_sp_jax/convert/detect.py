@@ -25,8 +25,9 @@ def with_projector(
 ) -> config_lib.ModelConfig:
   """Returns `model` with the projector variant that has the names and shapes of the tensors.
 
-  The original's configs do not name the variant. Our own exports name its `scales`. Raises: FormatError when none fits (with what the nearest lacks), or when two do and
-  `wanted` does not decide.
+  The original's configs do not name the variant. Our own exports name its `scales`. Raises:
+  FormatError when none fits (with what the nearest lacks), or when two do and `wanted` does not
+  decide.
   """
   if wanted:
     config_lib.lookup("--variant", wanted, VARIANTS)

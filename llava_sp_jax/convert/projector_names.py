@@ -1,7 +1,9 @@
-"""Names torch <-> jax of a projector, derived from its variant's row of `models.projector.VARIANTS`.
+"""Names torch <-> jax of a projector, derived from its variant's row of
+`models.projector.VARIANTS`.
 
 The tables here hold the names that the original code chose. A view or an extractor that it does not
-have is named by its own parameters' paths, so that a variant from elsewhere can be exported and read.
+have is named by its own parameters' paths, so that a variant from elsewhere can be exported and
+read.
 
 Source: `llava/model/llava_arch.py` of the original code.
 """

@@ -1,8 +1,8 @@
 """Maps torch names to parameter paths and back: one table for each part of the model.
 
-A row is (torch name, parameter path, layout). `{layer}` becomes the leading axis of stacked layers; any
-other `{name:a|b}` stands for one of the listed words in both names. Tensors that may be dropped match
-IGNORED. `projector_names` makes the rows of a projector.
+A row is (torch name, parameter path, layout). `{layer}` becomes the leading axis of stacked layers;
+any other `{name:a|b}` stands for one of the listed words in both names. Tensors that may be dropped
+match IGNORED. `projector_names` makes the rows of a projector.
 
 Sources: Hugging Face LLaMA, Qwen2, CLIP and SigLIP, PEFT.
 """
@@ -98,7 +98,10 @@ class Match:
 
 
 def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
-  """Returns the match of a torch name, None if no row has it. Raises: ValueError when two have it."""
+  """Returns the match of a torch name, None if no row has it.
+
+  Raises: ValueError when two have it.
+  """
   found = []
   for row in rows:
     groups = re.fullmatch(_pattern(row.torch), name)

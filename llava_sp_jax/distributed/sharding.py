@@ -1,8 +1,8 @@
 """Maps parameter paths to logical axes, and logical axes to axes of the mesh.
 
 `PARAM_AXES` gives the logical axes of a parameter by its path; `models.spatial` gives those of an
-extractor's own parameters. "layers" is prepended for the stacked leaves of a scan. `RULES` maps logical
-axes to mesh axes. Activations use the same logical axes.
+extractor's own parameters. "layers" is prepended for the stacked leaves of a scan. `RULES` maps
+logical axes to mesh axes. Activations use the same logical axes.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # Rules for parameters of which every device along `fsdp` holds a copy.
 WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
 
-# How the frozen base is sharded (config.MeshConfig.base): rules by path, the first match wins. Copies
-# need more memory, but no gathers; the many small gathers of the tower are slow on many devices.
+# How the frozen base is sharded (config.MeshConfig.base): rules by path, the first match wins.
+# Copies need more memory, but no gathers; the many small gathers of the tower are slow on many
+# devices.
 PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
@@ -88,9 +89,9 @@ def activation_rules() -> tuple[tuple[str, Any], ...]:
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
   """Returns a NamedSharding for each leaf of a tree whose dictionaries repeat parameter paths.
 
-  The tree may hold parameters (nested or flat) or optimizer moments. Leaves that belong to no parameter
-  are replicated. A dimension that its mesh axes do not divide is not sharded. `base`, a row of PRESETS,
-  applies to leaves below a field `frozen`. Raises: ConfigError for an unknown row.
+  The tree may hold parameters (nested or flat) or optimizer moments. Leaves that belong to no
+  parameter are replicated. A dimension that its mesh axes do not divide is not sharded. `base`, a
+  row of PRESETS, applies to leaves below a field `frozen`. Raises: ConfigError for an unknown row.
   """
   preset = config_lib.lookup("mesh.base", base, PRESETS)
 

@@ -1,7 +1,8 @@
 """Answers requests by continuous batching over few compiled shapes.
 
-The rows of one static batch decode together. A row that is done takes the next request of the queue.
-Each image is encoded once, and what prompts share (system text and images) is prefilled once.
+The rows of one static batch decode together. A row that is done takes the next request of the
+queue. Each image is encoded once, and what prompts share (system text and images) is prefilled
+once.
 
 Shape letters:  B rows . G rows of a group . S capacity of a row
 """
@@ -45,10 +46,10 @@ _Row = tuple[int, Detokenizer]
 class Engine:
   """Answers questions with one model.
 
-  `mesh` has the axes of `mesh.AXES`: rows are divided over data and fsdp, kernels as `sharding` says.
-  The default is the first device of this process. Processes that share a mesh must call the same methods
-  in the same order; all of them answer the requests of process 0. Processes without a common mesh have
-  one engine each, for a part of the requests.
+  `mesh` has the axes of `mesh.AXES`: rows are divided over data and fsdp, kernels as `sharding`
+  says. The default is the first device of this process. Processes that share a mesh must call the
+  same methods in the same order; all of them answer the requests of process 0. Processes without a
+  common mesh have one engine each, for a part of the requests.
   """
 
   def __init__(
@@ -91,7 +92,7 @@ class Engine:
     self._widest = 0  # S of the widest state so far
     self._busy = False
 
-  # ---- what callers use ---------------------------------------------------------------------------
+  # ---- what callers use ----
 
   @property
   def generation(self) -> Generation:
@@ -119,7 +120,8 @@ class Engine:
     )
 
   def warm_up(self, requests: Iterable[Request]) -> None:
-    """Compiles the programs for requests as long as these, in groups of every size, without answers.
+    """Compiles the programs for requests as long as these, in groups of every size, without
+    answers.
 
     Afterwards, answering such requests in any order and number compiles nothing.
     """
@@ -180,7 +182,10 @@ class Engine:
           yield index, text.answer()
 
   def stream(self, request: Request) -> Iterator[str]:
-    """Yields the text of one answer while it is decoded. Raises: ValueError if there is no answer."""
+    """Yields the text of one answer while it is decoded.
+
+    Raises: ValueError if there is no answer.
+    """
     said = ""
     with self._running([request]) as schedule:
       for _, text in self._run(schedule, STREAMED):
@@ -191,7 +196,7 @@ class Engine:
           yield settled[len(said) :]
           said = settled
 
-  # ---- continuous batching ------------------------------------------------------------------------
+  # ---- continuous batching ----
 
   @contextlib.contextmanager
   def _running(self, requests: Iterable[Request]) -> Iterator[Schedule]:

@@ -39,8 +39,9 @@ class Likelihood:
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
     """Yields (sum of the log-probabilities of a continuation, whether greedy decoding writes it).
 
-    The continuation is tokenized as an answer is in training: after the blank of the template, without
-    a blank of its own. The end token is not part of it. Results come in the order of the requests.
+    The continuation is tokenized as an answer is in training: after the blank of the template,
+    without a blank of its own. The end token is not part of it. Results come in the order of the
+    requests.
 
     Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
     """

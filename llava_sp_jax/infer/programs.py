@@ -79,7 +79,7 @@ class Programs:
   def _of_layer(self, place: NamedSharding) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec(*place.spec[1:]))
 
-  # ---- the programs -------------------------------------------------------------------------------
+  # ---- the programs ----
 
   def state(self, rows: int, capacity: int) -> State:
     """Returns a state in which all rows are free, with `capacity` positions each."""
@@ -169,7 +169,7 @@ class Programs:
     state, report = self._run(key, run, arguments, (1,), out)
     return state, jax.device_get(report)
 
-  # ---- building and placing -----------------------------------------------------------------------
+  # ---- building and placing ----
 
   def _run(
     self,

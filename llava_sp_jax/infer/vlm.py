@@ -26,10 +26,10 @@ Images = Sequence[ImageFile]
 class VisionLanguageModel:
   """Answers questions about images, scores given answers, and encodes images.
 
-  An image is a path, the bytes of a file, or a PIL image. Each `<image>` in a question stands for one of
-  its images; without any, the images come before the question. All methods share one engine. The first
-  call of each kind compiles its programs. A call with another `generation` than the last one makes a new
-  engine.
+  An image is a path, the bytes of a file, or a PIL image. Each `<image>` in a question stands for
+  one of its images; without any, the images come before the question. All methods share one engine.
+  The first call of each kind compiles its programs. A call with another `generation` than the last
+  one makes a new engine.
   """
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 16, mesh: Mesh | None = None):

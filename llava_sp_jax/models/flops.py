@@ -1,10 +1,10 @@
 """Counts the FLOPs of a training step by formula, independent of the compiled program.
 
-A kernel of N parameters costs 2N FLOPs per token in the forward pass, 2N for the gradient of its input
-and 2N for its own gradient. So it costs 6N when it is trainable, 4N when it is frozen and gradients
-pass through it, and 2N in a frozen tower. Rematerialized work and padding do not count, as in the
-usual definition of MFU (Chowdhery et al. 2022, appendix B). Norms, rotary positions and softmax are
-left out.
+A kernel of N parameters costs 2N FLOPs per token in the forward pass, 2N for the gradient of its
+input and 2N for its own gradient. So it costs 6N when it is trainable, 4N when it is frozen and
+gradients pass through it, and 2N in a frozen tower. Rematerialized work and padding do not count,
+as in the usual definition of MFU (Chowdhery et al. 2022, appendix B). Norms, rotary positions and
+softmax are left out.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Sizes:
 
 
 # (regex, uses of the kernel per image, whether it reads the tower's features directly); the first
-# match wins. A kernel that reads a frozen tower's features has no gradient of its input. The kernels
-# of views are in `spatial.EXTRACTORS`.
+# match wins. A kernel that reads a frozen tower's features has no gradient of its input. The
+# kernels of views are in `spatial.EXTRACTORS`.
 _Uses = Callable[[_Sizes, re.Match[str]], float]
 PROJECTOR: tuple[tuple[str, _Uses, bool], ...] = (
   (r"projector/fc1/kernel", lambda s, m: s.patches, True),
@@ -134,7 +134,9 @@ def _image(
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
-  """Returns how often an image uses a projector's kernel, and whether it reads the tower's features."""
+  """Returns how often an image uses a projector's kernel, and whether it reads the tower's
+  features.
+  """
   for pattern, uses, reads_tower in PROJECTOR:
     if match := re.fullmatch(pattern, path):
       return uses(sizes, match), reads_tower

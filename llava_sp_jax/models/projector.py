@@ -124,8 +124,8 @@ def spatial_token_count(variant: str, grid: int, scales: Sequence[int] = ()) -> 
 class Projector(nn.Module):
   """Computes the image tokens of the language model: spatial tokens, then one token for each patch.
 
-  `scales` replaces the variant's own view sizes. With `newline` it also holds `image_newline` [D], the
-  token that ends a row of tile patches. `platform` is that of the devices ("": where jax runs).
+  `scales` replaces the variant's own view sizes. With `newline` it also holds `image_newline` [D],
+  the token that ends a row of tile patches. `platform` is that of the devices ("": where jax runs).
   """
 
   variant: str

@@ -1,9 +1,9 @@
 """Defines visual spatial tokens: views of the feature grid, extractors, and detail interaction.
 
-A spatial token is one view of the grid (a central crop or an adaptive average pool) that an extractor
-turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the whole view.
-With detail kernels, tokens also attend to a strided convolution of the grid (its Detail Feature
-Integrator). Which of these a variant has is a row of `projector.VARIANTS`.
+A spatial token is one view of the grid (a central crop or an adaptive average pool) that an
+extractor turns into one vector; the paper's Spatial Feature Extractor is a kernel that covers the
+whole view. With detail kernels, tokens also attend to a strided convolution of the grid (its Detail
+Feature Integrator). Which of these a variant has is a row of `projector.VARIANTS`.
 
 Shape letters:  B images . G grid side . s view side . C vision width . K token width . S tokens
                 P positions of a strided convolution
@@ -102,8 +102,8 @@ class Register(nn.Module):
 def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
   """Applies a kernel that covers the whole view: one contraction over rows, columns and channels.
 
-  The kernel is divided over all devices along the contraction. Views move to the kernel, and partial
-  sums move back.
+  The kernel is divided over all devices along the contraction. Views move to the kernel, and
+  partial sums move back.
   """
   dense = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=torch_uniform, name=name)
   flat = constrain(
@@ -120,7 +120,8 @@ def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> ja
 def _transformer_channels_first(
   view: jax.Array, width: int, dtype: jnp.dtype, name: str
 ) -> jax.Array:
-  """Reads a view as the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s vectors.
+  """Reads a view as the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s
+  vectors.
 
   Each vector then holds neighboring values of one or a few channels, instead of one position.
   """
@@ -131,8 +132,8 @@ def _register(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.A
   return Register(width, dtype, name=name)(view)
 
 
-# (regex of a parameter, its uses by one image of a view with so many positions, whether it reads the
-# vision tower's features directly); the first match wins.
+# (regex of a parameter, its uses by one image of a view with so many positions, whether it reads
+# the vision tower's features directly); the first match wins.
 Uses = tuple[tuple[str, Callable[[int], float], bool], ...]
 
 
@@ -165,7 +166,8 @@ _TRANSFORMER = Extractor(
 )
 
 EXTRACTORS: dict[str, Extractor] = {
-  # The kernels hold most of the trainable parameters: their long contraction axis takes every device.
+  # The kernels hold most of the trainable parameters: their long contraction axis takes every
+  # device.
   "conv": Extractor(
     _conv,
     uses=((r"kernel", lambda positions: 1, True),),

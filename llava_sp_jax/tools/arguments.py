@@ -57,7 +57,8 @@ class RecipeParser(Parser):
   ) -> tuple[config_lib.Config, dict[str, str]]:
     """Returns the recipe's config with the overrides, and the other options.
 
-    `check` is called with the options before the recipe runs. Raises: ConfigError, FileNotFoundError.
+    `check` is called with the options before the recipe runs. Raises: ConfigError,
+    FileNotFoundError.
     """
     known = [name for action in self._actions for name in action.option_strings]
     typed = [text.partition("=")[0] for text in argv if text.startswith("--config.")]

@@ -38,7 +38,10 @@ keys with their defaults, what they mean, and what they allow:
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, dict[str, str]]:
-  """The config with what was typed, and the other options. Raises: ConfigError, FileNotFoundError."""
+  """The config with what was typed, and the other options.
+
+  Raises: ConfigError, FileNotFoundError.
+  """
   optional = dict.fromkeys((*OPTIONS, *PROCESS_FLAGS), "")
   return arguments.RecipeParser("train", ("workdir",), optional).read(argv)
 

@@ -41,7 +41,8 @@ def part_of(path: str) -> str:
 def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
   """Returns 1 at the positions of samples with an image, 0 at all others. [B, T] float32.
 
-  The positions of a sample are contiguous, so running counts at its first and last position suffice.
+  The positions of a sample are contiguous, so running counts at its first and last position
+  suffice.
   """
   sample, image = batch["segments"] // BRANCHES, (batch["slots"] >= 0).astype(jnp.int32)
   seen = jnp.cumsum(image, axis=1)
@@ -74,9 +75,9 @@ def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
 def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Computes the metrics of a step from its sums and its gradients before clipping.
 
-  All are float32 scalars except `grad_squares` [P], the sum of squares of each gradient, in the order
-  of sorted paths. `loss_text` and `loss_image` are means over the tokens of samples without and with
-  an image; a mean without tokens is 0.
+  All are float32 scalars except `grad_squares` [P], the sum of squares of each gradient, in the
+  order of sorted paths. `loss_text` and `loss_image` are means over the tokens of samples without
+  and with an image; a mean without tokens is 0.
   """
   squares = jnp.stack([jnp.sum(jnp.square(grads[p].astype(jnp.float32))) for p in sorted(grads)])
   squares = nn.with_logical_constraint(squares, (None,))  # whole on every process, to be read
