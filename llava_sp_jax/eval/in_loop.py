@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.eval import run
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.pretrained import Pretrained, as_computed
+from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.results import predictions, tables
 from llava_sp_jax.results.predictions import Record
 from llava_sp_jax.tasks import catalog
@@ -55,7 +55,7 @@ class InLoop:
     return number % self._settings.every == 0 or number == self._config.train.steps
 
   def __call__(
-    self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
+    self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
     """Evaluates the parameters of a step, and writes answers and page to `evaluate/step-NUMBER`.
 

@@ -17,6 +17,7 @@ from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.models.quantize import NONE, is_quantized
 
 
@@ -25,7 +26,7 @@ class Pretrained:
   """Holds a trained model for inference."""
 
   config: config_lib.Config
-  params: Any  # nested arrays, on the host or a device, in the model's dtype or quantized
+  params: Params  # on the host or a device, in the model's dtype or quantized
   tokenizer: Tokenizer
   step: int = 0
   fingerprint: str = ""  # of the frozen base
@@ -96,11 +97,12 @@ def _params(config: config_lib.Config, leaves: Leaves) -> Any:
   return unflatten_dict(params, sep="/")
 
 
-def as_computed(config: config_lib.Config, params: Any) -> Any:
+def as_computed(config: config_lib.Config, params: Params) -> Params:
   """Casts the nested parameters of a train state to the dtype that the model computes in."""
   dtype = jnp.dtype(config.model.dtype)
   flat = {
     path: leaf if is_quantized(path) else leaf.astype(dtype)
     for path, leaf in flatten_dict(params, sep="/").items()
   }
-  return unflatten_dict(flat, sep="/")
+  result: Params = unflatten_dict(flat, sep="/")
+  return result

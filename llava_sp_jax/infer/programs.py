@@ -26,6 +26,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import State
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.parameters import Params
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Programs:
   def __init__(
     self,
     config: config_lib.Config,
-    params: Any,
+    params: Params,
     strategy: decode_lib.Strategy,
     seed: int,
     mesh: Mesh | None,
@@ -58,11 +59,11 @@ class Programs:
     self._params = self._place(params)
     self._key = jax.jit(lambda: jax.random.key(seed), out_shardings=self._whole)()
 
-  def load(self, params: Any) -> None:
+  def load(self, params: Params) -> None:
     """Replaces the values of the parameters; compiled programs stay."""
     self._params = self._place(params)
 
-  def _place(self, params: Any) -> Any:
+  def _place(self, params: Params) -> Any:
     """Unstacks the layers of the parameters, and places them as `sharding` says."""
     if not params:
       return params

@@ -57,7 +57,7 @@ class BenchmarkScores:
   headline: float | None  # None if a server scores, or nothing could be scored
   metric: str  # what the headline measures, or why it is None
   by_kind: Mapping[str, Mapping[str, float]]  # "all" and each kind: figures, `items` and `asked`
-  figures: Mapping[str, Any]  # other results of the protocol, e.g. `unjudged`
+  figures: Mapping[str, object]  # other results of the protocol, e.g. `unjudged`
   interval: Interval | None  # of the mean score of the answers; None without two images
   asked: int  # questions that were asked
   answered: int  # questions with an answer

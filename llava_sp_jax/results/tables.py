@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from llava_sp_jax import console
 from llava_sp_jax.results.compare import Compared
@@ -57,7 +58,7 @@ def coverage(scores: BenchmarkScores) -> str:
 
 def _failed(scores: BenchmarkScores) -> str:
   """Returns the first failure of a judge, or ""."""
-  reviews = scores.figures.get("reviews", ())
+  reviews: Any = scores.figures.get("reviews", ())  # a list of objects, of the task's own keys
   first = next((review for review in reviews if review["error"]), None)
   return f", first at {first['id']} ({first['error']:.300})" if first else ""
 

@@ -21,6 +21,7 @@ from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.models import build
+from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.training import (
   guard,
   ledger,
@@ -59,7 +60,7 @@ class Evaluator(Protocol):
     ...
 
   def __call__(
-    self, number: int, params: Any, fingerprint: str, going: Callable[[], bool]
+    self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
     """Returns the metrics of step `number`; `params` are nested.
 

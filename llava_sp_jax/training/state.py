@@ -27,7 +27,7 @@ class TrainState(struct.PyTreeNode):
   step: jax.Array
   trainable: Flat
   frozen: Flat
-  opt_state: optax.OptState
+  opt_state: Any  # of the optimizer's own kind
 
 
 def check(config: config_lib.Config) -> None:

@@ -1,0 +1,12 @@
+"""Defines the type of a model's parameters: names of modules, nested, with arrays as leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias, Union
+
+import jax
+import numpy as np
+
+# Where its name is imported, `typing.get_type_hints` resolves the alias within itself.
+Params: TypeAlias = Mapping[str, Union["Params", jax.Array, np.ndarray]]
