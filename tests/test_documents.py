@@ -23,7 +23,7 @@ from llava_sp_jax.plan import topologies
 from llava_sp_jax.results import predictions
 from llava_sp_jax.tasks.catalog import TASKS
 from llava_sp_jax.tools import arguments as arguments_lib
-from llava_sp_jax.tools import check, evaluate, plan
+from llava_sp_jax.tools import benchmark_options, check, evaluate, plan
 from llava_sp_jax.tools import train as train_tool
 from tests import documents
 from tests.conftest import REPOSITORY
@@ -107,7 +107,7 @@ def eval_(words: list[str], partial: bool) -> None:
   for task in names:
     config_lib.lookup("--task", task, TASKS)
     if options.data:
-      evaluate._data(task, names, options.data)
+      benchmark_options.data_of(task, names, options.data)
   if options.part:
     predictions.parse_part(options.part)
 

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from jax._src import distributed  # as Orbax does: nothing public reads the serv
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import console, environment
+from llava_sp_jax import environment
 from llava_sp_jax.errors import LlavaSPError
 
 BARRIER_SECONDS = 3600
@@ -35,7 +34,6 @@ FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
 # Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM, and ours.
 NOTICE, ABORTED = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/aborted"
-
 Environment = Mapping[str, str]
 Result = TypeVar("Result")
 
@@ -296,66 +294,3 @@ def _full(error: BaseException) -> bool:
   Errors of connections are OSErrors, too, but say less about the cause.
   """
   return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
-  """Exits this process when it fails or stalls, so that the others do not wait forever.
-
-  JAX ends the survivors of a process that *died* (`peer_seconds`). The watchdog handles the other
-  two cases: an error in one process, whose exit would wait for all others, and a step that never
-  ends although all processes are alive. Both exit with a message and status 1. When one process has
-  aborted (`abort`), all others follow. A single process raises its errors as usual.
-  """
-
-  def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
-    self._stall, self._leave, self._step = stall_seconds, leave, 0
-    self._last: float | None = None
-    self._done = threading.Event()
-
-  def __enter__(self) -> Watchdog:
-    if self._stall > 0 or jax.process_count() > 1:
-      threading.Thread(target=self._poll, name="watchdog", daemon=True).start()
-    return self
-
-  def beat(self, step: int) -> None:
-    """Notes that step `step` is done; the clock starts with the first, because it compiles."""
-    self._step, self._last = step, time.monotonic()
-
-  def _poll(self) -> None:
-    while not self._done.wait(min(self._stall / 4 or POLL_SECONDS, POLL_SECONDS)):
-      self._follow()
-      if not self._stall:
-        continue
-      idle = 0.0 if self._last is None else time.monotonic() - self._last
-      if idle > self._stall:
-        self._end(f"no step since step {self._step}, {idle:.0f} s ago (train.stall_seconds)")
-
-  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    self._done.set()
-    if error is None or jax.process_count() == 1:
-      return
-    self._follow()  # the message of an abort says more than a broken connection
-    if isinstance(error, KeyboardInterrupt):
-      self._end("interrupted")
-      return
-    if type(error).__module__.startswith("llava_sp_jax") or _full(error):
-      self._end(f"{type(error).__name__}: {console.error_line(error)}")
-      return
-    traceback.print_exception(error)
-    self._end(
-      f"failed after step {self._step} (above). If the error names a connection, another process "
-      "died: see what that one printed. Started again, all resume from the last checkpoint"
-    )
-
-  def _follow(self) -> None:
-    """Exits with the status of another process that has aborted the run."""
-    if said := _said(ABORTED):
-      code, process, what = said.split(" ", 2)
-      if int(process) != jax.process_index():
-        self._end(what, int(code))
-
-  def _end(self, what: str, code: int = 1) -> None:
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    self._leave(code)

@@ -12,7 +12,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits
 from llava_sp_jax.convert import places
 from llava_sp_jax.data.tokenizer import Tokenizer
-from llava_sp_jax.eval import run
+from llava_sp_jax.eval import identity, run
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.pretrained import Pretrained, as_computed
 from llava_sp_jax.models.parameters import Params
@@ -80,7 +80,7 @@ class InLoop:
       )
     else:
       self._engine.load(loaded)
-    model = run.ModelIdentity.of(loaded, str(self._folder.parent))
+    model = identity.ModelIdentity.of(loaded, str(self._folder.parent))
     if jax.process_index() == 0:
       return self._scored(self._engine, number, model, going)
     for _ in self._engine.as_ready(()):
@@ -88,7 +88,7 @@ class InLoop:
     return {}
 
   def _scored(
-    self, engine: Engine, number: int, model: run.ModelIdentity, going: Callable[[], bool]
+    self, engine: Engine, number: int, model: identity.ModelIdentity, going: Callable[[], bool]
   ) -> dict[str, float]:
     out = self._folder / f"step-{number}"
     shutil.rmtree(out, ignore_errors=True)  # left by a step that a resumed run repeats

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 
-from llava_sp_jax import __version__
-from llava_sp_jax.checkpoints import fingerprints
+from llava_sp_jax.eval import identity
 from llava_sp_jax.infer.engine import Answer, Engine, Request
-from llava_sp_jax.infer.pretrained import Pretrained
 from llava_sp_jax.progress import Progress
 from llava_sp_jax.results import compare as compare_lib
 from llava_sp_jax.results import interval, page, predictions
@@ -27,14 +24,6 @@ from llava_sp_jax.results.scores import BenchmarkScores, Unscored
 from llava_sp_jax.tasks.task import EvalError, Item, Scores, Task
 
 SUBMISSION = "submission"  # the folder of files for an official server
-
-# Fields of `config.data` that decide how a question and its images are preprocessed.
-INPUTS = (
-  "template", "image_aspect", "image_fit", "image_resample", "grid_pinpoints", "patch_merge",
-  "image_mean", "image_std",
-)  # fmt: skip
-# Fields of `config.model` that do not change answers: they change the speed, or concern training.
-NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,54 +35,12 @@ class Unfinished:
   missing: int  # questions that other parts have to ask
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelIdentity:
-  """Identifies the model that answered: its folder, step, fingerprints and settings."""
-
-  checkpoint: str  # folder
-  step: int
-  base: str  # fingerprint of the frozen base, as stored in the run
-  loaded: str  # fingerprint of all parameters as they compute: frozen and trained
-  # The settings that answers depend on, as `reads` returns them.
-  reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  @classmethod
-  def of(cls, pretrained: Pretrained, folder: str = "") -> ModelIdentity:
-    """Identifies a loaded model; computes the fingerprint of its parameters."""
-    with jax.default_device(_host()):  # stacked layers may not fit on the device beside the model
-      loaded = fingerprints.fingerprint(flatten_dict(pretrained.params, sep="/"))
-    return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
-
-
-def reads(pretrained: Pretrained) -> dict[str, Any]:
-  """Returns the settings that answers depend on, as values for JSON.
-
-  `inputs` has template, tokenizer and preprocessing of images; `model` has sizes and dtype.
-  """
-  config, model = pretrained.config, dataclasses.asdict(pretrained.config.model)
-  return {
-    "inputs": {
-      **{name: getattr(config.data, name) for name in INPUTS},
-      "tokenizer": pretrained.tokenizer.fingerprint()[:16],
-    },
-    "model": {name: value for name, value in model.items() if name not in NO_MATTER},
-  }
-
-
-def _host() -> Any:
-  """Returns the CPU as a device, or None if JAX was told not to use it."""
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:
-    return None
-
-
 def run(
   task: Task,
   engine: Engine,
   out: str | Path,
   limit: int = 0,
-  model: ModelIdentity | None = None,
+  model: identity.ModelIdentity | None = None,
   part: Part | None = None,
   retry: bool = False,
   compare: str | Path = "",
@@ -121,7 +68,7 @@ def run(
     `check`.
   """
   if compare:
-    compare_lib.check(asked(task), Path(compare))
+    compare_lib.check(identity.asked(task), Path(compare))
   unfinished = ask(task, engine, out, limit, model, part, retry, each)
   return unfinished or finish(task, out, limit, compare)
 
@@ -131,7 +78,7 @@ def ask(
   engine: Engine,
   out: str | Path,
   limit: int = 0,
-  model: ModelIdentity | None = None,
+  model: identity.ModelIdentity | None = None,
   part: Part | None = None,
   retry: bool = False,
   each: Callable[[Record], None] | None = None,
@@ -146,9 +93,9 @@ def ask(
   check(task)
   folder = Path(out)
   part = part or Part(jax.process_index(), jax.process_count())
-  model = model or ModelIdentity.of(engine.pretrained)
+  model = model or identity.ModelIdentity.of(engine.pretrained)
   about = {"checkpoint": model.checkpoint, "step": model.step}
-  predictions.check_settings(folder, settings(task, engine, model), about)
+  predictions.check_settings(folder, identity.settings(task, engine, model), about)
   items = questions(task)[: limit or None]
   places = {item.id: place for place, item in enumerate(items)}
   found = predictions.read(folder)
@@ -181,7 +128,7 @@ def check(task: Task, compare: str | Path = "") -> None:
   Raises: EvalError for a `compare` that is not a result on this data, or a package that is missing.
   """
   if compare:
-    compare_lib.check(asked(task), Path(compare))
+    compare_lib.check(identity.asked(task), Path(compare))
   try:
     getattr(task, "check_submission", lambda: None)()  # an optional member
   except ModuleNotFoundError as error:
@@ -200,26 +147,6 @@ def questions(task: Task) -> list[Item]:
       f"{', '.join(odd[:3])}; an answer is found by its item's id"
     )
   return items
-
-
-def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]:
-  """Returns all settings that answers depend on; not the batch size, mesh and number of hosts."""
-  return {
-    **asked(task),
-    "fingerprint": {"base": model.base, "loaded": model.loaded},
-    **model.reads,
-    "generation": dataclasses.asdict(engine.generation),
-    "version": __version__,
-  }
-
-
-def asked(task: Task) -> dict[str, str]:
-  """Returns the name, protocol and data hash of a task.
-
-  Leaves the judge out of the protocol: it does not change answers, and may be given later.
-  """
-  rule = task.protocol.partition("; judge ")[0].removesuffix("; no judge")
-  return {"task": task.name, "protocol": rule, "data_hash": task.data_hash()}
 
 
 def counts(engine: Engine) -> dict[str, int]:
@@ -334,7 +261,9 @@ def _without_empty_headline(result: Scores) -> Scores:
 
 def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
   lines = [
-    f"{k}: {v!r} here, {there.get(k)!r} there" for k, v in asked(task).items() if v != there.get(k)
+    f"{k}: {v!r} here, {there.get(k)!r} there"
+    for k, v in identity.asked(task).items()
+    if v != there.get(k)
   ]
   if lines:
     raise EvalError(f"{folder} holds answers to another task: " + "; ".join(lines))

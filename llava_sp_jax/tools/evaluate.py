@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import console
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tools import arguments
+from llava_sp_jax.tools.benchmark_options import names_of, out_of, tasks_of
 from llava_sp_jax.tools.convert import source_options, to_options
 from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
@@ -119,13 +120,14 @@ def main(argv: list[str]) -> int:
     tables.draw("", *tables.listed())
     return 0
   from llava_sp_jax.distributed import processes
+  from llava_sp_jax.distributed.watchdog import Watchdog
 
   _check_counts(options)
 
   flags = {name: text for name in processes.FLAGS if (text := getattr(options, name))}
   processes.start(flags)
-  with processes.Watchdog(0):
-    tasks = _tasks(_names(options), options)
+  with Watchdog(0):
+    tasks = tasks_of(names_of(options), options)
     found = _merge(tasks, options) if options.merge else _evaluate(tasks, options)
     # A process that exits aborts the others, whose questions may take hours longer.
     processes.barrier("answers are written", processes.WITHOUT_LIMIT)
@@ -160,109 +162,6 @@ def _check_counts(options: argparse.Namespace) -> None:
     raise ConfigError("; ".join(problems))
 
 
-def _names(options: argparse.Namespace) -> list[str]:
-  """Returns the names of --task. Raises: ConfigError when there are none."""
-  from llava_sp_jax.config import ConfigError
-
-  given = options.task or ["easy_vqa"]
-  if names := [name for text in given for name in text.split(",") if name]:
-    return names
-  raise ConfigError(f"--task: expected a benchmark, found {','.join(given)!r}; see --list")
-
-
-def _tasks(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-  """Returns {name: task}; runs before a model is loaded. Raises: ConfigError, FileNotFoundError."""
-  from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.tasks import catalog
-
-  classes = [catalog.find("--task", name) for name in dict.fromkeys(names)]
-  found = {make.name: make for make in classes}
-  if len(found) < len(classes):
-    raise ConfigError(f"--task {','.join(names)}: two of them are named alike")
-  return {name: _task(name, make, list(found), options) for name, make in found.items()}
-
-
-def _task(name: str, make: Any, names: Sequence[str], options: argparse.Namespace) -> Any:
-  """Makes a task with the options of the command; `names` are those of all tasks."""
-  texts = dict(_pair(text, "--option") for text in options.option)
-  if options.protocol:
-    texts["protocol"] = options.protocol
-  given = _options(name, make, texts)
-  if options.judge_url and "judge" in _takes(make):
-    given["judge"] = _judge(options)
-    given["reviews"] = f"{_out(name, names, options)}/reviews.jsonl"
-  return make(_data(name, names, options.data), **given)
-
-
-def _takes(make: Any) -> Sequence[str]:
-  """Returns the options that a task's class takes besides its data."""
-  return tuple(getattr(make, "options", ()))
-
-
-def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
-  """Parses the values of options to the types of a task's defaults.
-
-  Options without a default (e.g. a judge) are not accepted here, and have flags of their own.
-
-  Raises: ConfigError for unknown options, and values of another type.
-  """
-  import inspect
-
-  from llava_sp_jax.config import ConfigError, parse
-
-  defaults = {
-    k: p.default
-    for k, p in inspect.signature(make).parameters.items()
-    if k in _takes(make) and p.default is not None
-  }
-  if unknown := [key for key in texts if key not in defaults]:
-    has = f"it has {', '.join(defaults)}" if defaults else "it has none"
-    judge = "; a judge is given with --judge-url" if {"judge", "reviews"} & set(unknown) else ""
-    raise ConfigError(f"--task {name}: no option {', '.join(unknown)}; {has}{judge}")
-  given = {}
-  for key, text in texts.items():
-    try:
-      given[key] = parse(text, defaults[key])
-    except (ValueError, KeyError):
-      expected = {bool: "true or false"}.get(type(defaults[key]), type(defaults[key]).__name__)
-      raise ConfigError(f"--option {key}: expected {expected}, found {text!r}") from None
-  return given
-
-
-def _data(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
-  """Returns the data folder of a task: of TASK=FOLDER, or the one that is given for all tasks.
-
-  Raises: ConfigError when there is none.
-  """
-  pairs = [
-    (task, folder)
-    for task, equals, folder in (text.partition("=") for text in texts)
-    if equals and task in names
-  ]
-  own = dict(pairs)
-  common = [text for text in texts if text.partition("=")[0] not in own]
-  if name not in own and not common:
-    from llava_sp_jax.config import ConfigError
-
-    raise ConfigError(f"--task {name}: no data for it; give --data {name}=FOLDER")
-  return own.get(name) or common[-1]
-
-
-def _pair(text: str, flag: str) -> tuple[str, str]:
-  key, equals, value = text.partition("=")
-  if not equals:
-    from llava_sp_jax.config import ConfigError
-
-    raise ConfigError(f"{flag}: expected KEY=VALUE, found {text!r}")
-  return key, value
-
-
-def _out(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
-  if not options.out:
-    return f"{options.checkpoint}/eval-{name}"
-  return options.out if len(tasks) == 1 else f"{options.out}/{name}"
-
-
 def _compare(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
   several = options.compare and len(tasks) > 1
   return f"{options.compare}/{name}" if several else options.compare
@@ -278,7 +177,7 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Benc
     raise ConfigError("--merge: give --out, the folder that the parts wrote to")
   found = {}
   for name, task in tasks.items():
-    out = _out(name, tasks, options)
+    out = out_of(name, tasks, options)
     found[name] = run.finish(task, out, options.limit, _compare(name, tasks, options))
     tables.show(found[name])
     _written(out)
@@ -292,7 +191,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, B
 
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.distributed import mesh
-  from llava_sp_jax.eval import run
+  from llava_sp_jax.eval import identity, run
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
   from llava_sp_jax.results import predictions, tables
@@ -302,20 +201,20 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, B
   part = predictions.parse_part(options.part) if options.part else None
   for name, task in tasks.items():  # raises before a model is loaded
     run.check(task, _compare(name, tasks, options))
-    predictions.check_folder(Path(_out(name, tasks, options)))
+    predictions.check_folder(Path(out_of(name, tasks, options)))
     run.questions(task)
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
-  model = run.ModelIdentity.of(loaded, options.checkpoint)
+  model = identity.ModelIdentity.of(loaded, options.checkpoint)
   done: dict[str, BenchmarkScores] = {}
   engine: Engine | None = None  # shared by tasks of equal settings: each holds the parameters
   for name, task in sorted(tasks.items(), key=lambda pair: str(generations[pair[0]])):
     if engine is None or engine.generation != generations[name]:
       engine = None
       engine = Engine(loaded, options.batch_size, generations[name], devices)
-    out = _out(name, tasks, options)
+    out = out_of(name, tasks, options)
     scores = run.run(
       task,
       engine,
@@ -367,16 +266,6 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
   except ValueError as error:
     setting, found = str(error).split(":", 1)
     raise ConfigError(f"--{setting.replace('_', '-')}:{found}") from None
-
-
-def _judge(options: argparse.Namespace) -> Any:
-  """Makes the judge. Raises: ConfigError without a model; JudgeError when its key is not set."""
-  from llava_sp_jax.config import ConfigError
-  from llava_sp_jax.tasks import judge
-
-  if not options.judge_model:
-    raise ConfigError("--judge-url without --judge-model; name the model as that server does")
-  return judge.Endpoint(options.judge_url, options.judge_model, options.judge_key_env)
 
 
 def _written(out: str) -> None:

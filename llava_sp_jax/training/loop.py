@@ -20,6 +20,7 @@ from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
+from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
 from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.training import (
@@ -91,7 +92,7 @@ def train(
       "evaluate.every: nothing to evaluate with; train(..., evaluator=eval.in_loop.InLoop(...))"
     )
   processes.start(peer_seconds=config.train.peer_seconds)
-  with processes.Watchdog(config.train.stall_seconds) as watchdog, contextlib.ExitStack() as held:
+  with Watchdog(config.train.stall_seconds) as watchdog, contextlib.ExitStack() as held:
     lock = locks.Lock(Path(workdir), "llava-sp train")
 
     def begin() -> None:
@@ -117,7 +118,7 @@ class _Run:
   evaluator: Evaluator | None
   profiler: trace.Profiler
   book: ledger.Ledger
-  watchdog: processes.Watchdog
+  watchdog: Watchdog
   lock: locks.Lock
   options: resume.ResumeOptions
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
@@ -154,7 +155,7 @@ def _train(
   config: config_lib.Config,
   folder: Path,
   profile: str,
-  watchdog: processes.Watchdog,
+  watchdog: Watchdog,
   evaluator: Evaluator | None,
   options: resume.ResumeOptions,
   lock: locks.Lock,
@@ -322,7 +323,7 @@ def _loop(
   return Result(number, log.seconds, quarantine.count)
 
 
-def _may_continue(watchdog: processes.Watchdog, stop: StopRequest, number: int) -> bool:
+def _may_continue(watchdog: Watchdog, stop: StopRequest, number: int) -> bool:
   """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked

@@ -17,6 +17,7 @@ import pytest
 from llava_sp_jax import cli, recipes
 from llava_sp_jax.config import Config, ConfigError
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY
 
@@ -163,7 +164,7 @@ def wait_until(condition: Any) -> None:
 
 def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
   left: list[int] = []
-  with processes.Watchdog(0.2, left.append) as watchdog:
+  with Watchdog(0.2, left.append) as watchdog:
     time.sleep(0.5)
     assert not left, "the first step may take its time"
     watchdog.beat(7)
@@ -174,7 +175,7 @@ def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
 
 def test_steps_keep_it_alive() -> None:
   left: list[int] = []
-  with processes.Watchdog(0.4, left.append) as watchdog:
+  with Watchdog(0.4, left.append) as watchdog:
     for step in range(12):
       watchdog.beat(step)
       time.sleep(0.05)
@@ -185,11 +186,11 @@ def test_an_error_among_several_ends_at_once(
   capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   left: list[int] = []
-  with pytest.raises(ConfigError), processes.Watchdog(0, left.append):
+  with pytest.raises(ConfigError), Watchdog(0, left.append):
     raise ConfigError("a single process raises it")
   assert not left
   monkeypatch.setattr(jax, "process_count", lambda: 4)
-  watchdog = processes.Watchdog(0, left.append)
+  watchdog = Watchdog(0, left.append)
   watchdog.beat(3)
   with pytest.raises(ConfigError), watchdog:
     raise ConfigError("no such thing")
@@ -209,10 +210,11 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed.watchdog import Watchdog
 address, count, index, begun = sys.argv[1:]
 flags = {"coordinator": address, "processes": count, "process": index}
 processes.start(flags, peer_seconds=10)
-with processes.Watchdog(0) as watchdog:
+with Watchdog(0) as watchdog:
   processes.barrier("start")
   for step in range(10**9):
     multihost_utils.process_allgather(jnp.ones(()))
@@ -226,14 +228,14 @@ EARLY = """
 import sys, time
 import jax
 from llava_sp_jax.distributed import processes
-from llava_sp_jax.tools import evaluate
+from llava_sp_jax.tools import benchmark_options, evaluate
 address, count, index = sys.argv[1:]
 processes.BARRIER_SECONDS = 1
 def answer(tasks, options):
   jax.devices()  # all have begun
   time.sleep(4 * int(index))
   return {}
-evaluate._evaluate, evaluate._task = answer, lambda *_: None
+evaluate._evaluate, benchmark_options._task = answer, lambda *_: None
 evaluate.main(["--data=x", f"--coordinator={address}", f"--processes={count}", f"--process={index}"])
 """
 

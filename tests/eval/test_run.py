@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import __version__
+from llava_sp_jax.eval import identity
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.pretrained import Pretrained
@@ -76,7 +77,7 @@ def test_images_that_were_put_back_are_asked_again_on_request(
 
 def test_scores_say_what_they_are_of(engine: Engine, tiny_data: Path, tmp_path: Path) -> None:
   task = EasyVqa(tiny_data)
-  model = run_lib.ModelIdentity.of(engine.pretrained, "runs/x")
+  model = identity.ModelIdentity.of(engine.pretrained, "runs/x")
   scores = run_lib.run(task, engine, tmp_path, model=model)
   assert scores.task == "easy_vqa"
   assert scores.protocol == task.protocol
@@ -99,7 +100,7 @@ def test_the_fingerprint_of_what_was_loaded_sees_the_trained_part(engine: Engine
   changed.flat[0] += 1e-3
   leaves[largest] = changed
   other = dataclasses.replace(loaded, params=jax.tree.unflatten(tree, leaves))
-  one, two = run_lib.ModelIdentity.of(loaded), run_lib.ModelIdentity.of(other)
+  one, two = identity.ModelIdentity.of(loaded), identity.ModelIdentity.of(other)
   assert one.loaded != two.loaded
   assert one.base == two.base
 
@@ -170,9 +171,9 @@ def test_other_settings_are_refused(
   tiny_data: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
   task = EasyVqa(tiny_data)
-  run_lib.run(task, Scripted(), tmp_path, model=run_lib.ModelIdentity("", 0, "", "scripted"))
+  run_lib.run(task, Scripted(), tmp_path, model=identity.ModelIdentity("", 0, "", "scripted"))
   before = (tmp_path / "predictions.jsonl").read_bytes()
-  model = run_lib.ModelIdentity("", 0, "", change.get("text", "scripted"))
+  model = identity.ModelIdentity("", 0, "", change.get("text", "scripted"))
   engine = Scripted(tokens=change.get("tokens", 4))
   with pytest.raises(EvalError, match=f"(?s){message}.*name another folder with --out"):
     run_lib.run(task, engine, tmp_path, model=model)
@@ -185,7 +186,7 @@ def test_answers_of_another_version_are_refused(
 ) -> None:
   task = EasyVqa(tiny_data)
   run_lib.run(task, Scripted(), tmp_path)
-  monkeypatch.setattr(run_lib, "__version__", "9.9")
+  monkeypatch.setattr(identity, "__version__", "9.9")
   engine = Scripted()
   with pytest.raises(EvalError, match=f"version: '9.9' here, '{__version__}' there"):
     run_lib.run(task, engine, tmp_path)

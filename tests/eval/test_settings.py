@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.eval import in_loop
+from llava_sp_jax.eval import identity, in_loop
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer.engine import Answer
 from llava_sp_jax.infer.generation import Generation
@@ -51,8 +51,8 @@ def test_every_key_that_answers_depend_on_is_in_their_settings(key: str) -> None
   engine = Scripted()
   config = engine.pretrained.config
   other = changed(config, key, another(dict(keys(config))[f"config.{key}"]))
-  before = run_lib.reads(engine.pretrained)
-  after = run_lib.reads(dataclasses.replace(engine.pretrained, config=other))
+  before = identity.reads(engine.pretrained)
+  after = identity.reads(dataclasses.replace(engine.pretrained, config=other))
   name = key.split(".")[1]
   matters = name not in FASTER if key.startswith("model.") else name in READS
   lines = predictions.differences(after, before)
@@ -85,7 +85,7 @@ def test_answers_of_another_version_are_refused(
   tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path, limit=2)
-  monkeypatch.setattr(run_lib, "__version__", "99.1")
+  monkeypatch.setattr(identity, "__version__", "99.1")
   with pytest.raises(EvalError, match=r"version: '99\.1' here, '[\d.]+\w*' there"):
     run_lib.run(EasyVqa(tiny_data), Scripted(), tmp_path, limit=2)
 

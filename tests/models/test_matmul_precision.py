@@ -21,7 +21,7 @@ from llava_sp_jax.checkpoints import runs
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.errors import CheckpointError
-from llava_sp_jax.eval import run
+from llava_sp_jax.eval import identity
 from llava_sp_jax.infer import verify
 from llava_sp_jax.infer.engine import Engine, Generation, Request
 from llava_sp_jax.infer.likelihood import Likelihood
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_its_own_only(
 def test_a_score_keeps_it_among_its_settings(tiny_config: ConfigMaker) -> None:
   """So answers that were made with another one are refused, as every other setting is."""
   for changes, expected in (({}, "auto"), (OWN, "default")):
-    reads = run.reads(untrained(tiny_config(model=changes)))
+    reads = identity.reads(untrained(tiny_config(model=changes)))
     assert reads["model"]["matmul_precision"] == expected
 
 

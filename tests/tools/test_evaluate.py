@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from llava_sp_jax import cli
+from llava_sp_jax.eval import identity
 from llava_sp_jax.eval import run as run_lib
 from llava_sp_jax.infer import engine as infer_engine
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.tasks.catalog import TASKS
-from llava_sp_jax.tools import evaluate
+from llava_sp_jax.tools import benchmark_options, evaluate
 
 
 def run(*arguments: str) -> int:
@@ -156,7 +157,7 @@ def test_tasks_that_generate_alike_share_one_engine(
 
   monkeypatch.setattr(infer_engine, "Engine", Counted)
   monkeypatch.setattr(pretrained, "from_any", lambda *_, **__: None)
-  monkeypatch.setattr(run_lib.ModelIdentity, "of", lambda *_: None)
+  monkeypatch.setattr(identity.ModelIdentity, "of", lambda *_: None)
   monkeypatch.setattr(run_lib, "run", answer)
   names = ("pope", "llava_bench", "gqa", "mmvet", "mme")
   assert run("--checkpoint=x", f"--data={root}", f"--task={','.join(names)}") == 0
@@ -180,24 +181,24 @@ def test_a_judge_has_a_name_and_a_key(
 @pytest.mark.parametrize(("text", "wanted"), [("false", False), ("true", True), ("False", False)])
 def test_an_option_has_the_type_of_its_default(text: str, wanted: bool) -> None:
   given = {"circular": text, "split": "0", "protocol": "lmms"}
-  found = evaluate._options("mmbench", TASKS["mmbench"], given)
+  found = benchmark_options._options("mmbench", TASKS["mmbench"], given)
   assert found == {"circular": wanted, "split": "0", "protocol": "lmms"}
 
 
 def test_where_data_and_results_of_several_tasks_are() -> None:
   names = ["pope", "gqa"]
-  assert evaluate._data("gqa", names, ["root", "pope=elsewhere"]) == "root"
-  assert evaluate._data("pope", names, ["root", "pope=elsewhere"]) == "elsewhere"
-  assert evaluate._data("pope", ["pope"], ["a=b/c"]) == "a=b/c"
+  assert benchmark_options.data_of("gqa", names, ["root", "pope=elsewhere"]) == "root"
+  assert benchmark_options.data_of("pope", names, ["root", "pope=elsewhere"]) == "elsewhere"
+  assert benchmark_options.data_of("pope", ["pope"], ["a=b/c"]) == "a=b/c"
   options = evaluate.parser().parse_args(
     ["--data=d", "--checkpoint=c", "--task=a,b", "--task=c", "--compare=x"]
   )
   assert options.task == ["a,b", "c"]
-  assert evaluate._out("pope", names, options) == "c/eval-pope"
+  assert benchmark_options.out_of("pope", names, options) == "c/eval-pope"
   assert evaluate._compare("pope", names, options) == "x/pope"
   options.out = "o"
-  assert evaluate._out("pope", names, options) == "o/pope"
-  assert evaluate._out("pope", ["pope"], options) == "o"
+  assert benchmark_options.out_of("pope", names, options) == "o/pope"
+  assert benchmark_options.out_of("pope", ["pope"], options) == "o"
 
 
 def test_help_names_every_setting_of_generation(capsys: pytest.CaptureFixture) -> None:
