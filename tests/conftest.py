@@ -23,6 +23,12 @@ for _flag in (DEVICES_FLAG, LEVEL_FLAG):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+import jaxtyping  # noqa: E402
+
+# Every test checks the shapes and dtypes of annotations here.
+CHECKED = ("llava_sp_jax.models", "llava_sp_jax.training.loss")
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402

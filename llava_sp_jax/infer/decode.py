@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from llava_sp_jax.models.cache import KVCache
 from llava_sp_jax.models.llava import LlavaSP
 
 
+@runtime_checkable
 class Answers(Protocol):
   """Declares what every sampling strategy holds for each row; a row that is `done` is free."""
 
@@ -72,6 +73,7 @@ class StopRule:
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
+@runtime_checkable
 class Strategy(Protocol):
   """Declares how tokens are chosen; `Sampling` and `beam.BeamSearch` implement it."""
 

@@ -21,8 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from llava_sp_jax.models import layers
+from llava_sp_jax.models.arrays import Array
 
 # What remat policies keep of an implementation, each array once: arrays of this name (the output,
 # and splash's log-sum-exp), or all outputs of this primitive (the same for cuDNN, which names no
@@ -60,7 +63,7 @@ class Case:
   spec: AttentionChoice
   length: int
   head_dim: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
   cached: bool
   split: tuple[int, int, int]  # rows, heads, key-value heads per device; 0: not divisible
 
@@ -83,12 +86,12 @@ class Implementation:
 
 def attend(
   spec: AttentionChoice,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  mask: jax.Array,
-  segments: jax.Array | None,
-) -> jax.Array:
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
   """Computes masked attention by the implementation that `choose` names.
 
   Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, which defines the result; segments
@@ -102,12 +105,12 @@ def attend(
 
 def attend_cached(
   spec: AttentionChoice,
-  q: jax.Array,
-  cached: tuple[jax.Array, jax.Array],
-  seen: jax.Array,
-  new: tuple[jax.Array, jax.Array],
-  mask: jax.Array,
-) -> jax.Array:
+  q: Float[Array, "B T N H"],
+  cached: tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]],
+  seen: Bool[Array, "B T S"],
+  new: tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]],
+  mask: Bool[Array, "B T T"],
+) -> Float[Array, "B T N H"]:
   """Computes attention to a cache and to the new positions themselves, as one softmax.
 
   The cache is not joined with the new keys, because that would copy all of it.
@@ -135,8 +138,10 @@ def attend_cached(
   return out.reshape(rows, count, heads, width)
 
 
-def _scores(spec: AttentionChoice, q: jax.Array, keys: jax.Array) -> jax.Array:
-  """Multiplies queries and keys. [B, K, Q, H], [B, K, H, S] -> [B, K, Q, S].
+def _scores(
+  spec: AttentionChoice, q: Float[Array, "B K Q H"], keys: Float[Array, "B K H S"]
+) -> Float[Array, "B K Q S"]:
+  """Multiplies queries and keys.
 
   Uses as many products as are fastest on the platform.
   """
@@ -162,7 +167,7 @@ def choose(case: Case) -> str:
   return name
 
 
-def _split(q: jax.Array, k: jax.Array) -> tuple[int, int, int]:
+def _split(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[int, int, int]:
   mesh = jax.sharding.get_abstract_mesh().shape
   rows, heads = (_ways(axis, mesh) for axis in ("batch", "heads"))
   sizes = ((q.shape[0], rows), (q.shape[2], heads), (k.shape[2], heads))
@@ -178,15 +183,25 @@ def _ways(axis: str, mesh: dict[str, int]) -> int:
 
 
 def _xla(
-  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
-) -> jax.Array:
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
   result: jax.Array = checkpoint_name(layers.attend(q, k, v, mask), SAVED)
   return result
 
 
 def _cudnn(
-  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
-) -> jax.Array:
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
   return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
@@ -221,8 +236,13 @@ def _splash_objections(case: Case) -> list[str]:
 
 
 def _splash(
-  case: Case, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, segments: jax.Array
-) -> jax.Array:
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
   """Runs jax's Pallas kernel, each device on its rows and heads; interpreted without a TPU.
 
   Its mask is causal, or the window, and within segments; `mask` is not read. The window counts
@@ -242,7 +262,12 @@ def _splash(
     use_fused_bwd_kernel=True,
   )
 
-  def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+  def local(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+  ) -> Float[Array, "B N T H"]:
     shape = (length, length)
     one = (
       splash_mask.LocalMask(shape, (case.spec.window - 1, 0), 0)

@@ -10,8 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32, PRNGKeyArray, Shaped
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.attention import IMPLEMENTATIONS, AttentionChoice
 from llava_sp_jax.models.layers import ROPES, Rope
 from llava_sp_jax.models.llama import Decoder
@@ -210,7 +212,7 @@ def example_inputs(
   return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
 
 
-def initialize(config: config_lib.ModelConfig, rng: jax.Array) -> dict[str, Any]:
+def initialize(config: config_lib.ModelConfig, rng: PRNGKeyArray) -> dict[str, Any]:
   """Returns random parameters as nested float32 arrays; must be called inside jit."""
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
@@ -218,7 +220,7 @@ def initialize(config: config_lib.ModelConfig, rng: jax.Array) -> dict[str, Any]
   return result
 
 
-def _touch(module: LlavaSP, *inputs: jax.Array) -> jax.Array:
+def _touch(module: LlavaSP, *inputs: Shaped[Array, " ..."]) -> Float32[Array, "B T V"]:
   return module.logits(module(*inputs))
 
 

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Shaped
+
+from llava_sp_jax.models.arrays import Array
 
 Layers = Any  # [L, ...] for stacked layers, otherwise a tuple of L arrays [...]
 POSITION_AXES = (-1, -2)  # axis of the positions in keys and in values
@@ -27,7 +31,7 @@ class KVCache(NamedTuple):
 
   keys: Layers  # [B, K, H, S] for each layer
   values: Layers  # [B, K, S, H] for each layer
-  length: jax.Array  # [B] int32
+  length: Int[Array, " B"]  # int32
 
   @property
   def capacity(self) -> int:
@@ -62,7 +66,7 @@ def allocate(
   capacity: int,
   kv_heads: int,
   head_dim: int,
-  dtype: Any,
+  dtype: DTypeLike,
   stacked: bool = True,
 ) -> KVCache:
   """Returns an empty cache of static size; a prompt starts from one with capacity 0."""
@@ -78,15 +82,19 @@ def allocate(
   )
 
 
-def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
-  """Writes new positions after each row's length, which then grows by `count` [B].
+def append(cache: KVCache, new: New, count: Int[Array, " B"]) -> KVCache:
+  """Writes new positions after each row's length, which then grows by `count`.
 
   There must be room for all T positions after the length. Those beyond `count` are written, too,
   but are ignored.
   """
 
-  def place(axis: int, held: jax.Array, new: jax.Array) -> jax.Array:  # [(L,) B, ...] of both
-    def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+  def place(
+    axis: int, held: Float[Array, "*LB K S H"], new: Float[Array, "*LB K T J"]
+  ) -> Float[Array, "*LB K S H"]:
+    def put(
+      row: Float[Array, "K S H"], new: Float[Array, "K T J"], start: Int[Array, ""]
+    ) -> Float[Array, "K S H"]:
       return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), start, axis)
 
     rows = jax.vmap(put)
@@ -99,7 +107,7 @@ def append(cache: KVCache, new: New, count: jax.Array) -> KVCache:
 def widen(cache: KVCache, capacity: int) -> KVCache:
   """Returns the cache with room for `capacity` positions in each row, no fewer than before."""
 
-  def pad(axis: int, x: jax.Array) -> jax.Array:
+  def pad(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K U J"]:
     extra = [(0, 0)] * x.ndim
     extra[axis] = (0, capacity - x.shape[axis])
     return jnp.pad(x, extra)
@@ -112,6 +120,8 @@ def unstack(tree: Any, count: int) -> tuple[Any, ...]:
   return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
-def stack(layers: Sequence[jax.Array] | jax.Array) -> jax.Array:
-  """Stacks layers to [L, ...]; stacked layers are returned as they are."""
+def stack(
+  layers: Sequence[Shaped[Array, "*B"]] | Shaped[Array, " L *B"],
+) -> Shaped[Array, " L *B"]:
+  """Stacks layers; stacked layers are returned as they are."""
   return layers if isinstance(layers, jax.Array) else jnp.stack(layers)

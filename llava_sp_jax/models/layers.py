@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, Shaped
+
+from llava_sp_jax.models.arrays import Array
 
 # Segment ids say which positions see each other. 0 is padding. Sample n owns the ids n*BRANCHES ..
 # n*BRANCHES + BRANCHES-1. The first is its trunk, which all its branches see. Branches do not see
@@ -27,7 +30,7 @@ class RMSNorm(nn.Module):
   eps: float
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -49,9 +52,9 @@ class Rope:
   attention_factor: float = 0.0
 
   def angles(
-    self, width: int, positions: jax.Array, segments: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines for heads of width H, float32. [B, T] x2 -> [B, T, H/2] x2.
+    self, width: int, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+  ) -> tuple[Float32[Array, "B T {width}//2"], Float32[Array, "B T {width}//2"]]:
+    """Returns cosines and sines for heads of width H.
 
     Raises: ValueError when the kind needs `original_length`.
     """
@@ -68,13 +71,14 @@ class Rope:
     return self.original_length
 
 
+Positions = Int[Array, "B T"]
 # A kind maps (rope, H, positions [B, T], segments [B, T]) to frequencies [H/2] or [B, T, H/2] in
 # radians per position, and to an amplitude of cosines and sines. Source: transformers 5,
 # `modeling_rope_utils.py`, in float32 as there.
-Frequencies = tuple[np.ndarray | jax.Array, float]
+Frequencies = tuple[Float[np.ndarray | Array, "*BT half"], float]
 
 
-def _default(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
+def _default(rope: Rope, width: int, positions: Positions, segments: Positions) -> Frequencies:
   exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
   # A power that is correctly rounded to float32 has torch's bits. At position 600, a difference of
   # one bit is 4e-5 of an angle.
@@ -82,12 +86,12 @@ def _default(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) 
   return np.float32(1) / power, 1.0
 
 
-def _linear(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
+def _linear(rope: Rope, width: int, positions: Positions, segments: Positions) -> Frequencies:
   frequency, _ = _default(rope, width, positions, segments)
   return frequency / np.float32(rope.factor), 1.0
 
 
-def _dynamic(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
+def _dynamic(rope: Rope, width: int, positions: Positions, segments: Positions) -> Frequencies:
   """Scales by NTK: beyond the trained length, `theta` grows with the length of the sample.
 
   As in transformers, the length is the last position of this call plus one, so keys in a cache keep
@@ -104,7 +108,7 @@ def _dynamic(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) 
   return 1 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)), 1.0
 
 
-def _llama3(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
+def _llama3(rope: Rope, width: int, positions: Positions, segments: Positions) -> Frequencies:
   """Divides slow frequencies by `factor`, keeps fast ones, and interpolates between them."""
   frequency, _ = _default(rope, width, positions, segments)
   turns = rope.trained_length() * frequency / np.float32(2 * math.pi)
@@ -113,7 +117,7 @@ def _llama3(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -
   return (1 - kept) * frequency / np.float32(rope.factor) + kept * frequency, 1.0
 
 
-def _yarn(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> Frequencies:
+def _yarn(rope: Rope, width: int, positions: Positions, segments: Positions) -> Frequencies:
   """Interpolates as `_llama3`, with a ramp over the index of the frequency.
 
   Cosines and sines are scaled, too.
@@ -134,7 +138,7 @@ def _yarn(rope: Rope, width: int, positions: jax.Array, segments: jax.Array) -> 
   return stretched, rope.attention_factor or own
 
 
-ROPES: dict[str, Callable[[Rope, int, jax.Array, jax.Array], Frequencies]] = {
+ROPES: dict[str, Callable[[Rope, int, Positions, Positions], Frequencies]] = {
   "default": _default,
   "linear": _linear,
   "dynamic": _dynamic,
@@ -143,8 +147,10 @@ ROPES: dict[str, Callable[[Rope, int, jax.Array, jax.Array], Frequencies]] = {
 }
 
 
-def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Applies half-split rotary positions (Hugging Face's). [B,T,N,H], [B,T,H/2] x2 -> [B,T,N,H]."""
+def rotary(
+  x: Float[Array, "B T N H"], cos: Float[Array, "B T H//2"], sin: Float[Array, "B T H//2"]
+) -> Float[Array, "B T N H"]:
+  """Applies half-split rotary positions (Hugging Face's)."""
   half = x.shape[-1] // 2
   cos, sin = cos[:, :, None], sin[:, :, None]
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -152,31 +158,33 @@ def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def causal_mask(
-  query_index: jax.Array, query_segments: jax.Array, key_index: jax.Array, key_segments: jax.Array
-) -> jax.Array:
+  query_index: Int[Array, "B T"],
+  query_segments: Int[Array, "B T"],
+  key_index: Int[Array, "B S"],
+  key_segments: Int[Array, "B S"],
+) -> Bool[Array, "B T S"]:
   """Returns which keys each query sees: earlier entries of its segment and of its trunk.
 
-  Args: query_index, query_segments [B, T]; key_index, key_segments [B, S] (index within the row,
-  segments as described at `BRANCHES`). Returns: [B, T, S] bool.
+  An index counts within the row; segments are described at `BRANCHES`.
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
   related = (key == query) | (key == query // BRANCHES * BRANCHES)
   return related & (key > 0) & (key_index[:, None, :] <= query_index[:, :, None])
 
 
-def window_mask(query_positions: jax.Array, key_positions: jax.Array, window: int) -> jax.Array:
+def window_mask(
+  query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int
+) -> Bool[Array, "B T S"]:
   """Returns which keys are among the last `window` positions, the query's own included.
 
   Positions count within the sample, not within the row. So a packed sample has the same window as
   alone, and a branch continues the count of its trunk, whatever is between them in the row. Other
   samples are not excluded; combine it with `causal_mask`.
-
-  Args: query_positions [B, T], key_positions [B, S]. Returns: [B, T, S] bool.
   """
   return query_positions[:, :, None] - key_positions[:, None, :] < window
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Shaped[Array, "*B"], *axes: str | None) -> Shaped[Array, "*B"]:
   """Constrains the sharding of `x`; `axes` names a logical axis for each dimension.
 
   The current rules map logical axes to mesh axes. Mesh axes that do not divide a dimension are left
@@ -197,8 +205,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return result
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Computes attention with grouped heads. [B,T,N,H], [B,S,K,H] x2, [B,T,S] -> [B,T,N,H]."""
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"] | None,
+) -> Float[Array, "B T N H"]:
+  """Computes attention with grouped heads."""
   return jax.nn.dot_product_attention(
     q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
   )

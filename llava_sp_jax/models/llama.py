@@ -14,11 +14,13 @@ import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int
 
 from llava_sp_jax.models import remat
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.attention import AttentionChoice, attend, attend_cached
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
@@ -30,8 +32,8 @@ BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations betwee
 class Past(NamedTuple):
   """Holds which positions of a cache each new position sees, and which are in its window."""
 
-  seen: jax.Array  # [B, T, S] bool
-  near: jax.Array | None  # [B, T, S] bool
+  seen: Bool[Array, "B T S"]
+  near: Bool[Array, "B T S"] | None
 
 
 class DecoderBlock(nn.Module):
@@ -48,22 +50,22 @@ class DecoderBlock(nn.Module):
   attention_bias: bool
   norm_eps: float
   initializer_range: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
   dense: Any
   attention: AttentionChoice
 
   @nn.compact
   def __call__(
     self,
-    x: jax.Array,
-    cache: Any,
-    windowed: Any,
-    angles: Any,
-    mask: Any,
-    segments: Any,
-    near: Any,
-    past: Any,
-  ) -> Any:
+    x: Float[Array, "B T D"],
+    cache: tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]] | None,
+    windowed: Bool[Array, ""] | None,
+    angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    mask: Bool[Array, "B T T"],
+    segments: Int[Array, "B T"] | None,
+    near: Bool[Array, "B T T"] | None,
+    past: Past | None,
+  ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]] | None]:
     dense = functools.partial(
       self.dense,
       use_bias=False,
@@ -80,11 +82,13 @@ class DecoderBlock(nn.Module):
     q = checkpoint_name(rotary(q, *angles), "q")
     k = checkpoint_name(rotary(k, *angles), "k")
     v = checkpoint_name(v, "v")
-    if near is not None:
+    if near is not None and windowed is not None:
       mask = mask & (near | ~windowed)
     new = None if cache is None else (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
-    if past is not None and new is not None:
-      seen = past.seen if past.near is None else past.seen & (past.near | ~windowed)
+    if past is not None and cache is not None and new is not None:
+      seen = past.seen
+      if past.near is not None and windowed is not None:
+        seen = seen & (past.near | ~windowed)
       out = attend_cached(self.attention, q, cache, seen, new, mask)
     else:
       out = attend(self.attention, q, k, v, mask, segments)
@@ -117,7 +121,7 @@ class Decoder(nn.Module):
   scan_unroll: int = 1
   remat: str = "none"  # a row of remat.POLICIES
   stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   dense: Any = nn.Dense
   attention: AttentionChoice = AttentionChoice()
 
@@ -158,7 +162,7 @@ class Decoder(nn.Module):
     if not self.tie_embeddings:
       self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)
 
-  def embed(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return self.token_embed(tokens)
 
   @nn.nowrap
@@ -167,16 +171,20 @@ class Decoder(nn.Module):
     leaf = "token_embed/embedding" if self.tie_embeddings else "lm_head/kernel"
     return (f"language_model/{leaf}",)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V] float32
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
     head = self.token_embed.attend if self.tie_embeddings else self.lm_head
     return head(hidden).astype(jnp.float32)
 
   def __call__(
-    self, embeds: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
-  ) -> tuple[jax.Array, New | None]:
+    self,
+    embeds: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, "B T D"], New | None]:
     """Returns hidden states, and with a cache the keys and values for `cache.append`.
 
-    [B, T, D], [B, T], [B, T] -> [B, T, D]. Entries with segment 0 are padding, which nothing
+    Entries with segment 0 are padding, which nothing
     attends to. With a cache, each row is one sample whose `positions` continue from the cache's
     length, and its padding must follow its tokens.
     """
@@ -203,7 +211,7 @@ class Decoder(nn.Module):
       new = None if cache is None else tuple(zip(*made, strict=True))
     return self.final_norm(x), None if cache is None else New(*new)
 
-  def _past(self, cache: KVCache, positions: jax.Array) -> Past:
+  def _past(self, cache: KVCache, positions: Int[Array, "B T"]) -> Past:
     kept = jnp.arange(cache.capacity)
     rows, count = positions.shape
     seen = jnp.broadcast_to(kept < cache.length[:, None, None], (rows, count, cache.capacity))

@@ -12,15 +12,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int
 
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.projector import Projector
 from llava_sp_jax.models.vit import VisionTransformer
 
 
-def merge(text: jax.Array, image: jax.Array, slots: jax.Array) -> jax.Array:
-  """Puts image tokens where `slots` is not -1. [B, T, D], [B, MN, D], [B, T] -> [B, T, D]."""
+def merge(
+  text: Float[Array, "B T D"], image: Float[Array, "B MN D"], slots: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+  """Puts image tokens where `slots` is not -1."""
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 
@@ -47,18 +51,18 @@ class LlavaSP(nn.Module):
 
   def __call__(
     self,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    images: jax.Array,
-    slots: jax.Array,
-  ) -> jax.Array:
-    """Returns hidden states for `logits`. [B,T] x3, [B,M,H,W,3], [B,T] -> [B,T,D]."""
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    images: Float[Array, "B M H W 3"],
+    slots: Int[Array, "B T"],
+  ) -> Float[Array, "B T D"]:
+    """Returns hidden states for `logits`."""
     hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
     return hidden
 
-  def encode_image(self, images: jax.Array) -> jax.Array:
-    """Returns the tokens of a row's images, one after another. [B, M, H, W, 3] -> [B, M*N, D].
+  def encode_image(self, images: Float[Array, "B M H W 3"]) -> Float[Array, "B MN D"]:
+    """Returns the tokens of a row's images, one after another: M*N in all.
 
     With `projector.newline` there is one more, at index M*N: the token that ends a row of tile
     patches.
@@ -66,13 +70,13 @@ class LlavaSP(nn.Module):
     tokens = self.encode_tiles(images.reshape(-1, *images.shape[2:]))
     return self.join_tiles(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
 
-  def encode_tiles(self, images: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, N, D]
+  def encode_tiles(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
     return self.projector(self.vision_tower(images))
 
-  def join_tiles(self, tokens: jax.Array) -> jax.Array:
+  def join_tiles(self, tokens: Float[Array, "B M N D"]) -> Float[Array, "B MN D"]:
     """Returns what the slots of a row index: the tokens of its tiles, then the newline.
 
-    [B, M, N, D] -> [B, M*N (+1), D].
+    These are M*N tokens, or M*N + 1 with `projector.newline`.
     """
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
     if not self.projector.newline:
@@ -83,13 +87,13 @@ class LlavaSP(nn.Module):
 
   def extend(
     self,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    image: jax.Array | None,
-    slots: jax.Array | None,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    image: Float[Array, "B MN D"] | None,
+    slots: Int[Array, "B T"] | None,
     cache: KVCache | None,
-  ) -> tuple[jax.Array, New | None]:
+  ) -> tuple[Float[Array, "B T D"], New | None]:
     """Runs the decoder over new positions, which also see the cache, as `Decoder.__call__`.
 
     `image` comes from `encode_image` or `join_tiles`.
@@ -99,5 +103,5 @@ class LlavaSP(nn.Module):
       embeds = merge(embeds, image, slots)
     return self.language_model(embeds, positions, segments, cache)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:  # [..., D] -> [..., V] float32
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
     return self.language_model.logits(hidden)

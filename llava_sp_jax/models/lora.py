@@ -18,7 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, PRNGKeyArray, UInt32
 
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.spatial import torch_uniform
 
 
@@ -51,15 +54,20 @@ class LoraDense(nn.Module):
   alpha: float
   dropout: float = 0.0
   use_bias: bool = True
-  dtype: jnp.dtype | None = None
+  dtype: DTypeLike | None = None
   kernel_init: Any = nn.initializers.lecun_normal()
   base: Any = nn.Dense
 
   @nn.compact
-  def __call__(self, x: jax.Array, low: jax.Array | None = None, only_a: bool = False) -> jax.Array:
-    """Returns the output [..., features], or A [I, R] with `only_a`.
+  def __call__(
+    self,
+    x: Float[Array, "*B I"],
+    low: Float[Array, "*B R"] | None = None,
+    only_a: bool = False,
+  ) -> Float[Array, "*B features"] | Float[Array, "I R"]:
+    """Returns the output, or A with `only_a`.
 
-    `low` [..., R] is the result of `lower` if `fused` has already computed it.
+    `low` is the result of `lower` if `fused` has already computed it.
     """
     base = self.base(
       self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
@@ -79,8 +87,8 @@ class LoraDense(nn.Module):
     return self.dropout if self.has_rng("dropout") else 0.0
 
   @nn.nowrap
-  def lower(self, x: jax.Array, a: jax.Array) -> jax.Array:
-    """Returns (1 - rate) dropout(x) A. [..., I], [I, R] -> [..., R].
+  def lower(self, x: Float[Array, "*B I"], a: Float[Array, "I R"]) -> Float[Array, "*B R"]:
+    """Returns (1 - rate) dropout(x) A.
 
     It must be called inside a compact method.
     """
@@ -91,8 +99,8 @@ class LoraDense(nn.Module):
     return result
 
 
-def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-  """Draws a dropout mask: True with probability 1 - rate. key, [..., I] -> bool [..., I].
+def keep(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Bool[Array, "*B I"]:
+  """Draws a dropout mask: True with probability 1 - rate.
 
   Each value is a hash of its index (murmur3's finalizer), seeded by `key`. That takes 8 vector
   operations, where jax.random needs a hundred, which took a tenth of a step. As with jax.random,
@@ -108,15 +116,17 @@ def keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
   return result
 
 
-def _mix(x: jax.Array) -> jax.Array:
-  """Applies murmur3's finalizer without its last line, which only changes lower bits. uint32."""
+def _mix(x: UInt32[Array, "*B"]) -> UInt32[Array, "*B"]:
+  """Applies murmur3's finalizer without its last line, which only changes lower bits."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   result: jax.Array = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return result
 
 
-def fused(layers: Sequence[nn.Module], x: jax.Array) -> list[jax.Array]:
-  """Applies several layers to the same input. [..., I] -> list of [..., features].
+def fused(
+  layers: Sequence[nn.Module], x: Float[Array, "*B I"]
+) -> list[Float[Array, "*B _features"]]:
+  """Applies several layers to the same input.
 
   It must be called inside a compact method. Adapters read the input in one matmul with all of their
   A side by side: a single A of rank 128 costs as much for reading `x` as for its FLOPs. The layers

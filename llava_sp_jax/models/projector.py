@@ -13,10 +13,12 @@ import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.layers import constrain
 from llava_sp_jax.models.spatial import (
   DETAIL_STRIDE,
@@ -131,7 +133,7 @@ class Projector(nn.Module):
   variant: str
   token_width: int
   out_width: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   scales: tuple[int, ...] = ()
   newline: bool = False
   platform: str = ""
@@ -142,7 +144,7 @@ class Projector(nn.Module):
       self.image_newline = self.param("image_newline", normal, (self.out_width,))
 
   @nn.compact
-  def __call__(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, S + G*G, D]
+  def __call__(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B N D"]:  # N = S + G*G
     check_grid(self.variant, grid.shape)
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
     grid = constrain(grid, "batch", None, None, None)  # only the views below move
@@ -155,8 +157,8 @@ class Projector(nn.Module):
     tokens = dense(self.out_width, use_bias=VARIANTS[self.variant].out_bias, name="out")(tokens)
     return jnp.concatenate([tokens, patches], axis=1)
 
-  def _spatial(self, grid: jax.Array) -> jax.Array:
-    """Computes spatial tokens with their details, before the output layer. -> [B, S, ...]."""
+  def _spatial(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B S W"]:
+    """Computes spatial tokens with their details, before the output layer; W is K, or K for each."""
     variant, side = VARIANTS[self.variant], grid.shape[1]
     scales, field = variant.scales(side, self.scales), variant.detail_field(side, self.scales)
     details = {

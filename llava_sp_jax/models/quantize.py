@@ -25,9 +25,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int, PRNGKeyArray, Shaped, UInt8
 
-Array = Any  # numpy while loading, jax in the model
-Leaves = dict[str, Array]
+from llava_sp_jax.models.arrays import Array
+
+# Arrays of `Any` are numpy's while loading, jax's in the model.
+Leaves = dict[str, Shaped[Any, "_N O"]]
 
 # Quantiles of the standard normal, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
 NF4_LEVELS = (
@@ -38,12 +42,12 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
-def _namespace(x: Array) -> Any:
+def _namespace(x: Shaped[Any, " ..."]) -> Any:
   """Returns numpy for numpy arrays, else jax.numpy, so that loading does not use a device."""
   return np if isinstance(x, np.ndarray) else jnp
 
 
-def _symmetric(x: Array, axis: int) -> tuple[Array, Array]:
+def _symmetric(x: Float32[Any, "*B"], axis: int) -> tuple[Int[Any, "*B"], Float32[Any, " ..."]]:
   """Returns int8 codes from -127 to 127 of float32 values, and their scale.
 
   The scale has size 1 along `axis`.
@@ -69,14 +73,16 @@ class Int8:
   def __post_init__(self) -> None:
     object.__setattr__(self, "whole", not self.block)
 
-  def quantize(self, kernel: Array) -> Leaves:
-    """Quantizes a kernel. [I, O] floating -> kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
+  def quantize(self, kernel: Float[Any, "I O"]) -> Leaves:
+    """Quantizes a kernel into kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
     rows = self.block or kernel.shape[0]
     codes, scale = _symmetric(kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1]), 1)
     return {"kernel_q": codes.reshape(kernel.shape), "kernel_scale": scale[:, 0]}
 
-  def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
-    """Returns the kernel [I, O]; products are float32, rounded once to `dtype`."""
+  def dequantize(
+    self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
+  ) -> Float[Any, "I O"]:
+    """Returns the kernel; products are float32, rounded once to `dtype`."""
     codes, scale = leaves["kernel_q"], leaves["kernel_scale"]
     blocks = codes.reshape(len(scale), -1, codes.shape[1]).astype(np.float32)
     return (blocks * scale[:, None]).reshape(codes.shape).astype(dtype)
@@ -101,8 +107,8 @@ class NF4:
     """Returns whether a slice needs all inputs of its outputs, as `Int8.whole`."""
     return self.double
 
-  def quantize(self, kernel: Array) -> Leaves:
-    """Quantizes a kernel. [I, O] floating -> kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
+  def quantize(self, kernel: Float[Any, "I O"]) -> Leaves:
+    """Quantizes a kernel into kernel_q uint8 [I/2, O], kernel_scale float32 [N, O].
 
     With `double`: kernel_scale int8 [N, O], kernel_scale_scale and kernel_scale_middle float32 [1,
     O].
@@ -123,8 +129,10 @@ class NF4:
     bytes_ = codes[:, :half] | (codes[:, half:] << 4)
     return {"kernel_q": bytes_.reshape(-1, columns), **leaves}
 
-  def dequantize(self, leaves: Mapping[str, Array], dtype: Any) -> Array:
-    """Returns the kernel [I, O]; products are float32, rounded once to `dtype`."""
+  def dequantize(
+    self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
+  ) -> Float[Any, "I O"]:
+    """Returns the kernel; products are float32, rounded once to `dtype`."""
     xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
     scale, columns = self._scale(leaves), packed.shape[1]
     halves = packed.reshape(-1, self.block // 2, columns)
@@ -132,7 +140,7 @@ class NF4:
     values = _levels(codes) * scale[:, None]
     return values.reshape(-1, columns).astype(dtype)
 
-  def _scale(self, leaves: Mapping[str, Array]) -> Array:
+  def _scale(self, leaves: Mapping[str, Shaped[Any, "_N O"]]) -> Float32[Any, "N O"]:
     scale = leaves["kernel_scale"]
     if not self.double:
       return scale
@@ -140,8 +148,8 @@ class NF4:
     return wide + leaves["kernel_scale_middle"]
 
 
-def _nearest(x: Array) -> Array:
-  """Returns the uint8 codes of the nearest levels; of two equally near ones, the lower."""
+def _nearest(x: Float32[Any, "*B"]) -> UInt8[Any, "*B"]:
+  """Returns the codes of the nearest levels; of two equally near ones, the lower."""
   levels = np.asarray(NF4_LEVELS, np.float32)
   middles = (levels[1:] + levels[:-1]) / 2
   codes = _namespace(x).zeros(x.shape, np.uint8)
@@ -150,8 +158,8 @@ def _nearest(x: Array) -> Array:
   return codes
 
 
-def _levels(codes: Array) -> Array:
-  """Returns the float32 levels of uint8 codes, by selects in jax because TPUs gather slowly."""
+def _levels(codes: UInt8[Any, "*B"]) -> Float32[Any, "*B"]:
+  """Returns the levels of codes, by selects in jax because TPUs gather slowly."""
   if isinstance(codes, np.ndarray):
     return np.asarray(NF4_LEVELS, np.float32)[codes]
   values: list[Any] = [np.float32(level) for level in NF4_LEVELS]
@@ -190,7 +198,7 @@ def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtyp
 
 
 class QuantizedDense(nn.Module):
-  """Computes `nn.Dense` with a quantized kernel of `form`. [..., I] -> [..., features].
+  """Computes `nn.Dense` with a quantized kernel of `form`.
 
   The kernel is dequantized where it is used, and again for the gradient of the activations. So no
   float copy of it is kept from the forward to the backward pass.
@@ -199,17 +207,17 @@ class QuantizedDense(nn.Module):
   features: int
   form: Format
   use_bias: bool = True
-  dtype: jnp.dtype | None = None
+  dtype: DTypeLike | None = None
   kernel_init: Any = nn.initializers.lecun_normal()
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B {self.features}"]:
     shape = (x.shape[-1], self.features)
     # All leaves are made from the same random kernel, so they share a key.
     key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
 
-    def leaf(name: str) -> jax.Array:
-      def init(_: jax.Array) -> jax.Array:
+    def leaf(name: str) -> Shaped[Array, "N O"]:
+      def init(_: PRNGKeyArray) -> Shaped[Array, "N O"]:
         result: jax.Array = self.form.quantize(self.kernel_init(key, shape, jnp.float32))[name]
         return result
 
@@ -218,7 +226,7 @@ class QuantizedDense(nn.Module):
     leaves = {name: leaf(name) for name in leaf_shapes(self.form, shape)}
     dtype = self.dtype or x.dtype
 
-    def multiply(x: jax.Array, leaves: Leaves) -> jax.Array:
+    def multiply(x: Float[Array, "*B I"], leaves: Leaves) -> Float[Array, "*B O"]:
       result: jax.Array = x @ self.form.dequantize(jax.lax.stop_gradient(leaves), dtype)
       return result
 

@@ -23,7 +23,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.layers import constrain
 from llava_sp_jax.models.transformer import NORM_EPS, Transformer
 
@@ -33,22 +36,22 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 field
 
 
-def crop(grid: jax.Array, size: int) -> jax.Array:
-  """Returns the central square. [B, G, G, C] -> [B, size, size, C]."""
+def crop(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B {size} {size} C"]:
+  """Returns the central square of the grid."""
   start = grid.shape[1] // 2 - size // 2
   return grid[:, start : start + size, start : start + size]
 
 
-def pool(grid: jax.Array, size: int) -> jax.Array:
-  """Averages over torch's adaptive bins. [B, G, G, C] -> [B, size, size, C]."""
+def pool(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B {size} {size} C"]:
+  """Averages the grid over torch's adaptive bins."""
   if size == grid.shape[1]:
     return grid
   bins = jnp.asarray(pooling_matrix(grid.shape[1], size), grid.dtype)
   return jnp.einsum("ih,jw,bhwc->bijc", bins, bins, grid)
 
 
-def pooling_matrix(side: int, size: int) -> np.ndarray:
-  """Returns the matrix of `pool` along one axis, [size, side].
+def pooling_matrix(side: int, size: int) -> Float[np.ndarray, "{size} {side}"]:
+  """Returns the matrix of `pool` along one axis.
 
   Row i averages the bin floor(i*side/size) .. ceil((i+1)*side/size); bins may overlap.
   """
@@ -59,8 +62,8 @@ def pooling_matrix(side: int, size: int) -> np.ndarray:
   return matrix
 
 
-def nothing(grid: jax.Array, size: int) -> jax.Array:
-  """Returns an empty view, for a token that does not depend on the image. -> [B, 0, 0, C]."""
+def nothing(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B 0 0 C"]:
+  """Returns an empty view, for a token that does not depend on the image."""
   return grid[:, :0, :0]
 
 
@@ -68,10 +71,10 @@ def nothing(grid: jax.Array, size: int) -> jax.Array:
 class View:
   """Describes which part of the grid a spatial token sees.
 
-  `apply` maps the grid and a view size in patches, [B, G, G, C] -> [B, s, s, C]; `side` is that s.
+  `apply` maps the grid and a view size in patches; `side` is the s of that size.
   """
 
-  apply: Callable[[jax.Array, int], jax.Array]
+  apply: Callable[[Float[Array, "B G G C"], int], Float[Array, "B s s C"]]
   side: Callable[[int], int] = lambda size: size
 
   def positions(self, size: int) -> int:
@@ -87,19 +90,21 @@ VIEWS = {
 
 
 class Register(nn.Module):
-  """Returns a learned token that does not depend on the view. [B, ...] -> [B, K]."""
+  """Returns a learned token that does not depend on the view."""
 
   width: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, view: jax.Array) -> jax.Array:
+  def __call__(self, view: Float[Array, "B s s C"]) -> Float[Array, "B K"]:
     # As wide as a kernel's answer to features of unit variance.
     token = self.param("token", nn.initializers.normal(1 / np.sqrt(3)), (self.width,))
     return jnp.broadcast_to(token.astype(self.dtype), (len(view), self.width))
 
 
-def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+def _conv(
+  view: Float[Array, "B s s C"], width: int, dtype: DTypeLike, name: str
+) -> Float[Array, "B K"]:
   """Applies a kernel that covers the whole view: one contraction over rows, columns and channels.
 
   The kernel is divided over all devices along the contraction. Views move to the kernel, and
@@ -113,22 +118,25 @@ def _conv(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array
   return constrain(dense(flat), "batch", None)
 
 
-def _transformer(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+def _transformer(
+  view: Float[Array, "B s s C"], width: int, dtype: DTypeLike, name: str
+) -> Float[Array, "B C"]:
   return Transformer(dtype, name=name)(view)  # its token is as wide as the tower
 
 
 def _transformer_channels_first(
-  view: jax.Array, width: int, dtype: jnp.dtype, name: str
-) -> jax.Array:
-  """Reads a view as the original reads a pool: [B, C, s, s] reshaped, not transposed, to s*s
-  vectors.
+  view: Float[Array, "B s s C"], width: int, dtype: DTypeLike, name: str
+) -> Float[Array, "B C"]:
+  """Reads a view as the original reads a pool: [B, C, s, s] is reshaped, not transposed.
 
   Each vector then holds neighboring values of one or a few channels, instead of one position.
   """
   return _transformer(view.transpose(0, 3, 1, 2).reshape(view.shape), width, dtype, name)
 
 
-def _register(view: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
+def _register(
+  view: Float[Array, "B s s C"], width: int, dtype: DTypeLike, name: str
+) -> Float[Array, "B K"]:
   return Register(width, dtype, name=name)(view)
 
 
@@ -145,8 +153,8 @@ class Extractor:
   `projector/<view>_<scale index>/`. A path has the same axes in every extractor that has it.
   """
 
-  # (view [B, s, s, C], token width K, dtype, module name) -> [B, K], inside the projector.
-  build: Callable[[jax.Array, int, jnp.dtype, str], jax.Array]
+  # (view, token width K, dtype, module name) -> tokens, inside the projector.
+  build: Callable[[Float[Array, "B s s C"], int, DTypeLike, str], Float[Array, "B K"]]
   uses: Uses = ()  # of the parameters that a matrix product reads: `flops`
   # Logical axes of the parameters that sharding.PARAM_AXES does not know by their names.
   axes: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
@@ -191,7 +199,8 @@ def parameter_axes() -> Iterator[tuple[str, tuple[str | None, ...]]]:
 
 
 # How the details of several kernels are combined, before they are concatenated to the token.
-MERGES: dict[str, Callable[[list[jax.Array]], list[jax.Array]]] = {
+Details = list[Float[Array, "B S K"]]
+MERGES: dict[str, Callable[[Details], Details]] = {
   "concat": lambda details: details,
   "sum": lambda details: [functools.reduce(jnp.add, details)],
 }
@@ -202,8 +211,10 @@ def detail_size(kernel: int, field: int) -> int:
   return max(1, kernel * field // DETAIL_FIELD)
 
 
-def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__: Any) -> jax.Array:
-  """Computes an unpadded convolution as one matmul. [B,G,G,C], [k,k,C,K] -> [B,P,P,K]."""
+def _by_patches(
+  grid: Float[Array, "B G G C"], kernel: Float[Array, "k k C K"], strides: Any, *_: Any, **__: Any
+) -> Float[Array, "B p p K"]:
+  """Computes an unpadded convolution as one matmul; P = p p."""
   size, step = kernel.shape[0], strides[0]
   starts = range(0, grid.shape[1] - size + 1, step)
   patches = [grid[:, y : y + size, x : x + size] for y in starts for x in starts]
@@ -213,10 +224,10 @@ def _by_patches(grid: jax.Array, kernel: jax.Array, strides: Any, *_: Any, **__:
 
 # Convolutions that replace the compiler's, by platform. On one CPU device, the compiler's is much
 # slower for kernels as large as these.
-CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"cpu": _by_patches}
+CONVOLUTIONS: dict[str, Callable[..., Float[Array, "B p p K"]]] = {"cpu": _by_patches}
 
 
-def _convolution(platform: str) -> Callable[..., jax.Array] | None:
+def _convolution(platform: str) -> Callable[..., Float[Array, "B p p K"]] | None:
   """Returns a faster convolution for one device of the platform, if there is one.
 
   On several devices the kernel is divided along its channels, and patches would gather it.
@@ -226,14 +237,14 @@ def _convolution(platform: str) -> Callable[..., jax.Array] | None:
 
 
 class DetailInteraction(nn.Module):
-  """Lets spatial tokens attend to a strided convolution of the grid. [B,S,K], [B,G,G,C] -> [B,S,K].
+  """Lets spatial tokens attend to a strided convolution of the grid.
 
   Single head. `values` may be another interaction's, see `projector.Variant.detail_values`.
   """
 
   kernel_size: int
   width: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
   platform: str = ""
 
   def setup(self) -> None:
@@ -253,19 +264,19 @@ class DetailInteraction(nn.Module):
     self.key_norm, self.key = norm(), dense()
     self.value_norm, self.value = norm(), dense()
 
-  def convolve(self, grid: jax.Array) -> jax.Array:  # [B, G, G, C] -> [B, P, K]
+  def convolve(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B P K"]:
     grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
     return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
 
-  def values(self, detail: jax.Array) -> jax.Array:  # [B, P, K] -> [B, P, K]
+  def values(self, detail: Float[Array, "B P K"]) -> Float[Array, "B P K"]:
     return self.value(self.value_norm(detail))
 
   def __call__(
     self,
-    tokens: jax.Array,
-    grid: jax.Array,
-    values: Callable[[jax.Array], jax.Array] | None = None,
-  ) -> jax.Array:
+    tokens: Float[Array, "B S K"],
+    grid: Float[Array, "B G G C"],
+    values: Callable[[Float[Array, "B P K"]], Float[Array, "B P K"]] | None = None,
+  ) -> Float[Array, "B S K"]:
     detail = self.convolve(grid)
     q, k = self.query(self.query_norm(tokens)), self.key(self.key_norm(detail))
     v = (values or self.values)(detail)

@@ -13,28 +13,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from llava_sp_jax.models.arrays import Array
 
 NORM_EPS = 1e-5
 DEPTH, HEADS, DROPOUT = 4, 8, 0.1  # layers on each side, heads of each layer
 
 
 class MultiHeadAttention(nn.Module):
-  """Computes torch's MultiheadAttention without biases. [B, T, D], [B, M, D] -> [B, T, D].
+  """Computes torch's MultiheadAttention without biases.
 
   One array holds the kernels of queries, keys and values, as in torch.
   """
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B T D"], memory: Float[Array, "B M D"]
+  ) -> Float[Array, "B T D"]:
     width = x.shape[-1]
     if width % HEADS:
       raise ValueError(f"the tower's width {width} must be a multiple of {HEADS}, the heads here")
     kernel = self.param("in_proj", nn.initializers.xavier_uniform(), (width, 3 * width))
     query, key, value = jnp.split(kernel.astype(self.dtype), 3, axis=1)
 
-    def heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def heads(x: Float[Array, "B T D"], kernel: Float[Array, "D D"]) -> Float[Array, "B T N H"]:
       return (x.astype(self.dtype) @ kernel).reshape(*x.shape[:2], HEADS, width // HEADS)
 
     q, k, v = heads(x, query), heads(memory, key), heads(memory, value)
@@ -45,7 +51,7 @@ class MultiHeadAttention(nn.Module):
     return _bare(width, self.dtype, "o_proj")(out)
 
 
-def _bare(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _bare(width: int, dtype: DTypeLike, name: str) -> nn.Dense:
   """Makes a linear layer without bias, initialized as in torch's Transformer."""
   kernel_init = nn.initializers.xavier_uniform()
   return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
@@ -57,10 +63,12 @@ class TransformerLayer(nn.Module):
   The second value is the empty output of `nn.scan`.
   """
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> tuple[jax.Array, None]:
+  def __call__(
+    self, x: Float[Array, "B T D"], memory: Float[Array, "B M D"] | None
+  ) -> tuple[Float[Array, "B T D"], None]:
     norm = functools.partial(nn.LayerNorm, epsilon=NORM_EPS, use_bias=False, dtype=self.dtype)
     dropout = nn.Dropout(DROPOUT, deterministic=not self.has_rng("dropout"))
     y = norm(name="self_norm")(x)
@@ -74,12 +82,14 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerStack(nn.Module):
-  """Computes torch's encoder, or its decoder if there is a memory. [B,T,D] -> [B,T,D]."""
+  """Computes torch's encoder, or its decoder if there is a memory; a norm is last."""
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, x: Float[Array, "B T D"], memory: Float[Array, "B M D"] | None
+  ) -> Float[Array, "B T D"]:
     layers = nn.scan(
       TransformerLayer,
       variable_axes={"params": 0},
@@ -95,15 +105,15 @@ class TransformerStack(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Lets a learned query read a view through torch's nn.Transformer. [B, s, s, C] -> [B, C].
+  """Lets a learned query read a view through torch's nn.Transformer.
 
   There is no positional encoding. Dropout is applied only when an rng named "dropout" is passed.
   """
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, view: jax.Array) -> jax.Array:
+  def __call__(self, view: Float[Array, "B s s C"]) -> Float[Array, "B C"]:
     images, width = len(view), view.shape[-1]
     query = self.param("query", nn.initializers.zeros_init(), (1, 1, width))
     memory = TransformerStack(self.dtype, name="encoder")(view.reshape(images, -1, width), None)

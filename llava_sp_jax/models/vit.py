@@ -13,11 +13,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.layers import attend
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
   """Computes OpenAI's approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
@@ -29,7 +32,7 @@ class TowerVariant:
   class_token: bool
   pre_norm: bool
   patch_bias: bool
-  activation: Callable[[jax.Array], jax.Array]
+  activation: Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
   eps: float
 
 
@@ -40,16 +43,16 @@ TOWER_VARIANTS = {
 
 
 class EncoderBlock(nn.Module):
-  """Computes a pre-norm transformer block. [B, P, C] -> [B, P, C], and None for the scan."""
+  """Computes a pre-norm transformer block, and None for the scan."""
 
   heads: int
   mlp_width: int
-  activation: Callable[[jax.Array], jax.Array]
+  activation: Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
   eps: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+  def __call__(self, x: Float[Array, "B P C"]) -> tuple[Float[Array, "B P C"], None]:
     width = x.shape[-1]
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     norm = functools.partial(nn.LayerNorm, epsilon=self.eps, dtype=self.dtype)
@@ -78,7 +81,7 @@ class VisionTransformer(nn.Module):
   select_layer: int = -2
   scan_unroll: int = 1
   stacked: bool = True  # parameters of all layers as one; otherwise `layers_0`, `layers_1` ..
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   initializer_range: float = 0.02  # of class and position embeddings
 
   @property
@@ -87,7 +90,7 @@ class VisionTransformer(nn.Module):
     return self.image_size // self.patch_size
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:  # [B, H, W, 3] -> [B, G, G, C]
+  def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B G G C"]:
     row = TOWER_VARIANTS[self.variant]
     norm = functools.partial(nn.LayerNorm, epsilon=row.eps, dtype=self.dtype)
     x = nn.Dense(self.width, use_bias=row.patch_bias, dtype=self.dtype, name="patch_embed")(
@@ -119,8 +122,10 @@ class VisionTransformer(nn.Module):
     return x.reshape(len(x), self.grid, self.grid, self.width)
 
 
-def patchify(images: jax.Array, patch: int, grid: int) -> jax.Array:
-  """Cuts images into flat patches (row, column, channel). [B,H,W,3] -> [B,G*G,patch*patch*3]."""
+def patchify(
+  images: Float[Array, "B H W 3"], patch: int, grid: int
+) -> Float[Array, "B {grid}*{grid} {patch}*{patch}*3"]:
+  """Cuts images into flat patches (row, column, channel)."""
   side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
   x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Float32, Int, Shaped
 
 from llava_sp_jax.distributed import sharding
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.training.state import Flat
 
-Head = Callable[[Flat, jax.Array], jax.Array]  # parameters, [..., D] -> [..., V] float32
+Head = Callable[[Flat, Float[Array, "*B D"]], Float32[Array, "*B V"]]  # with its parameters
+Kept = tuple[Flat, Float[Array, "B T D"]]  # gradients of the parameters and of `hidden`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -27,14 +30,14 @@ def sums(
   chunk: int,
   trainable: Flat,
   frozen: Flat,
-  hidden: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  about_image: jax.Array,
-) -> jax.Array:
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  about_image: Float[Array, "B T"],
+) -> Float32[Array, " 3"]:
   """Returns the sums of losses, of correct tokens, and of losses in samples with an image.
 
-  Each is weighted by `weights`. The result is float32 [3], differentiable in `trainable` and
+  Each is weighted by `weights`. The result is differentiable in `trainable` and
   `hidden`. The gradients are computed together with the loss, slice by slice. So logits are
   computed once, and a frozen head has no gradient.
 
@@ -43,10 +46,10 @@ def sums(
     chunk: positions of a slice.
     trainable: the trainable parameters of the head by path.
     frozen: its other parameters by path.
-    hidden: [B, T, D].
-    targets: [B, T].
-    weights: [B, T].
-    about_image: [B, T], 1 in samples with an image, else 0.
+    hidden: hidden states that the head reads.
+    targets: the right ids.
+    weights: of each position in the loss.
+    about_image: 1 in samples with an image, else 0.
   """
   total, _, _ = _scan(
     head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=False
@@ -59,11 +62,11 @@ def _forward(
   chunk: int,
   trainable: Flat,
   frozen: Flat,
-  hidden: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  about_image: jax.Array,
-) -> tuple[jax.Array, tuple[Flat, jax.Array]]:
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  about_image: Float[Array, "B T"],
+) -> tuple[Float32[Array, " 3"], Kept]:
   total, d_learning, d_hidden = _scan(
     head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=True
   )
@@ -71,8 +74,8 @@ def _forward(
 
 
 def _backward(
-  head: Head, chunk: int, kept: tuple[Flat, jax.Array], cotangent: jax.Array
-) -> tuple[Flat, None, jax.Array, None, None, None]:
+  head: Head, chunk: int, kept: Kept, cotangent: Float32[Array, " 3"]
+) -> tuple[Flat, None, Float[Array, "B T D"], None, None, None]:
   """Scales the gradients of `_forward` by the cotangent of the loss."""
   by = cotangent[0]
   d_learning, d_hidden = jax.tree.map(lambda g: (g * by).astype(g.dtype), kept)
@@ -87,24 +90,30 @@ def _scan(
   chunk: int,
   trainable: Flat,
   frozen: Flat,
-  hidden: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  about_image: jax.Array,
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  about_image: Float[Array, "B T"],
   *,
   gradients: bool,
-) -> tuple[jax.Array, Flat, jax.Array]:
+) -> tuple[Float32[Array, " 3"], Flat, Float[Array, "*BTD"]]:
   frozen = sharding.gather(frozen)  # once instead of in every slice
 
   def one(
-    trainable: Flat, h: jax.Array, targets: jax.Array, weights: jax.Array, image: jax.Array
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    trainable: Flat,
+    h: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+    weights: Float[Array, "B C"],
+    image: Float[Array, "B C"],
+  ) -> tuple[Float32[Array, ""], tuple[Float32[Array, ""], Float32[Array, ""]]]:
     logits = head({**trainable, **frozen}, h)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
     right = (jnp.argmax(logits, axis=-1) == targets) * weights
     return loss.sum(), (right.sum(), (loss * image).sum())
 
-  def slice_sums(h: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Flat, jax.Array]:
+  def slice_sums(
+    h: Float[Array, "B C D"], *rest: Shaped[Array, "B C"]
+  ) -> tuple[Float32[Array, " 3"], Flat, Float[Array, "*BCD"]]:
     if not gradients:
       loss, others = one(trainable, h, *rest)
       return jnp.stack([loss, *others]), {}, jnp.zeros((), h.dtype)
@@ -123,8 +132,8 @@ def _scan(
   ]
 
   def body(
-    carry: tuple[jax.Array, Flat], start: jax.Array
-  ) -> tuple[tuple[jax.Array, Flat], jax.Array]:
+    carry: tuple[Float32[Array, " 3"], Flat], start: Int[Array, ""]
+  ) -> tuple[tuple[Float32[Array, " 3"], Flat], Float[Array, "*BCD"]]:
     total, d_learning = carry
     part = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in padded)
     more, more_learning, d_hidden = slice_sums(*part)
