@@ -110,7 +110,7 @@ def test_sigkill_loses_no_answer(
   assert cli.main([*arguments(run_folder, data, out), "--temperature=0.5"]) == 1
   (line,) = capsys.readouterr().err.splitlines()
   assert "holds answers made with other settings" in line
-  assert ": generation.temperature: 0.5 here, 0.0 there. Go on" in line
+  assert ": generation.temperature: 0.5 here, 0.0 there. Continue with" in line
   assert "name another folder with --out" in line
 
 
