@@ -27,7 +27,7 @@ import jaxtyping  # noqa: E402
 
 # Every test checks the shapes and dtypes of annotations here.
 CHECKED = ("llava_sp_jax.models", "llava_sp_jax.training.loss")
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
