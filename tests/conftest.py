@@ -25,6 +25,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jaxtyping  # noqa: E402
 
+import tests.typechecker  # noqa: E402, F401 - the hook finds it as an attribute
+
 # Every test checks the shapes and dtypes of annotations here.
 CHECKED = ("llava_sp_jax.models", "llava_sp_jax.training.loss")
 jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
