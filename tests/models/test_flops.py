@@ -12,6 +12,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.projector import VARIANTS
+from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.training import optimizer, state, step
 from tests.every_variant import model as table_model
 
@@ -105,7 +106,7 @@ def test_every_variant_has_costs(variant: str) -> None:
 
 def test_unknown_parameters_are_an_error() -> None:
   with pytest.raises(KeyError, match="gone/kernel"):
-    flops._uses("projector/gone/kernel", flops._Sizes(1, 1, (1,), 1))
+    flops._uses("projector/gone/kernel", flops._Sizes(1, 1, VARIANTS["cropping"], (1,), 1))
 
 
 def by_hand(variant: str, tower: bool) -> float:
