@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax.data import example
-from llava_sp_jax.models import layers
 from tests.conftest import REPOSITORY
 
 PACKAGE = "llava_sp_jax"
@@ -23,7 +21,7 @@ FLOORS = (
   "errors",
   "console files locks",
   "folders json_files environment hardware progress provenance",
-  "jsonl overrides",
+  "jsonl overrides batch",
   "config",
   "limits recipes",
   "data models",
@@ -57,7 +55,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(config|overrides|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
+    r"(batch|config|overrides|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),
@@ -182,8 +180,3 @@ def test_everything_imports_without_torch_and_tensorflow() -> None:
     "sys.modules['torch'] = sys.modules['tensorflow'] = None\n"
     f"for name in {names!r}:\n  importlib.import_module(name)\n"
   )
-
-
-def test_branches_are_the_same_number_on_host_and_device() -> None:
-  """`data` does not import `models`, so each has the constant; they must agree."""
-  assert example.BRANCHES == layers.BRANCHES

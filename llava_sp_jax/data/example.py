@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from llava_sp_jax.batch import BRANCHES, TOKENS
 from llava_sp_jax.data.failure import SampleError
 
-BRANCHES = 1 << 12  # equals `models.layers.BRANCHES`; a test compares the two
 IMAGE_ID = -200  # stands for a whole image in a list of ids, as in LLaVA's data
 NEWLINE = -2  # in a plan: the learned token at the end of a row of patches
 
@@ -55,8 +55,7 @@ class TokenRow:
 
   def arrays(self) -> dict[str, np.ndarray]:
     """Returns the arrays by their names in a batch."""
-    names = ("tokens", "targets", "weights", "positions", "segments", "slots")
-    return {name: getattr(self, name) for name in names}
+    return {name: getattr(self, name) for name in TOKENS}
 
 
 def total_length(
@@ -141,10 +140,9 @@ def layout(
     "targets": [*ids[1:], 0],
     "weights": [*supervised[1:], False],
   }
-  fill = {"slots": -1}
   arrays = {}
   for name, values in row.items():
-    array = np.full(row_length, fill.get(name, 0), np.float32 if name == "weights" else np.int32)
+    array = np.full(row_length, TOKENS[name].padding, TOKENS[name].dtype)
     array[: min(total, row_length)] = values[:row_length]
     arrays[name] = array
   if total > row_length:
@@ -171,12 +169,11 @@ def join(rows: Sequence[TokenRow], row_length: int) -> TokenRow:
   used = sum(row.length for row in rows)
   if used > row_length:
     raise ValueError(f"rows of {used} tokens do not fit into one of {row_length}")
-  empty = {"weights": np.float32(0), "slots": np.int32(-1)}
   arrays = {}
-  for field in dataclasses.fields(TokenRow)[:-1]:
-    fill = np.full(row_length - used, empty.get(field.name, np.int32(0)))
-    parts = [getattr(row, field.name)[: row.length] for row in rows]
-    arrays[field.name] = np.concatenate([*parts, fill])
+  for name, array in TOKENS.items():
+    fill = np.full(row_length - used, array.padding, array.dtype)
+    parts = [getattr(row, name)[: row.length] for row in rows]
+    arrays[name] = np.concatenate([*parts, fill])
   return TokenRow(length=used, **arrays)
 
 

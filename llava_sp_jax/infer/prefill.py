@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llava_sp_jax.data.example import BRANCHES
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer import decode
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.cache import KVCache, New

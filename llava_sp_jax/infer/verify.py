@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
 
@@ -66,7 +67,7 @@ def _logits(source: Loaded) -> jax.Array:
   def run(params: Any) -> Any:
     variables = {"params": unflatten_dict(params, sep="/")}
     hidden: Any = module.apply(
-      variables, tokens, positions, np.ones_like(tokens) << 12, pixels, slots
+      variables, tokens, positions, np.full_like(tokens, BRANCHES), pixels, slots
     )
     return module.apply(variables, hidden[:, images:], method="logits")
 

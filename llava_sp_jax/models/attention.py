@@ -44,7 +44,7 @@ class AttentionChoice:
   """Holds what is known of the attention before it is traced; a field of the decoder.
 
   `platform` is that of the devices it is compiled for, which may be absent ("" is where jax runs).
-  `branches` says whether samples may have branches (`layers.BRANCHES`). Without branches, a sample
+  `branches` says whether samples may have branches (`batch.BRANCHES`). Without branches, a sample
   is one contiguous run of its row, with positions that increase by one.
   """
 

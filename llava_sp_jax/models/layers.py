@@ -16,12 +16,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int, Shaped
 
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.models.arrays import Array
-
-# Segment ids say which positions see each other. 0 is padding. Sample n owns the ids n*BRANCHES ..
-# n*BRANCHES + BRANCHES-1. The first is its trunk, which all its branches see. Branches do not see
-# each other.
-BRANCHES = 1 << 12
 
 
 class RMSNorm(nn.Module):
@@ -165,7 +161,7 @@ def causal_mask(
 ) -> Bool[Array, "B T S"]:
   """Returns which keys each query sees: earlier entries of its segment and of its trunk.
 
-  An index counts within the row; segments are described at `BRANCHES`.
+  An index counts within the row; segments are described in `batch`.
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
   related = (key == query) | (key == query // BRANCHES * BRANCHES)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_sp_jax.models.layers import BRANCHES
+from llava_sp_jax.batch import BRANCHES
 
 Sums = dict[str, jax.Array]
 

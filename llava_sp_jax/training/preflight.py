@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.data import conversation, quarantine, reading
 from llava_sp_jax.data.anyres import Reader, Tile
-from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.training import measure, optimizer

@@ -15,9 +15,10 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.checkpoints import own_folders
 from llava_sp_jax.convert import formats, gguf, settings
-from llava_sp_jax.data import conversation, example, reading
+from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.infer.generation import Generation
@@ -119,7 +120,7 @@ def test_logits_equal_transformers(config, params, tokenizer, oracle) -> None:
   @jax.jit
   def logits(params, tokens):
     positions = np.arange(tokens.shape[1])[None]
-    segments = np.full(tokens.shape, example.BRANCHES)
+    segments = np.full(tokens.shape, BRANCHES)
     variables = {"params": params}
     hidden, _ = module.apply(
       variables, tokens, positions, segments, None, None, None, method="extend"

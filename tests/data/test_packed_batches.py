@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.data import pipeline
-from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.packing import PACKINGS
 from llava_sp_jax.data.quarantine import Quarantine
 from tests.conftest import ConfigMaker

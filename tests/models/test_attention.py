@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import attention, build
@@ -23,7 +24,7 @@ from llava_sp_jax.models.attention import (
   attend,
   choose,
 )
-from llava_sp_jax.models.layers import BRANCHES, causal_mask, window_mask
+from llava_sp_jax.models.layers import causal_mask, window_mask
 from tests.conftest import ConfigMaker
 
 B, T, N, K, H = 4, 256, 4, 2, 16

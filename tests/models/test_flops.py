@@ -12,7 +12,6 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.projector import VARIANTS
-from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.training import optimizer, state, step
 from tests.every_variant import model as table_model
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.data import conversation, example, reading
 from llava_sp_jax.data.conversation import TEMPLATES
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.generate import generate
 from llava_sp_jax.models import build
-from llava_sp_jax.models.layers import BRANCHES, causal_mask
+from llava_sp_jax.models.layers import causal_mask
 from llava_sp_jax.models.llava import merge
 from llava_sp_jax.models.remat import POLICIES
 from tests.conftest import ConfigMaker

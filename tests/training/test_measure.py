@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.data import anyres, pipeline
-from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
 from llava_sp_jax.models.layers import causal_mask

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.data import pipeline
-from llava_sp_jax.data.example import BRANCHES
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build
 from llava_sp_jax.training import setup, step
