@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jaxtyping  # noqa: E402
 
 # Every test checks the shapes and dtypes of annotations here.
-CHECKED = ("llava_sp_jax.models", "llava_sp_jax.training.loss")
+CHECKED = ("llava_sp_jax.models", "llava_sp_jax.infer", "llava_sp_jax.training.loss")
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import numpy as np  # noqa: E402

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.prompts import ImageFile, Pictures, PromptPiece, Request, keys_of
+from llava_sp_jax.models.arrays import Array
 
-Features = tuple[jax.Array, ...]  # [N, D] for each tile
+Features = tuple[Float[Array, "N D"], ...]  # one for each tile
 Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first pieces of its prompt
 
 
@@ -53,7 +55,7 @@ class FeatureCache:
     self._seen.update(new)
     return found
 
-  def _encode(self, stacks: list[np.ndarray]) -> list[Features]:
+  def _encode(self, stacks: list[Float[np.ndarray, "M H W 3"]]) -> list[Features]:
     if not stacks:
       return []
     flat = np.concatenate(stacks)

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
@@ -242,7 +243,7 @@ class Engine:
         yield index, text
 
   def _refill(
-    self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
+    self, schedule: Schedule, rows: dict[int, _Row], ended: Bool[np.ndarray, " B"]
   ) -> Iterator[tuple[int, Detokenizer]]:
     """Puts waiting requests into free rows, as groups of equal shape. Yields those with errors."""
     while len(rows) < self._rows:

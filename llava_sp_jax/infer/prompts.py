@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
@@ -68,8 +69,8 @@ class PromptPiece:
   newline token. `key` identifies the piece together with all pieces before it.
   """
 
-  tokens: np.ndarray  # [t] int32
-  slots: np.ndarray  # [t] int32
+  tokens: Int[np.ndarray, " t"]  # int32
+  slots: Int[np.ndarray, " t"]  # int32
   tiles: tuple[TileKey, ...]
   key: str
   start: int  # positions before the piece
@@ -169,8 +170,8 @@ class Pictures:
         future.set_exception(error)
     return future.result()
 
-  def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
-    """Takes the pixels of a picture, [tiles, size, size, 3] float32.
+  def tiles(self, key: str, picture: ImageFile) -> Float[np.ndarray, "M size size 3"]:
+    """Takes the pixels of the M tiles of a picture, float32.
 
     They are read again if they were taken before.
 
@@ -227,7 +228,7 @@ class Prompts:
     return example.layout(runs, plans, length, sum(p.tiles for p in plans))
 
   def _cut(
-    self, tokens: np.ndarray, slots: np.ndarray, tiles: tuple[TileKey, ...]
+    self, tokens: Int[np.ndarray, " T"], slots: Int[np.ndarray, " T"], tiles: tuple[TileKey, ...]
   ) -> tuple[PromptPiece, ...]:
     """Cuts a prompt before its first image and after its last, where a piece can be shared."""
     places = np.flatnonzero(slots >= 0)
