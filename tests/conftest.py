@@ -28,7 +28,7 @@ import jaxtyping  # noqa: E402
 import tests.typechecker  # noqa: E402, F401 - the hook finds it as an attribute
 
 # Every test checks the shapes and dtypes of annotations here.
-CHECKED = ("llava_sp_jax.models", "llava_sp_jax.training.loss")
+CHECKED = ("llava_sp_jax.models", "llava_sp_jax.infer", "llava_sp_jax.training.loss")
 jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
 
 import numpy as np  # noqa: E402

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
 
 from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache
 
 WORST = -1e9  # score of an empty place for a beam
@@ -27,17 +29,17 @@ WORST = -1e9  # score of an empty place for a beam
 class BeamAnswers(NamedTuple):
   """Holds the answers, running beams and results of each row, as `decode.Answers`."""
 
-  token: jax.Array  # [R, n]
-  ids: jax.Array  # [R, N], the best result so far
-  made: jax.Array  # [R], tokens in `ids`; 0 until the row is done
-  done: jax.Array  # [R]
-  margin: jax.Array  # [R], score of the best result minus that of the second
-  steps: jax.Array  # [R] int32, tokens of the running beams
-  running: jax.Array  # [R, n, N] int32
-  scores: jax.Array  # [R, n] float32, log-probabilities of the running beams
-  ended: jax.Array  # [R, n, N] int32, the results, best first
-  ended_made: jax.Array  # [R, n] int32
-  ended_scores: jax.Array  # [R, n] float32
+  token: Int[Array, "R n"]
+  ids: Int[Array, "R N"]  # the best result so far
+  made: Int[Array, " R"]  # tokens in `ids`; 0 until the row is done
+  done: Bool[Array, " R"]
+  margin: Float[Array, " R"]  # score of the best result minus that of the second
+  steps: Int[Array, " R"]  # int32, tokens of the running beams
+  running: Int[Array, "R n N"]  # int32
+  scores: Float[Array, "R n"]  # float32, log-probabilities of the running beams
+  ended: Int[Array, "R n N"]  # int32, the results, best first
+  ended_made: Int[Array, "R n"]  # int32
+  ended_scores: Float[Array, "R n"]  # float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,10 @@ class BeamSearch:
       worst,
     )
 
-  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> BeamAnswers:
-    """Returns the beams of new rows from the logits [R, V] after their prompts.
+  def first(
+    self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray
+  ) -> BeamAnswers:
+    """Returns the beams of new rows from the logits after their prompts.
 
     The prompt is a single beam with log-probability 0. `numbers` and `key` are not used.
     """
@@ -76,11 +80,11 @@ class BeamSearch:
     return self.choose(rows, every, key)[0]
 
   def choose(
-    self, rows: BeamAnswers, logits: jax.Array, key: jax.Array
-  ) -> tuple[BeamAnswers, jax.Array]:
+    self, rows: BeamAnswers, logits: Float[Array, "B V"], key: PRNGKeyArray
+  ) -> tuple[BeamAnswers, Int[Array, " B"]]:
     """Extends each beam by its best tokens, and returns the new rows and the parent of each beam.
 
-    Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
+    Rows that are done stay as they are. The parents are R n indices into the beams of all
     rows.
     """
     count, longest = self.rule.beams, self.rule.max_new_tokens
@@ -122,13 +126,13 @@ class BeamSearch:
       ended_scores=ended_scores,
     )
 
-    def keep(old: jax.Array, new: jax.Array) -> jax.Array:
+    def keep(old: Shaped[Array, " R *n"], new: Shaped[Array, " R *n"]) -> Shaped[Array, " R *n"]:
       return jnp.where(rows.done.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
     parents = jnp.where(rows.done[:, None], jnp.arange(count), parent[every, chosen])
     return jax.tree.map(keep, rows, new), (every * count + parents).reshape(-1)
 
-  def reorder(self, cache: KVCache, rows: BeamAnswers, parents: jax.Array) -> KVCache:
+  def reorder(self, cache: KVCache, rows: BeamAnswers, parents: Int[Array, " B"]) -> KVCache:
     """Copies to each beam what its parent has generated.
 
     The prompt is not copied, because it is the same in all beams of a row.
@@ -136,7 +140,7 @@ class BeamSearch:
     start = cache.length - jnp.repeat(rows.steps, self.rule.beams)
     width = min(self.rule.max_new_tokens, cache.capacity)
 
-    def move(axis: int, x: jax.Array) -> jax.Array:
+    def move(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K S H"]:
       cut: Callable[..., jax.Array] = jax.vmap(
         lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis)
       )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, example
@@ -28,8 +29,9 @@ from llava_sp_jax.infer.requests import (
   tiles_of,
 )
 from llava_sp_jax.models import build
+from llava_sp_jax.models.arrays import Array
 
-Features = tuple[jax.Array, ...]  # [N, D] for each tile
+Features = tuple[Float[Array, "N D"], ...]  # one for each tile
 Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first pieces of its prompt
 
 
@@ -77,7 +79,7 @@ class PictureCache:
         future.set_exception(error)
     return future.result()
 
-  def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
+  def tiles(self, key: str, picture: ImageFile) -> Float[np.ndarray, "M size size 3"]:
     """Takes the pixels of a picture, [tiles, size, size, 3] float32.
 
     They are read again if they were taken before.
@@ -129,7 +131,7 @@ class FeatureCache:
     self._seen.update(new)
     return found
 
-  def _encode(self, stacks: list[np.ndarray]) -> list[Features]:
+  def _encode(self, stacks: list[Float[np.ndarray, "M H W 3"]]) -> list[Features]:
     if not stacks:
       return []
     flat = np.concatenate(stacks)

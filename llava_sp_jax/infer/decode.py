@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer.sampling import GREEDY, Sampler, margin
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache
 from llava_sp_jax.models.llava import LlavaSP
 
@@ -24,11 +26,11 @@ from llava_sp_jax.models.llava import LlavaSP
 class Answers(Protocol):
   """Declares what every sampling strategy holds for each row; a row that is `done` is free."""
 
-  token: jax.Array  # [R, n] or [R] int32, chosen but not yet in the cache
-  ids: jax.Array  # [R, N] int32, the answer so far
-  made: jax.Array  # [R] int32, tokens of the answer
-  done: jax.Array  # [R] bool
-  margin: jax.Array  # [R] float32, the smallest lead of a chosen token over the next best one
+  token: Int[Array, " R *n"]  # int32, chosen but not yet in the cache
+  ids: Int[Array, "R N"]  # int32, the answer so far
+  made: Int[Array, " R"]  # int32, tokens of the answer
+  done: Bool[Array, " R"]
+  margin: Float[Array, " R"]  # float32, the smallest lead of a chosen token over the next best one
 
 
 class State(NamedTuple):
@@ -58,8 +60,8 @@ class StopRule:
   beams: int = 1  # of a row; 1 without beam search
   vocabulary: int = 0  # ids of the tokenizer, if the model has more; 0: all
 
-  def possible(self, logits: jax.Array) -> jax.Array:
-    """Sets the logits of ids that the tokenizer lacks to -inf. [B, V] -> [B, V].
+  def possible(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Sets the logits of ids that the tokenizer lacks to -inf.
 
     Such ids are padding rows of an embedding.
     """
@@ -68,8 +70,8 @@ class StopRule:
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     return jnp.where(index < self.vocabulary, logits, -jnp.inf)
 
-  def is_stop(self, token: jax.Array) -> jax.Array:
-    """Returns whether each token ends an answer, bool."""
+  def is_stop(self, token: Int[Array, "*B"]) -> Bool[Array, "*B"]:
+    """Returns whether each token ends an answer."""
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
@@ -84,21 +86,23 @@ class Strategy(Protocol):
     """Returns Answers of `rows` rows that are all free."""
     ...
 
-  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Any:
-    """Returns the Answers of new rows from the logits [R, V] after their prompts.
+  def first(self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray) -> Any:
+    """Returns the Answers of new rows from the logits after their prompts.
 
-    `numbers` [R] are those of their requests.
+    `numbers` are those of their requests.
     """
     ...
 
-  def choose(self, rows: Any, logits: jax.Array, key: jax.Array) -> tuple[Any, jax.Array | None]:
-    """Returns new Answers from logits [B, V], and the parents of the sequences or None.
+  def choose(
+    self, rows: Any, logits: Float[Array, "B V"], key: PRNGKeyArray
+  ) -> tuple[Any, Int[Array, " B"] | None]:
+    """Returns new Answers, and the parents of the sequences or None.
 
-    The parents, int [B], are the sequences that each sequence continues; None means itself.
+    The parents are the sequences that each sequence continues; None means itself.
     """
     ...
 
-  def reorder(self, cache: KVCache, rows: Any, parents: jax.Array) -> KVCache:
+  def reorder(self, cache: KVCache, rows: Any, parents: Int[Array, " B"]) -> KVCache:
     """Returns the cache in which each sequence continues its parent."""
     ...
 
@@ -106,12 +110,12 @@ class Strategy(Protocol):
 class Choice(NamedTuple):
   """Holds the Answers of rows that have one sequence each."""
 
-  token: jax.Array
-  ids: jax.Array
-  made: jax.Array
-  done: jax.Array
-  margin: jax.Array
-  number: jax.Array  # [R] int32, number of the request, which seeds its samples
+  token: Int[Array, " R"]
+  ids: Int[Array, "R N"]
+  made: Int[Array, " R"]
+  done: Bool[Array, " R"]
+  margin: Float[Array, " R"]
+  number: Int[Array, " R"]  # int32, number of the request, which seeds its samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +129,16 @@ class Sampling:
     ids = jnp.zeros((rows, self.rule.max_new_tokens), jnp.int32)
     return Choice(none, ids, none, none == 0, jnp.full((rows,), jnp.inf, jnp.float32), none)
 
-  def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Choice:
+  def first(
+    self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray
+  ) -> Choice:
     rows = self.empty(len(logits))
     rows = rows._replace(done=jnp.zeros_like(rows.done), number=numbers)
     return self.choose(rows, logits, key)[0]
 
-  def choose(self, rows: Choice, logits: jax.Array, key: jax.Array) -> tuple[Choice, None]:
+  def choose(
+    self, rows: Choice, logits: Float[Array, "R V"], key: PRNGKeyArray
+  ) -> tuple[Choice, None]:
     going, logits = ~rows.done, self.rule.possible(logits)
     token = self.rule.sampler.pick(logits, key, rows.number, rows.made)
     least = jnp.minimum(rows.margin, margin(logits, token))
@@ -146,11 +154,13 @@ class Sampling:
       number=rows.number,
     ), None
 
-  def reorder(self, cache: KVCache, rows: Choice, parents: jax.Array) -> KVCache:
+  def reorder(self, cache: KVCache, rows: Choice, parents: Int[Array, " B"]) -> KVCache:
     return cache
 
 
-def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: jax.Array) -> State:
+def step(
+  module: LlavaSP, params: Any, strategy: Strategy, state: State, key: PRNGKeyArray
+) -> State:
   """Adds one token to every row that is not done."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
@@ -170,25 +180,25 @@ def decode(
   module: LlavaSP,
   params: Any,
   state: State,
-  key: jax.Array,
-  ended: jax.Array,
-  steps: jax.Array,
-  until: jax.Array,
+  key: PRNGKeyArray,
+  ended: Bool[Array, " R"],
+  steps: Int[Array, ""],
+  until: Int[Array, ""],
   *,
   strategy: Strategy,
 ) -> tuple[State, DecodeReport]:
   """Runs steps until `until` rows are done, but at most `steps`.
 
-  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `steps` and
+  `ended` marks rows that the host has ended, for instance at a stop string. `steps` and
   `until` are values, not shapes, so this is compiled once for all of their values.
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 
-  def going(carry: tuple[jax.Array, State]) -> jax.Array:
+  def going(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
     number, state = carry
     return (number < steps) & (jnp.sum(state.rows.done) < until)
 
-  def once(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+  def once(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
     number, state = carry
     return number + 1, step(module, params, strategy, state, key)
 

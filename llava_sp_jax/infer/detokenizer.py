@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Int
+
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.requests import Answer
 
@@ -19,7 +22,7 @@ class Detokenizer:
     self.ids: tuple[int, ...] = ()
     self._text, self._margin = "", float("inf")
 
-  def extend(self, ids: Sequence[int], done: bool, margin: float) -> None:
+  def extend(self, ids: Sequence[int] | Int[np.ndarray, " N"], done: bool, margin: float) -> None:
     """Takes the tokens of the answer; `ids` are all of them so far.
 
     `done` says that the device has ended the answer; `margin` is that of `Answer`.

@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
@@ -240,7 +241,7 @@ class Engine:
         yield index, text
 
   def _refill(
-    self, schedule: Schedule, rows: dict[int, _Row], ended: np.ndarray
+    self, schedule: Schedule, rows: dict[int, _Row], ended: Bool[np.ndarray, " B"]
   ) -> Iterator[tuple[int, Detokenizer]]:
     """Admits waiting requests into free rows, in groups of equal shape; yields those with errors."""
     while len(rows) < self._rows:

@@ -10,26 +10,27 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Int, PRNGKeyArray, Shaped
 
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.sampling import GREEDY, Sampler
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.llava import LlavaSP
 
 
 def generate(
   module: LlavaSP,
   params: Any,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
+  batch: dict[str, Shaped[Array, "B ..."]],
+  key: PRNGKeyArray,
   *,
   stop_ids: tuple[int, ...],
   max_new_tokens: int,
   sampler: Sampler = GREEDY,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the new ids [B, max_new_tokens] for right-padded prompts, and their counts [B].
+) -> tuple[Int[Array, "B {max_new_tokens}"], Int[Array, " B"]]:
+  """Returns the new ids for right-padded prompts, and their counts.
 
   `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. A count excludes
   the stop id.

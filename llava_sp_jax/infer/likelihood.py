@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from llava_sp_jax.data import anyres, conversation, example, reading
 from llava_sp_jax.infer.counts import Counts
@@ -63,7 +64,9 @@ class Likelihood:
     )
     return runs, pictures
 
-  def _batch(self, chunk: list[Asked]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+  def _batch(
+    self, chunk: list[Asked]
+  ) -> tuple[dict[str, Shaped[np.ndarray, "B ..."]], list[Int[np.ndarray, " K"]]]:
     """Returns a full batch, and for each continuation the positions before its tokens."""
     tiles = max(1, max(sum(p.plan.tiles for p in pictures) for _, pictures in chunk))
     length = _up(max(_length(*asked) for asked in chunk), LENGTHS)

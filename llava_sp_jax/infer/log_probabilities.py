@@ -9,19 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int, Shaped
 
 from llava_sp_jax.infer.decode import StopRule
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.llava import LlavaSP
 
 
 def score(
-  module: LlavaSP, params: Any, batch: dict[str, jax.Array], at: jax.Array, rule: StopRule
-) -> tuple[jax.Array, jax.Array]:
-  """Scores the tokens that follow the positions `at` [B, K].
+  module: LlavaSP,
+  params: Any,
+  batch: dict[str, Shaped[Array, "B ..."]],
+  at: Int[Array, "B K"],
+  rule: StopRule,
+) -> tuple[Float32[Array, "B K"], Bool[Array, "B K"]]:
+  """Scores the tokens that follow the positions `at`.
 
   `batch` has tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3].
 
-  Returns: their log-probabilities [B, K] float32, and whether each is the most likely one [B, K].
+  Returns: their log-probabilities, and whether each is the most likely one.
   """
   names = ("tokens", "positions", "segments", "images", "slots")
   hidden = module.apply({"params": params}, *(batch[name] for name in names))

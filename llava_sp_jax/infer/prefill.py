@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer import decode
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.llava import LlavaSP
 
@@ -23,8 +25,8 @@ from llava_sp_jax.models.llava import LlavaSP
 class Prefix(NamedTuple):
   """Holds the keys and values of a shared beginning of prompts on the device."""
 
-  keys: jax.Array  # [L, K, H, P]
-  values: jax.Array  # [L, K, P, H]
+  keys: Float[Array, "L K H P"]
+  values: Float[Array, "L K P H"]
 
 
 class Group(NamedTuple):
@@ -33,16 +35,18 @@ class Group(NamedTuple):
   `tiles` are those that the new positions show.
   """
 
-  tokens: Any  # [G, T] int32, on the host or a device, like the next three
-  slots: Any  # [G, T] int32, -1 for text, otherwise an index into the tokens of the tiles
-  length: Any  # [G] int32, positions that are not padding
-  start: Any  # [G] int32, positions in the prefixes
+  tokens: Int[Any, "G T"]  # int32, on the host or a device, like the next three
+  slots: Int[Any, "G T"]  # int32, -1 for text, otherwise an index into the tokens of the tiles
+  length: Int[Any, " G"]  # int32, positions that are not padding
+  start: Int[Any, " G"]  # int32, positions in the prefixes
   prefixes: tuple[Prefix, ...]  # one for each row, or none
-  tiles: tuple[tuple[jax.Array, ...], ...]  # M arrays [N, D] for each row, or none
+  tiles: tuple[tuple[Float[Array, "N D"], ...], ...]  # M arrays for each row, or none
 
 
-def _extend(module: LlavaSP, params: Any, group: Group) -> tuple[jax.Array, New, KVCache]:
-  """Returns hidden states [G, T, D], the new keys and values, and the stacked prefixes."""
+def _extend(
+  module: LlavaSP, params: Any, group: Group
+) -> tuple[Float[Array, "G T D"], New, KVCache]:
+  """Returns hidden states, the new keys and values, and the stacked prefixes."""
   apply: Any = functools.partial(module.apply, {"params": params})
   text, (rows, count) = module.language_model, group.tokens.shape
   past = cache_lib.allocate(
@@ -73,7 +77,7 @@ def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[
   room = past.capacity + group.tokens.shape[1]
   whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
 
-  def cut(axis: int, x: jax.Array) -> jax.Array:
+  def cut(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K P J"]:
     return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
 
   keys, values = map(cache_lib.stack, cache_lib.both(cut, whole))
@@ -84,10 +88,10 @@ def admit(
   module: LlavaSP,
   params: Any,
   state: decode.State,
-  key: jax.Array,
+  key: PRNGKeyArray,
   group: Group,
-  rows: jax.Array,
-  numbers: jax.Array,
+  rows: Int[Array, " G"],
+  numbers: Int[Array, " G"],
   *,
   strategy: decode.Strategy,
 ) -> decode.State:
@@ -110,24 +114,38 @@ def admit(
 
 
 def _place(
-  cache: KVCache, new: New, past: KVCache, start: jax.Array, sequences: jax.Array
+  cache: KVCache,
+  new: New,
+  past: KVCache,
+  start: Int[Array, " G"],
+  sequences: Int[Array, "G n"],
 ) -> KVCache:
   """Writes the prefixes [.., P] of G rows, and the T positions after them, into their sequences.
 
-  `sequences` [G, n] are indices among the B of the cache. A loop over them keeps the program short.
+  `sequences` are indices among the B of the cache. A loop over them keeps the program short.
   """
   count = sequences.shape[1]
 
-  def once(i: jax.Array, kept: KVCache) -> KVCache:
+  def once(i: Int[Array, ""], kept: KVCache) -> KVCache:
     g, sequence = i // count, sequences[i // count, i % count]
 
-    def put(axis: int, kept: jax.Array, part: jax.Array, at: jax.Array | int) -> jax.Array:
+    def put(
+      axis: int,
+      kept: Float[Array, "B K S H"],
+      part: Float[Array, "G K T J"],
+      at: Int[Array, ""] | int,
+    ) -> Float[Array, "B K S H"]:
       part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
       where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
       where[axis] = jnp.asarray(at, sequence.dtype)
       return jax.lax.dynamic_update_slice(kept, part, where)
 
-    def fill(axis: int, kept: jax.Array, prefix: jax.Array, new: jax.Array) -> jax.Array:
+    def fill(
+      axis: int,
+      kept: Float[Array, "B K S H"],
+      prefix: Float[Array, "G K P J"],
+      new: Float[Array, "G K T I"],
+    ) -> Float[Array, "B K S H"]:
       kept = put(axis, kept, prefix, 0) if prefix.shape[axis] else kept
       return put(axis, kept, new, start[g])
 

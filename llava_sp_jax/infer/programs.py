@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed import mesh as mesh_lib
@@ -26,6 +27,7 @@ from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import State
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.parameters import Params
 
 T = TypeVar("T")
@@ -111,29 +113,31 @@ class Programs:
     )
     return result
 
-  def encode(self, tiles: np.ndarray) -> list[jax.Array]:
-    """Encodes tiles into image tokens. [E, H, W, 3] -> E arrays [N, D]."""
+  def encode(self, tiles: Float[np.ndarray, "E H W 3"]) -> list[Float[Array, "N D"]]:
+    """Encodes tiles into image tokens, one array for each tile."""
 
-    def run(params: Any, tiles: jax.Array) -> Any:
+    def run(params: Any, tiles: Float[Array, "E H W 3"]) -> list[Float[Array, "N D"]]:
       found: Any = self._module.apply({"params": params}, tiles, method="encode_tiles")
       return [found[i] for i in range(len(tiles))]
 
     return self._run(("encode", len(tiles)), run, (self._params, self._put(tiles)), out=self._whole)
 
-  def encode_image(self, tiles: np.ndarray) -> jax.Array:
-    """Encodes the tiles of one image into the tokens that its slots index.
+  def encode_image(self, tiles: Float[np.ndarray, "M H W 3"]) -> Float[Array, "MN D"]:
+    """Encodes the tiles of one image into the tokens that its slots index, M*N (+1).
 
-    [M, H, W, 3] -> [M*N (+1), D]; the last one is the newline token, if the model has one.
+    The last one is the newline token, if the model has one.
     """
 
-    def run(params: Any, tiles: jax.Array) -> Any:
+    def run(params: Any, tiles: Float[Array, "M H W 3"]) -> Any:
       return self._module.apply({"params": params}, tiles[None], method="encode_image")[0]
 
     arguments = (self._params, *self._same(tiles))
     result: jax.Array = self._run(("encode_image", len(tiles)), run, arguments, out=self._whole)
     return result
 
-  def score(self, batch: dict[str, np.ndarray], at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def score(
+    self, batch: dict[str, Shaped[np.ndarray, "B ..."]], at: Int[np.ndarray, "B K"]
+  ) -> tuple[Float32[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
     """Scores given tokens, see `log_probabilities.score`; returns arrays on the host."""
     run = functools.partial(log_probabilities.score, self._module, rule=self._strategy.rule)
     key = ("score", *batch["tokens"].shape, batch["images"].shape[1], at.shape[1])
@@ -150,7 +154,11 @@ class Programs:
     return self._run(key, run, (self._params, self._group(group)), out=self._whole)
 
   def admit(
-    self, state: State, group: prefill.Group, rows: np.ndarray, numbers: np.ndarray
+    self,
+    state: State,
+    group: prefill.Group,
+    rows: Int[np.ndarray, " G"],
+    numbers: Int[np.ndarray, " G"],
   ) -> State:
     """See `prefill.admit`; the state is donated."""
     run = functools.partial(prefill.admit, self._module, strategy=self._strategy)
@@ -159,7 +167,7 @@ class Programs:
     return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
 
   def decode(
-    self, state: State, ended: np.ndarray, steps: int, until: int
+    self, state: State, ended: Bool[np.ndarray, " B"], steps: int, until: int
   ) -> tuple[State, decode_lib.DecodeReport]:
     """See `decode.decode`; the state is donated, the report is on the host."""
     run = functools.partial(decode_lib.decode, self._module, strategy=self._strategy)
@@ -204,7 +212,7 @@ class Programs:
     tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])
     return prefill.Group(tokens, slots, length, start, group.prefixes, group.tiles)
 
-  def _put(self, array: np.ndarray) -> jax.Array:
+  def _put(self, array: Shaped[np.ndarray, "B ..."]) -> Shaped[Array, "B ..."]:
     return mesh_lib.put(array, self._rows if len(array) % self.parts == 0 else self._whole)
 
   def _same(self, *values: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 
 import numpy as np
+from jaxtyping import Int
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import conversation, example, reading
@@ -61,7 +62,7 @@ class Prompts:
     return example.layout(runs, plans, length, sum(p.tiles for p in plans))
 
   def _cut(
-    self, tokens: np.ndarray, slots: np.ndarray, tiles: tuple[TileKey, ...]
+    self, tokens: Int[np.ndarray, " T"], slots: Int[np.ndarray, " T"], tiles: tuple[TileKey, ...]
   ) -> tuple[PromptPiece, ...]:
     """Cuts a prompt before its first image and after its last, where a piece can be shared."""
     places = np.flatnonzero(slots >= 0)

@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from llava_sp_jax.data import anyres, decode
@@ -61,8 +62,8 @@ class PromptPiece:
   newline token. `key` identifies the piece together with all pieces before it.
   """
 
-  tokens: np.ndarray  # [t] int32
-  slots: np.ndarray  # [t] int32
+  tokens: Int[np.ndarray, " t"]  # int32
+  slots: Int[np.ndarray, " t"]  # int32
   tiles: tuple[TileKey, ...]
   key: str
   start: int  # positions before the piece

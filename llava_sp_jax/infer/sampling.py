@@ -9,8 +9,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.models.arrays import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Sampler:
     return cls(generation.temperature, generation.top_k, generation.top_p)
 
   def pick(
-    self, logits: jax.Array, key: jax.Array, numbers: jax.Array, steps: jax.Array
-  ) -> jax.Array:
-    """Returns tokens. logits [B, V], key, numbers [B], steps [B] -> int32 [B].
+    self,
+    logits: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    numbers: Int[Array, " B"],
+    steps: Int[Array, " B"],
+  ) -> Int[Array, " B"]:
+    """Returns tokens, int32.
 
     A sample depends only on the key, the number of its request and the number of tokens before it.
     It does not depend on its row or on the other requests in the batch.
@@ -41,13 +47,15 @@ class Sampler:
       return first_largest(logits)
     logits = self.filtered(logits)
 
-    def draw(row: jax.Array, number: jax.Array, step: jax.Array) -> jax.Array:
+    def draw(
+      row: Float[Array, " V"], number: Int[Array, ""], step: Int[Array, ""]
+    ) -> Int[Array, ""]:
       return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, number), step), row)
 
     return jax.vmap(draw)(logits, numbers, steps).astype(jnp.int32)
 
-  def filtered(self, logits: jax.Array) -> jax.Array:
-    """Returns the logits that are sampled from; -inf for excluded tokens. [B, V] -> [B, V]."""
+  def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Returns the logits that are sampled from; -inf for excluded tokens."""
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
@@ -65,8 +73,8 @@ class Sampler:
 GREEDY = Sampler()
 
 
-def first_largest(logits: jax.Array) -> jax.Array:
-  """Returns the argmax, the first of equal ones. [B, V] -> [B].
+def first_largest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+  """Returns the argmax, the first of equal ones.
 
   Two plain reductions are several times faster than XLA's argmax on a CPU.
   """
@@ -75,8 +83,8 @@ def first_largest(logits: jax.Array) -> jax.Array:
   return jnp.min(jnp.where(logits == top, index, logits.shape[-1] - 1), axis=-1)
 
 
-def margin(logits: jax.Array, chosen: jax.Array) -> jax.Array:
-  """Returns the lead of the chosen token over the best other one. [B, V], [B] -> [B].
+def margin(logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Float[Array, " B"]:
+  """Returns the lead of the chosen token over the best other one.
 
   It is negative if another token has a larger logit.
   """

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Float32
 
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.models import build
+from llava_sp_jax.models.arrays import Array
 
 TOKENS = 64  # text tokens of the prompt, after the tokens of one image
 # The largest difference that rounding of kernels explains; a lost adapter causes a far larger one.
@@ -48,7 +50,7 @@ def compare(before: Loaded, after: Loaded) -> Comparison:
   return Comparison(largest, same, stored)
 
 
-def _logits(source: Loaded) -> jax.Array:
+def _logits(source: Loaded) -> Float32[Array, "B T V"]:
   model = dataclasses.replace(
     source.config.model, dtype="float32", matmul_precision="auto", remat="none"
   )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from llava_sp_jax.config import Config
 from llava_sp_jax.convert.formats import Options
@@ -104,8 +105,8 @@ class VisionLanguageModel:
     asked = Request(question, tuple(images), system)
     return next(self._likelihood([(asked, continuation)]))
 
-  def encode_image(self, image: ImageFile) -> np.ndarray:
-    """Encodes an image into the tokens that the decoder reads, in their order. -> [N, D] float32.
+  def encode_image(self, image: ImageFile) -> Float32[np.ndarray, "N D"]:
+    """Encodes an image into the tokens that the decoder reads, in their order.
 
     Spatial tokens come first: S of the variant for each tile, then the patch tokens. Raises:
     ValueError for an image that cannot be read.
