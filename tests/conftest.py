@@ -25,11 +25,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jaxtyping  # noqa: E402
 
-import tests.typechecker  # noqa: E402, F401 - the hook finds it as an attribute
+import tests.checker  # noqa: E402, F401
 
 # Every test checks the shapes and dtypes of annotations here.
-CHECKED = ("llava_sp_jax.models", "llava_sp_jax.infer", "llava_sp_jax.training.loss")
-jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
+# (The rest of infer holds no arrays, and gets stand-ins for tokenizers and the like.)
+ARRAYS = (
+  "beam",
+  "caches",
+  "decode",
+  "generate",
+  "log_probabilities",
+  "prefill",
+  "programs",
+  "sampling",
+)
+CHECKED = (
+  "llava_sp_jax.models",
+  *(f"llava_sp_jax.infer.{name}" for name in ARRAYS),
+  "llava_sp_jax.training.loss",
+)
+jaxtyping.install_import_hook(CHECKED, "tests.checker.check")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

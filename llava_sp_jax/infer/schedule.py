@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llava_sp_jax.data.failure import SampleError, attempt
+<<<<<<< HEAD
 from llava_sp_jax.infer.prompts import Prompts
 from llava_sp_jax.infer.requests import Prompt, Request, keys_of
+=======
+from llava_sp_jax.infer.prompts import Prompt, Request, keys_of
+>>>>>>> w/h5
 
 
 class Ready(NamedTuple):
@@ -44,7 +48,12 @@ class Schedule:
   """
 
   def __init__(
-    self, requests: Iterable[Request], prompts: Prompts, threads: int, window: int, ahead: int
+    self,
+    requests: Iterable[Request],
+    prompts: Callable[[Request], Prompt],
+    threads: int,
+    window: int,
+    ahead: int,
   ):
     self._requests: Iterator[tuple[int, Request]] = iter(enumerate(requests))
     self._prompts, self._window, self._ahead = prompts, window, ahead

@@ -90,7 +90,7 @@ class LlavaSP(nn.Module):
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    image: Float[Array, "B MN D"] | None,
+    image: Float[Array, "B MN W"] | None,
     slots: Int[Array, "B T"] | None,
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], New | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias, Union
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
 
-# Where its name is imported, `typing.get_type_hints` resolves the alias within itself.
-Params: TypeAlias = Mapping[str, Union["Params", jax.Array, np.ndarray]]
+  Params = Mapping[str, "Params" | jax.Array | np.ndarray]
+else:  # beartype resolves no alias within itself
+  Params = Mapping

@@ -21,9 +21,9 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
                            or the name of one that is installed: easy_vqa:stage=pretrain
   --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
-  --from-step N            goes on from an older checkpoint, 0 from the start; newer ones are kept
+  --from-step N            resumes from an older checkpoint; 0 starts again. Newer ones are kept
                            in DIR/aside. Without it: the newest whose values are what was saved
-  --allow-changed NAMES    goes on although these are not what they were: data, tokenizer, or both
+  --allow-changed NAMES    resumes although these have changed: data, tokenizer, or both
                            with a comma
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)
   --coordinator HOST:PORT --processes N --process I
@@ -47,7 +47,7 @@ def read(argv: list[str]) -> tuple[config_lib.Config, dict[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-  """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command goes on."""
+  """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command resumes."""
   if {"--help", "-h"} & set(argv):
     from llava_sp_jax.tools import config_help
 
