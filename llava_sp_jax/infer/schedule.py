@@ -14,12 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llava_sp_jax.data.failure import SampleError, attempt
-<<<<<<< HEAD
-from llava_sp_jax.infer.prompts import Prompts
 from llava_sp_jax.infer.requests import Prompt, Request, keys_of
-=======
-from llava_sp_jax.infer.prompts import Prompt, Request, keys_of
->>>>>>> w/h5
 
 
 class Ready(NamedTuple):
