@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from llava_sp_jax.models.arrays import Array
+from llava_sp_jax.models.arrays import Array, DType
 from llava_sp_jax.models.layers import constrain
 from llava_sp_jax.models.spatial import (
   DETAIL_STRIDE,
@@ -133,7 +132,7 @@ class Projector(nn.Module):
   variant: str
   token_width: int
   out_width: int
-  dtype: DTypeLike = jnp.float32
+  dtype: DType = jnp.float32
   scales: tuple[int, ...] = ()
   newline: bool = False
   platform: str = ""
@@ -144,7 +143,9 @@ class Projector(nn.Module):
       self.image_newline = self.param("image_newline", normal, (self.out_width,))
 
   @nn.compact
-  def __call__(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B N D"]:  # N = S + G*G
+  def __call__(
+    self, grid: Float[Array, ...]
+  ) -> Float[Array, "B N D"]:  # [B, G, G, C] -> N = S + G*G
     check_grid(self.variant, grid.shape)
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
     grid = constrain(grid, "batch", None, None, None)  # only the views below move
