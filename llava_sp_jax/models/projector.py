@@ -144,7 +144,7 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(
-    self, grid: Float[Array, ...]
+    self, grid: Float[Array, " ..."]
   ) -> Float[Array, "B N D"]:  # [B, G, G, C] -> N = S + G*G
     check_grid(self.variant, grid.shape)
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=torch_uniform)
