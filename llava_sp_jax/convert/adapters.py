@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import key_tables, keys, settings
+from llava_sp_jax.convert import keys, settings
+from llava_sp_jax.convert import adapter_keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
 
@@ -79,7 +80,7 @@ def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
   path = folder / FILE
   if not path.is_file():
     return None
-  said = keys.read(settings.read_json(path), key_tables.ADAPTER, str(path), allow_unknown)
+  said = keys.read(settings.read_json(path), adapter_keys.ADAPTER, str(path), allow_unknown)
   lacking = [name for name in ("r", "lora_alpha") if name not in said]
   if lacking:
     raise FormatError(f"{path}: {' and '.join(lacking)} missing: expected the settings of a LoRA")

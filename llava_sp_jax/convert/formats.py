@@ -13,22 +13,8 @@ from pathlib import Path
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import (
-  adapters,
-  detect,
-  gguf,
-  key_tables,
-  keys,
-  leaves,
-  places,
-  processors,
-  projector_names,
-  settings,
-  settings_out,
-  tables,
-  torch_io,
-  weights,
-)
+from llava_sp_jax.convert import adapters, detect, gguf, keys, leaves, places, processors, projector_names, settings, settings_out, tables, torch_io, weights
+from llava_sp_jax.convert import key_tables
 from llava_sp_jax.convert.catalog import (
   FORMATS,
   NOTE,
@@ -109,8 +95,8 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
       str(folder.path),
       scales=() if options.variant else tuple(said.get("scales", ())),
     )
-  found = leaves.gather(tensors.values(), _names(model, parts), problems)
-  found = _used_layers(found, model)
+  found = leaves.gather(tensors.values(), weights.names_of(model, parts), problems)
+  found = weights.used_layers(found, model)
   expected = {
     p: s
     for p, s in flatten_dict(build.abstract(model), sep="/").items()
@@ -321,28 +307,6 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.TowerConf
     found = weights.named(look(path), FORMATS["vision_tower"])
   data = processors.images(config, path, opened.home, tower, allow, alone=alone)
   return tower, found, data
-
-
-def _names(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[tables.NameRule, ...]:
-  every = {
-    "vision_tower": tables.TOWERS[model.tower.variant],
-    "projector": projector_names.projector(
-      model.projector.variant, model.tower.width, build.view_sizes(model)
-    ),
-    "language_model": tables.LLAMA + tables.LORA,
-  }
-  return tuple(row for part in parts for row in every[part])
-
-
-def _used_layers(found: Leaves, model: config_lib.ModelConfig) -> Leaves:
-  """Drops the tower's blocks after the selected layer, which are never computed."""
-  count = build.tower_layers(model)
-  result = {}
-  for path, leaf in found.items():
-    if path.startswith("vision_tower/layers/") and isinstance(leaf, leaves.InTensors):
-      leaf = leaf.first_layers(count)
-    result[path] = leaf
-  return result
 
 
 def _dtype(found: Leaves) -> str:

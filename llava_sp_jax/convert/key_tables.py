@@ -52,7 +52,6 @@ GENERATION: Table = {  # generation_config.json
   **rows(idle("says who wrote the file"), "transformers_version", "_from_model_config",
     "generation_kwargs", "chat_format", "trust_remote_code", "attn_implementation"),
 }  # fmt: skip
-
 _GRAPH = "a part that decoders and towers here do not have"
 PRETRAINED: Table = {  # keys that every config.json of transformers may have
   **GENERATION,
@@ -78,7 +77,6 @@ PRETRAINED: Table = {  # keys that every config.json of transformers may have
     "it dequantized (transformers: model.dequantize(), then save_pretrained)"),
     "quantization_config", "quantization", "compression_config"),
 }  # fmt: skip
-
 _FACTOR = real(1.0, 1e6)
 ROPE: Table = {  # rope_parameters, rope_scaling
   **rows(honored(TEXT, "kind of scaling"), "rope_type", "type"),
@@ -96,7 +94,6 @@ ROPE: Table = {  # rope_parameters, rope_scaling
   **rows(never("longrope is not computed here"), "short_factor", "long_factor"),
   **rows(never("one axis of positions is computed here"), "mrope_section", "mrope_interleaved"),
 }  # fmt: skip
-
 _DECODER: Table = {
   **PRETRAINED,
   "vocab_size": honored(SIZE, "rows of the embedding"),
@@ -122,7 +119,6 @@ _DECODER: Table = {
   "is_llama_config": idle("says what model_type says"),
   "use_mrope": only("one axis of positions is computed here", False),
 }  # fmt: skip
-
 DECODERS: dict[str, Table] = {  # by the families of `settings.FAMILIES`
   "llama": {**_DECODER,
     "attention_bias": only("LLaMA's attention has no biases here", False),
@@ -144,7 +140,6 @@ DECODERS: dict[str, Table] = {  # by the families of `settings.FAMILIES`
     "use_qk_norm": only("queries and keys are not normalized here", False),
   },
 }  # fmt: skip
-
 _OF_TRAINING = idle("what the original's stage trains, and how")
 LLAVA: Table = {  # config.json of the original, beside its decoder's keys
   "mm_vision_tower": honored(maybe(TEXT), "names the tower's folder"),
@@ -186,7 +181,6 @@ LLAVA: Table = {  # config.json of the original, beside its decoder's keys
   **rows(never("positions are counted one by one"), "use_pos_skipping"),
   "pos_skipping_range": idle("of use_pos_skipping"),
 }  # fmt: skip
-
 LLAVA_HF: Table = {  # config.json of transformers' Llava and LlavaNext
   **PRETRAINED,
   "text_config": honored(GROUP, "the decoder: its own table"),
@@ -206,7 +200,6 @@ LLAVA_HF: Table = {  # config.json of transformers' Llava and LlavaNext
   "tie_word_embeddings": honored(maybe(FLAG), "ties the output layer, as the text_config's does"),
   **rows(idle("the text_config's value counts"), "vocab_size", "initializer_range", "hidden_size"),
 }  # fmt: skip
-
 _VISION: Table = {
   **PRETRAINED,
   "image_size": honored(SIZE, "pixels of a side"),
@@ -243,42 +236,6 @@ WHOLE_TOWER: Table = {  # config.json of the full CLIP or SigLIP
     "initializer_range", "hidden_size"),
   "tie_word_embeddings": idle("a tower has no output layer"),
 }  # fmt: skip
-
-_NO_BASE = (
-  "it changes the base's weights when PEFT loads it; save it as a plain LoRA (PEFT: "
-  "save_pretrained(.., path_initial_model_for_weight_conversion=..))"
-)
-_OTHER_LORA = "another computation than LoRA's"
-ADAPTER: Table = {  # adapter_config.json
-  "peft_type": only("LoRA is computed", "LORA"),
-  "r": honored(whole(1, 65536), "rank"),
-  "lora_alpha": honored(real(-1e6, 1e6), "scale is alpha / rank"),
-  "lora_dropout": honored(real(0.0, 1.0), "dropout of training"),
-  "use_rslora": honored(FLAG, "scale is alpha / sqrt(rank): alpha becomes alpha * sqrt(rank)"),
-  "target_modules": honored(maybe(either(TEXT, listing(TEXT, 0))), "which layers have adapters"),
-  "exclude_modules": honored(maybe(either(TEXT, listing(TEXT, 0))), "which have none"),
-  "layers_to_transform": honored(maybe(either(whole(0, 4096), listing(whole(0, 4096), 0))),
-    "which layers have adapters"),
-  "layers_pattern": honored(maybe(either(TEXT, listing(TEXT, 0))), "name of the list of layers"),
-  "modules_to_save": honored(maybe(listing(TEXT, 0)), "modules that replace the base's"),
-  "base_model_name_or_path": honored(maybe(TEXT), "names the base"),
-  "init_lora_weights": only(_NO_BASE, True, False, "gaussian", "orthogonal", "eva"),
-  "bias": only("biases of the base stay", "none"),
-  "fan_in_fan_out": only("kernels are torch's [out, in]", False),
-  **rows(never("one rank and one alpha for all modules"), "rank_pattern", "alpha_pattern"),
-  **rows(never(_OTHER_LORA), "use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config",
-    "monteclora_config", "velora_config", "arrow_config", "alora_invocation_tokens",
-    "target_parameters", "trainable_token_indices", "layer_replication", "use_delora",
-    "use_mora", "enable_lora", "corda_config", "lora_ga_config", "loftq_config"),
-  "eva_config": idle("of a start that is over"),
-  **rows(idle("how another program computes, not what"), "megatron_config", "megatron_core",
-    "qalora_group_size", "inference_mode", "runtime_config"),
-  "ensure_weight_tying": honored(maybe(FLAG),
-    "refused where a base ties and one of both was trained"),
-  **rows(idle("says who wrote the file"), "peft_version", "auto_mapping", "revision", "task_type",
-    "unsloth_fixed", "use_merged", "merge_weights"),
-}  # fmt: skip
-
 _SIDES = either(SIZE, GROUP)
 PROCESSOR_IMAGE: Table = {  # preprocessor_config.json, and image_processor of processor_config.json
   "image_processor_type": honored(maybe(TEXT),
@@ -315,7 +272,6 @@ PROCESSOR: Table = {  # processor_config.json
   **rows(idle("of another program"), "processor_class", "auto_map", "video_processor",
     "tokenizer", "transformers_version", "_commit_hash"),
 }  # fmt: skip
-
 _SPECIAL = honored(maybe(either(TEXT, GROUP)), "a special token's text")
 TOKENIZER: Table = {  # tokenizer_config.json
   "tokenizer_class": honored(maybe(TEXT), "sentencepiece is read as LLaMA's where it says so"),
@@ -349,7 +305,6 @@ TOKENIZER: Table = {  # tokenizer_config.json
     "device_map", "cache_dir", "vocab_file", "merges_file", "init_inputs", "use_auth_token",
     "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "is_fast"),
 }  # fmt: skip
-
 NOTE: Table = {  # llava_sp.json of exports of this package
   "variant": honored(TEXT, "the projector's variant"),
   "scales": honored(listing(SIZE, 0), "its views"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from llava_sp_jax.convert import key_tables, keys
+from llava_sp_jax.convert import keys
+from llava_sp_jax.convert import adapter_keys
+from llava_sp_jax.convert import key_tables
 from llava_sp_jax.convert.keys import Key, Table
 
 # {file: its table}, for tests and docs.
@@ -18,7 +20,7 @@ FILES: dict[str, Table] = {
   "vision_config of CLIP": key_tables.TOWERS["clip"],
   "vision_config of SigLIP": key_tables.TOWERS["siglip"],
   "config.json of CLIP and SigLIP": key_tables.WHOLE_TOWER,
-  "adapter_config.json": key_tables.ADAPTER, "preprocessor_config.json": key_tables.PROCESSOR_IMAGE,
+  "adapter_config.json": adapter_keys.ADAPTER, "preprocessor_config.json": key_tables.PROCESSOR_IMAGE,
   "processor_config.json": key_tables.PROCESSOR, "tokenizer_config.json": key_tables.TOKENIZER,
   "generation_config.json": key_tables.GENERATION, "llava_sp.json": key_tables.NOTE,
 }  # fmt: skip

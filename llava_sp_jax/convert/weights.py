@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
-from llava_sp_jax.convert import torch_io
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import projector_names, tables, torch_io
 from llava_sp_jax.convert.catalog import Folder, Format, rename
+from llava_sp_jax.convert.leaves import InTensors, Leaves
 from llava_sp_jax.convert.torch_io import FormatError, Tensors
+from llava_sp_jax.models import build
 
 # Names of tensors that quantizers put beside or in place of a weight.
 _QUANTIZED = re.compile(
@@ -46,4 +49,27 @@ def named(folder: Folder, row: Format) -> Tensors:
       if new in result:
         raise FormatError(f"{folder.path}: two tensors are {new}: {result[new].name}, {name}")
       result[new] = tensor.renamed(new)
+  return result
+
+
+def names_of(model: config_lib.ModelConfig, parts: tuple[str, ...]) -> tuple[tables.NameRule, ...]:
+  """Returns the rows of `tables` for some parts of a model."""
+  every = {
+    "vision_tower": tables.TOWERS[model.tower.variant],
+    "projector": projector_names.projector(
+      model.projector.variant, model.tower.width, build.view_sizes(model)
+    ),
+    "language_model": tables.LLAMA + tables.LORA,
+  }
+  return tuple(row for part in parts for row in every[part])
+
+
+def used_layers(found: Leaves, model: config_lib.ModelConfig) -> Leaves:
+  """Drops the tower's blocks after the selected layer, which are never computed."""
+  count = build.tower_layers(model)
+  result = {}
+  for path, leaf in found.items():
+    if path.startswith("vision_tower/layers/") and isinstance(leaf, InTensors):
+      leaf = leaf.first_layers(count)
+    result[path] = leaf
   return result

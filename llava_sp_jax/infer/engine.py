@@ -40,8 +40,7 @@ CHECKED = 8  # tokens between two reports, when there are stop strings
 UNCHECKED = 32  # tokens between two reports otherwise
 
 
-# The state of a row: the index of its request, and the text so far.
-_Row = tuple[int, Detokenizer]
+_Row = tuple[int, Detokenizer]  # the index of its request, and the text so far
 
 
 class Engine:
