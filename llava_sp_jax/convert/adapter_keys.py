@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from llava_sp_jax.convert.keys import (
   FLAG,
-  GROUP,
-  LAYERS,
-  POSITIVE,
-  SIZE,
   TEXT,
   Table,
-  always,
-  choice,
   either,
   honored,
   idle,

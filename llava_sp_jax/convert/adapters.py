@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import keys, settings
-from llava_sp_jax.convert import adapter_keys
+from llava_sp_jax.convert import adapter_keys, keys, settings
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError, Tensor, Tensors
 

@@ -13,8 +13,20 @@ from pathlib import Path
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import adapters, detect, gguf, keys, leaves, places, processors, projector_names, settings, settings_out, tables, torch_io, weights
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import (
+  adapters,
+  detect,
+  gguf,
+  key_tables,
+  keys,
+  leaves,
+  places,
+  processors,
+  settings,
+  settings_out,
+  torch_io,
+  weights,
+)
 from llava_sp_jax.convert.catalog import (
   FORMATS,
   NOTE,

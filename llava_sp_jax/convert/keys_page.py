@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llava_sp_jax.convert import keys
-from llava_sp_jax.convert import adapter_keys
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import adapter_keys, key_tables, keys
 from llava_sp_jax.convert.keys import Key, Table
 
 # {file: its table}, for tests and docs.

@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_sp_jax.convert import keys, settings
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import key_tables, keys, settings
 from llava_sp_jax.convert.torch_io import FormatError
 
 HUB = "hf:"  # prefix of a name that is always the hub's, even if such a path exists

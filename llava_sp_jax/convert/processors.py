@@ -7,8 +7,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import json_files
-from llava_sp_jax.convert import keys
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import key_tables, keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.settings import is_llava_hf, llava, read_json
 from llava_sp_jax.convert.torch_io import FormatError

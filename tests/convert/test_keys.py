@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.convert import adapters, keys, keys_page, places, processors, settings
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import adapters, key_tables, keys, keys_page, places, processors, settings
 from llava_sp_jax.convert.torch_io import FormatError
 from tests.conftest import REPOSITORY
 from tests.convert.settings_files import one_line, write

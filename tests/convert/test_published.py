@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.convert import adapters, keys, processors, settings
-from llava_sp_jax.convert import key_tables
+from llava_sp_jax.convert import adapters, key_tables, keys, processors, settings
 
 VICUNA: dict[str, Any] = {
   "_name_or_path": "vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
