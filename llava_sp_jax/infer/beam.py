@@ -25,7 +25,7 @@ WORST = -1e9  # score of an empty place for a beam
 
 
 class BeamAnswers(NamedTuple):
-  """Holds the answers, running beams and results of each row, as `decode.Answers`."""
+  """Holds answers, running beams and results of each row; the first five fields are `Answers`."""
 
   token: jax.Array  # [R, n]
   ids: jax.Array  # [R, N], the best result so far
@@ -66,7 +66,7 @@ class BeamSearch:
     )
 
   def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> BeamAnswers:
-    """Returns the beams of new rows from the logits [R, V] after their prompts.
+    """Returns the beams of new rows from the logits [R, V] after their prompts: one token each.
 
     The prompt is a single beam with log-probability 0. `numbers` and `key` are not used.
     """

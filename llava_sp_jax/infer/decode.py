@@ -32,14 +32,14 @@ class Answers(Protocol):
 
 
 class State(NamedTuple):
-  """Holds everything that decoding keeps on the device."""
+  """Holds everything that decoding keeps on the device: the cache, and the answer of each row."""
 
   cache: KVCache  # of B sequences
   rows: Any  # Answers, every array [R, ...]
 
 
 class DecodeReport(NamedTuple):
-  """Holds what the host reads after some steps."""
+  """Holds what the host reads after some steps; [R, ...] arrays are those of `Answers`."""
 
   steps: Any  # [] int32, steps that were run
   made: Any  # this field and the next three are those of Answers
@@ -69,7 +69,7 @@ class StopRule:
     return jnp.where(index < self.vocabulary, logits, -jnp.inf)
 
   def is_stop(self, token: jax.Array) -> jax.Array:
-    """Returns whether each token ends an answer, bool."""
+    """Returns whether each token is a stop id, as bool of the same shape."""
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
@@ -81,13 +81,13 @@ class Strategy(Protocol):
   def rule(self) -> StopRule: ...
 
   def empty(self, rows: int) -> Any:
-    """Returns Answers of `rows` rows that are all free."""
+    """Returns `Answers` of `rows` rows that are all done, so free."""
     ...
 
   def first(self, logits: jax.Array, numbers: jax.Array, key: jax.Array) -> Any:
-    """Returns the Answers of new rows from the logits [R, V] after their prompts.
+    """Returns the Answers of new rows, of one token, from the logits [R, V] after their prompts.
 
-    `numbers` [R] are those of their requests.
+    `numbers` [R] are those of their requests, which seed samples together with `key`.
     """
     ...
 
@@ -151,7 +151,7 @@ class Sampling:
 
 
 def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: jax.Array) -> State:
-  """Adds one token to every row that is not done."""
+  """Adds one token to every row that is not done, by one pass of the decoder."""
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
@@ -179,8 +179,11 @@ def decode(
 ) -> tuple[State, DecodeReport]:
   """Runs steps until `until` rows are done, but at most `steps`.
 
-  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `steps` and
-  `until` are values, not shapes, so this is compiled once for all of their values.
+  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `key` seeds
+  samples. `steps` and `until` are values, not shapes, so this is compiled once for all of their
+  values.
+
+  Returns: the new state, and what the host needs to know of it.
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 

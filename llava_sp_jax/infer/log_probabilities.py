@@ -17,11 +17,13 @@ from llava_sp_jax.models.llava import LlavaSP
 def score(
   module: LlavaSP, params: Any, batch: dict[str, jax.Array], at: jax.Array, rule: StopRule
 ) -> tuple[jax.Array, jax.Array]:
-  """Scores the tokens that follow the positions `at` [B, K].
+  """Scores the tokens that follow the positions `at` [B, K] int32.
 
-  `batch` has tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3].
+  `batch` has tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3]. `rule`
+  says which ids the tokenizer has.
 
-  Returns: their log-probabilities [B, K] float32, and whether each is the most likely one [B, K].
+  Returns: their log-probabilities (natural logarithm) [B, K] float32, and whether each is the most
+    likely one [B, K] bool.
   """
   names = ("tokens", "positions", "segments", "images", "slots")
   hidden = module.apply({"params": params}, *(batch[name] for name in names))

@@ -10,7 +10,7 @@ import jax
 
 
 class Lru:
-  """Holds values by key, at most `limit` bytes in all, but always the last one."""
+  """Holds values by key, at most `limit` bytes in all. The last value stays, whatever its size."""
 
   def __init__(self, limit: int):
     self._limit, self._bytes = limit, 0

@@ -26,16 +26,24 @@ class Sampler:
 
   @classmethod
   def of(cls, generation: Generation) -> Sampler:
-    """Returns the sampler of the settings of a generation."""
+    """Returns the sampler with the temperature, top_k and top_p of `generation`."""
     return cls(generation.temperature, generation.top_k, generation.top_p)
 
   def pick(
     self, logits: jax.Array, key: jax.Array, numbers: jax.Array, steps: jax.Array
   ) -> jax.Array:
-    """Returns tokens. logits [B, V], key, numbers [B], steps [B] -> int32 [B].
+    """Chooses the next token of each row.
 
-    A sample depends only on the key, the number of its request and the number of tokens before it.
-    It does not depend on its row or on the other requests in the batch.
+    Args:
+      logits: [B, V].
+      key: random key of the whole run; not used if `temperature` is 0.
+      numbers: [B] int32, the number of each row's request.
+      steps: [B] int32, how many tokens each row's answer has already.
+
+    A row's sample depends on its logits, its number, its step and the key. It does not depend on
+    the place of the row or on the other requests in the batch.
+
+    Returns: token ids [B] int32; the most likely ones if `temperature` is 0.
     """
     if self.temperature == 0.0:
       return first_largest(logits)
@@ -47,7 +55,11 @@ class Sampler:
     return jax.vmap(draw)(logits, numbers, steps).astype(jnp.int32)
 
   def filtered(self, logits: jax.Array) -> jax.Array:
-    """Returns the logits that are sampled from; -inf for excluded tokens. [B, V] -> [B, V]."""
+    """Divides logits by the temperature, and sets those of excluded tokens to -inf. [B, V] -> [B,
+    V].
+
+    `top_k` and `top_p` exclude tokens.
+    """
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
@@ -66,7 +78,7 @@ GREEDY = Sampler()
 
 
 def first_largest(logits: jax.Array) -> jax.Array:
-  """Returns the argmax, the first of equal ones. [B, V] -> [B].
+  """Returns the index of the largest logit, the first of equal ones. [B, V] -> [B] int32.
 
   Two plain reductions are several times faster than XLA's argmax on a CPU.
   """
@@ -76,7 +88,7 @@ def first_largest(logits: jax.Array) -> jax.Array:
 
 
 def margin(logits: jax.Array, chosen: jax.Array) -> jax.Array:
-  """Returns the lead of the chosen token over the best other one. [B, V], [B] -> [B].
+  """Returns the logit of the chosen token minus that of the best other one. [B, V], [B] -> [B].
 
   It is negative if another token has a larger logit.
   """
