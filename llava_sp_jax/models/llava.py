@@ -24,7 +24,9 @@ from llava_sp_jax.models.vit import VisionTransformer
 def merge(
   text: Float[Array, "B T D"], image: Float[Array, "B MN D"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-  """Puts image tokens where `slots` is not -1."""
+  """Replaces the embedding at each position whose slot is not -1 by the image token of that
+  slot.
+  """
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 
@@ -57,7 +59,15 @@ class LlavaSP(nn.Module):
     images: Float[Array, "B M H W 3"],
     slots: Int[Array, "B T"],
   ) -> Float[Array, "B T D"]:
-    """Returns hidden states for `logits`."""
+    """Returns the hidden states after the final norm, which `logits` reads.
+
+    Args:
+      tokens: token ids.
+      positions: of each token in its sample, from 0.
+      segments: which positions see each other (`layers.BRANCHES`); 0 is padding.
+      images: the M tiles of each row; pixels normalized as the vision tower expects them.
+      slots: index of an image token among the row's M * N; -1 for text.
+    """
     hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
     return hidden
 
