@@ -45,7 +45,8 @@ METRICS_FILE = sinks.METRICS_FILE
 class Result:
   """Reports what a call of `train` did.
 
-  `step` is less than the steps of the config if the run was asked to stop early.
+  `step` is less than the steps of the config if the run was asked to stop early. `seconds` are
+  those of the loop, without loading. `quarantined` counts the samples that this process left out.
   """
 
   step: int
@@ -57,16 +58,16 @@ class Evaluator(Protocol):
   """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
   def due(self, number: int) -> bool:
-    """Returns whether step `number` is followed by an evaluation."""
+    """Returns whether the model is evaluated after step `number`."""
     ...
 
   def __call__(
     self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
-    """Returns the metrics of step `number`; `params` are nested.
+    """Returns the metrics of step `number`, by name.
 
-    It must call `going` often and give up when that returns False, because the run was asked to
-    stop.
+    `params` are nested. `fingerprint` is that of the frozen parameters. It must call `going` often
+    and give up when that returns False, because the run was asked to stop.
     """
     ...
 
@@ -125,9 +126,10 @@ class _Run:
 
 
 def open_tokenizer(config: config_lib.Config) -> Tokenizer:
-  """Opens the tokenizer from a folder or the hub.
+  """Opens the tokenizer that `data.tokenizer` names, from a folder or the Hugging Face hub.
 
-  Raises: FormatError, FileNotFoundError, TokenizerError.
+  Raises: FormatError if it cannot be fetched; FileNotFoundError, TokenizerError if the folder holds
+    none.
   """
   return Tokenizer(places.tokenizer(config.data.tokenizer))
 
@@ -140,7 +142,7 @@ def _inputs(config: config_lib.Config) -> dict[str, str]:
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
-  """Returns the fingerprint of the validation file, or {} without one.
+  """Returns {"validation data": fingerprint of `data.validation_path`}, or {} without such a file.
 
   All processes need the same file, because validation figures are sums over all of them.
   """

@@ -31,7 +31,10 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 
 def part_of(path: str) -> str:
-  """Returns the part that a parameter belongs to. Raises: KeyError when no row of PARTS matches."""
+  """Returns the part (a name in PARTS, such as "lora" or "spatial") of the parameter at `path`.
+
+  Raises: KeyError when no row of PARTS matches.
+  """
   for part, pattern in PARTS:
     if re.match(pattern, path):
       return part
@@ -101,7 +104,10 @@ def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def norms(squares: Any, paths: Iterable[str]) -> dict[str, float]:
-  """Computes on the host, from `grad_squares` of the parameters at `paths`, {part: gradient norm}."""
+  """Returns {part: norm of its gradient}, computed on the host from `grad_squares` of a step.
+
+  `squares` are the sums of squares of the parameters at `paths`, in the order of sorted paths.
+  """
   totals: dict[str, float] = {}
   for path, square in zip(sorted(paths), np.asarray(squares, np.float64), strict=True):
     totals[part_of(path)] = totals.get(part_of(path), 0.0) + float(square)

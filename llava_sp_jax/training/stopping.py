@@ -34,9 +34,10 @@ class StopRequest:
     return self
 
   def during(self, place: str) -> Callable[[], bool]:
-    """Returns the function that a wait for data calls to learn whether to give up.
+    """Returns a function that a wait for data calls to learn whether to give up.
 
-    `place` names the point that the run has reached; it must be the same text in all processes.
+    `place` names the point that the run has reached, such as a step; it must be the same text in
+    all processes.
     """
     return Wait(place) if self._several else lambda: self.asked
 
