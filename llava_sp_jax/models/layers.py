@@ -63,9 +63,7 @@ class Rope:
     return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
   def trained_length(self) -> int:
-    """Returns `original_length`, the positions in pretraining. Raises: ValueError if it is not
-    set.
-    """
+    """Returns `original_length`, in positions. Raises: ValueError if it is not set."""
     if self.original_length < 1:
       raise ValueError(
         f"rope kind {self.kind!r} needs original_length >= 1, found {self.original_length}"

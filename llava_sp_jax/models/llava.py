@@ -24,9 +24,7 @@ from llava_sp_jax.models.vit import VisionTransformer
 def merge(
   text: Float[Array, "B T D"], image: Float[Array, "B MN D"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-  """Replaces the embedding at each position whose slot is not -1 by the image token of that
-  slot.
-  """
+  """Replaces the embedding where a slot is not -1 by the image token of that index."""
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 
