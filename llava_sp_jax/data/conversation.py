@@ -205,7 +205,7 @@ Turns = list[tuple[str, str | None]]  # (question, reply); the reply of an open 
 
 
 def saying(template: Template, system: str | None) -> Template:
-  """Returns the template with another system text (None: its own).
+  """Returns the template with `system` as its system text; None keeps its own.
 
   Raises: SampleError for a template without a system text.
   """
@@ -243,7 +243,10 @@ def write(turns: Turns, template: Template, open_end: str | None = None) -> list
 
 
 def chain(turns: Turns, template: Template) -> list[TextPiece]:
-  """Returns the pieces of a dialogue to train on, in which every turn sees the turns before it."""
+  """Returns the pieces of a dialogue to train on, in which every turn sees the turns before it.
+
+  Takes the template's text of training if that differs.
+  """
   text = template.training or template
   asked = [(_asked(question, text), reply) for question, reply in turns]
   return write(asked, text, text.unanswered)
@@ -255,8 +258,7 @@ def branch(turns: Turns, template: Template) -> list[TextPiece]:
   Every turn is a branch that sees the system text and the image, as if it were a sample of its own;
   the image is read once.
 
-  Raises:
-    SampleError: unless there is exactly one image, in the first turn.
+  Raises: SampleError unless there is exactly one image, in the first turn.
   """
   text = template.training or template
   first, *others = (question for question, _ in turns)

@@ -46,7 +46,7 @@ class Result:
   """Reports what a call of `train` did.
 
   `step` is less than the steps of the config if the run was asked to stop early. `seconds` are
-  those of the loop, without loading. `quarantined` counts the samples that this process left out.
+  those of the loop, without loading. `quarantined` counts the samples that were left out.
   """
 
   step: int

@@ -86,7 +86,7 @@ class Log:
     Args:
       number: the step, from 1.
       metrics: what the step returned, on the device.
-      quarantined: samples that this process has quarantined so far.
+      quarantined: how many samples have been quarantined so far.
       extra: values that are added to the record, and make one due at any step.
     """
     train = self._config.train

@@ -137,9 +137,7 @@ def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
 
 
 def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Checks only the settings that the samples have to fit. Raises: PreflightError if one does
-  not.
-  """
+  """Checks only the settings that the samples must fit. Raises: PreflightError if one does not."""
   _check(config, tokenizer, OF_DATA)
 
 
