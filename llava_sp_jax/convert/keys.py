@@ -32,7 +32,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: int) -> Kind:
-  """Returns the kind of an integer in a range, both ends included."""
+  """Returns the kind of a whole number from `low` to `high`, both included."""
   return Kind(
     f"a whole number from {low} to {high}",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
@@ -40,7 +40,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def real(low: float, high: float) -> Kind:
-  """Returns the kind of a finite number in a range, both ends included."""
+  """Returns the kind of a finite number from `low` to `high`, both included."""
   return Kind(
     f"a number from {low:g} to {high:g}",
     lambda v: _is_number(v) and low <= v <= high and math.isfinite(v),
@@ -48,12 +48,12 @@ def real(low: float, high: float) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-  """Returns the kind of one of these texts."""
+  """Returns the kind of a text that is one of `names`."""
   return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
 
 
 def maybe(kind: Kind) -> Kind:
-  """Returns the kind that also accepts null."""
+  """Returns the kind that accepts null and what `kind` accepts."""
   return Kind(f"{kind.what}, or null", lambda v: v is None or kind.holds(v))
 
 
@@ -134,7 +134,9 @@ def rows(key: Key, *names: str) -> dict[str, Key]:
 
 
 def problem(name: str, value: Any, key: Key) -> str:
-  """Returns what is wrong with a value; "" if nothing is."""
+  """Returns what is wrong with the value of the key `name`, described by `key`; "" if nothing
+  is.
+  """
   if key.values is not None:
     said = value is not None or not key.null
     if not said or any(type(value) is type(v) and value == v for v in key.values):
@@ -152,11 +154,16 @@ def _short(value: Any) -> str:
 
 
 def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) -> Json:
-  """Returns the honored keys of a settings file.
+  """Returns the keys of a settings file that have an effect, with their values.
+
+  Args:
+    values: the content of the file.
+    table: describes every key that it may have.
+    origin: the file, for messages.
+    allow_unknown: whether keys that the table lacks are ignored, as null ones always are.
 
   Raises: FormatError, in one line, that names every key with a wrong or unsupported value, and
-  every key that the table lacks. Unknown keys that are null, or that `allow_unknown` permits, are
-  ignored.
+    every unknown key.
   """
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a group of keys, found {_short(values)}")

@@ -118,10 +118,16 @@ DETAILS = {
 
 
 def projector(variant: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
-  """Returns the names of a projector's variant. Raises: KeyError.
+  """Returns the rules for the names of a projector's parameters.
 
-  `channels` is the tower's width, `scales` are the sizes of the views (`build.view_sizes`), which
-  the original has in its names. `image_newline` is among them, used or not.
+  Args:
+    variant: a row of VARIANTS.
+    channels: the tower's width.
+    scales: sides of the views (`build.view_sizes`), which the original has in its names.
+
+  `image_newline` is among them, used or not.
+
+  Raises: KeyError for an unknown variant.
   """
   row = VARIANTS[variant]
   rows = list(MLP)

@@ -98,9 +98,9 @@ class Match:
 
 
 def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
-  """Returns the match of a torch name, None if no row has it.
+  """Returns the parameter, layout and layer that a torch name stands for; None if no row has it.
 
-  Raises: ValueError when two have it.
+  Raises: ValueError when two rows have it.
   """
   found = []
   for row in rows:
@@ -137,14 +137,17 @@ def _pattern(template: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Holds the torch name of a leaf, with `{layer}` in it if the leaf is a stack of layers."""
+  """Holds the torch name of a parameter, with `{layer}` in it if its layers are stacked."""
 
   name: str
   layout: TensorLayout
 
 
 def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
-  """Reads the rows backwards: parameter path -> torch name. Raises: ValueError for a path twice."""
+  """Returns {parameter path: torch name and layout}, the rows read backwards.
+
+  Raises: ValueError when two rows have the same path.
+  """
   targets: dict[str, Target] = {}
   for row in rows:
     for words in _choices(row.torch):
