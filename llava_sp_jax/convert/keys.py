@@ -134,9 +134,7 @@ def rows(key: Key, *names: str) -> dict[str, Key]:
 
 
 def problem(name: str, value: Any, key: Key) -> str:
-  """Returns what is wrong with the value of the key `name`, described by `key`; "" if nothing
-  is.
-  """
+  """Returns what is wrong with a value of the key `name`, described by `key`; "" if nothing is."""
   if key.values is not None:
     said = value is not None or not key.null
     if not said or any(type(value) is type(v) and value == v for v in key.values):

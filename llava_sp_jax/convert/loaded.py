@@ -36,9 +36,7 @@ class Loaded:
   originals: Leaves | None = None  # the leaves before the kernels of its base were quantized
 
   def part(self, name: str, *, adapters: bool = False) -> Leaves:
-    """Returns the parameters of a part, such as "projector", by path: without LoRA, or only
-    LoRA.
-    """
+    """Returns the parameters of a part, such as "projector", by path: without LoRA or only LoRA."""
     return {
       p: leaf
       for p, leaf in self.leaves.items()

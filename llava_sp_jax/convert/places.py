@@ -131,9 +131,7 @@ def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
-  """Copies the files of a tokenizer from `folder` to `out`, and no others. Makes `out` if
-  needed.
-  """
+  """Copies the files of a tokenizer from `folder` to `out`, and no others; makes `out`."""
   out.mkdir(exist_ok=True)
   for path in sorted(folder.iterdir()):
     if path.is_file() and path.name.startswith(_OF_TOKENIZER):
