@@ -15,7 +15,7 @@ KINDS = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "rectangle": "shape
 
 
 class EasyVqa:
-  """Implements easy-VQA."""
+  """Implements easy-VQA: questions about generated pictures of one colored shape."""
 
   name = "easy_vqa"
   protocol = "generated text, exact match after stripping blanks"
@@ -54,7 +54,7 @@ class EasyVqa:
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 for an answer that equals the truth without leading and trailing whitespace."""
+    """Returns score 1 for an answer that equals the ground truth without outer blanks, else 0."""
     return {"score": float(text.strip() == item.truth)}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
@@ -67,5 +67,5 @@ class EasyVqa:
     return []
 
   def data_hash(self) -> str:
-    """Returns a hash of the file of questions."""
+    """Returns a hash, 16 hexadecimal digits, of the file of questions."""
     return file_hash(self._file)

@@ -43,7 +43,7 @@ Judge = Callable[[Ask], str]  # returns the judge's answer; raises if there is n
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-  """Holds a judge's raw answer, or in `error` why there is none."""
+  """Holds a judge's raw reply, or in `error` why there is none."""
 
   text: str
   error: str = ""
@@ -104,7 +104,10 @@ class Endpoint:
     return secret
 
   def __call__(self, ask: Ask) -> str:
-    """Returns the judge's answer. Raises: JudgeError when the call fails, after the last try."""
+    """Returns the judge's reply to a request.
+
+    Raises: JudgeError when the call fails, after the last try.
+    """
     messages = [{"role": "system", "content": ask.system}] if ask.system else []
     asked = {
       "model": self.name,
@@ -206,7 +209,7 @@ class Reviews:
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):
-    """Reads the answers in `file`, if it exists."""
+    """Reads the replies in `file`, if it exists; None keeps replies in memory alone."""
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
     self._judge, self._file = judge, Path(file) if file else None
     self._kept: dict[str, Review] = {}
@@ -218,10 +221,10 @@ class Reviews:
           self._kept[row["key"]] = Review(row["text"])
 
   def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
-    """Returns the cached or a new answer; returns a Review with an error if the judge raises.
+    """Returns the cached or a new reply; returns a Review with an error if the judge raises.
 
-    `reads` returns None for an answer that holds no grade. The request of such an answer in the
-    file is repeated once in each run.
+    `reads` returns None for a reply that holds no grade. The request of such a reply in the file is
+    repeated once in each run.
     """
     request = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
     key = hashlib.sha256(request.encode()).hexdigest()

@@ -84,7 +84,7 @@ class LlavaBench(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    """Returns the questions, with GPT-4's answers as truths and captions for the judge."""
+    """Returns the questions, with GPT-4's answers as ground truths and captions for the judge."""
     captions = {str(r.get("image")): r.get("caption") for r in self._truths(CONTEXT)}
     reference = {str(r.get("question_id")): r.get("text") for r in self._truths(REFERENCE)}
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
@@ -122,7 +122,7 @@ class LlavaBench(Benchmark):
     return files.read_truths(self.folder / name)
 
   def ask(self, item: Item, text: str) -> Ask:
-    """Returns the request that LLaVA's eval_gpt_review_bench.py sends for an answer."""
+    """Returns the request of LLaVA's eval_gpt_review_bench.py to grade the answer `text`."""
     prompt = (
       f"[Context]\n{item.extra['caption']}\n\n[Question]\n{item.question}\n\n"
       f"[Assistant 1]\n{item.truth}\n\n[End of Assistant 1]\n\n"

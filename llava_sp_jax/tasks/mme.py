@@ -53,8 +53,8 @@ PARTS = {
 class Mme(Benchmark):
   """Implements MME.
 
-  Reads the truths from the text files of the release, and finds them by image and question like
-  LLaVA's convert_answer_to_mme.py.
+  Reads the ground truths from the text files of the release, and finds them by image and question
+  like LLaVA's convert_answer_to_mme.py.
   """
 
   name = "mme"
@@ -81,7 +81,7 @@ class Mme(Benchmark):
     return sorted([*root.glob("*/questions_answers_YN/*.txt"), *root.glob("*/*.txt")])
 
   def hashed(self) -> list[Path]:
-    """Returns the files that determine the questions."""
+    """Returns the files that determine the questions: LLaVA's list and the release's texts."""
     return [self.folder / ASKED, *self._answers()]
 
   def _truths(self) -> tuple[dict[Line, str], dict[tuple[str, str], str]]:
@@ -106,7 +106,7 @@ class Mme(Benchmark):
     return truths, invalid
 
   def items(self) -> list[Item]:
-    """Returns the questions, with the truths of the release."""
+    """Returns the questions, with the ground truths of the release."""
     truths, invalid = self._truths()
     rows = self.rows(ASKED)
     odd = [
@@ -143,7 +143,7 @@ class Mme(Benchmark):
     return settled(_whole_pairs(items), self.folder / RELEASE)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 if the answer reads as the truth, yes or no."""
+    """Returns score 1 if the answer reads as the ground truth, else 0; `read` is what was read."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth.lower()), "read": read}
 

@@ -107,7 +107,7 @@ def _understood(truth: Any) -> TypeGuard[dict[str, Any]]:
 
 
 class MmVet(Benchmark):
-  """Implements MM-Vet; the truths (`mm-vet.json` of the release) are needed by a judge only."""
+  """Implements MM-Vet; only a judge needs the ground truths (`mm-vet.json` of the release)."""
 
   name = "mmvet"
   homes = ("mm-vet", "mmvet")
@@ -148,7 +148,7 @@ class MmVet(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    """Returns the questions, with their truths if the file of truths exists."""
+    """Returns the questions, with their ground truths if the file of those exists."""
     rows = self.rows(ASKED)
     truths = files.read_json(self._truths) if self._truths else {}
     images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]
@@ -172,7 +172,7 @@ class MmVet(Benchmark):
     return settled(items, self._truths or self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
-    """Returns the request to grade an answer; `turn` counts the attempts from 0."""
+    """Returns the request to grade the answer `text`; `turn` counts the attempts from 0."""
     how = self._grader
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"

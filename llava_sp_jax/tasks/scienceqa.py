@@ -127,7 +127,7 @@ class ScienceQa(Benchmark):
     return {"score": float(right), "read": read, "index": index}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the accuracy on questions with an image.
+    """Returns the accuracy on questions with an image; `figures` has it by subject.
 
     As in the original, an unanswered question is wrong in the accuracy over all questions (protocol
     `llava`), and is not counted in the accuracy on questions with an image (the original detects an

@@ -29,7 +29,10 @@ SPLITS = {
 
 
 class Seed(Benchmark):
-  """Implements SEED-Bench."""
+  """Implements SEED-Bench.
+
+  `split` chooses the questions: about images, or also about the middle frames of videos.
+  """
 
   name = "seed"
   homes = ("seed_bench",)
@@ -92,7 +95,9 @@ class Seed(Benchmark):
     return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 if the answer is the letter of the truth."""
+    """Returns score 1 if the answer is the letter of the ground truth, else 0; `read` is the
+    letter.
+    """
     read = self.rules.read(text)
     return {"score": float(read == item.truth), "read": read}
 

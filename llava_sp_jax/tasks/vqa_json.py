@@ -19,7 +19,7 @@ LETTERS = "ABCDE"  # the letters that MMBench's rule reads
 
 @dataclasses.dataclass(frozen=True)
 class MatchRule:
-  """Defines a rule that compares an answer with the truths of a row."""
+  """Defines a rule that compares an answer with the ground truths of a row."""
 
   says: str  # a description for users, part of the results
   score: Callable[[str, Sequence[str]], float]  # (answer, truths) -> [0, 1]
@@ -138,22 +138,22 @@ class VqaJson:
     return found
 
   def items(self) -> list[Item]:
-    """Returns the questions."""
+    """Returns the questions of the file, one for each row."""
     return self._items
 
   def data_hash(self) -> str:
-    """Returns a hash of the file."""
+    """Returns a hash, 16 hexadecimal digits, of the file of questions."""
     return file_hash(self._file)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores an answer by the rule."""
+    """Returns the score of an answer by the rule, from 0 to 1, and for `choice` its option."""
     if not self._choice:
       return {"score": self._rule.score(text, item.truth)}
     chosen = scoring.choice(text, item.extra["options"])
     return {"score": self._rule.score(chosen, item.truth), "chosen": chosen}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the mean score, overall and by kind."""
+    """Returns the mean score by the rule, overall and by kind."""
     metric = self._rule.metric
     by_kind = mean_by_kind(items, predictions, self.verdict, metric)
     return Scores(by_kind["all"][metric], metric, by_kind)
