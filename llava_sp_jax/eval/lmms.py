@@ -56,7 +56,8 @@ class LlavaSp(Base):  # type: ignore[misc]  # the package has no types
   def __init__(self, pretrained: Any, batch_size: int | str = 8, **more: Any):
     """Loads a model.
 
-    `pretrained` is the folder of a checkpoint, or a `Pretrained`.
+    `pretrained` is the folder of a checkpoint, or a `Pretrained`. `more` are the arguments that
+    lmms-eval always passes; they are not used.
 
     Raises: EvalError for unknown arguments, and without lmms-eval.
     """
