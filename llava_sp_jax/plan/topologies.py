@@ -26,12 +26,12 @@ class Topology:
 
   @property
   def chip(self) -> Chip:
-    """Returns the data of a chip."""
+    """Returns the rates and memory of a chip of this kind."""
     return CHIPS[self.chip_name]
 
   @property
   def chips(self) -> int:
-    """Returns the number of chips."""
+    """Returns the number of chips of the slice."""
     return math.prod(self.sides)
 
   @property
@@ -96,6 +96,9 @@ SLICES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def topology(name: str) -> Topology:
-  """Returns the slice of a name. Raises: ConfigError that lists the known names."""
+  """Returns the slice that a cloud provider calls `name`.
+
+  Raises: ConfigError that lists the known names.
+  """
   chip, sides = config_lib.lookup("--topology", name, SLICES)
   return Topology(name, chip, sides)
