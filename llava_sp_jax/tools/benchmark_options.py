@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def names_of(options: argparse.Namespace) -> list[str]:
-  """Returns the names of --task. Raises: ConfigError when there are none."""
+  """Returns the benchmarks that --task names (default: easy_vqa). Raises: ConfigError for none."""
   from llava_sp_jax.config import ConfigError
 
   given = options.task or ["easy_vqa"]
@@ -21,7 +21,10 @@ def names_of(options: argparse.Namespace) -> list[str]:
 
 
 def tasks_of(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-  """Returns {name: task}; runs before a model is loaded. Raises: ConfigError, FileNotFoundError."""
+  """Opens the benchmarks of `names`, and returns {name: task}; runs before a model is loaded.
+
+  Raises: ConfigError for an unknown name or option; FileNotFoundError for data that are missing.
+  """
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import catalog
 
@@ -114,7 +117,10 @@ def out_of(name: str, tasks: Collection[str], options: argparse.Namespace) -> st
 
 
 def judge_of(options: argparse.Namespace) -> Any:
-  """Makes the judge. Raises: ConfigError without a model; JudgeError when its key is not set."""
+  """Makes the judge of --judge-url.
+
+  Raises: ConfigError without a model; JudgeError when its key is not set.
+  """
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import judge
 

@@ -74,9 +74,9 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
-  """Parses the config with its overrides, --images and --samples.
+  """Parses the config with its overrides, --images and --samples; a number is None for "all".
 
-  Raises: ConfigError, FileNotFoundError.
+  Raises: ConfigError for wrong options; FileNotFoundError for a file that a recipe needs.
   """
   config, given = arguments.RecipeParser("check", optional=OPTIONS).read(argv, _counts)
   return config, *_counts(given)
