@@ -258,7 +258,9 @@ def from_dict(values: Any) -> Config: ...
 @typing.overload
 def from_dict(values: Any, cls: type[C], path: str = "config") -> C: ...
 def from_dict(values: Any, cls: Any = Config, path: str = "config") -> Any:
-  """Builds `cls` from nested mappings; keys may have a former name.
+  """Builds the config class `cls` from nested mappings; keys may have a former name.
+
+  `path` is the prefix of keys in messages.
 
   Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
@@ -270,7 +272,10 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  """Reads what `to_json` wrote, also in older versions. Raises: ConfigError."""
+  """Reads what `to_json` wrote, also in older versions.
+
+  Raises: ConfigError for anything that is no config.
+  """
   try:
     values = json_files.parse_object(text.encode(), "config.json")
   except files.FormatError as error:
@@ -287,7 +292,7 @@ def from_json(text: str) -> Config:
 
 
 def groups(cls: type[Any] = Config) -> Iterator[type[Any]]:
-  """Yields a config class and the classes of its groups."""
+  """Yields a config class, and all classes of its groups at any depth."""
   yield cls
   for hint in typing.get_type_hints(cls).values():
     if dataclasses.is_dataclass(hint):
