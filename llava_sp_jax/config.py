@@ -272,7 +272,7 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str) -> Config:
-  """Reads what `to_json` wrote, also in older versions.
+  """Reads the text of a config.json, also of older versions.
 
   Raises: ConfigError for anything that is no config.
   """

@@ -75,7 +75,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:
-  """Prints a text of several lines at once, with control characters escaped.
+  """Prints a text of several lines at once, with control characters escaped, and then `end`.
 
   It goes to standard output, or with `error` to standard error.
 

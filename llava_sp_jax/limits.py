@@ -128,7 +128,10 @@ def limit_of(key: str) -> Limit:
 
 
 def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
-  """Yields (key, number) for all numbers in nested dictionaries, also for each in a list."""
+  """Yields (key, number) for all numbers in nested dictionaries, also for each in a list.
+
+  `key` is the prefix of the keys.
+  """
   if isinstance(values, dict):
     for name, value in values.items():
       yield from numbers(value, f"{key}.{name}" if key else name)

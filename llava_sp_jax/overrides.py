@@ -44,7 +44,7 @@ def former_names(cls: type[Any]) -> dict[str, str]:
 
 
 def renamed(values: Any, cls: type[Any], path: str = "config") -> dict[str, Any]:
-  """Returns the nested mappings of `cls` with present names in place of former ones.
+  """Returns `values`, nested mappings of `cls`, with present names in place of former ones.
 
   `path` is the prefix of keys in messages.
 
@@ -127,8 +127,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
-  """Returns a line for each value in which two configs differ; `but_free` leaves out fields of
-  `free`.
+  """Returns a line for each value in which two configs differ; [] if none does.
+
+  `path` is the prefix of the keys. `but_free` leaves out fields that may change when a run is
+  resumed.
   """
   lines = []
   for field in dataclasses.fields(ours):

@@ -38,7 +38,7 @@ class Progress:
 
   @property
   def seconds(self) -> float:
-    """Returns the seconds since this object was made."""
+    """Returns the seconds since this object was made, by which rates are computed."""
     return time.monotonic() - self._started
 
   def add(self, count: float = 1, note: str = "", last: bool = False) -> None:

@@ -14,7 +14,7 @@ SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 
 
 def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
-  """Returns why the folder of a step is not a complete checkpoint; "" for a complete one.
+  """Returns why the folder `place` of a step is not a complete checkpoint; "" for a complete one.
 
   `items` are the parts that it must have. Looks at file names and at `about`, not at values.
   """
@@ -51,7 +51,7 @@ def about(place: Path) -> dict[str, Any]:
 
 
 def checksums(place: Path) -> dict[str, dict[str, int]]:
-  """Returns {item: {path: checksum}} of a checkpoint; {} for an old one without checksums.
+  """Returns {item: {path: checksum}} of the checkpoint at `place`; {} for an old one without them.
 
   Raises: CheckpointError when the file of checksums is not there, or is no JSON object.
   """

@@ -42,9 +42,12 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
 
 
 def check_folder(folder: Path) -> None:
-  """Raises CheckpointError for a `--workdir` whose files are not those of a training run.
+  """Checks that `folder`, a `--workdir`, is absent, or holds a run or no files of one.
 
   Other files, such as the log of a launcher, may lie in it.
+
+  Raises: CheckpointError for files that are not those of a training run, such as a converted
+    checkpoint.
   """
   for place in (folder, *folder.absolute().parents):
     if place.is_symlink() and not place.exists():

@@ -90,7 +90,11 @@ def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
 
 
 def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> None:
-  """Raises FormatError for a LLaVA's adapter that was saved without the projector."""
+  """Raises FormatError for a LLaVA's adapter that was saved without the projector.
+
+  `files` are the names of the folder's files. `is_llava` says that its config.json is a LLaVA's;
+  otherwise files of an unfinished training are looked for.
+  """
   if is_llava:
     raise FormatError(
       f"{folder}: an adapter without its projector: config.json says that it is a LLaVA's, but "

@@ -101,7 +101,7 @@ Table = Mapping[str, Key]
 
 
 def honored(kind: Kind, how: str) -> Key:
-  """Describes a key whose value is used."""
+  """Describes a key whose value is used; `how` says for what, in the docs."""
   return Key(HONORED, how, kind)
 
 
@@ -111,12 +111,12 @@ def idle(why: str, kind: Kind = ANYTHING) -> Key:
 
 
 def only(why: str, *values: Any) -> Key:
-  """Describes a key without effect at these values and at null, and refused at all others."""
+  """Describes a key without effect at these values and at null, which is refused at all others."""
   return Key(REFUSED, why, values=values)
 
 
 def always(why: str, *values: Any) -> Key:
-  """Describes a key as `only`, but refused at null, too.
+  """Describes a key that has no effect at these values, and is refused at all others and at null.
 
   A program that is not told the value takes one of `values`.
   """
@@ -124,12 +124,12 @@ def always(why: str, *values: Any) -> Key:
 
 
 def never(why: str) -> Key:
-  """Describes a key that is refused unless it is null, false, 0 or empty."""
+  """Describes a key that is refused unless it is null, false, 0 or empty; `why` is for messages."""
   return Key(REFUSED, why, values=NOTHING)
 
 
 def rows(key: Key, *names: str) -> dict[str, Key]:
-  """Returns a table of several keys with the same meaning."""
+  """Returns a table in which each of `names` has the meaning `key`."""
   return dict.fromkeys(names, key)
 
 

@@ -51,7 +51,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class InMemory(Leaf):
-  """Holds a leaf whose values are in memory."""
+  """Holds an array of the parameter tree whose values are in memory."""
 
   values: np.ndarray
 
@@ -61,7 +61,7 @@ class InMemory(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Leaf):
-  """Rounds another leaf to a dtype when it is read."""
+  """Rounds another array of the tree to a dtype when it is read."""
 
   inner: Leaf
 
@@ -108,7 +108,7 @@ class InTensors(Leaf):
     return dataclasses.replace(self, shape=shape, tensors=self.tensors[:count])
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Returns values, and reads only the tensors of the requested layers.
+    """Returns the values at `index`, a slice for each axis; reads only the tensors of its layers.
 
     Raises: FormatError when a value is not finite.
     """

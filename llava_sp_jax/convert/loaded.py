@@ -1,4 +1,4 @@
-"""Holds an opened checkpoint: its config, its unread leaves, and its base."""
+"""Holds an opened checkpoint: its config, its parameters, which are not read yet, and its base."""
 
 from __future__ import annotations
 

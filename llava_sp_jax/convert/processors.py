@@ -249,9 +249,11 @@ def _features(said: Json, tower: config_lib.TowerConfig, origin: str) -> None:
 
 
 def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
-  """Returns the (width, height) of each canvas of anyres; the original also writes them as a text.
+  """Returns the (width, height) of each canvas of anyres, from the setting `value`.
 
-  `origin` names the file in the message. Raises: FormatError for anything else.
+  The original also writes them as a text. `origin` names the file in the message.
+
+  Raises: FormatError for anything else.
   """
   try:
     pairs = value

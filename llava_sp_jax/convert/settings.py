@@ -56,12 +56,12 @@ def _filled(family: str, values: Json, origin: str) -> Any:
 
 
 def is_llava(values: Json) -> bool:
-  """Returns whether a config.json is of the original LLaVA code: it has the key mm_vision_tower."""
+  """Returns whether `values` are the config.json of the original LLaVA: it has mm_vision_tower."""
   return "mm_vision_tower" in values
 
 
 def is_llava_hf(values: Json) -> bool:
-  """Returns whether a config.json is of transformers' Llava or LlavaNext."""
+  """Returns whether `values` are the config.json of transformers' Llava or LlavaNext."""
   return "text_config" in values and values.get("model_type") in ("llava", "llava_next")
 
 

@@ -41,7 +41,7 @@ class Tensor:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def renamed(self, name: str) -> Tensor:
-    """Returns the tensor under another name."""
+    """Returns the tensor under the name `name`."""
     return dataclasses.replace(self, name=name)
 
 

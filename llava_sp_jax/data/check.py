@@ -116,7 +116,7 @@ class Checker:
     self.source = sources.of(data, self._reader, split)
 
   def __call__(self, index: int, decode: bool) -> Found:
-    """Checks one sample, and decodes its images if `decode` is true."""
+    """Checks sample `index`, and decodes its images if `decode` is true; returns what was found."""
     sample = attempt(lambda: self.source[index])
     images = attempt(lambda: forms.read(sample).images)
     if isinstance(images, SampleError):

@@ -23,8 +23,8 @@ class Template:
   """Holds the text around the turns of a dialogue.
 
   A dialogue is written as `system`, and for each turn `before`, question, `after`, `answer`, reply,
-  `end`. `with_system` builds the same template with another system text; it is None for a template
-  without a system text.
+  `end`. `with_system` builds the same template with a different system text; it is None for a
+  template without a system text.
   """
 
   system: str
@@ -45,7 +45,10 @@ class Template:
 
 
 def single(system: str, example: str = "", image: str = IMAGE) -> Template:
-  """Closes every turn with `###`; training uses another text than prompts, as in the original."""
+  """Closes every turn with `###`; training uses another text than prompts, as in the original.
+
+  `example` is a dialogue that follows the system text in prompts. `image` stands for an image.
+  """
   trained = Template(
     f"{system}\n\n### ",
     "Human: ",
@@ -69,7 +72,7 @@ def single(system: str, example: str = "", image: str = IMAGE) -> Template:
 
 
 def two(system: str, image: str = IMAGE) -> Template:
-  """Closes a question with a space and a reply with `</s>`."""
+  """Closes a question with a space and a reply with `</s>`; `image` stands for an image."""
   return Template(
     f"{system} ",
     "USER: ",
@@ -97,7 +100,10 @@ def chatml(system: str, gap: str = "") -> Template:
 
 
 def llama_2(system: str, start: str) -> Template:
-  """Puts `[INST]` marks around each question, and the system text into the first question."""
+  """Puts `[INST]` marks around each question, and the system text into the first question.
+
+  `start` stands in front of each mark but the first.
+  """
   first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
   return Template(
     "",

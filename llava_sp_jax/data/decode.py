@@ -160,7 +160,7 @@ def picture(file: str | Path | BinaryIO, name: str = "") -> Iterator[Image.Image
 
 
 def read_size(file: str | Path | BinaryIO, name: str = "") -> tuple[int, int]:
-  """Reads (width, height) in pixels from the header of a file.
+  """Reads (width, height) in pixels from the header of a file, which errors call `name` if given.
 
   Raises: MissingImageError when the file does not exist; SampleError when it is no image, or too
     large.

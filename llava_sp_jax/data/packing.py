@@ -157,7 +157,7 @@ class Stream:
     self._lock = threading.Lock()
 
   def epoch(self, number: int) -> list[PackedRow]:
-    """Returns the rows of an epoch, counted from 0. Raises: ValueError when it has none."""
+    """Returns the rows of epoch `number`, from 0. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
 

@@ -218,7 +218,7 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
 
 
 def check_settings(data: config_lib.DataConfig) -> None:
-  """Checks the settings of rows.
+  """Checks the settings of `data` that say how samples share rows.
 
   Raises: ConfigError for a packing or augmentation that does not exist, or a bucket longer than a
     row.

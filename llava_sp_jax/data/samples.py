@@ -116,6 +116,9 @@ class Measurer:
     self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed
 
   def __call__(self, sample: Any, epoch: int, index: int) -> SampleSize:
-    """Returns the size of a sample. Raises: SampleError for a sample that cannot be used."""
+    """Returns the size of a sample, whose turns are drawn by epoch and index.
+
+    Raises: SampleError for a sample that cannot be used.
+    """
     runs = self._writer.runs(sample, rng_of(self._seed, epoch, index))
     return self._writer.size(runs, [self._reader.plan(size) for size in self._sizes(sample)])

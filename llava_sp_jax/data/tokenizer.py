@@ -197,7 +197,7 @@ class SentencePiece:
     return max(self._with_blank.vocab_size(), max(self._ids.values()) + 1)
 
   def spans(self, text: str, inside: bool) -> Spans:
-    """See `Tokenizer.spans`."""
+    """Returns (id, index of the last character) of each token, as `Tokenizer.spans` describes."""
     blank = "" if inside or self._legacy or not text else BLANK
     result, at = [], -len(blank)
     for number, stretch in enumerate(self._split.split(blank + text)):
@@ -252,7 +252,7 @@ class HuggingFace:
     return self._count
 
   def spans(self, text: str, inside: bool) -> Spans:
-    """See `Tokenizer.spans`."""
+    """Returns (id, index of the last character) of each token, as `Tokenizer.spans` describes."""
     return self._kept(text, inside) if len(text) <= SHORT else self._read(text, inside)
 
   @functools.lru_cache(maxsize=1 << 14)  # noqa: B019 - a tokenizer lives as long as its process

@@ -81,7 +81,7 @@ class BeamSearch:
     """Extends each beam by its best tokens, and returns the new rows and the parent of each beam.
 
     Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
-    rows.
+    rows. `key` is not used.
     """
     count, longest = self.rule.beams, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]

@@ -83,7 +83,7 @@ class PictureCache:
     return future.result()
 
   def tiles(self, key: str, picture: ImageFile) -> np.ndarray:
-    """Takes the pixels of a picture, [tiles, size, size, 3] float32.
+    """Takes the pixels of a picture, [tiles, size, size, 3] float32, out of the cache by its key.
 
     They are read again if they were taken before.
 

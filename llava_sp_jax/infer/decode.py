@@ -94,7 +94,8 @@ class Strategy(Protocol):
   def choose(self, rows: Any, logits: jax.Array, key: jax.Array) -> tuple[Any, jax.Array | None]:
     """Returns new Answers from logits [B, V], and the parents of the sequences or None.
 
-    The parents, int [B], are the sequences that each sequence continues; None means itself.
+    The parents, int [B], are the sequences that each sequence continues; None means itself. `key`
+    seeds samples.
     """
     ...
 
@@ -151,7 +152,10 @@ class Sampling:
 
 
 def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, key: jax.Array) -> State:
-  """Adds one token to every row that is not done, by one pass of the decoder."""
+  """Adds one token to every row that is not done, by one pass of the decoder.
+
+  `key` seeds samples.
+  """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)

@@ -86,13 +86,20 @@ class VisionLanguageModel:
     system: str | None = None,
     generation: Generation = DEFAULT,
   ) -> Iterator[str]:
-    """Yields parts of one answer while it is decoded. Raises: ValueError if there is no answer."""
+    """Yields parts of one answer while it is decoded.
+
+    `system` replaces the system text of the conversation template.
+
+    Raises: ValueError if there is no answer.
+    """
     return self.engine(generation).stream(Request(question, tuple(images), system))
 
   def loglikelihood(
     self, question: str, continuation: str, images: Images = (), *, system: str | None = None
   ) -> tuple[float, bool]:
-    """Computes the log-probability of a given answer.
+    """Computes the log-probability of a given answer, `continuation`.
+
+    `system` replaces the system text of the conversation template.
 
     Returns: the sum of the log-probabilities (natural logarithm) of the continuation's tokens, and
       whether greedy decoding chooses each of them.

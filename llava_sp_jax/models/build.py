@@ -102,7 +102,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
 
 
 def unstacked(module: LlavaSP) -> LlavaSP:
-  """Returns the module with separate parameters for each layer, as `unstack` makes them.
+  """Returns the module with separate parameters for each layer, such as `unstack` makes.
 
   A scan copies each layer out of the stacked kernels, which would slow every decoding step.
   """

@@ -51,8 +51,8 @@ class New(NamedTuple):
 def both(change: Callable[..., Any], *held: Any) -> tuple[Any, Any]:
   """Applies `change(axis, *arrays)` to the keys, and to the values, of every layer.
 
-  `axis` is that of the positions. Each of `held` begins with keys and values, as `KVCache` and
-  `New` do. Returns the new keys and values.
+  `axis` is that of the positions. Each of `held` is a tuple that begins with keys and values, such
+  as a `KVCache`. Returns the new keys and values.
   """
   keys, values = (
     jax.tree.map(functools.partial(change, axis), *(pair[i] for pair in held))

@@ -71,7 +71,8 @@ class Variant:
   def detail_field(self, grid: int, wanted: Sequence[int] = ()) -> int:
     """Returns the side, in patches, of what detail kernels see.
 
-    That is the side of the largest view, or `grid` for a variant without views.
+    That is the side of the largest view, or `grid` for a variant without views. `wanted` replaces
+    the variant's own sizes of views.
     """
     sizes = self.scales(grid, wanted)
     return sizes[-1] if sizes else grid

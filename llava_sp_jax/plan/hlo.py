@@ -38,7 +38,7 @@ class Array:
 
   @property
   def size(self) -> int:
-    """Returns the number of elements."""
+    """Returns the number of elements, not their bytes."""
     return math.prod(self.dims)
 
   @property

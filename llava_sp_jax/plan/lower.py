@@ -109,9 +109,9 @@ def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
 
 
 def useful_flops(config: config_lib.Config, what: str) -> float:
-  """Returns the FLOPs that the model needs for a train step (`models.flops`); 0 for an evaluation.
+  """Returns the FLOPs that the model needs for a train step (`models.flops`).
 
-  Assumes full rows with all images, and causal attention.
+  `what` is "train"; 0 for an evaluation. Assumes full rows with all images, and causal attention.
   """
   if what != "train":
     return 0.0

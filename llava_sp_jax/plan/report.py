@@ -120,7 +120,10 @@ class Plan:
 
 
 def make(config: config_lib.Config, topology: Topology, what: str, compiled: Compiled) -> Plan:
-  """Makes the plan of a compiled program; predicts its time if schedule and rates are known."""
+  """Makes the plan of a compiled program; predicts its time if schedule and rates are known.
+
+  `what` is "train" or "eval".
+  """
   cost = None
   if compiled.module and topology.chip.speed:
     walk = cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"])

@@ -76,7 +76,7 @@ class Part:
 
 
 def parse_part(text: str) -> Part:
-  """Parses a part such as `0/2`. Raises: EvalError for anything else."""
+  """Parses a part such as `0/2`, the first of two. Raises: EvalError for anything else."""
   found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
   if not found:
     raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
@@ -92,7 +92,10 @@ def image_names(item: Item) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path) -> None:
-  """Checks that results can be written to a folder. Raises: EvalError if they cannot."""
+  """Checks that results can be written to `folder`, which need not exist.
+
+  Raises: EvalError if they cannot.
+  """
   place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not place.is_dir():
     raise EvalError(f"{folder}: {place} is no folder; name another one with --out")

@@ -23,7 +23,10 @@ class EasyVqa:
   options = ()
 
   def __init__(self, folder: str | Path):
-    """Reads a folder that `scripts/prepare_easy_vqa` wrote. Raises: FileNotFoundError."""
+    """Reads a folder that `scripts/prepare_easy_vqa` wrote.
+
+    Raises: FileNotFoundError for a folder without its test.json.
+    """
     self._folder = Path(folder)
     self._file = self._folder / "test.json"
     if not self._file.is_file():

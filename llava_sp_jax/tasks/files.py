@@ -107,9 +107,9 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
 
 
 def read_truths(path: Path) -> list[Row]:
-  """Reads the objects of a JSON-lines file of truths, with {} in place of a line that is not one.
+  """Reads the objects of a JSON-lines file of ground truths; a line that is none becomes {}.
 
-  A question whose truth is missing becomes an item with a problem, so a bad line costs no other.
+  A question without its ground truth becomes an item with a problem, so a bad line costs no other.
   """
   rows = [row for _, row in jsonl.values(read_text(path).split("\n"))]
   return [row if isinstance(row, dict) else {} for row in rows]
@@ -136,6 +136,8 @@ def check_rows(
   path: Path, rows: Sequence[tuple[str, Any]], keys: Sequence[str], expected: str = ""
 ) -> None:
   """Checks that the rows of (name, row) pairs are objects with `keys`, of the types of TYPES.
+
+  `expected` says in messages what the file should hold ("": entries with these keys).
 
   Raises: BenchmarkError when some are not, or there are no rows.
   """
@@ -204,7 +206,10 @@ def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
-  """Writes a JSON file, creates its folder if needed, and returns its path."""
+  """Writes `value` to a JSON file, creates its folder if needed, and returns the path.
+
+  `indent` is that of `json.dumps`; None writes one line.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(value, indent=indent))
   return path

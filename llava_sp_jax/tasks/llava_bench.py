@@ -71,13 +71,13 @@ class LlavaBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the files of the benchmark.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
       protocol: a name of `protocols`.
-      judge: grades the answers; LLaVA uses gpt-4-0314 or later.
-      reviews: a file that caches the judge's answers.
+      judge: grades the answers; LLaVA uses gpt-4-0314 or later. None: there is no score.
+      reviews: a file that caches the judge's replies (None: none).
     """
     super().__init__(folder, protocol)
     self._judge = Reviews(judge, reviews) if judge else None
@@ -133,7 +133,7 @@ class LlavaBench(Benchmark):
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Returns the ratio of the mean scores of the model and of GPT-4, in percent.
 
-    Rounds like summarize_gpt_review.py: the means to three decimals, then the ratio to one. A
+    Rounds as summarize_gpt_review.py does: the means to three decimals, then the ratio to one. A
     review that failed or does not hold two scores counts as `unjudged` (in the original as -1 for
     both). The verdict on a single answer is its score divided by that of GPT-4's answer, at most 1.
     """

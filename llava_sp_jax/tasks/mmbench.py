@@ -58,7 +58,7 @@ class MmBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the TSV file of the split.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
@@ -66,7 +66,7 @@ class MmBench(Benchmark):
       split: the name of the TSV file without its ending ("": that of the class).
       circular: asks each question in all orders of its options.
       judge: reads answers that the rules cannot read; protocol `lmms` only.
-      reviews: a file that caches the judge's answers.
+      reviews: a file that caches the judge's replies (None: none).
     """
     self.split = split or self.split
     self.needed = (f"{self.split}.tsv",)

@@ -180,9 +180,9 @@ class Mme(Benchmark):
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """Writes `mme/<subtask>.txt` for the official calculation.py.
 
-    A line has file, question, truth and answer, separated by tabs. Whitespace within an answer
-    becomes single spaces, since tabs and line breaks would break the file. A missing answer is "",
-    since the reader takes lines in pairs.
+    A line has file, question, ground truth and answer, separated by tabs. Whitespace within an
+    answer becomes single spaces, since tabs and line breaks would break the file. A missing answer
+    is "", since the reader takes lines in pairs.
     """
     lines: dict[str, list[str]] = {}
     for item, text in texts(items, predictions):

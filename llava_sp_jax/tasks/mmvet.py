@@ -129,15 +129,15 @@ class MmVet(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the files of the benchmark.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
       protocol: a name of `protocols`.
-      judge: grades the answers; MM-Vet uses gpt-4-0613.
-      reviews: a file that caches the judge's answers.
+      judge: grades the answers; MM-Vet uses gpt-4-0613. None: there is no score.
+      reviews: a file that caches the judge's replies (None: none).
 
-    Raises: FileNotFoundError for a judge without truths, too.
+    Raises: FileNotFoundError when files are missing; with a judge, also the ground truths.
     """
     super().__init__(folder, protocol)
     self._grader = GRADERS[protocol]
@@ -189,8 +189,8 @@ class MmVet(Benchmark):
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Returns the mean of the grades in percent, overall and by kind.
 
-    `figures` has the means by capability, all reviews, and the hash of the truths. An answer
-    without a grade after all attempts counts as `unjudged` (in the original as 0.0).
+    `figures` has the means by capability, all reviews, and the hash of the file of ground truths.
+    An answer without a grade after all attempts counts as `unjudged` (in the original as 0.0).
     """
     if not self._judge:
       return served(items, predictions, SERVER)

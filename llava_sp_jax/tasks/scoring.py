@@ -128,7 +128,7 @@ def plain(text: str) -> str:
 def plain_match(text: str, answer: str) -> bool:
   """Returns whether two texts are equal without case and ASCII punctuation, but with spaces.
 
-  So compares lmms-eval's exact_match.
+  This is the rule exact_match of lmms-eval.
   """
   return plain(text) == plain(answer)
 

@@ -1,4 +1,4 @@
-"""Defines a benchmark: items with question, images and truth, and rules from answers to scores."""
+"""Defines a benchmark: items with question, images and ground truth, and rules to score answers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Task(Protocol):
   generation: Generation  # settings of generation that the protocol demands
 
   def items(self) -> list[Item]:
-    """Returns the questions."""
+    """Returns the questions, always in the same order, since a limit takes the first ones."""
     ...
 
   def data_hash(self) -> str:

@@ -22,7 +22,10 @@ class Parser(argparse.ArgumentParser):
   """
 
   def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-    """Parses arguments, by default those of the process; exits with code 2 if they are wrong."""
+    """Parses `args`, by default those of the process; exits with code 2 if they are wrong.
+
+    `namespace` is that of argparse.
+    """
     known = [name for action in self._actions for name in action.option_strings]
     given = [present(text, known) for text in (sys.argv[1:] if args is None else args)]
     found, unknown = self.parse_known_args(given, namespace)
@@ -88,7 +91,7 @@ def whole(flag: str, text: str, least: int) -> int:
 
 
 def present(text: str, known: Iterable[str]) -> str:
-  """Returns an argument with the present name of its option in place of a former one.
+  """Returns the argument `text` with the present name of its option in place of a former one.
 
   Only if `known` has the present name and not the former one.
   """

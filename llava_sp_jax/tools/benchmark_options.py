@@ -85,6 +85,8 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 def data_of(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
   """Returns the data folder of a task: of TASK=FOLDER, or the one that is given for all tasks.
 
+  `names` are those of all tasks, `texts` the values of --data.
+
   Raises: ConfigError when there is none.
   """
   pairs = [

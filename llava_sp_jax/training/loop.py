@@ -79,10 +79,14 @@ def train(
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, and resumes what `workdir` holds as `options` says.
+  """Trains until `config.train.steps`, and resumes what `workdir` holds.
 
-  `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
-  `config.evaluate` says. The folder is locked meanwhile.
+  Args:
+    config: what is trained, and how.
+    workdir: the run folder, which is locked meanwhile.
+    profile: "A:B" writes a trace of these steps to `workdir`/profile; "" none.
+    evaluator: evaluates between steps; needed if `evaluate.every` is above 0.
+    options: the step to resume from, and inputs that may differ; None is the newest, and none.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.

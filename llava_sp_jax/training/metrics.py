@@ -55,7 +55,7 @@ class Log:
 
   @property
   def seconds(self) -> float:
-    """Returns the seconds since this object was made."""
+    """Returns the seconds since this log was opened, when the loop began."""
     return time.monotonic() - self._started
 
   def waiting(self, iterator: Any) -> Any:

@@ -137,7 +137,10 @@ def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
 
 
 def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Checks only the settings that the samples must fit. Raises: PreflightError if one does not."""
+  """Checks only the settings that the samples must fit; the vocabulary alone without preflight.
+
+  Raises: PreflightError with every problem.
+  """
   _check(config, tokenizer, OF_DATA)
 
 
