@@ -47,8 +47,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """Sets the sizes of the vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`;
-  image sizes in pixels.
+  """Sets the sizes of the vision transformer; those of images are in pixels.
+
+  `variant` names a row of `models.vit.TOWER_VARIANTS`.
   """
 
   variant: str = "clip"  # architecture
@@ -105,7 +106,8 @@ class LanguageModelConfig:
 class ProjectorConfig:
   """Sets the projector; `variant` names a row of `models.projector.VARIANTS`.
 
-  `scales` are the sizes of the views in patches, small to large; if empty, the variant's own.
+  `scales` are the side lengths of the views, the parts of the image that spatial tokens see, in
+  patches, ascending; if empty, the variant's own.
   """
 
   variant: str = formerly("row", "cropping")  # design of the spatial tokens
@@ -305,10 +307,11 @@ FORMER_NAMES = {old: new for group in groups() for old, new in former_names(grou
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-  """Parses the options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of
-  `defaults`.
+  """Parses the options of a recipe, `variant=pooling,seed=3`, to a namespace.
 
-  An option may have a former name, unless it is one of `defaults`.
+  `defaults` has the known options; their values give the types, and what `arg` leaves out. An
+  option may have a former name, unless it is one of `defaults`.
+
   Raises: ConfigError for an unknown option or a value of the wrong type.
   """
   values = dict(defaults)

@@ -57,7 +57,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     return result
 
   def preempted(self, step: int) -> bool:
-    """Returns whether the cluster will stop this job after step `step`.
+    """Returns whether the cluster has announced to stop this job, so that `step` must be the last.
 
     It is False where JAX's distributed service does not run, as in most runs of a single process.
     """

@@ -21,7 +21,10 @@ SHOWN = 60  # characters of a value in a message
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """Holds a type with its range, and its name in messages."""
+  """Holds a kind of value, such as an integer in a range, and its name in messages.
+
+  `holds(value)` says whether a value is of that kind.
+  """
 
   what: str
   holds: Callable[[Any], bool]

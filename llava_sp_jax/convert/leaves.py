@@ -242,9 +242,9 @@ def refuse(origin: str, problems: list[str]) -> None:
 
 
 def listed(problems: list[str]) -> str:
-  """Returns problems as lines; a single one has no line of its own.
+  """Returns problems as the end of a message, each on its own line; a single one on the same line.
 
-  Problems that differ only in the layer become one line.
+  Problems that differ only in the number of a layer become one line.
   """
   alike: dict[str, list[str]] = {}
   for problem in problems:

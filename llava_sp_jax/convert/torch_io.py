@@ -93,7 +93,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def open_named(folder: Path, stems: tuple[str, ...]) -> Tensors:
-  """Returns the tensors of the one of `stems` in a folder: a file, or shards with an index.
+  """Returns the tensors of the weights in a folder by name; their values are not read.
+
+  The weights are a file whose stem is one of `stems`, or several files with an index.
 
   Raises: FormatError that lists the files that were looked for.
   """

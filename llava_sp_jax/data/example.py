@@ -54,7 +54,7 @@ class TokenRow:
   length: int  # tokens of the row without padding, after truncation
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """Returns the arrays by their names in a batch."""
+    """Returns {name in a batch: array}, without `length`."""
     names = ("tokens", "targets", "weights", "positions", "segments", "slots")
     return {name: getattr(self, name) for name in names}
 

@@ -128,7 +128,10 @@ PACKINGS = {
 
 
 def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:
-  """Returns the rows of one epoch; every usable sample is in exactly one of them."""
+  """Returns the rows of one epoch; every usable sample is in exactly one of them.
+
+  `seed` and `epoch` decide how samples and rows are shuffled.
+  """
   rng = np.random.default_rng([seed, epoch])
   rows = packing.group(rng.permutation(sizes.usable).tolist(), sizes, shape)
   size = shape.batch if packing.batched else 1

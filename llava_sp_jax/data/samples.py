@@ -48,7 +48,7 @@ class SampleEncoder:
     self._shorten = lookup("data.too_long", data.too_long, TOO_LONG)
 
   def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
-    """Tokenizes a sample; draws turns first if it has more than `data.turns_per_row`.
+    """Tokenizes a sample; draws turns with `rng` first if it has more than `data.turns_per_row`.
 
     Raises: SampleError for a sample that cannot be used.
     """

@@ -102,7 +102,13 @@ class LlavaJson(_Images):
   """
 
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
-    """Reads the file of samples; `key` is the setting that names it, for messages.
+    """Reads the file of samples.
+
+    Args:
+      path: the file.
+      image_folder: the folder that names of images start from; "" is the current one.
+      read: makes what the model needs of an image.
+      key: the setting that names `path`, for messages.
 
     Raises:
       FileNotFoundError: when the file or the folder does not exist.
@@ -136,8 +142,11 @@ class Tfds(_Images):
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
     """Opens the split "train" of a data set.
 
-    `path` is the folder of a builder, or the name of a prepared data set. `key` is the setting that
-    names it, for messages.
+    Args:
+      path: the folder of a builder, or the name of a prepared data set.
+      image_folder: the folder that names of images start from; bytes need none.
+      read: makes what the model needs of an image.
+      key: the setting that names `path`, for messages.
 
     Raises: ConfigError when there is no such data set or its files are not array_record.
     """

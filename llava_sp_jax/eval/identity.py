@@ -64,7 +64,10 @@ def reads(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]:
-  """Returns all settings that answers depend on; not the batch size, mesh and number of hosts."""
+  """Returns all settings that answers depend on, as values for JSON.
+
+  The batch size, the mesh and the number of hosts are not among them.
+  """
   return {
     **asked(task),
     "fingerprint": {"base": model.base, "loaded": model.loaded},

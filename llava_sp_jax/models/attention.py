@@ -72,7 +72,7 @@ class Case:
 
   @property
   def platform(self) -> str:
-    """Returns the platform that the program is compiled for."""
+    """Returns the platform that the program is compiled for, such as "tpu"."""
     return self.spec.platform or jax.default_backend()
 
 

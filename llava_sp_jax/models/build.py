@@ -183,7 +183,7 @@ def patch_grid(config: config_lib.ModelConfig) -> int:
 
 
 def tower_layers(config: config_lib.ModelConfig) -> int:
-  """Returns the number of computed blocks of the tower: up to the selected hidden state."""
+  """Returns how many blocks of the tower are computed: those before the selected hidden state."""
   select = config.tower.select_layer
   return config.tower.layers + 1 + select if select < 0 else select
 

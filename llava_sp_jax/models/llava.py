@@ -102,9 +102,16 @@ class LlavaSP(nn.Module):
     slots: Int[Array, "B T"] | None,
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], New | None]:
-    """Runs the decoder over new positions, which also see the cache, as `Decoder.__call__`.
+    """Runs the decoder over new positions, which also see those in the cache.
 
-    `image` comes from `encode_image` or `join_tiles`.
+    Args:
+      tokens, positions, segments: as in `__call__`; with a cache, positions continue from its
+        length.
+      image: the image tokens, from `encode_image` or `join_tiles`; None for text alone.
+      slots: index of an image token for each position; -1 for text.
+      cache: keys and values of earlier positions, or None.
+
+    Returns: hidden states, and the new keys and values, None without a cache.
     """
     embeds = self.language_model.embed(tokens)
     if image is not None and slots is not None and image.shape[1]:

@@ -241,9 +241,9 @@ def _convolution(platform: str) -> Callable[..., Float[Array, "B p p K"]] | None
 
 
 class DetailInteraction(nn.Module):
-  """Lets spatial tokens attend to a strided convolution of the grid.
+  """Lets spatial tokens attend to a strided convolution of the grid, with a single head.
 
-  Single head. `values` may be another interaction's, see `projector.Variant.detail_values`.
+  `values` may be another interaction's, see `projector.Variant.detail_values`.
   """
 
   kernel_size: int

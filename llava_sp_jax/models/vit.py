@@ -126,7 +126,10 @@ class VisionTransformer(nn.Module):
 def patchify(
   images: Float[Array, "B H W 3"], patch: int, grid: int
 ) -> Float[Array, "B {grid}*{grid} {patch}*{patch}*3"]:
-  """Cuts images into flat patches (row, column, channel)."""
+  """Cuts images into flat patches (row, column, channel).
+
+  `patch` is the side of a patch in pixels, `grid` the number of patches along a side.
+  """
   side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
   x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

@@ -132,7 +132,7 @@ class Module:
   entry: Computation
 
   def trip_count(self, loop: Op) -> int | None:
-    """Returns the number of iterations of a `while`, or None if it depends on values."""
+    """Returns the number of iterations of a `while` operation; None if it depends on values."""
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
       return int(known)

@@ -66,7 +66,10 @@ def of_assignment(text: str, module: Module) -> Memory:
 
 
 def of_analysis(sizes: dict[str, Any]) -> Memory:
-  """Reads the memory of a program without a buffer assignment from the file of `plan.lower`."""
+  """Reads the memory of a program without a buffer assignment.
+
+  `sizes` is the content of the done.json that `plan.lower` writes, in bytes.
+  """
   parts: dict[str, int] = {}
   for name, size in sizes["arguments"].items():
     part = part_of(name)

@@ -85,7 +85,7 @@ class Plan:
 
   @property
   def tokens(self) -> int:
-    """Returns the tokens of a step: rows times row length."""
+    """Returns the number of tokens of a step: rows times row length."""
     return self.config.train.batch_size * self.config.data.row_length
 
   def record(self) -> dict[str, Any]:
@@ -270,7 +270,10 @@ def _sorted(parts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-  """Adds a record to OUT.json and returns all; replaces an older one with equal RECORD_KEYS."""
+  """Adds a record to OUT.json and returns all records.
+
+  It replaces an older one with the same model, topology, what and rows.
+  """
   records = provenance.read(out, [])
   key = [record.get(k) for k in RECORD_KEYS]
   records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != key] + [record]

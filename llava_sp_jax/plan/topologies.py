@@ -51,10 +51,11 @@ class Topology:
     return {"target_config": TARGETS[self.chip_name], "topology": f"1x1x{self.chips}"}
 
   def ring_rate(self, varying: tuple[bool, ...]) -> float:
-    """Returns the bytes per second that a chip receives in a group that spans the given axes.
+    """Returns the bytes per second that a chip receives in a group of chips.
 
-    A chip receives from both directions of an axis that is a ring, and from one direction of any
-    other axis (as the chips at its ends do).
+    `varying` says for each axis of the interconnect whether the group spans it. A chip receives
+    from both directions of an axis that is a ring, and from one direction of any other axis (as the
+    chips at its ends do).
     """
     links = 0
     for side, used in zip(self.sides, varying, strict=True):

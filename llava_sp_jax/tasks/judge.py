@@ -59,7 +59,7 @@ class Endpoint:
   Reads the API key from an environment variable at each call, sends it to that address alone (it
   follows no redirects), and never puts it into a message. Repeats a call that failed for a reason
   that may pass, after a pause that doubles each time or that the server asks for, of at most
-  LONGEST_WAIT seconds.
+  LONGEST_WAIT (120) seconds.
   """
 
   def __init__(
@@ -201,11 +201,11 @@ def _content(answer: Any) -> str:
 
 
 class Reviews:
-  """Caches the raw answers of a judge, in memory and optionally in a file.
+  """Caches the raw replies of a judge, in memory and optionally in a file.
 
-  Appends each answer to the file (JSON lines: key, name, text) at once, so that a run that was
-  killed pays for no answer twice. Does not write failures. The next run repeats the request of a
-  failure, and of an answer that holds no grade.
+  Appends each reply to the file (JSON lines: key, name, text) at once, so that a run that was
+  killed pays for no reply twice. Does not write failures. The next run repeats the request of a
+  failure, and of a reply that holds no grade.
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):

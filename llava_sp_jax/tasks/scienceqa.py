@@ -119,7 +119,7 @@ class ScienceQa(Benchmark):
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Returns the score, the letter that was read, and in `index` its choice (-1: none of them)."""
+    """Returns the score, 0 or 1, the letter that was read, and in `index` its choice (-1: none)."""
     read = self.rules.read(text)
     letters = list(LETTERS[: item.extra["choices"]])
     index = letters.index(read) if read in letters else -1

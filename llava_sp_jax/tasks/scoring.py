@@ -55,7 +55,7 @@ def vqa_normal(text: str) -> str:
 
 
 def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
-  """Returns VQA's soft accuracy.
+  """Returns VQA's soft accuracy of the answer `text`, from 0 to 1.
 
   For each human answer, counts the equal ones among the other human answers; the accuracy is the
   mean of min(1, count / 3). `answers` are the human answers (ten in VQAv2, TextVQA and VizWiz;

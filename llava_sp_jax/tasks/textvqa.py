@@ -51,7 +51,7 @@ def without_ocr(row: dict[str, Any]) -> str:
 
 
 def capitalized(row: dict[str, Any]) -> str:
-  """Returns lmms-eval's prompt without OCR tokens: a capital first, then lower case."""
+  """Returns lmms-eval's prompt without OCR tokens: the question with a capital, then lower case."""
   return f"{row['truth']['question'].capitalize()}\n{SHORT}"
 
 

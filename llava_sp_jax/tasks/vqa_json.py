@@ -74,8 +74,8 @@ class VqaJson:
       images: the folder of the images ("": the folder of `file`).
       suffix: a text that follows each question ("rule": the text of the rule).
 
-    Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError when none of the rows
-      can be scored.
+    Raises: ConfigError for an unknown rule; FileNotFoundError when there is no such file;
+      BenchmarkError when none of the rows can be scored.
     """
     self._file = Path(file)
     self._rule = lookup(f"{self.name} protocol", protocol, RULES)

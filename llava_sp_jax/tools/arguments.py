@@ -101,7 +101,10 @@ def present(text: str, known: Iterable[str]) -> str:
 
 
 def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:
-  """Returns the message about options that a command does not have, without their values."""
+  """Returns the message about options that a command does not have, without their values.
+
+  `known` are those that it has; the nearest one is suggested.
+  """
   names = list(known)
   told = [text.partition("=")[0] for text in given if text.startswith("-")] or list(given)
   return ", ".join(f"unknown {name:.60}{_meant(name, names)}" for name in told)

@@ -21,7 +21,7 @@ def keep_finite(
 ) -> tuple[TrainState, jax.Array]:
   """Returns (`new`, 0.0), or, if the loss or the gradient norm is not finite, `old` and 1.0.
 
-  In the second case the state keeps the step counter of `new`. The choice is made for each leaf on
+  In the second case the state keeps the step counter of `new`. The choice is made for each array on
   the device, where it fuses with the update, so the host need not wait for the result.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

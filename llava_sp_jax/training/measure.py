@@ -62,8 +62,9 @@ def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
 def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
   """Returns the counts of a batch as float32 scalars; `image` is the result of `about_image`.
 
-  `pairs` counts the (query, key) pairs of attention: a token at position p of its sample attends to
-  p + 1 keys.
+  They are count and image_count (supervised tokens, and those in samples with an image), positions
+  (that hold a token), image_positions (that hold an image token) and pairs. `pairs` counts the
+  (query, key) pairs of attention: a token at position p of its sample attends to p + 1 keys.
   """
   used = (batch["segments"] > 0).astype(jnp.float32)
   return {

@@ -85,7 +85,11 @@ def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = N
 
 
 def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, Any, Any]:
-  """Returns the state of step 0 placed on the mesh, its shardings, and its optimizer."""
+  """Returns the state of step 0 placed on the mesh, its shardings, and its optimizer.
+
+  Parameters come from where `config.init` says, or are random. Raises: ConfigError when the stage
+  trains quantized kernels; FormatError when a checkpoint lacks parameters.
+  """
   state.check(config)
   params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
   abstract = abstract_state(config, device_mesh, params)

@@ -22,11 +22,11 @@ class Sink(Protocol):
   """Takes the records of a run, each `{name: number}` with its `step`."""
 
   def write(self, record: Record) -> None:
-    """Takes one record."""
+    """Takes one record, which holds the metrics of a step."""
     ...
 
   def close(self) -> None:
-    """Ends the output."""
+    """Ends the output, after the last record."""
     ...
 
 

@@ -158,8 +158,15 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """Applies one update and returns the new state and the metrics of `measure.report`.
 
-  `rng`, folded with the step number, seeds dropout. An update whose loss or gradient is not finite
-  is dropped (`guard.keep_finite`).
+  Args:
+    module: the model.
+    tx: the optimizer.
+    train: settings of the run.
+    state: the state before the step.
+    batch: arrays of the data pipeline, on devices.
+    rng: random key of the run; folded with the step number, it seeds dropout.
+
+  An update whose loss or gradient is not finite is dropped (`guard.keep_finite`).
   """
   sums, grads = gradients(module, train, state, batch, rng)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -58,8 +58,8 @@ class Wait:
   """Decides whether processes that wait for data give up, all at once.
 
   If all processes wait at the same place, no step is in progress and they stop there. If others
-  have begun the step, which cannot be undone, this process waits for LIMIT seconds and then aborts
-  the run.
+  have begun the step, which cannot be undone, this process waits for LIMIT (12) seconds and then
+  aborts the run.
   """
 
   def __init__(self, place: str):
