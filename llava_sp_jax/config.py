@@ -126,6 +126,8 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+  """Sets the model: its parts, dtypes, and how it is computed."""
+
   tower: TowerConfig = dataclasses.field(default_factory=TowerConfig)
   language_model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
   projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
@@ -194,6 +196,8 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+  """Sets the length of a run, its batches, and what is logged, saved and checked."""
+
   steps: int = 1000  # of the optimizer, in all
   batch_size: int = 128  # rows over all devices
   seed: int = 0  # of weights, order, dropout, augmentation
@@ -245,6 +249,8 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+  """Sets all of a run: model, data, optimizer, training, evaluation, devices, first weights."""
+
   name: str = "llava-sp"  # of the run, for sinks
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -270,6 +276,7 @@ def from_dict(values: Any, cls: Any = Config, path: str = "config") -> Any:
 
 
 def to_json(config: Any) -> str:
+  """Returns a config as indented JSON, which `from_json` reads."""
   return json.dumps(to_dict(config), indent=2) + "\n"
 
 

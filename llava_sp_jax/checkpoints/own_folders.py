@@ -105,9 +105,9 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
 def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
   """Opens the parameters of a step, and compares them with its checksums, if it has any.
 
-  Parameters are read leaf by leaf here, and again when they are used. Moments are not read.
+  Parameters are read one by one here, and again when they are used. Moments are not read.
 
-  Raises: CheckpointError.
+  Raises: CheckpointError when they cannot be read, or differ from what was saved.
   """
   known = on_disk.checksums(place).get("params", {})
 
@@ -161,7 +161,7 @@ def finished(folder: str | Path, key: str) -> Loaded:
 
 
 def _floats(loaded: Loaded) -> Leaves:
-  """Returns the leaves as they were before any was quantized."""
+  """Returns the parameters as they were before any was quantized."""
   return loaded.leaves if loaded.originals is None else loaded.originals
 
 

@@ -19,6 +19,8 @@ from llava_sp_jax.convert.layout import TensorLayout, linear, same, whole_view
 
 @dataclasses.dataclass(frozen=True)
 class NameRule:
+  """Holds the name of a tensor in torch, the path of its parameter, and how the layouts differ."""
+
   torch: str
   path: str
   layout: TensorLayout
@@ -92,6 +94,8 @@ IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class Match:
+  """Holds the parameter that a torch name stands for; `layer` is None outside of layers."""
+
   path: str
   layout: TensorLayout
   layer: int | None
@@ -117,6 +121,7 @@ def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
 
 
 def ignored(name: str) -> bool:
+  """Returns whether a tensor of this torch name may be dropped (IGNORED)."""
   return any(re.match(pattern, name) for pattern in IGNORED)
 
 

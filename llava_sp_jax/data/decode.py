@@ -206,7 +206,8 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 def _regular(path: str | Path) -> io.BufferedReader:
   """Opens a regular file of at most MAX_BYTES; refuses pipes and devices without blocking.
 
-  Raises: MissingImageError, SampleError.
+  Raises: MissingImageError when there is none; SampleError when it cannot be opened or is too
+    large.
   """
   try:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -77,7 +77,7 @@ class _Images:
 
   @property
   def sizes(self) -> Sizes:
-    """Returns a function that reads the sizes of a sample's images."""
+    """Returns a function that reads (width, height) of each of a sample's images."""
     return functools.partial(_sizes, self._folder)
 
 

@@ -276,7 +276,7 @@ def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
 
 
 def _updated(task: Task, item: Item, record: Record, result: Scores) -> Record:
-  """Updates kind, truth and verdict of a record: a judge or truths may be newer than the answer."""
+  """Updates kind, ground truth and verdict of a record, which may be newer than the answer."""
   verdict = {} if record["error"] else _verdict(task, item, record["text"])
   verdict |= result.verdicts.get(item.id, {})
   return {**record, "kind": item.kind, "truth": item.truth, "verdict": verdict}

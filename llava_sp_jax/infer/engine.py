@@ -99,6 +99,7 @@ class Engine:
 
   @property
   def generation(self) -> Generation:
+    """The settings of all answers, with which the engine was made."""
     return self._generation
 
   @property
@@ -343,7 +344,7 @@ class Engine:
 
 
 def _shape(engine: Engine, ready: Ready) -> tuple[int, int]:
-  """Returns what all prompts of a group must have in common."""
+  """Returns what the prompts of a group have in common: P before the last piece, tiles in it."""
   assert ready.prompt is not None
   *before, last = ready.prompt.pieces
   return engine._prefixes.capacity(before), len(last.tiles)

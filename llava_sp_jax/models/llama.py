@@ -163,6 +163,7 @@ class Decoder(nn.Module):
       self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)
 
   def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the embeddings of token ids."""
     return self.token_embed(tokens)
 
   @nn.nowrap
@@ -172,6 +173,7 @@ class Decoder(nn.Module):
     return (f"language_model/{leaf}",)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+    """Returns the float32 logits of hidden states, by the output layer or the tied embedding."""
     head = self.token_embed.attend if self.tie_embeddings else self.lm_head
     return head(hidden).astype(jnp.float32)
 

@@ -79,6 +79,7 @@ class LlavaSP(nn.Module):
     return self.join_tiles(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
 
   def encode_tiles(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+    """Returns the N image tokens of each tile: spatial tokens, then one for each patch."""
     return self.projector(self.vision_tower(images))
 
   def join_tiles(self, tokens: Float[Array, "B M N D"]) -> Float[Array, "B MN D"]:
@@ -119,4 +120,5 @@ class LlavaSP(nn.Module):
     return self.language_model(embeds, positions, segments, cache)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+    """Returns the float32 logits of hidden states that `__call__` or `extend` returned."""
     return self.language_model.logits(hidden)

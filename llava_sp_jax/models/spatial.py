@@ -269,10 +269,12 @@ class DetailInteraction(nn.Module):
     self.value_norm, self.value = norm(), dense()
 
   def convolve(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B P K"]:
+    """Returns the strided convolution of the grid at its P positions."""
     grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
     return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
 
   def values(self, detail: Float[Array, "B P K"]) -> Float[Array, "B P K"]:
+    """Returns what attention averages: the normalized convolution through a linear layer."""
     return self.value(self.value_norm(detail))
 
   def __call__(

@@ -196,7 +196,7 @@ class _Walk:
     return None
 
   def better(self, point: Point, than: Point) -> bool:
-    """Compiles a point, and returns whether it fits and is faster than another one."""
+    """Compiles a point, and returns whether it fits and is faster than the point `than`."""
     names = [a.name for a, i, j in zip(self.axes, point, than, strict=True) if i != j]
     outcome = self.outcome(point, ", ".join(names))
     return outcome.fits and outcome.seconds < self._known[than].seconds

@@ -126,7 +126,7 @@ class VqaJson:
     )
 
   def _answers(self, row: dict[str, Any], options: dict[str, str]) -> list[str]:
-    """Returns the truths of a row. Raises: ValueError for truths that the rule cannot use."""
+    """Returns the ground truths of a row. Raises: ValueError for some that the rule cannot use."""
     given = _list(row.get("answers", row.get("answer")), "answers")
     found = given if options else [answer.strip() for answer in given]
     if len(found) < self._rule.least:
@@ -206,7 +206,7 @@ def _options(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _option(answer: str, options: dict[str, str]) -> str:
-  """Returns the letter of a truth that is a letter or the text of an option.
+  """Returns the letter of a ground truth that is a letter or the text of an option.
 
   Raises: ValueError when it is not exactly one of the options.
   """

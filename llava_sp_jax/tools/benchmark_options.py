@@ -113,6 +113,10 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 
 
 def out_of(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
+  """Returns the result folder of the benchmark `name`: --out, or a folder in the checkpoint's.
+
+  With several `tasks`, each has a folder of its own below --out.
+  """
   if not options.out:
     return f"{options.checkpoint}/eval-{name}"
   return options.out if len(tasks) == 1 else f"{options.out}/{name}"

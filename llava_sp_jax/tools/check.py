@@ -87,7 +87,10 @@ def _counts(given: dict[str, str]) -> tuple[int | None, int | None]:
 
 
 def _number(given: dict[str, str], name: str, least: int) -> int | None:
-  """Parses an option that is a whole number from `least`, or "all" (None). Raises: ConfigError."""
+  """Parses an option that is a whole number from `least`, or "all" (None).
+
+  Raises: ConfigError for anything else.
+  """
   return None if given[name] == "all" else arguments.whole(name, given[name], least)
 
 

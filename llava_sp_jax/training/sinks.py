@@ -199,7 +199,10 @@ def check(config: config_lib.Config) -> None:
 
 
 def _installed(module: str) -> bool:
-  """Ignores a folder of that name without code, such as the one that wandb leaves."""
+  """Returns whether a module can be imported.
+
+  A folder of that name without code, such as the one that wandb leaves, does not count.
+  """
   spec = importlib.util.find_spec(module)
   return spec is not None and spec.origin is not None
 
