@@ -32,7 +32,7 @@ class Limit:
 
   @property
   def most(self) -> float:
-    """Returns the largest integer that the interval accepts, at most 2^31 - 1 without a `high`."""
+    """Returns the largest integer that the interval accepts; 2^31 - 1 if it has no `high`."""
     return MOST if self.high == math.inf else self.high
 
   def holds(self, value: float) -> bool:

@@ -36,9 +36,7 @@ class LockError(LlavaSPError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """Identifies the process that holds a lock, so that others on its host can tell whether it
-  runs.
-  """
+  """Identifies the process that holds a lock, so that others on its host can tell if it runs."""
 
   command: str
   host: str
@@ -118,9 +116,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
     self._tidy()
 
   def check(self) -> None:
-    """Raises LockError when another process has taken the lock over; nothing more may be
-    written.
-    """
+    """Raises LockError when another process has taken the lock over; the caller must stop."""
     if self.lost:
       raise LockError(
         f"{self._folder}: this process stood still for so long that the folder was taken over by "

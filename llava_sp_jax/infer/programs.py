@@ -152,8 +152,7 @@ class Programs:
     return result
 
   def grow(self, group: prefill.Group, capacity: int) -> tuple[prefill.Prefix, ...]:
-    """Prefills new positions of G prompts, and returns the prefix of each with `capacity`
-    positions.
+    """Prefills new positions of G prompts, and returns a prefix of each, with room for `capacity`.
 
     The keys and values of earlier positions come from `group.prefixes`.
     """

@@ -55,8 +55,7 @@ class Sampler:
     return jax.vmap(draw)(logits, numbers, steps).astype(jnp.int32)
 
   def filtered(self, logits: jax.Array) -> jax.Array:
-    """Divides logits by the temperature, and sets those of excluded tokens to -inf. [B, V] -> [B,
-    V].
+    """Divides logits [B, V] by the temperature, and sets those of excluded tokens to -inf.
 
     `top_k` and `top_p` exclude tokens.
     """

@@ -28,9 +28,7 @@ class Ready(NamedTuple):
 
   @property
   def drawn_by(self) -> int:
-    """Returns the number that seeds the sampling: the request's own, or its place among the
-    requests.
-    """
+    """Returns the number that seeds the sampling: the request's own, or else its place."""
     return self.number if self.request.number is None else self.request.number
 
 
@@ -64,9 +62,7 @@ class Schedule:
     self._threads.shutdown(wait=True, cancel_futures=True)
 
   def peek(self) -> Ready | None:
-    """Returns the next request with its prompt, after waiting for it if need be; None after the
-    last.
-    """
+    """Returns the next request with its prompt, which it waits for; None after the last."""
     if self._front is None:
       self._fill()
       if not self._reading:

@@ -45,8 +45,8 @@ class Comparison:
 
 
 def compare(before: Loaded, after: Loaded) -> Comparison:
-  """Runs two models on the same random image and tokens, in float32 arithmetic, and compares
-  logits.
+  """Compares the logits of two models on the same random image and tokens, in float32
+  arithmetic.
   """
   one, two = (np.asarray(_logits(source), np.float64) for source in (before, after))
   largest = float(np.abs(one - two).max() / np.abs(one).max())

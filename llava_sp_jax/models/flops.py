@@ -134,9 +134,7 @@ def _image(
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
-  """Returns how often an image uses a projector's kernel, and whether it reads the tower's
-  features.
-  """
+  """Returns how often an image uses a projector's kernel, and whether that reads the tower."""
   for pattern, uses, reads_tower in PROJECTOR:
     if match := re.fullmatch(pattern, path):
       return uses(sizes, match), reads_tower

@@ -110,9 +110,7 @@ class Predictor:
   """Predicts the cost of a module on a topology."""
 
   def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]]):
-    """Stores its arguments; `coordinates[i]` are those of partition i's chip in the
-    interconnect.
-    """
+    """Stores its arguments; `coordinates[i]` is where partition i's chip is in the interconnect."""
     self._module, self._topology, self._coordinates = module, topology, coordinates
     self._worker = Worker(module)
 
