@@ -47,8 +47,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """Sets the sizes of the vision transformer. `variant` names a row of `models.vit.TOWER_VARIANTS`;
-  image sizes in pixels.
+  """Sets the sizes of the vision transformer; those of images are in pixels.
+
+  `variant` names a row of `models.vit.TOWER_VARIANTS`.
   """
 
   variant: str = "clip"  # architecture
@@ -105,7 +106,8 @@ class LanguageModelConfig:
 class ProjectorConfig:
   """Sets the projector; `variant` names a row of `models.projector.VARIANTS`.
 
-  `scales` are the sizes of the views in patches, small to large; if empty, the variant's own.
+  `scales` are the side lengths of the views, the parts of the image that spatial tokens see, in
+  patches, ascending; if empty, the variant's own.
   """
 
   variant: str = formerly("row", "cropping")  # design of the spatial tokens
@@ -124,6 +126,8 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+  """Sets the model: its parts, dtypes, and how it is computed."""
+
   tower: TowerConfig = dataclasses.field(default_factory=TowerConfig)
   language_model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
   projector: ProjectorConfig = dataclasses.field(default_factory=ProjectorConfig)
@@ -192,6 +196,8 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+  """Sets the length of a run, its batches, and what is logged, saved and checked."""
+
   steps: int = 1000  # of the optimizer, in all
   batch_size: int = 128  # rows over all devices
   seed: int = 0  # of weights, order, dropout, augmentation
@@ -243,6 +249,8 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+  """Sets all of a run: model, data, optimizer, training, evaluation, devices, first weights."""
+
   name: str = "llava-sp"  # of the run, for sinks
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -258,7 +266,9 @@ def from_dict(values: Any) -> Config: ...
 @typing.overload
 def from_dict(values: Any, cls: type[C], path: str = "config") -> C: ...
 def from_dict(values: Any, cls: Any = Config, path: str = "config") -> Any:
-  """Builds `cls` from nested mappings; keys may have a former name.
+  """Builds the config class `cls` from nested mappings; keys may have a former name.
+
+  `path` is the prefix of keys in messages.
 
   Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
@@ -266,11 +276,15 @@ def from_dict(values: Any, cls: Any = Config, path: str = "config") -> Any:
 
 
 def to_json(config: Any) -> str:
+  """Returns a config as indented JSON, which `from_json` reads."""
   return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-  """Reads what `to_json` wrote, also in older versions. Raises: ConfigError."""
+  """Reads the text of a config.json, also of older versions.
+
+  Raises: ConfigError for anything that is no config.
+  """
   try:
     values = json_files.parse_object(text.encode(), "config.json")
   except files.FormatError as error:
@@ -287,7 +301,7 @@ def from_json(text: str) -> Config:
 
 
 def groups(cls: type[Any] = Config) -> Iterator[type[Any]]:
-  """Yields a config class and the classes of its groups."""
+  """Yields a config class, and all classes of its groups at any depth."""
   yield cls
   for hint in typing.get_type_hints(cls).values():
     if dataclasses.is_dataclass(hint):
@@ -300,10 +314,11 @@ FORMER_NAMES = {old: new for group in groups() for old, new in former_names(grou
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
-  """Parses the options of a recipe: `variant=pooling,seed=3` -> a namespace with the types of
-  `defaults`.
+  """Parses the options of a recipe, `variant=pooling,seed=3`, to a namespace.
 
-  An option may have a former name, unless it is one of `defaults`.
+  `defaults` has the known options; their values give the types, and what `arg` leaves out. An
+  option may have a former name, unless it is one of `defaults`.
+
   Raises: ConfigError for an unknown option or a value of the wrong type.
   """
   values = dict(defaults)

@@ -54,7 +54,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def error_line(error: BaseException) -> str:
-  """Returns the line that reports an error; "" for a bug of this package.
+  """Returns the line that reports an error to a user; "" for a bug of this package.
 
   Control characters in it are escaped, because names from files stand in it.
   """
@@ -75,9 +75,12 @@ def _error_text(error: BaseException) -> str:
 
 
 def say(text: object, *, error: bool = False, end: str = "\n") -> None:
-  """Prints a text of several lines at once, with control characters escaped.
+  """Prints a text of several lines at once, with control characters escaped, and then `end`.
 
-  Raises: BrokenPipeError, StreamError.
+  It goes to standard output, or with `error` to standard error.
+
+  Raises: BrokenPipeError when the reader has closed the pipe; StreamError when it cannot be
+    written.
   """
   with _taking():
     print(safe(str(text)), file=sys.stderr if error else sys.stdout, end=end, flush=True)
@@ -106,7 +109,11 @@ class StreamError(LlavaSPError, RuntimeError):
 
 
 def flush() -> None:
-  """Flushes standard output. Raises: BrokenPipeError, StreamError."""
+  """Flushes standard output.
+
+  Raises: BrokenPipeError when the reader has closed the pipe; StreamError when it cannot be
+    written.
+  """
   with _taking():
     sys.stdout.flush()
 

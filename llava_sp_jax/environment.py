@@ -40,7 +40,10 @@ Environment = MutableMapping[str, str]
 
 
 def prepare(arguments: Sequence[str], environment: Environment = os.environ) -> list[str]:
-  """Sets up `environment` for a command, and returns its arguments without `--no-cache`."""
+  """Sets variables of `environment` for a command, and returns its arguments without `--no-cache`.
+
+  These are JAX's cache of compiled programs, and fewer messages of libraries.
+  """
   wanted = NO_CACHE not in arguments
   _compilation_cache(wanted, environment)
   for name, value in QUIET.items():
@@ -52,7 +55,7 @@ def prepare(arguments: Sequence[str], environment: Environment = os.environ) -> 
 
 
 def cache_folder(environment: Environment = os.environ) -> Path:
-  """Returns the compilation cache that is used unless JAX_COMPILATION_CACHE_DIR is set.
+  """Returns the folder of compiled programs that is used unless JAX_COMPILATION_CACHE_DIR is set.
 
   Each kind of CPU has its own folder. A home directory may be shared by different hosts, and JAX's
   cache key does not tell them apart.
@@ -67,7 +70,7 @@ def cache_folder(environment: Environment = os.environ) -> Path:
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
-  """Returns whether this host has TPU chips."""
+  """Returns whether this host has TPU chips, by the files of its devices below `root`."""
   vendors = []
   for file in root.glob(TPU_VENDOR_FILES):
     with contextlib.suppress(OSError):  # no permission to read
@@ -76,9 +79,9 @@ def has_tpu(root: Path = Path("/")) -> bool:
 
 
 def remove_unused(folder: Path, now: float | None = None) -> None:
-  """Deletes the files below `folder` that were not read or written for KEEP_DAYS.
+  """Deletes the files below `folder` that were not read or written for KEEP_DAYS (60).
 
-  `now` is in seconds since the epoch.
+  `now` is in seconds since the epoch; None is the present time.
   """
   oldest = (time.time() if now is None else now) - KEEP_DAYS * 24 * 3600
   for file in folder.rglob("*"):

@@ -23,7 +23,7 @@ class FormatError(LlavaSPError, ValueError):
 
 
 def is_regular(path: Path) -> bool:
-  """Returns whether a regular file exists; False for an impossible name."""
+  """Returns whether `path` is a regular file that exists; False also for an impossible name."""
   try:
     return path.is_file()
   except (OSError, ValueError):
@@ -59,7 +59,7 @@ def refuse_pointer(path: Path, data: bytes) -> None:
 def read(path: Path, limit: int) -> bytes:
   """Returns all bytes of a regular file.
 
-  Raises: FormatError, also for a file of more than `limit` bytes.
+  Raises: FormatError when it cannot be read, has more than `limit` bytes, or is a Git LFS pointer.
   """
   with open_regular(path) as file:
     size = os.fstat(file.fileno()).st_size

@@ -56,9 +56,12 @@ def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
 def renamed(out: Path, command: str) -> Iterator[Path]:
   """Yields a folder beside `out` that is renamed to `out` when the block ends.
 
-  After an error, its content is removed.
+  After an error, its content is removed. `command` is named in messages, and in the mark of the
+  unfinished folder.
 
-  Raises: FolderError, LockError as `new`, also for the folder beside `out`.
+  Raises:
+    FolderError: when `out` or the folder beside it holds anything that this command did not make.
+    LockError: when another process writes it.
   """
   check(out, "")
   part = out.with_name(out.name + PART)
@@ -81,7 +84,10 @@ def renamed(out: Path, command: str) -> Iterator[Path]:
 
 
 def check(out: Path, command: str) -> None:
-  """Raises FolderError when `command` may not write `out`."""
+  """Raises FolderError when `command` may not write `out`.
+
+  It may if `out` is absent, empty, or left unfinished by the same command.
+  """
   if not out.exists() and not out.is_symlink():
     return
   if not out.is_dir():
@@ -127,7 +133,10 @@ def _empty(folder: Path) -> None:
 
 
 def rename_aside(path: Path, place: Path) -> Path:
-  """Moves `path` into the folder `place` under a free name, and returns its new path."""
+  """Moves `path` into the folder `place`, and returns its new path.
+
+  It keeps its name if that is free; otherwise a number is added.
+  """
   place.mkdir(exist_ok=True)
   names = (path.name, *(f"{path.name}-{number}" for number in range(2, 1 << 16)))
   free = next(place / name for name in names if not os.path.lexists(place / name))
@@ -137,10 +146,7 @@ def rename_aside(path: Path, place: Path) -> Path:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-  """Adds the path to an OSError of the block, which often says only that a disk is full.
-
-  Raises: OSError.
-  """
+  """Adds `path` to an OSError of the block, which often says only that a disk is full."""
   try:
     yield
   except OSError as error:

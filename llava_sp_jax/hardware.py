@@ -67,9 +67,9 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_tflops(kind: str) -> float | None:
-  """Returns the peak dense bf16 TFLOP/s of one chip of `kind`, jax's name of the device.
+  """Returns the peak dense bf16 TFLOP/s of one chip; `kind` is jax's name of the device.
 
-  Returns None when no row matches (a CPU, say).
+  Returns None when no row of CHIPS matches (a CPU, say).
   """
   found = (chip for chip in CHIPS.values() if re.match(chip.device_kind, kind))
   return next((chip.peak_flops / 1e12 for chip in found), None)

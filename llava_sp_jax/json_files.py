@@ -27,17 +27,26 @@ _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read(path: Path) -> Any:
-  """Returns the value in a regular UTF-8 file. Raises: FormatError."""
+  """Returns the value in a regular UTF-8 file.
+
+  Raises: FormatError for anything but strict JSON within the bounds of this module.
+  """
   return parse(files.read(path, MAX_BYTES), str(path))
 
 
 def read_object(path: Path) -> Json:
-  """Returns the object in a file, as `read`. Raises: FormatError for any other value."""
+  """Returns the object in a regular UTF-8 file.
+
+  Raises: FormatError for any other value, or anything but strict JSON within the bounds.
+  """
   return parse_object(files.read(path, MAX_BYTES), str(path))
 
 
 def parse_object(data: bytes, origin: str) -> Json:
-  """Returns the object in a text, as `parse`. Raises: FormatError for any other value."""
+  """Returns the object in the UTF-8 text `data`; errors name `origin`.
+
+  Raises: FormatError for any other value, or anything but strict JSON within the bounds.
+  """
   values = parse(data, origin)
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a JSON object, found {_kind(values)}")
@@ -45,7 +54,10 @@ def parse_object(data: bytes, origin: str) -> Json:
 
 
 def parse(data: bytes, origin: str) -> Any:
-  """Returns the value of a UTF-8 text; errors name `origin`. Raises: FormatError in one line."""
+  """Returns the value of the UTF-8 text `data`; errors name `origin`.
+
+  Raises: FormatError, in one line, for anything but strict JSON within the bounds of this module.
+  """
   held = sum(data.count(sign) for sign in (b"[", b"{", b","))
   if held > MAX_VALUES or len(data) > MAX_BYTES:
     raise FormatError(

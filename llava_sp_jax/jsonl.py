@@ -17,9 +17,9 @@ from llava_sp_jax.errors import LlavaSPError
 
 
 def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
-  """Appends `start` and one line in one write; `style` goes to `json.dumps`.
+  """Appends `start` and one line of JSON to a file, in one write; `style` goes to `json.dumps`.
 
-  Raises: OSError, also for anything but a regular file.
+  Raises: OSError when it cannot be written, or is anything but a regular file.
   """
   _check(path)
   with folders.written(path), path.open("a") as file:
@@ -45,12 +45,12 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def cut_after(path: Path, step: int) -> int:
-  """Drops the records of steps after `step` and all unreadable lines.
+  """Drops the records whose "step" is above `step`, and all unreadable lines.
 
   Returns the number of unreadable lines. The other records keep their bytes. The file is replaced
   when the new one is complete.
 
-  Raises: OSError.
+  Raises: OSError when it cannot be read or written.
   """
   _check(path)
   if not path.is_file():

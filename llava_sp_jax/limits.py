@@ -21,7 +21,7 @@ MOST = (1 << 31) - 1  # the largest integer: steps and positions are counted in 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-  """Holds an interval of numbers.
+  """Holds an interval of numbers, from `low` to `high`.
 
   `open_ends` names the end that does not belong to it: "", "low" or "high".
   """
@@ -32,11 +32,11 @@ class Limit:
 
   @property
   def most(self) -> float:
-    """Returns the largest integer that the interval accepts."""
+    """Returns the largest integer that the interval accepts; 2^31 - 1 if it has no `high`."""
     return MOST if self.high == math.inf else self.high
 
   def holds(self, value: float) -> bool:
-    """Returns whether a finite number lies in the interval; an integer is at most `most`."""
+    """Returns whether a number is finite and lies in the interval; an integer is at most `most`."""
     above = value > self.low if self.open_ends == "low" else value >= self.low
     below = value < self.high if self.open_ends == "high" else value <= self.high
     within = abs(value) <= self.most if isinstance(value, int) else math.isfinite(value)
@@ -95,9 +95,9 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises ConfigError with every number outside its limit.
+  """Checks all numbers of a config, the names of dtypes, and sizes that depend on each other.
 
-  It also checks the names of dtypes, and sizes that depend on each other.
+  Raises: ConfigError with every number outside its limit, and every other problem.
   """
   problems = [
     f"{key}: expected {limit}{_most(limit, value)}, found {value!r:.40}"
@@ -123,12 +123,15 @@ def check(config: config_lib.Config) -> None:
 
 
 def limit_of(key: str) -> Limit:
-  """Returns the limit of a numeric key, which is given without "config."."""
+  """Returns the limit for the number at `key`, such as "train.steps"."""
   return next(limit for pattern, limit in LIMITS if re.match(pattern, key))
 
 
 def numbers(values: Any, key: str = "") -> Iterator[tuple[str, float]]:
-  """Yields (key, number) for all numbers in nested dictionaries, also for each in a list."""
+  """Yields (key, number) for all numbers in nested dictionaries, also for each in a list.
+
+  `key` is the prefix of the keys.
+  """
   if isinstance(values, dict):
     for name, value in values.items():
       yield from numbers(value, f"{key}.{name}" if key else name)

@@ -36,7 +36,7 @@ class LockError(LlavaSPError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """Identifies a process, so that another one on its host can tell whether it still runs."""
+  """Identifies the process that holds a lock, so that others on its host can tell if it runs."""
 
   command: str
   host: str
@@ -48,7 +48,7 @@ class Owner:
 
   @classmethod
   def here(cls, command: str) -> Owner:
-    """Returns the owner for this process."""
+    """Returns the owner for this process; `command` is what it runs, for messages."""
     number = os.getpid()
     return cls(
       command,
@@ -61,7 +61,7 @@ class Owner:
     )
 
   def alive(self) -> bool | None:
-    """Returns whether the process runs; None if only its own host can tell."""
+    """Returns whether the owner's process runs; None on a host that cannot tell."""
     if not self.boot or self.boot != _boot():
       return None
     try:
@@ -77,7 +77,7 @@ class Owner:
 
 
 class Lock(contextlib.AbstractContextManager["Lock"]):
-  """Holds the lock of `folder`.
+  """Holds the lock of `folder` while its block runs; `command` is named in messages of others.
 
   The folder is created if need be, and removed at the end if it was created and stayed empty.
   """
@@ -116,7 +116,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
     self._tidy()
 
   def check(self) -> None:
-    """Raises LockError when another process has taken the lock over."""
+    """Raises LockError when another process has taken the lock over; the caller must stop."""
     if self.lost:
       raise LockError(
         f"{self._folder}: this process stood still for so long that the folder was taken over by "
@@ -234,7 +234,7 @@ class _Seen:
 
 
 def read(folder: Path) -> Owner | None:
-  """Returns the owner of the lock of a folder; None without a readable lock."""
+  """Returns the owner of the lock of a folder; None without a lock that can be read."""
   seen = _look(folder / FILE)
   return seen.owner if seen else None
 

@@ -38,15 +38,17 @@ def formerly(name: str, default: Any) -> Any:
 
 
 def former_names(cls: type[Any]) -> dict[str, str]:
-  """Returns the former names of a class's fields, with the present ones."""
+  """Returns {former name: present name} of a class's fields; {} if none was renamed."""
   fields = [field for field in dataclasses.fields(cls) if "formerly" in field.metadata]
   return {field.metadata["formerly"]: field.name for field in fields}
 
 
 def renamed(values: Any, cls: type[Any], path: str = "config") -> dict[str, Any]:
-  """Returns the nested mappings of `cls` with present names in place of former ones.
+  """Returns `values`, nested mappings of `cls`, with present names in place of former ones.
 
-  Raises: ConfigError where a mapping has both.
+  `path` is the prefix of keys in messages.
+
+  Raises: ConfigError where a mapping has both names of a field.
   """
   names, hints, result = former_names(cls), typing.get_type_hints(cls), {}
   for key, value in values.items():
@@ -65,6 +67,8 @@ def renamed(values: Any, cls: type[Any], path: str = "config") -> dict[str, Any]
 
 def from_dict(values: Any, cls: type[C], path: str = "config") -> C:
   """Builds the dataclass `cls` from nested mappings; keys may have a former name.
+
+  `path` is the prefix of keys in messages.
 
   Raises: ConfigError for unknown keys and wrong types, all at once, with the known keys.
   """
@@ -123,8 +127,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = False) -> list[str]:
-  """Returns a line for each value in which two configs differ; `but_free` leaves out fields of
-  `free`.
+  """Returns a line for each value in which two configs differ; [] if none does.
+
+  `path` is the prefix of the keys. `but_free` leaves out fields that may change when a run is
+  resumed.
   """
   lines = []
   for field in dataclasses.fields(ours):
@@ -141,6 +147,8 @@ def differences(ours: Any, theirs: Any, path: str = "config", but_free: bool = F
 
 def lookup(key: str, name: str, table: Mapping[str, Row]) -> Row:
   """Returns the row `name` of a table.
+
+  `key` is the setting that holds the name, for the message.
 
   Raises: ConfigError that names `key` and lists the known rows.
   """
@@ -183,7 +191,10 @@ def override(config: C, texts: Mapping[str, str]) -> C:
 
 
 def parse(text: str, like: Any) -> Any:
-  """Parses a text as a value of the type of `like`. Raises: ValueError, KeyError."""
+  """Parses a text as a value of the type of `like`: a bool, number, text or tuple.
+
+  Raises: ValueError, KeyError for a text that is no such value.
+  """
   if isinstance(like, bool):
     return {"true": True, "false": False}[text.lower()]
   if isinstance(like, tuple):

@@ -38,15 +38,18 @@ class Progress:
 
   @property
   def seconds(self) -> float:
-    """Returns the seconds since this object was made."""
+    """Returns the seconds since this object was made, by which rates are computed."""
     return time.monotonic() - self._started
 
   def add(self, count: float = 1, note: str = "", last: bool = False) -> None:
-    """Adds finished units; `note` ends the line, which is always printed if `last`."""
+    """Adds `count` finished units; `note` ends the line, which is always printed if `last`."""
     self.at(self.done + count, note, last)
 
   def at(self, done: float, note: str = "", last: bool = False) -> None:
-    """Sets the number of finished units; the other arguments are those of `add`."""
+    """Sets the number of finished units to `done`.
+
+    `note` ends the line, which is always printed if `last`.
+    """
     self.done = done
     now = time.monotonic()
     if self._shown and (last or now - self._said >= self._every):
@@ -54,7 +57,7 @@ class Progress:
       print(self.line(note), file=self._stream or sys.stdout, flush=True)
 
   def line(self, note: str = "") -> str:
-    """Returns the progress as a line."""
+    """Returns the progress as a line: units done, rate, time left, and `note`."""
     rate = self.done / max(self.seconds, 1e-9)
     digits = 0 if self._scale == 1 else 2
     done, total = (f"{count / self._scale:,.{digits}f}" for count in (self.done, self.total))

@@ -39,6 +39,7 @@ def table(root: Path = REPOSITORY) -> dict[str, dict[str, Any]]:
   """Returns {name of a result: its row} with command, sources, minutes and other keys of the row.
 
   Groups in `sources` are expanded. An installed package has no table, so the result is empty.
+  `root` is the folder of the repository, here and below.
   """
   path = root / TABLE  # an installed package has none
   rows = tomllib.loads(path.read_text()) if path.is_file() else {}
@@ -70,7 +71,10 @@ def files(sources: Iterable[str], root: Path = REPOSITORY) -> list[Path]:
 
 
 def fingerprints(sources: Iterable[str], root: Path = REPOSITORY) -> dict[str, str]:
-  """Returns {file: short hash}; comments and docstrings of Python do not count."""
+  """Returns {file: short hash} of the files that `sources` name.
+
+  Comments, docstrings and empty lines of Python do not count.
+  """
   return {str(path.relative_to(root)): fingerprint(path) for path in files(sources, root)}
 
 
@@ -114,9 +118,9 @@ def bare(source: str) -> str:
 
 
 def changed_since(times: dict[Path, int]) -> set[Path]:
-  """Returns the files of `times` that are gone or have another modification time.
+  """Returns the files of `times` that are gone or have a different modification time now.
 
-  `times` are in nanoseconds.
+  `times` is {file: time in nanoseconds}.
   """
   return {path for path, time in times.items() if written(path) != time}
 
@@ -127,15 +131,15 @@ def written(path: Path) -> int:
 
 
 def digest(found: dict[str, str]) -> str:
-  """Returns one hash for the fingerprints of a result's sources."""
+  """Returns one hash for the fingerprints, {file: hash}, of a result's sources."""
   return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) -> dict[str, Any]:
-  """Returns the record that accompanies figures, for the current state of the tree.
+  """Returns the record that accompanies figures: commit, hashes of sources, versions, machine.
 
   A source that was written since this process began is marked as changed, so that the figures never
-  count as current.
+  count as current. `command` is what made the figures; "" is the command of this process.
   """
   found = fingerprints(sources, root)
   for path in changed_since(AT_START):
@@ -153,9 +157,9 @@ def stamp(sources: Iterable[str], command: str = "", root: Path = REPOSITORY) ->
 
 
 def commit(root: Path = REPOSITORY) -> str:
-  """Returns the commit of the tree, or "" without git.
+  """Returns the first digits of the tree's commit; "" without git.
 
-  A `+` follows it where tracked files, except the results, differ from it.
+  A `+` follows them where tracked files, except the results, differ from it.
   """
 
   def git(*arguments: str) -> str:
@@ -168,7 +172,7 @@ def commit(root: Path = REPOSITORY) -> str:
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of Python and of the packages in VERSIONS that are installed."""
+  """Returns {name: version} of Python and of the packages in VERSIONS that are installed."""
   found = {"python": platform.python_version()}
   for name in VERSIONS:
     try:
@@ -202,9 +206,15 @@ def write(
 ) -> None:
   """Writes `figures` with their stamp to OUT.json.
 
-  The sources are those of the row with the file's name, or else the whole package. `command` is
-  given if another process made the figures. `beside` says that figures of an earlier call are among
-  them. If other sources made those, their stamp stays, so that no figure looks newer than it is.
+  The sources are those of the row with the file's name, or else the whole package.
+
+  Args:
+    out: the path without its ending.
+    figures: anything that can be written as JSON.
+    command: what made the figures, if that was another process; "" is this one.
+    beside: whether figures of an earlier call are among them. If other sources made those, their
+      stamp stays, so that no figure looks newer than it is.
+    root: the folder of the repository.
   """
   made = stamp(sources_of(out, root), command, root)
   held = _held(out).get("record") if beside else None
@@ -214,7 +224,7 @@ def write(
 
 
 def read(out: Path, without: Any, current: bool = False, root: Path = REPOSITORY) -> Any:
-  """Returns the figures that `write` put into OUT.json, or `without` if there are none.
+  """Returns the figures that `write` put into OUT.json; `without` if there are none.
 
   With `current`, figures count only if the present sources made them.
   """
@@ -228,12 +238,12 @@ def read(out: Path, without: Any, current: bool = False, root: Path = REPOSITORY
 
 
 def named(out: Path, ending: str) -> Path:
-  """Returns OUT.ending; a dot in OUT is a part of its name."""
+  """Returns the path OUT.ending; a dot in OUT is a part of its name."""
   return out.parent / f"{out.name}.{ending}"
 
 
 def sources_of(out: Path, root: Path = REPOSITORY) -> list[str]:
-  """Returns the sources of the result named like `out`, by default the whole package."""
+  """Returns the sources of the result named like `out`; without a row, the whole package."""
   return list(table(root).get(out.name, {}).get("sources", EVERYTHING))
 
 

@@ -23,7 +23,7 @@ FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "confi
 
 
 def known() -> dict[str, Path]:
-  """Returns the recipes that come with the package, by name."""
+  """Returns {name: file} of the recipes that come with the package."""
   folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])
   return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
@@ -33,7 +33,7 @@ def find(text: str) -> Path:
 
   Outside a clone, `configs/easy_vqa.py` also counts as that name.
 
-  Raises: ConfigError that lists the known recipes.
+  Raises: ConfigError, which lists the known recipes, if there is no such file or name.
   """
   if Path(text).is_file():
     return Path(text)
@@ -46,9 +46,11 @@ def find(text: str) -> Path:
 
 
 def load(value: str) -> config_lib.Config:
-  """The config of `RECIPE[:OPTIONS]`, a file or a known name; what it leaves out has its default.
+  """Runs a recipe and returns its config; what it leaves out has its default.
 
-  Raises: ConfigError, also for whatever a recipe ends with.
+  `value` is `RECIPE[:OPTIONS]`, where RECIPE is a file or a known name.
+
+  Raises: ConfigError for an unknown recipe or option, and for whatever error a recipe ends with.
   """
   name, _, options = value.partition(":")
   file = str(find(name))
@@ -94,7 +96,7 @@ class Dataset:
 
   @property
   def steps(self) -> int:
-    """Returns the steps of one epoch with one sample in each row.
+    """Returns the number of steps of one epoch, with one sample in each row.
 
     The last, incomplete batch is left out.
     """
@@ -133,6 +135,7 @@ def llava(
     options: size, variant, init, data and checkpoints, parsed by `parse_arg` from STAGE_1 or
       STAGE_2.
     name: of the recipe; a part of the run's name.
+    dataset: what is trained on; gives the batch size and the steps of one epoch.
     optimizer: stage and rates; the cosine schedule, warm-up .03 and no weight decay are the
       defaults of `config.OptimizerConfig`.
     model: adapters and quantization.

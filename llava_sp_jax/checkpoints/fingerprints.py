@@ -14,7 +14,7 @@ from llava_sp_jax.errors import CheckpointError
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-  """Returns a short hash of a flat `{path: array}` tree.
+  """Returns a hash of a flat `{path: array}` tree, in 16 hexadecimal digits.
 
   It covers names, shapes, dtypes and every bit of the values. It does not depend on how the arrays
   are sharded, because the sums are over integers.
@@ -38,9 +38,9 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def sums(tree: Any) -> dict[str, int]:
-  """Returns a checksum of each leaf of a tree by its path, as `fingerprint` uses them.
+  """Returns {path: checksum} of the arrays of a nested tree; keys of a path are joined by ".".
 
-  Reads every value once, where it is stored, also on the devices of other processes. Leaves are
+  Reads every value once, where it is stored, also on the devices of other processes. Arrays are
   summed one after another: simulated devices stall when many sums over all of them run at once.
   """
   return {
@@ -50,7 +50,10 @@ def sums(tree: Any) -> dict[str, int]:
 
 
 def compare_sums(found: Mapping[str, int], saved: Mapping[str, int], place: Path) -> None:
-  """Raises CheckpointError that names the leaves whose checksums differ from the saved ones."""
+  """Raises CheckpointError that names the arrays whose checksums differ from the saved ones.
+
+  `place` names the checkpoint in the message.
+  """
   wrong = sorted(path for path, number in found.items() if saved.get(path) != number)
   if wrong:
     shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")

@@ -22,8 +22,9 @@ def initial_params(
 ) -> dict[str, Any]:
   """Returns the nested parameters of step 0, as `config.init` says; all others are random.
 
-  With `init.checkpoint`, only adapters may be random. `shardings` maps an abstract tree to the
-  sharding of each leaf. With `model.quantize`, kernels are quantized while they are read.
+  With `init.checkpoint`, only adapters may be random. With `model.quantize`, weight matrices are
+  quantized while they are read. `shardings` maps a `{path: shape}` tree to the sharding of each
+  array; None puts all on the default device.
 
   Raises: FormatError that lists the other parameters that the checkpoint lacks.
   """

@@ -35,7 +35,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   """
 
   def __init__(self, folder: str | Path, keep: int = 2):
-    """Raises CheckpointError when `checkpoints` exists and is not a folder."""
+    """Opens the checkpoints of the run folder `folder`; `keep` is how many of the newest are kept.
+
+    Raises: CheckpointError when `checkpoints` in it exists and is not a folder.
+    """
     self.folder = Path(folder).absolute()
     place = self.folder / PLACE
     if place.is_symlink() and not place.exists():
@@ -49,21 +52,22 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
   @property
   def latest(self) -> int | None:
-    """Returns the newest step that Orbax lists; None without any."""
+    """Returns the newest step that Orbax lists; None if there is none."""
     result: int | None = self._manager.latest_step()
     return result
 
   def preempted(self, step: int) -> bool:
-    """Returns whether the cluster will stop this job after step `step`.
+    """Returns whether the cluster has announced to stop this job, so that `step` must be the last.
 
     It is False where JAX's distributed service does not run, as in most runs of a single process.
     """
     return jax.distributed.is_initialized() and self._manager.reached_preemption(step)
 
   def save(self, step: int, params: Any, opt_state: Any, about: Mapping[str, Any]) -> None:
-    """Starts to write `step`; every process must call it.
+    """Starts to write the checkpoint of `step`; every process must call it.
 
-    Older steps are removed only when this one is complete.
+    `about` is metadata that can be written as JSON. Older steps are removed only when this one is
+    complete. Does nothing if the newest checkpoint is that of `step`.
 
     Raises: CheckpointError when this step, or the one before, cannot be written.
     """
@@ -84,10 +88,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   def restore(
     self, params: Any, opt_state: Any, step: int | None = None
   ) -> tuple[int, Any, Any, Any]:
-    """Returns (step, params, opt_state, about) of `step`, by default of the latest.
+    """Returns (step, params, opt_state, about) of `step`; None is the latest.
 
-    The arguments are arrays or ShapeDtypeStructs with the shardings to restore to. The values are
-    compared with their checksums.
+    `params` and `opt_state` are arrays or ShapeDtypeStructs with the shardings to restore to. The
+    values are compared with their checksums.
 
     Raises: CheckpointError when the step cannot be read, or differs from what was saved.
     """
@@ -139,9 +143,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 def as_checkpoint_error(what: str, work: Callable[[], Result]) -> Result:
   """Calls `work`, and turns an error of any library into a CheckpointError of one line.
 
-  The traceback becomes a note of that error. The error itself is dropped and its garbage is
-  collected quietly here: Orbax would otherwise print the failure of its unfinished reads again. An
-  error of missing memory is raised as it is.
+  The message begins with `what`, which says what failed. The traceback becomes a note of that
+  error. The error itself is dropped and its garbage is collected quietly here: Orbax would
+  otherwise print the failure of its unfinished reads again. An error of missing memory is raised as
+  it is.
   """
   try:
     return work()

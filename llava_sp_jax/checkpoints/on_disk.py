@@ -14,9 +14,9 @@ SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 
 
 def trouble(place: Path, items: Sequence[str] = ("params", "about")) -> str:
-  """Returns why the folder of a step is not a complete checkpoint; "" for a complete one.
+  """Returns why the folder `place` of a step is not a complete checkpoint; "" for a complete one.
 
-  Looks at file names and at `about`, not at values.
+  `items` are the parts that it must have. Looks at file names and at `about`, not at values.
   """
   if not place.is_dir():
     return "it is no folder"
@@ -43,14 +43,17 @@ def _listed(place: Path) -> set[str]:
 
 
 def about(place: Path) -> dict[str, Any]:
-  """Returns what a checkpoint records about itself. Raises: CheckpointError."""
+  """Returns the metadata that was saved with a checkpoint, whose folder is `place`.
+
+  Raises: CheckpointError when it is not there, or is no JSON object.
+  """
   return _json(place / "about")
 
 
 def checksums(place: Path) -> dict[str, dict[str, int]]:
-  """Returns the checksums of a checkpoint by item; {} for an old one without checksums.
+  """Returns {item: {path: checksum}} of the checkpoint at `place`; {} for an old one without them.
 
-  Raises: CheckpointError.
+  Raises: CheckpointError when the file of checksums is not there, or is no JSON object.
   """
   return _json(place / SUMS) if (place / SUMS).is_dir() else {}
 
@@ -73,16 +76,16 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 
 def steps(folder: Path) -> list[int]:
-  """Returns the steps of the complete checkpoints in a run folder, ascending."""
+  """Returns the steps of the complete checkpoints in a run folder, ascending; [] without any."""
   return sorted(step for step, place in _numbered(folder).items() if not trouble(place))
 
 
 def damaged(folder: Path) -> dict[int, str]:
-  """Returns {step: reason} of folders that are named like a checkpoint but are not complete."""
+  """Returns {step: reason} of the folders in checkpoints/ that are not complete checkpoints."""
   found = {step: trouble(place) for step, place in sorted(_numbered(folder).items())}
   return {step: why for step, why in found.items() if why}
 
 
 def listed(problems: Mapping[int, str]) -> str:
-  """Joins the problems of steps, as `damaged` returns them, to one text."""
+  """Joins problems, {step: reason} as `damaged` returns them, to one text."""
   return "; ".join(f"step {step} cannot be used: {why}" for step, why in sorted(problems.items()))

@@ -29,7 +29,10 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
   `fingerprint` is that of the original base if the run or `options.base` names one, for an export
   of adapters alone.
 
-  Raises: CheckpointError, FormatError.
+  Raises:
+    CheckpointError: for a run without a usable checkpoint, or with another base than it was trained
+      on.
+    FormatError: for a foreign folder of no known format, or with missing or unexpected tensors.
   """
   if not is_ours(path):
     return formats.open_checkpoint(path, options)
@@ -50,9 +53,9 @@ def open_any(path: str | Path, options: formats.Options, verify: bool = True) ->
 
 
 def base_fingerprint(source: Loaded) -> str:
-  """Returns the fingerprint of the tower and of the decoder without adapters.
+  """Returns the hash of tower and decoder, without adapters, in the dtype of frozen parameters.
 
-  Reads all of their values.
+  Reads all of their values. The hash is that of `fingerprints.fingerprint`.
   """
   base = {
     p: leaf
@@ -64,6 +67,8 @@ def base_fingerprint(source: Loaded) -> str:
 
 def verify_base(source: Loaded) -> None:
   """Reads the base of an exported adapter and compares it with the one it was trained on.
+
+  Does nothing for a run folder, or if the export records no fingerprint.
 
   Raises: FormatError when their fingerprints differ.
   """

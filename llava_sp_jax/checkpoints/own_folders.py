@@ -1,7 +1,8 @@
 """Opens run folders of this package: the trained parameters over the base that the config names.
 
-A base may be another such folder. Leaves stay in their files until they are placed on devices. All
-missing, unexpected and mis-shaped leaves are reported at once.
+The base is where the frozen parameters are read from, and may be another such folder. Parameters
+stay in their files until they are placed on devices. All missing, unexpected and mis-shaped ones
+are reported at once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ADAPTERS = r"language_model/.*/lora_[ab]$"
 
 
 def is_ours(folder: str | Path) -> bool:
-  """Returns whether `open_own` can open a folder."""
+  """Returns whether a folder is a run folder: it has a config.json and a folder checkpoints/."""
   place = Path(folder)
   return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
@@ -104,9 +105,9 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
 def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
   """Opens the parameters of a step, and compares them with its checksums, if it has any.
 
-  Parameters are read leaf by leaf here, and again when they are used. Moments are not read.
+  Parameters are read one by one here, and again when they are used. Moments are not read.
 
-  Raises: CheckpointError.
+  Raises: CheckpointError when they cannot be read, or differ from what was saved.
   """
   known = on_disk.checksums(place).get("params", {})
 
@@ -120,7 +121,10 @@ def _check_trained(place: Path, about: dict[str, Any], verify: bool) -> None:
 
 
 class AsFrozen(Mapping[str, Any]):
-  """Maps paths to leaves in the dtype of frozen parameters, and reads each on access."""
+  """Maps paths to arrays in the dtype of frozen parameters, and reads each one on access.
+
+  Arrays of quantized kernels keep their own dtypes.
+  """
 
   def __init__(self, leaves: Leaves, dtype: str):
     self._leaves, self._dtype = leaves, dtype
@@ -142,7 +146,12 @@ def _cast(leaf: Leaf, dtype: str) -> Leaf:
 
 
 def finished(folder: str | Path, key: str) -> Loaded:
-  """Opens a run that has reached its last step, as `open_own`. Raises: CheckpointError."""
+  """Opens a run of which the last checkpoint is that of its last step.
+
+  `key` names the setting that `folder` comes from, for the message.
+
+  Raises: CheckpointError when the run stopped before its last step, or `open_own` cannot open it.
+  """
   run = open_own(folder)
   if run.step < run.config.train.steps:
     raise CheckpointError(
@@ -152,20 +161,20 @@ def finished(folder: str | Path, key: str) -> Loaded:
 
 
 def _floats(loaded: Loaded) -> Leaves:
-  """Returns the leaves as they were before any was quantized."""
+  """Returns the parameters as they were before any was quantized."""
   return loaded.leaves if loaded.originals is None else loaded.originals
 
 
 def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes and dtypes of a model's parameters as a flat dictionary."""
+  """Returns {path: shape and dtype} of all parameters of a model; paths are joined by "/"."""
   result: dict[str, jax.ShapeDtypeStruct] = flatten_dict(build.abstract(model), sep="/")
   return result
 
 
 def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-  """Returns the leaves of `wanted` with random values, not quantized.
+  """Returns the parameters at the paths of `wanted` with random values, not quantized.
 
-  The compiler removes the initialization of all others.
+  The seed is `train.seed`. The compiler removes the initialization of all others.
   """
   if not wanted:
     return {}
@@ -181,8 +190,11 @@ def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str
 def open_init(config: config_lib.Config, expected: dict[str, Any]) -> Leaves:
   """Opens the checkpoints that `config.init` names, and checks that each part is complete.
 
+  `expected` has the shape of each parameter of the model by path. Returns the parameters by path,
+  still in their files.
+
   Raises: ConfigError when `config.init` names both a checkpoint and parts; FormatError that lists
-  missing and mis-shaped leaves.
+    missing and mis-shaped parameters.
   """
   init = config.init
   if init.checkpoint and (init.language_model or init.vision_tower):

@@ -16,7 +16,10 @@ CONFIG_FILE = "config.json"
 
 
 def read_config(folder: str | Path) -> config_lib.Config:
-  """Returns the config of a run. Raises: CheckpointError when `folder` is not a run folder."""
+  """Returns the config of a run from its config.json.
+
+  Raises: CheckpointError when `folder` has none, or it is not the config of a run.
+  """
   path = Path(folder) / CONFIG_FILE
   if not path.is_file():
     raise CheckpointError(
@@ -39,9 +42,12 @@ def write_config(folder: Path, config: config_lib.Config) -> None:
 
 
 def check_folder(folder: Path) -> None:
-  """Raises CheckpointError for a `--workdir` whose files are not those of a training run.
+  """Checks that `folder`, a `--workdir`, is absent, or holds a run or no files of one.
 
   Other files, such as the log of a launcher, may lie in it.
+
+  Raises: CheckpointError for files that are not those of a training run, such as a converted
+    checkpoint.
   """
   for place in (folder, *folder.absolute().parents):
     if place.is_symlink() and not place.exists():
@@ -69,7 +75,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: config_lib.Config) -> None:
-  """Raises CheckpointError with both values where `config` contradicts that of the run."""
+  """Raises CheckpointError with both values where `config` contradicts that of the run in `folder`.
+
+  Accepts any config for a folder in which nothing was trained yet.
+  """
   if not (folder / CONFIG_FILE).is_file() or not steps(folder):
     return  # nothing was trained yet
   if lines := config_lib.differences(config, read_config(folder), but_free=True):
@@ -84,10 +93,10 @@ Accept = Callable[[Path, dict[str, Any]], None]
 
 
 def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[str, Any], int]:
-  """Returns the folder of the latest parameters, the metadata of their checkpoint, and the step.
+  """Returns the newest usable checkpoint of a run: its folder of parameters, metadata, and step.
 
   `accept(place, about)` raises a CheckpointError for a checkpoint that it cannot use. Then the next
-  older one is taken, and a warning on stderr says so.
+  older one is taken, and a warning on stderr says so. None accepts all complete ones.
 
   Raises: CheckpointError when no complete checkpoint can be used, with the problem of each.
   """

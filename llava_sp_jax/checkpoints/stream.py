@@ -1,9 +1,9 @@
-"""Streams leaves from files into an ordinary Orbax checkpoint, one layer at a time.
+"""Streams parameters from files into an ordinary Orbax checkpoint, one layer at a time.
 
-They are stored as Orbax stores a `jax.Array`, so any mesh can restore them. With several processes,
-each one reads and writes its share of the parts. The checkpoint becomes visible when it is
-complete. An interrupted call leaves a temporary folder that Orbax ignores, and the next call starts
-anew.
+A leaf is one array of the parameter tree, which may still be in a file. Leaves are stored as Orbax
+stores a `jax.Array`, so any mesh can restore them. With several processes, each one reads and
+writes its share of the parts. The checkpoint becomes visible when it is complete. An interrupted
+call leaves a temporary folder that Orbax ignores, and the next call starts anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ CHUNK_BYTES = 1 << 23  # the largest chunk of a file: the least that a restore o
 def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progress) -> None:
   """Writes `folder/checkpoints/0/{params,about}`; every process must call it.
 
-  Raises: FormatError when a leaf cannot be read.
+  `leaves` are the parameters by path, `about` is metadata as JSON, and `progress` counts bytes.
+
+  Raises: FormatError when a parameter cannot be read.
   """
   # No leaf is a jax.Array, but Orbax warns when there is no handler for those.
   arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
@@ -74,7 +76,7 @@ class _Tracked:
 
 
 def parts(leaf: Leaf) -> Iterator[Index]:
-  """Yields the slices of a leaf that are read and written at once: layers, or all of it."""
+  """Yields the slices of an array that are read and written at once: layers, or all of it."""
   rest = (slice(None),) * (len(leaf.shape) - 1)
   if isinstance(leaf, InTensors) and not leaf.stacked:
     yield (slice(None),) * len(leaf.shape)
@@ -86,9 +88,9 @@ def parts(leaf: Leaf) -> Iterator[Index]:
 
 
 def chunk(leaf: Leaf) -> tuple[int, ...]:
-  """Returns the chunk shape of a leaf in its file.
+  """Returns the shape of the chunks in which an array is stored.
 
-  It is one layer, whose longest even side is halved until a chunk has at most CHUNK_BYTES.
+  It is one layer, whose longest even side is halved until a chunk has at most CHUNK_BYTES (8 MiB).
   """
   shape = [1, *leaf.shape[1:]] if "/layers/" in leaf.path else list(leaf.shape)
   while math.prod(shape) * leaf.dtype.itemsize > CHUNK_BYTES:
@@ -159,19 +161,22 @@ class _Handler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # orbax ha
 
 
 class SavedItem:
-  """Reads a saved `params` item, and keeps the leaf that was read last for its next slice."""
+  """Reads the parameters that a checkpoint has saved in `folder`.
+
+  Keeps the array that was read last, because its next slice is often asked for next.
+  """
 
   def __init__(self, folder: Path):
     self._folder = folder
     self._last: dict[str, np.ndarray] = {}
 
   def leaves(self) -> Leaves:
-    """Returns its leaves without reading their values."""
+    """Returns the saved parameters by path, as leaves whose values are not read."""
     saved = ocp.PyTreeCheckpointHandler().metadata(self._folder)
     return {p: Stored(p, tuple(m.shape), np.dtype(m.dtype), self) for p, m in saved.items()}
 
   def read(self, path: str) -> np.ndarray:
-    """Returns the values of a leaf."""
+    """Returns all values of the parameter at `path`."""
     if path not in self._last:
       self._last.clear()
       with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
@@ -184,7 +189,7 @@ class SavedItem:
 
 @dataclasses.dataclass(frozen=True)
 class Stored(Leaf):
-  """Reads a leaf from a checkpoint of this package."""
+  """Reads a parameter from a checkpoint of this package."""
 
   item: SavedItem
 

@@ -23,7 +23,7 @@ def open_tokenizer(source: Loaded) -> Tokenizer | None:
   embedding only cause a warning: published folders have a padding token that no text names.
 
   Raises: TokenizerError for files that are not a tokenizer; FormatError when other tokens have no
-  row in the embedding, or generation would not see the end of a reply.
+    row in the embedding, or generation would not see the end of a reply.
   """
   if not source.tokenizer:
     return None

@@ -19,10 +19,10 @@ from llava_sp_jax.progress import Progress
 
 
 def write(source: Loaded, out: Path, dtype: str = "", command: str = "convert") -> None:
-  """Writes a run folder with every leaf of `source`, streamed; every process must call it.
+  """Writes a run folder with every parameter of `source`, streamed; every process must call it.
 
   The folder refers to no other folder, so it can be moved. A folder that an interrupted call of the
-  same `command` left is rewritten.
+  same `command` left is rewritten. `dtype` is that of the written parameters; "" keeps each one's.
 
   Raises: FolderError when `out` holds anything else.
   """

@@ -35,7 +35,7 @@ _TIED = re.compile(r"(?:base_model\.model\.)?(?:model\.embed_tokens|lm_head)\.(?
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Holds the settings of adapter_config.json."""
+  """Holds the settings of an adapter_config.json at `path`; `said` has those with an effect."""
 
   path: Path
   said: Json
@@ -75,7 +75,10 @@ def _named(module: str, names: list[str]) -> bool:
 
 
 def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
-  """Returns the recipe of a folder, or None without one. Raises: FormatError."""
+  """Returns the adapter settings of a folder; None if it has no adapter_config.json.
+
+  Raises: FormatError for settings that are missing, unknown or not supported.
+  """
   path = folder / FILE
   if not path.is_file():
     return None
@@ -87,7 +90,11 @@ def recipe(folder: Path, allow_unknown: bool = False) -> Recipe | None:
 
 
 def refuse_unfinished(folder: Path, files: frozenset[str], is_llava: bool) -> None:
-  """Raises FormatError for a LLaVA's adapter that was saved without the projector."""
+  """Raises FormatError for a LLaVA's adapter that was saved without the projector.
+
+  `files` are the names of the folder's files. `is_llava` says that its config.json is a LLaVA's;
+  otherwise files of an unfinished training are looked for.
+  """
   if is_llava:
     raise FormatError(
       f"{folder}: an adapter without its projector: config.json says that it is a LLaVA's, but "
@@ -161,8 +168,15 @@ def place(
 ) -> Tensors:
   """Returns a folder's own tensors with its adapters under the names of `tables.LORA`.
 
-  Missing adapters are zeros. Those of other modules keep names of that form until `fold`.
-  `canonical` maps the name of a module's weight to its name in `tables`.
+  Projections without an adapter get zeros. Adapters of other modules keep names of that form until
+  `fold`.
+
+  Args:
+    tensors: the folder's tensors.
+    base: those of its base.
+    of: its adapter settings.
+    layers: layers of the decoder.
+    canonical: maps the name of a module's weight to its name in `tables`.
 
   Raises: FormatError when there are no adapters, or those that the settings name are missing.
   """
@@ -189,7 +203,7 @@ def place(
 
 
 def untied(tensors: Tensors, base: Tensors, of: Recipe) -> Tensors:
-  """Returns separate embedding and output layers where an adapter unties those of the base.
+  """Returns separate embedding and output layers if an adapter unties those of the base, else {}.
 
   `tensors` are what `place` returns. PEFT copies a layer that it trains in full, so the other one
   stays as it was. Low-rank matrices are added to the weight that both share.
@@ -214,7 +228,7 @@ def untied(tensors: Tensors, base: Tensors, of: Recipe) -> Tensors:
 
 
 def fold(tensors: Tensors, of: Recipe) -> Tensors:
-  """Folds all adapters, except those of the decoder's projections, into the weights.
+  """Adds all adapters, except those of the decoder's projections, to the weights that they adapt.
 
   Raises: FormatError that names the modules without a weight that fits their adapter.
   """

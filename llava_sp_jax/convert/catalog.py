@@ -50,7 +50,10 @@ LORA_FOLDER: Renames = (  # adapters keep their prefix, which `adapters.place` r
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """Holds the files and the config.json of a checkpoint's folder, or a single file."""
+  """Holds what a checkpoint's folder, or a single file, is told apart by.
+
+  These are the names of its files, and the content of its config.json, {} without one.
+  """
 
   path: Path
   files: frozenset[str]
@@ -65,7 +68,8 @@ class Folder:
 class Format:
   """Describes a format that can be read.
 
-  `weights` are groups of file stems; one file of each group is opened.
+  `matches` tells whether a folder has it. `weights` are groups of file stems; one file of each
+  group is opened. `parts` are the parts of the model that it gives, with its base.
   """
 
   what: str
@@ -119,7 +123,7 @@ FORMATS: dict[str, Format] = {
 
 
 def rename(name: str, renames: Renames) -> str:
-  """Maps the name of a tensor to its name in `tables`."""
+  """Returns the name in `tables` of a tensor; `renames` are those of the format."""
   for pattern, target in renames:
     if re.fullmatch(pattern, name):
       name = re.sub(pattern, target, name)
@@ -152,7 +156,10 @@ def look(path: Path) -> Folder:
 
 
 def identify(folder: Folder) -> str:
-  """Returns the name of a folder's format. Raises: FormatError that lists the known ones."""
+  """Returns the name of a folder's format, the first row of FORMATS that matches.
+
+  Raises: FormatError, which lists the known ones, if none matches.
+  """
   for name, row in FORMATS.items():
     if row.matches(folder):
       return name

@@ -25,9 +25,18 @@ def with_projector(
 ) -> config_lib.ModelConfig:
   """Returns `model` with the projector variant that has the names and shapes of the tensors.
 
-  The original's configs do not name the variant. Our own exports name its `scales`. Raises:
-  FormatError when none fits (with what the nearest lacks), or when two do and `wanted` does not
-  decide.
+  The original's configs do not name the variant.
+
+  Args:
+    model: the config without its projector.
+    tensors: the tensors of the checkpoint; those of other parts are skipped.
+    wanted: the variant that the user or the checkpoint names; "" tries all.
+    origin: the checkpoint, for messages.
+    scales: sides of the views in patches, which our own exports name; () tries those of the
+      variant.
+
+  Raises: FormatError when none fits (with what the nearest lacks), or when two do and `wanted` does
+    not decide.
   """
   if wanted:
     config_lib.lookup("--variant", wanted, VARIANTS)

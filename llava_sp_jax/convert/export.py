@@ -191,7 +191,7 @@ def _json(path: Path, values: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """Describes a format that can be written; with `folds`, adapters are folded first."""
+  """Describes a format that can be written; `folds` merges adapters into the weights first."""
 
   what: str
   write: Callable[[Loaded, Path], None]
@@ -216,9 +216,9 @@ EXPORTS: dict[str, Export] = {
 
 
 def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
-  """Writes `model` in the format `name`; the folder appears when it is complete.
+  """Writes `model` in the format `name`; the folder `out` appears when it is complete.
 
-  `dtype` rounds every leaf (float32, bfloat16, float16); "" keeps the stored dtypes.
+  `dtype` casts every array (float32, bfloat16, float16); "" keeps the stored dtypes.
 
   Raises: FormatError when the format cannot hold the model; FolderError when `out` is not empty.
   """

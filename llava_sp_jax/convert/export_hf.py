@@ -1,7 +1,7 @@
 """Writes LLaVA for transformers: a folder for AutoProcessor and LlavaForConditionalGeneration.
 
 Its tokenizer has `<image>`, and its embedding a row for it. Its processor makes the same pixels,
-and its generation settings choose and end as the engine does.
+and its generation settings give the same tokens and the same end of an answer as the engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ _ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # tensors with a row fo
 
 
 def refuse(model: Loaded) -> None:
-  """Raises FormatError for a model that transformers' Llava does not compute."""
+  """Checks that transformers' LlavaForConditionalGeneration can represent a model.
+
+  Raises: FormatError for a model with spatial tokens, with several tiles for an image (anyres), or
+    with a newline token.
+  """
   config, data = model.config.model, model.config.data
   if build.image_token_count(config) > build.patch_grid(config) ** 2:
     raise FormatError(
@@ -43,7 +47,10 @@ def refuse(model: Loaded) -> None:
 
 
 def write(model: Loaded, out: Path, tower: list[Tensor], projector: list[Tensor]) -> None:
-  """Writes tensors, settings and tokenizer of a model without adapters."""
+  """Writes tensors, settings and tokenizer of a model without adapters to the folder `out`.
+
+  `tower` and `projector` are their tensors, under the names of `tables` and `projector_names`.
+  """
   config = model.config
   rows = config.model.language_model.vocab_size
   tokens = _Tokens.of(model.tokenizer, config.data.template, rows, out)
@@ -237,7 +244,7 @@ _CHAT = """\
 
 
 def chat_template(template: Template) -> str:
-  """Returns a template in the form of transformers' `apply_chat_template`.
+  """Returns a conversation template as Jinja, for transformers' `apply_chat_template`.
 
   Returns "" for a template without turns.
   """

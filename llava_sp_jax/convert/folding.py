@@ -14,7 +14,7 @@ from llava_sp_jax.convert.torch_io import FormatError
 
 @dataclasses.dataclass(frozen=True)
 class Folded(Leaf):
-  """Computes `kernel + scale * A B` in float32, and rounds it once to the kernel's dtype."""
+  """Computes `kernel + scale * A B` in float32 when it is read; rounds it to the kernel's dtype."""
 
   kernel: Leaf
   lora_a: Leaf
@@ -38,7 +38,10 @@ class Folded(Leaf):
 
 
 def fold(model: Loaded) -> Loaded:
-  """Returns the model with its adapters folded into the kernels."""
+  """Returns the checkpoint with its LoRA adapters added to the weights that they adapt.
+
+  The result has no adapters, and its config has rank 0. Values are computed when they are read.
+  """
   lora = model.config.model.lora
   if not lora.rank:
     return model

@@ -65,10 +65,10 @@ class Options:
 def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   """Opens a checkpoint of FORMATS, with the base and tower that it needs.
 
-  `path` is a folder, a file or a name of the hub.
+  `path` is a folder, a file or the name of a repository on the Hugging Face hub.
 
   Raises: FormatError that lists all that is missing, unexpected, mis-shaped or contradictory;
-  ConfigError for settings that no config may have.
+    ConfigError for settings that no config may have.
   """
   if options.template:
     config_lib.lookup("--template", options.template, conversation.TEMPLATES)
@@ -162,9 +162,9 @@ def _tied(
 
 
 def checked(path: Path, config: config_lib.Config, parts: tuple[str, ...]) -> config_lib.Config:
-  """Returns the config of `path` as it will be read back, after the checks of a run.
+  """Returns the config of the checkpoint at `path` as it will be read back from JSON.
 
-  Raises: ConfigError.
+  Raises: ConfigError for settings of which no model can be built.
   """
   try:
     read = config_lib.from_json(config_lib.to_json(config))

@@ -94,9 +94,10 @@ def _text(container: Container, key: str) -> str:
 
 
 def open_gguf(path: Path) -> Tensors:
-  """Returns the weights in torch's orientation, which are dequantized to float32 when read.
+  """Returns the weights by Hugging Face's names, which are dequantized to float32 when read.
 
-  Raises: FormatError.
+  Raises: FormatError for a file that cannot be read, another model than a LLaMA, or a type of
+    quantization that is not supported.
   """
   container = _open(path)
   sizes = _config(container, allow_unknown=True)
@@ -179,7 +180,11 @@ def _unpermuted(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
 
 
 def config(path: Path, allow_unknown: bool = False) -> Json:
-  """Returns the settings as a Hugging Face `config.json`. Raises: FormatError."""
+  """Returns the settings of a GGUF file as keys of a Hugging Face `config.json`.
+
+  Raises: FormatError for settings that are missing, unknown (unless `allow_unknown`) or not
+    supported.
+  """
   return _config(_open(path), allow_unknown)
 
 

@@ -77,7 +77,8 @@ def open_container(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Contain
   """Reads everything before the values of the tensors.
 
   `blocks` maps each kind of tensor to (values of a block, bytes of a block).
-  Raises: FormatError.
+
+  Raises: FormatError when the file is damaged, or no GGUF of version 2 or 3.
   """
   file = DataFile.open(path)
   try:

@@ -21,7 +21,10 @@ SHOWN = 60  # characters of a value in a message
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """Holds a type with its range, and its name in messages."""
+  """Holds a kind of value, such as an integer in a range, and its name in messages.
+
+  `holds(value)` says whether a value is of that kind.
+  """
 
   what: str
   holds: Callable[[Any], bool]
@@ -32,7 +35,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(low: int, high: int) -> Kind:
-  """Returns the kind of an integer in a range, both ends included."""
+  """Returns the kind of a whole number from `low` to `high`, both included."""
   return Kind(
     f"a whole number from {low} to {high}",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
@@ -40,7 +43,7 @@ def whole(low: int, high: int) -> Kind:
 
 
 def real(low: float, high: float) -> Kind:
-  """Returns the kind of a finite number in a range, both ends included."""
+  """Returns the kind of a finite number from `low` to `high`, both included."""
   return Kind(
     f"a number from {low:g} to {high:g}",
     lambda v: _is_number(v) and low <= v <= high and math.isfinite(v),
@@ -48,12 +51,12 @@ def real(low: float, high: float) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-  """Returns the kind of one of these texts."""
+  """Returns the kind of a text that is one of `names`."""
   return Kind(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
 
 
 def maybe(kind: Kind) -> Kind:
-  """Returns the kind that also accepts null."""
+  """Returns the kind that accepts null and what `kind` accepts."""
   return Kind(f"{kind.what}, or null", lambda v: v is None or kind.holds(v))
 
 
@@ -101,7 +104,7 @@ Table = Mapping[str, Key]
 
 
 def honored(kind: Kind, how: str) -> Key:
-  """Describes a key whose value is used."""
+  """Describes a key whose value is used; `how` says for what, in the docs."""
   return Key(HONORED, how, kind)
 
 
@@ -111,12 +114,12 @@ def idle(why: str, kind: Kind = ANYTHING) -> Key:
 
 
 def only(why: str, *values: Any) -> Key:
-  """Describes a key without effect at these values and at null, and refused at all others."""
+  """Describes a key without effect at these values and at null, which is refused at all others."""
   return Key(REFUSED, why, values=values)
 
 
 def always(why: str, *values: Any) -> Key:
-  """Describes a key as `only`, but refused at null, too.
+  """Describes a key that has no effect at these values, and is refused at all others and at null.
 
   A program that is not told the value takes one of `values`.
   """
@@ -124,17 +127,17 @@ def always(why: str, *values: Any) -> Key:
 
 
 def never(why: str) -> Key:
-  """Describes a key that is refused unless it is null, false, 0 or empty."""
+  """Describes a key that is refused unless it is null, false, 0 or empty; `why` is for messages."""
   return Key(REFUSED, why, values=NOTHING)
 
 
 def rows(key: Key, *names: str) -> dict[str, Key]:
-  """Returns a table of several keys with the same meaning."""
+  """Returns a table in which each of `names` has the meaning `key`."""
   return dict.fromkeys(names, key)
 
 
 def problem(name: str, value: Any, key: Key) -> str:
-  """Returns what is wrong with a value; "" if nothing is."""
+  """Returns what is wrong with a value of the key `name`, described by `key`; "" if nothing is."""
   if key.values is not None:
     said = value is not None or not key.null
     if not said or any(type(value) is type(v) and value == v for v in key.values):
@@ -152,11 +155,16 @@ def _short(value: Any) -> str:
 
 
 def read(values: Any, table: Table, origin: str, allow_unknown: bool = False) -> Json:
-  """Returns the honored keys of a settings file.
+  """Returns the keys of a settings file that have an effect, with their values.
+
+  Args:
+    values: the content of the file.
+    table: describes every key that it may have.
+    origin: the file, for messages.
+    allow_unknown: whether keys that the table lacks are ignored, as null ones always are.
 
   Raises: FormatError, in one line, that names every key with a wrong or unsupported value, and
-  every key that the table lacks. Unknown keys that are null, or that `allow_unknown` permits, are
-  ignored.
+    every unknown key.
   """
   if not isinstance(values, dict):
     raise FormatError(f"{origin}: expected a group of keys, found {_short(values)}")

@@ -33,7 +33,7 @@ the tables by `python -m llava_sp_jax.convert.keys_page`.
 
 
 def page() -> str:
-  """Returns the whole page."""
+  """Returns the text of docs/foreign_settings.md."""
   return HEAD + "".join(f"\n## {name}\n\n{_section(table)}" for name, table in FILES.items())
 
 

@@ -16,7 +16,7 @@ BLOCK = 256  # side of the squares that are copied at once
 
 @dataclasses.dataclass(frozen=True)
 class TensorLayout:
-  """Holds a pair of inverse functions: `to_jax(to_torch(x)) == x` for x of the right rank."""
+  """Holds the functions between the layouts of torch and jax; each is the inverse of the other."""
 
   to_jax: Callable[[Array], Array]
   to_torch: Callable[[Array], Array]
@@ -30,7 +30,7 @@ conv = TensorLayout(  # [out, in, h, w] <-> [h, w, in, out]
 
 
 def contiguous(x: Array) -> Array:
-  """Returns a copy in C order.
+  """Returns a copy of an array in C order.
 
   numpy's own copy of a transposed matrix misses the cache at every element. So if the fastest axis
   changes, large arrays are copied in squares that fit the cache. Anything but a numpy array (a
@@ -66,7 +66,7 @@ def _flat_to_conv(x: Array, channels: int) -> Array:
 def whole_view(channels: int) -> TensorLayout:
   """Returns the layout of a convolution whose kernel covers its view.
 
-  [out, in, h, w] <-> [h*w*in, out].
+  [out, in, h, w] <-> [h*w*in, out], where in is `channels`.
   """
   return TensorLayout(
     lambda x: contiguous(x.transpose(2, 3, 1, 0).reshape(-1, channels, x.shape[0])).reshape(

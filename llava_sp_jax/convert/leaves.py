@@ -1,6 +1,7 @@
-"""Holds leaves of the parameter tree that are still in files, and reads their tensors part by part.
+"""Holds arrays of the parameter tree that are still in files, and reads their tensors part by part.
 
-All errors of names and shapes are found here, before a value is read.
+Such an array is a leaf of the tree. All errors of names and shapes are found here, before a value
+is read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Leaves = dict[str, "Leaf"]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """Holds an array of the tree, wherever its values are; `read` returns them, or a slice."""
+  """Holds an array of the parameter tree, wherever its values are; `read` returns them."""
 
   path: str
   shape: tuple[int, ...]
@@ -35,22 +36,22 @@ class Leaf:
 
   @property
   def nbytes(self) -> int:
-    """Returns the bytes of the whole array."""
+    """Returns the size of the whole array in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   @property
   def origin(self) -> str:
-    """Returns the source of the leaf for messages."""
+    """Returns the name of the tensor or file that the array comes from, for messages."""
     return self.path
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Returns the values, or those of `index`, a slice for each axis."""
+    """Returns the values of the whole array, or those of `index`, a slice for each axis."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory(Leaf):
-  """Holds a leaf whose values are in memory."""
+  """Holds an array of the parameter tree whose values are in memory."""
 
   values: np.ndarray
 
@@ -60,7 +61,7 @@ class InMemory(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Leaf):
-  """Rounds another leaf to a dtype when it is read."""
+  """Rounds another array of the tree to a dtype when it is read."""
 
   inner: Leaf
 
@@ -69,7 +70,10 @@ class Cast(Leaf):
 
 
 def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
-  """Casts values to a dtype. Raises: FormatError when they are too large for float16."""
+  """Casts values to `dtype`; `path` names the parameter in the message.
+
+  Raises: FormatError when they are too large for float16.
+  """
   if dtype != np.float16 or values.dtype == np.float16:
     return values.astype(dtype)
   largest = float(np.abs(values).max(initial=0))
@@ -81,13 +85,13 @@ def rounded(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Leaves:
-  """Returns leaves that hold these arrays."""
+  """Returns {path: leaf} with the values of `arrays`, {path: array}."""
   return {p: InMemory(p, a.shape, a.dtype, a) for p, a in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class InTensors(Leaf):
-  """Reads a leaf from a torch tensor, or from one tensor for each layer."""
+  """Reads a parameter from a torch tensor, or from one tensor for each layer."""
 
   tensors: tuple[Tensor, ...]
   layout: TensorLayout
@@ -99,12 +103,12 @@ class InTensors(Leaf):
     return self.tensors[0].name + more
 
   def first_layers(self, count: int) -> InTensors:
-    """Returns the leaf with its first `count` layers."""
+    """Returns the parameter with its first `count` layers."""
     shape = (count, *self.shape[1:])
     return dataclasses.replace(self, shape=shape, tensors=self.tensors[:count])
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Returns values, and reads only the tensors of the requested layers.
+    """Returns the values at `index`, a slice for each axis; reads only the tensors of its layers.
 
     Raises: FormatError when a value is not finite.
     """
@@ -152,9 +156,10 @@ def _sliced(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
 def gather(
   tensors: Iterable[Tensor], rows: tuple[tables.NameRule, ...], problems: list[str]
 ) -> Leaves:
-  """Finds the row of each tensor, and stacks the layers.
+  """Finds the name rule of each tensor, and stacks the layers; returns {parameter path: leaf}.
 
-  Adds to `problems` every tensor without a row, every missing layer, and layers that differ.
+  `rows` are the rules of a model's parts. Adds to `problems` every tensor without a rule, every
+  missing layer, and layers that differ in shape or dtype.
   """
   found: dict[str, dict[int | None, tuple[Tensor, TensorLayout]]] = {}
   for tensor in tensors:
@@ -208,13 +213,16 @@ def _leaf(
 
 @functools.lru_cache(maxsize=4096)
 def shape_after(change: Callable[[Any], Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the shape of the result of a layout's function, without an array."""
+  """Returns the shape that a function of layouts makes of `shape`, without computing an array."""
   abstract = jax.ShapeDtypeStruct(shape, np.uint8)  # the dtype does not matter
   return tuple(jax.eval_shape(lambda x: change(x), abstract).shape)
 
 
 def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> None:
-  """Adds to `problems` all leaves that are missing, unexpected or of another shape."""
+  """Compares leaves with `expected`, {path: shape}; adds a text to `problems` for each difference.
+
+  Differences are parameters that are missing, unexpected or of another shape.
+  """
   for path in sorted(set(expected) - set(leaves)):
     problems.append(f"missing {path} {expected[path].shape}")
   for path in sorted(set(leaves) - set(expected)):
@@ -228,15 +236,15 @@ def fit(leaves: Leaves, expected: Mapping[str, Any], problems: list[str]) -> Non
 
 
 def refuse(origin: str, problems: list[str]) -> None:
-  """Raises FormatError with all problems, if there are any."""
+  """Raises FormatError with all problems, if there are any; `origin` names the checkpoint."""
   if problems:
     raise FormatError(f"{origin} does not fit the model, nothing was converted:{listed(problems)}")
 
 
 def listed(problems: list[str]) -> str:
-  """Returns problems as lines; a single one has no line of its own.
+  """Returns problems as the end of a message, each on its own line; a single one on the same line.
 
-  Problems that differ only in the layer become one line.
+  Problems that differ only in the number of a layer become one line.
   """
   alike: dict[str, list[str]] = {}
   for problem in problems:
@@ -249,9 +257,9 @@ def listed(problems: list[str]) -> str:
 
 
 def to_tensors(leaves: Leaves, rows: tuple[tables.NameRule, ...]) -> list[Tensor]:
-  """Returns the leaves under torch's names and in its layout, layer by layer, not yet read.
+  """Returns the parameters under torch's names and in its layout, layer by layer, not yet read.
 
-  Raises: KeyError for a leaf without a row.
+  Raises: KeyError for a parameter that no rule of `rows` names.
   """
   targets = tables.by_path(rows)
   unnamed = sorted(set(leaves) - set(targets))

@@ -1,4 +1,4 @@
-"""Holds an opened checkpoint: its config, its unread leaves, and its base."""
+"""Holds an opened checkpoint: its config, its parameters, which are not read yet, and its base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ OURS = "llava_sp_jax"  # format of the folders that training and `convert` write
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """Holds a checkpoint of any format that fits its model; its leaves are still in their files."""
+  """Holds a checkpoint of any format that fits its model.
+
+  Its parameters, `leaves`, include those of its base, and their values are still in their files.
+  """
 
   format: str  # a row of catalog.FORMATS, or OURS
   config: config_lib.Config
@@ -33,7 +36,7 @@ class Loaded:
   originals: Leaves | None = None  # the leaves before the kernels of its base were quantized
 
   def part(self, name: str, *, adapters: bool = False) -> Leaves:
-    """Returns the leaves of a part without its adapters, or only its adapters."""
+    """Returns the parameters of a part, such as "projector", by path: without LoRA or only LoRA."""
     return {
       p: leaf
       for p, leaf in self.leaves.items()
@@ -41,7 +44,10 @@ class Loaded:
     }
 
   def params(self) -> dict[str, np.ndarray]:
-    """Reads all leaves, as a flat dictionary."""
+    """Reads the values of all parameters, those of the base included, in their stored dtypes.
+
+    Returns: {path: array}, with paths such as "language_model/layers/q_proj/kernel".
+    """
     return {path: leaf.read() for path, leaf in self.leaves.items()}
 
 
@@ -51,7 +57,7 @@ def is_adapter(path: str) -> bool:
 
 
 def cast(source: Loaded, dtype: str) -> Loaded:
-  """Returns the model with every leaf cast to a dtype."""
+  """Returns the checkpoint with all parameters cast to `dtype` when they are read."""
   wanted = np.dtype(jnp.dtype(dtype))
   cast_leaves: Leaves = {p: Cast(p, leaf.shape, wanted, leaf) for p, leaf in source.leaves.items()}
   model = dataclasses.replace(source.config.model, frozen_dtype=dtype)

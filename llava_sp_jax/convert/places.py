@@ -25,7 +25,11 @@ _OF_TOKENIZER = (
 
 
 def is_hub_name(name: str) -> bool:
-  """Returns whether a text can be the name of a hub repository, with or without HUB before it."""
+  """Returns whether a string has the form of a repository name on the Hugging Face hub.
+
+  That is "organization/name", with "hf:" before it or not, and "@revision" behind it or not.
+  Nothing is looked up.
+  """
   return bool(_HUB_NAME.fullmatch(name.removeprefix(HUB)))
 
 
@@ -33,7 +37,9 @@ def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
   """Returns the path of a folder or file, or of a hub repository that is fetched.
 
   An existing path is returned as it is. Otherwise a name of the hub, with or without `hf:`, is
-  fetched; `wanted` are patterns of the files that are needed. Any other path is returned as it is.
+  fetched. Any other name is returned as it is, as a path.
+
+  `wanted` are patterns of the files that are fetched.
 
   Raises: FormatError when the repository cannot be fetched.
   """
@@ -43,14 +49,22 @@ def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
 
 
 def tokenizer(name: str) -> Path:
-  """Returns the folder of a tokenizer as `local`; a repository is fetched without its weights."""
+  """Returns the folder of a tokenizer: `name` itself, or that of a hub repository.
+
+  A repository is fetched without its weights. Raises: FormatError when it cannot be fetched.
+  """
   return local(name, [f"{start}*" for start in _OF_TOKENIZER])
 
 
 def fetched(name: str, flag: str, wanted: Sequence[str] = _WANTED) -> Path:
-  """Fetches a repository, and returns its folder in the hub's local cache.
+  """Fetches a hub repository, and returns its folder in the hub's local cache.
 
-  Raises: FormatError; the message names `flag` for a local folder instead.
+  Args:
+    name: "organization/name", with "hf:" before it or not, and "@revision" behind it or not.
+    flag: the option that names a local folder instead, for the message; "" for none.
+    wanted: patterns of the files that are fetched.
+
+  Raises: FormatError for a name of another form, or when the repository cannot be fetched.
   """
   repository, _, revision = name.removeprefix(HUB).partition("@")
   instead = f"; name a folder with {flag}" if flag else ""
@@ -73,7 +87,9 @@ def fetched(name: str, flag: str, wanted: Sequence[str] = _WANTED) -> Path:
 def resolve(name: str, beside: Path, flag: str) -> Path:
   """Returns a local folder: `name` itself, one next to `beside`, or one fetched from the hub.
 
-  Raises: FormatError that says which flag names it.
+  `beside` is the checkpoint that needs it, and `flag` the option that names another folder.
+
+  Raises: FormatError that names `flag`, when `name` is empty or nothing is found.
   """
   if not name:
     raise FormatError(f"{beside} does not say what it was trained on; name it with {flag}")
@@ -87,12 +103,12 @@ def resolve(name: str, beside: Path, flag: str) -> Path:
 
 
 def lasting(name: str) -> str:
-  """Returns the absolute path of an existing folder; any other name as it is."""
+  """Returns the absolute path of an existing folder; any other name, as of the hub, as it is."""
   return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def reachable(name: str) -> str:
-  """Returns a recorded name if its path exists or it is a hub name, else ""."""
+  """Returns the name of a folder if it exists or is a hub name; "" otherwise."""
   return name if name and (Path(name).exists() or is_hub_name(name)) else ""
 
 
@@ -104,9 +120,9 @@ _CHECKED: dict[str, keys.Table] = {
 
 
 def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
-  """Raises FormatError for unknown or wrong settings of generation or tokenizer.
+  """Checks the settings of generation and tokenizer, each in the first folder that has their file.
 
-  Each file is read from the first folder that has it.
+  Raises: FormatError for unknown keys, unless `allow_unknown`, and for wrong values.
   """
   for name, table in _CHECKED.items():
     path = next((f / name for f in folders if (f / name).is_file()), None)
@@ -115,7 +131,7 @@ def check_settings(folders: Sequence[Path], allow_unknown: bool) -> None:
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
-  """Copies the files of a tokenizer, and no others."""
+  """Copies the files of a tokenizer from `folder` to `out`, and no others; makes `out`."""
   out.mkdir(exist_ok=True)
   for path in sorted(folder.iterdir()):
     if path.is_file() and path.name.startswith(_OF_TOKENIZER):
@@ -123,5 +139,5 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
 
 
 def has_tokenizer(path: Path) -> bool:
-  """Returns whether a folder has the file of a tokenizer."""
+  """Returns whether a folder has a tokenizer.json or a tokenizer.model."""
   return any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))

@@ -60,10 +60,15 @@ def images(
   allow_unknown: bool = False,
   alone: bool = False,
 ) -> Json:
-  """Returns the preprocessing as keys of `config.DataConfig`.
+  """Returns how images are prepared, as keys of `config.DataConfig`.
 
-  `values` is the config.json of the LLaVA, or of a tower. `folder` holds the settings of the
-  tower's processor. `alone` says that there is only a tower.
+  Args:
+    values: the config.json of the LLaVA, or of a tower.
+    folder: where the settings of the tower's image processor are.
+    origin: the folder of `values`, for messages.
+    tower: sizes of the tower, which must fit; None is not compared.
+    allow_unknown: whether keys that no table has are ignored.
+    alone: whether there is only a tower, which may lack the settings.
 
   Raises: FormatError for settings that are missing, unknown, not supported or of another tower.
   """
@@ -244,9 +249,11 @@ def _features(said: Json, tower: config_lib.TowerConfig, origin: str) -> None:
 
 
 def pinpoints(value: Any, origin: Path) -> tuple[tuple[int, int], ...]:
-  """Returns the canvas sizes of anyres, which the original also writes as a text.
+  """Returns the (width, height) of each canvas of anyres, from the setting `value`.
 
-  Raises: FormatError.
+  The original also writes them as a text. `origin` names the file in the message.
+
+  Raises: FormatError for anything else.
   """
   try:
     pairs = value

@@ -118,10 +118,16 @@ DETAILS = {
 
 
 def projector(variant: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
-  """Returns the names of a projector's variant. Raises: KeyError.
+  """Returns the rules for the names of a projector's parameters.
 
-  `channels` is the tower's width, `scales` are the sizes of the views (`build.view_sizes`), which
-  the original has in its names. `image_newline` is among them, used or not.
+  Args:
+    variant: a row of VARIANTS.
+    channels: the tower's width.
+    scales: sides of the views (`build.view_sizes`), which the original has in its names.
+
+  `image_newline` is among them, used or not.
+
+  Raises: KeyError for an unknown variant.
   """
   row = VARIANTS[variant]
   rows = list(MLP)
@@ -144,7 +150,7 @@ def projector(variant: str, channels: int, scales: Sequence[int]) -> tuple[NameR
 
 
 def _detail(kernel: int, convolution: str, suffix: str, parts: Sequence[str]) -> list[NameRule]:
-  """A strided convolution, and the norm and linear layer of each of `parts`."""
+  """Names a strided convolution, and the norm and linear layer of each of `parts`."""
   path = f"projector/detail_{kernel}"
   rows = [NameRule(f"model.{convolution}.weight", f"{path}/conv/kernel", conv)]
   for part in parts:
@@ -182,7 +188,10 @@ def _own(extractor: str, view: str, channels: int, scales: Sequence[int]) -> tup
 
 @functools.lru_cache
 def _parameters(extractor: str, view: str, channels: int, size: int) -> tuple[tuple[str, int], ...]:
-  """(path below the extractor's module, number of dimensions) of its parameters, by shapes alone."""
+  """Returns (path below the extractor's module, number of dimensions) of each of its parameters.
+
+  Nothing is computed but shapes.
+  """
 
   class Host(nn.Module):
     @nn.compact

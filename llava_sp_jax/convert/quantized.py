@@ -18,14 +18,14 @@ from llava_sp_jax.models.quantize import Format, is_quantized
 
 
 class Pieces:
-  """Caches quantized pieces of the last kernel, because its other leaves are read next."""
+  """Caches the quantized slices of one kernel, because its codes and scales are read in turn."""
 
   def __init__(self) -> None:
     self._path = ""
     self._found: dict[str, dict[str, np.ndarray]] = {}
 
   def read(self, kernel: Leaf, form: Format, index: Index) -> dict[str, np.ndarray]:
-    """Returns the leaves of `kernel[index]`, stacked over its layers."""
+    """Returns codes and scales of `kernel[index]` by name, stacked over its layers."""
     if kernel.path != self._path:
       self._path, self._found = kernel.path, {}
     if str(index) not in self._found:
@@ -40,7 +40,7 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(Leaf):
-  """Reads one leaf [L, N, O] of a quantized kernel; the kernel is [L, I, O]."""
+  """Reads one array [L, N, O] of a quantized kernel, codes or scales; the kernel is [L, I, O]."""
 
   kernel: Leaf
   form: Format
@@ -66,9 +66,14 @@ class Quantized(Leaf):
 
 
 def quantize(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -> Leaves:
-  """Replaces the kernels that `expected`, an abstract tree, has quantized by their leaves.
+  """Replaces weight matrices by the codes and scales of their quantized form, computed when read.
 
-  Both trees may lack parts of the model. Without a `form`, nothing changes.
+  Args:
+    leaves: parameters by path, as floats.
+    expected: {path: shape} of the quantized model; says which ones are replaced.
+    form: the format; None changes nothing.
+
+  Both trees may lack parts of the model.
   """
   if form is None:
     return leaves
@@ -85,7 +90,7 @@ def quantize(leaves: Leaves, expected: Mapping[str, Any], form: Format | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized(Leaf):
-  """Reads the float kernel [L, I, O] of quantized leaves, rounded to `dtype`."""
+  """Reads the float kernel [L, I, O] of a quantized one, rounded to `dtype`."""
 
   leaves: Leaves  # by their last names
   form: Format
@@ -101,9 +106,9 @@ class Dequantized(Leaf):
 
 
 def dequantize(leaves: Leaves, form: Format | None, dtype: str) -> Leaves:
-  """Returns float kernels of `dtype` instead of quantized ones; the inverse of `quantize`.
+  """Returns float kernels of `dtype` instead of quantized ones, as `form` defines them.
 
-  The values are those that the quantized model computes with.
+  The values are those that the quantized model computes with. `form` None changes nothing.
   """
   if form is None:
     return leaves

@@ -33,9 +33,9 @@ _LENGTH = 8  # bytes before the header that give its length
 
 
 def open_safetensors(path: Path) -> Tensors:
-  """Returns the tensors of a safetensors file; each is mapped when it is read.
+  """Returns the tensors of a safetensors file by name; each is mapped when it is read.
 
-  Raises: FormatError.
+  Raises: FormatError when the file is damaged or has changed.
   """
   file = DataFile.open(path)
   try:

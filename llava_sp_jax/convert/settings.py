@@ -39,7 +39,7 @@ OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # refused,
 
 
 def read_json(path: Path) -> Json:
-  """Reads a JSON object. Raises: FormatError."""
+  """Reads a JSON object. Raises: FormatError when the file cannot be read, or is anything else."""
   return json_files.read_object(path)
 
 
@@ -56,20 +56,20 @@ def _filled(family: str, values: Json, origin: str) -> Any:
 
 
 def is_llava(values: Json) -> bool:
-  """Returns whether a config.json is that of the original's LLaVA."""
+  """Returns whether `values` are the config.json of the original LLaVA: it has mm_vision_tower."""
   return "mm_vision_tower" in values
 
 
 def is_llava_hf(values: Json) -> bool:
-  """Returns whether a config.json is that of transformers' Llava or LlavaNext."""
+  """Returns whether `values` are the config.json of transformers' Llava or LlavaNext."""
   return "text_config" in values and values.get("model_type") in ("llava", "llava_next")
 
 
 def decoder(values: Json) -> Json:
   """Returns the decoder's keys of a config.json.
 
-  In transformers' LLaVA they are a group, but the outer file can tie embedding and output layer,
-  too.
+  In transformers' LLaVA they are the group text_config, but the outer file can tie embedding and
+  output layer, too.
   """
   inner = values.get("text_config", values)
   tied = inner is not values and values.get("tie_word_embeddings") is True
@@ -79,7 +79,12 @@ def decoder(values: Json) -> Json:
 def language_model(
   values: Json, origin: str, allow_unknown: bool = False
 ) -> config_lib.LanguageModelConfig:
-  """Returns the sizes of a LLaMA-family decoder.
+  """Returns the sizes and settings of a LLaMA-family decoder.
+
+  Args:
+    values: the decoder's keys of a config.json.
+    origin: the file, for messages.
+    allow_unknown: whether keys that no table has are ignored.
 
   Raises: FormatError for settings that the decoder does not support.
   """
@@ -122,9 +127,17 @@ def language_model(
 
 
 def _window(filled: Any, origin: str, said: Json) -> int:
-  """Returns the positions that a query sees; 0 is all.
+  """Returns how many positions a query attends to, its own included; 0 for no sliding window.
 
-  Qwen2 has windows in its later layers only, if at all.
+  Args:
+    filled: transformers' config, with its defaults where the file says nothing.
+    origin: the file, for messages.
+    said: the keys that the file has.
+
+  Windows in the later layers only, which Qwen2 can have, are counted alike (`_window_start` says
+  where they begin).
+
+  Raises: FormatError for windows in other layers, or for windows without a size.
   """
   kinds = list(getattr(filled, "layer_types", None) or ())
   if said.get("layer_types") and set(kinds) - {"full_attention"} and not filled.sliding_window:
@@ -183,7 +196,11 @@ def tower(
 ) -> config_lib.TowerConfig:
   """Returns the sizes of a CLIP or SigLIP tower.
 
-  The config is that of a full model, or of its vision part.
+  Args:
+    folder_config: the config.json of a full model, or of its vision part.
+    origin: the file, for messages.
+    select_layer: the hidden state that is read; negative ones count from the end.
+    allow_unknown: whether keys that no table has are ignored.
 
   Raises: FormatError for another kind of tower, or a selected layer that it does not have.
   """
@@ -235,9 +252,11 @@ def _tower_group(whole: Json, origin: str) -> Any:
 
 
 def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
-  """Returns the honored keys of a LLaVA's config.json beside decoder and tower; {} for others.
+  """Returns the LLaVA settings of a config.json that have an effect, without decoder and tower.
 
-  Raises: FormatError.
+  Returns {} for a model that is no LLaVA. `origin` is the file, for messages.
+
+  Raises: FormatError for unknown keys, unless `allow_unknown`, and for wrong values.
   """
   if is_llava_hf(values):
     said = keys.read(values, key_tables.LLAVA_HF, origin, allow_unknown)
@@ -252,7 +271,10 @@ def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
 
 
 def select_layer(values: Json, origin: str) -> int:
-  """Returns the hidden state that a LLaVA reads, by default -2. Raises: FormatError."""
+  """Returns the index of the tower's hidden state that a LLaVA reads, by default -2.
+
+  `origin` is the file, for messages. Raises: FormatError for several layers, or layer 0.
+  """
   for name in ("mm_vision_select_layer", "vision_feature_layer"):
     if name in values:
       found = values[name]
@@ -278,9 +300,9 @@ _OTHER_TEMPLATES = (
 
 
 def other_template(names: Sequence[str]) -> tuple[str, str] | None:
-  """Returns the first decoder name that suggests another template than v1, or None.
+  """Returns the first of the decoder's names that suggests another template than v1, or None.
 
-  Beside the name is the template that the original uses for it, or "".
+  Beside the name is the template that the original uses for it, or "" if it has none.
   """
   for name in names:
     for pattern, choice in _OTHER_TEMPLATES:

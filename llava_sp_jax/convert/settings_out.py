@@ -10,7 +10,7 @@ from llava_sp_jax.convert.torch_io import FormatError
 
 
 def family(model: config_lib.LanguageModelConfig) -> str:
-  """Returns the family of a decoder, a value of FAMILIES."""
+  """Returns the family of a decoder: "llama", "mistral" or "qwen2", told by biases and windows."""
   return "qwen2" if model.attention_bias else "mistral" if model.sliding_window else "llama"
 
 
@@ -20,7 +20,10 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def language_model_json(model: config_lib.LanguageModelConfig, dtype: str) -> Json:
-  """Returns a `config.json` with keys that transformers 4 and 5 both read."""
+  """Returns the keys of a decoder's `config.json`, which transformers 4 and 5 both read.
+
+  `dtype` is that of the weights.
+  """
   kind = family(model)
   values: Json = {
     "model_type": kind,
@@ -64,7 +67,7 @@ def _rope_json(rope: config_lib.RopeScaling) -> Json | None:
 
 
 def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
-  """Returns the config of the vision part alone, with `layers` layers."""
+  """Returns the `config.json` of the vision part alone, with `layers` layers."""
   acts = {
     "clip": ("clip_vision_model", "CLIPVisionModel", "quick_gelu", 1e-5),
     "siglip": ("siglip_vision_model", "SiglipVisionModel", "gelu_pytorch_tanh", 1e-6),
@@ -86,7 +89,10 @@ def tower_json(tower: config_lib.TowerConfig, layers: int) -> Json:
 
 
 def processor_json(data: config_lib.DataConfig, size: int) -> Json:
-  """Returns a `preprocessor_config.json` that gives the same pixels."""
+  """Returns the `preprocessor_config.json` by which transformers makes the same pixels.
+
+  `size` is the side of an image in pixels.
+  """
   kind = {fit: name for name, fit in FITS.items()}[data.image_fit]
   square = {"height": size, "width": size}
   crop = {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}
@@ -105,7 +111,7 @@ def processor_json(data: config_lib.DataConfig, size: int) -> Json:
 
 
 def llava_json(config: config_lib.Config, tower: str) -> Json:
-  """Returns the original's `config.json`.
+  """Returns the `config.json` that the original code reads; `tower` names the vision tower in it.
 
   Raises: FormatError for a decoder that the original does not have.
   """

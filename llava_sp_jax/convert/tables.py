@@ -19,6 +19,8 @@ from llava_sp_jax.convert.layout import TensorLayout, linear, same, whole_view
 
 @dataclasses.dataclass(frozen=True)
 class NameRule:
+  """Holds the name of a tensor in torch, the path of its parameter, and how the layouts differ."""
+
   torch: str
   path: str
   layout: TensorLayout
@@ -92,15 +94,17 @@ IGNORED = (
 
 @dataclasses.dataclass(frozen=True)
 class Match:
+  """Holds the parameter that a torch name stands for; `layer` is None outside of layers."""
+
   path: str
   layout: TensorLayout
   layer: int | None
 
 
 def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
-  """Returns the match of a torch name, None if no row has it.
+  """Returns the parameter, layout and layer that a torch name stands for; None if no row has it.
 
-  Raises: ValueError when two have it.
+  Raises: ValueError when two rows have it.
   """
   found = []
   for row in rows:
@@ -117,6 +121,7 @@ def match(name: str, rows: tuple[NameRule, ...]) -> Match | None:
 
 
 def ignored(name: str) -> bool:
+  """Returns whether a tensor of this torch name may be dropped (IGNORED)."""
   return any(re.match(pattern, name) for pattern in IGNORED)
 
 
@@ -137,14 +142,17 @@ def _pattern(template: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Holds the torch name of a leaf, with `{layer}` in it if the leaf is a stack of layers."""
+  """Holds the torch name of a parameter, with `{layer}` in it if its layers are stacked."""
 
   name: str
   layout: TensorLayout
 
 
 def by_path(rows: tuple[NameRule, ...]) -> dict[str, Target]:
-  """Reads the rows backwards: parameter path -> torch name. Raises: ValueError for a path twice."""
+  """Returns {parameter path: torch name and layout}, the rows read backwards.
+
+  Raises: ValueError when two rows have the same path.
+  """
   targets: dict[str, Target] = {}
   for row in rows:
     for words in _choices(row.torch):

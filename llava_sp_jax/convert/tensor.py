@@ -37,11 +37,11 @@ class Tensor:
 
   @property
   def nbytes(self) -> int:
-    """Returns the bytes of the whole array."""
+    """Returns the size of the whole array in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
   def renamed(self, name: str) -> Tensor:
-    """Returns the tensor under another name."""
+    """Returns the tensor under the name `name`."""
     return dataclasses.replace(self, name=name)
 
 
@@ -49,7 +49,7 @@ Tensors = dict[str, Tensor]
 
 
 def alike(one: Tensor, two: Tensor) -> bool:
-  """Returns whether two tensors hold the same numbers; reads them piece by piece."""
+  """Returns whether two tensors have the same shape and numbers; reads them piece by piece."""
   if one.shape != two.shape:
     return False
   a, b = one.array().reshape(-1), two.array().reshape(-1)
@@ -57,18 +57,24 @@ def alike(one: Tensor, two: Tensor) -> bool:
 
 
 class MalformedError(LlavaSPError, ValueError):
-  """Says what is wrong with a file, without its name; raised only inside the readers."""
+  """Says what is wrong with a file, without its name; raised only inside the readers of files."""
 
 
 def check_name(name: Any) -> str:
-  """Raises MalformedError for a name that an error could not print in one line."""
+  """Returns a tensor's name.
+
+  Raises: MalformedError for one that an error could not print in one line.
+  """
   if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
     raise MalformedError(f"a tensor's name is no printable text of at most {MAX_NAME:,} characters")
   return name
 
 
 def check_shape(shape: Iterable[Any], itemsize: int) -> tuple[int, ...]:
-  """Returns the shape as a tuple. Raises: MalformedError for one that no array can have."""
+  """Returns the sizes of `shape` as a tuple; `itemsize` is that of the array in bytes.
+
+  Raises: MalformedError for a shape that no array can have.
+  """
   sizes = tuple(shape)
   if len(sizes) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
     raise MalformedError("a tensor's shape is no list of non-negative integers")
@@ -78,7 +84,7 @@ def check_shape(shape: Iterable[Any], itemsize: int) -> tuple[int, ...]:
 
 
 def check_total(tensors: Iterable[Tensor], size: int) -> None:
-  """Raises MalformedError when the tensors stand for far more bytes than the file has."""
+  """Raises MalformedError when tensors stand for far more than the `size` bytes of their file."""
   total = sum(tensor.nbytes for tensor in tensors)
   if total > max(SHARED * size, SMALL):
     raise MalformedError(f"its tensors stand for {total:,} bytes, but the file has {size:,}")
@@ -94,14 +100,14 @@ class DataFile:
 
   @classmethod
   def open(cls, path: Path) -> DataFile:
-    """Opens a file. Raises: FormatError."""
+    """Opens a file. Raises: FormatError when it is not a regular file, or a pointer of Git LFS."""
     with files.open_regular(path) as file:
       about = os.fstat(file.fileno())
       files.refuse_pointer(path, files.read_at(file, path, 0, len(files.POINTER)))
     return cls(path, about.st_size, _stamp(about))
 
   def read(self, start: int, count: int) -> bytes:
-    """Returns `count` bytes from `start`.
+    """Returns `count` bytes from byte `start`.
 
     Raises: MalformedError when the file ends before; FormatError when it has changed.
     """
@@ -115,7 +121,9 @@ class DataFile:
     return data
 
   def map(self, dtype: np.dtype, start: int, count: int, big_endian: bool = False) -> np.ndarray:
-    """Returns `count` items in the machine's order of bytes, as a view of the file if possible.
+    """Returns `count` items of `dtype` from byte `start`, as a view of the file if possible.
+
+    `big_endian` is the order of bytes in the file; the result has the machine's.
 
     Raises: FormatError when the file has changed since it was opened.
     """

@@ -31,11 +31,11 @@ BYTE_ORDERS = {b"little": False, b"big": True}
 
 
 def open_bin(path: Path) -> Tensors:
-  """Returns the tensors of a `torch.save` file; each is mapped when it is read.
+  """Returns the tensors of a `torch.save` file by name; each is mapped when it is read.
 
   The checksum of a tensor's bytes is compared when it is first read, that of the pickle at once.
 
-  Raises: FormatError.
+  Raises: FormatError when the file is damaged, or holds anything but tensors by name.
   """
   file = DataFile.open(path)
   try:

@@ -32,17 +32,20 @@ WEIGHTS = ("model", "pytorch_model")  # file stems of a Hugging Face model folde
 
 
 def open_file(path: Path) -> Tensors:
-  """Returns the tensors of one file, by its suffix. Raises: FormatError."""
+  """Returns the tensors of one file by name; their values are not read.
+
+  Raises: FormatError for a suffix other than .safetensors and .bin, or a file that cannot be read.
+  """
   if path.suffix not in OPENERS:
     raise FormatError(f"{path}: expected a file that ends with {' or '.join(OPENERS)}")
   return OPENERS[path.suffix](path)
 
 
 def find(folder: Path, stems: tuple[str, ...]) -> Path | None:
-  """Returns the file `stem.suffix` or `stem.suffix.index.json` of a folder; None without any.
+  """Returns the file of a folder that has the weights: `stem.suffix` or `stem.suffix.index.json`.
 
-  Published folders hold the same tensors in two formats. Then the first one counts, safetensors
-  before `.bin`.
+  Returns None if there is none. Published folders hold the same tensors in two formats. Then the
+  first one counts, safetensors before `.bin`.
 
   Raises: FormatError that names both files when it is not clear which one counts.
   """
@@ -90,7 +93,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def open_named(folder: Path, stems: tuple[str, ...]) -> Tensors:
-  """Returns the tensors of the one of `stems` in a folder: a file, or shards with an index.
+  """Returns the tensors of the weights in a folder by name; their values are not read.
+
+  The weights are a file whose stem is one of `stems`, or several files with an index.
 
   Raises: FormatError that lists the files that were looked for.
   """

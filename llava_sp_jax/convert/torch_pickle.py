@@ -62,7 +62,10 @@ class _Name:
 
 
 def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
-  """Returns a view that lies within its storage. Raises: MalformedError."""
+  """Returns the view of a storage that begins at item `offset` and has a shape and strides.
+
+  Raises: MalformedError when they are no such thing, or the view does not lie within the storage.
+  """
   if not isinstance(storage, Storage) or type(size) is not tuple or type(stride) is not tuple:
     raise MalformedError("a tensor that is not made of a storage, a shape and strides")
   shape = check_shape(size, storage.dtype.itemsize)
@@ -113,7 +116,7 @@ ARGUMENTS = {dict: (0, 0), _tensor: (6, 7), _parameter: (3, 3)}
 def load(data: bytes) -> Any:
   """Returns the content of a pickle: dictionaries, lists, tuples, numbers, texts and `View`s.
 
-  Raises: MalformedError.
+  Raises: MalformedError when it is damaged, or names anything but tensors.
   """
   return _Machine(data).run()
 

@@ -21,7 +21,7 @@ SHARD_BYTES = 2 * 1024**3  # of one safetensors file, which an export holds in m
 
 
 def save_bin(tensors: Iterable[Tensor], path: Path) -> None:
-  """Writes a file for `torch.load`: a dictionary of contiguous tensors, one after another."""
+  """Writes a file for `torch.load`: a dictionary of contiguous tensors by name."""
   kinds = {dtype: name for name, dtype in STORAGES.items()}
   listed = list(tensors)
   with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

@@ -38,7 +38,10 @@ class Member:
 
 
 def members(file: DataFile) -> dict[str, Member]:
-  """Returns all members by name. Raises: MalformedError."""
+  """Returns the place of every member of the archive, by name.
+
+  Raises: MalformedError for a file that is damaged, or no archive as torch writes it.
+  """
   count, size, start, after = _directory(file)
   if count > MAX_MEMBERS or size > MAX_DIRECTORY:
     raise MalformedError(
@@ -88,7 +91,7 @@ def read(file: DataFile, member: Member, limit: int) -> bytes:
 def checker(file: DataFile, member: Member) -> Callable[[], None]:
   """Returns a function that compares the checksum of a large member on its first call.
 
-  That function raises MalformedError.
+  That function raises MalformedError when it differs.
   """
 
   @functools.cache

@@ -23,9 +23,10 @@ _WRAPPERS = re.compile(rf"^(?:(?:module|{_INNER})\.)+|(?<=\.)(?:{_INNER})\.")
 
 
 def named(folder: Folder, row: Format) -> Tensors:
-  """Returns a folder's own tensors under the names of `tables`.
+  """Returns a folder's own tensors, without those of its base, by their names in `tables`.
 
-  Raises: FormatError when two tensors have the same name, or their values cannot be used.
+  `row` is the folder's format. Raises: FormatError when two tensors have the same name, or their
+  values cannot be used.
   """
   result: Tensors = {}
   for stems in row.weights:

@@ -44,7 +44,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-  """Holds a preprocessed image: its tiles [tiles, size, size, 3] float32 and their token plan."""
+  """Holds a preprocessed image: its tiles [M, size, size, 3] float32 and their token plan."""
 
   tiles: np.ndarray
   plan: TokenPlan
@@ -90,7 +90,7 @@ class Reader:
     return Picture(np.stack([self.preprocess.square(v) for v in views]), plan)
 
   def plan(self, size: Size) -> TokenPlan:
-    """Returns the token plan of an image from its size alone, without decoding it.
+    """Returns the token plan of an image from its (width, height) alone, without decoding it.
 
     Raises: SampleError for a size that the settings cannot handle.
     """
@@ -143,7 +143,10 @@ ASPECTS = {
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-  """Returns the canvas that keeps the most pixels of the image, of equals the smallest one."""
+  """Returns the one of `pinpoints` that keeps the most pixels of an image, of equals the smallest.
+
+  `pinpoints` are sizes (width, height) of canvases.
+  """
 
   def shown(canvas: Size) -> tuple[int, int]:
     scale = min(canvas[0] / size[0], canvas[1] / size[1])
@@ -154,7 +157,10 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 
 def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
-  """Resizes an image to fit a canvas, keeps its aspect ratio, and centers it on black."""
+  """Resizes an image to fit a canvas of size `resolution`, and centers it on black.
+
+  Keeps its aspect ratio.
+  """
   (width, height), (across, down) = resolution, image.size
   if width / across < height / down:
     size = (width, min(math.ceil(down * (width / across)), height))

@@ -37,7 +37,7 @@ AHEAD = 256  # samples submitted to the threads at a time
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """Holds one problem of a sample."""
+  """Holds one problem of a sample: its kind, what was found, and the folder of the image."""
 
   kind: str  # one of KINDS
   text: str
@@ -60,11 +60,11 @@ class CheckReport:
 
   @property
   def passed(self) -> bool:
-    """Returns whether training would lose none of the checked samples."""
+    """Returns whether training would use every checked sample; cut-off texts do not count."""
     return not any(count and KINDS[kind] for kind, count in self.kinds.items())
 
   def add(self, index: int, found: Found) -> None:
-    """Adds the result of one sample; counts each kind of problem once for it."""
+    """Adds what was found about sample `index`; counts each kind of problem once for it."""
     self.checked += 1
     self.decoded += found.decoded
     self.tokens += found.tokens
@@ -116,7 +116,7 @@ class Checker:
     self.source = sources.of(data, self._reader, split)
 
   def __call__(self, index: int, decode: bool) -> Found:
-    """Checks one sample, and decodes its images if `decode` is true."""
+    """Checks sample `index`, and decodes its images if `decode` is true; returns what was found."""
     sample = attempt(lambda: self.source[index])
     images = attempt(lambda: forms.read(sample).images)
     if isinstance(images, SampleError):
@@ -164,7 +164,7 @@ class Checker:
 
 
 def folder_of(name: str) -> str:
-  """Returns the folder part of an image's name."""
+  """Returns the folder part of an image's name, such as `coco/train2017`; "." without one."""
   return str(PurePath(name).parent)
 
 

@@ -23,8 +23,8 @@ class Template:
   """Holds the text around the turns of a dialogue.
 
   A dialogue is written as `system`, and for each turn `before`, question, `after`, `answer`, reply,
-  `end`. `with_system` builds the same template with another system text; it is None for a template
-  without a system text.
+  `end`. `with_system` builds the same template with a different system text; it is None for a
+  template without a system text.
   """
 
   system: str
@@ -45,7 +45,10 @@ class Template:
 
 
 def single(system: str, example: str = "", image: str = IMAGE) -> Template:
-  """Closes every turn with `###`; training uses another text than prompts, as in the original."""
+  """Closes every turn with `###`; training uses another text than prompts, as in the original.
+
+  `example` is a dialogue that follows the system text in prompts. `image` stands for an image.
+  """
   trained = Template(
     f"{system}\n\n### ",
     "Human: ",
@@ -69,7 +72,7 @@ def single(system: str, example: str = "", image: str = IMAGE) -> Template:
 
 
 def two(system: str, image: str = IMAGE) -> Template:
-  """Closes a question with a space and a reply with `</s>`."""
+  """Closes a question with a space and a reply with `</s>`; `image` stands for an image."""
   return Template(
     f"{system} ",
     "USER: ",
@@ -97,7 +100,10 @@ def chatml(system: str, gap: str = "") -> Template:
 
 
 def llama_2(system: str, start: str) -> Template:
-  """Puts `[INST]` marks around each question, and the system text into the first question."""
+  """Puts `[INST]` marks around each question, and the system text into the first question.
+
+  `start` stands in front of each mark but the first.
+  """
   first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
   return Template(
     "",
@@ -205,7 +211,7 @@ Turns = list[tuple[str, str | None]]  # (question, reply); the reply of an open 
 
 
 def saying(template: Template, system: str | None) -> Template:
-  """Returns the template with another system text (None: its own).
+  """Returns the template with `system` as its system text; None keeps its own.
 
   Raises: SampleError for a template without a system text.
   """
@@ -243,7 +249,10 @@ def write(turns: Turns, template: Template, open_end: str | None = None) -> list
 
 
 def chain(turns: Turns, template: Template) -> list[TextPiece]:
-  """Returns the pieces of a dialogue to train on, in which every turn sees the turns before it."""
+  """Returns the pieces of a dialogue to train on, in which every turn sees the turns before it.
+
+  Takes the template's text of training if that differs.
+  """
   text = template.training or template
   asked = [(_asked(question, text), reply) for question, reply in turns]
   return write(asked, text, text.unanswered)
@@ -255,8 +264,7 @@ def branch(turns: Turns, template: Template) -> list[TextPiece]:
   Every turn is a branch that sees the system text and the image, as if it were a sample of its own;
   the image is read once.
 
-  Raises:
-    SampleError: unless there is exactly one image, in the first turn.
+  Raises: SampleError unless there is exactly one image, in the first turn.
   """
   text = template.training or template
   first, *others = (question for question, _ in turns)

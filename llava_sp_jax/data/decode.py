@@ -38,7 +38,7 @@ class MissingImageError(SampleError):
 
 
 class PixelBudget:
-  """Bounds the pixels in memory at a time, over all threads of a process."""
+  """Bounds how many pixels all threads of a process hold at the same time, to `pixels`."""
 
   def __init__(self, pixels: int):
     self._all = self._free = pixels
@@ -46,7 +46,10 @@ class PixelBudget:
 
   @contextlib.contextmanager
   def of(self, size: tuple[int, int]) -> Iterator[None]:
-    """Reserves the pixels of an image padded to a square for a block; waits until they are free."""
+    """Reserves the pixels of an image padded to a square for a block; waits until they are free.
+
+    `size` is (width, height) of the image.
+    """
     pixels = min(max(size) ** 2, self._all)
     with self._changed:
       self._changed.wait_for(lambda: pixels <= self._free)
@@ -94,7 +97,10 @@ MODES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def rgb(image: Image.Image) -> Image.Image:
-  """Converts an image to RGB, 8 bits a channel. Raises: SampleError for a mode not in MODES."""
+  """Converts an image to RGB, 8 bits a channel.
+
+  Raises: SampleError for a mode of Pillow that is not in MODES, such as 32-bit values.
+  """
   if image.mode not in MODES:
     raise SampleError(f"a picture of mode {image.mode!r}; known: {', '.join(MODES)}")
   return _unwarned(lambda: MODES[image.mode](image))
@@ -114,9 +120,9 @@ def _unwarned(make: Callable[[], T]) -> T:
 
 
 def check_size(size: tuple[int, int], padded: bool = False) -> None:
-  """Checks the pixels of an image, or of the square around it if `padded`.
+  """Checks the pixels of an image of (width, height), or of the square around it if `padded`.
 
-  Raises: SampleError when there are none, or more than MAX_PIXELS.
+  Raises: SampleError when there are none, or more than MAX_PIXELS (about 179 million).
   """
   width, height = size
   pixels = max(size) ** 2 if padded else width * height
@@ -144,22 +150,30 @@ def read(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
 def picture(file: str | Path | BinaryIO, name: str = "") -> Iterator[Image.Image]:
   """Decodes a file to RGB for the length of a block, within `PIXEL_BUDGET`.
 
-  Raises: SampleError like `read`; it also replaces any error that the block raises.
+  Errors name the file `name`, or its path if `name` is empty.
+
+  Raises: SampleError when the file cannot be decoded; it also replaces any error that the block
+    raises.
   """
   with _named(file, name), _opened(file) as image, PIXEL_BUDGET.of(image.size):
     yield rgb(image)
 
 
 def read_size(file: str | Path | BinaryIO, name: str = "") -> tuple[int, int]:
-  """Reads width and height in pixels from the header of a file. Raises: SampleError like `read`."""
+  """Reads (width, height) in pixels from the header of a file, which errors call `name` if given.
+
+  Raises: MissingImageError when the file does not exist; SampleError when it is no image, or too
+    large.
+  """
   with _named(file, name), _opened(file) as image:
     return image.size
 
 
 def read_bytes(path: str | Path) -> bytes:
-  """Reads an image file without decoding it, up to MAX_BYTES.
+  """Returns the content of an image file without decoding it.
 
-  Raises: SampleError when the file cannot be opened, like `read`.
+  Raises: MissingImageError when the file does not exist; SampleError when it cannot be opened, or
+    has more than MAX_BYTES (1 GiB).
   """
   with _named(path, ""), _regular(path) as file:
     return file.read(MAX_BYTES)
@@ -192,7 +206,8 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 def _regular(path: str | Path) -> io.BufferedReader:
   """Opens a regular file of at most MAX_BYTES; refuses pipes and devices without blocking.
 
-  Raises: MissingImageError, SampleError.
+  Raises: MissingImageError when there is none; SampleError when it cannot be opened or is too
+    large.
   """
   try:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -37,7 +37,7 @@ class TokenPlan:
 
 
 def one_tile(tokens: int) -> TokenPlan:
-  """Returns the plan of an image of one tile whose tokens keep their order."""
+  """Returns the plan of an image of one tile, whose `tokens` tokens keep their order."""
   return TokenPlan(np.arange(tokens, dtype=np.int32), 1, tokens)
 
 
@@ -54,20 +54,19 @@ class TokenRow:
   length: int  # tokens of the row without padding, after truncation
 
   def arrays(self) -> dict[str, np.ndarray]:
-    """Returns the arrays by their names in a batch."""
+    """Returns {name in a batch: array}, without `length`."""
     return {name: getattr(self, name) for name in TOKENS}
 
 
 def total_length(
   runs: list[Run], plans: Sequence[TokenPlan], row_length: int, row_tiles: int = 0
 ) -> int:
-  """Returns the tokens of a sample before truncation, without building its row.
+  """Returns the number of tokens of a sample before truncation, without building its row.
 
   `row_tiles` is the number of tiles for which a row has space (0: unlimited).
 
-  Raises:
-    SampleError: when the number of IMAGE_ID in the ids is not the number of plans, the images have
-      more tiles than a row has space for, or truncation would cut an image.
+  Raises: SampleError when the number of IMAGE_ID in the ids is not the number of plans, the images
+    have more tiles than a row has space for, or truncation would cut an image.
   """
   tiles = sum(plan.tiles for plan in plans)
   if row_tiles and tiles > row_tiles:
@@ -107,10 +106,10 @@ def layout(
     row_length: T.
     row_tiles: M, the tiles for which a row has space (0: exactly those of the plans). NEWLINE
       becomes slot M * N.
-    segment: the number of the sample within its row.
+    segment: the number of the sample within its row, from 1.
     first_tile: the index, within its row, of the sample's first tile.
 
-  Raises: SampleError like `total_length`.
+  Raises: SampleError when ids and images do not match, or the row has no room for the images.
   """
   total = total_length(runs, plans, row_length, row_tiles)
   places = iter(_places(plans, row_tiles, first_tile))

@@ -37,10 +37,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def of_one_sample() -> Iterator[None]:
-  """Turns every Exception of a block into a SampleError; KeyboardInterrupt and the like pass.
-
-  Raises: SampleError.
-  """
+  """Turns every Exception of a block into a SampleError; KeyboardInterrupt and the like pass."""
   try:
     yield
   except SampleError:

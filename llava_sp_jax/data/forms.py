@@ -72,8 +72,8 @@ class Dialogue:
 def read(sample: Any) -> Dialogue:
   """Reads a sample in any of the supported forms.
 
-  Raises: SampleError for what is no dialogue, or has a medium or weight that is not read; a sample
-    that is a SampleError itself is raised.
+  Raises: SampleError for what is not a dialogue, or has a medium or a weight of a reply that is not
+    supported; a sample that is a SampleError itself is raised.
   """
   if isinstance(sample, SampleError):  # its source could not read it
     raise sample

@@ -35,7 +35,7 @@ class Preprocess:
 
   @property
   def pad_color(self) -> tuple[int, ...]:
-    """Returns the mean color as integers in [0, 255]."""
+    """Returns the mean color (R, G, B) as integers in [0, 255], with which squares are filled."""
     return tuple(int(m * 255) for m in self.mean)
 
   def __call__(self, image: Image.Image) -> np.ndarray:
@@ -59,7 +59,7 @@ def crop(
 ) -> Image.Image:
   """Resizes the shorter side to `size` and crops the longer one around its center (CLIP).
 
-  Raises: SampleError like `check_crop`.
+  Raises: SampleError for an aspect ratio above 200.
   """
   check_crop(image.size)
   short, long = sorted(image.size)
@@ -71,7 +71,7 @@ def crop(
 
 
 def check_crop(size: tuple[int, int]) -> None:
-  """Raises: SampleError for an aspect ratio above LONGEST."""
+  """Raises SampleError for an aspect ratio above LONGEST (200); `size` is (width, height)."""
   if max(size) > LONGEST * min(size):
     raise SampleError(f"an image of {size[0]}x{size[1]} pixels is too long to be cropped")
 
@@ -85,7 +85,11 @@ def stretch(
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """Defines how an image becomes a square; `check` raises SampleError for a size that cannot."""
+  """Defines how an image becomes a square.
+
+  `make(image, size, filter)` returns one with sides of `size`. `check` raises SampleError for a
+  (width, height) that `make` cannot handle.
+  """
 
   make: Callable[[Image.Image, int, Image.Resampling], Image.Image]
   check: Callable[[tuple[int, int]], None] = lambda size: None
@@ -95,7 +99,10 @@ FITS = {"crop": Fit(crop, check_crop), "stretch": Fit(stretch)}
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-  """Centers an image on a square with its longer side. Raises: SampleError if that is too large."""
+  """Centers an image on a square that is as wide as its longer side, filled with `color`.
+
+  Raises: SampleError if the square would have more pixels than are read of an image.
+  """
   width, height = image.size
   if width == height:
     return image

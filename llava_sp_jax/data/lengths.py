@@ -55,11 +55,14 @@ class Measured:
 
   @property
   def cut(self) -> int:
-    """Returns the number of samples that are truncated."""
+    """Returns how many samples are longer than a row, and therefore truncated."""
     return int(np.sum(self.totals > self.lengths))
 
   def sizes(self) -> Sizes:
-    """Returns the sizes, with the samples of a length above 0 as usable."""
+    """Returns the lengths in tokens, the tiles, and the indices of the usable samples.
+
+    A sample is usable if its length is above 0; one that cannot be used has length 0.
+    """
     usable = np.flatnonzero(self.lengths).astype(np.int32)
     return Sizes(self.lengths, self.tiles, usable)
 
@@ -95,7 +98,7 @@ class Lengths:
     self._say = say or (lambda line: None)
 
   def measured(self, epoch: int) -> Measured:
-    """Returns the sizes in an epoch, and quarantines the samples that cannot be used.
+    """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
 
     Raises: ConfigError when no sample can be used.
     """
@@ -118,11 +121,14 @@ class Lengths:
     return result
 
   def sizes(self, epoch: int) -> Sizes:
-    """Returns `measured(epoch)` as `packing.Stream` takes it, with the same errors."""
+    """Returns the sizes of all samples in an epoch, and which can be used, for `packing.Stream`.
+
+    Quarantines the others. Raises: ConfigError when no sample can be used.
+    """
     return self.measured(epoch).sizes()
 
   def key(self, epoch: int) -> str:
-    """Returns a hash of all that the sizes depend on, except the image files."""
+    """Returns a hash of all that the sizes of an epoch depend on, except the image files."""
     data = dataclasses.asdict(self._data)
     about = {
       "version": VERSION,

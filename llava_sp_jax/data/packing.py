@@ -21,7 +21,7 @@ KEPT = 2  # epochs whose rows stay in memory: prefetching reaches into the next 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sizes:
-  """Holds the size of each of N samples in a row, and the indices of the usable samples."""
+  """Holds the size of each of the N samples of a data set, and which of them can be used."""
 
   lengths: np.ndarray  # [N] int32, tokens in a row, image tokens included
   tiles: np.ndarray  # [N] int32
@@ -30,7 +30,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Holds the capacity of rows and batches."""
+  """Holds the room in rows and batches."""
 
   length: int  # tokens of a row
   tiles: int  # of a row
@@ -46,22 +46,22 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-  """Holds the indices of a row's samples, in their order, and the static length of the row."""
+  """Holds the indices of a row's samples, in their order, and the length of the row in tokens."""
 
   length: int
   samples: tuple[int, ...] = ()
 
 
 def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
-  """Gives every sample a row of its own; does not read the sizes."""
+  """Gives every sample of `order` a row of its own; does not read the sizes."""
   return [PackedRow(shape.length, (i,)) for i in order]
 
 
 def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
   """Packs the longest sample first, each into the fullest row with space for its tokens and tiles.
 
-  Groups WINDOW samples of the shuffled order at a time, which limits how far samples of similar
-  size are drawn together.
+  Groups WINDOW (8192) samples of the shuffled `order` at a time, which limits how far samples of
+  similar size are drawn together.
   """
   lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
   rows: list[PackedRow] = []
@@ -128,7 +128,10 @@ PACKINGS = {
 
 
 def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:
-  """Returns the rows of one epoch; every usable sample is in exactly one of them."""
+  """Returns the rows of one epoch; every usable sample is in exactly one of them.
+
+  `seed` and `epoch` decide how samples and rows are shuffled.
+  """
   rng = np.random.default_rng([seed, epoch])
   rows = packing.group(rng.permutation(sizes.usable).tolist(), sizes, shape)
   size = shape.batch if packing.batched else 1
@@ -137,7 +140,7 @@ def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) ->
 
 
 def fill(rows: Sequence[PackedRow], sizes: Sizes) -> float:
-  """Returns the share of the positions of all rows that hold a token."""
+  """Returns the share, from 0 to 1, of the positions of all rows that hold a token."""
   used = sum(int(sizes.lengths[i]) for row in rows for i in row.samples)
   return used / sum(row.length for row in rows)
 
@@ -146,19 +149,23 @@ class Stream:
   """Provides the endless sequence of rows of all epochs, by index; may be shared by threads."""
 
   def __init__(self, packing: Packing, shape: Shape, seed: int, sizes: Callable[[int], Sizes]):
-    """Stores the arguments; calls `sizes(epoch)` only when the rows of an epoch are planned."""
+    """Stores the arguments.
+
+    `sizes(epoch)` returns the sizes of the samples; it is called only when the rows of an epoch are
+    planned.
+    """
     self._packing, self._shape, self._seed, self._sizes = packing, shape, seed, sizes
     self._ends: list[int] = []  # rows up to the end of each planned epoch
     self._rows: dict[int, list[PackedRow]] = {}
     self._lock = threading.Lock()
 
   def epoch(self, number: int) -> list[PackedRow]:
-    """Returns the rows of an epoch. Raises: ValueError when it has none."""
+    """Returns the rows of epoch `number`, from 0. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
 
   def __getitem__(self, row: int) -> tuple[int, PackedRow]:
-    """Returns the epoch of row `row`, counted from the start of training, and the row itself."""
+    """Returns (epoch, row) of the row that is number `row`, from 0, since the start of training."""
     with self._lock:
       while not self._ends or self._ends[-1] <= row:
         self._planned(len(self._ends))

@@ -61,9 +61,11 @@ class RowMaker:
     self._any_good, self._bad = False, set[int]()
 
   def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
-    """Returns the arrays of a row: those of `make` without the axis B.
+    """Returns the arrays of a row by name: those of `make` without the axis B.
 
-    Raises: ConfigError when none of the first samples can be used.
+    `epoch` seeds random draws.
+
+    Raises: ConfigError when none of the first 256 samples can be used.
     """
     room = self._data.images_per_row
     images = np.zeros((room, self._side, self._side, 3), np.float32)
@@ -165,11 +167,11 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
 
   @property
   def position(self) -> int:
-    """Returns the number of batches that were returned."""
+    """Returns the number of batches that were returned since the start of training."""
     return self._position
 
   def seek(self, step: int) -> None:
-    """Moves the iterator as if `step` batches had been read."""
+    """Moves the iterator to where `step` batches have been read."""
     self._position = step
     if self._prefetcher:
       self._prefetcher.close()
@@ -196,7 +198,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position, for grain's protocol of iterators."""
+    """Returns {"step": number of batches that were returned}, for grain's protocol of iterators."""
     return {"step": self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -207,8 +209,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
 def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
   """Encodes SAMPLES of a batch for the ledger as int32 [B, n], n the most samples of a row.
 
-  Writes the index of a sample that is trained, `-2 - index` of one that could not be read, and -1
-  as padding.
+  A trained sample is its index, one that could not be read is `-2 - index`, and padding is -1.
   """
   result = np.full((len(held), max(map(len, held), default=0)), -1, np.int32)
   for row, samples_ in zip(result, held, strict=True):
@@ -217,7 +218,7 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
 
 
 def check_settings(data: config_lib.DataConfig) -> None:
-  """Checks the settings of rows.
+  """Checks the settings of `data` that say how samples share rows.
 
   Raises: ConfigError for a packing or augmentation that does not exist, or a bucket longer than a
     row.

@@ -29,7 +29,7 @@ class Prefetcher:
       threading.Thread(target=self._work.run, name=name, daemon=True).start()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
-    """Returns the next result, in order.
+    """Returns the next result, in order, after waiting for it.
 
     Raises: what `make` raised; Stopped when `stopped()` is true before the result is ready.
     """

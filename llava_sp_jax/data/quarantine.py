@@ -33,11 +33,11 @@ class Quarantine:
 
   @property
   def count(self) -> int:
-    """Returns the number of samples that are recorded, of all parts of the run."""
+    """Returns how many different samples are recorded, also by earlier parts of the run."""
     return len(self._seen)
 
   def add(self, index: int, sample: Any, error: Exception) -> None:
-    """Records a sample unless it is recorded already.
+    """Records the sample of an index with its error, unless that index is recorded already.
 
     Raises: OSError, which names the file, when it cannot be written; the sample may be added again.
     """
@@ -54,7 +54,7 @@ class Quarantine:
 
 
 def reasons(path: Path) -> list[str]:
-  """Returns the reasons in a quarantine file; skips lines that cannot be read."""
+  """Returns the reason of each sample in a quarantine file; skips lines that cannot be read."""
   errors = (record.get("error") for record in jsonl.read(path)[0])
   return [error for error in errors if isinstance(error, str)]
 

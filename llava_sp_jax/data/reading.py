@@ -28,8 +28,12 @@ def dialogue(
 ) -> list[Run]:
   """Tokenizes a dialogue to train on.
 
-  `layout` names a row of `conversation.TURNS`. `system` replaces the template's system text (None:
-  keeps it).
+  Args:
+    turns: (question, reply) pairs.
+    template: the conversation template.
+    layout: "chain" or "branch", a row of `conversation.TURNS`.
+    tokenizer: the tokenizer.
+    system: replaces the template's system text (None: keeps it).
 
   Raises: SampleError for turns that do not fit the layout, and for a system text that the template
     cannot hold.
@@ -182,7 +186,7 @@ def _spans(text: str, start: int, end: int, tokenizer: Tokenizer) -> list[tuple[
 
 
 def end_of_replies(template: Template, tokenizer: Tokenizer) -> str:
-  """Returns why generation could not detect the end of a reply; an empty text if it can.
+  """Returns why generation could not detect the end of a reply; "" if it can.
 
   Generation detects an end mark that contains a special token or is a single token. Templates of
   the `###` family pass, since the original closes their replies with ordinary text, too.
@@ -198,7 +202,7 @@ def end_of_replies(template: Template, tokenizer: Tokenizer) -> str:
 
 
 def fitting(tokenizer: Tokenizer) -> list[str]:
-  """Returns the templates whose end marks generation can detect with a tokenizer.
+  """Returns the names of the templates whose end marks generation can detect with a tokenizer.
 
   Leaves out the `###` family.
   """
@@ -207,6 +211,6 @@ def fitting(tokenizer: Tokenizer) -> list[str]:
 
 
 def misfit(name: str, tokenizer: Tokenizer) -> str:
-  """Returns why a template does not fit a tokenizer, and which do; an empty text if it fits."""
+  """Returns why the template `name` does not fit a tokenizer, and which ones do; "" if it fits."""
   why = end_of_replies(conversation.TEMPLATES[name], tokenizer)
   return why and f"template {name!r}: {why}; that fit: {', '.join(fitting(tokenizer))}"

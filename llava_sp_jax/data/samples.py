@@ -30,7 +30,7 @@ class SampleSize:
 
 
 def rng_of(seed: int, epoch: int, index: int) -> np.random.Generator:
-  """Returns the random generator of a sample in an epoch."""
+  """Returns the random generator of sample `index` in an epoch; it depends on nothing else."""
   return np.random.default_rng([seed, epoch, index])
 
 
@@ -38,14 +38,17 @@ class SampleEncoder:
   """Turns samples into runs of ids, and computes their size."""
 
   def __init__(self, tokenizer: Tokenizer, data: config_lib.DataConfig):
-    """Looks the settings up. Raises: ConfigError for settings that do not exist."""
+    """Looks up the template and the other settings of `data`.
+
+    Raises: ConfigError for one that does not exist.
+    """
     self._tokenizer, self._data = tokenizer, data
     self._template = lookup("data.template", data.template, conversation.TEMPLATES)
     lookup("data.turns", data.turns, conversation.TURNS)
     self._shorten = lookup("data.too_long", data.too_long, TOO_LONG)
 
   def runs(self, sample: Any, rng: np.random.Generator) -> list[example.Run]:
-    """Tokenizes a sample; draws turns first if it has more than `data.turns_per_row`.
+    """Tokenizes a sample; draws turns with `rng` first if it has more than `data.turns_per_row`.
 
     Raises: SampleError for a sample that cannot be used.
     """
@@ -57,7 +60,7 @@ class SampleEncoder:
     return reading.dialogue(turns, self._template, layout, self._tokenizer, dialogue.system)
 
   def size(self, runs: list[example.Run], plans: Sequence[example.TokenPlan]) -> SampleSize:
-    """Returns the size of a sample from its runs and the token plans of its images.
+    """Returns the size of a sample from its runs of ids and the token plans of its images.
 
     Raises: SampleError when it fits into no row, or is too long and may not be truncated.
     """
@@ -102,10 +105,20 @@ class Measurer:
   """Computes the size of a sample from its text and the headers of its image files."""
 
   def __init__(self, writer: SampleEncoder, reader: anyres.Reader, sizes: Any, seed: int):
-    """Stores its arguments; `sizes` is the property of a `sources.Source`."""
+    """Stores its arguments.
+
+    Args:
+      writer: tokenizes samples.
+      reader: plans the tokens of images.
+      sizes: reads the sizes of a sample's images, the property of a `sources.Source`.
+      seed: the seed of the run, with which turns are drawn.
+    """
     self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed
 
   def __call__(self, sample: Any, epoch: int, index: int) -> SampleSize:
-    """Returns the size of a sample. Raises: SampleError for a sample that cannot be used."""
+    """Returns the size of a sample, whose turns are drawn by epoch and index.
+
+    Raises: SampleError for a sample that cannot be used.
+    """
     runs = self._writer.runs(sample, rng_of(self._seed, epoch, index))
     return self._writer.size(runs, [self._reader.plan(size) for size in self._sizes(sample)])

@@ -25,29 +25,35 @@ File = tuple[Path | BinaryIO, str]  # and its name in messages; "": its path
 
 
 class Source(Protocol):
-  """Provides samples by index, in a form of `forms`, and the images of a sample.
+  """Provides samples by index, in a form that `forms.read` reads, and the images of a sample.
 
-  Images are read by a `Reader`. Returns a SampleError in place of a sample that cannot be read.
+  `source[index]` returns a SampleError in place of a sample that cannot be read.
   """
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Any: ...
 
   def files(self, sample: Any) -> list[File]:
-    """Returns the image files of a sample. Raises: SampleError."""
+    """Returns the image files of a sample. Raises: SampleError for a sample that cannot be read."""
     ...
 
   def images(self, sample: Any) -> list[Any]:
-    """Reads the images of a sample. Raises: SampleError."""
+    """Returns the images of a sample, as the source's `Reader` makes them.
+
+    Raises: SampleError when one cannot be read.
+    """
     ...
 
   @property
   def sizes(self) -> Sizes:
-    """Returns a function that reads the sizes of a sample's images."""
+    """Returns a function that reads (width, height) of each of a sample's images."""
     ...
 
   def fingerprint(self) -> str:
-    """Returns a hash of the samples, without their image files."""
+    """Returns a hash of the samples and their order, as the source defines it.
+
+    It does not cover the image files.
+    """
     ...
 
 
@@ -71,7 +77,7 @@ class _Images:
 
   @property
   def sizes(self) -> Sizes:
-    """Returns a function that reads the sizes of a sample's images."""
+    """Returns a function that reads (width, height) of each of a sample's images."""
     return functools.partial(_sizes, self._folder)
 
 
@@ -96,7 +102,13 @@ class LlavaJson(_Images):
   """
 
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
-    """Reads the file of samples; `key` is the setting that names it, for messages.
+    """Reads the file of samples.
+
+    Args:
+      path: the file.
+      image_folder: the folder that names of images start from; "" is the current one.
+      read: makes what the model needs of an image.
+      key: the setting that names `path`, for messages.
 
     Raises:
       FileNotFoundError: when the file or the folder does not exist.
@@ -114,7 +126,7 @@ class LlavaJson(_Images):
     return self._samples[index]
 
   def fingerprint(self) -> str:
-    """Returns the SHA-256 of the file of samples."""
+    """Returns the SHA-256 of the file of samples, in hexadecimal digits; images are not read."""
     with self._path.open("rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -130,8 +142,11 @@ class Tfds(_Images):
   def __init__(self, path: str, image_folder: str, read: Reader, key: str = "data.path"):
     """Opens the split "train" of a data set.
 
-    `path` is the folder of a builder, or the name of a prepared data set. `key` is the setting that
-    names it, for messages.
+    Args:
+      path: the folder of a builder, or the name of a prepared data set.
+      image_folder: the folder that names of images start from; bytes need none.
+      read: makes what the model needs of an image.
+      key: the setting that names `path`, for messages.
 
     Raises: ConfigError when there is no such data set or its files are not array_record.
     """
@@ -163,7 +178,7 @@ class Tfds(_Images):
     return {key: _plain(key, value) for key, value in self._records[index].items()}
 
   def fingerprint(self) -> str:
-    """Returns a hash of the data set's name, version and shards."""
+    """Returns a hash of the data set's name, version and shards; its values are not read."""
     return hashlib.sha256(self._about.encode()).hexdigest()
 
 
@@ -198,9 +213,12 @@ SOURCES: dict[str, Callable[[str, str, Reader, str], Source]] = {
 
 
 def of(data: config_lib.DataConfig, read: Reader, split: str = validation_split.TRAIN) -> Source:
-  """Opens the source of a split, TRAIN or VALIDATION of `validation_split`.
+  """Opens the samples of a split, TRAIN or VALIDATION of `validation_split`.
 
-  Raises: ConfigError, FileNotFoundError, which name the setting.
+  `read` makes what the model needs of an image.
+
+  Raises: ConfigError, FileNotFoundError for data that cannot be opened; the message names the
+    setting.
   """
   make = lookup("data.source", data.source, SOURCES)
   path = validation_split.of_split(data, split).path

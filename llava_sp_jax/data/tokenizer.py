@@ -71,11 +71,11 @@ class Tokenizer:
     self.bos_id, self.eos_id = self._backend.bos_id, self._backend.eos_id
 
   def __len__(self) -> int:
-    """Returns one more than the largest id: the rows that an embedding needs."""
+    """Returns one more than the largest id, the number of rows that an embedding needs."""
     return len(self._backend)
 
   def fingerprint(self) -> str:
-    """Returns a hash of the files that the tokenizer was loaded from."""
+    """Returns a SHA-256 hash of the files that the tokenizer was loaded from."""
     digest = hashlib.sha256()
     for name in ("tokenizer.json", MODEL_FILE, *SIDE_FILES):
       if (self.path / name).is_file():
@@ -109,14 +109,14 @@ class Tokenizer:
     return self._backend.decode([int(i) for i in ids])
 
   def end_ids(self, end: str) -> tuple[int, ...]:
-    """Returns the ids of the end mark `end` after a reply."""
+    """Returns the ids of the mark `end` when it follows a reply, such as "</s>"."""
     return tuple(id_ for id_, last in self.spans("a" + end) if last)
 
   def stop_ids(self, end: str) -> tuple[int, ...]:
     """Returns the ids, ascending, at which generation stops, for replies that `end` follows.
 
-    These are the first special token of `end`, or its first token if it has none, and the
-    end-of-sequence token.
+    These are the end-of-sequence token, if there is one, and the first special token of `end`, or
+    its first token if it has none.
     """
     ids = self.end_ids(end)
     mark = next((i for i in ids if i in self._backend.mark_ids), ids[0])
@@ -197,7 +197,7 @@ class SentencePiece:
     return max(self._with_blank.vocab_size(), max(self._ids.values()) + 1)
 
   def spans(self, text: str, inside: bool) -> Spans:
-    """See `Tokenizer.spans`."""
+    """Returns (id, index of the last character) of each token, as `Tokenizer.spans` describes."""
     blank = "" if inside or self._legacy or not text else BLANK
     result, at = [], -len(blank)
     for number, stretch in enumerate(self._split.split(blank + text)):
@@ -252,7 +252,7 @@ class HuggingFace:
     return self._count
 
   def spans(self, text: str, inside: bool) -> Spans:
-    """See `Tokenizer.spans`."""
+    """Returns (id, index of the last character) of each token, as `Tokenizer.spans` describes."""
     return self._kept(text, inside) if len(text) <= SHORT else self._read(text, inside)
 
   @functools.lru_cache(maxsize=1 << 14)  # noqa: B019 - a tokenizer lives as long as its process
@@ -295,9 +295,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def train_bpe(texts: Iterable[str], out: str | Path, vocab_size: int) -> None:
-  """Trains a byte-level BPE tokenizer, for models from scratch, and writes it to the folder `out`.
+  """Trains a byte-level BPE tokenizer on `texts`, for models from scratch, and writes it to `out`.
 
-  The special tokens are `<unk>`, `<s>` (begin of sequence) and `</s>` (end of sequence).
+  `out` is a folder. The tokenizer has at most `vocab_size` tokens. Its special tokens are `<unk>`,
+  `<s>` (begin of sequence) and `</s>` (end of sequence).
   """
   from tokenizers import Tokenizer as Bpe
   from tokenizers import decoders, models, pre_tokenizers, processors, trainers

@@ -14,7 +14,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
-  """Returns the data settings of a split.
+  """Returns the data settings of a split, "train" or "validation".
 
   The validation split has no augmentation, and reads `data.validation_path` if that is given.
 
@@ -39,13 +39,13 @@ def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
 
 
 def path_key(data: config_lib.DataConfig, split: str) -> str:
-  """Returns the setting that names the file of a split, for messages."""
+  """Returns the name of the setting that names a split's file, for messages."""
   own = split == VALIDATION and data.validation_path
   return "data.validation_path" if own else "data.path"
 
 
 def samples(data: config_lib.DataConfig, split: str, count: int) -> Sequence[int]:
-  """Returns the indices, of `count` samples, that belong to a split.
+  """Returns the indices of the samples that belong to a split, of `count` samples in its file.
 
   A hash of its index decides about each sample. So the split is the same in every run and on any
   number of hosts, and a larger validation fraction only adds samples to the validation split.

@@ -24,11 +24,16 @@ def create(
   accumulate: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
-  """Returns a mesh with axes data, fsdp, tensor (Auto axes) over `devices`, by default all.
+  """Returns a mesh with axes data, fsdp, tensor (Auto axes) over `devices`; None is all.
 
-  Raises:
-    ConfigError: when the sizes do not divide the devices, or `batch_size` cannot be divided over
-      the batch axes and `accumulate` micro-batches.
+  Args:
+    config: sizes of the axes.
+    batch_size: rows of a global batch, which the mesh must divide; None is not checked.
+    accumulate: micro-batches that each batch is divided into.
+    devices: those of the mesh.
+
+  Raises: ConfigError when the sizes do not multiply to the number of devices, or do not fit its
+    slices, or `batch_size` is not a multiple of data * fsdp * accumulate.
   """
   devices = jax.devices() if devices is None else devices
   sizes = axis_sizes(config, len(devices))
@@ -42,11 +47,11 @@ def create(
 
 
 def local(text: str) -> Mesh | None:
-  """Returns the mesh "DATA,FSDP,TENSOR" over the devices of this process; None for "".
+  """Parses "DATA,FSDP,TENSOR" as a mesh over the devices of this process; returns None for "".
 
   A size of -1 takes the remaining devices. Sizes that need fewer devices take the first ones.
 
-  Raises: ConfigError.
+  Raises: ConfigError for another form, or sizes that the devices do not make.
   """
   if not text:
     return None
@@ -64,7 +69,12 @@ def local(text: str) -> Mesh | None:
 
 
 def axis_sizes(config: config_lib.MeshConfig, count: int) -> list[int]:
-  """Returns the number of devices along each of AXES for `count` devices. Raises: ConfigError."""
+  """Returns the number of devices along data, fsdp and tensor, for `count` devices in all.
+
+  A size of -1 takes the remaining devices.
+
+  Raises: ConfigError when the sizes do not multiply to `count`.
+  """
   sizes = [getattr(config, name) for name in AXES]
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) == 1 and known and count % known == 0:
@@ -78,9 +88,9 @@ def axis_sizes(config: config_lib.MeshConfig, count: int) -> list[int]:
 
 
 def check_batch(sizes: Sequence[int], batch_size: int, accumulate: int = 1) -> None:
-  """Checks that a batch divides over the batch axes in `accumulate` micro-batches.
+  """Checks that `batch_size` is a multiple of data * fsdp * accumulate; `sizes` are those of AXES.
 
-  Raises: ConfigError.
+  Raises: ConfigError if it is not.
   """
   parts = sizes[0] * sizes[1]
   least = parts * accumulate
@@ -96,9 +106,9 @@ def check_batch(sizes: Sequence[int], batch_size: int, accumulate: int = 1) -> N
 def slice_count(config: config_lib.MeshConfig, devices: Sequence[Any]) -> int:
   """Returns the number of slices: groups of devices that the slow network joins.
 
-  TPUs report their slice; elsewhere, `mesh.slices` groups the processes.
+  TPUs report their slice; elsewhere, `mesh.slices` is the number of groups.
 
-  Raises: ConfigError.
+  Raises: ConfigError when `mesh.slices` contradicts what the devices report.
   """
   found = len({getattr(device, "slice_index", 0) for device in devices})
   asked = config.slices or found
@@ -144,7 +154,8 @@ def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[np.nd
 
   The rows are int [b], ascending, and the owned ones bool [b]. A process makes the rows that its
   devices hold; on a TPU torus they need not be neighbors. Processes that the tensor axis joins make
-  the same rows, and the first of these processes owns them.
+  the same rows, and the first of these processes owns them: it alone records them. `process` None
+  is this process.
   """
   process = jax.process_index() if process is None else process
   parts = mesh.devices.reshape(_parts(mesh), -1)
@@ -156,7 +167,10 @@ def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> tuple[np.nd
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """Puts the rows of this process, those of `rows`, on devices as arrays over all rows."""
+  """Puts the rows that this process made on its devices, and returns arrays of the global batch.
+
+  `batch` has arrays [b, ...] with the rows that `rows` names.
+  """
   sharding = NamedSharding(mesh, BATCH)
   if jax.process_count() == 1:
     result: dict[str, Any] = jax.device_put(batch, sharding)
@@ -177,7 +191,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """Puts an array that every process has in full on the devices of all, as `sharding` says."""
+  """Places an array, which every process has in full, on the devices of all as `sharding` says."""
   if sharding.is_fully_addressable:
     result: jax.Array = jax.device_put(array, sharding)
     return result

@@ -58,19 +58,25 @@ ENVIRONMENTS: tuple[tuple[str, Callable[[Environment], bool]], ...] = (
 
 
 def detected(environment: Environment) -> str | None:
-  """Returns the first of ENVIRONMENTS that says that there are several processes, or None."""
+  """Returns the name of the first of ENVIRONMENTS with several processes, or None."""
   return next((name for name, here in ENVIRONMENTS if here(environment)), None)
 
 
 def start(
   flags: Mapping[str, str] | None = None, peer_seconds: int = 100, shared: str = ""
 ) -> None:
-  """Joins the other processes, by `flags` (names of FLAGS) or as the environment says.
+  """Joins the other processes, by `flags` or, without them, as the environment says.
 
-  A second call does nothing. A process without a heartbeat for `peer_seconds` counts as dead, and
-  all others exit with a message. Compiled programs are cached below `shared`, a folder that all
-  processes see, or not at all. If the others do not appear within START_SECONDS, this process exits
-  with a message and status 1.
+  A second call does nothing, and so does one for a single process.
+
+  Args:
+    flags: values of --coordinator, --processes and --process by name.
+    peer_seconds: a process without a heartbeat for so long counts as dead, and all others exit with
+      a message.
+    shared: a folder that all processes see, for compiled programs; "" caches none.
+
+  If the others do not appear within START_SECONDS (300), this process exits with a message and
+  status 1.
 
   Raises:
     ConfigError: for flags that do not describe a process, or a port that is in use here.
@@ -169,7 +175,7 @@ def _share_programs(folder: str) -> None:
 
 
 def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
-  """Returns (HOST:PORT, number of processes, index of this one).
+  """Returns (HOST:PORT, number of processes, index of this one) from the flags by name.
 
   Raises: ConfigError with every problem of the flags.
   """
@@ -200,7 +206,7 @@ def parse(flags: Mapping[str, str]) -> tuple[str, int, int]:
 def barrier(name: str, seconds: int = 0) -> None:
   """Blocks until every process has reached the barrier `name`; returns at once in a single one.
 
-  Raises an error after `seconds` (0: BARRIER_SECONDS).
+  Raises an error after `seconds`; 0 is BARRIER_SECONDS, an hour.
 
   Collectives have a shorter limit (gloo: 30 s until all have joined). So a barrier follows slow
   work that ends at different times, such as compiling.
@@ -214,7 +220,7 @@ class PeerError(LlavaSPError, RuntimeError):
 
 
 def barrier_within(name: str, seconds: float) -> bool:
-  """Returns whether every process reaches the barrier `name` within `seconds`."""
+  """Waits at the barrier `name`, and returns whether every process reaches it within `seconds`."""
   try:
     ocp.multihost.get_barrier_sync_fn()(key=f"llava_sp {name}", timeout_ms=int(1000 * seconds))
   except RuntimeError:
@@ -228,7 +234,10 @@ def asked_to_stop() -> bool:
 
 
 def abort(what: str, code: int) -> None:
-  """Exits this process at once, and the others at their next poll (`Watchdog`)."""
+  """Exits this process at once with status `code`, and the others at their next poll (`Watchdog`).
+
+  `what` says why, in the messages of all.
+  """
   who = f"process {jax.process_index()} of {jax.process_count()}"
   with contextlib.suppress(RuntimeError):
     _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {who}: {what}")
@@ -254,7 +263,10 @@ def _client() -> Any:
 
 
 def all_gather(text: str, name: str) -> list[str]:
-  """Returns `text` of every process in order; all must call it with the same `name`."""
+  """Returns the `text` of every process, in the order of their indices.
+
+  All must call it with the same `name`, that of a barrier before it.
+  """
   if jax.process_count() == 1:
     return [text]
   barrier(name)  # because the limit of a collective is shorter
@@ -269,7 +281,8 @@ def all_gather(text: str, name: str) -> list[str]:
 def collective(name: str, work: Callable[[], Result], only: int | None = None) -> Result | None:
   """Does `work` in all processes, or only in process `only`; an error in one is raised in all.
 
-  So no process continues or waits alone. Returns what `work` returned here.
+  So no process continues or waits alone. `name` is that of a barrier. Returns what `work` returned
+  here, None where it was not done.
 
   Raises: this process's error, or PeerError with that of the first process that had one.
   """

@@ -68,13 +68,16 @@ FROZEN = "frozen"  # the field of a train state that holds the base
 
 
 def axes_table() -> Iterator[tuple[str, Axes]]:
-  """Yields PARAM_AXES and the rows that the extractors of spatial tokens add to it."""
+  """Yields (regex of a parameter's path, its logical axes) for all parameters."""
   yield from PARAM_AXES
   yield from spatial.parameter_axes()
 
 
 def param_axes(path: str) -> Axes:
-  """Returns the logical axes of the parameter at `path`. Raises: KeyError when no row matches."""
+  """Returns the logical axes of the parameter at `path`, one name or None for each dimension.
+
+  Raises: KeyError when no row matches.
+  """
   for pattern, axes in axes_table():
     if re.search(pattern, path):
       return ("layers", *axes) if "/layers/" in path else axes
@@ -82,16 +85,18 @@ def param_axes(path: str) -> Axes:
 
 
 def activation_rules() -> tuple[tuple[str, Any], ...]:
-  """Returns RULES in the form that flax needs for `nn.with_logical_constraint`."""
+  """Returns RULES as pairs, the form that flax needs for `nn.with_logical_constraint`."""
   return tuple(RULES.items())
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
-  """Returns a NamedSharding for each leaf of a tree whose dictionaries repeat parameter paths.
+  """Returns a NamedSharding for each array of a tree whose dictionaries repeat parameter paths.
 
-  The tree may hold parameters (nested or flat) or optimizer moments. Leaves that belong to no
+  The tree may hold parameters (nested or flat) or optimizer moments. Arrays that belong to no
   parameter are replicated. A dimension that its mesh axes do not divide is not sharded. `base`, a
-  row of PRESETS, applies to leaves below a field `frozen`. Raises: ConfigError for an unknown row.
+  row of PRESETS, says how arrays below a field `frozen` are sharded.
+
+  Raises: ConfigError for a `base` that is no row, KeyError for a parameter that no row matches.
   """
   preset = config_lib.lookup("mesh.base", base, PRESETS)
 
@@ -112,13 +117,13 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
 
 
 def constrain(tree: Any) -> Any:
-  """Inside jit: shards a `{path: array}` tree, such as gradients, like the parameters."""
+  """Shards a `{path: array}` tree, such as gradients, like the parameters. Called inside jit."""
   mesh = jax.sharding.get_abstract_mesh()
   return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
 def gather(tree: Any) -> Any:
-  """Inside jit: gathers a `{path: array}` tree over `fsdp`; it stays sharded over `tensor`."""
+  """Gathers a `{path: array}` tree over `fsdp`, but not over `tensor`. Called inside jit."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree

@@ -22,8 +22,9 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
   JAX ends the survivors of a process that *died* (`peer_seconds`). The watchdog handles the other
   two cases: an error in one process, whose exit would wait for all others, and a step that never
-  ends although all processes are alive. Both exit with a message and status 1. When one process has
-  aborted (`abort`), all others follow. A single process raises its errors as usual.
+  ends although all processes are alive: after `stall_seconds` without a step, 0 for no limit. Both
+  exit with a message and status 1. When one process has aborted (`abort`), all others follow. A
+  single process raises its errors as usual.
   """
 
   def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
@@ -37,7 +38,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     return self
 
   def beat(self, step: int) -> None:
-    """Notes that step `step` is done; the clock starts with the first, because it compiles."""
+    """Notes that `step` is done. The clock starts at the first call, because that step compiles."""
     self._step, self._last = step, time.monotonic()
 
   def _poll(self) -> None:

@@ -39,14 +39,17 @@ class ModelIdentity:
 
   @classmethod
   def of(cls, pretrained: Pretrained, folder: str = "") -> ModelIdentity:
-    """Identifies a loaded model; computes the fingerprint of its parameters."""
+    """Identifies a loaded model; computes the fingerprint of its parameters.
+
+    `folder` is that of its checkpoint; "" if it has none.
+    """
     with jax.default_device(_host()):  # stacked layers may not fit on the device beside the model
       loaded = fingerprints.fingerprint(flatten_dict(pretrained.params, sep="/"))
     return cls(folder, pretrained.step, pretrained.fingerprint, loaded, reads(pretrained))
 
 
 def reads(pretrained: Pretrained) -> dict[str, Any]:
-  """Returns the settings that answers depend on, as values for JSON.
+  """Returns the settings that answers depend on: {inputs, model}, as values for JSON.
 
   `inputs` has template, tokenizer and preprocessing of images; `model` has sizes and dtype.
   """
@@ -61,7 +64,10 @@ def reads(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]:
-  """Returns all settings that answers depend on; not the batch size, mesh and number of hosts."""
+  """Returns all settings that answers depend on, as values for JSON.
+
+  The batch size, the mesh and the number of hosts are not among them.
+  """
   return {
     **asked(task),
     "fingerprint": {"base": model.base, "loaded": model.loaded},
@@ -72,7 +78,7 @@ def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]
 
 
 def asked(task: Task) -> dict[str, str]:
-  """Returns the name, protocol and data hash of a task.
+  """Returns {task, protocol, data_hash} of a task, which identify its questions.
 
   Leaves the judge out of the protocol: it does not change answers, and may be given later.
   """

@@ -32,7 +32,7 @@ class InLoop:
   """Evaluates a run as `config.evaluate` says; called by `training.loop.train`."""
 
   def __init__(self, config: config_lib.Config, workdir: str | Path):
-    """Opens the benchmark.
+    """Opens the benchmark that `config.evaluate` names; results go below the run folder `workdir`.
 
     Raises: ConfigError for settings that do not fit, and a benchmark without a score;
       FileNotFoundError for data that are missing.
@@ -51,7 +51,7 @@ class InLoop:
     self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
 
   def due(self, number: int) -> bool:
-    """Returns whether an evaluation follows step `number`."""
+    """Returns whether the model is evaluated after step `number`."""
     return number % self._settings.every == 0 or number == self._config.train.steps
 
   def __call__(

@@ -56,7 +56,8 @@ class LlavaSp(Base):  # type: ignore[misc]  # the package has no types
   def __init__(self, pretrained: Any, batch_size: int | str = 8, **more: Any):
     """Loads a model.
 
-    `pretrained` is the folder of a checkpoint, or a `Pretrained`.
+    `pretrained` is the folder of a checkpoint, or a `Pretrained`. `more` are the arguments that
+    lmms-eval always passes; they are not used.
 
     Raises: EvalError for unknown arguments, and without lmms-eval.
     """
@@ -112,7 +113,10 @@ class LlavaSp(Base):  # type: ignore[misc]  # the package has no types
     return list(self._likelihood(zip(self._requests(requests), continuations, strict=True)))
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-    """Raises: EvalError, since the engine answers single questions, as LLaVA is trained to."""
+    """Refuses tasks of several rounds: the engine answers single questions, as LLaVA is trained to.
+
+    Raises: EvalError, always.
+    """
     raise EvalError(
       "tasks of several rounds (generate_until_multi_round) are not supported: the engine answers "
       "single questions; choose tasks with output_type generate_until or loglikelihood"

@@ -28,7 +28,7 @@ SUBMISSION = "submission"  # the folder of files for an official server
 
 @dataclasses.dataclass(frozen=True)
 class Unfinished:
-  """Counts the answers of a benchmark of which other parts are missing."""
+  """Counts the answers of a benchmark while those of other parts are missing."""
 
   part: str  # the part that is done, such as 0/2
   answered: int  # questions with an answer, or a failure, in the result folder
@@ -60,12 +60,13 @@ def run(
     model: identifies the model in the results (None: that of the engine).
     part: the share of this process (None: `Part(process, processes)`).
     retry: asks items again whose answer failed, e.g. after missing images were restored.
-    compare: the result folder of another run on the same data, with which the page compares.
+    compare: the result folder of another run on the same data, with which the page compares ("":
+      none).
     each: called with every line of predictions.jsonl after it is written (None: prints progress).
 
   Returns: the scores, or Unfinished while answers of other parts are missing.
-  Raises: EvalError for a `limit` below 0, when `out` holds answers of other settings, and like
-    `check`.
+  Raises: EvalError for a `limit` below 0, an `out` with answers of other settings, a `compare` that
+    is not a result on this data, or a package that is missing.
   """
   if compare:
     compare_lib.check(identity.asked(task), Path(compare))
@@ -85,8 +86,11 @@ def ask(
 ) -> Unfinished | None:
   """Answers the items of a part, and writes `predictions.jsonl`; `finish` scores them.
 
-  Args and Raises: like `run`.
-  Returns: None when all items of the benchmark have an answer or a failure.
+  The arguments are those of `run`.
+
+  Returns: None when all items have an answer or a failure, Unfinished while other parts lack some.
+  Raises: EvalError for a `limit` below 0, an `out` with answers of other settings, or a package
+    that is missing.
   """
   if limit < 0:
     raise EvalError(f"limit: expected 0 (all questions) or more, found {limit}")
@@ -150,7 +154,7 @@ def questions(task: Task) -> list[Item]:
 
 
 def counts(engine: Engine) -> dict[str, int]:
-  """Returns the counters of an engine, since it was constructed."""
+  """Returns {name: count} of what an engine has done since it was made (`infer.counts.Counts`)."""
   return dataclasses.asdict(engine.counts)
 
 
@@ -177,7 +181,7 @@ def _ask(
 
 
 def record(task: Task, item: Item, answer: Answer) -> Record:
-  """Returns a line of predictions.jsonl."""
+  """Returns the line of predictions.jsonl for an answer, with the task's verdict on it."""
   return {
     "id": item.id,
     "question": item.question,
@@ -223,7 +227,9 @@ def _missing(items: Sequence[Item], records: Mapping[str, Record]) -> list[str]:
 def finish(
   task: Task, out: str | Path, limit: int = 0, compare: str | Path = ""
 ) -> BenchmarkScores:
-  """Merges the answers of a folder's parts, scores them, and writes the files of `run`.
+  """Merges the answers of all parts in `out`, scores them, and writes scores.json and index.html.
+
+  `limit` is that of `ask`. `compare` is the result folder of another run ("": none).
 
   Raises: EvalError when questions were not asked yet, or the folder is of another task.
   """
@@ -270,7 +276,7 @@ def _same_task(task: Task, folder: Path, there: Mapping[str, Any]) -> None:
 
 
 def _updated(task: Task, item: Item, record: Record, result: Scores) -> Record:
-  """Updates kind, truth and verdict of a record: a judge or truths may be newer than the answer."""
+  """Updates kind, ground truth and verdict of a record, which may be newer than the answer."""
   verdict = {} if record["error"] else _verdict(task, item, record["text"])
   verdict |= result.verdicts.get(item.id, {})
   return {**record, "kind": item.kind, "truth": item.truth, "verdict": verdict}

@@ -27,7 +27,7 @@ WORST = -1e9  # score of an empty place for a beam
 
 
 class BeamAnswers(NamedTuple):
-  """Holds the answers, running beams and results of each row, as `decode.Answers`."""
+  """Holds answers, running beams and results of each row; the first five fields are `Answers`."""
 
   token: Int[Array, "R n"]
   ids: Int[Array, "R N"]  # the best result so far
@@ -70,7 +70,7 @@ class BeamSearch:
   def first(
     self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray
   ) -> BeamAnswers:
-    """Returns the beams of new rows from the logits after their prompts.
+    """Returns the beams of new rows from the logits [R, V] after their prompts: one token each.
 
     The prompt is a single beam with log-probability 0. `numbers` and `key` are not used.
     """
@@ -84,8 +84,8 @@ class BeamSearch:
   ) -> tuple[BeamAnswers, Int[Array, " B"]]:
     """Extends each beam by its best tokens, and returns the new rows and the parent of each beam.
 
-    Rows that are done stay as they are. The parents are R n indices into the beams of all
-    rows.
+    Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
+    rows. `key` is not used.
     """
     count, longest = self.rule.beams, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]

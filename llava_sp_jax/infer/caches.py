@@ -36,12 +36,15 @@ Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first piec
 
 
 def bucket(length: int, multiple: int) -> int:
-  """Returns the next multiple, to which prompts of similar length are padded."""
+  """Rounds `length` up to a multiple, so that prompts of similar length share a program."""
   return -(-length // multiple) * multiple
 
 
 class PictureCache:
-  """Reads each picture once, whatever the number of threads, and keeps its pixels until taken."""
+  """Reads each picture once, whatever the number of threads, and keeps its pixels until taken.
+
+  A picture's `key` is that of `requests.key_of`.
+  """
 
   def __init__(self, reader: anyres.Reader):
     self._reader = reader
@@ -51,7 +54,7 @@ class PictureCache:
 
   @classmethod
   def of(cls, config: config_lib.Config) -> PictureCache:
-    """Makes the cache of pictures for a model, which reads them as its config says."""
+    """Makes an empty cache that cuts pictures into tiles as `config` says."""
     return cls(anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model))))
 
   def forget(self) -> None:
@@ -61,7 +64,9 @@ class PictureCache:
       self._tiles.clear()
 
   def plan(self, key: str, picture: ImageFile) -> example.TokenPlan:
-    """Returns the token plan of a picture, which is read on the first call for its key.
+    """Returns the number of a picture's tiles and the order of their tokens, as a plan.
+
+    The picture is read on the first call for its key.
 
     Raises: SampleError when the picture cannot be used.
     """
@@ -80,7 +85,7 @@ class PictureCache:
     return future.result()
 
   def tiles(self, key: str, picture: ImageFile) -> Float[np.ndarray, "M size size 3"]:
-    """Takes the pixels of a picture, [tiles, size, size, 3] float32.
+    """Takes the pixels of a picture, [tiles, size, size, 3] float32, out of the cache by its key.
 
     They are read again if they were taken before.
 
@@ -106,16 +111,22 @@ class FeatureCache:
   def __init__(
     self, programs: Programs, pictures: PictureCache, counts: Counts, limit: int, tiles: int
   ):
-    """Makes an empty cache.
+    """Makes an empty cache of at most `limit` bytes.
 
-    The tower always encodes `tiles` at a time, so that features do not depend on other images.
+    The tower always encodes `tiles` tiles at a time, so that features do not depend on other
+    images.
     """
     self._programs, self._pictures, self._counts = programs, pictures, counts
     self._kept, self._tiles = Lru(limit), tiles
     self._seen: set[str] = set()
 
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
-    """Returns the features of all images of the requests, by the images' keys."""
+    """Returns {key: [N, D] for each tile} of all images of the requests.
+
+    Encodes those that are not in the cache.
+
+    Raises: LostImageError for an image that can no longer be read.
+    """
     files: dict[str, ImageFile] = {}
     for request in requests:
       files.update(zip(keys_of(request), request.images, strict=True))
@@ -145,7 +156,10 @@ class FeatureCache:
 
 
 class PrefixCache:
-  """Keeps keys and values of the shared pieces of prompts, at most `limit` bytes."""
+  """Keeps keys and values of the shared pieces of prompts, at most `limit` bytes.
+
+  The positions of a piece are padded to a multiple of `multiple`.
+  """
 
   def __init__(
     self, programs: Programs, features: FeatureCache, counts: Counts, limit: int, multiple: int
@@ -154,13 +168,16 @@ class PrefixCache:
     self._kept, self._multiple = Lru(limit), multiple
 
   def capacity(self, pieces: Sequence[PromptPiece]) -> int:
-    """Returns the capacity P of the prefix that consists of these pieces."""
+    """Returns P, the positions that the prefix of these pieces is padded to; 0 for none."""
     if not pieces:
       return 0
     return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
 
   def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
-    """Returns the shape that the last piece is compiled for: P, P before it, T, M."""
+    """Returns the sizes that prefilling the last piece is compiled for.
+
+    They are P with the piece, P before it, its padded positions T, and its tiles M.
+    """
     last = pieces[-1]
     return (
       self.capacity(pieces),
@@ -170,7 +187,10 @@ class PrefixCache:
     )
 
   def of(self, asked: Sequence[Shared]) -> list[Prefix | None]:
-    """Returns the prefix of each request, of all its pieces; None if it has none."""
+    """Returns the prefix of each request, with all of its pieces; None for one without pieces.
+
+    Prefills those that are not in the cache.
+    """
     found: dict[str, Prefix] = {}
     depth: list[int] = []  # pieces of each that need not be computed
     for _, pieces in asked:
@@ -222,7 +242,14 @@ class PrefixCache:
     before: Sequence[Prefix | None],
     length: int,
   ) -> Group:
-    """Batches pieces with equal numbers of tiles and prefixes of equal size, padded to `length`."""
+    """Batches pieces with equal numbers of tiles and prefixes of equal size.
+
+    Args:
+      requests: the request of each piece.
+      pieces: the new positions of each row.
+      before: the prefix that each piece follows; None where there is none.
+      length: T, to which the pieces are padded.
+    """
     tokens = np.zeros((len(pieces), length), np.int32)
     slots = np.full((len(pieces), length), -1, np.int32)
     for row, piece in enumerate(pieces):

@@ -23,9 +23,9 @@ class Counts:
 
   @property
   def encoder_ratio(self) -> float:
-    """Returns encoder calls per distinct image.
+    """Returns encoder calls divided by distinct images; 1 if there were no images.
 
-    It is 1 unless features were dropped from the cache for lack of memory.
+    It is above 1 only if features were dropped from the cache for lack of memory.
     """
     return self.encoder_calls / self.distinct_images if self.distinct_images else 1.0
 

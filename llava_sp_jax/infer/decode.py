@@ -34,14 +34,14 @@ class Answers(Protocol):
 
 
 class State(NamedTuple):
-  """Holds everything that decoding keeps on the device."""
+  """Holds everything that decoding keeps on the device: the cache, and the answer of each row."""
 
   cache: KVCache  # of B sequences
   rows: Any  # Answers, every array [R, ...]
 
 
 class DecodeReport(NamedTuple):
-  """Holds what the host reads after some steps."""
+  """Holds what the host reads after some steps; [R, ...] arrays are those of `Answers`."""
 
   steps: Any  # [] int32, steps that were run
   made: Any  # this field and the next three are those of Answers
@@ -71,7 +71,7 @@ class StopRule:
     return jnp.where(index < self.vocabulary, logits, -jnp.inf)
 
   def is_stop(self, token: Int[Array, "*B"]) -> Bool[Array, "*B"]:
-    """Returns whether each token ends an answer."""
+    """Returns whether each token is a stop id, as bool of the same shape."""
     return jnp.isin(token, jnp.asarray(self.stop_ids, jnp.int32))
 
 
@@ -83,22 +83,23 @@ class Strategy(Protocol):
   def rule(self) -> StopRule: ...
 
   def empty(self, rows: int) -> Any:
-    """Returns Answers of `rows` rows that are all free."""
+    """Returns `Answers` of `rows` rows that are all done, so free."""
     ...
 
   def first(self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray) -> Any:
-    """Returns the Answers of new rows from the logits after their prompts.
+    """Returns the Answers of new rows, of one token, from the logits [R, V] after their prompts.
 
-    `numbers` are those of their requests.
+    `numbers` [R] are those of their requests, which seed samples together with `key`.
     """
     ...
 
   def choose(
     self, rows: Any, logits: Float[Array, "B V"], key: PRNGKeyArray
   ) -> tuple[Any, Int[Array, " B"] | None]:
-    """Returns new Answers, and the parents of the sequences or None.
+    """Returns new Answers from logits [B, V], and the parents of the sequences or None.
 
-    The parents are the sequences that each sequence continues; None means itself.
+    The parents, int [B], are the sequences that each sequence continues; None means itself. `key`
+    seeds samples.
     """
     ...
 
@@ -161,7 +162,10 @@ class Sampling:
 def step(
   module: LlavaSP, params: Any, strategy: Strategy, state: State, key: PRNGKeyArray
 ) -> State:
-  """Adds one token to every row that is not done."""
+  """Adds one token to every row that is not done, by one pass of the decoder.
+
+  `key` seeds samples.
+  """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
@@ -189,8 +193,11 @@ def decode(
 ) -> tuple[State, DecodeReport]:
   """Runs steps until `until` rows are done, but at most `steps`.
 
-  `ended` marks rows that the host has ended, for instance at a stop string. `steps` and
-  `until` are values, not shapes, so this is compiled once for all of their values.
+  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `key` seeds
+  samples. `steps` and `until` are values, not shapes, so this is compiled once for all of their
+  values.
+
+  Returns: the new state, and what the host needs to know of it.
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
 

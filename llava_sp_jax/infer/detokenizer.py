@@ -14,7 +14,10 @@ UNFINISHED = "\ufffd"  # the decoded text of an incomplete character
 
 
 class Detokenizer:
-  """Turns the tokens of one answer into text, and ends the answer at a stop string."""
+  """Turns the tokens of one answer into text, and ends the answer at one of the `stop` strings.
+
+  With an `error`, the answer has ended without text.
+  """
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), error: str = ""):
     self._tokenizer, self._stop = tokenizer, stop
@@ -23,9 +26,12 @@ class Detokenizer:
     self._text, self._margin = "", float("inf")
 
   def extend(self, ids: Sequence[int] | Int[np.ndarray, " N"], done: bool, margin: float) -> None:
-    """Takes the tokens of the answer; `ids` are all of them so far.
+    """Takes the tokens of the answer, and looks for stop strings in its text.
 
-    `done` says that the device has ended the answer; `margin` is that of `Answer`.
+    Args:
+      ids: all tokens so far, with those of earlier calls.
+      done: whether the device has ended the answer.
+      margin: the smallest lead, in logits, of a chosen token over the next best one.
     """
     seen, self._margin, self.finished = len(self.ids), margin, done
     self.ids = tuple(int(i) for i in ids)
@@ -56,7 +62,7 @@ class Detokenizer:
     return text[: len(text) - held].strip()
 
   def answer(self) -> Answer:
-    """Returns the answer, or one with `error` and no text."""
+    """Returns the `Answer`, without outer blanks; one with `error` and no text if it failed."""
     if self.error:
       return Answer("", (), self.error)
     return Answer(self._text.strip(), self.ids, margin=self._margin)

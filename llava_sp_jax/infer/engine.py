@@ -60,7 +60,10 @@ class Engine:
     mesh: Mesh | None = None,
     layout: EngineLayout = ROUNDED,
   ):
-    """Places the parameters. Raises: ValueError for a `batch_size` below 1."""
+    """Places the parameters. Raises: ValueError for a `batch_size` below 1.
+
+    `batch_size` is how many answers are decoded together, rounded up to a multiple of data * fsdp.
+    """
     if batch_size < 1:
       raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     config = pretrained.config
@@ -96,11 +99,12 @@ class Engine:
 
   @property
   def generation(self) -> Generation:
+    """The settings of all answers, with which the engine was made."""
     return self._generation
 
   @property
   def programs(self) -> Programs:
-    """The compiled programs, which also score answers and encode images with the same parameters."""
+    """The compiled programs, which also score answers and encode images."""
     return self._programs
 
   def load(self, pretrained: Pretrained) -> None:
@@ -110,7 +114,7 @@ class Engine:
     self.forget()
 
   def forget(self) -> None:
-    """Empties the caches of images and prefixes."""
+    """Empties the caches of pixels, image features, and keys and values of prefixes."""
     layout, programs, pictures = self._layout, self._programs, self._prompts.pictures
     pictures.forget()
     at_once = layout.tiles * programs.parts
@@ -120,8 +124,7 @@ class Engine:
     )
 
   def warm_up(self, requests: Iterable[Request]) -> None:
-    """Compiles the programs for requests as long as these, in groups of every size, without
-    answers.
+    """Compiles the programs for requests as long as these, in groups of every size; answers none.
 
     Afterwards, answering such requests in any order and number compiles nothing.
     """
@@ -174,7 +177,7 @@ class Engine:
           following += 1
 
   def as_ready(self, requests: Iterable[Request]) -> Generator[tuple[int, Answer], None, None]:
-    """Yields (request index, answer) as answers are done; takes requests when there is room."""
+    """Yields (index of a request, answer) once it is done; takes requests when there is room."""
     every = CHECKED if self._generation.stop else UNCHECKED
     with self._running(requests) as schedule:
       for index, text in self._run(schedule, every):
@@ -182,10 +185,7 @@ class Engine:
           yield index, text.answer()
 
   def stream(self, request: Request) -> Iterator[str]:
-    """Yields the text of one answer while it is decoded.
-
-    Raises: ValueError if there is no answer.
-    """
+    """Yields one answer in parts while it is decoded. Raises: ValueError if there is no answer."""
     said = ""
     with self._running([request]) as schedule:
       for _, text in self._run(schedule, STREAMED):
@@ -344,7 +344,7 @@ class Engine:
 
 
 def _shape(engine: Engine, ready: Ready) -> tuple[int, int]:
-  """Returns what all prompts of a group must have in common."""
+  """Returns what the prompts of a group have in common: P before the last piece, tiles in it."""
   assert ready.prompt is not None
   *before, last = ready.prompt.pieces
   return engine._prefixes.capacity(before), len(last.tiles)

@@ -30,10 +30,18 @@ def generate(
   max_new_tokens: int,
   sampler: Sampler = GREEDY,
 ) -> tuple[Int[Array, "B {max_new_tokens}"], Int[Array, " B"]]:
-  """Returns the new ids for right-padded prompts, and their counts.
+  """Generates answers for right-padded prompts.
 
-  `batch` has tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3]. A count excludes
-  the stop id.
+  Args:
+    module: the model.
+    params: its nested parameters.
+    batch: tokens, positions, segments, slots [B, T] and images [B, M, H, W, 3].
+    key: random key of sampling; not used by a greedy sampler.
+    stop_ids: ids that end an answer.
+    max_new_tokens: the most tokens of an answer.
+    sampler: how a token is chosen.
+
+  Returns: the new ids [B, max_new_tokens], and the length of each answer [B] without its stop id.
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   strategy = decode.Sampling(decode.StopRule(stop_ids, max_new_tokens, sampler))

@@ -14,7 +14,7 @@ class Generation:
 
   It is greedy unless `temperature` > 0 (sampling) or `num_beams` > 1 (beam search).
 
-  Raises: ValueError that names the setting, what was found and what is possible.
+  Raises: ValueError for an impossible setting; the message names it and the possible values.
   """
 
   max_new_tokens: int = 128

@@ -24,10 +24,20 @@ LENGTHS, CONTINUATIONS = 64, 16  # T and K are rounded up to multiples of these
 
 
 class Likelihood:
-  """Computes log-probabilities of given answers; each (T, K, tiles) is compiled once."""
+  """Computes log-probabilities of given answers.
+
+  Each combination of T, K and the number of tiles is compiled once.
+  """
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 8, programs: Programs | None = None):
-    """Prepares a model; `programs` are those of its engine (default: new ones, on one device)."""
+    """Prepares a model.
+
+    Args:
+      pretrained: config, parameters and tokenizer.
+      batch_size: rows of a batch.
+      programs: the compiled programs of an engine of the same model, whose parameters are used;
+        None makes new ones on the first device.
+    """
     self._tokenizer, self._batch_size = pretrained.tokenizer, batch_size
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
@@ -38,11 +48,12 @@ class Likelihood:
     )
 
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
-    """Yields (sum of the log-probabilities of a continuation, whether greedy decoding writes it).
+    """Yields two values for each (request, continuation), in the order of the requests.
 
-    The continuation is tokenized as an answer is in training: after the blank of the template,
-    without a blank of its own. The end token is not part of it. Results come in the order of the
-    requests.
+    The first is the sum of the log-probabilities of the continuation's tokens (natural logarithm).
+    The second is whether greedy decoding chooses each of them. The continuation is tokenized as an
+    answer is in training: after the blank of the template, without a blank of its own. The end
+    token is not part of it.
 
     Raises: SampleError for an image that cannot be read, or a row that has no room for all images.
     """

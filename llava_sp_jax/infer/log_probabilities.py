@@ -23,11 +23,13 @@ def score(
   at: Int[Array, "B K"],
   rule: StopRule,
 ) -> tuple[Float32[Array, "B K"], Bool[Array, "B K"]]:
-  """Scores the tokens that follow the positions `at`.
+  """Scores the tokens that follow the positions `at` [B, K] int32.
 
-  `batch` has tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3].
+  `batch` has tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3]. `rule`
+  says which ids the tokenizer has.
 
-  Returns: their log-probabilities, and whether each is the most likely one.
+  Returns: their log-probabilities (natural logarithm) [B, K] float32, and whether each is the most
+    likely one [B, K] bool.
   """
   names = ("tokens", "positions", "segments", "images", "slots")
   hidden = module.apply({"params": params}, *(batch[name] for name in names))

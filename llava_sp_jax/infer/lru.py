@@ -10,7 +10,7 @@ import jax
 
 
 class Lru:
-  """Holds values by key, at most `limit` bytes in all, but always the last one."""
+  """Holds values by key, at most `limit` bytes in all. The last value stays, whatever its size."""
 
   def __init__(self, limit: int):
     self._limit, self._bytes = limit, 0
@@ -23,14 +23,14 @@ class Lru:
     return key in self._values
 
   def get(self, key: Hashable) -> Any:
-    """Returns the value and marks it as the last used; None if it is absent."""
+    """Returns the value of `key` and marks it as the last used; None if it is absent."""
     if key not in self._values:
       return None
     self._values.move_to_end(key)
     return self._values[key][0]
 
   def put(self, key: Hashable, value: Any) -> None:
-    """Stores a tree of arrays, and drops others until all fit into the limit."""
+    """Stores `value`, a tree of arrays, and drops the least recently used ones until all fit."""
     if key in self._values:
       self._bytes -= self._values.pop(key)[1]
     size = sum(x.nbytes for x in jax.tree.leaves(value))

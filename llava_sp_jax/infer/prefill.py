@@ -23,7 +23,7 @@ from llava_sp_jax.models.llava import LlavaSP
 
 
 class Prefix(NamedTuple):
-  """Holds the keys and values of a shared beginning of prompts on the device."""
+  """Holds the keys and values of the first positions of prompts, which several prompts share."""
 
   keys: Float[Array, "L K H P"]
   values: Float[Array, "L K P H"]
@@ -69,7 +69,7 @@ def _extend(
 
 
 def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[Prefix, ...]:
-  """Returns the prefixes of G prompts, each extended by its new positions.
+  """Prefills new positions of G prompts, and returns the prefix of each with them.
 
   `capacity` is the P of the results.
   """
@@ -95,10 +95,10 @@ def admit(
   *,
   strategy: decode.Strategy,
 ) -> decode.State:
-  """Puts G prompts into `rows` of the state, and chooses the first token of each.
+  """Prefills G prompts into `rows` [G] of the state, and chooses the first token of each.
 
-  A group is padded by repeating one of its prompts with the same row and number, which then is
-  written twice.
+  `numbers` [G] seed their samples, together with `key`. A group is padded by repeating one of its
+  prompts with the same row and number, which then is written twice.
   """
   hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]

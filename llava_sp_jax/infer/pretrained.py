@@ -23,7 +23,11 @@ from llava_sp_jax.models.quantize import NONE, is_quantized
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """Holds a trained model for inference."""
+  """Holds a trained model for inference: its config, all of its parameters, and its tokenizer.
+
+  `step` is the training step of the checkpoint; 0 for a converted or foreign one. `fingerprint` is
+  a hash of the frozen parameters (`checkpoints.fingerprints`); "" if it was not computed.
+  """
 
   config: config_lib.Config
   params: Params  # on the host or a device, in the model's dtype or quantized
@@ -33,7 +37,10 @@ class Pretrained:
 
 
 def padded_from(model: Pretrained) -> int:
-  """Returns the first id that has a row in the model but is not in the tokenizer; 0 for none."""
+  """Returns the first token id that has a row in the embedding but is not in the tokenizer.
+
+  Returns 0 if the tokenizer has all ids. Such rows only pad the embedding to a round size.
+  """
   known, rows = len(model.tokenizer), model.config.model.language_model.vocab_size
   return known if known < rows else 0
 
@@ -41,10 +48,16 @@ def padded_from(model: Pretrained) -> int:
 def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
   """Loads the latest checkpoint of a training run, or a folder that `convert` wrote.
 
-  `merge` folds adapters into float kernels, computed in float32, so that each decoding step reads
-  fewer arrays. `dtype` overrides the config's dtype of activations and parameters.
+  Args:
+    folder: the run folder.
+    merge: whether to add LoRA adapters to the weights that they adapt, in float32, so that a
+      decoding step reads fewer arrays. A quantized model keeps its adapters.
+    dtype: dtype of activations and parameters, "float32" or "bfloat16"; "" is the config's.
 
-  Raises: CheckpointError; FormatError for a folder without a complete model.
+  Raises:
+    CheckpointError: for a folder that is no run, a run without a readable checkpoint, or one whose
+      base has changed.
+    FormatError: for a folder without a complete model.
   """
   run = own_folders.open_own(folder)
   _whole(folder, run)
@@ -56,7 +69,16 @@ def from_any(
 ) -> Pretrained:
   """Loads a run, or a folder of any format that `llava-sp convert` reads, without writing a copy.
 
-  Raises: CheckpointError; FormatError, also for a folder without a complete model.
+  Args:
+    path: a run folder, a folder or file of a foreign format, or a repository on the Hugging Face
+      hub ("organization/name").
+    options: what a foreign checkpoint does not say itself, such as its base; None is nothing.
+    merge: as in `from_run`, whether to add LoRA adapters to the weights that they adapt.
+    dtype: dtype of activations and parameters; "" is the checkpoint's.
+
+  Raises:
+    CheckpointError: for a run that cannot be read, or whose base has changed.
+    FormatError: for a folder of no known format, or without a complete model and tokenizer.
   """
   path = places.local(str(path))
   if own_folders.is_ours(path) or not path.exists():
@@ -98,7 +120,10 @@ def _params(config: config_lib.Config, leaves: Leaves) -> Any:
 
 
 def as_computed(config: config_lib.Config, params: Params) -> Params:
-  """Casts the nested parameters of a train state to the dtype that the model computes in."""
+  """Casts parameters to the dtype that the model computes in; quantized kernels keep theirs.
+
+  `params` is the nested tree of all parameters, as training holds them.
+  """
   dtype = jnp.dtype(config.model.dtype)
   flat = {
     path: leaf if is_quantized(path) else leaf.astype(dtype)

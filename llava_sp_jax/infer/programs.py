@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Programs:
-  """Runs programs on the devices of one mesh. Each is compiled at its first call."""
+  """Runs programs on the devices of one mesh. Each is compiled at its first call for its shapes."""
 
   def __init__(
     self,
@@ -62,7 +62,7 @@ class Programs:
     self._key = jax.jit(lambda: jax.random.key(seed), out_shardings=self._whole)()
 
   def load(self, params: Params) -> None:
-    """Replaces the values of the parameters; compiled programs stay."""
+    """Replaces the values of the parameters, not their shapes; compiled programs stay."""
     self._params = self._place(params)
 
   def _place(self, params: Params) -> Any:
@@ -85,7 +85,7 @@ class Programs:
   # ---- the programs ----
 
   def state(self, rows: int, capacity: int) -> State:
-    """Returns a state in which all rows are free, with `capacity` positions each."""
+    """Returns a state of `rows` free rows, with a cache of `capacity` positions each."""
     text = self._module.language_model
 
     def make() -> State:
@@ -103,7 +103,7 @@ class Programs:
     return self._run(("state", rows, capacity), make, (), out=self._state_places(rows))
 
   def widen(self, state: State, capacity: int) -> State:
-    """Returns the same rows with a larger capacity."""
+    """Returns the state with a cache of `capacity` positions in each row, no fewer than before."""
     rows = len(state.rows.done)
     result: State = self._run(
       ("widen", rows, state.cache.capacity, capacity),
@@ -138,7 +138,15 @@ class Programs:
   def score(
     self, batch: dict[str, Shaped[np.ndarray, "B ..."]], at: Int[np.ndarray, "B K"]
   ) -> tuple[Float32[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
-    """Scores given tokens, see `log_probabilities.score`; returns arrays on the host."""
+    """Scores given tokens on the device (`log_probabilities.score`).
+
+    Args:
+      batch: tokens, positions, segments, slots, targets [B, T] and images [B, M, H, W, 3].
+      at: [B, K] int32, the positions that precede the scored tokens.
+
+    Returns: their log-probabilities [B, K] float32 and whether each is the most likely one [B, K]
+      bool, both on the host.
+    """
     run = functools.partial(log_probabilities.score, self._module, rule=self._strategy.rule)
     key = ("score", *batch["tokens"].shape, batch["images"].shape[1], at.shape[1])
     arguments = (self._params, {k: self._put(v) for k, v in batch.items()}, self._put(at))
@@ -148,7 +156,10 @@ class Programs:
     return result
 
   def grow(self, group: prefill.Group, capacity: int) -> tuple[prefill.Prefix, ...]:
-    """See `prefill.grow`."""
+    """Prefills new positions of G prompts, and returns a prefix of each, with room for `capacity`.
+
+    The keys and values of earlier positions come from `group.prefixes`.
+    """
     run = functools.partial(prefill.grow, self._module, capacity=capacity)
     key = ("grow", capacity, *_shapes(group))
     return self._run(key, run, (self._params, self._group(group)), out=self._whole)
@@ -160,7 +171,14 @@ class Programs:
     rows: Int[np.ndarray, " G"],
     numbers: Int[np.ndarray, " G"],
   ) -> State:
-    """See `prefill.admit`; the state is donated."""
+    """Prefills G prompts into rows of the state, and chooses the first token of each.
+
+    Args:
+      state: the decode state; its buffers are donated.
+      group: the last piece of each prompt, with the prefix before it.
+      rows: [G] int32, the row of each prompt.
+      numbers: [G] int32, the number that seeds each prompt's sampling.
+    """
     run = functools.partial(prefill.admit, self._module, strategy=self._strategy)
     key = ("admit", len(state.rows.done), state.cache.capacity, *_shapes(group))
     arguments = (self._params, state, self._key, self._group(group), *self._same(rows, numbers))
@@ -169,7 +187,11 @@ class Programs:
   def decode(
     self, state: State, ended: Bool[np.ndarray, " B"], steps: int, until: int
   ) -> tuple[State, decode_lib.DecodeReport]:
-    """See `decode.decode`; the state is donated, the report is on the host."""
+    """Runs decoding steps until `until` rows are done, but at most `steps`.
+
+    `ended` [B] bool marks rows that the host has ended. The buffers of `state` are donated. Returns
+    the new state, and a report on the host.
+    """
     run = functools.partial(decode_lib.decode, self._module, strategy=self._strategy)
     bounds = self._same(ended, np.int32(steps), np.int32(until))
     arguments = (self._params, state, self._key, *bounds)

@@ -31,16 +31,24 @@ class Prompts:
     pictures: PictureCache,
     share: bool = True,
   ):
-    """Prepares the template; `share` False makes prompts of one piece."""
+    """Prepares the conversation template of `config`.
+
+    Args:
+      config: names the template, and says how images are cut into tiles.
+      tokenizer: turns text into ids.
+      pictures: reads each image once, and keeps its pixels until the engine takes them.
+      share: whether to cut prompts into pieces that several prompts can share; False makes one
+        piece.
+    """
     self._template = conversation.TEMPLATES[config.data.template]
     self._tokenizer, self._share = tokenizer, share
     self.pictures = pictures
     self.stop_ids = tokenizer.stop_ids(self._template.end)
 
   def __call__(self, request: Request) -> Prompt:
-    """Returns the prompt of a request.
+    """Makes the prompt of a request: token ids, slots of image tokens, and the images' tiles.
 
-    Raises: SampleError for any failure: an image, or a text that the tokenizer refuses.
+    Raises: SampleError for an image that cannot be read, or a text that the tokenizer refuses.
     """
     with of_one_sample():
       return self._prompt(request)

@@ -77,12 +77,15 @@ class Prompt:
 
   @property
   def length(self) -> int:
-    """Returns the number of positions."""
+    """Returns the number of positions of the whole prompt: text tokens and image tokens."""
     return self.pieces[-1].start + len(self.pieces[-1].tokens)
 
 
 def key_of(picture: ImageFile) -> str:
-  """Returns a key that is the same for the same path, or for the same bytes or pixels.
+  """Returns a text that identifies an image.
+
+  It is made of the path for a file, and of a hash for bytes or decoded pixels. So a path and the
+  bytes of its file have different keys.
 
   Raises: SampleError for anything that is not an image.
   """
@@ -100,7 +103,10 @@ def key_of(picture: ImageFile) -> str:
 
 
 def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
-  """Returns the tiles that `reader` makes of a picture. Raises: SampleError if it is unreadable."""
+  """Reads a picture with `reader`: its tiles, [M, size, size, 3] float32, and its token plan.
+
+  Raises: SampleError if the picture is unreadable.
+  """
   if isinstance(picture, SampleError):
     raise picture
   if isinstance(picture, Image.Image):
@@ -114,14 +120,14 @@ def tiles_of(picture: ImageFile, reader: anyres.Reader) -> anyres.Picture:
 
 
 def keys_of(request: Request) -> tuple[str, ...]:
-  """Returns the keys of a request's images. Raises: SampleError as `key_of`."""
+  """Returns `key_of` of each image of a request. Raises: SampleError if one is not an image."""
   return tuple(map(key_of, request.images))
 
 
 class LostImageError(SampleError):
   """Raised for a picture that was readable when its prompt was made, but no longer is.
 
-  `key` identifies the picture.
+  `key` is the picture's key (`key_of`).
   """
 
   def __init__(self, key: str, why: object):

@@ -28,7 +28,7 @@ class Sampler:
 
   @classmethod
   def of(cls, generation: Generation) -> Sampler:
-    """Returns the sampler of the settings of a generation."""
+    """Returns the sampler with the temperature, top_k and top_p of `generation`."""
     return cls(generation.temperature, generation.top_k, generation.top_p)
 
   def pick(
@@ -38,10 +38,18 @@ class Sampler:
     numbers: Int[Array, " B"],
     steps: Int[Array, " B"],
   ) -> Int[Array, " B"]:
-    """Returns tokens, int32.
+    """Chooses the next token of each row.
 
-    A sample depends only on the key, the number of its request and the number of tokens before it.
-    It does not depend on its row or on the other requests in the batch.
+    Args:
+      logits: [B, V].
+      key: random key of the whole run; not used if `temperature` is 0.
+      numbers: [B] int32, the number of each row's request.
+      steps: [B] int32, how many tokens each row's answer has already.
+
+    A row's sample depends on its logits, its number, its step and the key. It does not depend on
+    the place of the row or on the other requests in the batch.
+
+    Returns: token ids [B] int32; the most likely ones if `temperature` is 0.
     """
     if self.temperature == 0.0:
       return first_largest(logits)
@@ -55,7 +63,10 @@ class Sampler:
     return jax.vmap(draw)(logits, numbers, steps).astype(jnp.int32)
 
   def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Returns the logits that are sampled from; -inf for excluded tokens."""
+    """Divides logits [B, V] by the temperature, and sets those of excluded tokens to -inf.
+
+    `top_k` and `top_p` exclude tokens.
+    """
     logits = logits / self.temperature
     if 0 < self.top_k < logits.shape[-1]:
       least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
@@ -74,7 +85,7 @@ GREEDY = Sampler()
 
 
 def first_largest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-  """Returns the argmax, the first of equal ones.
+  """Returns the index of the largest logit, the first of equal ones. [B, V] -> [B] int32.
 
   Two plain reductions are several times faster than XLA's argmax on a CPU.
   """
@@ -84,7 +95,7 @@ def first_largest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def margin(logits: Float[Array, "B V"], chosen: Int[Array, " B"]) -> Float[Array, " B"]:
-  """Returns the lead of the chosen token over the best other one.
+  """Returns the logit of the chosen token minus that of the best other one. [B, V], [B] -> [B].
 
   It is negative if another token has a larger logit.
   """

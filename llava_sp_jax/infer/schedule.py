@@ -27,7 +27,7 @@ class Ready(NamedTuple):
 
   @property
   def drawn_by(self) -> int:
-    """Returns the number that seeds the samples of the request."""
+    """Returns the number that seeds the sampling: the request's own, or else its place."""
     return self.number if self.request.number is None else self.request.number
 
 
@@ -37,9 +37,10 @@ class _Waiting(NamedTuple):
 
 
 class Schedule:
-  """Takes requests, and returns them as `Ready` prompts.
+  """Takes requests from an iterator, and returns them with their prompts, as `Ready`.
 
-  It holds at most `window` requests. At most `ahead` prompts are being made or waiting.
+  It holds at most `window` requests that have not begun, so requests with the same images can be
+  answered together. At most `ahead` prompts are being made or waiting, by `threads` threads.
   """
 
   def __init__(
@@ -65,7 +66,7 @@ class Schedule:
     self._threads.shutdown(wait=True, cancel_futures=True)
 
   def peek(self) -> Ready | None:
-    """Returns the next prompt, after waiting for it if need be; None after the last one."""
+    """Returns the next request with its prompt, which it waits for; None after the last."""
     if self._front is None:
       self._fill()
       if not self._reading:
@@ -79,13 +80,13 @@ class Schedule:
     return self._front
 
   def take(self) -> Ready | None:
-    """Returns what `peek` returns, and removes it."""
+    """Removes the next request and returns it with its prompt; None after the last one."""
     front, self._front = self.peek(), None
     return front
 
   @property
   def more(self) -> bool:
-    """Returns whether there are prompts that were not taken."""
+    """Returns whether there are requests that were not taken."""
     return self._front is not None or bool(self._reading) or self._fill()
 
   def _fill(self) -> bool:

@@ -38,8 +38,8 @@ class VisionLanguageModel:
 
     Args:
       pretrained: config, parameters and tokenizer.
-      batch_size: rows that decode together.
-      mesh: devices with the axes data, fsdp, tensor (default: the first device).
+      batch_size: how many answers are decoded at the same time; more requests wait their turn.
+      mesh: devices with the axes data, fsdp, tensor; None is the first device of this process.
     """
     self._pretrained, self._batch_size, self._mesh = pretrained, batch_size, mesh
     self._reader = anyres.Reader(
@@ -61,7 +61,7 @@ class VisionLanguageModel:
     system: str | None = None,
     generation: Generation = DEFAULT,
   ) -> str:
-    """Answers one question. `system` replaces the template's system text.
+    """Answers one question. `system` replaces the system text of the conversation template.
 
     Raises: ValueError when there is no answer: an image that cannot be read, a prompt too long.
     """
@@ -87,13 +87,20 @@ class VisionLanguageModel:
     system: str | None = None,
     generation: Generation = DEFAULT,
   ) -> Iterator[str]:
-    """Yields parts of one answer while it is decoded. Raises: ValueError if there is no answer."""
+    """Yields parts of one answer while it is decoded.
+
+    `system` replaces the system text of the conversation template.
+
+    Raises: ValueError if there is no answer.
+    """
     return self.engine(generation).stream(Request(question, tuple(images), system))
 
   def loglikelihood(
     self, question: str, continuation: str, images: Images = (), *, system: str | None = None
   ) -> tuple[float, bool]:
-    """Computes the log-probability of a given answer.
+    """Computes the log-probability of a given answer, `continuation`.
+
+    `system` replaces the system text of the conversation template.
 
     Returns: the sum of the log-probabilities (natural logarithm) of the continuation's tokens, and
       whether greedy decoding chooses each of them.
@@ -117,7 +124,7 @@ class VisionLanguageModel:
     return tokens[np.where(slots == NEWLINE, len(tokens) - 1, slots)]
 
   def engine(self, generation: Generation = DEFAULT) -> Engine:
-    """Returns an engine with these settings; the last one is kept."""
+    """Returns an engine with these settings of generation; makes one if the last one had others."""
     if self._engine is None or self._engine.generation != generation:
       self._engine = self._likelihood = None  # their arrays are freed before others are made
       self._engine = Engine(self._pretrained, self._batch_size, generation, self._mesh)
@@ -139,11 +146,11 @@ def load(
   """Loads a model for inference.
 
   Args:
-    path: a run of `train`, a folder of any format that `llava-sp convert` reads, or a name of the
-      hub (organization/name, with hf: before it where a folder has the same name).
+    path: a run of `train`, a folder of any format that `llava-sp convert` reads, or a repository on
+      the Hugging Face hub (organization/name, with hf: before it where a folder has the same name).
     options: what a foreign folder does not say: base model, tower, variant, template.
-    dtype: float32 or bfloat16, of parameters and activations (default: the checkpoint's).
-    batch_size: rows that decode together.
+    dtype: float32 or bfloat16, of parameters and activations ("": the checkpoint's).
+    batch_size: how many answers are decoded at the same time.
     mesh: devices with the axes data, fsdp, tensor (default: the first device).
 
   Raises: CheckpointError, FormatError: for a path that is no such folder, or not a whole model.

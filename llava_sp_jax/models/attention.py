@@ -58,7 +58,10 @@ class AttentionChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Holds the static properties of one call of attention."""
+  """Holds the static properties of one call of attention.
+
+  `length` is the number of queries T. `cached` says that keys come from a cache.
+  """
 
   spec: AttentionChoice
   length: int
@@ -69,7 +72,7 @@ class Case:
 
   @property
   def platform(self) -> str:
-    """Returns the platform that the program is compiled for."""
+    """Returns the platform that the program is compiled for, such as "tpu"."""
     return self.spec.platform or jax.default_backend()
 
 
@@ -77,7 +80,8 @@ class Case:
 class Implementation:
   """Holds one implementation of attention.
 
-  `run(case, q, k, v, mask, segments)` computes it. `objections` lists why it cannot compute a case.
+  `run(case, q, k, v, mask, segments)` computes it. `objections(case)` returns why it cannot compute
+  a case, as texts; [] if it can.
   """
 
   run: Callable[..., jax.Array]
@@ -94,10 +98,16 @@ def attend(
 ) -> Float[Array, "B T N H"]:
   """Computes masked attention by the implementation that `choose` names.
 
-  Args: q [B, T, N, H]; k, v [B, S, K, H]; mask [B, T, S] bool, which defines the result; segments
-  [B, T] when keys and queries are the same positions, None when the keys come from a cache.
-  Returns: [B, T, N, H]. Rows of padding (segment 0) hold finite values without meaning.
-  Raises: ValueError for an implementation that was named and objects.
+  Args:
+    spec: what is known before tracing.
+    q, k, v: queries, keys and values.
+    mask: which keys each query sees; defines the result.
+    segments: of the positions, when keys and queries are the same ones; None when the keys come
+      from a cache.
+
+  Rows of padding (segment 0) hold finite values without meaning.
+
+  Raises: ValueError when `spec` names an implementation that cannot compute this.
   """
   case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, _split(q, k))
   return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
@@ -115,8 +125,13 @@ def attend_cached(
 
   The cache is not joined with the new keys, because that would copy all of it.
 
-  Args: q [B, T, N, H]; cached and new: keys [B, K, H, S] and values [B, K, S, H], with T for S in
-  `new`; seen [B, T, S] and mask [B, T, T] bool. Returns: [B, T, N, H].
+  Args:
+    spec: what is known before tracing.
+    q: queries of the T new positions.
+    cached: keys and values of the cache.
+    seen: which positions of the cache each query sees.
+    new: keys and values of the new positions.
+    mask: which new positions each query sees.
   """
   rows, count, heads, width = q.shape
   groups = cached[0].shape[1]
@@ -152,9 +167,9 @@ def _scores(
 
 
 def choose(case: Case) -> str:
-  """Returns the row of IMPLEMENTATIONS that computes `case`.
+  """Returns the name, in IMPLEMENTATIONS, of the implementation that computes `case`.
 
-  Raises: ValueError as `attend`.
+  Raises: ValueError when `case.spec` names one that cannot compute it.
   """
   name = case.spec.name
   if name == "auto":

@@ -35,10 +35,10 @@ PRECISIONS: dict[str, Callable[[jnp.dtype], str]] = {
 
 
 def model(config: config_lib.ModelConfig) -> LlavaSP:
-  """Builds the module tree.
+  """Builds the flax module of a whole model, without parameters.
 
-  Raises:
-    ConfigError: for an unknown variant or an invalid size.
+  Raises: ConfigError for an unknown name, such as a variant, or for sizes that do not fit each
+    other.
   """
   tower, text, projector = config.tower, config.language_model, config.projector
   config_lib.lookup("model.tower.variant", tower.variant, TOWER_VARIANTS)
@@ -102,7 +102,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
 
 
 def unstacked(module: LlavaSP) -> LlavaSP:
-  """Returns the module with separate parameters for each layer, as `unstack` makes them.
+  """Returns the module with separate parameters for each layer, such as `unstack` makes.
 
   A scan copies each layer out of the stacked kernels, which would slow every decoding step.
   """
@@ -113,9 +113,9 @@ def unstacked(module: LlavaSP) -> LlavaSP:
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-  """Splits the stacked layers of a parameter tree into one subtree for each layer.
+  """Splits the stacked layers of a parameter tree into one subtree for each layer, `layers_0` ...
 
-  Leaves are arrays, shapes or anything that can be indexed.
+  `params` is nested; its arrays may be shapes, or anything that can be indexed.
   """
   result = dict(params)
   for part in ("language_model", "vision_tower"):
@@ -129,9 +129,12 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
-  """Returns the module for a platform, and for data with or without branches.
+  """Returns the module as it is to be compiled for a platform.
 
-  `platform` is that of the mesh's devices, which may be absent ("tpu", "gpu", "cpu").
+  Args:
+    module: the model.
+    platform: "tpu", "gpu" or "cpu", of the mesh's devices, which need not be in this machine.
+    branches: whether samples may have branches (`layers.BRANCHES`), as `data.turns` = branch makes.
   """
   decoder = module.language_model
   attention = dataclasses.replace(decoder.attention, platform=platform, branches=branches)
@@ -147,7 +150,11 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
 
 
 def quantization(config: config_lib.ModelConfig) -> Format | None:
-  """Returns the format of the decoder's kernels; None for floats. Raises: ConfigError."""
+  """Returns the format of the decoder's weight matrices; None for floats.
+
+  Raises: ConfigError for a name that is not in `quantize.FORMATS`, or a format whose block does not
+    divide the inputs of a matrix.
+  """
   form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
   if form and form.block:
     text = config.language_model
@@ -166,23 +173,30 @@ def quantization(config: config_lib.ModelConfig) -> Format | None:
 
 
 def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
-  """Returns the config of the same model with all kernels as floats."""
+  """Returns the config with `quantize` none: the same model with floats as weights."""
   return dataclasses.replace(config, quantize=NONE)
 
 
 def patch_grid(config: config_lib.ModelConfig) -> int:
-  """Returns the patches along one side of the image; a remainder of pixels is dropped."""
+  """Returns the number of patches along one side of the image; a remainder of pixels is dropped."""
   return config.tower.image_size // config.tower.patch_size
 
 
 def tower_layers(config: config_lib.ModelConfig) -> int:
-  """Returns the number of computed blocks of the tower: up to the selected hidden state."""
+  """Returns how many blocks of the tower are computed: those before the selected hidden state."""
   select = config.tower.select_layer
   return config.tower.layers + 1 + select if select < 0 else select
 
 
 def view_sizes(config: config_lib.ModelConfig) -> tuple[int, ...]:
-  """Returns the sizes of the projector's views in patches, ascending. Raises: ConfigError."""
+  """Returns the side lengths of the projector's views, in patches, ascending.
+
+  A view is the part of the patch grid that one spatial token sees: a central crop, or a pool of
+  all. There are no sizes for a variant without views.
+
+  Raises: ConfigError for `projector.scales` that do not fit variant and grid, or a grid that is too
+    small for the variant's own.
+  """
   variant, grid = config.projector.variant, patch_grid(config)
   try:
     return VARIANTS[variant].scales(grid, config.projector.scales)
@@ -197,7 +211,11 @@ def image_token_count(config: config_lib.ModelConfig) -> int:
 
 
 def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:
-  """Returns the arguments of `data.anyres.Tile`, which describe one tile of this model."""
+  """Returns the arguments of `data.anyres.Tile`, which describe one tile of this model.
+
+  They are the side in pixels, the side in patches, the number of spatial tokens, and whether the
+  model has a newline token.
+  """
   grid = patch_grid(config)
   spatial = image_token_count(config) - grid * grid
   return config.tower.image_size, grid, spatial, config.image_newline
@@ -206,14 +224,17 @@ def tile_shape(config: config_lib.ModelConfig) -> tuple[int, int, int, bool]:
 def example_inputs(
   config: config_lib.ModelConfig, rows: int = 1, length: int = 8
 ) -> tuple[Any, ...]:
-  """Returns the arguments of `LlavaSP.__call__` as shapes, for abstract initialization."""
+  """Returns the arguments of `LlavaSP.__call__` as shapes and dtypes, for abstract evaluation."""
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   side = config.tower.image_size
   return ids, ids, ids, jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.float32), ids
 
 
 def initialize(config: config_lib.ModelConfig, rng: PRNGKeyArray) -> dict[str, Any]:
-  """Returns random parameters as nested float32 arrays; must be called inside jit."""
+  """Returns random parameters as nested float32 arrays (quantized weights in their own dtypes).
+
+  Must be called inside jit.
+  """
   module = model(config)
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
   result: dict[str, Any] = module.init(rng, *inputs, method=_touch)["params"]
@@ -225,15 +246,15 @@ def _touch(module: LlavaSP, *inputs: Shaped[Array, " ..."]) -> Float32[Array, "B
 
 
 def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
-  """Returns the parameter tree as shapes and dtypes."""
+  """Returns the nested parameters as shapes and dtypes; nothing is computed."""
   result: dict[str, Any] = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
   return result
 
 
 def parameter_counts(config: config_lib.ModelConfig) -> dict[str, int]:
-  """Returns the parameters of vision_tower, projector and language_model.
+  """Returns {"vision_tower", "projector", "language_model"} with the number of parameters of each.
 
-  Quantized kernels count as their floats.
+  A quantized weight counts as one parameter.
   """
   tree = abstract(unquantized(config))
   return {part: sum(x.size for x in jax.tree.leaves(sub)) for part, sub in tree.items()}

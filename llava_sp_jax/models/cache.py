@@ -24,9 +24,10 @@ POSITION_AXES = (-1, -2)  # axis of the positions in keys and in values
 
 
 class KVCache(NamedTuple):
-  """Holds the keys and values of each row's first `length` positions.
+  """Holds keys and values of the first `length[b]` positions of each row b.
 
-  The capacity S is the number of positions that have room.
+  The buffers have room for S positions in every row, the capacity. Attention masks what lies behind
+  a row's length.
   """
 
   keys: Layers  # [B, K, H, S] for each layer
@@ -35,13 +36,13 @@ class KVCache(NamedTuple):
 
   @property
   def capacity(self) -> int:
-    """Returns S."""
+    """Returns S, the number of positions that the buffers of each row have room for."""
     result: int = self.values[0].shape[-2]
     return result
 
 
 class New(NamedTuple):
-  """Holds the keys and values of T positions, which follow each row's `length`."""
+  """Holds the keys and values of T new positions of each row, not yet written to a cache."""
 
   keys: Layers  # [B, K, H, T] for each layer
   values: Layers  # [B, K, T, H] for each layer
@@ -50,8 +51,8 @@ class New(NamedTuple):
 def both(change: Callable[..., Any], *held: Any) -> tuple[Any, Any]:
   """Applies `change(axis, *arrays)` to the keys, and to the values, of every layer.
 
-  `axis` is that of the positions. Each of `held` begins with keys and values, as `KVCache` and
-  `New` do. Returns the new keys and values.
+  `axis` is that of the positions. Each of `held` is a tuple that begins with keys and values, such
+  as a `KVCache`. Returns the new keys and values.
   """
   keys, values = (
     jax.tree.map(functools.partial(change, axis), *(pair[i] for pair in held))
@@ -69,7 +70,10 @@ def allocate(
   dtype: DTypeLike,
   stacked: bool = True,
 ) -> KVCache:
-  """Returns an empty cache of static size; a prompt starts from one with capacity 0."""
+  """Returns a cache of zeros with length 0 in all rows; a prompt starts from one with capacity 0.
+
+  `stacked` makes one array [L, ...] for all layers; otherwise each layer has its own array.
+  """
 
   def empty(*sizes: int) -> Layers:
     shape = (rows, kv_heads, *sizes)
@@ -83,10 +87,10 @@ def allocate(
 
 
 def append(cache: KVCache, new: New, count: Int[Array, " B"]) -> KVCache:
-  """Writes new positions after each row's length, which then grows by `count`.
+  """Writes new positions behind each row's length, and adds `count` [B] to the lengths.
 
-  There must be room for all T positions after the length. Those beyond `count` are written, too,
-  but are ignored.
+  A row needs room for all T positions behind its length. Those beyond `count`, its padding, are
+  written, too, but the length leaves them out.
   """
 
   def place(
@@ -116,12 +120,12 @@ def widen(cache: KVCache, capacity: int) -> KVCache:
 
 
 def unstack(tree: Any, count: int) -> tuple[Any, ...]:
-  """Splits a tree of leaves [L, ...] into L trees of leaves [...]."""
+  """Splits a tree of arrays [L, ...] into `count` = L trees of arrays [...]."""
   return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count))
 
 
 def stack(
   layers: Sequence[Shaped[Array, "*B"]] | Shaped[Array, " L *B"],
 ) -> Shaped[Array, " L *B"]:
-  """Stacks layers; stacked layers are returned as they are."""
+  """Stacks the arrays of L layers, [...], into one [L, ...]; returns a stacked array as it is."""
   return layers if isinstance(layers, jax.Array) else jnp.stack(layers)

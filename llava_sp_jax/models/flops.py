@@ -32,7 +32,7 @@ class Costs:
   image: float  # one tile: tower and projector
 
   def step(self, positions: float, pairs: float, images: float) -> float:
-    """Returns the FLOPs of a batch with so many units."""
+    """Returns the FLOPs of a batch with so many positions, (query, key) pairs and tiles."""
     return self.position * positions + self.pair * pairs + self.image * images
 
 
@@ -67,9 +67,9 @@ NO_MATMUL = r".*(bias|scale|embed|token|query|image_newline)$"
 
 
 def costs(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> Costs:
-  """Returns the FLOPs of a training step of a model.
+  """Returns the FLOPs of a training step of a model, for each unit of a batch.
 
-  `trainable` says of a parameter's path whether it is trained.
+  `trainable` maps a parameter's path to whether it is trained.
 
   Raises: KeyError for a parameter whose use is not known.
   """
@@ -134,9 +134,7 @@ def _image(
 
 
 def _uses(path: str, sizes: _Sizes) -> tuple[float, bool]:
-  """Returns how often an image uses a projector's kernel, and whether it reads the tower's
-  features.
-  """
+  """Returns how often an image uses a projector's kernel, and whether that reads the tower."""
   for pattern, uses, reads_tower in PROJECTOR:
     if match := re.fullmatch(pattern, path):
       return uses(sizes, match), reads_tower

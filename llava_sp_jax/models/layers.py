@@ -50,16 +50,16 @@ class Rope:
   def angles(
     self, width: int, positions: Int[Array, "B T"], segments: Int[Array, "B T"]
   ) -> tuple[Float32[Array, "B T {width}//2"], Float32[Array, "B T {width}//2"]]:
-    """Returns cosines and sines for heads of width H.
+    """Returns cosines and sines of the rotation of each position, for heads of width `width`.
 
-    Raises: ValueError when the kind needs `original_length`.
+    Raises: ValueError when the kind needs `original_length` and it is not set.
     """
     frequency, amplitude = ROPES[self.kind](self, width, positions, segments)
     angle = positions[..., None].astype(np.float32) * frequency  # rounded as in torch
     return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
   def trained_length(self) -> int:
-    """Returns `original_length`. Raises: ValueError if it is not set."""
+    """Returns `original_length`, in positions. Raises: ValueError if it is not set."""
     if self.original_length < 1:
       raise ValueError(
         f"rope kind {self.kind!r} needs original_length >= 1, found {self.original_length}"
@@ -146,7 +146,7 @@ ROPES: dict[str, Callable[[Rope, int, Positions, Positions], Frequencies]] = {
 def rotary(
   x: Float[Array, "B T N H"], cos: Float[Array, "B T H//2"], sin: Float[Array, "B T H//2"]
 ) -> Float[Array, "B T N H"]:
-  """Applies half-split rotary positions (Hugging Face's)."""
+  """Rotates queries or keys by their positions; pairs are (i, i + H/2), as at Hugging Face."""
   half = x.shape[-1] // 2
   cos, sin = cos[:, :, None], sin[:, :, None]
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -161,7 +161,8 @@ def causal_mask(
 ) -> Bool[Array, "B T S"]:
   """Returns which keys each query sees: earlier entries of its segment and of its trunk.
 
-  An index counts within the row; segments are described in `batch`.
+  The query itself is one of them, and padding (segment 0) is not. An index counts within the row;
+  segments are described at `BRANCHES`.
   """
   query, key = query_segments[:, :, None], key_segments[:, None, :]
   related = (key == query) | (key == query // BRANCHES * BRANCHES)
@@ -207,7 +208,7 @@ def attend(
   v: Float[Array, "B S K H"],
   mask: Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T N H"]:
-  """Computes attention with grouped heads."""
+  """Computes attention with XLA. N / K query heads share a key-value head; `mask` None sees all."""
   return jax.nn.dot_product_attention(
     q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
   )

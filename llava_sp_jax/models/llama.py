@@ -30,7 +30,7 @@ BLOCK_AXES = ("batch", "length", None)  # logical axes of the activations betwee
 
 
 class Past(NamedTuple):
-  """Holds which positions of a cache each new position sees, and which are in its window."""
+  """Holds which positions of a cache each new position sees; `near`, which are in its window."""
 
   seen: Bool[Array, "B T S"]
   near: Bool[Array, "B T S"] | None
@@ -163,15 +163,17 @@ class Decoder(nn.Module):
       self.lm_head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=normal)
 
   def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Returns the embeddings of token ids."""
     return self.token_embed(tokens)
 
   @nn.nowrap
   def head_paths(self) -> tuple[str, ...]:
-    """Returns the paths of the parameters of `logits` in the tree of the whole model."""
+    """Returns the paths of the parameters that `logits` reads, in the tree of the whole model."""
     leaf = "token_embed/embedding" if self.tie_embeddings else "lm_head/kernel"
     return (f"language_model/{leaf}",)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+    """Returns the float32 logits of hidden states, by the output layer or the tied embedding."""
     head = self.token_embed.attend if self.tie_embeddings else self.lm_head
     return head(hidden).astype(jnp.float32)
 
@@ -182,11 +184,15 @@ class Decoder(nn.Module):
     segments: Int[Array, "B T"],
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, "B T D"], New | None]:
-    """Returns hidden states, and with a cache the keys and values for `cache.append`.
+    """Returns the hidden states, and with a cache the new keys and values, for `cache.append`.
 
-    Entries with segment 0 are padding, which nothing
-    attends to. With a cache, each row is one sample whose `positions` continue from the cache's
-    length, and its padding must follow its tokens.
+    Args:
+      embeds: embeddings of text and image tokens.
+      positions: of each token in its sample, from 0; with a cache they continue from its length.
+      segments: which positions see each other (`layers.BRANCHES`). 0 is padding, to which no
+        position attends.
+      cache: keys and values of earlier positions. Then each row is one sample, and its padding must
+        follow its tokens. None for training.
     """
     index = jnp.broadcast_to(jnp.arange(embeds.shape[1]), segments.shape)
     mask = causal_mask(index, segments, index, segments)

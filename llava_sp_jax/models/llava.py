@@ -24,7 +24,7 @@ from llava_sp_jax.models.vit import VisionTransformer
 def merge(
   text: Float[Array, "B T D"], image: Float[Array, "B MN D"], slots: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-  """Puts image tokens where `slots` is not -1."""
+  """Replaces the embedding where a slot is not -1 by the image token of that index."""
   picked = jnp.take_along_axis(image, jnp.maximum(slots, 0)[..., None], axis=1)
   return jnp.where(slots[..., None] >= 0, picked.astype(text.dtype), text)
 
@@ -57,7 +57,15 @@ class LlavaSP(nn.Module):
     images: Float[Array, "B M H W 3"],
     slots: Int[Array, "B T"],
   ) -> Float[Array, "B T D"]:
-    """Returns hidden states for `logits`."""
+    """Returns the hidden states after the final norm, which `logits` reads.
+
+    Args:
+      tokens: token ids.
+      positions: of each token in its sample, from 0.
+      segments: which positions see each other (`layers.BRANCHES`); 0 is padding.
+      images: the M tiles of each row; pixels normalized as the vision tower expects them.
+      slots: index of an image token among the row's M * N; -1 for text.
+    """
     hidden, _ = self.extend(tokens, positions, segments, self.encode_image(images), slots, None)
     return hidden
 
@@ -71,6 +79,7 @@ class LlavaSP(nn.Module):
     return self.join_tiles(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
 
   def encode_tiles(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+    """Returns the N image tokens of each tile: spatial tokens, then one for each patch."""
     return self.projector(self.vision_tower(images))
 
   def join_tiles(self, tokens: Float[Array, "B M N D"]) -> Float[Array, "B MN D"]:
@@ -94,9 +103,16 @@ class LlavaSP(nn.Module):
     slots: Int[Array, "B T"] | None,
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], New | None]:
-    """Runs the decoder over new positions, which also see the cache, as `Decoder.__call__`.
+    """Runs the decoder over new positions, which also see those in the cache.
 
-    `image` comes from `encode_image` or `join_tiles`.
+    Args:
+      tokens, positions, segments: as in `__call__`; with a cache, positions continue from its
+        length.
+      image: the image tokens, from `encode_image` or `join_tiles`; None for text alone.
+      slots: index of an image token for each position; -1 for text.
+      cache: keys and values of earlier positions, or None.
+
+    Returns: hidden states, and the new keys and values, None without a cache.
     """
     embeds = self.language_model.embed(tokens)
     if image is not None and slots is not None and image.shape[1]:
@@ -104,4 +120,5 @@ class LlavaSP(nn.Module):
     return self.language_model(embeds, positions, segments, cache)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+    """Returns the float32 logits of hidden states that `__call__` or `extend` returned."""
     return self.language_model.logits(hidden)

@@ -35,7 +35,7 @@ class LoraRecipe:
   base: Any = nn.Dense  # the class below the adapters; for QLoRA, a quantized one
 
   def dense(self) -> Any:
-    """Returns the class of linear layers; `base` itself for rank 0."""
+    """Returns the class of linear layers: `LoraDense` with these settings, or `base` for rank 0."""
     if not self.rank:
       return self.base
     return functools.partial(
@@ -65,9 +65,9 @@ class LoraDense(nn.Module):
     low: Float[Array, "*B R"] | None = None,
     only_a: bool = False,
   ) -> Float[Array, "*B features"] | Float[Array, "I R"]:
-    """Returns the output, or A with `only_a`.
+    """Returns the output, or the matrix A with `only_a`.
 
-    `low` is the result of `lower` if `fused` has already computed it.
+    `low` is the result of `lower`, if `fused` has already computed it for several layers at once.
     """
     base = self.base(
       self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
@@ -88,7 +88,7 @@ class LoraDense(nn.Module):
 
   @nn.nowrap
   def lower(self, x: Float[Array, "*B I"], a: Float[Array, "I R"]) -> Float[Array, "*B R"]:
-    """Returns (1 - rate) dropout(x) A.
+    """Returns the dropped-out x times A, without the factor 1 / (1 - rate) of dropout.
 
     It must be called inside a compact method.
     """

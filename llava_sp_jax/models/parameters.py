@@ -1,4 +1,4 @@
-"""Defines the type of a model's parameters: names of modules, nested, with arrays as leaves."""
+"""Defines the type of a model's parameters: dictionaries by names of modules, nested, of arrays."""
 
 from __future__ import annotations
 

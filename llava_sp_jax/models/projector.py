@@ -47,9 +47,12 @@ class Variant:
   out_bias: bool = False
 
   def scales(self, grid: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
-    """Returns the view sizes for a grid side, in patches, small to large.
+    """Returns the side lengths of the views, in patches, ascending.
 
-    They are the `wanted` ones, or else equal parts of the grid.
+    Args:
+      grid: patches along one side of the image.
+      wanted: sizes to use instead of the variant's own, which are equal parts of the grid; empty
+        for those.
 
     Raises: ValueError for sizes that the grid or the variant does not have.
     """
@@ -65,7 +68,11 @@ class Variant:
     return sizes
 
   def detail_field(self, grid: int, wanted: Sequence[int] = ()) -> int:
-    """Returns the side of what the detail kernels see: the largest view, or the grid without views."""
+    """Returns the side, in patches, of what detail kernels see.
+
+    That is the side of the largest view, or `grid` for a variant without views. `wanted` replaces
+    the variant's own sizes of views.
+    """
     sizes = self.scales(grid, wanted)
     return sizes[-1] if sizes else grid
 
@@ -97,9 +104,9 @@ VARIANTS = {
 
 
 def check_grid(variant: str, shape: Sequence[int]) -> None:
-  """Checks the input of a projector.
+  """Checks the shape of a projector's input.
 
-  Raises: ValueError for an unknown variant, or for features that are not a square grid.
+  Raises: ValueError for an unknown variant, or a shape other than a square grid [B, G, G, C].
   """
   if variant not in VARIANTS:
     raise ValueError(f"projector variant {variant!r}: expected one of {', '.join(VARIANTS)}")
@@ -111,7 +118,12 @@ def check_grid(variant: str, shape: Sequence[int]) -> None:
 
 
 def spatial_token_count(variant: str, grid: int, scales: Sequence[int] = ()) -> int:
-  """Returns the number of spatial tokens that precede the patch tokens of one image.
+  """Returns the number of spatial tokens that precede the patch tokens of one tile.
+
+  Args:
+    variant: a row of VARIANTS.
+    grid: patches along one side of the tile.
+    scales: sides of the views in patches; empty for the variant's own.
 
   Raises: ValueError for scales that the grid or the variant does not have.
   """

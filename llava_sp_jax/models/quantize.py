@@ -63,7 +63,7 @@ def _symmetric(x: Float32[Any, "*B"], axis: int) -> tuple[Int[Any, "*B"], Float3
 class Int8:
   """Quantizes symmetrically to code * scale, with scale = largest magnitude / 127.
 
-  A scale is that of all inputs of an output, or of `block` of them.
+  Each output has one scale for all of its inputs, or one for each `block` of them.
   """
 
   block: int = 0  # 0: one scale for each output
@@ -82,7 +82,7 @@ class Int8:
   def dequantize(
     self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
   ) -> Float[Any, "I O"]:
-    """Returns the kernel; products are float32, rounded once to `dtype`."""
+    """Returns the kernel [I, O] from its arrays; products are float32, rounded once to `dtype`."""
     codes, scale = leaves["kernel_q"], leaves["kernel_scale"]
     blocks = codes.reshape(len(scale), -1, codes.shape[1]).astype(np.float32)
     return (blocks * scale[:, None]).reshape(codes.shape).astype(dtype)
@@ -104,7 +104,7 @@ class NF4:
 
   @property
   def whole(self) -> bool:
-    """Returns whether a slice needs all inputs of its outputs, as `Int8.whole`."""
+    """Returns whether quantizing a slice of a kernel needs all inputs of its outputs."""
     return self.double
 
   def quantize(self, kernel: Float[Any, "I O"]) -> Leaves:
@@ -132,7 +132,7 @@ class NF4:
   def dequantize(
     self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
   ) -> Float[Any, "I O"]:
-    """Returns the kernel; products are float32, rounded once to `dtype`."""
+    """Returns the kernel [I, O] from its arrays; products are float32, rounded once to `dtype`."""
     xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
     scale, columns = self._scale(leaves), packed.shape[1]
     halves = packed.reshape(-1, self.block // 2, columns)
@@ -184,12 +184,18 @@ _LEAF = re.compile(r".*/kernel_(q|scale\w*)$")
 
 
 def is_quantized(path: str) -> bool:
-  """Returns whether the leaf at `path` belongs to a quantized kernel, and keeps its dtype."""
+  """Returns whether the array at `path` holds codes or scales of a quantized kernel.
+
+  Such arrays keep their dtype when others are cast.
+  """
   return _LEAF.match(path) is not None
 
 
 def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of the leaves of a kernel [I, O] or, stacked, [L, I, O]."""
+  """Returns {name: shape and dtype} of the arrays that a quantized kernel consists of.
+
+  `shape` is that of the kernel: [I, O], or [L, I, O] for stacked layers.
+  """
   quantize = form.quantize if len(shape) == 2 else jax.vmap(form.quantize)
   result: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(
     quantize, jax.ShapeDtypeStruct(shape, jnp.float32)

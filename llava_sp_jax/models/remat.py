@@ -41,6 +41,9 @@ POLICIES: dict[str, Callable[..., Any]] = {
 
 
 def wrap(block: Any, name: str) -> Any:
-  """Returns the module class `block` with the policy `name`. Raises: KeyError if it is unknown."""
+  """Returns the module class `block` with rematerialization; `name` is a row of POLICIES.
+
+  Raises: KeyError for another name.
+  """
   policy = POLICIES[name]
   return block if name == "none" else nn.remat(block, prevent_cse=False, policy=policy)

@@ -37,13 +37,13 @@ DETAIL_FIELD, DETAIL_STRIDE = 24, 2  # detail kernels are given for a 24x24 fiel
 
 
 def crop(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B {size} {size} C"]:
-  """Returns the central square of the grid."""
+  """Returns the central square of `size` x `size` patches."""
   start = grid.shape[1] // 2 - size // 2
   return grid[:, start : start + size, start : start + size]
 
 
 def pool(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B {size} {size} C"]:
-  """Averages the grid over torch's adaptive bins."""
+  """Averages the grid to `size` x `size` vectors, over the bins of torch's adaptive pooling."""
   if size == grid.shape[1]:
     return grid
   bins = jnp.asarray(pooling_matrix(grid.shape[1], size), grid.dtype)
@@ -51,7 +51,7 @@ def pool(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B {size} {si
 
 
 def pooling_matrix(side: int, size: int) -> Float[np.ndarray, "{size} {side}"]:
-  """Returns the matrix of `pool` along one axis.
+  """Returns the matrix with which `pool` averages one axis of `side` to `size`.
 
   Row i averages the bin floor(i*side/size) .. ceil((i+1)*side/size); bins may overlap.
   """
@@ -71,14 +71,15 @@ def nothing(grid: Float[Array, "B G G C"], size: int) -> Float[Array, "B 0 0 C"]
 class View:
   """Describes which part of the grid a spatial token sees.
 
-  `apply` maps the grid and a view size in patches; `side` is the s of that size.
+  `apply` maps the grid and a view size, in patches, to the view. `side` maps that size to the side
+  s of the view.
   """
 
   apply: Callable[[Float[Array, "B G G C"], int], Float[Array, "B s s C"]]
   side: Callable[[int], int] = lambda size: size
 
   def positions(self, size: int) -> int:
-    """Returns the number of feature vectors in a view."""
+    """Returns the number of feature vectors in a view of a size: s * s."""
     return self.side(size) ** 2
 
 
@@ -191,7 +192,7 @@ EXTRACTORS: dict[str, Extractor] = {
 
 
 def parameter_axes() -> Iterator[tuple[str, tuple[str | None, ...]]]:
-  """Yields (regex of a parameter's path, its logical axes) for all views and extractors."""
+  """Yields (regex of a parameter's path, its logical axes) for the parameters of all extractors."""
   views = "|".join(map(re.escape, VIEWS))
   rows = [row for extractor in EXTRACTORS.values() for row in extractor.axes]
   for pattern, axes in dict.fromkeys(rows):  # extractors share rows
@@ -207,7 +208,10 @@ MERGES: dict[str, Callable[[Details], Details]] = {
 
 
 def detail_size(kernel: int, field: int) -> int:
-  """Scales the side of a detail kernel, which is given for a field of 24, to a field's side."""
+  """Returns the side of a detail kernel for a field of side `field`, in patches, at least 1.
+
+  `kernel` is its side for a field of 24, to which it is proportional.
+  """
   return max(1, kernel * field // DETAIL_FIELD)
 
 
@@ -237,9 +241,9 @@ def _convolution(platform: str) -> Callable[..., Float[Array, "B p p K"]] | None
 
 
 class DetailInteraction(nn.Module):
-  """Lets spatial tokens attend to a strided convolution of the grid.
+  """Lets spatial tokens attend to a strided convolution of the grid, with a single head.
 
-  Single head. `values` may be another interaction's, see `projector.Variant.detail_values`.
+  `values` may be another interaction's, see `projector.Variant.detail_values`.
   """
 
   kernel_size: int
@@ -265,10 +269,12 @@ class DetailInteraction(nn.Module):
     self.value_norm, self.value = norm(), dense()
 
   def convolve(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B P K"]:
+    """Returns the strided convolution of the grid at its P positions."""
     grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
     return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
 
   def values(self, detail: Float[Array, "B P K"]) -> Float[Array, "B P K"]:
+    """Returns what attention averages: the normalized convolution through a linear layer."""
     return self.value(self.value_norm(detail))
 
   def __call__(

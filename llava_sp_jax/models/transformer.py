@@ -60,7 +60,7 @@ def _bare(width: int, dtype: DTypeLike, name: str) -> nn.Dense:
 class TransformerLayer(nn.Module):
   """Computes a pre-norm layer, which also attends to `memory` if there is one.
 
-  The second value is the empty output of `nn.scan`.
+  The second value, None, is what a scan expects.
   """
 
   dtype: DTypeLike
@@ -82,7 +82,7 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerStack(nn.Module):
-  """Computes torch's encoder, or its decoder if there is a memory; a norm is last."""
+  """Computes torch's encoder, or its decoder if there is a `memory`, with a norm at the end."""
 
   dtype: DTypeLike
 

@@ -21,7 +21,7 @@ from llava_sp_jax.models.layers import attend
 
 
 def quick_gelu(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  """Computes OpenAI's approximation of GELU."""
+  """Computes x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -43,7 +43,7 @@ TOWER_VARIANTS = {
 
 
 class EncoderBlock(nn.Module):
-  """Computes a pre-norm transformer block, and None for the scan."""
+  """Computes a pre-norm transformer block; the second value, None, is what a scan expects."""
 
   heads: int
   mlp_width: int
@@ -68,7 +68,8 @@ class EncoderBlock(nn.Module):
 class VisionTransformer(nn.Module):
   """Computes the patch features of the selected layer, without class token and post-norm.
 
-  `select_layer` indexes the hidden states (0 is the embedding); -2 leaves out the last block.
+  `select_layer` indexes the hidden states. 0 is the embedding, and negative ones count from the
+  end: -2 leaves out the last block.
   """
 
   variant: str
@@ -86,7 +87,7 @@ class VisionTransformer(nn.Module):
 
   @property
   def grid(self) -> int:
-    """Returns G, the patches along one side."""
+    """Returns G, the number of patches along one side."""
     return self.image_size // self.patch_size
 
   @nn.compact
@@ -125,7 +126,10 @@ class VisionTransformer(nn.Module):
 def patchify(
   images: Float[Array, "B H W 3"], patch: int, grid: int
 ) -> Float[Array, "B {grid}*{grid} {patch}*{patch}*3"]:
-  """Cuts images into flat patches (row, column, channel)."""
+  """Cuts images into flat patches (row, column, channel).
+
+  `patch` is the side of a patch in pixels, `grid` the number of patches along a side.
+  """
   side = grid * patch  # a remainder of the image is dropped, as a strided convolution does
   x = images[:, :side, :side].reshape(len(images), grid, patch, grid, patch, 3)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), grid * grid, -1)

@@ -82,12 +82,12 @@ def compile_config(
   keep: Path | None = None,
   fast: bool = True,
 ) -> Compiled:
-  """Compiles the real train step, or the real generation.
+  """Compiles the real train step, or the real generation, in a child process.
 
   Args:
     config: the config to compile.
     topology: the chips to compile for.
-    what: a key of PROGRAMS.
+    what: "train" or "eval", a key of PROGRAMS.
     keep: a folder that keeps the compiler's dumps (None: they are deleted).
     fast: stops before code generation.
 

@@ -87,12 +87,12 @@ class Cost:
     self.collectives[kind] = [a + b for a, b in zip(old, values, strict=True)]
 
   def collective(self, kind: str, size: float, seconds: float) -> None:
-    """Counts the start of a collective: bytes received, and seconds on the wires."""
+    """Counts the start of a collective: `size` bytes received, `seconds` on the wires."""
     self._collective(kind, [size, 1.0, seconds, 0.0])
     self.wire_seconds += seconds
 
   def waited(self, kind: str, seconds: float) -> None:
-    """Counts seconds in which a device waited for a collective."""
+    """Counts `seconds` in which a device waited for a collective."""
     self._collective(kind, [0.0, 0.0, 0.0, seconds])
 
 
@@ -110,7 +110,7 @@ class Predictor:
   """Predicts the cost of a module on a topology."""
 
   def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]]):
-    """Stores its arguments; `coordinates[partition]` are those of the partition's chip."""
+    """Stores its arguments; `coordinates[i]` is where partition i's chip is in the interconnect."""
     self._module, self._topology, self._coordinates = module, topology, coordinates
     self._worker = Worker(module)
 
@@ -236,7 +236,10 @@ class Predictor:
 
 
 def duration(work: Work, chip: Chip) -> tuple[float, str]:
-  """Returns (seconds, limiting unit) of an operation that is neither a collective nor a kernel."""
+  """Returns the seconds of an operation and the unit that limits it: matmul, vector or memory.
+
+  Not for collectives and kernels.
+  """
   matrix = (work.flops - work.low_flops / 2) / (MATRIX_SHARE * chip.peak_flops)
   times = {
     "matmul": matrix,
@@ -264,7 +267,10 @@ def _is_done(op: Op) -> bool:
 
 
 def first_group(attributes: str, devices: int) -> list[int]:
-  """Returns the partitions of a collective's first group, from any of the notations of HLO."""
+  """Returns the partitions of a collective's first group, from any of the notations of HLO.
+
+  `devices` is the number of all partitions, which are one group if `attributes` names none.
+  """
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
   if listed:
     return [int(i) for i in listed.group(1).split(",") if i]

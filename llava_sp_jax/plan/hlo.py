@@ -1,7 +1,8 @@
 """Parses the text of a scheduled HLO module: computations, operations, shapes, trip counts.
 
-Parses only what the cost model needs. The metadata of kernels contain newlines and braces, so the
-lines of an operation are joined before it is parsed, and parentheses within strings are ignored.
+Parses only what the cost model needs. The metadata of Pallas kernels contains newlines and braces,
+so the lines of an operation are joined before it is parsed, and parentheses within strings are
+ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class HloError(LlavaSPError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Describes one array of a shape."""
+  """Describes one array: the result of an operation, or an element of a tuple."""
 
   dtype: str
   dims: tuple[int, ...]
@@ -37,17 +38,17 @@ class Array:
 
   @property
   def size(self) -> int:
-    """Returns the number of elements."""
+    """Returns the number of elements, not their bytes."""
     return math.prod(self.dims)
 
   @property
   def bytes(self) -> int:
-    """Returns the size in bytes, rounded up."""
+    """Returns the size of the array in whole bytes, rounded up (s4 has half a byte an element)."""
     return math.ceil(self.size * width(self.dtype))
 
 
 def width(dtype: str) -> float:
-  """Returns the bytes of one element, which may be a fraction."""
+  """Returns the bytes of one element of an HLO dtype, which may be a fraction (s4: 0.5)."""
   if dtype in WIDTHS:
     return WIDTHS[dtype]
   bits = re.search(r"\d+", dtype)
@@ -56,7 +57,7 @@ def width(dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-  """Holds one operation."""
+  """Holds one operation of a module: its kind, operands, and the shapes of its result."""
 
   name: str
   opcode: str
@@ -68,23 +69,26 @@ class Op:
 
   @functools.cached_property
   def called(self) -> dict[str, str]:
-    """Returns {"calls" | "to_apply" | "body" | "condition": name of a computation}."""
+    """Returns the computations that the operation calls: {role: name}.
+
+    The roles are "calls", "to_apply", "body" and "condition".
+    """
     return {m.group(0).split("=")[0]: m.group(1) for m in _CALLED.finditer(self.attributes)}
 
   @functools.cached_property
   def op_name(self) -> str:
-    """Returns the name of the operation in the traced program, or ""."""
+    """Returns the name of the operation in the traced program; "" if it has none."""
     found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
     return found.group(1) if found else ""
 
   def attribute(self, pattern: str) -> str:
-    """Returns the first group of the regex `pattern` in the attributes, or ""."""
+    """Returns the first group of the regex `pattern` in the attributes; "" if it does not match."""
     found = re.search(pattern, self.attributes)
     return found.group(1) if found else ""
 
   @property
   def bytes(self) -> int:
-    """Returns the bytes of the result."""
+    """Returns the size of the result in bytes, of all arrays of a tuple."""
     return sum(a.bytes for a in self.arrays)
 
 
@@ -97,7 +101,7 @@ class Computation:
 
   @functools.cached_property
   def by_name(self) -> dict[str, Op]:
-    """Returns {name: operation}."""
+    """Returns {name: operation} of all operations."""
     return {op.name: op for op in self.ops}
 
   @functools.cached_property
@@ -111,7 +115,7 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> dict[int, Op]:
-    """Returns {number: parameter}."""
+    """Returns {number of a parameter: its operation}."""
     return {int(op.argument): op for op in self.ops if op.opcode == "parameter"}
 
   @property
@@ -128,7 +132,7 @@ class Module:
   entry: Computation
 
   def trip_count(self, loop: Op) -> int | None:
-    """Returns the number of iterations of a `while`, or None if it depends on values."""
+    """Returns the number of iterations of a `while` operation; None if it depends on values."""
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if known:
       return int(known)

@@ -26,7 +26,10 @@ def is_kernel(op: Op) -> bool:
 
 
 def flops(op: Op, computation: Computation) -> tuple[float, float]:
-  """Returns (FLOPs of a call, share of the peak); 0 FLOPs for a kernel without a row."""
+  """Returns the FLOPs of a call, and the share of the chip's peak that the kernel reaches.
+
+  The FLOPs are 0 for a kernel without a row in KERNELS.
+  """
   for pattern, matmuls, share in KERNELS:
     if re.search(pattern, op.name) or re.search(pattern, op.op_name):
       arrays = [computation.by_name[o].arrays[0] for o in op.operands if o in computation.by_name]

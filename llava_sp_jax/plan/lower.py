@@ -40,7 +40,7 @@ NEW_TOKENS = 128  # tokens of an answer in the plan of an evaluation
 
 
 def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
-  """Lowers the train step of a config."""
+  """Lowers the train step of a config for the devices of a mesh; nothing is compiled yet."""
   shapes, places, tx = setup.abstract_state(config, device_mesh)
   whole = NamedSharding(device_mesh, PartitionSpec())
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -49,7 +49,10 @@ def train_step(config: config_lib.Config, device_mesh: Mesh) -> Any:
 
 
 def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
-  """Lowers the generation of a config: prefill of full rows, then a loop of decode steps."""
+  """Lowers the generation of a config: prefill of full rows, then a loop of decode steps.
+
+  `device_mesh` has the devices, which may be absent.
+  """
   platform = device_mesh.devices.flat[0].platform
   module = build.compiled_for(build.model(config.model), platform, branches=False)
   dtype = jnp.dtype(config.model.dtype)
@@ -81,7 +84,7 @@ LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Any]] = {
 
 
 def placed(shapes: Any, places: Any) -> Any:
-  """Adds shardings to a tree of shapes, as `lower` takes them.
+  """Returns a tree of shapes with shardings, as `jit(...).lower` takes them.
 
   `places` is a tree of shardings, or one sharding for all shapes.
   """
@@ -93,7 +96,7 @@ def placed(shapes: Any, places: Any) -> Any:
 
 
 def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
-  """Returns the shapes of a batch of `data.pipeline.make`, sharded by rows."""
+  """Returns the shapes and dtypes of a training batch by name, sharded by rows over the mesh."""
   rows, side = config.train.batch_size, config.model.tower.image_size
   arrays = example.layout([], [], config.data.row_length).arrays()
   shapes = {name: (a.shape, a.dtype) for name, a in arrays.items()}
@@ -106,9 +109,9 @@ def batch(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
 
 
 def useful_flops(config: config_lib.Config, what: str) -> float:
-  """Returns the FLOPs that the model needs for a train step (`models.flops`); 0 for an evaluation.
+  """Returns the FLOPs that the model needs for a train step (`models.flops`).
 
-  Assumes full rows with all images, and causal attention.
+  `what` is "train"; 0 for an evaluation. Assumes full rows with all images, and causal attention.
   """
   if what != "train":
     return 0.0
@@ -122,7 +125,7 @@ def useful_flops(config: config_lib.Config, what: str) -> float:
 
 
 def main(path: str) -> None:
-  """Compiles the request in the file `path`."""
+  """Compiles the request in the JSON file `path`, and writes about.json and done.json beside it."""
   file = Path(path)
   request = json.loads(file.read_text())
   config = config_lib.from_dict(request["config"])

@@ -23,7 +23,7 @@ TEMPORARIES = "temporaries"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Holds the bytes of a program on one device."""
+  """Holds the bytes of a program in the HBM of one device, by part and in all."""
 
   parts: dict[str, int]  # part -> bytes
   total: int
@@ -33,7 +33,8 @@ class Memory:
 def of_assignment(text: str, module: Module) -> Memory:
   """Reads the memory of a module from the text of its `buffer-assignment` dump.
 
-  The compiler writes that dump for a program that does not fit, too.
+  `module` gives the names of arguments and temporaries. The compiler writes that dump for a program
+  that does not fit, too.
   """
   names = {number: op.op_name for number, op in module.entry.parameters.items()}
   origin = {op.name: op.op_name for c in module.computations.values() for op in c.ops}
@@ -65,7 +66,10 @@ def of_assignment(text: str, module: Module) -> Memory:
 
 
 def of_analysis(sizes: dict[str, Any]) -> Memory:
-  """Reads the memory of a program without a buffer assignment from the file of `plan.lower`."""
+  """Reads the memory of a program without a buffer assignment.
+
+  `sizes` is the content of the done.json that `plan.lower` writes, in bytes.
+  """
   parts: dict[str, int] = {}
   for name, size in sizes["arguments"].items():
     part = part_of(name)
@@ -77,5 +81,5 @@ def of_analysis(sizes: dict[str, Any]) -> Memory:
 
 
 def part_of(argument: str) -> str:
-  """Returns the part of a program's memory to which an argument belongs."""
+  """Returns the part in PARTS of a program's argument, such as "optimizer", by its name."""
   return next(part for pattern, part in PARTS if re.search(pattern, argument))

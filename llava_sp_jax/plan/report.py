@@ -50,12 +50,12 @@ class Plan:
 
   @property
   def limit(self) -> int:
-    """Returns the HBM of a chip in bytes."""
+    """Returns the HBM of a chip that a program may use, in bytes."""
     return self.topology.chip.hbm_bytes
 
   @property
   def used(self) -> int:
-    """Returns the HBM that the program needs on a chip, in bytes."""
+    """Returns the HBM that the program and the runtime need on a chip, in bytes."""
     extra = RESERVE if self.compiled.module else 0
     return self.compiled.memory.total + extra
 
@@ -71,25 +71,25 @@ class Plan:
 
   @property
   def mfu(self) -> float:
-    """Returns the model FLOPs utilization of a train step."""
+    """Returns the model FLOPs utilization of a train step, a share; nan if no time is predicted."""
     peak = self.topology.chips * self.topology.chip.peak_flops
     result: float = self.compiled.about.get("useful_flops", 0.0) / (peak * self.seconds)
     return result
 
   @property
   def predictor(self) -> str:
-    """Returns the key of PREDICTORS that applies."""
+    """Returns how the time is predicted: "fast", "full" or "none", a key of PREDICTORS."""
     if self.cost is None:
       return "none"
     return "full" if self.compiled.full else "fast"
 
   @property
   def tokens(self) -> int:
-    """Returns the tokens of a step: rows times row length."""
+    """Returns the number of tokens of a step: rows times row length."""
     return self.config.train.batch_size * self.config.data.row_length
 
   def record(self) -> dict[str, Any]:
-    """Returns the plan as a record for the JSON file."""
+    """Returns the plan as a row for the JSON file; its times are None unless the plan fits."""
     speed = self.fits and not math.isnan(self.seconds)
     train = speed and self.what == "train"
     config = self.config
@@ -120,7 +120,10 @@ class Plan:
 
 
 def make(config: config_lib.Config, topology: Topology, what: str, compiled: Compiled) -> Plan:
-  """Makes the plan of a compiled program; predicts its time if schedule and rates are known."""
+  """Makes the plan of a compiled program; predicts its time if schedule and rates are known.
+
+  `what` is "train" or "eval".
+  """
   cost = None
   if compiled.module and topology.chip.speed:
     walk = cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"])
@@ -129,12 +132,12 @@ def make(config: config_lib.Config, topology: Topology, what: str, compiled: Com
 
 
 def text(plan: Plan, top: int = 15) -> str:
-  """Returns the whole report, with the `top` longest operations."""
+  """Returns the whole report as text, with the `top` longest operations."""
   return "\n".join([*_head(plan), *_memory(plan), *_speed(plan, top)])
 
 
 def refusal(plan: Plan) -> PlanError:
-  """Returns the error of a plan that does not fit: how much is missing, and the largest buffers."""
+  """Returns the error of a plan that does not fit, with what is missing and the largest buffers."""
   memory = plan.compiled.memory
   lines = [
     f"does not fit: {plan.used / GIB:.2f} GiB of HBM per chip on {plan.topology.name}, "
@@ -234,7 +237,7 @@ def _sections(cost: cost_lib.Cost) -> list[str]:
 
 
 def section(entry: cost_lib.Entry) -> str:
-  """Returns the section of SECTIONS to which an entry belongs."""
+  """Returns the name of the section of the report, in SECTIONS, to which an operation belongs."""
   return next(
     name
     for name, pattern in SECTIONS
@@ -267,7 +270,10 @@ def _sorted(parts: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
-  """Adds a record to OUT.json and returns all; replaces an older one with equal RECORD_KEYS."""
+  """Adds a record to OUT.json and returns all records.
+
+  It replaces an older one with the same model, topology, what and rows.
+  """
   records = provenance.read(out, [])
   key = [record.get(k) for k in RECORD_KEYS]
   records = [r for r in records if [r.get(k) for k in RECORD_KEYS] != key] + [record]
@@ -276,7 +282,7 @@ def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-  """Returns the text of OUT.md: a table of records in markdown."""
+  """Returns the text of OUT.md: a table in markdown with a row for each record."""
   lines = [
     "# Plans for absent chips",
     "",

@@ -46,7 +46,7 @@ class Axis:
 
 
 def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
-  """Returns the axes of the search, in the order in which they are used to save memory."""
+  """Returns the axes of the search for so many chips, in the order in which they save memory."""
   from llava_sp_jax.distributed import sharding  # imports jax, so not at the top
   from llava_sp_jax.models import remat
 
@@ -85,7 +85,7 @@ def search(
     config: the config to start from.
     devices: the number of chips.
     budget: the most candidates.
-    evaluate: compiles a candidate.
+    evaluate: compiles a candidate, and says whether it fits and how fast it is.
   """
   walk = _Walk(config, axes(config, devices), budget, evaluate)
   current = walk.start()
@@ -108,7 +108,7 @@ def search(
 
 
 def best(tried: list[Tried]) -> Tried | None:
-  """Returns the fastest candidate that fits, or None."""
+  """Returns the candidate with the shortest step among those that fit; None if none does."""
   fitting = [t for t in tried if t.outcome.fits]
   return min(fitting, key=lambda t: t.outcome.seconds, default=None)
 
@@ -196,7 +196,7 @@ class _Walk:
     return None
 
   def better(self, point: Point, than: Point) -> bool:
-    """Compiles a point, and returns whether it fits and is faster than another one."""
+    """Compiles a point, and returns whether it fits and is faster than the point `than`."""
     names = [a.name for a, i, j in zip(self.axes, point, than, strict=True) if i != j]
     outcome = self.outcome(point, ", ".join(names))
     return outcome.fits and outcome.seconds < self._known[than].seconds

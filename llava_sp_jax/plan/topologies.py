@@ -26,12 +26,12 @@ class Topology:
 
   @property
   def chip(self) -> Chip:
-    """Returns the data of a chip."""
+    """Returns the rates and memory of a chip of this kind."""
     return CHIPS[self.chip_name]
 
   @property
   def chips(self) -> int:
-    """Returns the number of chips."""
+    """Returns the number of chips of the slice."""
     return math.prod(self.sides)
 
   @property
@@ -51,10 +51,11 @@ class Topology:
     return {"target_config": TARGETS[self.chip_name], "topology": f"1x1x{self.chips}"}
 
   def ring_rate(self, varying: tuple[bool, ...]) -> float:
-    """Returns the bytes per second that a chip receives in a group that spans the given axes.
+    """Returns the bytes per second that a chip receives in a group of chips.
 
-    A chip receives from both directions of an axis that is a ring, and from one direction of any
-    other axis (as the chips at its ends do).
+    `varying` says for each axis of the interconnect whether the group spans it. A chip receives
+    from both directions of an axis that is a ring, and from one direction of any other axis (as the
+    chips at its ends do).
     """
     links = 0
     for side, used in zip(self.sides, varying, strict=True):
@@ -96,6 +97,9 @@ SLICES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def topology(name: str) -> Topology:
-  """Returns the slice of a name. Raises: ConfigError that lists the known names."""
+  """Returns the slice that a cloud provider calls `name`.
+
+  Raises: ConfigError that lists the known names.
+  """
   chip, sides = config_lib.lookup("--topology", name, SLICES)
   return Topology(name, chip, sides)

@@ -43,7 +43,7 @@ class Work:
 
   @property
   def bytes(self) -> float:
-    """Returns the HBM bytes read and written."""
+    """Returns the bytes that are read from HBM and written to it."""
     return self.read + self.written
 
 
@@ -56,7 +56,7 @@ class Worker:
     self._read = functools.cache(self._read_uncached)
 
   def of(self, op: Op, computation: Computation) -> Work:
-    """Returns the work of an operation of the schedule."""
+    """Returns the work of one execution of an operation of `computation`."""
     if op.opcode in FREE:
       return Work()
     flops, low, vector = self._compute(op, computation)
@@ -201,7 +201,12 @@ def matmul_flops(op: Op, computation: Computation) -> float:
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-  """Returns stride, low padding, and both dilations of each spatial dimension."""
+  """Returns how a convolution's window moves: one number for each spatial dimension.
+
+  The keys are stride, low (padding before the input), left (dilation of the input) and right
+  (dilation of the kernel), with HLO's defaults for what is not given. Returns {} if `attributes`
+  has no window.
+  """
   text = re.search(r"window=\{([^}]*)\}", attributes)
   if text is None:
     return {}

@@ -16,7 +16,7 @@ SAME = ("task", "data_hash")  # settings that must be equal for a comparison
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
-  """Holds the answers of two runs to one question, which differ."""
+  """Holds the answers of two runs to one question, which differ in text or score."""
 
   here: Record  # of this run
   there: Record  # of the other run
@@ -24,7 +24,7 @@ class Flip:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """Counts the differences between the answers of this run and another one."""
+  """Counts the differences between the answers of this run and those of another one."""
 
   folder: str  # of the other run
   both: int  # questions that both runs answered
@@ -60,7 +60,7 @@ class Flips:
     return result
 
   def counts(self) -> Compared:
-    """Returns the counts and the p-value."""
+    """Returns how many answers were fixed, broken and changed, and the p-value."""
     return Compared(
       folder=self.folder,
       both=self.both,
@@ -72,7 +72,7 @@ class Flips:
 
 
 def check(settings: Mapping[str, Any], there: Path) -> None:
-  """Checks that another run can be compared with a run of `settings`.
+  """Checks that another run, in the result folder `there`, can be compared with one of `settings`.
 
   Raises: EvalError when `there` is not a result folder, or holds answers to other questions.
   """
@@ -86,7 +86,10 @@ def check(settings: Mapping[str, Any], there: Path) -> None:
 
 
 def compare(here: Path, there: Path) -> Flips:
-  """Compares the answers in two result folders. Raises: EvalError like `check`."""
+  """Compares the answers in two result folders, of this run and of another one.
+
+  Raises: EvalError when `there` is not a result folder, or holds answers to other questions.
+  """
   settings, other = (predictions.read_settings(folder)["settings"] for folder in (here, there))
   check(settings, there)
   notes = tuple(predictions.differences(settings, other))

@@ -25,7 +25,7 @@ def is_right(record: Record) -> bool | None:
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:
-  """Returns up to `count` records, evenly spaced over all of them, each with another image."""
+  """Returns up to `count` records, evenly spaced over all of them, each about a different image."""
   by_image: dict[str, list[Record]] = {}
   for record in records:
     by_image.setdefault(" ".join(record["images"]) or record["id"], []).append(record)
@@ -45,7 +45,7 @@ def mixed(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def thumbnail(picture: Path | bytes | str) -> str | None:
-  """Returns a thumbnail of an image as a `data:` URI; None if the image cannot be read."""
+  """Returns a JPEG thumbnail of an image as a `data:` URI; None if the image cannot be read."""
   try:
     file = io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)
     small: Any = decode.read(file, "")

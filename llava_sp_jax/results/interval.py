@@ -23,7 +23,7 @@ class Interval:
 
 
 def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> Interval | None:
-  """Returns the mean of `scores` with its percentile-bootstrap interval; None for < 2 groups.
+  """Returns the mean of `scores` with its 95% percentile-bootstrap interval; None for < 2 groups.
 
   Resamples `groups` (one for each score, e.g. its image) in place of scores, since answers about
   one image are not independent (cluster bootstrap: Davison and Hinkley 1997, section 3.8).
@@ -51,7 +51,10 @@ def bootstrap(scores: Sequence[float], groups: Sequence[str]) -> Interval | None
 
 
 def of_mean(values: Sequence[float]) -> dict[str, float | None]:
-  """Returns the mean of independent values with Student's interval (None, None for one value)."""
+  """Returns {mean, low, high} of independent values with Student's 95% interval.
+
+  `low` and `high` are None for a single value.
+  """
   mean = float(np.mean(values))
   if len(values) < 2:
     return {"mean": mean, "low": None, "high": None}

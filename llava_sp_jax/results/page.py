@@ -69,7 +69,15 @@ def write(
   pictures: Pictures,
   flips: Flips | None = None,
 ) -> Path:
-  """Writes `index.html` to `folder` and returns its path; `records` are in the order of items."""
+  """Writes `index.html` to `folder` and returns its path.
+
+  Args:
+    folder: the result folder.
+    scores: those of the result.
+    records: the answers, in the order of the items.
+    pictures: the images of each item by its id.
+    flips: differences from another run; None without one.
+  """
   title = f"{scores.task}: {tables.headline(scores)}"
   body = tag(
     "body",
@@ -242,5 +250,5 @@ def _text(value: object) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-  """Truncates a text to `longest` characters, and adds its length if it is longer."""
+  """Returns a text as it is, or its first `longest` characters and its length if it is longer."""
   return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"

@@ -1,8 +1,9 @@
 """Reads and writes predictions, which survive a kill and may come from several hosts.
 
 A result folder has `settings.json` (the settings of every answer in it), `predictions*.jsonl` with
-the answers of each part, and `sessions*.jsonl` with statistics. A question with an answer in any of
-these files is not asked again, so another number of hosts may complete a folder.
+the answers of each part, and `sessions*.jsonl` with statistics. A part is the share of the
+questions that one process asks. A question with an answer in any of these files is not asked again,
+so a different number of hosts may complete a folder.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Part:
 
 
 def parse_part(text: str) -> Part:
-  """Parses a part such as `0/2`. Raises: EvalError for anything else."""
+  """Parses a part such as `0/2`, the first of two. Raises: EvalError for anything else."""
   found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
   if not found:
     raise EvalError(f"--part: expected I/N such as 0/2, found {text!r}")
@@ -83,7 +84,7 @@ def parse_part(text: str) -> Part:
 
 
 def image_names(item: Item) -> tuple[str, ...]:
-  """Returns the paths of an item's images, or `sha256:...` for one that is given as bytes."""
+  """Returns the path of each image of an item, or `sha256:...` for one that is given as bytes."""
   return tuple(
     f"sha256:{hashlib.sha256(image).hexdigest()[:16]}" if isinstance(image, bytes) else str(image)
     for image in item.images
@@ -91,7 +92,10 @@ def image_names(item: Item) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path) -> None:
-  """Checks that results can be written to a folder. Raises: EvalError if they cannot."""
+  """Checks that results can be written to `folder`, which need not exist.
+
+  Raises: EvalError if they cannot.
+  """
   place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not place.is_dir():
     raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
@@ -181,7 +185,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
-  """Reads the statistics of a folder's sessions, and counts lines that cannot be read."""
+  """Reads the statistics of a folder's sessions: seconds, and counters of the engine.
+
+  Returns also how many lines cannot be read; those are left out and reported.
+  """
   found, torn = [], 0
   for path in sorted(folder.glob("sessions*.jsonl")):
     for _, value in jsonl.values(path.read_bytes().split(b"\n")):
@@ -209,7 +216,10 @@ def append(path: Path, record: Record) -> None:
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
-  """Returns a line for each value in which two settings differ."""
+  """Returns a line for each value in which two settings differ; [] if none does.
+
+  `at` is the prefix of the keys in the lines.
+  """
   lines = []
   for key in dict.fromkeys([*here, *there]):
     a, b = here.get(key), there.get(key)
@@ -221,7 +231,7 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "")
 
 
 def read(folder: Path) -> dict[str, Record]:
-  """Reads the answers of all parts in a folder, by id.
+  """Reads the answers of all parts in a folder, as {id: record}.
 
   Prefers an answer without an error, and then one of the merged file, whose verdicts are the
   latest. Skips a last line that a kill left incomplete.
@@ -237,7 +247,10 @@ def read(folder: Path) -> dict[str, Record]:
 
 
 def read_file(path: Path) -> list[Record]:
-  """Reads the complete lines of one file. Raises: EvalError for a line that is not a record."""
+  """Reads the complete lines of one file of predictions.
+
+  Raises: EvalError for a line that is not a record.
+  """
   records = []
   for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
     if not fits(record, FIELDS) or not fits(record["verdict"].get("score", 0), NUMBER):
@@ -250,7 +263,7 @@ def read_file(path: Path) -> list[Record]:
 
 
 def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
-  """Converts records to Predictions, by id."""
+  """Converts records, lines of predictions.jsonl, to {id: Prediction}, which tasks score."""
   return {r["id"]: Prediction(r["id"], r["text"], r["error"]) for r in records}
 
 
@@ -280,7 +293,7 @@ class PredictionWriter(contextlib.AbstractContextManager["PredictionWriter"]):
     os.truncate(path, text.rfind(b"\n") + 1)
 
   def write(self, record: Record) -> None:
-    """Appends a record."""
+    """Appends a record as one line."""
     self._file.write(json.dumps(record).encode() + b"\n")
 
   def __exit__(self, *_: object) -> None:
@@ -288,7 +301,10 @@ class PredictionWriter(contextlib.AbstractContextManager["PredictionWriter"]):
 
 
 def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Record]) -> None:
-  """Writes all answers to `predictions.jsonl`, in the order of the items; others come last."""
+  """Writes all answers to `predictions.jsonl`, in the order of the items; others come last.
+
+  `records` are the answers by id.
+  """
   known = [item.id for item in items if item.id in records]
   ids = dict.fromkeys([*known, *records])
   replace(folder / FILE, "".join(json.dumps(records[i]) + "\n" for i in ids))
@@ -307,7 +323,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def replace(path: Path, text: str) -> None:
-  """Writes a file atomically, so that no reader sees a part of it."""
+  """Writes `text` to a file atomically, so that no reader sees a part of it."""
   # Hosts that share a folder may share process ids (containers count from 1).
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

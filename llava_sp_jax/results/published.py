@@ -27,7 +27,7 @@ FIGURES: dict[tuple[str, ...], tuple[float, float]] = {  # (task, protocol, spli
 
 
 def beside(scores: BenchmarkScores) -> list[tuple[str, float]]:
-  """Returns pairs (model, figure) to compare scores with: of the same task, protocol and split.
+  """Returns (model, published figure) pairs of the same task, protocol and split as the scores.
 
   Returns [] if there are none, or the scores are not over all questions.
   """

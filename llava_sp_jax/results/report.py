@@ -24,7 +24,7 @@ SHEET = (4, 6)  # rows, columns of the sheet of answers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-  """Reads the records of a run's metrics; skips damaged lines.
+  """Reads the records of a run's metrics.jsonl; skips damaged lines.
 
   Raises: EvalError when there is no record.
   """
@@ -124,7 +124,7 @@ def _save(figure: Any, path: Path) -> bool:
 
 
 def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
-  """Draws the loss over steps, one panel a run; returns True."""
+  """Draws the loss over steps to `path`, one panel a run of {name: records}; returns True."""
   figure, axes = _figure(4.5 * len(curves), 3.2, 1, len(curves))
   for axis, (name, lines) in zip(axes if len(curves) > 1 else [axes], curves.items(), strict=True):
     axis.plot([r["step"] for r in lines], [r["loss"] for r in lines], color=RIGHT)
@@ -134,7 +134,7 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> bool:
 
 
 def score_bars(scores: scores_lib.BenchmarkScores, path: Path) -> bool:
-  """Draws the headline's figure by kind of question; returns False if there is none."""
+  """Draws the headline's figure by kind of question to `path`; returns False if there is none."""
   rows = tables.bars(scores)
   if not rows:
     return False
@@ -148,9 +148,10 @@ def score_bars(scores: scores_lib.BenchmarkScores, path: Path) -> bool:
 
 
 def answer_sheet(records: Sequence[predictions.Record], path: Path) -> bool:
-  """Draws test images with question, answer and truth, chosen by `gallery.mixed`.
+  """Draws test images with question, answer and ground truth to the file `path`.
 
-  Answers without a score are gray. Returns False if no image is a file of its own.
+  The answers are chosen by `gallery.mixed`; those without a score are gray. Returns False if no
+  image is a file of its own.
   """
   on_disk = [r for r in records if r["images"] and Path(r["images"][0]).is_file()]
   rows = gallery.mixed(on_disk, SHEET[0] * SHEET[1])

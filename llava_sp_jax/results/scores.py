@@ -90,7 +90,7 @@ def write(path: Path, scores: BenchmarkScores) -> None:
 def read(path: Path) -> BenchmarkScores:
   """Reads scores.json, also of an older version, which has fewer keys.
 
-  Raises: EvalError when the file is damaged or has no scores.
+  Raises: EvalError when the file is damaged or lacks keys that all versions have.
   """
   found = predictions.read_json(path)
   if found is None or not _is_valid(found):

@@ -16,14 +16,14 @@ SHARES = frozenset({"accuracy", "accuracy_plus", "precision", "recall", "f1", "y
 
 
 def number(value: float, name: str) -> str:
-  """Formats a figure: a share in percent, a count as it is, points with one decimal."""
+  """Formats a figure by its name: a share in percent, a count as it is, points with one decimal."""
   if name in SHARES:
     return f"{100 * value:.2f}%"
   return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 
 def headline(scores: BenchmarkScores) -> str:
-  """Returns the headline with its metric, or why there is none."""
+  """Returns the headline and its metric as text, or why there is none."""
   if scores.headline is None:
     files = ", ".join(scores.submission)
     return f"{scores.metric} ({files})" if files else scores.metric
@@ -31,7 +31,7 @@ def headline(scores: BenchmarkScores) -> str:
 
 
 def interval(scores: BenchmarkScores) -> str:
-  """Returns the confidence interval with its quantity and method, or "" if there is none."""
+  """Returns the confidence interval with its quantity and method as text; "" if there is none."""
   found = scores.interval
   if not found:
     return ""
@@ -41,7 +41,7 @@ def interval(scores: BenchmarkScores) -> str:
 
 
 def coverage(scores: BenchmarkScores) -> str:
-  """Returns the number of questions that the headline is taken over, and why others are missing."""
+  """Returns a sentence on how many questions the headline covers, and why others are missing."""
   total, failed = scores.by_kind["all"], len(scores.failures)
   unjudged, bad, whole = scores.figures.get("unjudged"), scores.left_out, scores.questions
   limited = f", the first of {whole}: not the benchmark's result" if scores.asked < whole else ""
@@ -69,20 +69,23 @@ def _shown(rows: Sequence[Unscored]) -> str:
 
 
 def figures(scores: BenchmarkScores) -> list[str]:
-  """Returns the names of the figures in the rows by kind."""
+  """Returns the names of the figures by kind, such as accuracy, without the counts."""
   rows = scores.by_kind.values()
   return list(dict.fromkeys(name for row in rows for name in row if name not in COUNTS))
 
 
 def figure(scores: BenchmarkScores) -> str:
-  """Returns the name of the figure that the headline's metric mentions, of the first one, or ""."""
+  """Returns the name of the figure that is the headline; "" if there are no figures.
+
+  It is the one that the metric mentions, or else the first.
+  """
   names = figures(scores)
   words = scores.metric.lower().split()
   return next((name for name in names if name.lower() in words), next(iter(names), ""))
 
 
 def bars(scores: BenchmarkScores) -> list[tuple[str, float, str, int]]:
-  """Returns (kind, value, value as text, answers) of `figure` for each kind that has it."""
+  """Returns (kind, value, value as text, number of answers) of the headline's figure, by kind."""
   name = figure(scores)
   return [
     (kind, row[name], number(row[name], name), int(row["items"]))
@@ -99,7 +102,7 @@ def full(scores: BenchmarkScores) -> float:
 
 
 def cells(scores: BenchmarkScores) -> tuple[list[str], list[list[str]]]:
-  """Returns head and rows of the table by kind."""
+  """Returns (head, rows) of the table of figures by kind, as texts."""
   names = figures(scores)
   rows = [
     [
@@ -114,7 +117,7 @@ def cells(scores: BenchmarkScores) -> tuple[list[str], list[list[str]]]:
 
 
 def together(several: Sequence[BenchmarkScores]) -> tuple[list[str], list[list[str]]]:
-  """Returns head and rows of a table of the scores of several tasks."""
+  """Returns (head, rows) of a table of the scores of several tasks, one a row, as texts."""
   rows = []
   for scores in several:
     total, found = scores.by_kind["all"], scores.interval
@@ -132,7 +135,7 @@ def together(several: Sequence[BenchmarkScores]) -> tuple[list[str], list[list[s
 
 
 def listed() -> tuple[list[str], list[list[str]]]:
-  """Returns head and rows of the table of all benchmarks, with a row for each protocol."""
+  """Returns (head, rows) of the table of all benchmarks, with a row for each protocol, as texts."""
   from llava_sp_jax.tasks.catalog import TASKS
 
   rows = []

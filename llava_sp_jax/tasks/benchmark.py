@@ -71,45 +71,55 @@ class Benchmark:
     """
 
   def items(self) -> list[Item]:
-    """Returns the questions. Raises: BenchmarkError for files that are not what is expected."""
+    """Returns the questions.
+
+    Raises: BenchmarkError for files that are not what is expected.
+    """
     raise NotImplementedError
 
   def hashed(self) -> list[Path]:
     """Returns the files that determine the questions.
 
-    Files of truths that may be added later are not among them, so that answers stay valid then.
+    Files of ground truths that may be added later are not among them, so that answers stay valid
+    then.
     """
     return [self.folder / name for name in self.needed]
 
   def data_hash(self) -> str:
-    """Returns a hash of the files of `hashed`."""
+    """Returns a hash, 16 hexadecimal digits, of the files that determine the questions."""
     hashes = "".join(file_hash(path) for path in self.hashed())
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Returns what can be said of one answer, as `Task.verdict` describes; here nothing."""
+    """Returns what can be said of one answer, with `score` from 0 to 1; here nothing, {}."""
     return {}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the mean score of the answered items, overall and by kind."""
+    """Returns the mean score of the answered items, as accuracy, overall and by kind."""
     by_kind = mean_by_kind(items, predictions, self.verdict)
     return Scores(by_kind["all"]["accuracy"], "accuracy", by_kind)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """Writes the files for an official server, and returns their paths; here none."""
+    """Writes the files for an official server to `folder` and returns their paths; here none."""
     return []
 
   def rows(self, name: str, keys: Sequence[str] = ("question_id", "image", "text")) -> list[Any]:
-    """Reads the questions of one of LLaVA's JSON-lines files. Raises: BenchmarkError."""
+    """Reads the questions of one of LLaVA's JSON-lines files, `name` in the benchmark's folder.
+
+    Raises: BenchmarkError for a row that lacks one of `keys`.
+    """
     return files.read_lines(self.folder / name, keys)
 
   def question(self, row: dict[str, Any]) -> str:
-    """Returns the question of a row, as the protocol asks it."""
+    """Returns the question of a row of the file, in the words of the protocol."""
     return self.rules.prompt(row) if self.rules.prompt else row["text"]
 
 
 def unique(items: list[Item], path: Path) -> list[Item]:
-  """Returns the items unchanged. Raises: BenchmarkError when two have the same id."""
+  """Checks that no two items have the same id, and returns them; `path` is for the message.
+
+  Raises: BenchmarkError for an id that appears more than once.
+  """
   seen: dict[str, int] = {}
   for item in items:
     seen[item.id] = seen.get(item.id, 0) + 1
@@ -122,7 +132,7 @@ def unique(items: list[Item], path: Path) -> list[Item]:
 
 
 def settled(items: list[Item], path: Path) -> list[Item]:
-  """Returns the items unchanged.
+  """Checks items and returns them unchanged; `path`, the file they come from, is for the message.
 
   Raises: BenchmarkError when there are none, none can be scored, or two have the same id.
   """
@@ -135,7 +145,10 @@ def settled(items: list[Item], path: Path) -> list[Item]:
 
 
 def numbered(rows: list[dict[str, Any]]) -> list[str]:
-  """Returns unique ids for rows whose `question_id` is an image's name: `im#1`, `im#2`, ..."""
+  """Returns a unique id for each row, whose `question_id` is the name of its image.
+
+  The id adds the number of the question about that image: `im#1`, `im#2`, ...
+  """
   counts: dict[str, int] = {}
   result = []
   for row in rows:
@@ -146,7 +159,10 @@ def numbered(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def served(items: list[Item], predictions: Predictions, where: str) -> Scores:
-  """Returns the Scores of a benchmark that a server scores: only the counts of answers."""
+  """Returns Scores without a headline, for a benchmark that a server scores.
+
+  They have the numbers of answered and of asked questions by kind. `where` names the server.
+  """
   by_kind = mean_by_kind(items, predictions, lambda item, text: {"score": 0.0}, "unknown")
   counts = {k: {"items": v["items"], "asked": v["asked"]} for k, v in by_kind.items()}
   return Scores(None, f"scored by {where}", counts)
@@ -159,7 +175,15 @@ def judged(
   figures: dict[str, Any],
   verdicts: dict[str, dict[str, Any]],
 ) -> Scores:
-  """Returns Scores over the answers that could be judged; without any, the headline is None."""
+  """Returns Scores over the answers that a judge could grade; without any, the headline is None.
+
+  Args:
+    headline: the benchmark's figure.
+    metric: what it measures.
+    by_kind: figures by kind, `items` counts the graded answers.
+    figures: other results; `unjudged` counts the answers that the judge failed to grade.
+    verdicts: the judge's results by item id.
+  """
   if by_kind["all"]["items"]:
     return Scores(headline, metric, by_kind, figures, verdicts)
   failed = f"the judge failed for all of {figures['unjudged']} answers"
@@ -168,7 +192,7 @@ def judged(
 
 
 def texts(items: list[Item], predictions: Predictions) -> list[tuple[Item, str]]:
-  """Returns every item with its answer, or "" if it has none.
+  """Returns every item with its answer, or with "" if it has none, in the order of the items.
 
   Needed by official scorers that match answers to questions by position, or refuse a file without
   an answer to each question.
@@ -183,5 +207,5 @@ def answered(items: list[Item], predictions: Predictions) -> list[tuple[Item, st
 
 
 def ratio(part: float, whole: float) -> float:
-  """Divides; returns 0.0 if `whole` is 0 (the originals raise ZeroDivisionError)."""
+  """Returns part / whole; 0.0 if `whole` is 0 (the originals raise ZeroDivisionError)."""
   return part / whole if whole else 0.0

@@ -34,12 +34,15 @@ EMPTY = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "
 
 
 def empty(text: str) -> bool:
-  """Returns whether the original takes a cell for an empty one."""
+  """Returns whether the original, which reads with pandas, takes a cell for an empty one."""
   return text in EMPTY or text.lower() in ("nan", "none")
 
 
 def of_llava(request: str) -> Callable[..., str]:
-  """Returns LLaVA's prompt: hint, question, lines `A. ...`, and the request for a letter."""
+  """Returns a function that writes LLaVA's prompt from a row and its options.
+
+  The prompt has hint, question, lines `A. ...`, and `request`, which asks for a letter.
+  """
 
   def prompt(row: dict[str, str], options: dict[str, str]) -> str:
     hint = [] if empty(row["hint"]) else [row["hint"]]
@@ -50,9 +53,10 @@ def of_llava(request: str) -> Callable[..., str]:
 
 
 def of_lmms(begin: str, request: str) -> Callable[..., str]:
-  """Returns lmms-eval's prompt.
+  """Returns a function that writes lmms-eval's prompt from a row and its options.
 
-  It has hint, question and `begin` in one line, lines `A. ...`, an empty line, and the request.
+  The prompt has hint, question and `begin` in one line, lines `A. ...`, an empty line, and
+  `request`.
   """
 
   def prompt(row: dict[str, str], options: dict[str, str]) -> str:
@@ -83,6 +87,8 @@ def circular_score(
   A group is one question with all orders of its options. A group with a wrong answer is wrong and
   needs no judge. A group is not counted if it has a missing answer, an answer that the judge failed
   to read (the original draws an option at random instead), or an item with a problem.
+
+  `verdict` scores an answer by rules alone, without `score` if a judge has to read it.
   """
   groups: dict[int | str, list[Item]] = {}
   for item in items:
@@ -125,7 +131,10 @@ def circular_score(
 
 
 def judged(item: Item, text: str, judge: Reviews) -> tuple[str, list[dict[str, str]]]:
-  """Returns the letter that the judge finds in an answer ("" if it failed), and all its reviews."""
+  """Asks a judge, up to three times, for the option that an answer names.
+
+  Returns: its letter ("" if the judge failed), and the judge's replies as {id, text, error}.
+  """
   options = "".join(f"{letter}. {option}\n" for letter, option in item.extra["options"].items())
   prompt = PROMPT.format(
     question=item.extra["asked"], options=f"There are several options: \n{options}", answer=text

@@ -15,7 +15,7 @@ KINDS = {"yes": "yes/no", "no": "yes/no", "circle": "shape", "rectangle": "shape
 
 
 class EasyVqa:
-  """Implements easy-VQA."""
+  """Implements easy-VQA: questions about generated pictures of one colored shape."""
 
   name = "easy_vqa"
   protocol = "generated text, exact match after stripping blanks"
@@ -23,7 +23,10 @@ class EasyVqa:
   options = ()
 
   def __init__(self, folder: str | Path):
-    """Reads a folder that `scripts/prepare_easy_vqa` wrote. Raises: FileNotFoundError."""
+    """Reads a folder that `scripts/prepare_easy_vqa` wrote.
+
+    Raises: FileNotFoundError for a folder without its test.json.
+    """
     self._folder = Path(folder)
     self._file = self._folder / "test.json"
     if not self._file.is_file():
@@ -54,7 +57,7 @@ class EasyVqa:
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 for an answer that equals the truth without leading and trailing whitespace."""
+    """Returns score 1 for an answer that equals the ground truth without outer blanks, else 0."""
     return {"score": float(text.strip() == item.truth)}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
@@ -67,5 +70,5 @@ class EasyVqa:
     return []
 
   def data_hash(self) -> str:
-    """Returns a hash of the file of questions."""
+    """Returns a hash, 16 hexadecimal digits, of the file of questions."""
     return file_hash(self._file)

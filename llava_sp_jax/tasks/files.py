@@ -33,23 +33,29 @@ class BenchmarkError(LlavaSPError, ValueError):
 
 
 def first_of(folder: Path, names: Sequence[str]) -> Path | None:
-  """Returns the first of several paths that exists, or None."""
+  """Returns the path of the first of `names` that exists in `folder`; None if none does."""
   return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def there(folder: Path, names: Iterable[str]) -> list[str]:
-  """Returns the names that exist in a folder."""
+  """Returns those of `names` that exist in `folder`."""
   return [name for name in names if (folder / name).exists()]
 
 
 def need(folder: Path, names: Iterable[str], source: str) -> None:
-  """Raises: FileNotFoundError that lists all missing files and where they come from (`source`)."""
+  """Checks that all of `names` exist in `folder`.
+
+  Raises: FileNotFoundError that lists all missing files and where they come from (`source`).
+  """
   if missing := [str(folder / name) for name in names if not (folder / name).exists()]:
     raise FileNotFoundError(f"no {', '.join(missing)}; {source}")
 
 
 def refuse(path: Path, problems: list[str], expected: str) -> None:
-  """Raises: BenchmarkError if there are problems; it lists the first ones and counts the others."""
+  """Raises BenchmarkError if there are problems; it lists the first five and counts the others.
+
+  `expected` says what the file should hold.
+  """
   if problems:
     more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise BenchmarkError(
@@ -63,7 +69,7 @@ def is_text(value: Any) -> TypeGuard[str]:
 
 
 def read_text(path: Path) -> str:
-  """Reads a UTF-8 file.
+  """Reads a UTF-8 file, with or without a byte order mark.
 
   Raises: BenchmarkError for another encoding; FormatError for what is not a regular file.
   """
@@ -76,7 +82,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, expected: type = dict) -> Any:
-  """Reads a JSON file. Raises: BenchmarkError when it is not JSON or its value has another type."""
+  """Reads a JSON file whose value has the type `expected`: dict or list.
+
+  Raises: BenchmarkError when it is not JSON or its value has another type.
+  """
   value = jsonl.value_of(read_text(path))
   if isinstance(value, jsonl.LineError):
     raise BenchmarkError(f"{path}: {value}; fetch the file again")
@@ -98,9 +107,9 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[Row]:
 
 
 def read_truths(path: Path) -> list[Row]:
-  """Reads the objects of a JSON-lines file of truths, with {} in place of a line that is not one.
+  """Reads the objects of a JSON-lines file of ground truths; a line that is none becomes {}.
 
-  A question whose truth is missing becomes an item with a problem, so a bad line costs no other.
+  A question without its ground truth becomes an item with a problem, so a bad line costs no other.
   """
   rows = [row for _, row in jsonl.values(read_text(path).split("\n"))]
   return [row if isinstance(row, dict) else {} for row in rows]
@@ -127,6 +136,8 @@ def check_rows(
   path: Path, rows: Sequence[tuple[str, Any]], keys: Sequence[str], expected: str = ""
 ) -> None:
   """Checks that the rows of (name, row) pairs are objects with `keys`, of the types of TYPES.
+
+  `expected` says in messages what the file should hold ("": entries with these keys).
 
   Raises: BenchmarkError when some are not, or there are no rows.
   """
@@ -195,7 +206,10 @@ def read_tsv(path: Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> Path:
-  """Writes a JSON file, creates its folder if needed, and returns its path."""
+  """Writes `value` to a JSON file, creates its folder if needed, and returns the path.
+
+  `indent` is that of `json.dumps`; None writes one line.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(value, indent=indent))
   return path

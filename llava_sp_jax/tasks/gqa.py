@@ -40,9 +40,9 @@ def gqa_text(text: str) -> str:
 class Gqa(Benchmark):
   """Implements GQA.
 
-  Scores answers if GQA's `testdev_balanced_questions.json` exists (in data/, data/questions1.2/ or
-  data/questions/). Otherwise there is no score, and only the predictions for its eval.py are
-  written.
+  Scores answers if the file of ground truths, `testdev_balanced_questions.json`, exists (in data/,
+  data/questions1.2/ or data/questions/). Otherwise there is no score, and only the predictions for
+  GQA's eval.py are written.
   """
 
   name = "gqa"
@@ -57,7 +57,7 @@ class Gqa(Benchmark):
     return files.first_of(self.folder, PLACES)
 
   def items(self) -> list[Item]:
-    """Returns the questions, with their truths if the file of truths exists."""
+    """Returns the questions, with their ground truths if the file of those exists."""
     rows, path = self.rows(ASKED), self._truths()
     truths: dict[str, dict[str, Any]] = files.read_json(path) if path else {}
     items = []
@@ -81,7 +81,7 @@ class Gqa(Benchmark):
     return settled(items, path or self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores an answer by exact match; returns {} without a truth."""
+    """Returns score 1 for an exact match, else 0; {} without a ground truth."""
     if item.truth is None or item.problem:
       return {}
     if self.lmms:
@@ -90,10 +90,10 @@ class Gqa(Benchmark):
     return {"score": float(read == item.truth), "read": read}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the accuracy.
+    """Returns the accuracy, overall and by kind; no score without the file of ground truths.
 
     `figures` holds eval.py's `binary` and `open` (questions of structure `query`), the means by
-    semantic type, and the hash of the truths.
+    semantic type, and the hash of that file.
     """
     if all(item.truth is None for item in items):
       more = f"; with {TRUTHS} in {self.folder / 'data'}, --merge scores it here"

@@ -43,7 +43,7 @@ Judge = Callable[[Ask], str]  # returns the judge's answer; raises if there is n
 
 @dataclasses.dataclass(frozen=True)
 class Review:
-  """Holds a judge's raw answer, or in `error` why there is none."""
+  """Holds a judge's raw reply, or in `error` why there is none."""
 
   text: str
   error: str = ""
@@ -59,7 +59,7 @@ class Endpoint:
   Reads the API key from an environment variable at each call, sends it to that address alone (it
   follows no redirects), and never puts it into a message. Repeats a call that failed for a reason
   that may pass, after a pause that doubles each time or that the server asks for, of at most
-  LONGEST_WAIT seconds.
+  LONGEST_WAIT (120) seconds.
   """
 
   def __init__(
@@ -104,7 +104,10 @@ class Endpoint:
     return secret
 
   def __call__(self, ask: Ask) -> str:
-    """Returns the judge's answer. Raises: JudgeError when the call fails, after the last try."""
+    """Returns the judge's reply to a request.
+
+    Raises: JudgeError when the call fails, after the last try.
+    """
     messages = [{"role": "system", "content": ask.system}] if ask.system else []
     asked = {
       "model": self.name,
@@ -198,15 +201,15 @@ def _content(answer: Any) -> str:
 
 
 class Reviews:
-  """Caches the raw answers of a judge, in memory and optionally in a file.
+  """Caches the raw replies of a judge, in memory and optionally in a file.
 
-  Appends each answer to the file (JSON lines: key, name, text) at once, so that a run that was
-  killed pays for no answer twice. Does not write failures. The next run repeats the request of a
-  failure, and of an answer that holds no grade.
+  Appends each reply to the file (JSON lines: key, name, text) at once, so that a run that was
+  killed pays for no reply twice. Does not write failures. The next run repeats the request of a
+  failure, and of a reply that holds no grade.
   """
 
   def __init__(self, judge: Judge, file: str | Path | None = None):
-    """Reads the answers in `file`, if it exists."""
+    """Reads the replies in `file`, if it exists; None keeps replies in memory alone."""
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
     self._judge, self._file = judge, Path(file) if file else None
     self._kept: dict[str, Review] = {}
@@ -218,10 +221,10 @@ class Reviews:
           self._kept[row["key"]] = Review(row["text"])
 
   def __call__(self, ask: Ask, reads: Callable[[str], Any] = str) -> Review:
-    """Returns the cached or a new answer; returns a Review with an error if the judge raises.
+    """Returns the cached or a new reply; returns a Review with an error if the judge raises.
 
-    `reads` returns None for an answer that holds no grade. The request of such an answer in the
-    file is repeated once in each run.
+    `reads` returns None for a reply that holds no grade. The request of such a reply in the file is
+    repeated once in each run.
     """
     request = json.dumps([self.name, dataclasses.asdict(ask)], sort_keys=True)
     key = hashlib.sha256(request.encode()).hexdigest()

@@ -71,20 +71,20 @@ class LlavaBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the files of the benchmark.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
       protocol: a name of `protocols`.
-      judge: grades the answers; LLaVA uses gpt-4-0314 or later.
-      reviews: a file that caches the judge's answers.
+      judge: grades the answers; LLaVA uses gpt-4-0314 or later. None: there is no score.
+      reviews: a file that caches the judge's replies (None: none).
     """
     super().__init__(folder, protocol)
     self._judge = Reviews(judge, reviews) if judge else None
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    """Returns the questions, with GPT-4's answers as truths and captions for the judge."""
+    """Returns the questions, with GPT-4's answers as ground truths and captions for the judge."""
     captions = {str(r.get("image")): r.get("caption") for r in self._truths(CONTEXT)}
     reference = {str(r.get("question_id")): r.get("text") for r in self._truths(REFERENCE)}
     rows = self.rows(ASKED, ("question_id", "image", "text", "category"))
@@ -122,7 +122,7 @@ class LlavaBench(Benchmark):
     return files.read_truths(self.folder / name)
 
   def ask(self, item: Item, text: str) -> Ask:
-    """Returns the request that LLaVA's eval_gpt_review_bench.py sends for an answer."""
+    """Returns the request of LLaVA's eval_gpt_review_bench.py to grade the answer `text`."""
     prompt = (
       f"[Context]\n{item.extra['caption']}\n\n[Question]\n{item.question}\n\n"
       f"[Assistant 1]\n{item.truth}\n\n[End of Assistant 1]\n\n"
@@ -133,7 +133,7 @@ class LlavaBench(Benchmark):
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Returns the ratio of the mean scores of the model and of GPT-4, in percent.
 
-    Rounds like summarize_gpt_review.py: the means to three decimals, then the ratio to one. A
+    Rounds as summarize_gpt_review.py does: the means to three decimals, then the ratio to one. A
     review that failed or does not hold two scores counts as `unjudged` (in the original as -1 for
     both). The verdict on a single answer is its score divided by that of GPT-4's answer, at most 1.
     """

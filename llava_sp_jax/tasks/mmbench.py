@@ -58,7 +58,7 @@ class MmBench(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the TSV file of the split.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
@@ -66,7 +66,7 @@ class MmBench(Benchmark):
       split: the name of the TSV file without its ending ("": that of the class).
       circular: asks each question in all orders of its options.
       judge: reads answers that the rules cannot read; protocol `lmms` only.
-      reviews: a file that caches the judge's answers.
+      reviews: a file that caches the judge's replies (None: none).
     """
     self.split = split or self.split
     self.needed = (f"{self.split}.tsv",)
@@ -78,7 +78,7 @@ class MmBench(Benchmark):
     self._circular, self._answers = circular, False
 
   def items(self) -> list[Item]:
-    """Returns the questions, in one or all orders of their options."""
+    """Returns the questions, each in one order of its options or (`circular`) in all of them."""
     path = self.folder / self.needed[0]
     rows = files.read_tsv(path, COLUMNS)
     images = {row["index"]: row["image"] for row in rows}
@@ -142,9 +142,9 @@ class MmBench(Benchmark):
     return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Returns in `read` the option that MMBench's rules find in an answer, or "".
+    """Returns in `read` the letter of the option that MMBench's rules find in an answer, or "".
 
-    Adds a score unless the truth is unknown or the judge has to read the answer.
+    Adds a `score`, 1 or 0, unless the ground truth is unknown or the judge has to read the answer.
     """
     read = choice(text, item.extra["options"])
     if item.truth is None or item.problem or (self._judge and not read):
@@ -167,7 +167,7 @@ class MmBench(Benchmark):
     return Scores(None, counts.metric, counts.by_kind, {"local": local.by_kind, **local.figures})
 
   def check_submission(self) -> None:
-    """Checks that Excel files can be written. Raises: ModuleNotFoundError."""
+    """Checks that Excel files can be written. Raises: ModuleNotFoundError without openpyxl."""
     sheet.need(f"{self.split}.xlsx")
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:

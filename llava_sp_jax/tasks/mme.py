@@ -53,8 +53,8 @@ PARTS = {
 class Mme(Benchmark):
   """Implements MME.
 
-  Reads the truths from the text files of the release, and finds them by image and question like
-  LLaVA's convert_answer_to_mme.py.
+  Reads the ground truths from the text files of the release, and finds them by image and question
+  like LLaVA's convert_answer_to_mme.py.
   """
 
   name = "mme"
@@ -81,7 +81,7 @@ class Mme(Benchmark):
     return sorted([*root.glob("*/questions_answers_YN/*.txt"), *root.glob("*/*.txt")])
 
   def hashed(self) -> list[Path]:
-    """Returns the files that determine the questions."""
+    """Returns the files that determine the questions: LLaVA's list and the release's texts."""
     return [self.folder / ASKED, *self._answers()]
 
   def _truths(self) -> tuple[dict[Line, str], dict[tuple[str, str], str]]:
@@ -106,7 +106,7 @@ class Mme(Benchmark):
     return truths, invalid
 
   def items(self) -> list[Item]:
-    """Returns the questions, with the truths of the release."""
+    """Returns the questions, with the ground truths of the release."""
     truths, invalid = self._truths()
     rows = self.rows(ASKED)
     odd = [
@@ -143,7 +143,7 @@ class Mme(Benchmark):
     return settled(_whole_pairs(items), self.folder / RELEASE)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 if the answer reads as the truth, yes or no."""
+    """Returns score 1 if the answer reads as the ground truth, else 0; `read` is what was read."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth.lower()), "read": read}
 
@@ -180,9 +180,9 @@ class Mme(Benchmark):
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
     """Writes `mme/<subtask>.txt` for the official calculation.py.
 
-    A line has file, question, truth and answer, separated by tabs. Whitespace within an answer
-    becomes single spaces, since tabs and line breaks would break the file. A missing answer is "",
-    since the reader takes lines in pairs.
+    A line has file, question, ground truth and answer, separated by tabs. Whitespace within an
+    answer becomes single spaces, since tabs and line breaks would break the file. A missing answer
+    is "", since the reader takes lines in pairs.
     """
     lines: dict[str, list[str]] = {}
     for item, text in texts(items, predictions):

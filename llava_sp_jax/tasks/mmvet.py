@@ -107,7 +107,7 @@ def _understood(truth: Any) -> TypeGuard[dict[str, Any]]:
 
 
 class MmVet(Benchmark):
-  """Implements MM-Vet; the truths (`mm-vet.json` of the release) are needed by a judge only."""
+  """Implements MM-Vet; only a judge needs the ground truths (`mm-vet.json` of the release)."""
 
   name = "mmvet"
   homes = ("mm-vet", "mmvet")
@@ -129,15 +129,15 @@ class MmVet(Benchmark):
     judge: Judge | None = None,
     reviews: str | Path | None = None,
   ):
-    """Finds the files, as `Benchmark` does.
+    """Finds the files of the benchmark.
 
     Args:
       folder: the folder of the benchmark, or a root above it.
       protocol: a name of `protocols`.
-      judge: grades the answers; MM-Vet uses gpt-4-0613.
-      reviews: a file that caches the judge's answers.
+      judge: grades the answers; MM-Vet uses gpt-4-0613. None: there is no score.
+      reviews: a file that caches the judge's replies (None: none).
 
-    Raises: FileNotFoundError for a judge without truths, too.
+    Raises: FileNotFoundError when files are missing; with a judge, also the ground truths.
     """
     super().__init__(folder, protocol)
     self._grader = GRADERS[protocol]
@@ -148,7 +148,7 @@ class MmVet(Benchmark):
     self.protocol += f"; judge {self._judge.name}" if self._judge else "; no judge"
 
   def items(self) -> list[Item]:
-    """Returns the questions, with their truths if the file of truths exists."""
+    """Returns the questions, with their ground truths if the file of those exists."""
     rows = self.rows(ASKED)
     truths = files.read_json(self._truths) if self._truths else {}
     images = files.first_of(self.folder, IMAGES) or self.folder / IMAGES[0]
@@ -172,7 +172,7 @@ class MmVet(Benchmark):
     return settled(items, self._truths or self.folder / ASKED)
 
   def ask(self, item: Item, text: str, turn: int = 0) -> Ask:
-    """Returns the request to grade an answer; `turn` counts the attempts from 0."""
+    """Returns the request to grade the answer `text`; `turn` counts the attempts from 0."""
     how = self._grader
     truth = item.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{PROMPT.format(head=how.head)}\n{item.extra['asked']} | {truth} | {text}{how.end}"
@@ -189,8 +189,8 @@ class MmVet(Benchmark):
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
     """Returns the mean of the grades in percent, overall and by kind.
 
-    `figures` has the means by capability, all reviews, and the hash of the truths. An answer
-    without a grade after all attempts counts as `unjudged` (in the original as 0.0).
+    `figures` has the means by capability, all reviews, and the hash of the file of ground truths.
+    An answer without a grade after all attempts counts as `unjudged` (in the original as 0.0).
     """
     if not self._judge:
       return served(items, predictions, SERVER)

@@ -21,10 +21,10 @@ ITEM = {"id": str, "question": str, "kind": str, "extra": dict, "problem": str}
 
 
 def guarded(found: type, file: str) -> type:
-  """Returns a subclass of a task's class that checks what each method returns.
+  """Returns a subclass of a user's task class that checks what each method returns.
 
   Its methods raise an EvalError that names the file and line if they return a wrong value or raise
-  an error that is not meant for users.
+  an error that is not meant for users. `file` is the user's file, for messages.
 
   Raises: EvalError for a class whose members are not those of a task.
   """

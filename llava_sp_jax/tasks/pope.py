@@ -16,9 +16,10 @@ SPLITS = ("adversarial", "popular", "random")
 
 
 def measures(pairs: list[tuple[str, str]]) -> dict[str, float]:
-  """Returns counts and ratios over pairs (answer, truth).
+  """Returns counts and ratios over pairs (answer, ground truth).
 
-  A ratio with denominator 0 is 0.0 (the original raises ZeroDivisionError).
+  These are TP, FP, TN, FN, accuracy, precision, recall, f1 and yes_ratio. A ratio with denominator
+  0 is 0.0 (the original raises ZeroDivisionError).
   """
   count = collections.Counter((a if a == "yes" else "no", t) for a, t in pairs)
   tp, fp = count["yes", "yes"], count["yes", "no"]
@@ -38,10 +39,10 @@ def measures(pairs: list[tuple[str, str]]) -> dict[str, float]:
 
 
 def measures_lmms(pairs: list[tuple[str, str]]) -> dict[str, float]:
-  """Returns the ratios of lmms-eval over pairs (answer, truth).
+  """Returns the ratios of lmms-eval over pairs (answer, ground truth).
 
   An answer other than exactly "yes" or "no" is wrong in the accuracy, and ignored in precision and
-  recall. The yes ratio is that of the truths, not of the answers.
+  recall. The yes ratio is that of the ground truths, not of the answers.
   """
   count = collections.Counter(pairs)
   tp, fp, fn = count["yes", "yes"], count["yes", "no"], count["no", "yes"]
@@ -116,7 +117,7 @@ class Pope(Benchmark):
     return settled(items, self.folder / ASKED)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 if the answer reads as the truth, yes or no."""
+    """Returns score 1 if the answer reads as the ground truth, else 0; `read` is what was read."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth), "read": read}
 

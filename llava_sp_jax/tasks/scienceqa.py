@@ -119,7 +119,7 @@ class ScienceQa(Benchmark):
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Returns the score, the letter that was read, and in `index` its choice (-1: none of them)."""
+    """Returns the score, 0 or 1, the letter that was read, and in `index` its choice (-1: none)."""
     read = self.rules.read(text)
     letters = list(LETTERS[: item.extra["choices"]])
     index = letters.index(read) if read in letters else -1
@@ -127,7 +127,7 @@ class ScienceQa(Benchmark):
     return {"score": float(right), "read": read, "index": index}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the accuracy on questions with an image.
+    """Returns the accuracy on questions with an image; `figures` has it by subject.
 
     As in the original, an unanswered question is wrong in the accuracy over all questions (protocol
     `llava`), and is not counted in the accuracy on questions with an image (the original detects an

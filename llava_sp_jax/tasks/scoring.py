@@ -55,7 +55,7 @@ def vqa_normal(text: str) -> str:
 
 
 def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
-  """Returns VQA's soft accuracy.
+  """Returns VQA's soft accuracy of the answer `text`, from 0 to 1.
 
   For each human answer, counts the equal ones among the other human answers; the accuracy is the
   mean of min(1, count / 3). `answers` are the human answers (ten in VQAv2, TextVQA and VizWiz;
@@ -126,15 +126,18 @@ def plain(text: str) -> str:
 
 
 def plain_match(text: str, answer: str) -> bool:
-  """Compares without case and ASCII punctuation, but with spaces (lmms-eval's exact_match)."""
+  """Returns whether two texts are equal without case and ASCII punctuation, but with spaces.
+
+  This is the rule exact_match of lmms-eval.
+  """
   return plain(text) == plain(answer)
 
 
 def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> bool:
-  """Compares by ChartQA's relaxed correctness (arXiv 2203.10244).
+  """Returns whether an answer is right by ChartQA's relaxed correctness (arXiv 2203.10244).
 
-  Two numbers may differ by `tolerance` times the answer; a percent sign divides by 100. Other texts
-  must be equal without case.
+  Two numbers may differ by `tolerance` times the ground truth `answer`; a percent sign divides by
+  100. Other texts must be equal without case.
   """
   given, right = _figure(text), _figure(answer)
   if given is not None and right:  # an answer of 0 is compared as text, as in the original
@@ -155,9 +158,10 @@ def _figure(text: str) -> float | None:
 
 
 def plain_number(text: str) -> float | None:
-  """Returns a decimal number in ASCII with optional whitespace around it, or None.
+  """Returns the value of a decimal number in ASCII with optional whitespace around it, or None.
 
-  Is None for other texts that `float` accepts: `nan`, `1_0`, exponents, digits of other scripts.
+  Returns None for other texts that `float` accepts: `nan`, `1_0`, exponents, digits of other
+  scripts.
   """
   found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", text, re.ASCII)
   return float(found[1]) if found else None

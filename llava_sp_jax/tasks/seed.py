@@ -29,7 +29,10 @@ SPLITS = {
 
 
 class Seed(Benchmark):
-  """Implements SEED-Bench."""
+  """Implements SEED-Bench.
+
+  `split` chooses the questions: about images, or also about the middle frames of videos.
+  """
 
   name = "seed"
   homes = ("seed_bench",)
@@ -43,7 +46,10 @@ class Seed(Benchmark):
   }
 
   def __init__(self, folder: str | Path, protocol: str = "llava", split: str = "image"):
-    """Finds the files, as `Benchmark` does; `split` is a name of SPLITS."""
+    """Finds the files of the benchmark.
+
+    `folder` is its own or a root above it; `split`, "image" or "all", chooses the questions.
+    """
     super().__init__(folder, protocol)
     self._types = lookup("seed split", split, SPLITS).types
     self.protocol += f"; split {split}"
@@ -92,7 +98,7 @@ class Seed(Benchmark):
     return ""
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores 1 if the answer is the letter of the truth."""
+    """Returns score 1 if an answer is the ground truth's letter, else 0; `read` is its letter."""
     read = self.rules.read(text)
     return {"score": float(read == item.truth), "read": read}
 

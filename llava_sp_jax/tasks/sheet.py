@@ -8,7 +8,10 @@ from typing import Any
 
 
 def need(path: Path | str) -> None:
-  """Checks for openpyxl. Raises: ModuleNotFoundError that says what to install."""
+  """Checks for openpyxl; `path` is the file to be written, for the message.
+
+  Raises: ModuleNotFoundError that says what to install.
+  """
   try:
     import openpyxl  # noqa: F401
   except ModuleNotFoundError:
@@ -18,7 +21,7 @@ def need(path: Path | str) -> None:
 
 
 def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
-  """Writes a file of one sheet and returns its path.
+  """Writes an Excel file of one sheet and returns its path.
 
   Text stays text, even if it begins with `=`; control characters are left out.
 

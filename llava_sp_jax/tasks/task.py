@@ -1,4 +1,4 @@
-"""Defines a benchmark: items with question, images and truth, and rules from answers to scores."""
+"""Defines a benchmark: items with question, images and ground truth, and rules to score answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EvalError(LlavaSPError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """Holds one question."""
+  """Holds one question of a benchmark, with its images and its ground truth."""
 
   id: str  # unique within a task
   question: str
@@ -61,33 +61,33 @@ Predictions = Mapping[str, Prediction]  # by the item's id
 
 
 class Task(Protocol):
-  """Defines the members of a benchmark."""
+  """Defines the members of a benchmark. A user's own class needs no base class."""
 
   name: str
   protocol: str  # name and description of the exact rule
   generation: Generation  # settings of generation that the protocol demands
 
   def items(self) -> list[Item]:
-    """Returns the questions."""
+    """Returns the questions, always in the same order, since a limit takes the first ones."""
     ...
 
   def data_hash(self) -> str:
-    """Returns a hash of the files that determine the questions."""
+    """Returns a hash of the files that determine the questions; it tells other questions apart."""
     ...
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
     """Returns what can be said of one answer, with `score` in [0, 1] if it can be scored alone.
 
-    Returns {} if a server, a judge or the whole set decides.
+    `text` is the answer. Returns {} if a server, a judge or the whole set decides.
     """
     ...
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the scores over the predictions for `items`."""
+    """Returns the scores over the predictions for `items`, which may be only the first ones."""
     ...
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:
-    """Writes the files for an official server or scorer, and returns their paths ([]: none)."""
+    """Writes the files for an official server or scorer to `folder`; returns their paths."""
     ...
 
 
@@ -102,7 +102,7 @@ def file_hash(path: Path) -> str:
 
 
 def text_of(predictions: Predictions, item: Item) -> str | None:
-  """Returns the answer to an item, or None if it was not asked or failed."""
+  """Returns the text of the answer to an item; None if it was not asked or failed."""
   found = predictions.get(item.id)
   return None if found is None or found.error else found.text
 
@@ -116,8 +116,9 @@ def mean_by_kind(
 ) -> dict[str, dict[str, float]]:
   """Returns {kind: {metric, items, asked}} with the mean score of each kind, "all" first.
 
-  Items with a problem are never scored. Items without an answer are left out, or score `missing` if
-  it is given, as in some originals. A kind without any scored item has the metric 0.0 and 0 items.
+  `items` counts the scored answers, `asked` all items. Items with a problem are never scored. Items
+  without an answer are left out, or score `missing` if it is given, as in some originals. A kind
+  without any scored item has the metric 0.0 and 0 items. `metric` is the name of the mean.
   """
   groups: dict[str, list[float | None]] = {"all": []}
   for item in items:

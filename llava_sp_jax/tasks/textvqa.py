@@ -46,12 +46,12 @@ def asked(prompt: str) -> str:
 
 
 def without_ocr(row: dict[str, Any]) -> str:
-  """Returns the prompt without OCR tokens."""
+  """Returns the question of a row and a request for a short answer, without OCR tokens."""
   return f"{row['asked']}\n{SHORT}"
 
 
 def capitalized(row: dict[str, Any]) -> str:
-  """Returns lmms-eval's prompt without OCR tokens: a capital first, then lower case."""
+  """Returns lmms-eval's prompt without OCR tokens: the question with a capital, then lower case."""
   return f"{row['truth']['question'].capitalize()}\n{SHORT}"
 
 
@@ -74,7 +74,7 @@ def _key(image: Any, question: str) -> tuple[str, str]:
 
 
 class TextVqa(Benchmark):
-  """Implements TextVQA; finds truths by image and lower-cased question, like LLaVA."""
+  """Implements TextVQA; finds ground truths by image and lower-cased question, like LLaVA."""
 
   name = "textvqa"
   homes = ("textvqa",)
@@ -89,7 +89,7 @@ class TextVqa(Benchmark):
   }  # fmt: skip
 
   def items(self) -> list[Item]:
-    """Returns the questions, with the human answers as truths."""
+    """Returns the questions, with the human answers as ground truths."""
     path = self.folder / TRUTHS
     truths, rows = self._truths(path), self.rows(ASKED)
     items = [self._item(row, key, truths) for row, key in zip(rows, numbered(rows), strict=True)]
@@ -127,5 +127,5 @@ class TextVqa(Benchmark):
     )
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores an answer by VQA's soft accuracy."""
+    """Returns VQA's soft accuracy of an answer, from 0 to 1; `read` is the normalized answer."""
     return {"score": vqa_accuracy(text, item.truth), "read": vqa_normal(text)}

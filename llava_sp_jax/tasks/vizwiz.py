@@ -36,7 +36,7 @@ class VizWiz(Benchmark):
   }
 
   def items(self) -> list[Item]:
-    """Returns the questions, without truths."""
+    """Returns the questions, without ground truths, which only the server has."""
     items = [
       Item(
         id=str(row["question_id"]),
@@ -51,7 +51,7 @@ class VizWiz(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the counts of answers; the server scores them."""
+    """Returns how many questions were answered and asked, without a headline: the server scores."""
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ LETTERS = "ABCDE"  # the letters that MMBench's rule reads
 
 @dataclasses.dataclass(frozen=True)
 class MatchRule:
-  """Defines a rule that compares an answer with the truths of a row."""
+  """Defines a rule that compares an answer with the ground truths of a row."""
 
   says: str  # a description for users, part of the results
   score: Callable[[str, Sequence[str]], float]  # (answer, truths) -> [0, 1]
@@ -74,8 +74,8 @@ class VqaJson:
       images: the folder of the images ("": the folder of `file`).
       suffix: a text that follows each question ("rule": the text of the rule).
 
-    Raises: ConfigError for an unknown rule; FileNotFoundError; BenchmarkError when none of the rows
-      can be scored.
+    Raises: ConfigError for an unknown rule; FileNotFoundError when there is no such file;
+      BenchmarkError when none of the rows can be scored.
     """
     self._file = Path(file)
     self._rule = lookup(f"{self.name} protocol", protocol, RULES)
@@ -126,7 +126,7 @@ class VqaJson:
     )
 
   def _answers(self, row: dict[str, Any], options: dict[str, str]) -> list[str]:
-    """Returns the truths of a row. Raises: ValueError for truths that the rule cannot use."""
+    """Returns the ground truths of a row. Raises: ValueError for some that the rule cannot use."""
     given = _list(row.get("answers", row.get("answer")), "answers")
     found = given if options else [answer.strip() for answer in given]
     if len(found) < self._rule.least:
@@ -138,22 +138,22 @@ class VqaJson:
     return found
 
   def items(self) -> list[Item]:
-    """Returns the questions."""
+    """Returns the questions of the file, one for each row."""
     return self._items
 
   def data_hash(self) -> str:
-    """Returns a hash of the file."""
+    """Returns a hash, 16 hexadecimal digits, of the file of questions."""
     return file_hash(self._file)
 
   def verdict(self, item: Item, text: str) -> dict[str, Any]:
-    """Scores an answer by the rule."""
+    """Returns the score of an answer by the rule, from 0 to 1, and for `choice` its option."""
     if not self._choice:
       return {"score": self._rule.score(text, item.truth)}
     chosen = scoring.choice(text, item.extra["options"])
     return {"score": self._rule.score(chosen, item.truth), "chosen": chosen}
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the mean score, overall and by kind."""
+    """Returns the mean score by the rule, overall and by kind."""
     metric = self._rule.metric
     by_kind = mean_by_kind(items, predictions, self.verdict, metric)
     return Scores(by_kind["all"][metric], metric, by_kind)
@@ -206,7 +206,7 @@ def _options(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _option(answer: str, options: dict[str, str]) -> str:
-  """Returns the letter of a truth that is a letter or the text of an option.
+  """Returns the letter of a ground truth that is a letter or the text of an option.
 
   Raises: ValueError when it is not exactly one of the options.
   """

@@ -27,7 +27,7 @@ class VqaV2(Benchmark):
   }
 
   def items(self) -> list[Item]:
-    """Returns the questions of test-dev, without truths."""
+    """Returns the questions of test-dev, without ground truths, which only the server has."""
     images = self.folder / "test2015"
     items = [
       Item(
@@ -43,7 +43,7 @@ class VqaV2(Benchmark):
     return unique(items, self.folder / ASKED)
 
   def score(self, items: list[Item], predictions: Predictions) -> Scores:
-    """Returns the counts of answers; the server scores them."""
+    """Returns how many questions were answered and asked, without a headline: the server scores."""
     return served(items, predictions, SERVER)
 
   def submission(self, items: list[Item], predictions: Predictions, folder: Path) -> list[Path]:

@@ -33,14 +33,17 @@ class Response:
 
   @property
   def moved(self) -> str:
-    """Returns a description of a redirect, or "" for any other answer."""
+    """Returns a description of a redirect (status 300 to 399); "" for any other answer."""
     if not 300 <= self.status < 400:
       return ""
     to = self.headers.get("Location", "nowhere")
     return f"a redirect to {to!r:.200}, which is not followed; give the address that answers"
 
   def wait(self, otherwise: float) -> float:
-    """Returns the seconds that the server asks to wait, or `otherwise` if it does not ask."""
+    """Returns the seconds that the header Retry-After asks to wait, without a limit.
+
+    It may hold a number or a date. Without one that can be read, returns `otherwise`.
+    """
     told = self.headers.get("Retry-After", "").strip()
     if told.isascii() and told.isdecimal():
       return float(told)
@@ -96,6 +99,8 @@ def post(
   url: str, body: bytes, headers: Mapping[str, str], seconds: float, largest: int
 ) -> Response:
   """Sends a POST and returns the answer, whatever its status; uses the proxies of the environment.
+
+  `seconds` is the time for the whole answer, `largest` the most bytes of it.
 
   Raises: TooLargeError for an answer of more than `largest` bytes; TimeoutError when all of it
     takes longer than `seconds`; OSError, http.client.HTTPException when the connection fails.

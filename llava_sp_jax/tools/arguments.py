@@ -22,7 +22,10 @@ class Parser(argparse.ArgumentParser):
   """
 
   def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-    """Parses arguments; exits with code 2 if they are wrong."""
+    """Parses `args`, by default those of the process; exits with code 2 if they are wrong.
+
+    `namespace` is that of argparse.
+    """
     known = [name for action in self._actions for name in action.option_strings]
     given = [present(text, known) for text in (sys.argv[1:] if args is None else args)]
     found, unknown = self.parse_known_args(given, namespace)
@@ -55,10 +58,12 @@ class RecipeParser(Parser):
   def read(
     self, argv: Sequence[str], check: Callable[[dict[str, str]], object] | None = None
   ) -> tuple[config_lib.Config, dict[str, str]]:
-    """Returns the recipe's config with the overrides, and the other options.
+    """Returns the recipe's config with the overrides, and the other options by name.
 
-    `check` is called with the options before the recipe runs. Raises: ConfigError,
-    FileNotFoundError.
+    `check` is called with the options before the recipe runs.
+
+    Raises: ConfigError for unknown or missing options and wrong values; FileNotFoundError for a
+      file that a recipe needs.
     """
     known = [name for action in self._actions for name in action.option_strings]
     typed = [text.partition("=")[0] for text in argv if text.startswith("--config.")]
@@ -78,7 +83,7 @@ class RecipeParser(Parser):
 
 
 def whole(flag: str, text: str, least: int) -> int:
-  """Parses the value of --flag as a whole number. Raises: ConfigError."""
+  """Parses the value of --flag as a whole number. Raises: ConfigError if it is below `least`."""
   plain = text.isascii() and text.isdigit() and len(text) <= DIGITS
   if not plain or int(text) < least:
     raise ConfigError(f"--{flag}: expected a whole number from {least}, found {text!r:.40}")
@@ -86,14 +91,20 @@ def whole(flag: str, text: str, least: int) -> int:
 
 
 def present(text: str, known: Iterable[str]) -> str:
-  """Replaces the former name of an option, if `known` has the present one and not the former."""
+  """Returns the argument `text` with the present name of its option in place of a former one.
+
+  Only if `known` has the present name and not the former one.
+  """
   flag, equals, value = text.partition("=")
   name = "--" + FORMER_NAMES.get(flag.removeprefix("--"), "")
   return f"{name}{equals}{value}" if flag not in known and name in known else text
 
 
 def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:
-  """Returns the message about options that a command does not have, without their values."""
+  """Returns the message about options that a command does not have, without their values.
+
+  `known` are those that it has; the nearest one is suggested.
+  """
   names = list(known)
   told = [text.partition("=")[0] for text in given if text.startswith("-")] or list(given)
   return ", ".join(f"unknown {name:.60}{_meant(name, names)}" for name in told)

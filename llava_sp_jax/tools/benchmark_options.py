@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def names_of(options: argparse.Namespace) -> list[str]:
-  """Returns the names of --task. Raises: ConfigError when there are none."""
+  """Returns the benchmarks that --task names (default: easy_vqa). Raises: ConfigError for none."""
   from llava_sp_jax.config import ConfigError
 
   given = options.task or ["easy_vqa"]
@@ -21,7 +21,10 @@ def names_of(options: argparse.Namespace) -> list[str]:
 
 
 def tasks_of(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-  """Returns {name: task}; runs before a model is loaded. Raises: ConfigError, FileNotFoundError."""
+  """Opens the benchmarks of `names`, and returns {name: task}; runs before a model is loaded.
+
+  Raises: ConfigError for an unknown name or option; FileNotFoundError for data that are missing.
+  """
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import catalog
 
@@ -82,6 +85,8 @@ def _options(name: str, make: Any, texts: Mapping[str, str]) -> dict[str, Any]:
 def data_of(name: str, names: Sequence[str], texts: Sequence[str]) -> str:
   """Returns the data folder of a task: of TASK=FOLDER, or the one that is given for all tasks.
 
+  `names` are those of all tasks, `texts` the values of --data.
+
   Raises: ConfigError when there is none.
   """
   pairs = [
@@ -108,13 +113,20 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 
 
 def out_of(name: str, tasks: Collection[str], options: argparse.Namespace) -> str:
+  """Returns the result folder of the benchmark `name`: --out, or a folder in the checkpoint's.
+
+  With several `tasks`, each has a folder of its own below --out.
+  """
   if not options.out:
     return f"{options.checkpoint}/eval-{name}"
   return options.out if len(tasks) == 1 else f"{options.out}/{name}"
 
 
 def judge_of(options: argparse.Namespace) -> Any:
-  """Makes the judge. Raises: ConfigError without a model; JudgeError when its key is not set."""
+  """Makes the judge of --judge-url.
+
+  Raises: ConfigError without a model; JudgeError when its key is not set.
+  """
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.tasks import judge
 

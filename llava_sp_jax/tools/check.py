@@ -74,9 +74,9 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, int | None, int | None]:
-  """Parses the config with its overrides, --images and --samples.
+  """Parses the config with its overrides, --images and --samples; a number is None for "all".
 
-  Raises: ConfigError, FileNotFoundError.
+  Raises: ConfigError for wrong options; FileNotFoundError for a file that a recipe needs.
   """
   config, given = arguments.RecipeParser("check", optional=OPTIONS).read(argv, _counts)
   return config, *_counts(given)
@@ -87,7 +87,10 @@ def _counts(given: dict[str, str]) -> tuple[int | None, int | None]:
 
 
 def _number(given: dict[str, str], name: str, least: int) -> int | None:
-  """Parses an option that is a whole number from `least`, or "all" (None). Raises: ConfigError."""
+  """Parses an option that is a whole number from `least`, or "all" (None).
+
+  Raises: ConfigError for anything else.
+  """
   return None if given[name] == "all" else arguments.whole(name, given[name], least)
 
 

@@ -46,7 +46,10 @@ FIELD = re.compile(r"  (\w+): .*?  # (.+)")
 
 
 def fields(values: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-  """Yields (key, default, meaning) for all keys; the meaning is "" without a comment."""
+  """Yields (key, default, meaning) for all keys of a config; `prefix` stands before the keys.
+
+  The meaning is "" for a field without a comment.
+  """
   comments = meanings(type(values))
   for field in dataclasses.fields(values):
     value, key = getattr(values, field.name), f"{prefix}{field.name}"
@@ -77,7 +80,7 @@ def allowed(key: str, default: Any) -> str:
 
 
 def text() -> str:
-  """Returns text with a block for each key: flag with default, meaning, and allowed values."""
+  """Returns the help on all keys, each a block of flag, default, meaning and allowed values."""
   lines = []
   for key, default, meaning in fields(config_lib.Config()):
     lines.append(f"  --config.{key}={default!r}")

@@ -55,7 +55,7 @@ def to_options(given: argparse.Namespace, path: str) -> formats.Options:
 
 
 def described(source: Loaded) -> list[str]:
-  """Returns lines that describe an opened checkpoint."""
+  """Returns lines for the user that describe an opened checkpoint: sizes, images, variant."""
   from llava_sp_jax.models import build
 
   model, data, lines = source.config.model, source.config.data, []

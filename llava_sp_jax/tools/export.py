@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-  """Exports a checkpoint."""
+  """Writes a checkpoint in the format of another project."""
   options = parser().parse_args(argv)
   from llava_sp_jax import folders
   from llava_sp_jax.checkpoints import opening

@@ -61,7 +61,7 @@ def _completed(source: Loaded) -> Loaded:
 
 
 def main(argv: list[str]) -> None:
-  """Folds the adapters of a checkpoint, and verifies what was written.
+  """Adds the adapters of a checkpoint to its weights, and verifies what was written.
 
   Raises: FormatError for a checkpoint without a decoder, or when the logits differ.
   """

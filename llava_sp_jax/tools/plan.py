@@ -38,7 +38,10 @@ example:
 
 
 def main(argv: list[str]) -> None:
-  """Prints the plan of a config. Raises: PlanError when it does not fit or cannot be compiled."""
+  """Prints the plan of a config.
+
+  Raises: PlanError when it does not fit or cannot be compiled.
+  """
   from llava_sp_jax.plan import topologies
 
   if {"--help", "-h"} & set(argv):
@@ -113,7 +116,10 @@ def _search(
 
 
 def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
-  """Parses the options of the command, and the config with its overrides. Raises: ConfigError."""
+  """Parses the options of the command, and the config with its overrides.
+
+  Raises: ConfigError for wrong options or values.
+  """
   config, options = arguments.RecipeParser("plan", ("topology",), OPTIONS).read(argv, _check)
   return options, config
 

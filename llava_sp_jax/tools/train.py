@@ -38,16 +38,19 @@ keys with their defaults, what they mean, and what they allow:
 
 
 def read(argv: list[str]) -> tuple[config_lib.Config, dict[str, str]]:
-  """The config with what was typed, and the other options.
+  """Parses the config with its overrides, and the other options by name.
 
-  Raises: ConfigError, FileNotFoundError.
+  Raises: ConfigError for wrong options; FileNotFoundError for a file that a recipe needs.
   """
   optional = dict.fromkeys((*OPTIONS, *PROCESS_FLAGS), "")
   return arguments.RecipeParser("train", ("workdir",), optional).read(argv)
 
 
 def main(argv: list[str]) -> int:
-  """Trains. Returns 0 when the run is complete, STOPPED_EARLY when the same command resumes."""
+  """Trains a stage, or continues it.
+
+  Returns 0 when the run is complete, 75 when it was asked to stop; the same command continues it.
+  """
   if {"--help", "-h"} & set(argv):
     from llava_sp_jax.tools import config_help
 

@@ -21,7 +21,7 @@ def keep_finite(
 ) -> tuple[TrainState, jax.Array]:
   """Returns (`new`, 0.0), or, if the loss or the gradient norm is not finite, `old` and 1.0.
 
-  In the second case the state keeps the step counter of `new`. The choice is made for each leaf on
+  In the second case the state keeps the step counter of `new`. The choice is made for each array on
   the device, where it fuses with the update, so the host need not wait for the result.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -36,11 +36,11 @@ def keep_finite(
 
 
 class Guard:
-  """Counts the skipped steps of a run on the host.
+  """Counts the skipped steps of a run on the host, and aborts after `limit` of them in a row.
 
   It reads each flag one step late, so that the device always has work. All processes see the same
   metrics, so all abort at the same step. `report(step)` is called for each skipped step. `count` is
-  the number of steps that were skipped before.
+  the number of steps that were skipped before a resume.
   """
 
   def __init__(self, limit: int, report: Callable[[int], None], count: int = 0):
@@ -58,7 +58,7 @@ class Guard:
   def settle(self) -> None:
     """Reads the flag of the last step now; called before its metrics are logged or saved.
 
-    Raises: NonFiniteError as `step`.
+    Raises: NonFiniteError after `limit` skipped steps in a row.
     """
     self._look()
 

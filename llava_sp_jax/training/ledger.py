@@ -51,7 +51,11 @@ class Totals:
 
 
 class Ledger:
-  """Appends the entries of this process."""
+  """Appends the entries of this process to its file.
+
+  `rows` are the rows of each batch that this process makes. `owned` marks those that it also
+  records, because several processes may make the same row.
+  """
 
   def __init__(self, folder: Path, process: int, rows: Sequence[int], owned: Sequence[bool]):
     self._folder = folder / FOLDER
@@ -63,8 +67,9 @@ class Ledger:
   def step(self, number: int, samples: np.ndarray) -> None:
     """Appends the entry of step `number`.
 
-    `samples` marks the rows that this process makes: int32 [b] or [b, n], as the pipeline gives
-    them. An index >= 0 is a trained sample, `-2 - index` a quarantined one, and -1 an empty place.
+    `samples` marks the samples of the rows that this process makes: int32 [b] or, in packed rows,
+    [b, n], as the pipeline gives them. A value >= 0 is the index of a trained sample, `-2 - index`
+    stands for a quarantined one, and -1 for an empty place.
     """
     ids = np.asarray(samples)[self._owned].reshape(-1)
     if self._rows:
@@ -97,8 +102,8 @@ class Ledger:
 def drop_after(folder: Path, step: int) -> None:
   """Removes the entries after `step`, because those steps will be computed again.
 
-  Called by one process while the others wait. Lines that cannot be read are dropped, reported, and
-  counted in a new entry: the samples in them can no longer be proved.
+  Called by one process while the others wait. `folder` is the run folder. Lines that cannot be read
+  are dropped, reported, and counted in a new entry: the samples in them can no longer be proved.
   """
   for file in sorted((folder / FOLDER).glob("*.jsonl")):
     if bad := jsonl.cut_after(file, step):
@@ -142,21 +147,27 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-  """Returns the entries of all processes in the order of their steps."""
+  """Returns the entries of all processes of the run in `folder`, in the order of their steps."""
   return _read(folder)[0]
 
 
 def skips(folder: Path) -> set[int]:
-  """Returns the steps whose update was skipped as not finite."""
+  """Returns the numbers of the steps whose update was skipped as not finite."""
   return {line["step"] for line in read(folder) if line.get("skipped")}
 
 
 def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()) -> Totals:
   """Checks the ledger of a run up to step `steps` and returns its totals.
 
-  Each step must have each of its `batch_size` rows exactly once. If the ledger begins at step 1,
-  the numbers of times that each of `samples` was read may differ by 1 at most. If some lines could
-  not be read, missing entries are not an error, and the totals report those lines.
+  Args:
+    folder: the run folder.
+    steps: the last step of the run.
+    batch_size: rows of a batch; each step must have each of them exactly once.
+    samples: indices of all samples that the run may read. If the ledger begins at step 1, no sample
+      may have been read more than once more often than another. Empty: this is not checked.
+
+  If some lines could not be read, missing entries are not an error, and the totals report those
+  lines.
 
   Raises: LedgerError with all problems.
   """

@@ -45,7 +45,8 @@ METRICS_FILE = sinks.METRICS_FILE
 class Result:
   """Reports what a call of `train` did.
 
-  `step` is less than the steps of the config if the run was asked to stop early.
+  `step` is less than the steps of the config if the run was asked to stop early. `seconds` are
+  those of the loop, without loading. `quarantined` counts the samples that were left out.
   """
 
   step: int
@@ -57,16 +58,16 @@ class Evaluator(Protocol):
   """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
   def due(self, number: int) -> bool:
-    """Returns whether step `number` is followed by an evaluation."""
+    """Returns whether the model is evaluated after step `number`."""
     ...
 
   def __call__(
     self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
   ) -> dict[str, float]:
-    """Returns the metrics of step `number`; `params` are nested.
+    """Returns the metrics of step `number`, by name.
 
-    It must call `going` often and give up when that returns False, because the run was asked to
-    stop.
+    `params` are nested. `fingerprint` is that of the frozen parameters. It must call `going` often
+    and give up when that returns False, because the run was asked to stop.
     """
     ...
 
@@ -78,10 +79,14 @@ def train(
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, and resumes what `workdir` holds as `options` says.
+  """Trains until `config.train.steps`, and resumes what `workdir` holds.
 
-  `profile` "A:B" writes a trace of these steps to `workdir`/profile. `evaluator` does what
-  `config.evaluate` says. The folder is locked meanwhile.
+  Args:
+    config: what is trained, and how.
+    workdir: the run folder, which is locked meanwhile.
+    profile: "A:B" writes a trace of these steps to `workdir`/profile; "" none.
+    evaluator: evaluates between steps; needed if `evaluate.every` is above 0.
+    options: the step to resume from, and inputs that may differ; None is the newest, and none.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
@@ -125,9 +130,10 @@ class _Run:
 
 
 def open_tokenizer(config: config_lib.Config) -> Tokenizer:
-  """Opens the tokenizer from a folder or the hub.
+  """Opens the tokenizer that `data.tokenizer` names, from a folder or the Hugging Face hub.
 
-  Raises: FormatError, FileNotFoundError, TokenizerError.
+  Raises: FormatError if it cannot be fetched; FileNotFoundError, TokenizerError if the folder holds
+    none.
   """
   return Tokenizer(places.tokenizer(config.data.tokenizer))
 
@@ -140,7 +146,7 @@ def _inputs(config: config_lib.Config) -> dict[str, str]:
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
-  """Returns the fingerprint of the validation file, or {} without one.
+  """Returns {"validation data": fingerprint of `data.validation_path`}, or {} without such a file.
 
   All processes need the same file, because validation figures are sums over all of them.
   """

@@ -37,19 +37,19 @@ def sums(
 ) -> Float32[Array, " 3"]:
   """Returns the sums of losses, of correct tokens, and of losses in samples with an image.
 
-  Each is weighted by `weights`. The result is differentiable in `trainable` and
-  `hidden`. The gradients are computed together with the loss, slice by slice. So logits are
-  computed once, and a frozen head has no gradient.
+  Each is weighted by `weights`. The result is differentiable in `trainable` and `hidden`. The
+  gradients are computed together with the loss, slice by slice. So logits are computed once, and a
+  frozen head has no gradient.
 
   Args:
-    head: maps (parameters, hidden) to logits.
+    head: maps (parameters of the head by path, hidden states) to logits.
     chunk: positions of a slice.
     trainable: the trainable parameters of the head by path.
     frozen: its other parameters by path.
     hidden: hidden states that the head reads.
-    targets: the right ids.
-    weights: of each position in the loss.
-    about_image: 1 in samples with an image, else 0.
+    targets: the token ids to predict.
+    weights: of each position in the loss; 0 leaves it out.
+    about_image: 1 at positions of samples with an image, else 0.
   """
   total, _, _ = _scan(
     head, chunk, trainable, frozen, hidden, targets, weights, about_image, gradients=False

@@ -31,7 +31,10 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 
 def part_of(path: str) -> str:
-  """Returns the part that a parameter belongs to. Raises: KeyError when no row of PARTS matches."""
+  """Returns the part (a name in PARTS, such as "lora" or "spatial") of the parameter at `path`.
+
+  Raises: KeyError when no row of PARTS matches.
+  """
   for part, pattern in PARTS:
     if re.match(pattern, path):
       return part
@@ -59,8 +62,9 @@ def about_image(batch: Mapping[str, jax.Array]) -> jax.Array:
 def batch_sums(batch: Mapping[str, jax.Array], image: jax.Array) -> Sums:
   """Returns the counts of a batch as float32 scalars; `image` is the result of `about_image`.
 
-  `pairs` counts the (query, key) pairs of attention: a token at position p of its sample attends to
-  p + 1 keys.
+  They are count and image_count (supervised tokens, and those in samples with an image), positions
+  (that hold a token), image_positions (that hold an image token) and pairs. `pairs` counts the
+  (query, key) pairs of attention: a token at position p of its sample attends to p + 1 keys.
   """
   used = (batch["segments"] > 0).astype(jnp.float32)
   return {
@@ -101,7 +105,10 @@ def report(sums: Sums, grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def norms(squares: Any, paths: Iterable[str]) -> dict[str, float]:
-  """Computes on the host, from `grad_squares` of the parameters at `paths`, {part: gradient norm}."""
+  """Returns {part: norm of its gradient}, computed on the host from `grad_squares` of a step.
+
+  `squares` are the sums of squares of the parameters at `paths`, in the order of sorted paths.
+  """
   totals: dict[str, float] = {}
   for path, square in zip(sorted(paths), np.asarray(squares, np.float64), strict=True):
     totals[part_of(path)] = totals.get(part_of(path), 0.0) + float(square)

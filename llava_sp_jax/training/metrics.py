@@ -29,9 +29,9 @@ class Log:
   """
 
   def __init__(self, folder: Path, config: config_lib.Config, paths: Sequence[str]):
-    """Opens the sinks of `config`, which `sinks.check` must have accepted.
+    """Opens the sinks that `config` names; `sinks.check` must have accepted them.
 
-    `paths` are those of the trainable parameters.
+    `folder` is the run folder. `paths` are those of the trainable parameters.
     """
     self._config, self._paths = config, sorted(paths)
     everywhere = jax.devices()
@@ -55,11 +55,11 @@ class Log:
 
   @property
   def seconds(self) -> float:
-    """Returns the seconds since this object was made."""
+    """Returns the seconds since this log was opened, when the loop began."""
     return time.monotonic() - self._started
 
   def waiting(self, iterator: Any) -> Any:
-    """Returns the next batch, and counts the time it takes as waiting for input."""
+    """Returns the next batch of an iterator, and counts the time it takes as waiting for input."""
     before = time.monotonic()
     batch = next(iterator)
     self._waited += time.monotonic() - before
@@ -83,7 +83,11 @@ class Log:
   ) -> None:
     """Takes the metrics of step `number`, and writes a record when one is due.
 
-    `extra` values are added to the record, and make one due at any step.
+    Args:
+      number: the step, from 1.
+      metrics: what the step returned, on the device.
+      quarantined: how many samples have been quarantined so far.
+      extra: values that are added to the record, and make one due at any step.
     """
     train = self._config.train
     starts = self._window is None  # the first step compiles, so rates exclude it

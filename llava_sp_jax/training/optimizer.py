@@ -49,7 +49,7 @@ MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def group_of(path: str, stage: str) -> str:
-  """Returns the group of a parameter in a stage.
+  """Returns the optimizer group of the parameter at `path` in a stage: a key of RATES, or FROZEN.
 
   Raises: ConfigError for an unknown stage, KeyError for a path that no row matches.
   """
@@ -60,15 +60,21 @@ def group_of(path: str, stage: str) -> str:
 
 
 def decays(path: str) -> bool:
-  """Returns whether weight decay applies to a parameter."""
+  """Returns whether weight decay applies to the parameter at `path`."""
   return next(value for pattern, value in DECAY if re.match(pattern, path))
 
 
 def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> optax.Schedule:
-  """Returns a schedule: linear warm-up from 0 over ceil(ratio * steps), then a half cosine to 0.
+  """Returns a function from the number of an update (from 0) to its learning rate.
 
-  `xp` is the array module: numpy evaluates it on the host, where a single process may call it
-  alone.
+  It rises from 0 over ceil(warmup_ratio * steps) updates, and falls to 0 as half a cosine.
+
+  Args:
+    rate: the largest learning rate.
+    steps: updates of the whole run.
+    warmup_ratio: share of them in the warm-up.
+    xp: the array module, jax.numpy or numpy. numpy evaluates on the host, where a single process
+      may call it alone.
   """
   warmup = math.ceil(warmup_ratio * steps)
 
@@ -83,7 +89,8 @@ def schedule(rate: float, steps: int, warmup_ratio: float, xp: Any = jnp) -> opt
 def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) -> Rates:
   """Returns a host function from the number of an update (from 0) to {group: learning rate}.
 
-  The groups are those of the parameters at `paths`.
+  `steps` is the number of updates of the whole run. The groups are those of the parameters at
+  `paths`.
   """
   ratio = config.warmup_ratio
   schedules = {
@@ -96,7 +103,10 @@ def rates(config: config_lib.OptimizerConfig, steps: int, paths: Iterable[str]) 
 def build(
   config: config_lib.OptimizerConfig, steps: int, paths: list[str]
 ) -> optax.GradientTransformation:
-  """Builds AdamW with gradient clipping for a flat `{path: array}` tree of trainable parameters."""
+  """Builds AdamW with gradient clipping for a flat `{path: array}` tree of trainable parameters.
+
+  `steps` is the number of updates of the whole run, `paths` are the keys of the tree.
+  """
   moments = config_lib.lookup("optimizer.moment_dtype", config.moment_dtype, MOMENT_DTYPES)
 
   def adamw(rate: float) -> optax.GradientTransformation:

@@ -49,7 +49,9 @@ def facts(config: config_lib.Config, inputs: Callable[[], Mapping[str, str]]) ->
 
 
 def compare(mine: Facts) -> None:
-  """Compares `mine` with the facts of all other processes; every process must call it.
+  """Compares `mine`, the facts of this process, with those of all others.
+
+  Every process must call it.
 
   Raises: ConfigError in all processes, with every difference.
   """
@@ -64,7 +66,11 @@ def compare(mine: Facts) -> None:
 
 
 def differences(said: list[tuple[str, Facts]]) -> list[str]:
-  """Returns a line for each key on which the (host, facts) of the processes differ."""
+  """Returns a line for each key whose value differs among processes; [] if none does.
+
+  `said` has the (host name, facts) of each process, in their order. A line names the processes of
+  each value.
+  """
   lines = []
   for key in sorted({key for _, found in said for key in found}):
     holders: dict[str, list[str]] = {}
@@ -90,9 +96,10 @@ def _values(values: Mapping[str, object], prefix: str = "config") -> Iterator[tu
 
 
 def of_folder(path: Path, pattern: str = "*") -> str:
-  """Returns a short hash of a file, or of the files below a folder that match `pattern`.
+  """Returns a hash of a file, or of the files below a folder that match `pattern`, in 16 digits.
 
-  Only the first and last END bytes of files larger than SMALL are read.
+  It covers names, sizes and contents, but only the first and last 64 KiB of files above 1 MiB. A
+  path that does not exist gives "not there".
   """
   if not path.exists():
     return "not there"

@@ -46,7 +46,7 @@ def _refuse(problems: Sequence[str], hint: str = SKIP) -> None:
 
 
 def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Checks that the embedding has a row for every token of the tokenizer."""
+  """Returns a problem if the tokenizer has tokens without a row in the embedding; [] if not."""
   known, rows = len(tokenizer), config.model.language_model.vocab_size
   if known <= rows:
     return []
@@ -57,14 +57,17 @@ def vocabulary(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def replies_end(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Checks that the tokenizer knows the token that ends a reply of the template."""
+  """Returns a problem if the tokenizer lacks the token that ends a reply; [] if not."""
   config_lib.lookup("data.template", config.data.template, conversation.TEMPLATES)
   why = reading.misfit(config.data.template, tokenizer)
   return [f"data.{why}"] if why else []
 
 
 def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Checks that every group that the stage trains has a rate above 0."""
+  """Returns a problem for each group that the stage trains with a rate of 0 or less; [] if none.
+
+  `tokenizer` is not read; all checks have the same arguments.
+  """
   stage = config.optimizer.stage
   paths = flatten_dict(build.abstract(config.model), sep="/")
   groups = {optimizer.group_of(path, stage) for path in paths} - {optimizer.FROZEN}
@@ -77,7 +80,7 @@ def learning_rates(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]
 
 
 def something_is_trained(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Checks that every trained row of the stage matches a parameter.
+  """Returns a problem for each trained row of the stage that matches no parameter; [] if none.
 
   The common mistake is LoRA with rank 0.
   """
@@ -95,9 +98,9 @@ def something_is_trained(config: config_lib.Config, tokenizer: Tokenizer) -> lis
 
 
 def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
-  """Checks that a row has room for the largest image that the settings allow.
+  """Returns the problems of a row without room for the largest image that the settings allow.
 
-  Image tokens are never truncated.
+  Image tokens are never truncated. Returns [] if the largest image fits.
   """
   tile = Tile(*build.tile_shape(config.model))
   tiles = Reader(config.data, tile).max_tiles
@@ -126,12 +129,18 @@ OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
 
 
 def check_config(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Raises PreflightError with every problem of the settings."""
+  """Checks the settings of a run; only the vocabulary if `train.preflight` is off.
+
+  Raises: PreflightError with every problem.
+  """
   _check(config, tokenizer, SETTINGS)
 
 
 def check_data(config: config_lib.Config, tokenizer: Tokenizer) -> None:
-  """Checks the settings that the samples have to fit. Raises: PreflightError."""
+  """Checks only the settings that the samples must fit; the vocabulary alone without preflight.
+
+  Raises: PreflightError with every problem.
+  """
   _check(config, tokenizer, OF_DATA)
 
 
@@ -178,9 +187,9 @@ def look(batch: Mapping[str, np.ndarray], tile_tokens: int) -> Seen:
 def check_batches(
   config: config_lib.Config, iterator: Any, quarantined: Callable[[], int], folder: Path
 ) -> None:
-  """Checks the first PEEK batches and rewinds the iterator.
+  """Checks the first two batches and rewinds the iterator.
 
-  `quarantined` returns how many samples have been quarantined so far.
+  `quarantined` returns how many samples have been quarantined so far; `folder` is the run folder.
 
   Raises: PreflightError, the same in all processes, when nothing can be learned from the batches.
   """
@@ -200,7 +209,10 @@ def check_batches(
 
 
 def judge(seen: Seen, config: config_lib.Config, reason: str = "") -> list[str]:
-  """Returns the problems of the batches that `seen` counts."""
+  """Returns the problems of the batches that `seen` counts, as texts; [] if there are none.
+
+  `reason` is the commonest reason of quarantine, for the message.
+  """
   cause = (
     f"data.template {config.data.template!r} does not fit the data, or data.row_length "
     f"{config.data.row_length} cuts the answers off"
@@ -248,7 +260,8 @@ def check_gradients(
   """Checks the gradients of the first step, as its metrics report them.
 
   Every trainable parameter must have a gradient other than 0, except those of ZERO_AT_START.
-  Projector and tower are checked only if the batch has an image.
+  Projector and tower are checked only if the batch has an image. `paths` are those of the trainable
+  parameters.
 
   Raises: PreflightError that lists the parameters by part.
   """

@@ -33,8 +33,8 @@ INPUTS = {"data": "data.path", "tokenizer": "data.tokenizer"}
 class ResumeOptions:
   """Holds what a user asked for when a run resumes.
 
-  `step` is the step to resume from; None is the newest. `changed` names the INPUTS that may differ
-  from those of before.
+  `step` is the step to resume from; None is the newest. `changed` names the inputs, "data" or
+  "tokenizer", that may differ from those of before.
   """
 
   step: int | None = None
@@ -42,7 +42,11 @@ class ResumeOptions:
 
   @classmethod
   def of(cls, step: str, changed: str) -> ResumeOptions:
-    """Parses the values of --from-step and --allow-changed. Raises: ConfigError."""
+    """Parses the values of --from-step and --allow-changed (names with commas); "" is the default.
+
+    Raises: ConfigError for a step that is no number, or an input that is neither data nor
+      tokenizer.
+    """
     if step and not (step.isascii() and step.isdigit() and len(step) <= DIGITS):
       raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r:.40}")
     names = frozenset(filter(None, changed.split(",")))
@@ -78,18 +82,26 @@ def first(folder: Path, options: ResumeOptions) -> int:
 
 
 def about(folder: Path, step: int) -> dict[str, Any]:
-  """Returns what the checkpoint of `step` records about itself; {} for step 0."""
+  """Returns what the checkpoint of `step` records about itself; {} for step 0.
+
+  Raises: CheckpointError when its metadata cannot be read.
+  """
   return on_disk.about(folder / on_disk.PLACE / str(step)) if step else {}
 
 
 def compare_inputs(
   folder: Path, step: int, inputs: Mapping[str, str], changed: frozenset[str]
 ) -> list[str]:
-  """Compares the fingerprints of INPUTS with those that step `step` was trained on.
+  """Compares the fingerprints of the inputs with those that step `step` was trained on.
 
-  Returns the names of the inputs that differ and are in `changed`.
+  Args:
+    folder: the run folder.
+    step: the step to resume from.
+    inputs: {"data", "tokenizer"} with the fingerprints of now.
+    changed: names of the inputs that may differ.
 
-  Raises: CheckpointError with both values of those that differ and are not.
+  Returns: the names of the inputs that differ, all of them in `changed`.
+  Raises: CheckpointError with both fingerprints of those that differ and are not in `changed`.
   """
   known = about(folder, step).get("inputs", {})
   if step and not known:
@@ -110,7 +122,10 @@ def compare_inputs(
 
 
 def set_newer_aside(folder: Path, step: int) -> None:
-  """Moves steps newer than `step`, and damaged ones, to `aside/`; called by one process alone."""
+  """Moves checkpoints of steps after `step`, and damaged ones, to aside/ in the run folder.
+
+  Called by one process alone.
+  """
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:
@@ -133,7 +148,14 @@ def restore(
   """Returns the state of the newest step that can be read, or `fresh` if there is none.
 
   All processes restore the same step. If a step cannot be read, older ones are tried, unless
-  `options` names a step. `base` is the fingerprint of the frozen parameters.
+  `options` names a step.
+
+  Args:
+    checkpoints: those of the run.
+    fresh: the state of step 0, with its frozen parameters.
+    base: fingerprint of the frozen parameters.
+    folder: the run folder.
+    options: the step to resume from, if the user named one.
 
   Raises: CheckpointError when the run was trained on another base, or no step can be read.
   """

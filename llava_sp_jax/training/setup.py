@@ -41,9 +41,10 @@ COMPILER_OPTIONS: dict[str, dict[str, str]] = {
 
 
 def compile_step(module: Any, tx: Any, config: config_lib.Config, shardings: Any) -> Any:
-  """Returns the jitted step `(state, batch, rng) -> (state, metrics)`.
+  """Returns the jitted step `(state, batch, rng) -> (state, metrics)`, not yet compiled.
 
-  The buffers of the state are donated.
+  `tx` is the optimizer. `shardings` has the sharding of each array of the state, whose buffers are
+  donated.
   """
 
   places = jax.tree.leaves(shardings)
@@ -72,9 +73,9 @@ class Abstract(NamedTuple):
 
 
 def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = None) -> Abstract:
-  """Returns the state of step 0 as shapes.
+  """Returns the shapes, the shardings and the optimizer of the state of step 0.
 
-  `params` are nested arrays or shapes; by default, the shapes of a new model.
+  `params` are nested arrays or shapes; None is the shapes of a new model.
   """
   params = build.abstract(config.model) if params is None else params
   trainable, frozen = jax.eval_shape(functools.partial(state.split, config=config), params)
@@ -84,7 +85,11 @@ def abstract_state(config: config_lib.Config, device_mesh: Mesh, params: Any = N
 
 
 def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, Any, Any]:
-  """Returns the state of step 0 placed on the mesh, its shardings, and its optimizer."""
+  """Returns the state of step 0 placed on the mesh, its shardings, and its optimizer.
+
+  Parameters come from where `config.init` says, or are random. Raises: ConfigError when the stage
+  trains quantized kernels; FormatError when a checkpoint lacks parameters.
+  """
   state.check(config)
   params = initial.initial_params(config, functools.partial(sharding.shardings, mesh=device_mesh))
   abstract = abstract_state(config, device_mesh, params)

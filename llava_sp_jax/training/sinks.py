@@ -22,11 +22,11 @@ class Sink(Protocol):
   """Takes the records of a run, each `{name: number}` with its `step`."""
 
   def write(self, record: Record) -> None:
-    """Takes one record."""
+    """Takes one record, which holds the metrics of a step."""
     ...
 
   def close(self) -> None:
-    """Ends the output."""
+    """Ends the output, after the last record."""
     ...
 
 
@@ -44,7 +44,10 @@ class JsonLines:
 
 
 def line(record: Record, steps: int) -> str:
-  """Returns a record as one line of text, without the figures that it does not hold."""
+  """Returns a record as one line for the terminal: its values that LINE names, and the time left.
+
+  `steps` is the number of steps of the run.
+  """
   parts = [f"step {record['step']:>6}/{steps}"]
   for name, text in LINE:
     value = record.get(name)
@@ -167,7 +170,7 @@ class Wandb:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsRow:
-  """Names a sink, the module that it needs, and the extra of this package that installs it."""
+  """Names a sink, the module that it imports, and the extra of this package that installs it."""
 
   make: Callable[[Path, config_lib.Config], Sink]
   module: str = ""
@@ -182,7 +185,7 @@ SINKS: dict[str, MetricsRow] = {
 
 
 def check(config: config_lib.Config) -> None:
-  """Raises ConfigError with all unknown sinks and all whose package is missing."""
+  """Raises ConfigError that lists the names in `train.sinks` that are unknown or not installed."""
   problems = []
   for name in config.train.sinks:
     row = config_lib.lookup("train.sinks", name, SINKS)
@@ -196,13 +199,16 @@ def check(config: config_lib.Config) -> None:
 
 
 def _installed(module: str) -> bool:
-  """Ignores a folder of that name without code, such as the one that wandb leaves."""
+  """Returns whether a module can be imported.
+
+  A folder of that name without code, such as the one that wandb leaves, does not count.
+  """
   spec = importlib.util.find_spec(module)
   return spec is not None and spec.origin is not None
 
 
 def open_all(folder: Path, config: config_lib.Config) -> list[Sink]:
-  """Opens metrics.jsonl and the sinks that the config names.
+  """Opens metrics.jsonl in the run folder and the sinks that the config names.
 
   Raises: ConfigError for a sink that cannot be opened, such as a service without a login.
   """

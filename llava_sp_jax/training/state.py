@@ -44,9 +44,9 @@ def check(config: config_lib.Config) -> None:
 
 
 def split(params: Any, config: config_lib.Config) -> tuple[Flat, Flat]:
-  """Splits nested parameters into flat trees (trainable, frozen) in their storage dtypes.
+  """Splits nested parameters into two flat `{path: array}` trees: (trainable, frozen).
 
-  Trainable leaves become float32, frozen ones `model.frozen_dtype`. Quantized kernels are not cast.
+  Trainable ones become float32, frozen ones `model.frozen_dtype`. Quantized kernels are not cast.
   """
   trainable, frozen = {}, {}
   for path, leaf in flatten_dict(params, sep="/").items():
@@ -65,5 +65,5 @@ def join(trainable: Flat, frozen: Flat) -> dict[str, Any]:
 
 
 def start(trainable: Flat, frozen: Flat, tx: optax.GradientTransformation) -> TrainState:
-  """Returns the state before the first step."""
+  """Returns the state before the first step, with the optimizer's initial moments."""
   return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))

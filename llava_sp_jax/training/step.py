@@ -31,7 +31,13 @@ def loss_sums(
 ) -> measure.Sums:
   """Returns sums over a batch for `measure.report`: losses, correct tokens, counts.
 
-  The head runs over slices of `chunk` positions. Its log-sum-exp is float32.
+  Args:
+    module: the model.
+    trainable: trainable parameters by path.
+    frozen: all other parameters by path.
+    batch: arrays of the data pipeline, on devices.
+    chunk: positions whose logits are computed at once; the log-sum-exp is float32.
+    rngs: random keys by name, such as "dropout"; None is no dropout.
   """
   apply: Any = functools.partial(module.apply, {"params": join(trainable, frozen)})
   hidden = apply(
@@ -70,14 +76,15 @@ def loss_and_counts(
 ) -> tuple[jax.Array, measure.Sums]:
   """Returns the mean loss over the supervised tokens, and the sums of `loss_sums`.
 
-  `params` is the nested tree of all parameters.
+  `params` is the nested tree of all parameters. `chunk` is how many positions have their logits
+  computed at once. Without `rngs` there is no dropout.
   """
   sums = loss_sums(module, flatten_dict(params, sep="/"), {}, batch, chunk, rngs)
   return sums["loss"] / jnp.maximum(sums["count"], 1), sums
 
 
 def micro_batches(batch: Batch, count: int) -> Batch:
-  """Splits a batch into A micro-batches. [B, ...] -> [A, B/A, ...].
+  """Splits a batch into A = `count` micro-batches. [B, ...] -> [A, B/A, ...]; A must divide B.
 
   Micro-batch a takes the rows a, a + A, a + 2A, ..., so no row moves to another device.
   """
@@ -101,7 +108,7 @@ def working_copies(trainable: Flat, dtype: Any) -> Flat:
 def gradients(
   module: LlavaSP, train: config_lib.TrainConfig, state: TrainState, batch: Batch, rng: jax.Array
 ) -> tuple[measure.Sums, Flat]:
-  """Returns the sums over a batch and the gradients of the token-mean loss, in float32.
+  """Returns sums over a batch (`loss_sums`), and float32 gradients of the token-mean loss by path.
 
   With `train.accumulate` > 1, micro-batches are computed one after another. Each of their losses is
   divided by the token count of the whole batch, so the result is the same mean over the same
@@ -151,8 +158,15 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """Applies one update and returns the new state and the metrics of `measure.report`.
 
-  `rng`, folded with the step number, seeds dropout. An update whose loss or gradient is not finite
-  is dropped (`guard.keep_finite`).
+  Args:
+    module: the model.
+    tx: the optimizer.
+    train: settings of the run.
+    state: the state before the step.
+    batch: arrays of the data pipeline, on devices.
+    rng: random key of the run; folded with the step number, it seeds dropout.
+
+  An update whose loss or gradient is not finite is dropped (`guard.keep_finite`).
   """
   sums, grads = gradients(module, train, state, batch, rng)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -34,9 +34,10 @@ class StopRequest:
     return self
 
   def during(self, place: str) -> Callable[[], bool]:
-    """Returns the function that a wait for data calls to learn whether to give up.
+    """Returns a function that a wait for data calls to learn whether to give up.
 
-    `place` names the point that the run has reached; it must be the same text in all processes.
+    `place` names the point that the run has reached, such as a step; it must be the same text in
+    all processes.
     """
     return Wait(place) if self._several else lambda: self.asked
 
@@ -57,8 +58,8 @@ class Wait:
   """Decides whether processes that wait for data give up, all at once.
 
   If all processes wait at the same place, no step is in progress and they stop there. If others
-  have begun the step, which cannot be undone, this process waits for LIMIT seconds and then aborts
-  the run.
+  have begun the step, which cannot be undone, this process waits for LIMIT (12) seconds and then
+  aborts the run.
   """
 
   def __init__(self, place: str):

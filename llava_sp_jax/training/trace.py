@@ -16,7 +16,7 @@ FOLDER = "profile"
 
 
 def steps_of(text: str, first: int, last: int) -> range:
-  """Parses "A:B" as the steps A to B, both included; "" gives no steps.
+  """Parses the value of --profile: "A:B" is the steps A to B, both included; "" gives no steps.
 
   `first` and `last` are the first and last step that the run will do.
 
@@ -41,7 +41,10 @@ class Profiler:
   """Traces the requested steps only; each process writes the trace of its own devices."""
 
   def __init__(self, text: str, folder: Path, first: int, last: int):
-    """Raises ConfigError as `steps_of`."""
+    """Notes the steps of `text`, the value of --profile; traces go to profile/ in `folder`.
+
+    Raises: ConfigError when `text` is not A:B, or names steps outside `first`..`last`.
+    """
     self._wanted, self._folder = steps_of(text, first, last), folder / FOLDER
     self._running = False
 
@@ -68,7 +71,10 @@ class Profiler:
       yield
 
   def after(self, number: int, metrics: Any) -> None:
-    """Stops the trace once the last requested step has been computed."""
+    """Stops the trace once step `number`, the last requested one, has been computed.
+
+    `metrics` are its outputs, which are waited for.
+    """
     if self._running and number == self._wanted[-1]:
       jax.block_until_ready(metrics)
       self._stop()

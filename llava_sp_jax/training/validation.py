@@ -27,7 +27,10 @@ class Validator:
   def __init__(
     self, config: config_lib.Config, module: Any, tokenizer: Tokenizer, device_mesh: Any
   ):
-    """Raises ConfigError, FileNotFoundError when the validation data cannot be used."""
+    """Opens the validation split, if `train.validate_every` asks for validation.
+
+    Raises: ConfigError, FileNotFoundError when the validation data cannot be used.
+    """
     self._train, self._mesh = config.train, device_mesh
     self._iterator, self._count = None, 0
     if not config.train.validate_every:
@@ -64,7 +67,7 @@ class Validator:
     self._sums = jax.jit(sums)
 
   def due(self, number: int) -> bool:
-    """Returns whether a validation follows step `number`."""
+    """Returns whether the validation split is scored after step `number`."""
     every = self._train.validate_every
     return bool(every) and (number % every == 0 or number == self._train.steps)
 
@@ -73,7 +76,7 @@ class Validator:
   ) -> dict[str, float]:
     """Returns `val_loss` and `val_token_accuracy`, means over the supervised tokens of all batches.
 
-    Returns {} if `stopped()` becomes true while data are waited for.
+    `stopped()` is asked while data are waited for; once it is true, {} is returned.
     """
     assert self._iterator is not None
     self._iterator.set_state(self._start)
