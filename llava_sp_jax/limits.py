@@ -36,7 +36,10 @@ class Limit:
     return MOST if self.high == math.inf else self.high
 
   def holds(self, value: float) -> bool:
-    """Returns whether a number is finite and lies in the interval; an integer is at most `most`."""
+    """Returns whether a number is finite and lies in the interval.
+
+    A Python int must also not exceed the property `most` in magnitude.
+    """
     above = value > self.low if self.open_ends == "low" else value >= self.low
     below = value < self.high if self.open_ends == "high" else value <= self.high
     within = abs(value) <= self.most if isinstance(value, int) else math.isfinite(value)

@@ -264,7 +264,13 @@ def _refuse_weights(sample: dict[str, Any], messages: list[_Message]) -> None:
 
 
 def _refuse_marks(turns: Turns, has_image: bool) -> None:
-  """Raises: SampleError for a question with an image mark other than IMAGE."""
+  """Refuses questions whose image marks would be read as text.
+
+  A mark that names a file is never read. Other programs' marks, such as <img>, may stand as text in
+  a sample with an image (`has_image`), but in one without they mean an image that is missing.
+
+  Raises: SampleError that names the mark.
+  """
   for question, _ in turns:
     mark = _FILE_WITHIN.search(question)
     if not mark and not has_image:

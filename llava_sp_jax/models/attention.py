@@ -260,8 +260,9 @@ def _splash(
 ) -> Float[Array, "B T N H"]:
   """Runs jax's Pallas kernel, each device on its rows and heads; interpreted without a TPU.
 
-  Its mask is causal, or the window, and within segments; `mask` is not read. The window counts
-  indices of the row, which within a contiguous sample differ as the positions do.
+  A query attends to earlier keys of its own segment, and with a window only to the nearest ones.
+  The kernel makes that mask itself; `mask` is not read. The window counts indices of the row. That
+  equals counting positions, because here every sample is contiguous.
   """
   length = case.length
   block = math.gcd(length, BLOCK)

@@ -1,6 +1,6 @@
 """Combines a vision tower, a projector and a decoder; an index array places the image tokens.
 
-Shape letters:  B rows . M images per row . N tokens per image . T positions . D model width
+Shape letters:  B rows . M tiles per row . N tokens per tile . T positions . D model width
                 H,W pixels
 """
 
