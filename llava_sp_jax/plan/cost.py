@@ -42,7 +42,7 @@ class Entry:
   kind: str  # matmul, vector, memory, kernel, wait:<collective>, copy
   seconds: float
   flops: float = 0.0
-  bytes: float = 0.0
+  nbytes: float = 0.0
   count: float = 1.0
 
 
@@ -73,7 +73,7 @@ class Cost:
           e,
           seconds=e.seconds * times,
           flops=e.flops * times,
-          bytes=e.bytes * times,
+          nbytes=e.nbytes * times,
           count=e.count * times,
         )
       )
@@ -101,7 +101,7 @@ class Collective:
   """Holds what a collective costs a device."""
 
   kind: str
-  bytes: float  # received by a device
+  nbytes: float  # received by a device
   seconds: float
   key: str  # equal at start and done
 
@@ -146,7 +146,7 @@ class Predictor:
         now = self._wait(cost, op, kind, now, end)
       elif collective:
         wires = max(now, wires) + collective.seconds
-        cost.collective(collective.kind, collective.bytes, collective.seconds)
+        cost.collective(collective.kind, collective.nbytes, collective.seconds)
         if _is_start(op):
           running[collective.key] = (collective.kind, wires)
         else:
@@ -174,18 +174,18 @@ class Predictor:
     seconds, kind = duration(work, chip)
     cycles = op.attribute(r'"estimated_cycles":"(\d+)"')
     if cycles and work.flops:  # exists only after code generation; too high for loop fusions
-      seconds, kind = max(int(cycles) / chip.clock, work.bytes / chip.hbm_rate), "matmul"
+      seconds, kind = max(int(cycles) / chip.clock, work.nbytes / chip.hbm_rate), "matmul"
     if kernels.is_kernel(op):
       flops, share = kernels.flops(op, computation)
       kind = "kernel"
       work = dataclasses.replace(work, flops=flops)
-      seconds = max(flops / (share * chip.peak_flops), work.bytes / chip.hbm_rate)
+      seconds = max(flops / (share * chip.peak_flops), work.nbytes / chip.hbm_rate)
       if not flops:
         cost.unknown.append(op.op_name or op.name)
     if seconds:
-      cost.entries.append(Entry(op.name, op.op_name, kind, seconds, work.flops, work.bytes))
+      cost.entries.append(Entry(op.name, op.op_name, kind, seconds, work.flops, work.nbytes))
     cost.flops += work.flops
-    cost.hbm_bytes += work.bytes
+    cost.hbm_bytes += work.nbytes
     return seconds
 
   def _wait(self, cost: Cost, op: Op, kind: str, now: float, end: float) -> float:
@@ -201,7 +201,7 @@ class Predictor:
 
   def _copied(self, op: Op, computation: Computation) -> float:
     """Returns the HBM bytes that a copy or slice moves."""
-    sizes = sorted(a.bytes for a in op.arrays if a.dims)
+    sizes = sorted(a.nbytes for a in op.arrays if a.dims)
     return sizes[0] if sizes else 0.0
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
@@ -218,10 +218,10 @@ class Predictor:
     if op.opcode.endswith("-done") and inner is op:
       return Collective(base, 0.0, 0.0, op.operands[0])
     operands = [where.by_name[n] for n in inner.operands if n in where.by_name]
-    size_in = float(sum(o.bytes for o in operands))
+    size_in = float(sum(o.nbytes for o in operands))
     # The result of a start contains its operands as well as its results.
-    size_out = inner.bytes - size_in if inner.opcode.endswith("-start") else float(inner.bytes)
-    scattered = base == "all-reduce" and inner is not op and op.bytes < size_in
+    size_out = inner.nbytes - size_in if inner.opcode.endswith("-start") else float(inner.nbytes)
+    scattered = base == "all-reduce" and inner is not op and op.nbytes < size_in
     kind = "reduce-scatter" if scattered and not _is_start(op) else base
     group = first_group(inner.attributes, len(self._coordinates))
     received = COLLECTIVES[kind](size_in, size_out, max(len(group), 1))
@@ -244,7 +244,7 @@ def duration(work: Work, chip: Chip) -> tuple[float, str]:
   times = {
     "matmul": matrix,
     "vector": work.vector / chip.vector_rate,
-    "memory": work.bytes / chip.hbm_rate,
+    "memory": work.nbytes / chip.hbm_rate,
   }
   slowest = max(times, key=lambda k: times[k])
   return times[slowest], slowest

@@ -29,7 +29,7 @@ class HloError(LlavaSPError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class HloArray:
   """Describes one array: the result of an operation, or an element of a tuple."""
 
   dtype: str
@@ -42,7 +42,7 @@ class Array:
     return math.prod(self.dims)
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Returns the size of the array in whole bytes, rounded up (s4 has half a byte an element)."""
     return math.ceil(self.size * width(self.dtype))
 
@@ -61,7 +61,7 @@ class Op:
 
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # of the result; several for a tuple
+  arrays: tuple[HloArray, ...]  # of the result; several for a tuple
   operands: tuple[str, ...]
   attributes: str
   root: bool
@@ -87,9 +87,9 @@ class Op:
     return found.group(1) if found else ""
 
   @property
-  def bytes(self) -> int:
+  def nbytes(self) -> int:
     """Returns the size of the result in bytes, of all arrays of a tuple."""
-    return sum(a.bytes for a in self.arrays)
+    return sum(a.nbytes for a in self.arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +210,8 @@ def _closing(text: str, start: int) -> int:
   raise HloError(f"no closing parenthesis in {text[start : start + 200]!r}")
 
 
-def _arrays(text: str) -> Iterator[Array]:
+def _arrays(text: str) -> Iterator[HloArray]:
   for dtype, dims, layout in _ARRAY.findall(text):
     space = re.search(r"S\((\d+)\)", layout)
     sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-    yield Array(dtype, sizes, int(space.group(1)) if space else 0)
+    yield HloArray(dtype, sizes, int(space.group(1)) if space else 0)

@@ -253,7 +253,7 @@ def _top(cost: cost_lib.Cost, top: int) -> list[str]:
   for e in sorted(cost.entries, key=lambda e: -e.seconds)[:top]:
     lines.append(
       f"  {e.seconds:>9.5f}{e.count:>6.0f}  {e.kind:<16}{e.flops / 1e12:>8.3f}"
-      f"{e.bytes / 1e9:>8.3f}  {e.name}  {_short(e.op_name)}"
+      f"{e.nbytes / 1e9:>8.3f}  {e.name}  {_short(e.op_name)}"
     )
   return lines
 

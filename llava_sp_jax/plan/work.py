@@ -11,7 +11,7 @@ import functools
 import math
 import re
 
-from llava_sp_jax.plan.hlo import Array, Computation, Module, Op
+from llava_sp_jax.plan.hlo import Computation, HloArray, Module, Op
 
 HBM = 0  # memory space
 
@@ -42,7 +42,7 @@ class Work:
   written: float = 0.0
 
   @property
-  def bytes(self) -> float:
+  def nbytes(self) -> float:
     """Returns the bytes that are read from HBM and written to it."""
     return self.read + self.written
 
@@ -108,7 +108,7 @@ class Worker:
 
   def _use(self, user: Op, parameter: Op, computation: Computation) -> float:
     if user.opcode in _SLICES and user.operands[0] == parameter.name:
-      return user.bytes
+      return user.nbytes
     if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
       return 0.0
     if user.opcode == "fusion":
@@ -116,10 +116,10 @@ class Worker:
       return sum(self._read(user.called["calls"], i) for i in places)
     if user.opcode == "bitcast":
       users = computation.users.get(user.name, ())
-      return sum(self._use(u, user, computation) for u in users) if users else user.bytes
+      return sum(self._use(u, user, computation) for u in users) if users else user.nbytes
     if user.opcode == "tuple":
       return 0.0  # returned without being read
-    return parameter.bytes
+    return parameter.nbytes
 
   def _written(self, inner: Computation, op: Op, passed: dict[int, int]) -> float:
     root = inner.root
@@ -128,7 +128,7 @@ class Worker:
     for i, (name, array) in enumerate(zip(parts, op.arrays, strict=False)):
       if i in passed or array.space != HBM:
         continue
-      total += self._updated(inner.by_name[name], inner) or array.bytes
+      total += self._updated(inner.by_name[name], inner) or array.nbytes
     return total
 
   def _updated(self, op: Op, computation: Computation) -> float:
@@ -136,7 +136,7 @@ class Worker:
     while op.opcode == "bitcast":
       op = computation.by_name[op.operands[0]]
     if op.opcode == "dynamic-update-slice":
-      return computation.by_name[op.operands[1]].bytes
+      return computation.by_name[op.operands[1]].nbytes
     if op.opcode == "fusion":
       inner = self._module.computations[op.called["calls"]]
       if inner.root.opcode != "tuple":
@@ -144,13 +144,13 @@ class Worker:
     return 0.0
 
 
-def _hbm(arrays: tuple[Array, ...]) -> int:
-  return sum(a.bytes for a in arrays if a.space == HBM)
+def _hbm(arrays: tuple[HloArray, ...]) -> int:
+  return sum(a.nbytes for a in arrays if a.space == HBM)
 
 
 def _plain_read(op: Op, operands: list[Op]) -> float:
   if op.opcode in _SLICES:
-    return min(_hbm(operands[0].arrays), op.bytes) if operands else 0.0
+    return min(_hbm(operands[0].arrays), op.nbytes) if operands else 0.0
   if op.opcode == "dynamic-update-slice":
     return _hbm(operands[1].arrays)
   return sum(_hbm(operand.arrays) for operand in operands)
@@ -158,7 +158,7 @@ def _plain_read(op: Op, operands: list[Op]) -> float:
 
 def _plain_written(op: Op, operands: list[Op]) -> float:
   if op.opcode == "dynamic-update-slice":
-    return operands[1].bytes if op.arrays[0].space == HBM else 0.0
+    return operands[1].nbytes if op.arrays[0].space == HBM else 0.0
   return _hbm(op.arrays)
 
 

@@ -103,7 +103,7 @@ def test_flops_of_products(name: str, dtype: str) -> None:
   found = work.Worker(module).of(module.entry.root, module.entry)
   assert found.flops == work.matmul_flops(module.entry.root, module.entry) == 2 * adds
   assert found.low_flops == (2 * adds if dtype == "s8" else 0)
-  sizes = [op.bytes for op in module.entry.ops]
+  sizes = [op.nbytes for op in module.entry.ops]
   assert (found.read, found.written) == (sizes[0] + sizes[1], sizes[2])
   large = dataclasses.replace(found, flops=1e12, low_flops=1e12 if dtype == "s8" else 0.0, read=0.0)
   seconds, kind = cost.duration(large, V5E.chip)
