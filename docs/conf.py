@@ -25,4 +25,6 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
+# The names of the package itself are documented in their modules, too: a short name finds both.
+suppress_warnings = ["ref.python"]
 autodoc_default_options = {"members": True}
