@@ -121,7 +121,7 @@ def test_rates_are_those_of_the_batches(unwatched: Path, config: Any) -> None:
       continue
     used = batch["segments"] > 0
     images = (batch["slots"] >= 0).sum() / tile.tokens
-    done = costs.step(used.sum(), (used * (batch["positions"] + 1)).sum(), images)
+    done = costs.step(int(used.sum()), int((used * (batch["positions"] + 1)).sum()), images)
     seconds = 1 / record["steps_per_second"]
     assert record["mfu"] == pytest.approx(done / (seconds * chips * PEAK * 1e12), rel=1e-5)
     assert record["tokens_per_second_per_chip"] == pytest.approx(used.sum() / seconds / chips)
