@@ -9,8 +9,8 @@ SHOWN = 500  # characters of a message: part of it comes from the client
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 
-# Code of an error -> its HTTP status, and its type in OpenAI's terms. Clients choose an exception by
-# the status, and whether to try again: 408, 429 and 5xx are tried again.
+# Code of an error -> its HTTP status, and its type in the words of OpenAI. Clients choose an
+# exception by the status, and whether to try again: they do so after 408, 429 and 5xx.
 CODES: dict[str, tuple[int, str]] = {
   "invalid_json": (400, _INVALID),
   "missing_required_parameter": (400, _INVALID),

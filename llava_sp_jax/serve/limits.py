@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """Bounds requests and connections. Bytes, counts and texts are checked before a picture is decoded.
+  """Bounds requests and connections; bytes and counts are checked before a picture is decoded.
 
   Raises: ValueError for a limit that is not above 0 (`fetch_redirects`: below 0).
   """

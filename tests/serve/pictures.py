@@ -36,4 +36,4 @@ def png_of(width: int, height: int, content: bytes = b"") -> bytes:
   )
 
 
-SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><use x="file:///etc/x"/></svg>'

@@ -1,4 +1,4 @@
-"""Pictures by URL: a small internet of two hosts, of which 127.0.0.1 is public and 127.0.0.2 is not."""
+"""Pictures by URL, in an internet of two addresses: 127.0.0.1 is public, 127.0.0.2 is not."""
 
 from __future__ import annotations
 

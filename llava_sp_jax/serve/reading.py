@@ -1,0 +1,170 @@
+"""Reads bodies of requests: JSON to typed requests, or a typed error that names the field.
+
+Bytes, braces and the sizes of fields are checked before objects are made of a body.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from llava_sp_jax.convert import keys
+from llava_sp_jax.serve import fields, protocol
+from llava_sp_jax.serve.errors import ApiError
+from llava_sp_jax.serve.limits import Limits
+
+# Kind of a request -> the fields that it has beside those of its class.
+OTHERS: dict[type[msgspec.Struct], keys.Table] = {
+  protocol.ChatRequest: fields.CHAT,
+  protocol.CompletionRequest: fields.COMPLETION,
+  protocol.TokenizeRequest: fields.TOKENIZE,
+}
+LONG = ("messages", "prompt")  # fields that only the limit of the whole body bounds
+
+# (regex over fields, what to do); the first match ends a message.
+HINTS = (
+  (r"messages\[\d+\]\.role", "known roles: system, developer, user, assistant"),
+  (r"messages\[\d+\]\.content\[\d+\]\.type", "known parts: text, and image_url of a user"),
+  (r"messages\[\d+\]\.content\[\d+\]\.image_url", "send {'url': 'data:image/png;base64,...'}"),
+  (r"messages\[\d+\]\.tool_calls", "the model calls no tools; leave it out"),
+  (r"messages\[\d+\]\.content", "send a text, or a list of parts"),
+)
+_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+R = TypeVar("R", bound=msgspec.Struct)
+T = TypeVar("T")
+Problem = tuple[bool, str, str, str]  # holds, code, field, message
+
+
+def read(body: bytes, form: type[R], limits: Limits) -> R:
+  """Returns the request of a body; `form` is a key of OTHERS.
+
+  Raises: ApiError for a body that is no JSON or too large, a field with a wrong or unsupported
+    value, fields that contradict each other, and values above a limit.
+  """
+  if len(body) > limits.body_bytes:
+    raise ApiError("request_too_large", f"{len(body):,} bytes; at most {limits.body_bytes:,}")
+  if (braces := body.count(b"{")) > limits.braces:
+    raise ApiError("too_many", f"{braces:,} times '{{' in the body; at most {limits.braces:,}")
+  outline, refused = _decoded(body, _outline(form)), fields.refused(OTHERS[form])
+  for name in outline.__struct_fields__:
+    raw = getattr(outline, name)
+    if raw is msgspec.UNSET or name in LONG:
+      continue
+    if (size := len(memoryview(raw))) > limits.field_bytes:
+      raise ApiError("too_many", f"{name}: {size:,} bytes; at most {limits.field_bytes:,}", name)
+    if name in refused and (found := keys.problem(name, _decoded(raw, object), refused[name])):
+      raise _unsupported(name, refused[name], found)
+  request = _decoded(body, form)
+  for holds, code, param, message in _checks(request, limits):
+    if not holds:
+      raise ApiError(code, message, param)
+  return request
+
+
+def check_model(name: str | None, served: Sequence[str]) -> str:
+  """Returns the name of a model that is served; the first one if the request names none.
+
+  Raises: ApiError (404) for any other name.
+  """
+  if name is None:
+    return served[0]
+  if name not in served:
+    known = ", ".join(served)
+    raise ApiError("model_not_found", f"no model {name!r}; served here: {known}", "model")
+  return name
+
+
+@functools.cache
+def _outline(form: type[msgspec.Struct]) -> type[msgspec.Struct]:
+  """Makes a class with the same fields and the refused ones, whose values stay JSON."""
+  names = dict.fromkeys((*form.__struct_fields__, *fields.refused(OTHERS[form])))
+  kind = msgspec.Raw | msgspec.UnsetType
+  return msgspec.defstruct(
+    f"{form.__name__}Outline", [(name, kind, msgspec.UNSET) for name in names]
+  )
+
+
+def _unsupported(name: str, key: keys.Key, found: str) -> ApiError:
+  if key.values == keys.NOTHING:
+    message = f"{name} is not supported: {key.why}; leave it out"
+    return ApiError("unsupported_parameter", message, name)
+  return ApiError("unsupported_value", f"{found}; leave it out", name)
+
+
+def _decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
+  try:
+    return msgspec.json.decode(body, type=kind)
+  except msgspec.ValidationError as error:
+    raise _typed(str(error)) from None
+  except RecursionError:
+    raise ApiError("invalid_json", "the body is nested too deeply") from None
+  except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    raise ApiError("invalid_json", f"the body is not JSON in UTF-8: {error}") from None
+
+
+def _typed(text: str) -> ApiError:
+  """Turns a message of msgspec into an error that names the field."""
+  where = _WHERE.search(text)
+  param, text = (where[1].replace("[...]", ""), text[: where.start()]) if where else ("", text)
+  code = "invalid_type" if ", got " in text else "invalid_value"
+  if missing := _MISSING.fullmatch(text):
+    param = f"{param}.{missing[1]}".lstrip(".")
+    code, text = "missing_required_parameter", f"{param} is missing"
+  hints = [hint for pattern, hint in HINTS if re.match(pattern, param)]
+  said = f"{param}: {text}" if param and not missing else text
+  return ApiError(code, "; ".join([said.replace("`", "'"), *hints[:1]]), param or None)
+
+
+def _checks(request: msgspec.Struct, limits: Limits) -> Iterator[Problem]:
+  if isinstance(request, protocol.TokenizeRequest):
+    one = (request.prompt is None) != (request.messages is None)
+    yield one, "invalid_value", "prompt", "expected one of prompt and messages"
+  if isinstance(request, protocol.Settings):
+    yield from _of_settings(request, limits)
+  if isinstance(request, protocol.ChatRequest):
+    both = request.max_tokens is None or request.max_completion_tokens in (None, request.max_tokens)
+    yield (
+      both,
+      "invalid_value",
+      "max_tokens",
+      "max_tokens and max_completion_tokens differ; send one",
+    )
+    asked = request.top_logprobs is None or request.logprobs is True
+    yield asked, "invalid_value", "top_logprobs", "top_logprobs needs logprobs: true"
+  messages = getattr(request, "messages", None) or ()
+  yield _at_most("messages", len(messages), limits.messages, "messages")
+  parts = sum(len(each.content) for each in messages if isinstance(each.content, list))
+  yield _at_most("messages", parts, limits.parts, "parts of messages")
+
+
+def _of_settings(request: protocol.Settings, limits: Limits) -> Iterator[Problem]:
+  stream = request.stream_options is None or request.stream is True
+  yield stream, "invalid_value", "stream_options", "stream_options needs stream: true"
+  most, least = request.most_tokens, request.min_tokens or 0
+  told = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
+  yield _at_most(told, most or 0, limits.new_tokens, "tokens of an answer")
+  fits = most is None or least <= most
+  yield fits, "invalid_value", "min_tokens", f"min_tokens {least} is more than {told} {most}"
+  yield _at_most("min_tokens", least, limits.new_tokens, "tokens of an answer")
+  yield _at_most("n", request.n or 1, limits.choices, "answers to a request")
+  yield _at_most("stop", len(request.stops), limits.stop_strings, "stop strings")
+  longest = max(map(len, request.stops), default=0)
+  yield _at_most("stop", longest, limits.stop_characters, "characters of a stop string")
+  yield all(request.stops), "invalid_value", "stop", "a stop string is empty; leave it out"
+  ids, biases = len(request.stop_token_ids or ()), len(request.logit_bias or ())
+  yield _at_most("stop_token_ids", ids, limits.stop_ids, "token ids")
+  yield _at_most("logit_bias", biases, limits.biases, "biases")
+
+
+def _at_most(param: str, found: int, most: int, what: str) -> Problem:
+  return (
+    found <= most,
+    "too_many",
+    param,
+    f"{param}: {found:,} {what}; at most {most:,} are allowed",
+  )
