@@ -64,6 +64,8 @@ setup(
       "hypothesis>=6.155",
       "beartype>=0.23.1",  # checks the annotations of jaxtyping, in tests only
       *SERVE,
+      "openai>=3.51",  # the client that the server is for
+      "jsonschema>=4.26",  # bodies against our OpenAPI document
       "setuptools>=77",  # builds the wheel that a test looks into
       # Oracles of the tests only. This torch has a CPU build for Python 3.11; for later ones there
       # is CUDA's alone, of gigabytes, so there the tests that compare with torch are skipped.

@@ -1,1 +1,1 @@
-"""Serves a checkpoint through OpenAI's protocol; needs the extra `serve`."""
+"""Reads and writes OpenAI's protocol, for a server of checkpoints; needs the extra `serve`."""

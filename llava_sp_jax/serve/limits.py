@@ -30,6 +30,7 @@ class Limits:
   # Pictures
   pictures: int = 16  # of a request
   picture_bytes: int = 20 << 20  # of an encoded picture, inline or fetched
+  all_picture_bytes: int = 64 << 20  # of all encoded pictures of a request together
   picture_pixels: int = 1 << 26  # of the square around a picture: 8192 x 8192
   fetch_seconds: float = 5.0  # for a picture's URL, with all its redirects
   fetch_redirects: int = 3  # followed for a picture's URL

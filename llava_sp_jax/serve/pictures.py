@@ -36,7 +36,7 @@ async def read(
 
   Args:
     urls: (URL or base64, name of the field that holds it) of each picture.
-    limits: their number, bytes and pixels.
+    limits: number, bytes (of each, and of all) and pixels.
     fetcher: reads http(s) URLs; None refuses them.
 
   Raises: ApiError for the first picture that cannot be used.
@@ -47,7 +47,19 @@ async def read(
       f"{len(urls)} pictures; at most {limits.pictures} are read: send fewer",
       "messages",
     )
-  return tuple([await _one(url, param, limits, fetcher) for url, param in urls])
+  contents: list[bytes] = []
+  total = 0
+  for url, param in urls:
+    contents.append(await _one(url, param, limits, fetcher))
+    total += len(contents[-1])
+    if total > limits.all_picture_bytes:
+      raise ApiError(
+        "image_too_large",
+        f"the pictures up to this one have {total:,} bytes; at most {limits.all_picture_bytes:,} "
+        "are read: send fewer or smaller ones",
+        param,
+      )
+  return tuple(contents)
 
 
 async def _one(url: str, param: str, limits: Limits, fetcher: Fetcher | None) -> bytes:

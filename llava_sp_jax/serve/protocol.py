@@ -240,7 +240,7 @@ class TextChoice(Struct):
 
 
 class TextCompletion(Struct, kw_only=True):
-  """Answers a CompletionRequest, or is a chunk of such an answer; a chunk has `usage` at the end."""
+  """Answers a CompletionRequest, whole or in parts; of parts, the last alone has `usage`."""
 
   id: str
   object: Literal["text_completion"] = "text_completion"
@@ -273,6 +273,12 @@ class Tokenized(Struct):
   count: int
   max_model_len: int
   tokens: list[int]
+
+
+class Version(Struct):
+  """Names the version of this package."""
+
+  version: str
 
 
 class ErrorObject(Struct):

@@ -33,7 +33,7 @@ HINTS = (
   (r"messages\[\d+\]\.tool_calls", "the model calls no tools; leave it out"),
   (r"messages\[\d+\]\.content", "send a text, or a list of parts"),
 )
-_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
+_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?([^`\s]*)`$")
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 R = TypeVar("R", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -109,7 +109,8 @@ def _decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
 
 def _typed(text: str) -> ApiError:
   """Turns a message of msgspec into an error that names the field."""
-  where = _WHERE.search(text)
+  # Only the last part is ours: a text of the client may stand before it.
+  where = _WHERE.match(text, max(text.rfind(" - at "), 0))
   param, text = (where[1].replace("[...]", ""), text[: where.start()]) if where else ("", text)
   code = "invalid_type" if ", got " in text else "invalid_value"
   if missing := _MISSING.fullmatch(text):

@@ -99,6 +99,16 @@ def test_too_many_pictures_are_refused_before_any_is_decoded() -> None:
   assert caught.value.code == "too_many"
 
 
+def test_all_pictures_together() -> None:
+  content = encoded()
+  limits = dataclasses.replace(SMALL, all_picture_bytes=3 * len(content) - 1)
+  urls = [(data_url(content), f"picture {i}") for i in range(4)]
+  assert len(asyncio.run(pictures.read(urls[:2], limits))) == 2
+  with pytest.raises(ApiError, match="fewer or smaller") as caught:
+    asyncio.run(pictures.read(urls, limits))
+  assert (caught.value.code, caught.value.param) == ("image_too_large", "picture 2")
+
+
 def test_a_picture_that_is_too_large_costs_no_memory() -> None:
   url = "data:image/png;base64," + "A" * (32 << 20)
   tracemalloc.start()

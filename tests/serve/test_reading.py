@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import resource
 from typing import Any
 
+import hypothesis
 import msgspec
 import pytest
+from hypothesis import strategies as st
 
-from llava_sp_jax.serve import fields, protocol, reading
+from llava_sp_jax.serve import conversation, fields, pictures, protocol, reading
 from llava_sp_jax.serve.errors import ApiError
 from llava_sp_jax.serve.limits import DEFAULT
 from tests.serve.requests import PICTURE, body, chat, said, text, user
@@ -175,6 +178,9 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
   "a million stop strings": (body(stop=["ab"] * MANY), "too_many"),
   "a million biases": (body(logit_bias=dict.fromkeys(range(MANY), 1)), "too_many"),
   "a million names": (b"{" + b",".join(b'"k%d":1' % i for i in range(MANY)) + b"}", "missing_required_parameter"),
+  "a role of 20 MB": (body(messages=[said("x" * 20_000_000, "a")]), "invalid_value"),
+  "a role like our messages": (body(messages=[said(" - at `$.a`" * MANY + "\n", "a")]), "invalid_value"),
+  "a long detail": (body(messages=[user({"type": "image_url", "image_url": {"url": "a", "detail": "`" * MANY}})]), "invalid_value"),
   "40 MB": (body(messages=[user("a" * 40_000_000)]), "request_too_large"),
 }  # fmt: skip
 
@@ -188,6 +194,47 @@ def test_hostile_bodies(content: bytes, code: str) -> None:
   assert 400 <= caught.value.status < 500
   assert len(str(caught.value)) <= 500
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+  max_leaves=6,
+)
+PARTS = st.fixed_dictionaries(
+  {"type": st.sampled_from(["text", "image_url", "file"])},
+  optional={"text": st.text(), "image_url": st.fixed_dictionaries({"url": st.text()}) | VALUES},
+)
+MESSAGES = st.fixed_dictionaries(
+  {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"])},
+  optional={"content": st.text() | st.lists(PARTS, max_size=3) | VALUES, "tool_calls": VALUES},
+)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(
+  form=st.sampled_from(list(reading.OTHERS)),
+  messages=st.lists(MESSAGES, max_size=4),
+  given=st.dictionaries(
+    st.sampled_from(sorted({*OPENAI, *fields.CHAT, "prompt", "stop_token_ids"})), VALUES, max_size=4
+  ),
+)
+def test_any_json_is_read_or_refused_by_name(
+  form: type[msgspec.Struct], messages: list[Any], given: dict[str, Any]
+) -> None:
+  with contextlib.suppress(ApiError):
+    request = reading.read(json.dumps({"messages": messages, **given}).encode(), form, DEFAULT)
+    if isinstance(request, protocol.ChatRequest):
+      for url, param in conversation.of(request.messages).links:
+        pictures.inline(url, param, DEFAULT)
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(data=st.binary(max_size=40), at=st.integers(0, 300))
+def test_any_bytes_are_read_or_refused(data: bytes, at: int) -> None:
+  good = body(messages=[user(text("a"), PICTURE)], stream=True, stop=["b"], logit_bias={"1": 1})
+  with contextlib.suppress(ApiError):
+    chat(good[:at] + data + good[at + len(data) :])
 
 
 def test_counts_of_messages_and_parts() -> None:
