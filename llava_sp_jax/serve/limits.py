@@ -16,7 +16,8 @@ class Limits:
   body_bytes: int = 32 << 20  # of a request; larger pictures belong behind fewer requests
   body_seconds: float = 30.0  # until a body has arrived as a whole
   header_bytes: int = 16 << 10  # of a request's line and headers
-  braces: int = 100_000  # `{` in a body, in texts too: bounds its objects before they are made
+  quotes: int = 400_000  # `"` in a body, in texts too: bounds its strings and objects
+  text_bytes: int = 4 << 20  # of a body without the long strings of pictures
   field_bytes: int = 64 << 10  # of the JSON of a field that is neither messages nor prompt
 
   # Messages

@@ -1,6 +1,6 @@
 """Reads bodies of requests: JSON to typed requests, or a typed error that names the field.
 
-Bytes, braces and the sizes of fields are checked before objects are made of a body.
+Bytes, quotation marks and the sizes of fields are checked before objects are made of a body.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ OTHERS: dict[type[msgspec.Struct], keys.Table] = {
 }
 LONG = ("messages", "prompt")  # fields that only the limit of the whole body bounds
 
+PICTURE = 1 << 16  # characters from which on a string may be a picture that counts as none of text
+SHOWN = 300  # characters of either end of a message by msgspec, which quotes the client
+
 # (regex over fields, what to do); the first match ends a message.
 HINTS = (
   (r"messages\[\d+\]\.role", "known roles: system, developer, user, assistant"),
@@ -46,10 +49,17 @@ def read(body: bytes, form: type[R], limits: Limits) -> R:
   Raises: ApiError for a body that is no JSON or too large, a field with a wrong or unsupported
     value, fields that contradict each other, and values above a limit.
   """
-  if len(body) > limits.body_bytes:
-    raise ApiError("request_too_large", f"{len(body):,} bytes; at most {limits.body_bytes:,}")
-  if (braces := body.count(b"{")) > limits.braces:
-    raise ApiError("too_many", f"{braces:,} times '{{' in the body; at most {limits.braces:,}")
+  for count, most, what in (
+    (len(body), limits.body_bytes, "bytes"),
+    (body.count(b'"'), limits.quotes, "quotation marks"),
+  ):
+    if count > most:
+      raise ApiError("request_too_large", f"the body has {count:,} {what}; at most {most:,}")
+  if len(body) > limits.text_bytes and (size := _text_bytes(body)) > limits.text_bytes:
+    raise ApiError(
+      "request_too_large",
+      f"the body has {size:,} bytes of text; at most {limits.text_bytes:,} beside pictures",
+    )
   outline, refused = _decoded(body, _outline(form)), fields.refused(OTHERS[form])
   for name in outline.__struct_fields__:
     raw = getattr(outline, name)
@@ -77,6 +87,20 @@ def check_model(name: str | None, served: Sequence[str]) -> str:
     known = ", ".join(served)
     raise ApiError("model_not_found", f"no model {name!r}; served here: {known}", "model")
   return name
+
+
+def _text_bytes(body: bytes) -> int:
+  """Counts the bytes outside of long strings that are ASCII without escapes, as pictures are.
+
+  Of other strings, Python needs up to four bytes a character, and several copies.
+  """
+  found, start = len(body), 0
+  while (end := body.find(b'"', start)) >= 0:
+    if end - start >= PICTURE and start and body[start - 2 : start - 1] != b"\\":
+      inside = body[start:end]
+      found -= len(inside) if inside.isascii() and b"\\" not in inside else 0
+    start = end + 1
+  return found
 
 
 @functools.cache
@@ -109,7 +133,8 @@ def _decoded(body: bytes | msgspec.Raw, kind: type[T]) -> T:
 
 def _typed(text: str) -> ApiError:
   """Turns a message of msgspec into an error that names the field."""
-  # Only the last part is ours: a text of the client may stand before it.
+  text = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"
+  # Only the last part is msgspec's: a text of the client may stand before it.
   where = _WHERE.match(text, max(text.rfind(" - at "), 0))
   param, text = (where[1].replace("[...]", ""), text[: where.start()]) if where else ("", text)
   code = "invalid_type" if ", got " in text else "invalid_value"

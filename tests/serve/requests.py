@@ -8,7 +8,7 @@ from typing import Any
 from llava_sp_jax.serve import protocol, reading
 from llava_sp_jax.serve.limits import DEFAULT, Limits
 
-PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PICTURE: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 def text(content: str) -> dict[str, Any]:

@@ -181,6 +181,20 @@ def test_refused_urls(internet: Internet, url: str, code: str, says: str) -> Non
   assert len(internet.asked) <= LIMITS.fetch_redirects + 1
 
 
+@pytest.mark.parametrize("url", ["http://private.test/a", "https://PRIVATE.test:443/a"])
+@pytest.mark.usefixtures("internet")
+def test_a_host_without_a_port_allows_that_of_the_scheme(url: str) -> None:
+  async def run() -> None:
+    fetcher = Fetcher(["Private.test"], LIMITS)
+    try:
+      await fetcher.read(url, "x")
+    finally:
+      await fetcher.close()
+
+  with pytest.raises(ApiError, match="address that is not public"):  # so the host is allowed
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("page", ["slow", "endless"])
 def test_a_slow_host(internet: Internet, page: str) -> None:
   limits = dataclasses.replace(LIMITS, fetch_seconds=0.3, picture_bytes=1 << 40)

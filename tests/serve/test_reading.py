@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import resource
+import tracemalloc
 from typing import Any
 
 import hypothesis
@@ -171,29 +171,41 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
   "deep lists": (b'{"new": ' + b"[" * MANY + b"]" * MANY + b"}", "invalid_json"),
   "deep objects": (b'{"new": ' + b'{"a":' * 90_000, "invalid_json"),
   "deep lists in a known field": (b'{"tools": ' + b"[" * MANY, "invalid_json"),
-  "a million objects": (b'{"messages": [' + b"{}," * MANY, "too_many"),
-  "a million parts": (body(messages=[user(text("X"))]).replace(b'{"type"', b'{"type":"text","text":"ab"},' * MANY + b'{"type"'), "too_many"),
-  "90,000 parts": (body(messages=[user(*[text("ab")] * 90_000)]), "too_many"),
-  "90,000 messages": (body(messages=[user("ab")] * 90_000), "too_many"),
-  "a million stop strings": (body(stop=["ab"] * MANY), "too_many"),
-  "a million biases": (body(logit_bias=dict.fromkeys(range(MANY), 1)), "too_many"),
-  "a million names": (b"{" + b",".join(b'"k%d":1' % i for i in range(MANY)) + b"}", "missing_required_parameter"),
+  "a million objects": (b'{"messages": [' + b"{}," * MANY, "invalid_json"),
+  "a million parts": (body(messages=[user(text("X"))]).replace(b'{"type"', b'{"type":"text","text":"ab"},' * MANY + b'{"type"'), "request_too_large"),
+  "30,000 parts": (body(messages=[user(*[text("ab")] * 30_000)]), "too_many"),
+  "40,000 messages": (body(messages=[user("ab")] * 40_000), "too_many"),
+  "a million stop strings": (body(stop=["ab"] * MANY), "request_too_large"),
+  "a million biases": (body(logit_bias=dict.fromkeys(range(MANY), 1)), "request_too_large"),
+  "a million names": (b"{" + b",".join(b'"k%d":1' % i for i in range(MANY)) + b"}", "request_too_large"),
   "a role of 20 MB": (body(messages=[said("x" * 20_000_000, "a")]), "invalid_value"),
-  "a role like our messages": (body(messages=[said(" - at `$.a`" * MANY + "\n", "a")]), "invalid_value"),
+  "a role like our messages": (body(messages=[said(" - at `$.a`" * (MANY // 3) + "\n", "a")]), "invalid_value"),
   "a long detail": (body(messages=[user({"type": "image_url", "image_url": {"url": "a", "detail": "`" * MANY}})]), "invalid_value"),
+  "100,000 stop strings": (body(stop=["ab"] * 100_000), "too_many"),
+  "100,000 names": (b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"}", "missing_required_parameter"),
+  "100,000 names in a refused field": (body(tools={f"k{i}": 1 for i in range(100_000)}), "too_many"),
+  "5 MB of lists": (body(messages=[said("assistant", "") | {"tool_calls": [[]] * 1_000_000}]), "invalid_value"),
+  "5 MB of text": (body(messages=[user("a b\n" * 1_000_000)]), "request_too_large"),
+  "wide characters": (body(messages=[user("a" * 30_000_000 + "\N{GRINNING FACE}")]), "request_too_large"),
+  "wide characters in a role": (body(messages=[said("\N{GRINNING FACE}" + "a" * 30_000_000, "")]), "request_too_large"),
+  "wide characters behind a quote": (body(messages=[user("\N{GRINNING FACE}" + '"' + "a" * 30_000_000)]), "request_too_large"),
+  "wide characters before a quote": (body(messages=[user("a" * 30_000_000 + '"\N{GRINNING FACE}')]), "request_too_large"),
+  "wide characters in UTF-8": ('{"messages": "😀'.encode() + b"a" * 30_000_000 + b'"}', "request_too_large"),
   "40 MB": (body(messages=[user("a" * 40_000_000)]), "request_too_large"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "code"), ATTACKS.values(), ids=ATTACKS.keys())
 def test_hostile_bodies(content: bytes, code: str) -> None:
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  tracemalloc.start()
   with pytest.raises(ApiError) as caught:
     chat(content)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
   assert caught.value.code == code, caught.value
   assert 400 <= caught.value.status < 500
   assert len(str(caught.value)) <= 500
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+  assert peak < 100 << 20  # bytes, beside the body itself
 
 
 VALUES = st.recursive(
@@ -235,6 +247,16 @@ def test_any_bytes_are_read_or_refused(data: bytes, at: int) -> None:
   good = body(messages=[user(text("a"), PICTURE)], stream=True, stop=["b"], logit_bias={"1": 1})
   with contextlib.suppress(ApiError):
     chat(good[:at] + data + good[at + len(data) :])
+
+
+@pytest.mark.parametrize("question", ["Was ist das? \U0001f600", 'a "b" \\', ""])
+@pytest.mark.parametrize("ascii_alone", [True, False])
+def test_large_pictures_are_no_text(question: str, ascii_alone: bool) -> None:
+  url = "data:image/png;base64," + "A" * 6_000_000
+  parts = user(text(question), {"type": "image_url", "image_url": {"url": url}}, PICTURE)
+  content = json.dumps({"messages": [parts]}, ensure_ascii=ascii_alone).encode()
+  found = conversation.of(chat(content).messages)
+  assert [link for link, _ in found.links] == [url, PICTURE["image_url"]["url"]]
 
 
 def test_counts_of_messages_and_parts() -> None:
