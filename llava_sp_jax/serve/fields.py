@@ -6,7 +6,7 @@ client to 3.51, and the extensions of vLLM to 0.32.
 
 from __future__ import annotations
 
-from llava_sp_jax.convert.keys import REFUSED, Key, Table, always, idle, never, only, rows
+from llava_sp_jax.convert.keys import REFUSED, Key, Table, idle, never, only, rows
 
 _TOOLS = never("the model calls no tools")
 _FORMAT = never("answers are free text")
@@ -26,10 +26,10 @@ COMMON: Table = {
   "length_penalty": only("it is for beams", 1, 1.0),
   **rows(never("tokens are chosen by temperature, top_k, top_p, min_p, penalties and logit_bias"),
     "logits_processors", "allowed_token_ids", "bad_words", "typical_p", "no_repeat_ngram_size"),
-  **rows(never("the tokens of a prompt have no probabilities here"), "prompt_logprobs"),
+  "prompt_logprobs": only("the tokens of a prompt have no probabilities here"),
   "include_stop_str_in_output": never("an answer ends before its stop string"),
-  **rows(always("marks of the template are no part of an answer", True), "skip_special_tokens"),
-  **rows(only("tokens are joined as the tokenizer does it", True), "spaces_between_special_tokens"),
+  "skip_special_tokens": only("marks of the template are no part of an answer", True),
+  "spaces_between_special_tokens": only("tokens are joined as the tokenizer does it", True),
   "truncate_prompt_tokens": never("a prompt is read as a whole; send a shorter one"),
   "return_token_ids": never("answers are text"),
   "return_tokens_as_token_ids": never("answers are text"),
@@ -40,7 +40,8 @@ CHAT: Table = {
   **COMMON,
   **rows(idle("the model does not think before it answers"), "reasoning_effort", "verbosity",
     "include_reasoning", "thinking_token_budget"),
-  **rows(_TOOLS, "tools", "functions", "web_search_options"),
+  **rows(_TOOLS, "tools", "functions"),
+  "web_search_options": only("the model does not search"),
   "tool_choice": only("the model calls no tools", "none", "auto"),
   "function_call": only("the model calls no tools", "none", "auto"),
   "parallel_tool_calls": idle("the model calls no tools"),

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from llava_sp_jax.serve import conversation, fields, pictures, protocol, reading
+from llava_sp_jax.serve import conversation, fields, fields_page, pictures, protocol, reading
 from llava_sp_jax.serve.errors import ApiError
 from llava_sp_jax.serve.limits import DEFAULT
+from tests.conftest import REPOSITORY
 from tests.serve.requests import PICTURE, body, chat, said, text, user
 
 # All that the openai client sends to /v1/chat/completions (its version 3.57).
@@ -124,6 +125,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
   "a forced tool": ({"tool_choice": "required"}, "unsupported_value", "tool_choice", "known: 'none', 'auto'"),
   "JSON mode": ({"response_format": {"type": "json_object"}}, "unsupported_value", "response_format", "free text"),
   "speech": ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities", "text"),
+  "probabilities of the prompt": ({"prompt_logprobs": 0}, "unsupported_value", "prompt_logprobs", "leave it out"),
+  "a search": ({"web_search_options": {}}, "unsupported_value", "web_search_options", "does not search"),
   "beams": ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search", "beams"),
   "another template": ({"chat_template": "{{ x }}"}, "unsupported_parameter", "chat_template", "as in training"),
   "special tokens in answers": ({"skip_special_tokens": False}, "unsupported_value", "skip_special_tokens", "known: True"),
@@ -143,6 +146,11 @@ def test_every_field_of_the_openai_client_has_a_place() -> None:
   known = {*protocol.ChatRequest.__struct_fields__, *fields.CHAT}
   assert known >= OPENAI
   assert not {*protocol.ChatRequest.__struct_fields__} & {*fields.CHAT}
+
+
+def test_the_page_of_fields_is_up_to_date() -> None:
+  """`python -m llava_sp_jax.serve.fields_page > docs/request_fields.md` makes it anew."""
+  assert (REPOSITORY / "docs/request_fields.md").read_text() == fields_page.page()
 
 
 @pytest.mark.parametrize("form", reading.OTHERS)
