@@ -22,6 +22,7 @@ class Limits:
 
   # Messages
   messages: int = 256  # of a conversation
+  characters: int = 1 << 20  # of all texts of a conversation, or of a prompt
   parts: int = 1024  # of all messages of a conversation together
   stop_strings: int = 16  # of a request
   stop_characters: int = 1024  # of a stop string

@@ -162,10 +162,20 @@ def _checks(request: msgspec.Struct, limits: Limits) -> Iterator[Problem]:
     )
     asked = request.top_logprobs is None or request.logprobs is True
     yield asked, "invalid_value", "top_logprobs", "top_logprobs needs logprobs: true"
-  messages = getattr(request, "messages", None) or ()
+  prompt: str | None = getattr(request, "prompt", None)
+  yield _at_most("prompt", len(prompt or ""), limits.characters, "characters of text")
+  messages: Sequence[protocol.Message] = getattr(request, "messages", None) or ()
   yield _at_most("messages", len(messages), limits.messages, "messages")
   parts = sum(len(each.content) for each in messages if isinstance(each.content, list))
   yield _at_most("messages", parts, limits.parts, "parts of messages")
+  characters = sum(map(_characters, messages))
+  yield _at_most("messages", characters, limits.characters, "characters of text")
+
+
+def _characters(message: protocol.Message) -> int:
+  if isinstance(message.content, str):
+    return len(message.content)
+  return sum(len(part.text) for part in message.content if isinstance(part, protocol.TextPart))
 
 
 def _of_settings(request: protocol.Settings, limits: Limits) -> Iterator[Problem]:

@@ -192,8 +192,9 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
   "100,000 stop strings": (body(stop=["ab"] * 100_000), "too_many"),
   "100,000 names": (b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"}", "missing_required_parameter"),
   "100,000 names in a refused field": (body(tools={f"k{i}": 1 for i in range(100_000)}), "too_many"),
-  "5 MB of lists": (body(messages=[said("assistant", "") | {"tool_calls": [[]] * 1_000_000}]), "invalid_value"),
+  "lists in a list": (body(messages=[said("assistant", "") | {"tool_calls": [[]] * 200_000}]), "invalid_value"),
   "5 MB of text": (body(messages=[user("a b\n" * 1_000_000)]), "request_too_large"),
+  "20 MB of text that looks like a picture": (body(messages=[user("a" * 20_000_000)]), "too_many"),
   "wide characters": (body(messages=[user("a" * 30_000_000 + "\N{GRINNING FACE}")]), "request_too_large"),
   "wide characters in a role": (body(messages=[said("\N{GRINNING FACE}" + "a" * 30_000_000, "")]), "request_too_large"),
   "wide characters behind a quote": (body(messages=[user("\N{GRINNING FACE}" + '"' + "a" * 30_000_000)]), "request_too_large"),
@@ -268,12 +269,14 @@ def test_large_pictures_are_no_text(question: str, ascii_alone: bool) -> None:
 
 
 def test_counts_of_messages_and_parts() -> None:
-  limits = dataclasses.replace(DEFAULT, messages=2, parts=3)
+  limits = dataclasses.replace(DEFAULT, messages=2, parts=3, characters=9)
   pair = [user(text("a"), text("b")), user(text("c"))]
   assert len(chat(body(messages=pair), limits).messages) == 2
   for messages, says in (
     ([user("a")] * 3, "3 messages; at most 2"),
     ([*pair[:1], pair[0]], "4 parts of messages; at most 3"),
+    ([user("a" * 10)], "10 characters of text; at most 9"),
+    ([user(text("a" * 5)), user(text("b" * 5), PICTURE)], "10 characters of text; at most 9"),
   ):
     with pytest.raises(ApiError, match=says):
       chat(body(messages=messages), limits)
@@ -287,6 +290,7 @@ def test_other_endpoints() -> None:
   for content, form, says in (
     ({"prompt": "a", "logprobs": 1}, protocol.CompletionRequest, "logprobs is not supported"),
     ({"prompt": ["a"]}, protocol.CompletionRequest, "prompt: Expected 'str'"),
+    ({"prompt": "a" * 2_000_000}, protocol.CompletionRequest, "2,000,000 characters of text"),
     ({}, protocol.TokenizeRequest, "one of prompt and messages"),
     ({"prompt": "a", "messages": [user("b")]}, protocol.TokenizeRequest, "one of prompt and"),
   ):
