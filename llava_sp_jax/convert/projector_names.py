@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from llava_sp_jax.convert.layout import conv, linear, same, whole_view
 from llava_sp_jax.convert.tables import NameRule
 from llava_sp_jax.models.projector import VARIANTS
-from llava_sp_jax.models.spatial import EXTRACTORS, VIEWS
+from llava_sp_jax.models.spatial import EXTRACTORS, VIEWS, Extractor, View
 
 MLP = (
   NameRule("model.mm_projector.0.weight", "projector/fc1/kernel", linear),
@@ -132,8 +132,8 @@ def projector(variant: str, channels: int, scales: Sequence[int]) -> tuple[NameR
   row = VARIANTS[variant]
   rows = list(MLP)
   for i, view in enumerate(row.views):
-    named = FURTHER.get(row.extractor) if i else FIRST.get((view, row.extractor))
-    named = NUMBERED.get(variant) or named or FURTHER.get(row.extractor)
+    first = None if i else FIRST.get((view, row.extractor))
+    named = NUMBERED.get(variant) or first or FURTHER.get(row.extractor)
     rows += named(view, channels, scales) if named else _own(row.extractor, view, channels, scales)
   if row.views or row.detail_as_tokens:
     out = OUT.get(row.extractor, "conv_linear")
@@ -171,7 +171,7 @@ def _own(extractor: str, view: str, channels: int, scales: Sequence[int]) -> tup
   """Names the parameters of an extractor by their paths; matrices are transposed as torch's are."""
   rows = []
   for (i, size), (path, ndim) in itertools.product(
-    enumerate(scales), _parameters(extractor, view, channels, scales[0])
+    enumerate(scales), _parameters(EXTRACTORS[extractor], VIEWS[view], channels, scales[0])
   ):
     *groups, leaf = path.split("/")
     name = [f"{group}.{{layer}}" if group == "layers" else group for group in groups]
@@ -187,7 +187,9 @@ def _own(extractor: str, view: str, channels: int, scales: Sequence[int]) -> tup
 
 
 @functools.lru_cache
-def _parameters(extractor: str, view: str, channels: int, size: int) -> tuple[tuple[str, int], ...]:
+def _parameters(
+  extractor: Extractor, view: View, channels: int, size: int
+) -> tuple[tuple[str, int], ...]:
   """Returns (path below the extractor's module, number of dimensions) of each of its parameters.
 
   Nothing is computed but shapes.
@@ -196,8 +198,8 @@ def _parameters(extractor: str, view: str, channels: int, size: int) -> tuple[tu
   class Host(nn.Module):
     @nn.compact
     def __call__(self, grid: jax.Array) -> jax.Array:
-      seen = VIEWS[view].apply(grid, size)
-      return EXTRACTORS[extractor].build(seen, 8, jnp.dtype(jnp.float32), "token")
+      seen = view.apply(grid, size)
+      return extractor.build(seen, 8, jnp.dtype(jnp.float32), "token")
 
   grid = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
   tree = jax.eval_shape(Host().init, jax.random.key(0), grid).get("params", {}).get("token", {})

@@ -21,7 +21,7 @@ from llava_sp_jax.convert.tensor import (
   check_name,
   check_total,
 )
-from llava_sp_jax.convert.torch_pickle import STORAGES, Storage, View
+from llava_sp_jax.convert.torch_pickle import STORAGES, Storage, TensorView
 from llava_sp_jax.files import FormatError
 
 __all__ = ["STORAGES", "open_bin"]
@@ -78,13 +78,13 @@ class _Archive:
     result: Tensors = {}
     for key, view in self.tree.items():
       name = check_name(key)
-      if not isinstance(view, View):
+      if not isinstance(view, TensorView):
         raise MalformedError(f"expected a dictionary of tensors, found something else under {name}")
       result[name] = self._tensor(name, view)
     check_total(result.values(), self.file.size)
     return result
 
-  def _tensor(self, name: str, view: View) -> Tensor:
+  def _tensor(self, name: str, view: TensorView) -> Tensor:
     storage = view.storage
     values = self.maps.setdefault(storage.key, self._map(storage))
     item = storage.dtype.itemsize

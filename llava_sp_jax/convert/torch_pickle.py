@@ -44,7 +44,7 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class View:
+class TensorView:
   """Holds a strided view of a storage, which lies within it; strides count items."""
 
   storage: Storage
@@ -61,7 +61,7 @@ class _Name:
   call: Callable[..., Any] | None = None
 
 
-def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
+def view(storage: Any, offset: Any, size: Any, stride: Any) -> TensorView:
   """Returns the view of a storage that begins at item `offset` and has a shape and strides.
 
   Raises: MalformedError when they are no such thing, or the view does not lie within the storage.
@@ -77,7 +77,7 @@ def view(storage: Any, offset: Any, size: Any, stride: Any) -> View:
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if offset > storage.count or (0 not in shape and last >= storage.count):
     raise MalformedError("a tensor reaches beyond its storage")
-  return View(storage, offset, shape, strides)
+  return TensorView(storage, offset, shape, strides)
 
 
 def _tensor(
@@ -88,7 +88,7 @@ def _tensor(
   requires_grad: Any,
   hooks: Any,
   about: Any = None,
-) -> View:
+) -> TensorView:
   """Replaces torch's `_rebuild_tensor_v2`.
 
   A non-empty `about` would say that values are negated or conjugated, and is refused.
@@ -98,8 +98,8 @@ def _tensor(
   return view(storage, offset, size, stride)
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> View:
-  if not isinstance(data, View) or type(requires_grad) is not bool or hooks != {}:
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> TensorView:
+  if not isinstance(data, TensorView) or type(requires_grad) is not bool or hooks != {}:
     raise MalformedError("a parameter that is no tensor, or has hooks")
   return data
 
@@ -114,7 +114,7 @@ ARGUMENTS = {dict: (0, 0), _tensor: (6, 7), _parameter: (3, 3)}
 
 
 def load(data: bytes) -> Any:
-  """Returns the content of a pickle: dictionaries, lists, tuples, numbers, texts and `View`s.
+  """Returns the content of a pickle: dictionaries, lists, tuples, numbers, texts and `TensorView`s.
 
   Raises: MalformedError when it is damaged, or names anything but tensors.
   """

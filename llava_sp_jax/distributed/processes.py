@@ -242,8 +242,17 @@ def abort(what: str, code: int) -> None:
   with contextlib.suppress(RuntimeError):
     _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {who}: {what}")
   print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
+  leave(code)
+
+
+def leave(code: int) -> None:
+  """Exits this process at once with status `code`, without waiting for the others.
+
+  Process 0 stays a little longer: its exit ends the service of the run, and the client of a process
+  that still runs would crash that process.
+  """
   sys.stdout.flush()
-  if not jax.process_index():  # its exit ends the service, which crashes the others
+  if jax.process_count() > 1 and not jax.process_index():
     time.sleep(2 * POLL_SECONDS)
   os._exit(code)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import console
-from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said
+from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
@@ -27,7 +26,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
   single process raises its errors as usual.
   """
 
-  def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = os._exit):
+  def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = leave):
     self._stall, self._leave, self._step = stall_seconds, leave, 0
     self._last: float | None = None
     self._done = threading.Event()
@@ -77,5 +76,4 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
   def _end(self, what: str, code: int = 1) -> None:
     who = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
     self._leave(code)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.infer.prompts import Prompts
 from llava_sp_jax.infer.requests import Prompt, Request, keys_of
 
 
@@ -47,7 +46,7 @@ class Schedule:
   def __init__(
     self,
     requests: Iterable[Request],
-    prompts: Prompts,
+    prompts: Callable[[Request], Prompt],
     threads: int,
     window: int,
     ahead: int,

@@ -193,9 +193,7 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(
   config_file: Path, tmp_path: Path
 ) -> None:
   two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.batch_size=7")
-  codes = two.wait()
-  assert codes[0] == 1
-  assert codes[1]
+  assert two.wait() == [1, 1]
   assert "train.batch_size: 7 rows cannot be divided over data*fsdp = 1*2 = 2 devices of 2 " in (
     two.printed()
   )
