@@ -289,19 +289,19 @@ class Engine:
         return
       try:
         admitted, lost = self._admit_readable(group, free)
-      except Exception as error:
+      except Exception as failure:
         if groups is None or not self._rows.whole:
           raise
         traceback.print_exc()  # those that are being answered are unharmed
         for ready in group:
-          yield ready.number, self._failed(f"the engine failed: {type(error).__name__}", True)
+          yield ready.number, self._failed(f"the engine failed: {type(failure).__name__}", True)
         continue
       self.counts.admitted += len(admitted)
       for number, ready in zip(free, admitted, strict=False):
         rows[number] = ready.number, self._text(ready)
         ended[number] = False
-      for ready, error in lost:
-        yield ready.number, self._failed(error)
+      for ready, why in lost:
+        yield ready.number, self._failed(why)
 
   def _admit_readable(
     self, group: list[Ready], rows: list[int]

@@ -46,19 +46,22 @@ def bytes_of(vocabulary: int) -> int:
 
 def empty(rows: int, vocabulary: int, limit: int) -> RowSettings:
   """Returns the settings of `rows` greedy rows of at most `limit` tokens that never stop."""
-  whole, real = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+
+  def all_of(value: float, dtype: Any = np.float32) -> Any:
+    return np.full(rows, value, dtype)
+
   return RowSettings(
     key=np.zeros((rows, 2), np.uint32),
-    number=whole,
-    limit=whole + np.int32(limit),
-    least=whole,
-    top_k=whole,
-    temperature=real,
-    top_p=real + 1,
-    min_p=real,
-    presence=real,
-    frequency=real,
-    repetition=real + 1,
+    number=all_of(0, np.int32),
+    limit=all_of(limit, np.int32),
+    least=all_of(0, np.int32),
+    top_k=all_of(0, np.int32),
+    temperature=all_of(0),
+    top_p=all_of(1),
+    min_p=all_of(0),
+    presence=all_of(0),
+    frequency=all_of(0),
+    repetition=all_of(1),
     stop_ids=np.full((rows, MOST_STOP_IDS + OWN_STOP_IDS), NOBODY, np.int32),
     biased=np.full((rows, MOST_BIASES), NOBODY, np.int32),
     bias=np.zeros((rows, MOST_BIASES), np.float32),

@@ -89,7 +89,8 @@ def pick(
     drawn = jax.vmap(one)(filtered(logits, settings), settings.key, settings.number, made)
     return jnp.where(settings.temperature > 0, drawn.astype(jnp.int32), first_largest(logits))
 
-  return jax.lax.cond(sampled, draw, lambda: first_largest(logits))
+  chosen: Array = jax.lax.cond(sampled, draw, lambda: first_largest(logits))
+  return chosen
 
 
 def filtered(logits: Float[Array, "R V"], settings: RowSettings) -> Float[Array, "R V"]:
@@ -177,4 +178,5 @@ def log(
       *(x.at[every, made].set(n, mode="drop") for x, n in zip(held, new, strict=True))
     )
 
-  return jax.lax.cond(logged, write, lambda: held)
+  result: LogProbabilities = jax.lax.cond(logged, write, lambda: held)
+  return result
