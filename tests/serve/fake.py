@@ -51,20 +51,22 @@ def prompt_tokens(request: Request) -> int:
 class FakeService:
   """Answers each request in a thread; what a question begins with changes how.
 
-  `slow`: a token in 0.02 s; `fail`: the engine fails; `refuse`: there is no answer; `crash`: an
-  exception of `submit`; `silent`: no report until it is cancelled.
+  `slow`: a token in 0.02 s; `fail`: the engine fails; `break`: it does so after a token; `refuse`:
+  there is no answer; `crash`: an exception of `submit`; `silent`: no report until it is cancelled.
   """
 
   def __init__(self) -> None:
     self.counts = Counts()
     self.running = self.waiting = 0
-    self.full = self.shut = False
+    self.room = 1 << 20  # requests that are still taken
+    self.shut = False
     self.asked: list[Request] = []
     self.tickets: list[Ticket] = []
 
   def submit(self, request: Request, listener: Callable[[Update], None]) -> Ticket:
-    if self.full:
+    if not self.room:
       raise QueueFullError("1 request waits; ask again later")
+    self.room -= 1
     if self.shut:
       raise ClosedError("the engine is closed")
     if request.question.startswith("crash"):
@@ -115,6 +117,10 @@ class FakeService:
         Report(answer.text, None if going else answer, False, begun, answer.log_probabilities or ())
       )
       if not going:
+        return
+      if kind == "break":
+        time.sleep(0.1)  # until the text was sent
+        listener(Report("", Answer("", (), "out of memory at 0xdeadbeef"), failed=True))
         return
 
   def _words(self, request: Request, settings: Generation) -> list[int]:
