@@ -22,7 +22,7 @@ from llava_sp_jax.serve.served import Served, Service
 
 IMAGE_TOKEN = -1  # in place of the id that an image token does not have
 # Words of the questions that the engine is warmed up with: each length is a program of its own.
-WORDS = (1, 6, 16, 40)
+WORDS = (4, 20, 36)
 
 
 def layout(config: Config, limits: Limits, base: EngineLayout = ROUNDED) -> EngineLayout:

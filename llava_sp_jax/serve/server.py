@@ -28,16 +28,16 @@ def listen(host: str, port: int) -> socket.socket:
 
   Raises: OSError for an address that is not this machine's, or in use.
   """
-  family, kind, _, _, address = socket.getaddrinfo(
-    host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-  )[0]
-  result = socket.socket(family, kind)
-  try:
-    result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    result.bind(address)
-  except OSError as error:
-    result.close()
-    raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+  with contextlib.ExitStack() as stack:
+    try:
+      found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+      family, kind, _, _, address = found[0]
+      result = stack.enter_context(socket.socket(family, kind))
+      result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      result.bind(address)
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, f"{host}:{port}") from None
+    stack.pop_all()
   return result
 
 

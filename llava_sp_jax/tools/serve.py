@@ -119,6 +119,8 @@ def main(argv: list[str]) -> int:
   options = parser().parse_args(argv)
   if bool(options.tls_cert) != bool(options.tls_key):
     parser().error("--tls-cert and --tls-key: expected both or none")
+  if not 0 <= options.port < 1 << 16:
+    parser().error(f"--port: expected 0 to 65535, found {options.port}")
   from llava_sp_jax.infer.generation import Generation
 
   try:
@@ -140,8 +142,6 @@ def main(argv: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket: Any) -> int:
-  import logging
-
   from llava_sp_jax.distributed import mesh
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
@@ -151,10 +151,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
   from llava_sp_jax.serve.server import Server
   from llava_sp_jax.serve.state import State
 
-  level = logging.INFO if options.access_log else logging.WARNING
-  logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
-  logging.getLogger("llava_sp_jax.serve").setLevel(level)
-
+  _log(options.access_log)
   source = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, source, dtype=options.dtype)
@@ -205,6 +202,17 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     os._exit(0)
   service.close()
   return 0
+
+
+def _log(requests: bool) -> None:
+  """Writes the server's log to standard error: errors, and with `requests` a line for each."""
+  import logging
+
+  log, handler = logging.getLogger("llava_sp_jax.serve"), logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+  log.addHandler(handler)
+  log.setLevel(logging.INFO if requests else logging.WARNING)
+  log.propagate = False  # other libraries may have set up another form
 
 
 def memory() -> str:
