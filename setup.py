@@ -74,7 +74,8 @@ setup(
     ],
     # The site: sphinx-build -W --keep-going docs site. (sphinx 9.1 wants Python 3.12.)
     "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12", *SERVE],
-    # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler and both sinks.
-    "guards": ["jax[tpu]", "tensorboardX>=2.6", "wandb>=0.21"],
+    # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler, both sinks, and cases
+    # from our OpenAPI document.
+    "guards": ["jax[tpu]", "tensorboardX>=2.6", "wandb>=0.21", "schemathesis>=4.32"],
   },
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from llava_sp_jax.serve import answers, openapi
@@ -36,6 +36,7 @@ def application(
   keys: Collection[str] = (),
   origins: Collection[str] = (),
   hosts: Collection[str] = (),
+  others: Sequence[BaseRoute] = (),
 ) -> ASGIApp:
   """Returns the application.
 
@@ -46,6 +47,7 @@ def application(
     keys: those of clients, for paths below /v1; without any, everybody may ask.
     origins: of web pages that may ask from a browser ("*": any); none by default.
     hosts: from which pictures are fetched by URL; none by default.
+    others: routes beside those of the endpoints.
   """
   metrics = Metrics(served)
   endpoints = Endpoints(served, limits, keys, state, metrics)
@@ -69,11 +71,12 @@ def application(
 
   async def unknown(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    path = http.scope["path"]
     if error.status_code != 405:
       known = ", ".join(endpoint.path for endpoint in openapi.ENDPOINTS)
-      return refuse(ApiError("not_found", f"no path {http.url.path!r}; known: {known}"))
+      return refuse(ApiError("not_found", f"no path {path!r}; known: {known}"))
     allowed = (error.headers or {}).get("Allow", "")
-    message = f"{http.url.path} takes no {http.method}; send {allowed}"
+    message = f"{path} takes no {http.method}; send {allowed}"
     response = refuse(ApiError("method_not_allowed", message))
     response.headers["allow"] = allowed
     return response
@@ -86,7 +89,7 @@ def application(
 
   routes = [_route(endpoint, endpoints) for endpoint in openapi.ENDPOINTS]
   app = Starlette(
-    routes=[*routes, Route(DOCUMENT, endpoints.document)],
+    routes=[*routes, Route(DOCUMENT, endpoints.document), *others],
     exception_handlers={
       ApiError: refused,
       HTTPException: unknown,

@@ -151,7 +151,6 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
   from llava_sp_jax.serve.server import Server
   from llava_sp_jax.serve.state import State
 
-  _log(options.access_log)
   source = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(options.checkpoint, source, dtype=options.dtype)
@@ -194,6 +193,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     ssl_certfile=options.tls_cert or None,
     ssl_keyfile=options.tls_key or None,
   )
+  _log(options.access_log)
   runner.run([socket])
   if state.failure is not None:
     raise state.failure

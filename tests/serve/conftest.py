@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   import openai
 
   from llava_sp_jax.infer.requests import Answer, Request
+  from llava_sp_jax.infer.service import Service
   from tests.serve.fake import FakeService
   from tests.serve.live import Live
 
@@ -53,6 +54,7 @@ class Real:
   """A server of a random tiny model, and what its engine answers without one."""
 
   server: Live
+  service: Service
   pictures: tuple[bytes, ...]
   answers: dict[Request, Answer]
 
@@ -68,8 +70,8 @@ def real(tiny_config: ConfigMaker, tiny_data: Path) -> Iterator[Real]:
 
   config = tiny_config("finetune")
   limits = Limits(new_tokens=64)
-  # Few programs: one length of prompts, and groups of one or two.
-  few = EngineLayout(suffix=256, capacity=512, share=False)
+  # Few programs: one length of prompts, and groups of one or two. Small caches, which fill up.
+  few = EngineLayout(suffix=256, capacity=512, share=False, feature_bytes=1 << 20, pictures=256)
   layout = checkpoint.layout(config, limits, few)
   model = random_model(config)
   model.params["language_model"]["lm_head"]["kernel"] *= 0.2  # so that samples differ
@@ -86,6 +88,6 @@ def real(tiny_config: ConfigMaker, tiny_data: Path) -> Iterator[Real]:
   service.start()
   try:
     with live(checkpoint.served(engine, service, ["tiny"], 2), limits) as found:
-      yield Real(found, pictures, answers)
+      yield Real(found, service, pictures, answers)
   finally:
     service.close()

@@ -79,15 +79,15 @@ def live(
   *,
   warm_up: Callable[[], None] = lambda: None,
   ready: bool = True,
-  root_path: str = "",
+  running: dict[str, Any] | None = None,
   **options: Any,
 ) -> Iterator[Live]:
-  """Runs a server for the block; `options` are those of `application`."""
+  """Runs a server for the block; `options` are those of `application`, `running` of `Server`."""
   state = State()
   app = application(served, state, limits, **options)
   sock = listen("127.0.0.1", 0)
   port = sock.getsockname()[1]
-  server = Server(app, state, limits, warm_up, root_path=root_path)
+  server = Server(app, state, limits, warm_up, **(running or {}))
   thread = threading.Thread(target=server.run, args=([sock],))
   thread.start()
   try:

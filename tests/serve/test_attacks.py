@@ -192,7 +192,17 @@ HEADS: dict[str, tuple[bytes, int, str]] = {
     400,
     "invalid_json",
   ),
-  "a header in two lines": (b"GET / HTTP/1.1\r\nhost: x\r\na : b\r\n\r\n", 400, "invalid_http"),
+  "a host that is none": (
+    b"GET /none HTTP/1.1\r\nhost: [\r\nconnection: close\r\n\r\n",
+    404,
+    "not_found",
+  ),
+  "a path that is none": (
+    b"GET //[::1?\x3c HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+    404,
+    "not_found",
+  ),
+  "a blank behind a name": (b"GET / HTTP/1.1\r\nhost: x\r\na : b\r\n\r\n", 400, "invalid_http"),
 }  # fmt: skip
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import ssl
+import subprocess
 import threading
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from llava_sp_jax import __version__
 from llava_sp_jax.serve import openapi
@@ -26,7 +34,10 @@ CHAT, PAGE = "/v1/chat/completions", "https://page.example"
 def locked() -> Iterator[Live]:
   """A server with keys, a page that may ask, and a path before its own."""
   with live(
-    fake.served(FakeService()), keys=("one", "two"), origins=(PAGE,), root_path="/proxied"
+    fake.served(FakeService()),
+    keys=("one", "two"),
+    origins=(PAGE,),
+    running={"root_path": "/proxied"},
   ) as found:
     yield found
 
@@ -277,3 +288,41 @@ def test_answers_match_the_document(server: Live) -> None:
   stream = server.ask("POST", CHAT, body(stream=True, **logged)).body.decode()
   for event in stream.split("\n\n")[:-2]:
     check("ChatChunk", json.loads(event.removeprefix("data: ")))
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_https(tmp_path: Path) -> None:
+  names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+  files = ("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"))
+  kind = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
+  subprocess.run(["openssl", *kind, *names, *files], check=True, capture_output=True)
+  tls = {"ssl_certfile": tmp_path / "cert.pem", "ssl_keyfile": tmp_path / "key.pem"}
+  with live(fake.served(FakeService()), running=tls) as server:
+    trusted = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    url = f"https://127.0.0.1:{server.port}/version"
+    with urllib.request.urlopen(url, context=trusted) as found:
+      assert json.load(found) == {"version": __version__}
+    with server.connect() as connection:  # without TLS
+      connection.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+      assert b"version" not in connection.recv(1 << 16)
+
+
+def test_routes_beside_those_of_the_endpoints() -> None:
+  async def page(http: Request) -> Response:
+    return Response("a page")
+
+  with live(fake.served(FakeService()), others=[Route("/", page)]) as server:
+    assert server.ask("GET", "/").body == b"a page"
+    assert server.ask("GET", "/version").status == 200
+    assert server.ask("POST", "/", b"{}").error["code"] == "method_not_allowed"
+
+
+def test_the_log_has_a_line_for_each_request(
+  server: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+  """What a client sends cannot begin another line."""
+  with caplog.at_level("INFO", logger="llava_sp_jax.serve.access"):
+    server.ask("GET", "/no%0D%0Ayes%1B[2J", headers={"x-request-id": "mine"})
+    wait_until(lambda: caplog.messages)
+  (line,) = caplog.messages
+  assert re.fullmatch(r"mine GET /no  yes\\x1b\[2J 404 \d\.\d{3} s", line)

@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import http.client
+import io
 import json
+import resource
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from llava_sp_jax.serve.limits import DEFAULT
 from tests.serve import fake
+from tests.serve.conftest import Real
 from tests.serve.fake import FakeService
 from tests.serve.live import Live, live, wait_until
-from tests.serve.requests import body, user
+from tests.serve.pictures import data_url
+from tests.serve.requests import body, text, user
 
 CHAT = "/v1/chat/completions"
 SLOW = body(messages=[user("slow please")], ignore_eos=True, max_tokens=30)  # 0.6 s
@@ -184,3 +191,63 @@ def test_an_idle_server_stops_at_once() -> None:
     assert connection.recv(1) == b""
     connection.close()
     assert time.monotonic() - since < 2
+
+
+# ---- for long ----
+
+
+@pytest.mark.slow
+def test_a_thousand_clients_that_leave_cost_no_row(real: Real) -> None:
+  """Before, within and after their answers, whole and streamed."""
+  server, service = real.server, real.service
+  asked = [
+    body(stream=stream, max_tokens=count, ignore_eos=True)
+    for stream in (False, True)
+    for count in (1, 64)
+  ]
+  for turn in range(1000):
+    content = asked[turn % len(asked)]
+    with server.connect() as connection:
+      connection.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(content), content)
+      )
+      time.sleep(turn % 7 * 0.005)
+  wait_until(lambda: not server.state.busy, 60)
+  wait_until(lambda: not service.running and not service.waiting, 60)
+  assert not server.server.server_state.connections
+  request, answer = next(iter(real.answers.items()))
+  found = server.ask("POST", CHAT, body(messages=[user(request.question)])).json
+  assert found["choices"][0]["message"]["content"] == answer.text
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_memory_flat(real: Real) -> None:
+  """Of the whole process, with the engine, the client and new pictures all the time."""
+  rng = np.random.default_rng(0)
+
+  def ask(count: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", real.server.port, timeout=60)
+    for turn in range(count):
+      question = text(f"what is it, {turn % 10}?")
+      pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+      file = io.BytesIO()
+      Image.fromarray(pixels).save(file, "PNG")
+      part = {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
+      content = body(messages=[user(part, question)], max_tokens=1, stream=turn % 2 == 0)
+      connection.request("POST", CHAT, content, {"content-type": "application/json"})
+      reply = connection.getresponse()
+      assert reply.status == 200, reply.read()
+      reply.read()
+    connection.close()
+
+  ask(2000)  # caches fill up
+  before = resident()
+  ask(8000)
+  assert resident() - before < 50  # MB
+
+
+def resident() -> float:
+  """MB of memory that this process has now."""
+  pages = int(Path("/proc/self/statm").read_text().split()[1])
+  return pages * resource.getpagesize() / 1e6
