@@ -2,7 +2,8 @@
 
 Usage: python scripts/batch_invariance.py --checkpoint runs/finetune --data data/easy_vqa [--limit N]
 
-The ways are batch sizes, bucket layouts, meshes of simulated devices (on a CPU), and two processes.
+The ways are batch sizes, bucket layouts, meshes of simulated devices (on a CPU), two processes, and
+clients that ask one question after another at the same time.
 Each is compared with the first. A changed answer is printed with its margin, the smallest lead of a
 chosen token in logits. In float32 no answer may change; otherwise the script exits with code 1.
 """
@@ -10,15 +11,20 @@ chosen token in logits. In float32 no answer may change; otherwise the script ex
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import provenance
+
+if TYPE_CHECKING:
+  from llava_sp_jax.infer.engine import Answer, Engine, Request
 
 # name: the difference to the first; `layout` holds fields of infer.engine.EngineLayout.
 WAYS: dict[str, dict[str, Any]] = {
@@ -31,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
   "4 devices, data 4": {"mesh": {"data": 4, "fsdp": 1, "tensor": 1}},
   "8 devices, data 2, fsdp 2, tensor 2": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
   "2 processes": {"processes": 2},
+  "16 clients": {"clients": 16},
 }
 
 
@@ -58,12 +65,32 @@ def answers(options: argparse.Namespace, way: dict[str, Any], part: int, parts: 
     mesh,
     EngineLayout(**way.get("layout", {})),
   )
-  requests = (Request(i.question, i.images) for i in items)
+  requests = [Request(i.question, i.images) for i in items]
+  clients = way.get("clients", 0)
+  given = served(engine, requests, clients) if clients else engine.answer(requests)
   found = [
     [part + parts * n, a.ids, a.margin, a.text == i.truth, a.error]
-    for (n, a), i in zip(enumerate(engine.answer(requests)), items, strict=True)
+    for (n, a), i in zip(enumerate(given), items, strict=True)
   ]
   print(f"    {engine.counts}", file=sys.stderr, flush=True)
+  return found
+
+
+def served(engine: Engine, requests: list[Request], clients: int) -> list[Answer]:
+  """Returns the answers of a service, of which each client waits for one before it asks the next."""
+  from llava_sp_jax.infer.service import Service
+
+  service = Service(engine)
+  service.start()
+
+  def ask(request: Request) -> Answer:
+    last: queue.Queue[Answer] = queue.Queue()
+    service.submit(request, lambda update: update.answer and last.put(update.answer))
+    return last.get()
+
+  with concurrent.futures.ThreadPoolExecutor(clients) as threads:
+    found = list(threads.map(ask, requests))
+  service.close()
   return found
 
 

@@ -24,4 +24,4 @@ def test_a_way_names_what_the_engine_has(name: str) -> None:
   way = dict(script.WAYS[name])
   EngineLayout(**way.pop("layout", {}))  # an unknown name is a TypeError
   MeshConfig(**way.pop("mesh", {}))
-  assert way.keys() <= {"batch", "processes"}
+  assert way.keys() <= {"batch", "processes", "clients"}

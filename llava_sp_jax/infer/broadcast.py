@@ -22,7 +22,7 @@ from PIL import Image
 
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer import generation
 from llava_sp_jax.infer.requests import ImageFile, Request
 
 AT_ONCE = 16  # requests of one broadcast
@@ -68,10 +68,8 @@ def _packed(request: Request) -> dict[str, Any]:
 def _request(packed: dict[str, Any]) -> Request:
   images = tuple(i["is"] if "is" in i else SampleError(i["error"]) for i in packed["images"])
   history = tuple((question, answer) for question, answer in packed["history"])
-  generation = Generation.of(json.loads(packed["generation"])) if packed["generation"] else None
-  return Request(
-    packed["question"], images, packed["system"], packed["number"], history, generation
-  )
+  settings = generation.of(json.loads(packed["generation"])) if packed["generation"] else None
+  return Request(packed["question"], images, packed["system"], packed["number"], history, settings)
 
 
 def _bytes(picture: ImageFile) -> bytes | SampleError:

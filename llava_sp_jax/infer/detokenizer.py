@@ -12,6 +12,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.generation import DEFAULT, Generation
 from llava_sp_jax.infer.requests import Answer, TokenLogProbability
 
+PIECE, OVERLAP = 32, 8  # tokens that are decoded anew at most, and tokens before them
 UNFINISHED = "\ufffd"  # the decoded text of an incomplete character
 
 
@@ -43,6 +44,7 @@ class Detokenizer:
     self.ids: tuple[int, ...] = ()
     self._text, self._margin, self._stopped = "", float("inf"), False
     self._log: list[TokenLogProbability] = []
+    self._fixed, self._head = 0, ""  # tokens whose text is final, and that text
 
   @property
   def logs(self) -> bool:
@@ -107,9 +109,22 @@ class Detokenizer:
     """
     if self.finished:
       return self._text.strip()
-    text = self._tokenizer.decode(self.ids).rstrip(UNFINISHED)
+    text = self._decoded().rstrip(UNFINISHED)
     held = max((_overlap(text, stop) for stop in self.generation.stop), default=0)
     return text[: len(text) - held].strip()
+
+  def _decoded(self) -> str:
+    """Returns the text of the tokens so far, and decodes only the last ones anew.
+
+    The text of tokens depends on those before them by no more than OVERLAP of them: a blank at the
+    beginning of a text, the bytes of a character.
+    """
+    context = max(self._fixed - OVERLAP, 0)
+    before = self._tokenizer.decode(self.ids[context : self._fixed])
+    text = self._head + self._tokenizer.decode(self.ids[context:])[len(before) :]
+    if len(self.ids) - self._fixed >= PIECE and not text.endswith(UNFINISHED):
+      self._fixed, self._head = len(self.ids), text
+    return text
 
   def answer(self) -> Answer:
     """Returns the `Answer`, without outer blanks; one with `error` and no text if it failed."""

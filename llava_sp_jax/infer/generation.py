@@ -76,18 +76,6 @@ class Generation:
       if not holds:
         raise ValueError(f"{name}: expected {expected}, found {getattr(self, name, ids)!r}")
 
-  @classmethod
-  def of(cls, values: Mapping[str, Any]) -> Generation:
-    """Makes settings from values by name, in which lists stand for tuples as in JSON.
-
-    Raises: ValueError for an impossible setting; TypeError for an unknown name.
-    """
-
-    def held(value: Any) -> Any:
-      return tuple(map(held, value)) if isinstance(value, list | tuple) else value
-
-    return cls(**{name: held(value) for name, value in values.items()})
-
   @property
   def edits(self) -> bool:
     """Returns whether logits are changed before a token is chosen."""
@@ -99,10 +87,23 @@ class Generation:
       or self.repetition_penalty != 1
     )
 
-  def stated(self) -> dict[str, Any]:
+  def stated(self) -> dict[str, object]:
     """Returns the settings by name, for records: all of ALWAYS, others if not the default."""
     values = dataclasses.asdict(self)
     return {k: v for k, v in values.items() if k in ALWAYS or v != getattr(DEFAULT, k)}
 
 
 DEFAULT = Generation()
+
+
+def of(values: Mapping[str, object]) -> Generation:
+  """Makes settings from values by name, in which lists stand for tuples as in JSON.
+
+  Raises: ValueError for an impossible setting; TypeError for an unknown name.
+  """
+
+  def held(value: object) -> object:
+    return tuple(map(held, value)) if isinstance(value, list | tuple) else value
+
+  given: dict[str, Any] = {name: held(value) for name, value in values.items()}
+  return Generation(**given)

@@ -75,6 +75,15 @@ def test_every_setting_of_generation_is_compared(
     "num_beams": 2,
     "stop": ("x",),
     "seed": 4,
+    "min_p": 0.1,
+    "min_new_tokens": 2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.5,
+    "logit_bias": ((3, 1.0),),
+    "stop_ids": (3,),
+    "ignore_eos": True,
+    "log_probabilities": 2,
   }
   engine._generation = dataclasses.replace(engine._generation, **{field: values[field]})
   with pytest.raises(EvalError, match=rf"generation\.{field}: .* here, .* there"):

@@ -69,3 +69,23 @@ def test_encoder_calls_for_each_image() -> None:
   assert Counts().encoder_ratio == 1.0
   assert Counts(encoder_calls=6, distinct_images=4).encoder_ratio == 1.5
   assert "encoder calls / distinct images = 1.50" in str(Counts(encoder_calls=6, distinct_images=4))
+
+
+@pytest.mark.parametrize("kind", ["blanks", "bytes"])
+def test_long_texts_are_decoded_in_parts_and_read_the_same(kind: str) -> None:
+  """With a tokenizer that drops a leading blank, and one whose characters take several tokens."""
+
+  class Blanks:
+    def decode(self, ids: Any) -> str:
+      return "".join(f" w{i}" if i % 3 else "." for i in ids).removeprefix(" ")
+
+  class Bytes:
+    def decode(self, ids: Any) -> str:
+      return bytes(int(i) for i in ids).decode(errors="replace")
+
+  tokenizers: dict[str, Any] = {"blanks": Blanks(), "bytes": Bytes()}
+  tokenizer, said = tokenizers[kind], list("aé漢😀b".encode() * 30)
+  made = Detokenizer(tokenizer, Generation(max_new_tokens=1000))
+  for end in range(1, len(said)):
+    made.extend(said[:end], False, 0.0)
+    assert made.settled() == tokenizer.decode(said[:end]).rstrip(UNFINISHED).strip()
