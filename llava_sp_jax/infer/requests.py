@@ -27,13 +27,16 @@ class Request:
   `images` are files, encoded files as bytes, or decoded pictures. Each `<image>` in the question
   stands for one of them; without any, all come before the question. `system` replaces the system
   text of the template. `number` seeds the sampling (from 0; None is the place among the requests),
-  so that a question with a number gets the same answer whatever else is asked.
+  so that a question with a number gets the same answer whatever else is asked. `history` are the
+  earlier turns of a conversation, (question, answer); the images are those of all turns, in their
+  order.
   """
 
   question: str
   images: tuple[ImageFile, ...] = ()
   system: str | None = None
   number: int | None = None
+  history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
