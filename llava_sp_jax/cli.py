@@ -18,6 +18,7 @@ COMMANDS = {
   "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
   "plan": ("tools.plan", "memory and step time on chips that are not here"),
   "generate": ("tools.generate", "answer a question about an image"),
+  "chat": ("tools.chat", "talk about pictures in the terminal"),
   "report": (
     "tools.report",
     "report.md and pictures from the runs of both stages and their scores",
