@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -121,8 +122,8 @@ def _words(view: SeenView, grid: int) -> str:
 def _seen(kind: str, size: int, grid: int) -> SeenView:
   """Finds the bins of a view by applying it to features that say which patch they are."""
   which = np.eye(grid, dtype=np.float32)
-  rows = np.broadcast_to(which[None, :, None], (1, grid, grid, grid))
-  columns = np.broadcast_to(which[None, None], (1, grid, grid, grid))
+  rows: Any = np.broadcast_to(which[None, :, None], (1, grid, grid, grid))
+  columns: Any = np.broadcast_to(which[None, None], (1, grid, grid, grid))
   apply = VIEWS[kind].apply
   return SeenView(
     kind,

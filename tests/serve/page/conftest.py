@@ -22,7 +22,7 @@ NEEDS = ("msgspec", "playwright", "starlette", "uvicorn")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 collect_ignore_glob = ["test_*.py"] if MISSING or not CHROMIUM else []
 
-WAIT = 5000  # ms for what comes soon
+WAIT = 20_000  # ms for what comes soon
 
 
 def page_config(variant: str = "cropping", aspect: str = "pad") -> config_lib.Config:

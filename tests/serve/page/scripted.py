@@ -55,7 +55,9 @@ class Server:
   key: str = ""
   cold: int = 0  # so many more times /health says 503
   asked: list[protocol.ChatRequest] = dataclasses.field(default_factory=list)
-  gone: list[float] = dataclasses.field(default_factory=list)  # when a client left a stream
+  gone: list[float] = dataclasses.field(
+    default_factory=list
+  )  # time.time() when a client left a stream
 
   @property
   def last(self) -> protocol.ChatRequest:
@@ -100,7 +102,7 @@ class Server:
       yield answers.DONE
     finally:
       if not done:
-        self.gone.append(time.monotonic())
+        self.gone.append(time.time())
 
 
 def script(kind: str, rest: str) -> Iterator[tuple[str, protocol.ChosenToken | None]]:
