@@ -32,10 +32,11 @@ def _programs(size: models.Size, quantize: str) -> tuple[Any, Programs]:
   """Builds the engine's programs; answers never stop by themselves."""
   config = models.config_of(size, 1, 0, quantize=quantize)
   device_mesh = models.one_mesh(models.device())
-  strategy = decode_lib.Sampling(decode_lib.StopRule((), _room(size)))
+  vocabulary = config.model.language_model.vocab_size
+  strategy = decode_lib.Sampling(decode_lib.StopRule((), _room(size), vocabulary))
   with jax.set_mesh(device_mesh):
     params = models.answering_params(config, device_mesh)
-    return config, Programs(config, params, strategy, 0, device_mesh, Counts())
+    return config, Programs(config, params, strategy, device_mesh, Counts())
 
 
 def _room(size: models.Size) -> int:

@@ -138,12 +138,14 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
   import jax
   import numpy as np
 
-  from llava_sp_jax.infer import decode, prefill
+  from llava_sp_jax.infer import decode, prefill, row_settings
   from llava_sp_jax.infer.counts import Counts
   from llava_sp_jax.infer.programs import Programs
 
-  strategy = decode.Sampling(decode.StopRule((), STEPS + 1))
-  programs = Programs(bench.config, bench.model.params, strategy, 0, None, Counts())
+  vocabulary = bench.config.model.language_model.vocab_size
+  strategy = decode.Sampling(decode.StopRule((), STEPS + 1, vocabulary))
+  settings = row_settings.empty(8, vocabulary, STEPS + 1)
+  programs = Programs(bench.config, bench.model.params, strategy, None, Counts())
   rng = np.random.default_rng(0)
 
   def group(rows: int) -> prefill.Group:
@@ -153,7 +155,7 @@ def parts(bench: Bench, repeats: int) -> list[dict[str, Any]]:
 
   def decoded(rows: int) -> float:
     index = np.arange(rows, dtype=np.int32)
-    state = programs.admit(programs.state(rows, PROMPT + 64), group(rows), index, index)
+    state = programs.admit(programs.state(rows, PROMPT + 64), group(rows), index, settings)
     jax.block_until_ready(state)
     nobody = np.zeros(rows, bool)
     seconds, _ = timed(

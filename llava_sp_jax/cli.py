@@ -19,6 +19,7 @@ COMMANDS = {
   "plan": ("tools.plan", "memory and step time on chips that are not here"),
   "generate": ("tools.generate", "answer a question about an image"),
   "chat": ("tools.chat", "talk about pictures in the terminal"),
+  "serve": ("tools.serve", "answer questions over HTTP, by OpenAI's protocol"),
   "report": (
     "tools.report",
     "report.md and pictures from the runs of both stages and their scores",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llava_sp_jax.data.failure import SampleError
 
@@ -280,21 +280,27 @@ def branch(turns: Turns, template: Template) -> list[TextPiece]:
   return pieces
 
 
-def prompt(question: str, template: Template, images: int = 0) -> list[TextPiece]:
-  """Returns the pieces of one question that is to be answered.
+def prompt(
+  question: str, template: Template, images: int = 0, history: Sequence[tuple[str, str]] = ()
+) -> list[TextPiece]:
+  """Returns the pieces of one question that is to be answered, after the turns before it.
 
-  Puts `images` image marks in front of a question that has none. Keeps leading and trailing spaces
-  of a question that follows `<image>` and a newline, though training strips them: the original's
-  `model_vqa*.py` write the image mark, a newline and the unchanged question.
+  `history` are those turns, (question, answer). Puts `images` image marks in front of the first
+  question if no question has any. Keeps leading and trailing spaces of a question that follows
+  `<image>` and a newline, though training strips them: the original's `model_vqa*.py` write the
+  image mark, a newline and the unchanged question.
   """
-  if IMAGE not in question:
-    question = f"{IMAGE}\n" * images + question
+  turns: Turns = [*history, (question, None)]
+  if not any(IMAGE in question for question, _ in turns):
+    turns[0] = (f"{IMAGE}\n" * images + turns[0][0], turns[0][1])
+  return write([(_prompted(question, template), reply) for question, reply in turns], template)
+
+
+def _prompted(question: str, template: Template) -> str:
   leading = f"{IMAGE}\n"
   if question.startswith(leading) and question.count(IMAGE) == 1 and not template.image_only:
-    asked = f"{template.image}\n{question.removeprefix(leading)}"
-  else:
-    asked = _asked(question, template)
-  return write([(asked, None)], template)
+    return f"{template.image}\n{question.removeprefix(leading)}"
+  return _asked(question, template)
 
 
 def _before(template: Template, turn: int) -> str:

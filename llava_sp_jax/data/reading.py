@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llava_sp_jax.data import conversation
 from llava_sp_jax.data.conversation import IMAGE, Template, TextPiece, Turns
@@ -49,6 +49,7 @@ def question(
   tokenizer: Tokenizer,
   system: str | None = None,
   reply: str = "",
+  history: Sequence[tuple[str, str]] = (),
 ) -> list[Run]:
   """Tokenizes a question to be answered, to the ids that training has before the reply.
 
@@ -59,11 +60,13 @@ def question(
     tokenizer: the tokenizer.
     system: replaces the template's system text (None: keeps it).
     reply: the beginning of the answer; its ids are supervised, and no end mark follows.
+    history: the (question, answer) turns before it; the ids of their answers, with end marks, are
+      supervised.
 
   Raises: SampleError for a system text that the template cannot hold.
   """
   template = conversation.saying(template, system)
-  pieces = conversation.prompt(text, template, images)
+  pieces = conversation.prompt(text, template, images, history)
   begun = reply.removeprefix(" ")  # the template's `answer` has the space
   if begun:
     pieces.append(TextPiece(template.answer + begun, True, 0))

@@ -72,7 +72,7 @@ def settings(task: Task, engine: Engine, model: ModelIdentity) -> dict[str, Any]
     **asked(task),
     "fingerprint": {"base": model.base, "loaded": model.loaded},
     **model.reads,
-    "generation": dataclasses.asdict(engine.generation),
+    "generation": engine.generation.stated(),
     "version": __version__,
   }
 

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from llava_sp_jax.infer.decode import StopRule
+from llava_sp_jax.infer.row_settings import RowSettings
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache
@@ -67,25 +68,27 @@ class BeamSearch:
       worst,
     )
 
-  def first(
-    self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray
-  ) -> BeamAnswers:
+  def first(self, logits: Float[Array, "R V"], settings: RowSettings) -> BeamAnswers:
     """Returns the beams of new rows from the logits [R, V] after their prompts: one token each.
 
-    The prompt is a single beam with log-probability 0. `numbers` and `key` are not used.
+    The prompt is a single beam with log-probability 0. `settings` are not used: beams are searched
+    as the rule says.
     """
     rows = self.empty(len(logits))
     rows = rows._replace(done=jnp.zeros_like(rows.done), scores=rows.scores.at[:, 0].set(0.0))
     every = jnp.repeat(logits, self.rule.beams, axis=0)
-    return self.choose(rows, every, key)[0]
+    return self.choose(rows, every, None)[0]
+
+  def modes(self, rows: BeamAnswers) -> None:
+    """Returns None, because all rows are searched alike."""
 
   def choose(
-    self, rows: BeamAnswers, logits: Float[Array, "B V"], key: PRNGKeyArray
+    self, rows: BeamAnswers, logits: Float[Array, "B V"], modes: None
   ) -> tuple[BeamAnswers, Int[Array, " B"]]:
     """Extends each beam by its best tokens, and returns the new rows and the parent of each beam.
 
     Rows that are done stay as they are. The parents are int [R n], indices into the beams of all
-    rows. `key` is not used.
+    rows.
     """
     count, longest = self.rule.beams, self.rule.max_new_tokens
     every, vocabulary = jnp.arange(len(rows.done))[:, None], logits.shape[-1]

@@ -6,8 +6,10 @@ question, or fail alone, because of its own disk.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from PIL import Image
 
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
+from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.requests import ImageFile, Request
 
 AT_ONCE = 16  # requests of one broadcast
@@ -56,13 +59,19 @@ def _packed(request: Request) -> dict[str, Any]:
     "question": request.question,
     "system": request.system,
     "number": request.number,
+    "history": [list(turn) for turn in request.history],
+    "generation": json.dumps(dataclasses.asdict(request.generation)) if request.generation else "",
     "images": [{"is": i} if isinstance(i, bytes) else {"error": str(i)} for i in images],
   }
 
 
 def _request(packed: dict[str, Any]) -> Request:
   images = tuple(i["is"] if "is" in i else SampleError(i["error"]) for i in packed["images"])
-  return Request(packed["question"], images, packed["system"], packed["number"])
+  history = tuple((question, answer) for question, answer in packed["history"])
+  generation = Generation.of(json.loads(packed["generation"])) if packed["generation"] else None
+  return Request(
+    packed["question"], images, packed["system"], packed["number"], history, generation
+  )
 
 
 def _bytes(picture: ImageFile) -> bytes | SampleError:

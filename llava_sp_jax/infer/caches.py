@@ -17,6 +17,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, example
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.counts import Counts
+from llava_sp_jax.infer.layout import ROUNDED
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
@@ -43,19 +44,20 @@ def bucket(length: int, multiple: int) -> int:
 class PictureCache:
   """Reads each picture once, whatever the number of threads, and keeps its pixels until taken.
 
-  A picture's `key` is that of `requests.key_of`.
+  A picture's `key` is that of `requests.key_of`. It remembers at most `most` pictures, and forgets
+  those that were read first.
   """
 
-  def __init__(self, reader: anyres.Reader):
-    self._reader = reader
+  def __init__(self, reader: anyres.Reader, most: int):
+    self._reader, self._most = reader, most
     self._lock = threading.Lock()
     self._plans: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
     self._tiles: dict[str, np.ndarray] = {}
 
   @classmethod
-  def of(cls, config: config_lib.Config) -> PictureCache:
+  def of(cls, config: config_lib.Config, most: int = ROUNDED.pictures) -> PictureCache:
     """Makes an empty cache that cuts pictures into tiles as `config` says."""
-    return cls(anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model))))
+    return cls(anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model))), most)
 
   def forget(self) -> None:
     """Drops all plans and pixels."""
@@ -75,10 +77,16 @@ class PictureCache:
       mine = future is None
       if future is None:
         future = self._plans[key] = concurrent.futures.Future()
+        while len(self._plans) > self._most:
+          oldest = next(iter(self._plans))
+          del self._plans[oldest]
+          self._tiles.pop(oldest, None)
     if mine:
       try:
         found = self._read(picture)
-        self._tiles[key] = found.tiles
+        with self._lock:
+          if key in self._plans:
+            self._tiles[key] = found.tiles
         future.set_result(found.plan)
       except Exception as error:
         future.set_exception(error)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int
 
 from llava_sp_jax.batch import BRANCHES
-from llava_sp_jax.infer.sampling import GREEDY, Sampler, margin
+from llava_sp_jax.infer import row_settings, sampling
+from llava_sp_jax.infer.row_settings import RowSettings
+from llava_sp_jax.infer.sampling import LogProbabilities
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache
@@ -52,13 +54,16 @@ class DecodeReport(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-  """Says when an answer ends, and how a token is drawn; a constant of compiled programs."""
+  """Holds the constants of compiled programs: bounds, beams, and the ids that exist."""
 
-  stop_ids: tuple[int, ...]
-  max_new_tokens: int
-  sampler: Sampler = GREEDY
+  stop_ids: tuple[int, ...]  # those of the template
+  max_new_tokens: int  # room for an answer; a row's own limit is one of its settings
+  logits: int  # V of the model
   beams: int = 1  # of a row; 1 without beam search
   vocabulary: int = 0  # ids of the tokenizer, if the model has more; 0: all
+  log_probabilities: int | None = (
+    None  # likeliest tokens that are kept at each place; None: nothing
+  )
 
   def possible(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """Sets the logits of ids that the tokenizer lacks to -inf.
@@ -86,20 +91,20 @@ class Strategy(Protocol):
     """Returns `Answers` of `rows` rows that are all done, so free."""
     ...
 
-  def first(self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray) -> Any:
-    """Returns the Answers of new rows, of one token, from the logits [R, V] after their prompts.
+  def first(self, logits: Float[Array, "R V"], settings: RowSettings) -> Any:
+    """Returns the Answers of new rows, of one token, from the logits [R, V] after their prompts."""
+    ...
 
-    `numbers` [R] are those of their requests, which seed samples together with `key`.
-    """
+  def modes(self, rows: Any) -> Any:
+    """Returns what `choose` must know of all rows; it stays true until other rows are admitted."""
     ...
 
   def choose(
-    self, rows: Any, logits: Float[Array, "B V"], key: PRNGKeyArray
+    self, rows: Any, logits: Float[Array, "B V"], modes: Any
   ) -> tuple[Any, Int[Array, " B"] | None]:
     """Returns new Answers from logits [B, V], and the parents of the sequences or None.
 
-    The parents, int [B], are the sequences that each sequence continues; None means itself. `key`
-    seeds samples.
+    The parents, int [B], are the sequences that each sequence continues; None means itself.
     """
     ...
 
@@ -109,69 +114,81 @@ class Strategy(Protocol):
 
 
 class Choice(NamedTuple):
-  """Holds the Answers of rows that have one sequence each."""
+  """Holds the Answers of rows that have one sequence each, and how their tokens are chosen."""
 
   token: Int[Array, " R"]
   ids: Int[Array, "R N"]
   made: Int[Array, " R"]
   done: Bool[Array, " R"]
   margin: Float[Array, " R"]
-  number: Int[Array, " R"]  # int32, number of the request, which seeds its samples
+  settings: RowSettings
+  log: LogProbabilities
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Implements `Strategy` by greedy decoding or sampling."""
+  """Implements `Strategy` by greedy decoding or sampling, as each row's settings say."""
 
   rule: StopRule
 
   def empty(self, rows: int) -> Choice:
-    none = jnp.zeros((rows,), jnp.int32)
-    ids = jnp.zeros((rows, self.rule.max_new_tokens), jnp.int32)
-    return Choice(none, ids, none, none == 0, jnp.full((rows,), jnp.inf, jnp.float32), none)
+    none, room = jnp.zeros((rows,), jnp.int32), self.rule.max_new_tokens
+    return Choice(
+      none,
+      jnp.zeros((rows, room), jnp.int32),
+      none,
+      none == 0,
+      jnp.full((rows,), jnp.inf, jnp.float32),
+      jax.tree.map(jnp.asarray, row_settings.empty(rows, self.rule.logits, room)),
+      sampling.log_probabilities(rows, room, self.rule.log_probabilities),
+    )
 
-  def first(
-    self, logits: Float[Array, "R V"], numbers: Int[Array, " R"], key: PRNGKeyArray
-  ) -> Choice:
+  def first(self, logits: Float[Array, "R V"], settings: RowSettings) -> Choice:
     rows = self.empty(len(logits))
-    rows = rows._replace(done=jnp.zeros_like(rows.done), number=numbers)
-    return self.choose(rows, logits, key)[0]
+    rows = rows._replace(done=jnp.zeros_like(rows.done), settings=settings)
+    return self.choose(rows, logits, self.modes(rows))[0]
+
+  def modes(self, rows: Choice) -> sampling.Modes:
+    return sampling.modes(rows.settings, ~rows.done)
 
   def choose(
-    self, rows: Choice, logits: Float[Array, "R V"], key: PRNGKeyArray
+    self, rows: Choice, logits: Float[Array, "R V"], modes: sampling.Modes
   ) -> tuple[Choice, None]:
-    going, logits = ~rows.done, self.rule.possible(logits)
-    token = self.rule.sampler.pick(logits, key, rows.number, rows.made)
-    least = jnp.minimum(rows.margin, margin(logits, token))
-    counts = going & ~self.rule.is_stop(token)
+    going, settings, logits = ~rows.done, rows.settings, self.rule.possible(logits)
+    edited = jax.lax.cond(
+      modes.edited, lambda: sampling.edit(logits, settings, rows.ids, rows.made), lambda: logits
+    )
+    token = sampling.pick(edited, settings, rows.made, modes.sampled)
+    least = jnp.minimum(rows.margin, sampling.margin(edited, token))
+    stops = jnp.any(token[:, None] == settings.stop_ids, axis=1)
+    counts = going & ~stops
     at = jnp.arange(self.rule.max_new_tokens) == rows.made[:, None]
     made = rows.made + counts
     return Choice(
       token=jnp.where(going, token, rows.token),
       ids=jnp.where(at & counts[:, None], token[:, None], rows.ids),
       made=made,
-      done=rows.done | ~counts | (made >= self.rule.max_new_tokens),
+      done=rows.done | ~counts | (made >= settings.limit),
       margin=jnp.where(going, least, rows.margin),
-      number=rows.number,
+      settings=settings,
+      log=sampling.log(rows.log, logits, token, rows.made, modes.logged),
     ), None
 
   def reorder(self, cache: KVCache, rows: Choice, parents: Int[Array, " B"]) -> KVCache:
     return cache
 
 
-def step(
-  module: LlavaSP, params: Any, strategy: Strategy, state: State, key: PRNGKeyArray
-) -> State:
+def step(module: LlavaSP, params: Any, strategy: Strategy, state: State, modes: Any) -> State:
   """Adds one token to every row that is not done, by one pass of the decoder.
 
-  `key` seeds samples.
+  `modes` are those of the strategy.
   """
   apply: Any = functools.partial(module.apply, {"params": params})  # linen's own type is a union
   cache, token = state.cache, state.rows.token.reshape(-1, 1)
   segments = jnp.full(token.shape, BRANCHES, jnp.int32)
   hidden, new = apply(token, cache.length[:, None], segments, None, None, cache, method="extend")
   going = jnp.repeat(~state.rows.done, strategy.rule.beams).astype(jnp.int32)
-  rows, parents = strategy.choose(state.rows, apply(hidden[:, -1], method="logits"), key)
+  rows, parents = strategy.choose(state.rows, apply(hidden[:, -1], method="logits"), modes)
   # This adds 0, because no token is negative, but the compiler cannot know that. So the write must
   # follow all reads of the cache, and needs no copy of it. (On CPU, XLA drops optimization_barrier
   # before it decides on copies.)
@@ -184,7 +201,6 @@ def decode(
   module: LlavaSP,
   params: Any,
   state: State,
-  key: PRNGKeyArray,
   ended: Bool[Array, " R"],
   steps: Int[Array, ""],
   until: Int[Array, ""],
@@ -193,13 +209,13 @@ def decode(
 ) -> tuple[State, DecodeReport]:
   """Runs steps until `until` rows are done, but at most `steps`.
 
-  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `key` seeds
-  samples. `steps` and `until` are values, not shapes, so this is compiled once for all of their
-  values.
+  `ended` [R] bool marks rows that the host has ended, for instance at a stop string. `steps` and
+  `until` are values, not shapes, so this is compiled once for all of their values.
 
   Returns: the new state, and what the host needs to know of it.
   """
   state = state._replace(rows=state.rows._replace(done=state.rows.done | ended))
+  modes = strategy.modes(state.rows)
 
   def going(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
     number, state = carry
@@ -207,7 +223,7 @@ def decode(
 
   def once(carry: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
     number, state = carry
-    return number + 1, step(module, params, strategy, state, key)
+    return number + 1, step(module, params, strategy, state, modes)
 
   number, state = jax.lax.while_loop(going, once, (jnp.zeros((), jnp.int32), state))
   rows = state.rows

@@ -18,6 +18,9 @@ class EngineLayout:
   prefix_bytes: int = 1 << 30  # bound of the prefix cache
   tiles: int = 1  # that the tower encodes at a time, for each data-parallel group
   share: bool = True  # False: prompts share nothing
+  new_tokens: int = 0  # room for an answer; 0: what the engine's own settings allow
+  log_probabilities: int | None = None  # that requests may ask for; None: what the engine's own do
+  pictures: int = 65536  # pictures whose sizes are remembered
 
 
 ROUNDED = EngineLayout()

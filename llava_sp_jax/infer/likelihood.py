@@ -42,9 +42,10 @@ class Likelihood:
     config = pretrained.config
     self._template = conversation.TEMPLATES[config.data.template]
     self._reader = anyres.Reader(config.data, anyres.Tile(*build.tile_shape(config.model)))
-    rule = StopRule((), 0, vocabulary=padded_from(pretrained))
+    logits = config.model.language_model.vocab_size
+    rule = StopRule((), 0, logits, vocabulary=padded_from(pretrained))
     self._programs = programs or Programs(
-      config, pretrained.params, Sampling(rule), seed=0, mesh=None, counts=Counts()
+      config, pretrained.params, Sampling(rule), mesh=None, counts=Counts()
     )
 
   def __call__(self, asked: Iterable[tuple[Request, str]]) -> Iterator[tuple[float, bool]]:
@@ -71,7 +72,13 @@ class Likelihood:
   def _read(self, request: Request, continuation: str) -> Asked:
     pictures = [tiles_of(picture, self._reader) for picture in request.images]
     runs = reading.question(
-      request.question, len(pictures), self._template, self._tokenizer, request.system, continuation
+      request.question,
+      len(pictures),
+      self._template,
+      self._tokenizer,
+      request.system,
+      continuation,
+      request.history,
     )
     return runs, pictures
 
@@ -89,7 +96,11 @@ class Likelihood:
         stacked = np.concatenate([p.tiles for p in pictures])
         pixels[: len(stacked)] = stacked
       rows.append({**row.arrays(), "images": pixels})
-    places = [np.flatnonzero(row["weights"]) for row in rows]
+    counts = [sum(runs[-1].supervised) for runs, _ in chunk]  # replies before it do not count
+    places = [
+      np.flatnonzero(row["weights"])[-count or len(row["weights"]) :]
+      for row, count in zip(rows, counts, strict=True)
+    ]
     rows += [rows[-1]] * (self._batch_size - len(rows))
     names = ("tokens", "positions", "segments", "slots", "targets", "images")
     return {name: np.stack([row[name] for row in rows]) for name in names}, places

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int
 
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer import decode
+from llava_sp_jax.infer.row_settings import RowSettings
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache, New
@@ -88,22 +89,21 @@ def admit(
   module: LlavaSP,
   params: Any,
   state: decode.State,
-  key: PRNGKeyArray,
   group: Group,
   rows: Int[Array, " G"],
-  numbers: Int[Array, " G"],
+  settings: RowSettings,
   *,
   strategy: decode.Strategy,
 ) -> decode.State:
   """Prefills G prompts into `rows` [G] of the state, and chooses the first token of each.
 
-  `numbers` [G] seed their samples, together with `key`. A group is padded by repeating one of its
-  prompts with the same row and number, which then is written twice.
+  `settings` are those of the G prompts. A group is padded by repeating one of its prompts with the
+  same row and settings, which then is written twice.
   """
   hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
-  first = strategy.first(logits, numbers, key)
+  first = strategy.first(logits, settings)
   sequences = rows[:, None] * strategy.rule.beams + jnp.arange(
     strategy.rule.beams, dtype=rows.dtype
   )

@@ -25,6 +25,7 @@ from llava_sp_jax.infer import decode as decode_lib
 from llava_sp_jax.infer import log_probabilities, prefill
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.decode import State
+from llava_sp_jax.infer.row_settings import RowSettings
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.arrays import Array
@@ -41,7 +42,6 @@ class Programs:
     config: config_lib.Config,
     params: Params,
     strategy: decode_lib.Strategy,
-    seed: int,
     mesh: Mesh | None,
     counts: Counts,
   ):
@@ -59,7 +59,6 @@ class Programs:
     self._whole = NamedSharding(self.mesh, PartitionSpec())
     self._rows = NamedSharding(self.mesh, mesh_lib.BATCH)
     self._params = self._place(params)
-    self._key = jax.jit(lambda: jax.random.key(seed), out_shardings=self._whole)()
 
   def load(self, params: Params) -> None:
     """Replaces the values of the parameters, not their shapes; compiled programs stay."""
@@ -169,7 +168,7 @@ class Programs:
     state: State,
     group: prefill.Group,
     rows: Int[np.ndarray, " G"],
-    numbers: Int[np.ndarray, " G"],
+    settings: RowSettings,
   ) -> State:
     """Prefills G prompts into rows of the state, and chooses the first token of each.
 
@@ -177,11 +176,12 @@ class Programs:
       state: the decode state; its buffers are donated.
       group: the last piece of each prompt, with the prefix before it.
       rows: [G] int32, the row of each prompt.
-      numbers: [G] int32, the number that seeds each prompt's sampling.
+      settings: those of each prompt, arrays [G, ...] on the host.
     """
     run = functools.partial(prefill.admit, self._module, strategy=self._strategy)
     key = ("admit", len(state.rows.done), state.cache.capacity, *_shapes(group))
-    arguments = (self._params, state, self._key, self._group(group), *self._same(rows, numbers))
+    own = RowSettings(*self._same(*settings))
+    arguments = (self._params, state, self._group(group), *self._same(rows), own)
     return self._run(key, run, arguments, (1,), self._state_places(len(state.rows.done)))
 
   def decode(
@@ -194,11 +194,23 @@ class Programs:
     """
     run = functools.partial(decode_lib.decode, self._module, strategy=self._strategy)
     bounds = self._same(ended, np.int32(steps), np.int32(until))
-    arguments = (self._params, state, self._key, *bounds)
+    arguments = (self._params, state, *bounds)
     key = ("decode", len(state.rows.done), state.cache.capacity)
     out = (self._state_places(len(ended)), self._whole)
     state, report = self._run(key, run, arguments, (1,), out)
     return state, jax.device_get(report)
+
+  def logged(self, state: State, row: int) -> tuple[Shaped[np.ndarray, "N ..."], ...]:
+    """Returns the log-probabilities of one row, on the host (`sampling.LogProbabilities`)."""
+    log = state.rows.log
+
+    def run(log: Any, row: Int[Array, ""]) -> Any:
+      return tuple(jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in log)
+
+    arguments = (log, *self._same(np.int32(row)))
+    key = ("logged", *log.top.shape)
+    result: tuple[np.ndarray, ...] = jax.device_get(self._run(key, run, arguments, out=self._whole))
+    return result
 
   # ---- building and placing ----
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -16,7 +17,9 @@ from PIL import Image
 
 from llava_sp_jax.data import anyres, decode
 from llava_sp_jax.data.failure import SampleError
+from llava_sp_jax.infer.generation import Generation
 
+Reason = Literal["stop", "length"]
 ImageFile = str | Path | bytes | Image.Image | SampleError  # an error: why there is no image
 
 
@@ -29,7 +32,7 @@ class Request:
   text of the template. `number` seeds the sampling (from 0; None is the place among the requests),
   so that a question with a number gets the same answer whatever else is asked. `history` are the
   earlier turns of a conversation, (question, answer); the images are those of all turns, in their
-  order.
+  order. `generation` has the settings of this answer; None: those of the engine.
   """
 
   question: str
@@ -37,6 +40,20 @@ class Request:
   system: str | None = None
   number: int | None = None
   history: tuple[tuple[str, str], ...] = ()
+  generation: Generation | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogProbability:
+  """Holds the log-probability of a chosen token (natural logarithm), before any setting.
+
+  `top` are the likeliest tokens at its place, best first: (id, text, log-probability).
+  """
+
+  id: int
+  text: str
+  value: float
+  top: tuple[tuple[int, str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +63,19 @@ class Answer:
   `ids` are the chosen tokens without the one that ends a reply; with a stop string, up to the token
   that completed it. `margin` is the smallest lead, in logits, of a chosen token over the next best
   one. If it is below rounding errors (float32: about 1e-4), another machine may answer differently.
+  `reason` says why the answer ended: at a stop id or a stop string, or at its most tokens.
+  `prompt_tokens` counts text and image tokens, `tokens` those of the answer with one that ended it.
+  `log_probabilities` belong to `ids`; None unless the settings ask for them.
   """
 
   text: str
   ids: tuple[int, ...]
   error: str = ""
   margin: float = float("inf")
+  reason: Reason = "stop"
+  prompt_tokens: int = 0
+  tokens: int = 0
+  log_probabilities: tuple[TokenLogProbability, ...] | None = None
 
 
 TileKey = tuple[str, int]  # (key of the picture, index of the tile)
@@ -77,6 +101,11 @@ class Prompt:
   """Holds the pieces of a prompt; all but the last can be shared, and the last is not empty."""
 
   pieces: tuple[PromptPiece, ...]
+
+  @property
+  def text_ids(self) -> Int[np.ndarray, " t"]:
+    """Returns the ids of its text."""
+    return np.concatenate([piece.tokens[piece.slots < 0] for piece in self.pieces])
 
   @property
   def length(self) -> int:

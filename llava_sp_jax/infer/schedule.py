@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple, Protocol
 
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.requests import Prompt, Request, keys_of
@@ -29,6 +29,31 @@ class Ready(NamedTuple):
   def drawn_by(self) -> int:
     """Returns the number that seeds the sampling: the request's own, or else its place."""
     return self.number if self.request.number is None else self.request.number
+
+
+class Source(Protocol):
+  """Declares where the engine takes requests from, with their prompts."""
+
+  @property
+  def more(self) -> bool:
+    """Returns whether there are requests that were not taken."""
+    ...
+
+  def peek(self) -> Ready | None:
+    """Returns the next request, None if there is none now."""
+    ...
+
+  def take(self) -> Ready | None:
+    """Removes the next request and returns it."""
+    ...
+
+  def wait(self) -> bool:
+    """Waits for a request, and returns whether there may be one; False when all are answered."""
+    ...
+
+  def cancelled(self) -> Collection[int]:
+    """Returns the numbers of requests whose answers are no longer wanted."""
+    ...
 
 
 class _Waiting(NamedTuple):
@@ -88,6 +113,14 @@ class Schedule:
   def more(self) -> bool:
     """Returns whether there are requests that were not taken."""
     return self._front is not None or bool(self._reading) or self._fill()
+
+  def wait(self) -> bool:
+    """Returns `more`, because `peek` waits by itself."""
+    return self.more
+
+  def cancelled(self) -> Collection[int]:
+    """Returns nothing: whoever iterates over answers takes all of them."""
+    return ()
 
   def _fill(self) -> bool:
     """Takes requests until the window is full, and starts to make the next prompts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,8 +30,8 @@ class VisionLanguageModel:
 
   An image is a path, the bytes of a file, or a PIL image. Each `<image>` in a question stands for
   one of its images; without any, the images come before the question. All methods share one engine.
-  The first call of each kind compiles its programs. A call with another `generation` than the last
-  one makes a new engine.
+  The first call of each kind compiles its programs. Settings of generation are values of a request;
+  only more room for an answer, more log-probabilities, or another number of beams make a new engine.
   """
 
   def __init__(self, pretrained: Pretrained, batch_size: int = 16, mesh: Mesh | None = None):
@@ -59,13 +60,19 @@ class VisionLanguageModel:
     images: Images = (),
     *,
     system: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
     generation: Generation = DEFAULT,
   ) -> str:
     """Answers one question. `system` replaces the system text of the conversation template.
 
+    `history` are the earlier turns of a conversation, (question, answer); `images` are those of all
+    turns.
+
     Raises: ValueError when there is no answer: an image that cannot be read, a prompt too long.
     """
-    (answer,) = self.answers([Request(question, tuple(images), system)], generation)
+    (answer,) = self.answers(
+      [Request(question, tuple(images), system, history=tuple(history))], generation
+    )
     if answer.error:
       raise ValueError(answer.error)
     return answer.text
@@ -77,7 +84,8 @@ class VisionLanguageModel:
 
     If a request has no answer, `Answer.error` says why.
     """
-    return self.engine(generation).answer(requests)
+    asked = (dataclasses.replace(r, generation=r.generation or generation) for r in requests)
+    return self._answering(generation).answer(asked)
 
   def stream(
     self,
@@ -85,15 +93,18 @@ class VisionLanguageModel:
     images: Images = (),
     *,
     system: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
     generation: Generation = DEFAULT,
   ) -> Iterator[str]:
     """Yields parts of one answer while it is decoded.
 
-    `system` replaces the system text of the conversation template.
+    `system` replaces the system text of the conversation template. `history` are the earlier turns
+    of a conversation, (question, answer); `images` are those of all turns.
 
     Raises: ValueError if there is no answer.
     """
-    return self.engine(generation).stream(Request(question, tuple(images), system))
+    asked = Request(question, tuple(images), system, None, tuple(history), generation)
+    return self._answering(generation).stream(asked)
 
   def loglikelihood(
     self, question: str, continuation: str, images: Images = (), *, system: str | None = None
@@ -129,6 +140,11 @@ class VisionLanguageModel:
       self._engine = self._likelihood = None  # their arrays are freed before others are made
       self._engine = Engine(self._pretrained, self._batch_size, generation, self._mesh)
     return self._engine
+
+  def _answering(self, generation: Generation) -> Engine:
+    """Returns the engine that was kept if it can answer with these settings, or else a new one."""
+    engine = self._engine
+    return engine if engine is not None and engine.fits(generation) else self.engine(generation)
 
   def _any_engine(self) -> Engine:
     """Returns the engine that was kept, whatever its settings."""

@@ -63,16 +63,13 @@ def answers(config: config_lib.Config, device_mesh: Mesh) -> Any:
   params = unflatten_dict(cast, sep="/")
   params = placed(params, sharding.shardings(params, device_mesh))
   prompt = {k: v for k, v in batch(config, device_mesh).items() if k not in _LEARNING}
-  key = placed(
-    jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(device_mesh, PartitionSpec())
-  )
 
-  def program(params: Any, prompt: Any, rng: Any) -> Any:
-    return generate.generate(module, params, prompt, rng, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
+  def program(params: Any, prompt: Any) -> Any:
+    return generate.generate(module, params, prompt, stop_ids=(2,), max_new_tokens=NEW_TOKENS)
 
   program.__name__ = PROGRAMS["eval"]
   options = setup.COMPILER_OPTIONS.get(platform)
-  return jax.jit(program, compiler_options=options).lower(params, prompt, key)
+  return jax.jit(program, compiler_options=options).lower(params, prompt)
 
 
 _LEARNING = ("targets", "weights")  # arrays of a batch that only training reads

@@ -15,6 +15,7 @@ from llava_sp_jax.serve.errors import ApiError
 DONE = b"data: [DONE]\n\n"  # the last event of a stream, also after an error
 STREAM = "text/event-stream; charset=utf-8"
 JSON = "application/json"
+TOO_SLOW = "the answer took too long; ask for fewer tokens"
 _encode = msgspec.json.Encoder().encode
 
 

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Mapping
+import contextlib
+from collections.abc import AsyncIterable, Callable, Iterator, Mapping
 
 from llava_sp_jax.serve.errors import ApiError
 from llava_sp_jax.serve.limits import Limits
 
+Take = Callable[[int], None]  # is told the number of bytes that are about to be held
 
-async def read(chunks: AsyncIterable[bytes], headers: Mapping[str, str], limits: Limits) -> bytes:
+
+class Budget:
+  """Bounds the bytes of all bodies that a server holds at the same time."""
+
+  def __init__(self, most: int):
+    self._most, self.held = most, 0
+
+  @contextlib.contextmanager
+  def share(self) -> Iterator[Take]:
+    """Yields a function that takes bytes; they are given back at the end of the block.
+
+    The function raises ApiError (429) when too many are held.
+    """
+    mine = 0
+
+    def take(count: int) -> None:
+      nonlocal mine
+      if self.held + count > self._most:
+        raise ApiError(
+          "too_many_requests",
+          f"requests of {self.held:,} bytes are being read or answered; at most {self._most:,} "
+          "are held: ask again later",
+        )
+      mine, self.held = mine + count, self.held + count
+
+    try:
+      yield take
+    finally:
+      self.held -= mine
+
+
+async def read(
+  chunks: AsyncIterable[bytes], headers: Mapping[str, str], limits: Limits, take: Take
+) -> bytes:
   """Returns the JSON body of a request.
 
   Args:
     chunks: the parts of the body, as they arrive.
     headers: of the request, by names in lower case.
     limits: `body_bytes` and `body_seconds` hold here.
+    take: is told of the bytes before they are read, and may raise ApiError.
 
   Raises: ApiError for a body that is too large (before it is read, if its length is announced), too
     slow, compressed, or not announced as JSON.
@@ -39,9 +75,10 @@ async def read(chunks: AsyncIterable[bytes], headers: Mapping[str, str], limits:
   try:
     async with asyncio.timeout(limits.body_seconds):
       async for chunk in chunks:
-        body += chunk
-        if len(body) > limits.body_bytes:
+        if len(body) + len(chunk) > limits.body_bytes:
           raise _too_large("more", limits)
+        take(len(chunk))
+        body += chunk
   except TimeoutError:
     raise ApiError(
       "request_timeout",

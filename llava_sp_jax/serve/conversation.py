@@ -28,16 +28,21 @@ class Turn:
   pieces: tuple[str | Link, ...]
 
   @property
-  def text(self) -> str:
-    """Returns the pieces on lines of their own, with `<image>` for a picture.
+  def marked(self) -> str:
+    """Returns the pieces on lines of their own, with `<image>` for a picture."""
+    return "\n".join(piece if isinstance(piece, str) else IMAGE for piece in self.pieces)
 
-    Without marks if the pictures come first, which is where a question without marks has them.
+  @property
+  def text(self) -> str:
+    """Returns `marked`, without marks if the pictures come first.
+
+    That is where a question without marks has its pictures.
     """
     texts = [piece for piece in self.pieces if isinstance(piece, str)]
     count = len(self.pieces) - len(texts)
     if all(isinstance(piece, Link) for piece in self.pieces[:count]):
       return "\n".join(texts)
-    return "\n".join(piece if isinstance(piece, str) else IMAGE for piece in self.pieces)
+    return self.marked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +61,13 @@ class Conversation:
   def request(self, images: Sequence[bytes]) -> Request:
     """Returns the request to the engine; `images` are the encoded pictures of `links`.
 
-    Raises: ApiError for a conversation of several turns, which the engine does not answer yet.
+    With several turns, every picture has its mark, because it belongs to one of them.
     """
-    if len(self.turns) > 1:
-      raise ApiError(
-        "unsupported_value",
-        f"the conversation has {len(self.turns)} turns; one question is answered: send its message",
-        "messages",
-      )
-    return Request(self.turns[0].text, tuple(images), self.system)
+    if len(self.turns) == 1:
+      return Request(self.turns[0].text, tuple(images), self.system)
+    *before, last = [turn.marked for turn in self.turns]
+    history = tuple(zip(before[::2], before[1::2], strict=True))
+    return Request(last, tuple(images), self.system, history=history)
 
 
 def of(messages: Sequence[protocol.Message]) -> Conversation:
@@ -95,6 +98,14 @@ def of(messages: Sequence[protocol.Message]) -> Conversation:
   return Conversation("\n".join(system) if system else None, tuple(turns))
 
 
+def of_prompt(text: str) -> Conversation:
+  """Returns the conversation of one question without pictures.
+
+  Raises: ApiError when the text has the mark of a picture.
+  """
+  return Conversation(None, (Turn("user", (_unmarked(text, "prompt"),)),))
+
+
 def _misplaced(i: int, message: str) -> ApiError:
   return ApiError("invalid_value", message, f"messages[{i}].role")
 
@@ -102,17 +113,20 @@ def _misplaced(i: int, message: str) -> ApiError:
 def _pieces(message: protocol.Message, param: str) -> tuple[str | Link, ...]:
   content = message.content
   parts = [protocol.TextPart(content)] if isinstance(content, str) else content
-  pieces: list[str | Link] = []
-  for i, part in enumerate(parts):
-    if isinstance(part, protocol.ImagePart):
-      pieces.append(Link(part.image_url.url, f"{param}[{i}].image_url.url"))
-      continue
-    if IMAGE in part.text:
-      raise ApiError(
-        "invalid_value",
-        f"a text has {IMAGE!r}, which would stand for a picture; leave it out: the place of a "
-        "picture is that of its part",
-        param,
-      )
-    pieces.append(part.text)
-  return tuple(pieces)
+  return tuple(
+    Link(part.image_url.url, f"{param}[{i}].image_url.url")
+    if isinstance(part, protocol.ImagePart)
+    else _unmarked(part.text, param)
+    for i, part in enumerate(parts)
+  )
+
+
+def _unmarked(text: str, param: str) -> str:
+  if IMAGE in text:
+    raise ApiError(
+      "invalid_value",
+      f"a text has {IMAGE!r}, which would stand for a picture; leave it out: the place of a "
+      "picture is that of its part",
+      param,
+    )
+  return text

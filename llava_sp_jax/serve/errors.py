@@ -12,6 +12,7 @@ _INVALID, _SERVER = "invalid_request_error", "server_error"
 # Code of an error -> its HTTP status, and its type in the words of OpenAI. Clients choose an
 # exception by the status, and whether to try again: they do so after 408, 429 and 5xx.
 CODES: dict[str, tuple[int, str]] = {
+  "invalid_http": (400, _INVALID),
   "invalid_json": (400, _INVALID),
   "missing_required_parameter": (400, _INVALID),
   "invalid_type": (400, _INVALID),
@@ -26,6 +27,7 @@ CODES: dict[str, tuple[int, str]] = {
   "invalid_image_url": (400, _INVALID),
   "image_url_refused": (400, _INVALID),
   "image_url_failed": (400, _INVALID),
+  "cors_refused": (400, _INVALID),
   "invalid_api_key": (401, "authentication_error"),
   "not_found": (404, "not_found_error"),
   "model_not_found": (404, "not_found_error"),
@@ -36,6 +38,16 @@ CODES: dict[str, tuple[int, str]] = {
   "too_many_requests": (429, "rate_limit_error"),
   "internal_error": (500, _SERVER),
   "not_ready": (503, _SERVER),
+  "too_many_connections": (503, _SERVER),
+  "answer_timeout": (504, _SERVER),
+}
+
+
+# Status -> headers of its responses, which say whether to try again, and when (in seconds).
+RETRY: dict[int, dict[str, str]] = {
+  429: {"retry-after": "1"},
+  503: {"retry-after": "5"},
+  504: {"x-should-retry": "false"},  # an answer that took too long would do so again
 }
 
 
@@ -51,3 +63,8 @@ class ApiError(LlavaSPError):
     super().__init__(shortened(message, SHOWN))
     self.code, self.param = code, param and shortened(param, SHOWN)
     self.status, self.type = CODES[code]
+
+  @property
+  def headers(self) -> dict[str, str]:
+    """Returns the headers of a response with this error."""
+    return dict(RETRY.get(self.status, {}))

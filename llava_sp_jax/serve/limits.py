@@ -43,7 +43,9 @@ class Limits:
 
   # The server
   connections: int = 1024  # open at the same time
-  waiting: int = 1024  # requests that wait for the engine
+  held_bytes: int = 512 << 20  # of the bodies of all requests that are read or answered
+  waiting: int = 256  # requests that wait for the engine
+  waiting_tokens: int = 1 << 20  # of the prompts that wait for the engine
   request_seconds: float = 600.0  # until a request has its whole answer
   idle_seconds: float = 30.0  # that a connection stays open without a request
   stop_seconds: float = 30.0  # that running requests have when the server stops

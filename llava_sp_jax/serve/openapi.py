@@ -67,8 +67,10 @@ ENDPOINTS = (
 )
 
 
-def document(version: str) -> Json:
+def document(version: str, root: str = "") -> Json:
   """Returns the OpenAPI document of the server, whose schemas are those of the typed bodies.
+
+  `root` is the path before those of the endpoints, if a proxy puts one there.
 
   Every request may also get an ErrorBody, with a status of `errors.CODES`.
   """
@@ -85,6 +87,7 @@ def document(version: str) -> Json:
   return {
     "openapi": "3.1.0",
     "info": {"title": "llava-sp serve", "version": version},
+    "servers": [{"url": root or "/"}],
     "paths": paths,
     "components": {
       "schemas": components,

@@ -114,6 +114,11 @@ class Settings(Struct, kw_only=True):
     """Returns whether a stream ends with the numbers of tokens."""
     return bool(self.stream_options and self.stream_options.include_usage)
 
+  @property
+  def log_probabilities(self) -> int | None:
+    """Returns how many of the likeliest tokens are wanted at each place, None for nothing at all."""
+    return None
+
 
 class ChatRequest(Settings, kw_only=True):
   """Asks for the next answer of a conversation."""
@@ -127,6 +132,11 @@ class ChatRequest(Settings, kw_only=True):
   def most_tokens(self) -> int | None:
     """Returns the largest number of tokens of an answer, None if neither field says it."""
     return self.max_completion_tokens or self.max_tokens
+
+  @property
+  def log_probabilities(self) -> int | None:
+    """Returns how many of the likeliest tokens are wanted at each place, None for nothing at all."""
+    return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Settings, kw_only=True):

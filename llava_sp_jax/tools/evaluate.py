@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import console
-from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer.generation import ALWAYS, Generation
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.arguments import DTYPE, DTYPES, MESH
 from llava_sp_jax.tools.benchmark_options import names_of, out_of, tasks_of
@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
   how.add_argument("--mesh", default="", help=MESH)
   how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
   for field in dataclasses.fields(Generation):
+    if field.name not in ALWAYS:
+      continue
     flag = "--" + field.name.replace("_", "-")
     if field.name == "stop":
       how.add_argument(flag, action="append", default=None, help="an answer ends before this text")
@@ -258,7 +260,7 @@ def _generation(task: Any, options: argparse.Namespace) -> Generation:
   """Returns the generation settings of a task, with the user's changes. Raises: ConfigError."""
   from llava_sp_jax.config import ConfigError
 
-  given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Generation)}
+  given = {name: getattr(options, name) for name in ALWAYS}
   given = {k: tuple(v) if k == "stop" else v for k, v in given.items() if v is not None}
   try:
     result: Generation = dataclasses.replace(task.generation, **given)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.infer import row_settings
 from llava_sp_jax.infer.decode import Sampling, StopRule
 from llava_sp_jax.infer.engine import Engine, Generation, Request
-from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.infer.sampling import Sampler
+from llava_sp_jax.infer.pretrained import Pretrained, padded_from
 from llava_sp_jax.infer.verify import BOUNDS, Comparison
 from tests.conftest import ConfigMaker
 from tests.infer.tiny import random_model
@@ -40,14 +40,16 @@ WANTED = (((1, 2, 3), 0.25), ((), 0.5), ((1,), 0.5), ((5, 5), 1.0))
 
 
 def test_answers_end_at_either_end_or_the_limit() -> None:
-  strategy, key = Sampling(StopRule(ENDS, LIMIT)), jax.random.key(0)
+  strategy = Sampling(StopRule(ENDS, LIMIT, WORDS))
+  asked = [Generation(max_new_tokens=LIMIT)] * 4
+  settings = jax.tree.map(jnp.asarray, row_settings.of(asked, range(4), [None] * 4, ENDS, WORDS))
   rows, done = None, []
   for turn in range(4):
     each = jnp.asarray(np.stack([logits(*row[turn]) for row in CHOICES]))
     if rows is None:
-      rows = strategy.first(each, jnp.arange(4, dtype=jnp.int32), key)
+      rows = strategy.first(each, settings)
     else:
-      rows, parents = strategy.choose(rows, each, key)
+      rows, parents = strategy.choose(rows, each, strategy.modes(rows))
       assert parents is None
     done.append(rows.done.tolist())
   assert done == [[False, True, False, False], [False, True, True, False], [True] * 4, [True] * 4]
@@ -55,7 +57,7 @@ def test_answers_end_at_either_end_or_the_limit() -> None:
   for row, (ids, margin) in enumerate(WANTED):
     assert tuple(rows.ids[row, : int(rows.made[row])].tolist()) == ids
     assert float(rows.margin[row]) == pytest.approx(margin)
-  assert rows.number.tolist() == [0, 1, 2, 3]
+  assert rows.settings.number.tolist() == [0, 1, 2, 3]
   free = strategy.empty(2)
   assert free.done.tolist() == [True, True]
   assert np.isinf(free.margin).all()
@@ -70,10 +72,8 @@ def test_an_engine_is_built_with_all_that_was_asked_for(model: Pretrained) -> No
   asked = Generation(max_new_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=4)
   engine = Engine(model, 2, asked)
   rule = engine._programs._strategy.rule
-  assert rule == StopRule(engine._prompts.stop_ids, 7, Sampler(0.5, 3, 0.9), 1)
-  np.testing.assert_array_equal(
-    jax.random.key_data(engine._programs._key), jax.random.key_data(jax.random.key(4))
-  )
+  vocabulary = model.config.model.language_model.vocab_size
+  assert rule == StopRule(engine._prompts.stop_ids, 7, vocabulary, 1, padded_from(model))
   assert Engine(model, 2, Generation(num_beams=3))._programs._strategy.rule.beams == 3
 
 

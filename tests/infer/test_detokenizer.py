@@ -9,6 +9,7 @@ import pytest
 from llava_sp_jax.infer.caches import bucket
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.detokenizer import UNFINISHED, Detokenizer
+from llava_sp_jax.infer.generation import Generation
 
 
 class Letters:
@@ -20,7 +21,7 @@ class Letters:
 
 def text(stop: tuple[str, ...] = ()) -> Detokenizer:
   tokenizer: Any = Letters()
-  return Detokenizer(tokenizer, stop)
+  return Detokenizer(tokenizer, Generation(stop=stop))
 
 
 def ids(said: str) -> list[int]:

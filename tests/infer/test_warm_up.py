@@ -57,7 +57,7 @@ def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_dat
 
   def sizes(words: int) -> list[int]:
     *before, _ = engine._prompts(request(words, "red?")).pieces
-    return [engine._prefixes.capacity(before[: i + 1]) for i in range(len(before))]
+    return [engine._rows.prefixes.capacity(before[: i + 1]) for i in range(len(before))]
 
   short = next(
     n

@@ -98,9 +98,7 @@ def test_cached_decoding_equals_the_full_forward_pass(model: Model) -> None:
   length, new = 128, 6
   rows = [model.row(conversation.prompt(p, V1), length) for p in prompts]
   batch = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-  ids, counts = generate(
-    model.module, model.params, batch, jax.random.key(0), stop_ids=(), max_new_tokens=new
-  )
+  ids, counts = generate(model.module, model.params, batch, stop_ids=(), max_new_tokens=new)
   assert counts.tolist() == [new, new]
   for number, row in enumerate(rows):
     current = {k: v.copy() for k, v in row.items()}
@@ -119,9 +117,7 @@ def test_generation_stops_at_the_stop_id(model: Model) -> None:
   batch = model.row(conversation.prompt("<image>\nwhat is it?", V1), 128)
 
   def run(stop: tuple[int, ...]) -> tuple[list[int], int]:
-    ids, counts = generate(
-      model.module, model.params, batch, jax.random.key(0), stop_ids=stop, max_new_tokens=6
-    )
+    ids, counts = generate(model.module, model.params, batch, stop_ids=stop, max_new_tokens=6)
     return ids[0].tolist(), int(counts[0])
 
   free, _ = run(())

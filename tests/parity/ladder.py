@@ -184,7 +184,7 @@ def greedy(case: Case) -> Iterator[Rung]:
   batch = case.batch([{**s, "labels": [-100] * len(s["labels"])} for s in samples])
   ids, counts = jax.jit(
     functools.partial(generate, case.module, stop_ids=(EOS,), max_new_tokens=12)
-  )(case.params, batch, jax.random.key(0))
+  )(case.params, batch)
   wanted = [z["single/gen"], *(z[f"batch/gen{i}"] for i in range(len(samples) - 1))]
   same = all(
     np.array_equal(row[:count], target[target != EOS])

@@ -41,7 +41,7 @@ async def never() -> AsyncIterator[bytes]:
 
 
 def read(chunks: Callable[[], AsyncIterator[bytes]], headers: Mapping[str, str]) -> bytes:
-  return asyncio.run(bodies.read(chunks(), headers, LIMITS))
+  return asyncio.run(bodies.read(chunks(), headers, LIMITS, lambda count: None))
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8"])

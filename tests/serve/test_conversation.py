@@ -75,9 +75,24 @@ def test_several_turns() -> None:
     ("assistant", "b\nc"),
     ("user", "d\n<image>"),
   ]
-  with pytest.raises(ApiError, match="has 3 turns; one question is answered") as caught:
-    found.request([b"a"])
-  assert caught.value.param == "messages"
+  assert found.request([b"a"]) == Request("d\n<image>", (b"a",), history=(("a", "b\nc"),))
+
+
+def test_pictures_of_several_turns_have_their_marks() -> None:
+  """Without them, all pictures would stand in the first turn."""
+  found = talk(
+    said("system", "s"), user(A, text("a")), said("assistant", "b"), user("c"),
+    said("assistant", "d"), user(B, text("e")),
+  )  # fmt: skip
+  history = (("<image>\na", "b"), ("c", "d"))
+  assert found.request([b"a", b"b"]) == Request("<image>\ne", (b"a", b"b"), "s", history=history)
+
+
+def test_a_prompt_is_one_question() -> None:
+  assert conversation.of_prompt("Hi?").request([]) == Request("Hi?")
+  with pytest.raises(ApiError, match="leave it out") as caught:
+    conversation.of_prompt("an <image>")
+  assert caught.value.param == "prompt"
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], str, str]] = {
