@@ -36,6 +36,7 @@ def application(
   keys: Collection[str] = (),
   origins: Collection[str] = (),
   hosts: Collection[str] = (),
+  pages: Collection[Route] = (),
 ) -> ASGIApp:
   """Returns the application.
 
@@ -46,6 +47,7 @@ def application(
     keys: those of clients, for paths below /v1; without any, everybody may ask.
     origins: of web pages that may ask from a browser ("*": any); none by default.
     hosts: from which pictures are fetched by URL; none by default.
+    pages: routes for people, such as those of `page.routes`.
   """
   metrics = Metrics(served)
   endpoints = Endpoints(served, limits, keys, state, metrics)
@@ -86,7 +88,7 @@ def application(
 
   routes = [_route(endpoint, endpoints) for endpoint in openapi.ENDPOINTS]
   app = Starlette(
-    routes=[*routes, Route(DOCUMENT, endpoints.document)],
+    routes=[*routes, Route(DOCUMENT, endpoints.document), *pages],
     exception_handlers={
       ApiError: refused,
       HTTPException: unknown,

@@ -3,7 +3,7 @@
 import { byId } from "./dom.js";
 import { readSettings, writeSettings } from "./store.js";
 
-const NUMBERS = { temperature: 0, topP: 1, maxTokens: 512, seed: null };
+const NUMBERS = { temperature: 0, topP: 1, maxTokens: null, seed: null };
 const DEFAULTS = { ...NUMBERS, system: "", theme: "", key: "" };
 
 /** The values; `key` is never stored. */

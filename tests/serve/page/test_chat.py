@@ -77,7 +77,7 @@ def test_a_question_is_answered_as_it_is_streamed(open_page: Opener, server: Ser
   form = server.last
   assert said(form) == [("user", ["What is it?"])]
   assert (form.stream, form.logprobs, form.top_logprobs) == (True, True, 2)
-  assert (form.temperature, form.top_p, form.max_tokens, form.seed) == (0, 1, 512, None)
+  assert (form.temperature, form.top_p, form.max_tokens, form.seed) == (0, 1, None, None)
   assert form.model == "tiny"
   assert opened.page.locator("#status").inner_text() == TEXT, "a screen reader is told"
 
@@ -209,7 +209,7 @@ def test_numbers_out_of_bounds_are_not_taken(open_page: Opener, server: Server) 
   page.keyboard.press("Escape")
   page.locator("#settings").wait_for(state="hidden")
   opened.ask("hello")
-  assert (server.last.max_tokens, server.last.seed) == (512, None), "those are the defaults"
+  assert (server.last.max_tokens, server.last.seed) == (None, None), "those are the defaults"
 
 
 def test_the_key_is_asked_for(open_page: Opener, server: Server) -> None:
