@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import console
 from llava_sp_jax.tools import arguments
+from llava_sp_jax.tools.arguments import DTYPE, DTYPES, MESH
 from llava_sp_jax.tools.convert import source_options, to_options
-from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 if TYPE_CHECKING:
   from llava_sp_jax.serve.limits import Limits
