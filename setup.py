@@ -22,7 +22,7 @@ setup(
   # The recipes live in configs/ and are installed as llava_sp_jax/configs.
   packages=[*find_packages(include=["llava_sp_jax", "llava_sp_jax.*"]), "llava_sp_jax.configs"],
   package_dir={"llava_sp_jax.configs": "configs"},
-  package_data={"llava_sp_jax": ["py.typed"]},
+  package_data={"llava_sp_jax": ["py.typed", "serve/page/*"]},
   install_requires=[
     f"jax>=0.10.2,<0.11; {OLD}",
     f"jax>=0.11.2,<0.13; {NEW}",

@@ -18,6 +18,7 @@ COMMANDS = {
   "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
   "plan": ("tools.plan", "memory and step time on chips that are not here"),
   "generate": ("tools.generate", "answer a question about an image"),
+  "chat": ("tools.chat", "talk about pictures in the terminal"),
   "serve": ("tools.serve", "answer questions over HTTP, by OpenAI's protocol"),
   "report": (
     "tools.report",

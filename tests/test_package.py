@@ -152,6 +152,13 @@ def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
     assert "llava_sp_jax/py.typed" in archive.namelist()
 
 
+def test_the_wheel_has_the_page_of_the_server(wheel: Path) -> None:
+  folder = "llava_sp_jax/serve/page"
+  with zipfile.ZipFile(wheel) as archive:
+    packed = {name for name in archive.namelist() if name.startswith(f"{folder}/")}
+  assert packed == {f"{folder}/{file.name}" for file in (REPOSITORY / folder).iterdir()}
+
+
 def test_the_wheel_s_command_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
   """From the installed package alone: a recipe by name, up to the data that are missing."""
   with zipfile.ZipFile(wheel) as archive:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from llava_sp_jax.serve import answers, openapi
@@ -36,7 +36,7 @@ def application(
   keys: Collection[str] = (),
   origins: Collection[str] = (),
   hosts: Collection[str] = (),
-  others: Sequence[BaseRoute] = (),
+  pages: Collection[Route] = (),
 ) -> ASGIApp:
   """Returns the application.
 
@@ -47,7 +47,7 @@ def application(
     keys: those of clients, for paths below /v1; without any, everybody may ask.
     origins: of web pages that may ask from a browser ("*": any); none by default.
     hosts: from which pictures are fetched by URL; none by default.
-    others: routes beside those of the endpoints.
+    pages: routes for people, such as those of `page.routes`.
   """
   metrics = Metrics(served)
   endpoints = Endpoints(served, limits, keys, state, metrics)
@@ -89,7 +89,7 @@ def application(
 
   routes = [_route(endpoint, endpoints) for endpoint in openapi.ENDPOINTS]
   app = Starlette(
-    routes=[*routes, Route(DOCUMENT, endpoints.document), *others],
+    routes=[*routes, Route(DOCUMENT, endpoints.document), *pages],
     exception_handlers={
       ApiError: refused,
       HTTPException: unknown,

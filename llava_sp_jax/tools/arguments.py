@@ -11,8 +11,15 @@ from typing import Any, NoReturn
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import console, recipes
 from llava_sp_jax.config import FORMER_NAMES, ConfigError
+from llava_sp_jax.infer.generation import Generation
 
 DIGITS = 18  # of a whole number: what 64 bits hold
+
+MESH = (
+  "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
+)
+DTYPES = ("float32", "bfloat16")
+DTYPE = "what the model computes in (default: the checkpoint's config)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,3 +120,39 @@ def unknown_options(given: Sequence[str], known: Iterable[str]) -> str:
 def _meant(name: str, known: Sequence[str]) -> str:
   near = difflib.get_close_matches(name, known, n=1)
   return f" (did you mean {near[0]}?)" if near else ""
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+  """Adds options for where and in what dtype a model computes."""
+  parser.add_argument("--mesh", default="", help=MESH)
+  parser.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+
+
+def generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+  """Adds options for how answers are generated, of at most `max_new_tokens` by default."""
+  parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+  parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+  parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: all")
+  parser.add_argument(
+    "--top-p", type=float, default=1.0, help="draw from the likeliest, up to this"
+  )
+  parser.add_argument("--num-beams", type=int, default=1, help="beam search (1: none)")
+  parser.add_argument("--stop", action="append", default=[], help="text that ends an answer")
+  parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def to_generation(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Generation:
+  """Returns the settings of `generation_options`; exits with code 2 for an impossible one."""
+  try:
+    return Generation(
+      max_new_tokens=given.max_new_tokens,
+      temperature=given.temperature,
+      top_k=given.top_k,
+      top_p=given.top_p,
+      num_beams=given.num_beams,
+      stop=tuple(given.stop),
+      seed=given.seed,
+    )
+  except ValueError as error:
+    setting, found = str(error).split(":", 1)
+    parser.error(f"--{setting.replace('_', '-')}:{found}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llava_sp_jax import console
 from llava_sp_jax.infer.generation import ALWAYS, Generation
 from llava_sp_jax.tools import arguments
+from llava_sp_jax.tools.arguments import DTYPE, DTYPES, MESH
 from llava_sp_jax.tools.benchmark_options import names_of, out_of, tasks_of
 from llava_sp_jax.tools.convert import source_options, to_options
-from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 if TYPE_CHECKING:
   from llava_sp_jax.results.scores import BenchmarkScores

@@ -8,12 +8,6 @@ from llava_sp_jax import console
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
-MESH = (
-  "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
-)
-DTYPES = ("float32", "bfloat16")
-DTYPE = "what the model computes in (default: the checkpoint's config)"
-
 
 def parser() -> argparse.ArgumentParser:
   """Returns the parser of the command's options."""
@@ -30,17 +24,8 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--image", action="append", default=[], help="picture file; may be repeated")
   result.add_argument("--question", required=True, help="<image> in it stands for a picture")
   result.add_argument("--stream", action="store_true", help="print the answer as it comes")
-  result.add_argument("--max-new-tokens", type=int, default=64)
-  result.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-  result.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: all")
-  result.add_argument(
-    "--top-p", type=float, default=1.0, help="draw from the likeliest, up to this"
-  )
-  result.add_argument("--num-beams", type=int, default=1, help="beam search (1: none)")
-  result.add_argument("--stop", action="append", default=[], help="text that ends an answer")
-  result.add_argument("--seed", type=int, default=0, help="of the sampling")
-  result.add_argument("--mesh", default="", help=MESH)
-  result.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+  arguments.generation_options(result, max_new_tokens=64)
+  arguments.model_options(result)
   return result
 
 
@@ -55,21 +40,8 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.distributed import mesh
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine, Request
-  from llava_sp_jax.infer.generation import Generation
 
-  try:
-    generation = Generation(
-      max_new_tokens=options.max_new_tokens,
-      temperature=options.temperature,
-      top_k=options.top_k,
-      top_p=options.top_p,
-      num_beams=options.num_beams,
-      stop=tuple(options.stop),
-      seed=options.seed,
-    )
-  except ValueError as error:
-    setting, found = str(error).split(":", 1)
-    parser().error(f"--{setting.replace('_', '-')}:{found}")
+  generation = arguments.to_generation(parser(), options)
   # Read here, so that a missing image is reported before a model is loaded.
   pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_sp_jax import console
 from llava_sp_jax.tools import arguments
+from llava_sp_jax.tools.arguments import DTYPE, DTYPES, MESH
 from llava_sp_jax.tools.convert import source_options, to_options
-from llava_sp_jax.tools.generate import DTYPE, DTYPES, MESH
 
 if TYPE_CHECKING:
   from llava_sp_jax.serve.limits import Limits
@@ -146,7 +146,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
   from llava_sp_jax.infer.service import Service
-  from llava_sp_jax.serve import checkpoint
+  from llava_sp_jax.serve import checkpoint, page
   from llava_sp_jax.serve.app import application
   from llava_sp_jax.serve.server import Server
   from llava_sp_jax.serve.state import State
@@ -163,7 +163,8 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
 
   host, port = socket.getsockname()[:2]
   scheme, host = "https" if options.tls_cert else "http", f"[{host}]" if ":" in host else host
-  url = f"{scheme}://{host}:{port}{options.root_path}/v1"
+  root = f"{scheme}://{host}:{port}{options.root_path}/"
+  url = f"{root}v1"
   keys = options.api_key or [key for key in [os.environ.get(KEY, "")] if key]
   console.say(f"{options.checkpoint} as {', '.join(names)}: {checkpoint.described(engine)}")
   console.say(f"{memory()}; warming up on {url}")
@@ -180,6 +181,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     keys=keys,
     origins=options.allow_origin,
     hosts=options.image_host,
+    pages=page.routes(names[0], loaded.config),
   )
   runner = Server(
     app,
@@ -187,7 +189,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     limits,
     warm_up=warm_up,
     started=lambda: console.say(
-      f"ready: {url} ({'a key is needed' if keys else 'no key is needed'}); {memory()}"
+      f"ready: {url} ({'a key is needed' if keys else 'no key is needed'}), page {root}; {memory()}"
     ),
     root_path=options.root_path,
     ssl_certfile=options.tls_cert or None,

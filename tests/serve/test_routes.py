@@ -311,7 +311,7 @@ def test_routes_beside_those_of_the_endpoints() -> None:
   async def page(http: Request) -> Response:
     return Response("a page")
 
-  with live(fake.served(FakeService()), others=[Route("/", page)]) as server:
+  with live(fake.served(FakeService()), pages=[Route("/", page)]) as server:
     assert server.ask("GET", "/").body == b"a page"
     assert server.ask("GET", "/version").status == 200
     assert server.ask("POST", "/", b"{}").error["code"] == "method_not_allowed"
