@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.models import cache as cache_lib
@@ -140,7 +140,7 @@ class BeamSearch:
     start = cache.length - jnp.repeat(rows.steps, self.rule.beams)
     width = min(self.rule.max_new_tokens, cache.capacity)
 
-    def move(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K S H"]:
+    def move(axis: int, x: Num[Array, "*LB K S H"]) -> Num[Array, "*LB K S H"]:
       cut: Callable[..., jax.Array] = jax.vmap(
         lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis)
       )

@@ -48,9 +48,9 @@ def generate(
   rows, length = batch["tokens"].shape
   text = module.language_model
 
-  def allocate(capacity: int) -> cache_lib.KVCache:
+  def allocate(capacity: int, form: str = cache_lib.FLOAT) -> cache_lib.KVCache:
     return cache_lib.allocate(
-      text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, text.stacked
+      text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, text.stacked, form
     )
 
   image = apply(batch["images"], method="encode_image")
@@ -64,7 +64,7 @@ def generate(
     method="extend",
   )
   counts = jnp.sum(batch["segments"] > 0, axis=1)
-  cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
+  cache = cache_lib.append(allocate(length + max_new_tokens, text.cache_format), new, counts)
   last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
   first = strategy.first(apply(last, method="logits"), jnp.arange(rows, dtype=jnp.int32), key)
   state, _ = decode.decode(

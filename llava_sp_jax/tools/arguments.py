@@ -13,6 +13,13 @@ from llava_sp_jax import console, recipes
 from llava_sp_jax.config import FORMER_NAMES, ConfigError
 
 DIGITS = 18  # of a whole number: what 64 bits hold
+# The formats that a model may be held in while it answers; rows of the tables that the models have,
+# which are not imported for a help text.
+FORMATS = {
+  "weights": "of the decoder's weight matrices, adapters folded in: none (floats), int8, int8_block, "
+  "int4, int4_64, nf4, nf4_double",
+  "cache": "of the keys and values of earlier positions: float, int8",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +87,12 @@ class RecipeParser(Parser):
     if check:
       check(given)
     return config_lib.override(recipes.load(given.pop("config")), overrides), given
+
+
+def format_options(add: Callable[..., Any]) -> None:
+  """Adds the options for the formats that a model is held in while it answers, by `add_argument`."""
+  for flag, help_ in FORMATS.items():
+    add(f"--{flag}", default="", metavar="FORMAT", help=f"{help_} (default: the checkpoint's)")
 
 
 def whole(flag: str, text: str, least: int) -> int:

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument("--seed", type=int, default=0, help="of the sampling")
   result.add_argument("--mesh", default="", help=MESH)
   result.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+  arguments.format_options(result.add_argument)
   return result
 
 
@@ -74,7 +75,11 @@ def main(argv: list[str]) -> int:
   pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(
-    options.checkpoint, to_options(options, options.checkpoint), dtype=options.dtype
+    options.checkpoint,
+    to_options(options, options.checkpoint),
+    dtype=options.dtype,
+    weights=options.weights,
+    cache=options.cache,
   )
   engine = Engine(loaded, 1, generation, devices)
   request = Request(options.question, pictures)
