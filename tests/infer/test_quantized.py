@@ -33,7 +33,14 @@ from tests.infer.tiny import Oracle, random_model
 
 NEW = 6
 GENERATION = Generation(max_new_tokens=NEW)
-WEIGHTS = ("int8", "int4")
+# Formats that the default tests leave to the slow ones; every one costs an engine's programs.
+WEIGHTS = [pytest.param("int8", marks=pytest.mark.slow), "int4"]
+
+
+@pytest.fixture(scope="module")
+def few(asked: list[Request]) -> list[Request]:
+  """Questions of two lengths about two pictures, in few shapes."""
+  return asked[:4]
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +81,14 @@ def ids(answers: Any) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_answers_are_those_of_the_dequantized_model(
-  wide: Pretrained, asked: list[Request], weights: str
+  wide: Pretrained, few: list[Request], weights: str
 ) -> None:
   model = with_formats(wide, weights)
   oracle = Oracle(floats_of(model))
-  wanted = [oracle.greedy(request, NEW) for request in asked]
-  assert len(set(wanted)) > 6
-  engine = Engine(model, 4, GENERATION)
-  assert ids(engine.answer(asked)) == wanted
+  wanted = [oracle.greedy(request, NEW) for request in few]
+  assert len(set(wanted)) > 2
+  engine = Engine(model, 2, GENERATION)
+  assert ids(engine.answer(few)) == wanted
   held = engine._programs._params["language_model"]["layers_0"]["q_proj"]
   assert set(held) == {name for name in held if is_quantized(f"x/{name}")}
 
@@ -134,9 +141,9 @@ class CachedOracle(Oracle):
 
 
 @pytest.fixture(scope="module")
-def wanted(model: Pretrained, asked: list[Request]) -> list[tuple[int, ...]]:
+def wanted(model: Pretrained, few: list[Request]) -> list[tuple[int, ...]]:
   oracle = CachedOracle(model)
-  return [oracle.greedy(request, NEW) for request in asked]
+  return [oracle.greedy(request, NEW) for request in few]
 
 
 @pytest.fixture(scope="module")
@@ -147,20 +154,20 @@ def cached(model: Pretrained) -> Pretrained:
 
 @pytest.fixture(scope="module")
 def engine(cached: Pretrained) -> Engine:
-  return Engine(cached, 4, GENERATION)
+  return Engine(cached, 2, GENERATION)
 
 
 def test_an_int8_cache_answers_like_its_twin(
-  engine: Engine, asked: list[Request], wanted: list[tuple[int, ...]]
+  engine: Engine, few: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:
   """Rows are refilled, prefixes are shared and kept as floats, prompts differ in length."""
-  assert len(set(wanted)) > 6
-  assert ids(engine.answer(asked)) == wanted
-  state = engine.programs.state(4, 64)
+  assert len(set(wanted)) > 2
+  assert ids(engine.answer(few)) == wanted
+  state = engine.programs.state(2, 64)
   codes, scale = state.cache.keys[0]
   assert (codes.dtype, scale.dtype) == (jnp.int8, jnp.float32)
   text = engine.pretrained.config.model.language_model
-  assert codes.shape == (4, text.kv_heads, text.head_dim, 64)
+  assert codes.shape == (2, text.kv_heads, text.head_dim, 64)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +189,8 @@ def test_the_bytes_of_a_step_are_those_of_the_arrays_it_reads(
   assert found.step(2, 64) == found.weights + held
 
 
-def test_a_decode_step_copies_nothing_of_the_codes(engine: Engine, asked: list[Request]) -> None:
-  list(engine.answer(asked[:1]))
+def test_a_decode_step_copies_nothing_of_the_codes(engine: Engine, few: list[Request]) -> None:
+  list(engine.answer(few[:1]))
   programs = engine.programs
   for (name, *sizes), compiled in programs._table.items():
     if name != "decode":
@@ -207,41 +214,52 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "nothing shared")) for n in LAYOUTS]
+  "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "one at a time")) for n in LAYOUTS]
 )
 def test_no_answer_of_an_int8_cache_depends_on_the_layout(
-  name: str, cached: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
+  name: str, cached: Pretrained, few: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:
   batch, layout = LAYOUTS[name]
-  assert ids(Engine(cached, batch, GENERATION, layout=layout).answer(asked)) == wanted
+  assert ids(Engine(cached, batch, GENERATION, layout=layout).answer(few)) == wanted
+
+
+@pytest.mark.slow
+def test_all_kinds_of_prompts_answer_like_their_twin(
+  cached: Pretrained, asked: list[Request]
+) -> None:
+  """Several images, none, other system texts, and more requests than rows."""
+  oracle = CachedOracle(cached)
+  assert ids(Engine(cached, 4, GENERATION).answer(asked)) == [
+    oracle.greedy(request, NEW) for request in asked
+  ]
 
 
 MESHES = [
-  pytest.param((4, 1, 1), marks=pytest.mark.slow),
   (2, 2, 2),
+  pytest.param((4, 1, 1), marks=pytest.mark.slow),
   pytest.param((1, 4, 2), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_no_answer_depends_on_the_mesh(
-  sizes: tuple[int, ...], wide: Pretrained, asked: list[Request]
+  sizes: tuple[int, ...], wide: Pretrained, few: list[Request]
 ) -> None:
   """Weights of four bits and an int8 cache, over eight devices; as on one."""
   model = with_formats(wide, "int4", "int8")
-  some = asked[:6]
   data, fsdp, tensor = sizes
   config = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
   mesh = mesh_lib.create(config, devices=jax.devices()[: data * fsdp * tensor])
   engine = Engine(model, 4, GENERATION, mesh=mesh)
   oracle = CachedOracle(floats_of(model))
-  assert ids(engine.answer(some)) == [oracle.greedy(request, NEW) for request in some]
+  assert ids(engine.answer(few)) == [oracle.greedy(request, NEW) for request in few]
   codes = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel_q"]
   assert codes.addressable_shards[0].data.size * fsdp * tensor == codes.size
 
 
+@pytest.mark.slow
 def test_beams_move_the_codes_of_an_int8_cache(cached: Pretrained, asked: list[Request]) -> None:
-  """With one beam a search is greedy; several give the same in any batch."""
+  """Beams of a row are those that it has alone."""
   settings = dataclasses.replace(GENERATION, num_beams=2)
   together = ids(Engine(cached, 3, settings).answer(asked[:4]))
   assert together == ids(Engine(cached, 1, settings).answer(asked[:4]))
@@ -273,7 +291,7 @@ def test_loading_folds_and_quantizes_the_float_checkpoint(run_folder: Path) -> N
 def test_formats_are_options_of_load_and_of_commands(
   run_folder: Path, asked: list[Request], capsys: pytest.CaptureFixture
 ) -> None:
-  loaded = vlm.load(run_folder, weights="int8", cache="int8")
+  loaded = vlm.load(run_folder, weights="int8", cache="int8", batch_size=1)
   (image,) = asked[0].images
   text = loaded.answer(asked[0].question, [image], generation=Generation(max_new_tokens=4))
   line = [f"--checkpoint={run_folder}", f"--image={image}", f"--question={asked[0].question}"]

@@ -313,7 +313,9 @@ def test_a_format_that_does_not_fit_is_an_error() -> None:
     "model.quantize nf4: blocks of 64 do not divide model.language_model's heads * head_dim 48, "
     "mlp_width 100; use int8, which has none, or other sizes"
   )
-  with pytest.raises(config_lib.ConfigError, match="unknown 'fp4'; known: int8, int8_block, nf4,"):
+  with pytest.raises(
+    config_lib.ConfigError, match="unknown 'fp4'; known: int4, int4_64, int8, int8_"
+  ):
     build.model(model("fp4"))
 
 
