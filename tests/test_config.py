@@ -11,7 +11,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import conversation, image, packing, samples, sources
-from llava_sp_jax.models import build
+from llava_sp_jax.models import build, cache
 from llava_sp_jax.models.layers import ROPES
 from llava_sp_jax.models.projector import VARIANTS
 from llava_sp_jax.models.quantize import FORMATS
@@ -31,6 +31,10 @@ UNKNOWN: dict[str, tuple[Callable[[], Any], Any]] = {
     ROPES,
   ),
   "model.quantize": (lambda: build.model(model("none", quantize="nope")), FORMATS),
+  "model.cache": (
+    lambda: build.model(dataclasses.replace(model("none"), cache="nope")),
+    cache.FORMATS,
+  ),
   "optimizer.moment_dtype": (
     lambda: optimizer.build(config_lib.OptimizerConfig(moment_dtype="nope"), 1, []),
     optimizer.MOMENT_DTYPES,

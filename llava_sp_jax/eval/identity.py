@@ -24,6 +24,8 @@ INPUTS = (
 
 # Fields of `config.model` that do not change answers: they change the speed, or concern training.
 NO_MATTER = ("frozen_dtype", "scan_unroll", "remat", "attention")
+# Fields that the settings of older results lack: left out where they still have this value.
+ADDED = {"cache": "float"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,11 @@ def reads(pretrained: Pretrained) -> dict[str, Any]:
       **{name: getattr(config.data, name) for name in INPUTS},
       "tokenizer": pretrained.tokenizer.fingerprint()[:16],
     },
-    "model": {name: value for name, value in model.items() if name not in NO_MATTER},
+    "model": {
+      name: value
+      for name, value in model.items()
+      if name not in NO_MATTER and ADDED.get(name) != value
+    },
   }
 
 

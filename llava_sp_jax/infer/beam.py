@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from llava_sp_jax.infer.decode import StopRule
 from llava_sp_jax.infer.row_settings import RowSettings
@@ -143,7 +143,7 @@ class BeamSearch:
     start = cache.length - jnp.repeat(rows.steps, self.rule.beams)
     width = min(self.rule.max_new_tokens, cache.capacity)
 
-    def move(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K S H"]:
+    def move(axis: int, x: Num[Array, "*LB K S H"]) -> Num[Array, "*LB K S H"]:
       cut: Callable[..., jax.Array] = jax.vmap(
         lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width, axis)
       )

@@ -47,9 +47,9 @@ def generate(
   greedy = [Generation(max_new_tokens=max_new_tokens)] * rows
   settings = row_settings.of(greedy, range(rows), [None] * rows, stop_ids, text.vocab_size)
 
-  def allocate(capacity: int) -> cache_lib.KVCache:
+  def allocate(capacity: int, form: str = cache_lib.FLOAT) -> cache_lib.KVCache:
     return cache_lib.allocate(
-      text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, text.stacked
+      text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, text.stacked, form
     )
 
   image = apply(batch["images"], method="encode_image")
@@ -63,7 +63,7 @@ def generate(
     method="extend",
   )
   counts = jnp.sum(batch["segments"] > 0, axis=1)
-  cache = cache_lib.append(allocate(length + max_new_tokens), new, counts)
+  cache = cache_lib.append(allocate(length + max_new_tokens, text.cache_format), new, counts)
   last = jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
   first = strategy.first(apply(last, method="logits"), jax.tree.map(jnp.asarray, settings))
   state, _ = decode.decode(

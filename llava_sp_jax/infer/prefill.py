@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer import decode
@@ -122,19 +122,21 @@ def _place(
 ) -> KVCache:
   """Writes the prefixes [.., P] of G rows, and the T positions after them, into their sequences.
 
-  `sequences` are indices among the B of the cache. A loop over them keeps the program short.
+  Both are floats, which are quantized if the cache is. `sequences` are indices among the B of the
+  cache. A loop over them keeps the program short.
   """
   count = sequences.shape[1]
+  before, after = (cache_lib.held_as(cache, part) for part in (past, new))
 
   def once(i: Int[Array, ""], kept: KVCache) -> KVCache:
     g, sequence = i // count, sequences[i // count, i % count]
 
     def put(
       axis: int,
-      kept: Float[Array, "B K S H"],
-      part: Float[Array, "G K T J"],
+      kept: Num[Array, "B K S H"],
+      part: Num[Array, "G K T J"],
       at: Int[Array, ""] | int,
-    ) -> Float[Array, "B K S H"]:
+    ) -> Num[Array, "B K S H"]:
       part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
       where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
       where[axis] = jnp.asarray(at, sequence.dtype)
@@ -142,14 +144,14 @@ def _place(
 
     def fill(
       axis: int,
-      kept: Float[Array, "B K S H"],
-      prefix: Float[Array, "G K P J"],
-      new: Float[Array, "G K T I"],
-    ) -> Float[Array, "B K S H"]:
+      kept: Num[Array, "B K S H"],
+      prefix: Num[Array, "G K P J"],
+      new: Num[Array, "G K T I"],
+    ) -> Num[Array, "B K S H"]:
       kept = put(axis, kept, prefix, 0) if prefix.shape[axis] else kept
       return put(axis, kept, new, start[g])
 
-    return KVCache(*cache_lib.both(fill, kept, past, new), kept.length)
+    return KVCache(*cache_lib.both(fill, kept, before, after), kept.length)
 
   result: KVCache = jax.lax.fori_loop(0, sequences.size, once, cache)
   return result

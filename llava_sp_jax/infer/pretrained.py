@@ -12,11 +12,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import opening, own_folders, tokenizers
-from llava_sp_jax.convert import folding, formats, places
+from llava_sp_jax.convert import folding, formats, places, quantized
 from llava_sp_jax.convert.leaves import Leaves
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.models import build
 from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.models.quantize import NONE, is_quantized
 
@@ -45,27 +46,40 @@ def padded_from(model: Pretrained) -> int:
   return known if known < rows else 0
 
 
-def from_run(folder: str | Path, merge: bool = True, dtype: str = "") -> Pretrained:
+def from_run(
+  folder: str | Path, merge: bool = True, dtype: str = "", weights: str = "", cache: str = ""
+) -> Pretrained:
   """Loads the latest checkpoint of a training run, or a folder that `convert` wrote.
 
   Args:
     folder: the run folder.
     merge: whether to add LoRA adapters to the weights that they adapt, in float32, so that a
-      decoding step reads fewer arrays. A quantized model keeps its adapters.
+      decoding step reads fewer arrays. A quantized model keeps its adapters, without `weights`.
     dtype: dtype of activations and parameters, "float32" or "bfloat16"; "" is the config's.
+    weights: format of the decoder's weight matrices, a row of `models.quantize.FORMATS`, with the
+      adapters in them; "" is the config's.
+    cache: format of keys and values, a row of `models.cache.FORMATS`; "" is the config's.
 
   Raises:
+    ConfigError: for an unknown format, or one that does not fit the model.
     CheckpointError: for a folder that is no run, a run without a readable checkpoint, or one whose
       base has changed.
     FormatError: for a folder without a complete model.
   """
+  build.check_formats(weights, cache)
   run = own_folders.open_own(folder)
   _whole(folder, run)
-  return _pretrained(run, Tokenizer(Path(folder) / "tokenizer"), merge, dtype)
+  run = answering(run, merge, dtype, weights, cache)
+  return _pretrained(run, Tokenizer(Path(folder) / "tokenizer"))
 
 
 def from_any(
-  path: str | Path, options: formats.Options | None = None, merge: bool = True, dtype: str = ""
+  path: str | Path,
+  options: formats.Options | None = None,
+  merge: bool = True,
+  dtype: str = "",
+  weights: str = "",
+  cache: str = "",
 ) -> Pretrained:
   """Loads a run, or a folder of any format that `llava-sp convert` reads, without writing a copy.
 
@@ -75,14 +89,17 @@ def from_any(
     options: what a foreign checkpoint does not say itself, such as its base; None is nothing.
     merge: as in `from_run`, whether to add LoRA adapters to the weights that they adapt.
     dtype: dtype of activations and parameters; "" is the checkpoint's.
+    weights, cache: as in `from_run`, formats of weight matrices, and of keys and values.
 
   Raises:
+    ConfigError: for an unknown format, or one that does not fit the model.
     CheckpointError: for a run that cannot be read, or whose base has changed.
     FormatError: for a folder of no known format, or without a complete model and tokenizer.
   """
+  build.check_formats(weights, cache)
   path = places.local(str(path))
   if own_folders.is_ours(path) or not path.exists():
-    return from_run(path, merge, dtype)
+    return from_run(path, merge, dtype, weights, cache)
   source = formats.open_checkpoint(path, options or formats.Options())
   _whole(path, source)
   tokenizer = tokenizers.open_tokenizer(source)
@@ -91,7 +108,7 @@ def from_any(
   opening.verify_base(source)
   if not source.fingerprint:
     source = dataclasses.replace(source, fingerprint=opening.base_fingerprint(source))
-  return _pretrained(source, tokenizer, merge, dtype)
+  return _pretrained(answering(source, merge, dtype, weights, cache), tokenizer)
 
 
 def _whole(path: str | Path, model: Loaded) -> None:
@@ -102,12 +119,38 @@ def _whole(path: str | Path, model: Loaded) -> None:
     )
 
 
-def _pretrained(model: Loaded, tokenizer: Tokenizer, merge: bool, dtype: str) -> Pretrained:
-  if merge and model.config.model.quantize == NONE:
+def answering(
+  model: Loaded, merge: bool = True, dtype: str = "", weights: str = "", cache: str = ""
+) -> Loaded:
+  """Returns a checkpoint as it is to answer; the arguments are those of `from_run`.
+
+  Kernels are folded and quantized layer by layer when they are read. With `weights`, those of a
+  quantized base are first the floats that its codes stand for, on which its adapters were trained.
+
+  Raises: ConfigError for an unknown format, or one that does not fit the model.
+  """
+  if weights:
+    form = build.quantization(model.config.model)
+    floats = quantized.dequantize(model.leaves, form, "float32")
+    model = _with(model, build.unquantized(model.config.model), floats)
+  if (merge or weights) and model.config.model.quantize == NONE:
     model = folding.fold(model)
-  computed = dataclasses.replace(model.config.model, dtype=dtype or model.config.model.dtype)
-  config = dataclasses.replace(model.config, model=computed)
-  return Pretrained(config, _params(config, model.leaves), tokenizer, model.step, model.fingerprint)
+  config, leaves = build.answering(model.config.model, weights, cache), model.leaves
+  if weights:
+    form = build.quantization(config)
+    leaves = quantized.quantize(leaves, own_folders.abstract_leaves(config), form)
+  return _with(model, dataclasses.replace(config, dtype=dtype or config.dtype), leaves)
+
+
+def _with(model: Loaded, config: config_lib.ModelConfig, leaves: Leaves) -> Loaded:
+  return dataclasses.replace(
+    model, config=dataclasses.replace(model.config, model=config), leaves=leaves
+  )
+
+
+def _pretrained(model: Loaded, tokenizer: Tokenizer) -> Pretrained:
+  params = _params(model.config, model.leaves)
+  return Pretrained(model.config, params, tokenizer, model.step, model.fingerprint)
 
 
 def _params(config: config_lib.Config, leaves: Leaves) -> Any:

@@ -96,6 +96,7 @@ class Programs:
         text.head_dim,
         text.dtype,
         stacked=False,
+        form=text.cache_format,
       )
       return State(cache, self._strategy.empty(rows))
 

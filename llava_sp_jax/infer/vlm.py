@@ -156,6 +156,8 @@ def load(
   *,
   options: Options | None = None,
   dtype: str = "",
+  weights: str = "",
+  cache: str = "",
   batch_size: int = 16,
   mesh: Mesh | None = None,
 ) -> VisionLanguageModel:
@@ -166,9 +168,14 @@ def load(
       the Hugging Face hub (organization/name, with hf: before it where a folder has the same name).
     options: what a foreign folder does not say: base model, tower, variant, template.
     dtype: float32 or bfloat16, of parameters and activations ("": the checkpoint's).
+    weights: format of the decoder's weight matrices, such as int8 or int4, a row of
+      `models.quantize.FORMATS` ("": the checkpoint's).
+    cache: format of the keys and values of earlier positions: float or int8 ("": the checkpoint's).
     batch_size: how many answers are decoded at the same time.
     mesh: devices with the axes data, fsdp, tensor (default: the first device).
 
-  Raises: CheckpointError, FormatError: for a path that is no such folder, or not a whole model.
+  Raises: CheckpointError, FormatError: for a path that is no such folder, or not a whole model;
+    ConfigError: for an unknown format, or one that does not fit the model.
   """
-  return VisionLanguageModel(pretrained.from_any(path, options, dtype=dtype), batch_size, mesh)
+  loaded = pretrained.from_any(path, options, dtype=dtype, weights=weights, cache=cache)
+  return VisionLanguageModel(loaded, batch_size, mesh)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32, PRNGKeyArray, Shaped
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.attention import IMPLEMENTATIONS, AttentionChoice
 from llava_sp_jax.models.layers import ROPES, Rope
@@ -46,6 +47,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
   config_lib.lookup("model.language_model.rope_scaling.kind", text.rope_scaling.kind, ROPES)
   config_lib.lookup("model.remat", config.remat, POLICIES)
   config_lib.lookup("model.attention", config.attention, {"auto": None, **IMPLEMENTATIONS})
+  config_lib.lookup("model.cache", config.cache, cache_lib.FORMATS)
   _divides("model.tower.heads", tower.heads, "width", tower.width)
   _divides("model.language_model.kv_heads", text.kv_heads, "heads", text.heads)
   ask = config_lib.lookup("model.matmul_precision", config.matmul_precision, PRECISIONS)
@@ -96,6 +98,7 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
       dtype=dtype,
       dense=lora.dense(),
       attention=AttentionChoice(config.attention, precision=precision),
+      cache_format=config.cache,
     ),
     precision=precision,
   )
@@ -149,13 +152,15 @@ def _divides(key: str, part: int, name: str, whole: int) -> None:
     raise config_lib.ConfigError(f"{key}: {part} does not divide {name} {whole}")
 
 
-def quantization(config: config_lib.ModelConfig) -> Format | None:
+def quantization(config: config_lib.ModelConfig, key: str = "model.quantize") -> Format | None:
   """Returns the format of the decoder's weight matrices; None for floats.
+
+  `key` is the setting that holds its name, for messages.
 
   Raises: ConfigError for a name that is not in `quantize.FORMATS`, or a format whose block does not
     divide the inputs of a matrix.
   """
-  form = config_lib.lookup("model.quantize", config.quantize, FORMATS)
+  form = config_lib.lookup(key, config.quantize, FORMATS)
   if form and form.block:
     text = config.language_model
     inputs = {
@@ -166,10 +171,33 @@ def quantization(config: config_lib.ModelConfig) -> Format | None:
     odd = [f"{name} {size}" for name, size in inputs.items() if size % form.block]
     if odd:
       raise config_lib.ConfigError(
-        f"model.quantize {config.quantize}: blocks of {form.block} do not divide "
+        f"{key} {config.quantize}: blocks of {form.block} do not divide "
         f"model.language_model's {', '.join(odd)}; use int8, which has none, or other sizes"
       )
   return form
+
+
+def check_formats(weights: str, cache: str) -> None:
+  """Checks the names of formats for `answering`; "" is one. Raises: ConfigError for unknown ones."""
+  config_lib.lookup("weights", weights, {"": None, **FORMATS})
+  config_lib.lookup("cache", cache, {"": None, **cache_lib.FORMATS})
+
+
+def answering(config: config_lib.ModelConfig, weights: str, cache: str) -> config_lib.ModelConfig:
+  """Returns the config of the same model with other formats of its weights and cache.
+
+  `weights` is a row of `quantize.FORMATS`. Adapters are folded into such weights, so the result has
+  none. `cache` is a row of `cache.FORMATS`. "" leaves either as it is.
+
+  Raises: ConfigError for an unknown name, or a format whose block does not divide a matrix.
+  """
+  check_formats(weights, cache)
+  result = dataclasses.replace(config, cache=cache or config.cache)
+  if weights:
+    plain = config_lib.LoraConfig(rank=0)
+    result = dataclasses.replace(result, quantize=weights, lora=plain)
+    quantization(result, "weights")
+  return result
 
 
 def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:

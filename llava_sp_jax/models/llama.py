@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from llava_sp_jax.models import remat
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.attention import AttentionChoice, attend, attend_cached
-from llava_sp_jax.models.cache import KVCache, New
+from llava_sp_jax.models.cache import FLOAT, HeldKeys, HeldValues, KVCache, New
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
 from llava_sp_jax.models.lora import fused
 
@@ -39,7 +39,7 @@ class Past(NamedTuple):
 class DecoderBlock(nn.Module):
   """Computes one layer, and returns its new keys and values, or None without a cache.
 
-  `cache` holds the layer's keys [B, K, H, S] and values [B, K, S, H], or is None. `windowed` says
+  `cache` has the layer's keys [B, K, H, S] and values [B, K, S, H], or is None. `windowed` says
   whether the layer is restricted to `near`; both are None without a sliding window.
   """
 
@@ -58,7 +58,7 @@ class DecoderBlock(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B T D"],
-    cache: tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]] | None,
+    cache: tuple[HeldKeys, HeldValues] | None,
     windowed: Bool[Array, ""] | None,
     angles: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     mask: Bool[Array, "B T T"],
@@ -124,6 +124,7 @@ class Decoder(nn.Module):
   dtype: DTypeLike = jnp.float32
   dense: Any = nn.Dense
   attention: AttentionChoice = AttentionChoice()
+  cache_format: str = FLOAT  # a row of cache.FORMATS; for those who allocate one
 
   def setup(self) -> None:
     normal = nn.initializers.normal(self.initializer_range)

@@ -1,4 +1,4 @@
-"""Quantizes the weights of frozen kernels: int8 and NF4 (QLoRA), as a table of formats by name.
+"""Quantizes the weights of frozen kernels: int8, int4 and NF4 (QLoRA), as a table of formats by name.
 
 The leaves of a quantized kernel have the kernel's own path: `kernel` becomes `kernel_q`, the codes,
 and `kernel_scale...`. All have two axes that run along those of the kernel, so that one row of the
@@ -32,6 +32,8 @@ from llava_sp_jax.models.arrays import Array
 
 # Arrays of `Any` are numpy's while loading, jax's in the model.
 Leaves = dict[str, Shaped[Any, "_N O"]]
+
+BFLOAT16 = jnp.dtype("bfloat16")
 
 # Quantiles of the standard normal, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
 NF4_LEVELS = (
@@ -92,10 +94,9 @@ class Int8:
 class NF4:
   """Quantizes blocks of an output's inputs, divided by their largest magnitude, to nearest levels.
 
-  Two codes share a byte: values s and s + S/2 of a block, so that unpacking joins two halves
-  without a shuffle. With `double`, the scales of an output are themselves int8 around the middle of
-  their range. (In the paper, a second block has 256 scales of any outputs. Here it has those of one
-  output, which keeps every slice of a kernel independent of the others.)
+  Two codes share a byte (`_pack`). With `double`, the scales of an output are themselves int8
+  around the middle of their range. (In the paper, a second block has 256 scales of any outputs.
+  Here it has those of one output, which keeps every slice of a kernel independent of the others.)
   """
 
   block: int = 64
@@ -124,21 +125,14 @@ class NF4:
       leaves = {"kernel_scale": codes, "kernel_scale_scale": step, "kernel_scale_middle": middle}
       scale = self._scale(leaves)
     divisor = xp.where(scale > 0, scale, np.float32(1))
-    codes = _nearest(blocks / divisor[:, None])
-    half = self.block // 2
-    bytes_ = codes[:, :half] | (codes[:, half:] << 4)
-    return {"kernel_q": bytes_.reshape(-1, columns), **leaves}
+    return {"kernel_q": _pack(_nearest(blocks / divisor[:, None])), **leaves}
 
   def dequantize(
     self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
   ) -> Float[Any, "I O"]:
     """Returns the kernel [I, O] from its arrays; products are float32, rounded once to `dtype`."""
-    xp, packed = _namespace(leaves["kernel_q"]), leaves["kernel_q"]
-    scale, columns = self._scale(leaves), packed.shape[1]
-    halves = packed.reshape(-1, self.block // 2, columns)
-    codes = xp.concatenate([halves & 15, halves >> 4], axis=1)
-    values = _levels(codes) * scale[:, None]
-    return values.reshape(-1, columns).astype(dtype)
+    values = _levels(_unpack(leaves["kernel_q"], self.block)) * self._scale(leaves)[:, None]
+    return values.reshape(-1, values.shape[2]).astype(dtype)
 
   def _scale(self, leaves: Mapping[str, Shaped[Any, "_N O"]]) -> Float32[Any, "N O"]:
     scale = leaves["kernel_scale"]
@@ -146,6 +140,51 @@ class NF4:
       return scale
     wide = scale.astype(np.float32) * leaves["kernel_scale_scale"]
     return wide + leaves["kernel_scale_middle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4:
+  """Quantizes blocks of an output's inputs to 16 even levels, from their smallest to their largest.
+
+  A value is low + code * scale. `low` and `scale` are rounded to bfloat16 before the nearest codes
+  are chosen, so the codes make up for that rounding. Two codes share a byte (`_pack`).
+  """
+
+  block: int = 32
+  packed: int = 2
+  whole: bool = dataclasses.field(default=False, init=False)
+
+  def quantize(self, kernel: Float[Any, "I O"]) -> Leaves:
+    """Quantizes a kernel into kernel_q uint8 [I/2, O], kernel_scale and kernel_low bfloat16 [N, O]."""
+    xp = _namespace(kernel)
+    blocks = kernel.astype(np.float32).reshape(-1, self.block, kernel.shape[1])
+    low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)
+    scale = ((high - low) * np.float32(1 / 15)).astype(BFLOAT16)
+    low = low.astype(BFLOAT16)
+    step, first = (x.astype(np.float32)[:, None] for x in (scale, low))
+    steps = (blocks - first) / xp.where(step > 0, step, np.float32(1))
+    codes = xp.clip(xp.rint(steps), 0, 15).astype(np.uint8)
+    return {"kernel_q": _pack(codes), "kernel_scale": scale, "kernel_low": low}
+
+  def dequantize(
+    self, leaves: Mapping[str, Shaped[Any, "_N O"]], dtype: DTypeLike
+  ) -> Float[Any, "I O"]:
+    """Returns the kernel [I, O] from its arrays; sums are float32, rounded once to `dtype`."""
+    scale, low = (leaves[f"kernel_{name}"].astype(np.float32)[:, None] for name in ("scale", "low"))
+    values = _unpack(leaves["kernel_q"], self.block).astype(np.float32) * scale + low
+    return values.reshape(-1, values.shape[2]).astype(dtype)
+
+
+def _pack(codes: UInt8[Any, "N S O"]) -> UInt8[Any, "_I O"]:
+  """Joins values s and s + S/2 of a block in one byte, so that unpacking needs no shuffle."""
+  half = codes.shape[1] // 2
+  return (codes[:, :half] | (codes[:, half:] << 4)).reshape(-1, codes.shape[2])
+
+
+def _unpack(packed: UInt8[Any, "_I O"], block: int) -> UInt8[Any, "N {block} O"]:
+  """Returns the codes of blocks of S = `block` values, the inverse of `_pack`."""
+  halves = packed.reshape(-1, block // 2, packed.shape[1])
+  return _namespace(packed).concatenate([halves & 15, halves >> 4], axis=1)
 
 
 def _nearest(x: Float32[Any, "*B"]) -> UInt8[Any, "*B"]:
@@ -169,18 +208,20 @@ def _levels(codes: UInt8[Any, "*B"]) -> Float32[Any, "*B"]:
   return values[0]
 
 
-Format = Int8 | NF4
+Format = Int8 | Int4 | NF4
 
 NONE = "none"
 FORMATS: dict[str, Format | None] = {
   NONE: None,
   "int8": Int8(),
   "int8_block": Int8(block=64),
+  "int4": Int4(),
+  "int4_64": Int4(block=64),
   "nf4": NF4(),
   "nf4_double": NF4(double=True),
 }
 
-_LEAF = re.compile(r".*/kernel_(q|scale\w*)$")
+_LEAF = re.compile(r".*/kernel_(q|low|scale\w*)$")
 
 
 def is_quantized(path: str) -> bool:

@@ -12,6 +12,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.hardware import GIB
 from llava_sp_jax.plan import cost as cost_lib
+from llava_sp_jax.plan import traffic
 from llava_sp_jax.plan.compile import Compiled, PlanError
 from llava_sp_jax.plan.topologies import Topology
 
@@ -22,7 +23,9 @@ PREDICTORS = {
   "full": "schedule walk, the compiler's cycles for matmuls",
   "none": "memory only",
 }
-RECORD_KEYS = ("model", "topology", "what", "rows")  # identify a record; a new one replaces its old
+# Identify a record; a new one replaces its old.
+RECORD_KEYS = ("model", "topology", "what", "rows", "weights", "cache")
+FLOATS = {"weights": "none", "cache": "float"}  # formats that a record does not name
 
 # (section, regex over an entry's traced name; over its kind for a regex that begins with ^)
 SECTIONS: tuple[tuple[str, str], ...] = (
@@ -111,6 +114,11 @@ class Plan:
     }
     if self.cost and self.cost.loops:
       result["decode_step_seconds"] = round(self._decode_seconds(), 6)
+    if self.what == "eval":
+      found = traffic.of(config.model)
+      held = {"weights": config.model.quantize, "cache": config.model.cache}
+      result |= {key: form for key, form in held.items() if form != FLOATS[key]}
+      result["decode_bytes"] = found.step(config.train.batch_size, config.data.row_length)
     return result
 
   def _decode_seconds(self) -> float:
@@ -160,7 +168,17 @@ def _head(plan: Plan) -> list[str]:
     f"parameters: {counts}",
     f"{config.train.batch_size} rows of {config.data.row_length} tokens with "
     f"{config.data.images_per_row} images; compiled in {plan.compiled.seconds:.0f} s",
+    *(_traffic(config) if plan.what == "eval" else ()),
     "",
+  ]
+
+
+def _traffic(config: config_lib.Config) -> list[str]:
+  found, rows, length = traffic.of(config.model), config.train.batch_size, config.data.row_length
+  return [
+    f"weights {config.model.quantize}, cache {config.model.cache}: a decode step has to read "
+    f"{found.step(rows, length) / GIB:.3f} GiB on all chips, {found.weights / GIB:.3f} of weights, "
+    f"the rest keys and values of {length} positions a row, {found.position:,} bytes each"
   ]
 
 
@@ -293,8 +311,9 @@ def table(records: list[dict[str, Any]]) -> str:
     "|---|---|---|---|---|---|---|---|---|---|",
   ]
   for r in records:
+    held = [r[key] for key in FLOATS if key in r]
     cells = [
-      r["model"],
+      " ".join([r["model"], *held]),
       r["topology"],
       r["what"],
       r["rows"],

@@ -14,6 +14,13 @@ from llava_sp_jax.config import FORMER_NAMES, ConfigError
 from llava_sp_jax.infer.generation import Generation
 
 DIGITS = 18  # of a whole number: what 64 bits hold
+# The formats that a model may be held in while it answers; rows of the tables that the models have,
+# which are not imported for a help text.
+FORMATS = {
+  "weights": "of the decoder's weight matrices, adapters folded in: none (floats), int8, int8_block, "
+  "int4, int4_64, nf4, nf4_double",
+  "cache": "of the keys and values of earlier positions: float, int8",
+}
 
 MESH = (
   "devices as DATA,FSDP,TENSOR: 1,1,4 divides kernels over four; -1: what is left (default: one)"
@@ -89,6 +96,12 @@ class RecipeParser(Parser):
     return config_lib.override(recipes.load(given.pop("config")), overrides), given
 
 
+def format_options(add: Callable[..., Any]) -> None:
+  """Adds the options for the formats that a model is held in while it answers, by `add_argument`."""
+  for flag, help_ in FORMATS.items():
+    add(f"--{flag}", default="", metavar="FORMAT", help=f"{help_} (default: the checkpoint's)")
+
+
 def whole(flag: str, text: str, least: int) -> int:
   """Parses the value of --flag as a whole number. Raises: ConfigError if it is below `least`."""
   plain = text.isascii() and text.isdigit() and len(text) <= DIGITS
@@ -123,9 +136,10 @@ def _meant(name: str, known: Sequence[str]) -> str:
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-  """Adds options for where and in what dtype a model computes."""
+  """Adds options for where and in what dtype a model computes, and how it is held."""
   parser.add_argument("--mesh", default="", help=MESH)
   parser.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+  format_options(parser.add_argument)
 
 
 def generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

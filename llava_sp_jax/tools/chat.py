@@ -139,7 +139,11 @@ def main(argv: list[str]) -> int:
   pictures = tuple(decode.read(Path(path)) for path in options.image)
   devices = mesh.local(options.mesh)
   loaded = pretrained.from_any(
-    options.checkpoint, to_options(options, options.checkpoint), dtype=options.dtype
+    options.checkpoint,
+    to_options(options, options.checkpoint),
+    dtype=options.dtype,
+    weights=options.weights,
+    cache=options.cache,
   )
   engine = Engine(loaded, 1, generation, devices)
   interactive = sys.stdin.isatty()

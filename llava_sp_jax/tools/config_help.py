@@ -23,6 +23,7 @@ TABLES = {
   "model.projector.variant": ("models.projector", "VARIANTS"),
   "model.matmul_precision": ("models.build", "PRECISIONS"),
   "model.quantize": ("models.quantize", "FORMATS"),
+  "model.cache": ("models.cache", "FORMATS"),
   "model.remat": ("models.remat", "POLICIES"),
   "model.attention": ("models.attention", "IMPLEMENTATIONS"),
   "data.source": ("data.sources", "SOURCES"),

@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
   how.add_argument("--batch-size", type=int, default=16, help="questions at a time (%(default)s)")
   how.add_argument("--mesh", default="", help=MESH)
   how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+  arguments.format_options(how.add_argument)
   for field in dataclasses.fields(Generation):
     if field.name not in ALWAYS:
       continue
@@ -208,7 +209,13 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, B
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
-  loaded = pretrained.from_any(options.checkpoint, given, dtype=options.dtype)
+  loaded = pretrained.from_any(
+    options.checkpoint,
+    given,
+    dtype=options.dtype,
+    weights=options.weights,
+    cache=options.cache,
+  )
   model = identity.ModelIdentity.of(loaded, options.checkpoint)
   done: dict[str, BenchmarkScores] = {}
   engine: Engine | None = None  # shared by tasks of equal settings: each holds the parameters

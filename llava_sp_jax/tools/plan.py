@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools import arguments
 
-OPTIONS = {"what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": ""}  # fmt: skip
+OPTIONS = {
+  "what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": "",
+  **dict.fromkeys(arguments.FORMATS, ""),
+}  # fmt: skip
 
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
 
@@ -21,6 +25,7 @@ fit is refused (exit 1) with its largest buffers.
   --config FILE[:OPTIONS]  a recipe, as for llava-sp train
   --topology NAME          the slice, as it is rented: {names}
   --what train|eval        the train step, or prefill and decode of whole batches (default: train)
+  --weights, --cache FORMAT  of an evaluation: how the model is held, as for llava-sp eval
   --search N               try mesh, base placement, recomputation and micro-batches in at most N
                            compiles (10 to 60 seconds each for 7B); the fastest that fits wins (default: 0, none)
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
@@ -121,10 +126,22 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
   Raises: ConfigError for wrong options or values.
   """
   config, options = arguments.RecipeParser("plan", ("topology",), OPTIONS).read(argv, _check)
+  weights, cache = (options[name] for name in arguments.FORMATS)
+  if weights or cache:
+    from llava_sp_jax.models import build
+
+    model = build.answering(config.model, weights, cache)
+    config = dataclasses.replace(config, model=model)
   return options, config
 
 
 def _check(options: dict[str, str]) -> None:
   config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
+  given = [f"--{name}" for name in arguments.FORMATS if options[name]]
+  if given and options["what"] != "eval":
+    raise config_lib.ConfigError(
+      f"{', '.join(given)}: of an evaluation; add --what eval. The base of a train step is "
+      "--config.model.quantize"
+    )
   for name, least in (("top", 1), ("search", 0)):
     arguments.whole(name, options[name], least)

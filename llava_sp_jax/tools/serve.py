@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
   how.add_argument("--batch-size", type=int, default=16, help="answers at a time (%(default)s)")
   how.add_argument("--mesh", default="", help=MESH)
   how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
+  arguments.format_options(how.add_argument)
   how.add_argument(
     "--max-new-tokens", type=int, default=512, help="if a request does not say it (%(default)s)"
   )
@@ -153,7 +154,13 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
 
   source = to_options(options, options.checkpoint)
   devices = mesh.local(options.mesh)
-  loaded = pretrained.from_any(options.checkpoint, source, dtype=options.dtype)
+  loaded = pretrained.from_any(
+    options.checkpoint,
+    source,
+    dtype=options.dtype,
+    weights=options.weights,
+    cache=options.cache,
+  )
   layout = checkpoint.layout(loaded.config, limits)
   default = checkpoint.shortened(generation, layout)
   engine = Engine(loaded, options.batch_size, default, devices, layout)

@@ -31,8 +31,9 @@ KERNEL = np.random.default_rng(0).normal(0, 0.02, (256, 48)).astype(np.float32)
 KERNEL[:, 3] = 0  # an output that is always zero has no scale
 KERNEL[5, 4] = 1.0  # an outlier
 X = np.random.default_rng(1).normal(size=(5, 256)).astype(np.float32)
-# XLA may contract the product and sum that give a double-quantised scale; all else is exact.
-ROUNDING = dict.fromkeys(REAL, 0.0) | {"nf4_double": 1e-6}
+# XLA may contract the product and sum that give a double-quantised scale, or a value of int4; all
+# else is exact.
+ROUNDING = dict.fromkeys(REAL, 0.0) | dict.fromkeys(("nf4_double", "int4", "int4_64"), 1e-6)
 
 
 def paper_levels() -> np.ndarray:
@@ -94,6 +95,25 @@ def test_int8_is_within_half_a_step(name: str) -> None:
   assert not error[:, 3].any()
 
 
+@pytest.mark.parametrize(("name", "error"), [("int4", 0.079), ("int4_64", 0.091)])
+def test_int4_is_the_nearest_of_16_levels_from_the_lowest_to_the_highest(
+  name: str, error: float
+) -> None:
+  """Levels are even, rounded to bfloat16 as a whole; the RMS of the error is that of the docs."""
+  form = REAL[name]
+  kernel = np.random.default_rng(3).normal(0, 0.02, (4096, 64)).astype(np.float32)
+  leaves = form.quantize(kernel)
+  scale, low = (leaves[f"kernel_{n}"].astype(np.float32)[:, None] for n in ("scale", "low"))
+  blocks = kernel.reshape(-1, form.block, 64)
+  np.testing.assert_allclose(low[:, 0], blocks.min(1), rtol=2**-8)
+  np.testing.assert_allclose(scale[:, 0], np.ptp(blocks, axis=1) / 15, rtol=2**-8)
+  levels = low[:, None] + np.arange(16)[None, :, None, None] * scale[:, None]
+  nearest = np.abs(levels - blocks[:, None]).min(1)
+  found = form.dequantize(leaves, np.float32)
+  np.testing.assert_allclose(np.abs(found.reshape(blocks.shape) - blocks), nearest, atol=1e-8)
+  assert np.sqrt(np.mean((found - kernel) ** 2)) / 0.02 == pytest.approx(error, abs=2e-3)
+
+
 def test_double_quantization_loses_little_more() -> None:
   """The scales are within half a step of 1/254 of their range, and values are the nearest again."""
   single, double = REAL["nf4"], REAL["nf4_double"]
@@ -124,7 +144,15 @@ def test_numpy_and_jax_agree_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-  ("name", "bits"), [("int8", 8.125), ("int8_block", 8.5), ("nf4", 4.5), ("nf4_double", 4.375)]
+  ("name", "bits"),
+  [
+    ("int8", 8.125),
+    ("int8_block", 8.5),
+    ("int4", 5),
+    ("int4_64", 4.5),
+    ("nf4", 4.5),
+    ("nf4_double", 4.375),
+  ],
 )
 def test_bits_per_value(name: str, bits: float) -> None:
   """Of a kernel with 256 inputs; the scales of a whole output weigh less in longer ones."""
@@ -235,7 +263,15 @@ def logits(quantize: str, flat: dict) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-  ("name", "bound"), [("int8", 0.03), ("int8_block", 0.03), ("nf4", 0.35), ("nf4_double", 0.35)]
+  ("name", "bound"),
+  [
+    ("int8", 0.03),
+    ("int8_block", 0.03),
+    ("int4", 0.35),
+    ("int4_64", 0.35),
+    ("nf4", 0.35),
+    ("nf4_double", 0.35),
+  ],
 )
 def test_logits_stay_near_those_of_the_float_model(name: str, bound: float, floats: dict) -> None:
   """RMS of the difference over RMS of the logits; three layers, scan and remat.
@@ -277,7 +313,9 @@ def test_a_format_that_does_not_fit_is_an_error() -> None:
     "model.quantize nf4: blocks of 64 do not divide model.language_model's heads * head_dim 48, "
     "mlp_width 100; use int8, which has none, or other sizes"
   )
-  with pytest.raises(config_lib.ConfigError, match="unknown 'fp4'; known: int8, int8_block, nf4,"):
+  with pytest.raises(
+    config_lib.ConfigError, match="unknown 'fp4'; known: int4, int4_64, int8, int8_"
+  ):
     build.model(model("fp4"))
 
 

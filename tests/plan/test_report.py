@@ -44,6 +44,31 @@ def test_records_and_their_formula() -> None:
   assert f"{2.0 * 1000 / 86400:.2f} days" in text
 
 
+def test_an_evaluation_says_what_a_step_reads(tmp_path: Path) -> None:
+  """A record is that of its formats; one of floats is like those from before there were others."""
+  file = tmp_path / "plan"
+  bytes_of, kept = {}, None
+  for weights, cache in (("none", "float"), ("int8", "int8"), ("none", "float")):
+    made = dataclasses.replace(plan(8 * GIB), what="eval")
+    model = dataclasses.replace(made.config.model, quantize=weights, cache=cache)
+    made = dataclasses.replace(made, config=dataclasses.replace(made.config, model=model))
+    text = report.text(made)
+    assert f"weights {weights}, cache {cache}: a decode step has to read" in text
+    record = made.record()
+    bytes_of[weights] = record["decode_bytes"]
+    assert ("weights" in record) == ("cache" in record) == (weights != "none")
+    kept = report.append(file, record)
+  assert kept is not None
+  assert [r.get("cache") for r in kept] == ["int8", None]
+  assert "| x int8 int8 |" in report.table(kept)
+  # The default model is of 7B: 6.6e9 weights; keys and values of 128 x 2048 positions.
+  positions = 128 * 2048 * 2 * 32 * 32
+  kernels, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096 + 65 * 4096
+  assert bytes_of["none"] == 2 * (kernels + others) + positions * 128 * 2
+  scales = 32 * (5 * 4096 + 2 * 11008) * 4
+  assert bytes_of["int8"] == kernels + scales + 2 * others + positions * (128 + 4)
+
+
 def test_records_replace_their_older_selves(tmp_path: Path) -> None:
   file = tmp_path / "plan"
   report.append(file, plan(8 * GIB, 2.0, useful_flops=1.0).record())

@@ -35,6 +35,14 @@ def test_help_is_instant(capsys: pytest.CaptureFixture) -> None:
     ([f"--config={RECIPE}", "--topology=v9"], "--topology: unknown 'v9'; known: "),
     ([f"--config={RECIPE}", "--topology=v5e-16", "--what=x"], "--what: unknown 'x'"),
     (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--weights=int8", "--cache=int8"],
+      "--weights, --cache: of an evaluation; add --what eval",
+    ),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--what=eval", "--weights=x"],
+      "weights: unknown 'x'; known: ",
+    ),
+    (
       [f"--config={RECIPE}", "--topology=v5e-16", "--search=many"],
       "--search: expected a whole number from 0, found 'many'",
     ),
