@@ -33,8 +33,8 @@ from llava_sp_jax.models import build
 from llava_sp_jax.models.projector import VARIANTS
 
 CODE = Path(__file__).parent / "remote_code"
-CONFIGURATION, MODELING, PROCESSING = FILES = tuple(
-  f"{name}_llava_sp" for name in ("configuration", "modeling", "processing")
+CONFIGURATION, MODELING, PROJECTOR, PROCESSING = FILES = tuple(
+  f"{name}_llava_sp" for name in ("configuration", "modeling", "projector", "processing")
 )
 # What the code of the folder has: a variant of other parts needs code of its own there.
 VIEWS = frozenset({"crop", "pool", "register"})
@@ -54,7 +54,7 @@ def refuse(model: Loaded) -> None:
   if lacking:
     raise FormatError(
       f"--format huggingface: variant {name} has {', '.join(sorted(lacking))}, which the code that "
-      f"goes into the folder lacks; add it to {CODE / MODELING}.py and to the lists in {__name__}"
+      f"goes into the folder lacks; add it to {CODE / PROJECTOR}.py and to the lists in {__name__}"
     )
 
 

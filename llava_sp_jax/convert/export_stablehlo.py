@@ -11,6 +11,7 @@ Shape letters:  E tiles . N tokens of a tile . I image tokens of a prompt . T po
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from llava_sp_jax.convert import torch_write
 from llava_sp_jax.convert.leaves import Leaf
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.places import copy_tokenizer
-from llava_sp_jax.convert.torch_io import Tensor
+from llava_sp_jax.convert.torch_io import FormatError, Tensor
 from llava_sp_jax.data import anyres, conversation, packing
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
@@ -50,6 +51,12 @@ class Program:
   run: Callable[[Arrays, Arrays], Arrays]
   inputs: Arrays
   parts: tuple[str, ...]
+
+
+def refuse(model: Loaded) -> None:
+  """Raises FormatError where jax cannot write programs, for lack of a package."""
+  if importlib.util.find_spec("flatbuffers") is None:
+    raise FormatError("--format stablehlo: jax writes programs with flatbuffers; pip install it")
 
 
 def write(model: Loaded, out: Path) -> None:
@@ -121,7 +128,12 @@ def programs(module: LlavaSP, config: config_lib.Config) -> dict[str, Program]:
 
 def encode(module: LlavaSP, params: Arrays, given: Arrays) -> Arrays:
   """Encodes tiles [E, H, W, 3] into their image tokens [E, N, D]."""
-  return {"image": _apply(module, params)(given["tiles"], method="encode_tiles")}
+  apply = _apply(module, params)
+
+  def one(tile: Any) -> Any:  # the model takes its number of tiles for a number that is known
+    return apply(tile[None], method="encode_tiles")[0]
+
+  return {"image": jax.vmap(one)(given["tiles"])}
 
 
 def prefill(module: LlavaSP, params: Arrays, given: Arrays, capacity: int) -> Arrays:

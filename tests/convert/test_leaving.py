@@ -22,7 +22,7 @@ from llava_sp_jax.data import anyres
 from llava_sp_jax.infer.engine import Request
 from llava_sp_jax.models import build
 from tests.conftest import ConfigMaker
-from tests.convert.test_huggingface import QUESTION, pictures, random_one, write
+from tests.convert.leaving import QUESTION, pictures, random_one, write
 from tests.convert.test_round_trip import source
 from tests.infer.tiny import Oracle
 
@@ -149,10 +149,12 @@ np.savez(sys.argv[3], logits=np.stack(logits), ids=ids)
 def test_programs_answer_as_ours_without_this_package(
   variant: str, tiles: bool, tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:
+  pytest.importorskip("flatbuffers")
   ours = random_one(tiny_config, variant, tiles)
   folder = write(ours, tmp_path / "x", "stablehlo")
-  picture = pictures(2)[1]
-  oracle, request = Oracle(ours), Request(QUESTION, (picture,))
+  picture, file = pictures(3)[2], tmp_path / "a.png"
+  picture.save(file)
+  oracle, request = Oracle(ours), Request(QUESTION, (file,))
   (piece,) = oracle.prompts(request).pieces
   reader = anyres.Reader(ours.config.data, anyres.Tile(*build.tile_shape(ours.config.model)))
   np.savez(
@@ -179,8 +181,17 @@ def test_programs_answer_as_ours_without_this_package(
   assert ids[:stop] == oracle.greedy(request, 4)
 
 
+def test_what_writes_programs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  monkeypatch.setitem(sys.modules, "flatbuffers", None)
+  with pytest.raises(FormatError, match="with flatbuffers; pip install it"):
+    export.export(source("pooling", rank=0), "stablehlo", tmp_path / "x")
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.guard
 def test_programs_say_what_they_read_and_return(tmp_path: Path) -> None:
   """And are there for every platform, with weights outside, layer by layer."""
+  pytest.importorskip("flatbuffers")
   ours = source("pooling", rank=0)
   export.export(ours, "stablehlo", tmp_path / "x")
   said = json.loads((tmp_path / "x/programs.json").read_text())
