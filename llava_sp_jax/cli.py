@@ -26,6 +26,7 @@ COMMANDS = {
   ),
   "convert": ("tools.convert", "read a torch checkpoint of any known format into a folder of ours"),
   "export": ("tools.export", "write a checkpoint for the original code, PEFT or transformers"),
+  "encode": ("tools.encode", "write the image tokens of pictures, for a server of the decoder"),
   "merge": ("tools.merge", "fold the adapters into the decoder"),
   "inspect": ("tools.inspect", "what a checkpoint is: variant, sizes, dtypes, parameters"),
   "check": ("tools.check", "look through a data set for what training would leave out"),

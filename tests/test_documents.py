@@ -41,6 +41,7 @@ OTHERS = (
   "sphinx-build",
   "sudo",
   "unzip",
+  "vllm",
   "wget",
 )
 # What a part of a command leaves out.

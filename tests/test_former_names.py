@@ -35,6 +35,7 @@ COMMANDS = {  # with what they cannot do without
   "merge": ["in", "out"],
   "evaluate": [],
   "export": ["in", "out", "--format=llava"],
+  "encode": ["in", "out.pt", "x.png"],
   "generate": ["--checkpoint=x", "--question=y"],
 }
 

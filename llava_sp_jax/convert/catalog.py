@@ -36,6 +36,11 @@ TRANSFORMERS: Renames = (  # the published layout, and that of modules in transf
   (r"model\.language_model\.(.*)", r"model.\1"),
   *TOWER,
 )
+HUGGINGFACE: Renames = (  # its projector is renamed by `huggingface.original_names`
+  (r"model\.vision_tower\.(.*)", r"\1"),
+  (r"model\.language_model\.(.*)", r"model.\1"),
+  *TOWER,
+)
 LORA_FOLDER: Renames = (  # adapters keep their prefix, which `adapters.place` reads
   (r"(.*\.lora_[AB])\.default(\.weight)", r"\1\2"),
   (r"(.*\.lora_embedding_[AB])\.default", r"\1"),
@@ -100,6 +105,11 @@ FORMATS: dict[str, Format] = {
     "stage-1 projector of LLaVA or LLaVA-SP (model.bin or mm_projector.bin), needs its base",
     lambda f: _is_llava(f) and bool({"model.bin", "mm_projector.bin"} & f.files),
     (("model", "mm_projector"),), PARTS, ORIGINAL, base=True,
+  ),
+  "huggingface": Format(
+    "LLaVA-SP for transformers, with the code in the folder",
+    lambda f: settings.is_llava_hf(f.config) and f.config["model_type"] == settings.OWN,
+    (torch_io.WEIGHTS,), PARTS, HUGGINGFACE,
   ),
   "llava_hf": Format(
     "LLaVA in the layout of transformers (llava-hf)",

@@ -16,7 +16,15 @@ import numpy as np
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
 from llava_sp_jax.convert import export_hf as save_hf
-from llava_sp_jax.convert import projector_names, settings_out, tables, torch_write
+from llava_sp_jax.convert import (
+  export_huggingface,
+  export_stablehlo,
+  huggingface,
+  projector_names,
+  settings_out,
+  tables,
+  torch_write,
+)
 from llava_sp_jax.convert.folding import fold
 from llava_sp_jax.convert.formats import NOTE, copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
@@ -111,6 +119,21 @@ def _llava_hf(model: Loaded, out: Path) -> None:
   _note(model, out)
 
 
+def _huggingface(model: Loaded, out: Path) -> None:
+  """Writes a folder for transformers with its code; its tower has the layers that are used."""
+  export_huggingface.write(model, out, _tower_tensors(model))
+
+
+def _vllm(model: Loaded, out: Path) -> None:
+  """Writes transformers' LLaVA for a server that is given image tokens, not images.
+
+  Its tower and patch MLP are this model's, but its projector has no spatial tokens.
+  """
+  projector = to_tensors(model.part("projector"), _projector_names(model))
+  save_hf.write(model, out, _tower_tensors(model), projector, start=True)
+  _note(model, out)  # whose variant keeps it from being read as a LLaVA without spatial tokens
+
+
 def _tower_tensors(model: Loaded) -> list[Tensor]:
   """Returns the tower under its own names, with a last norm.
 
@@ -191,12 +214,17 @@ def _json(path: Path, values: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """Describes a format that can be written; `folds` merges adapters into the weights first."""
+  """Describes a format that can be written.
+
+  `folds` merges adapters into the weights first. `refuse` raises FormatError for a model that the
+  format cannot hold.
+  """
 
   what: str
   write: Callable[[Loaded, Path], None]
   parts: tuple[str, ...]
   folds: bool = True
+  refuse: Callable[[Loaded], None] = lambda model: None
 
 
 EXPORTS: dict[str, Export] = {
@@ -207,7 +235,15 @@ EXPORTS: dict[str, Export] = {
   "llava": Export("merged folder of the original code", _llava,
                   ("vision_tower", "projector", "language_model")),
   "llava_hf": Export("transformers' LlavaForConditionalGeneration (variant none)", _llava_hf,
-                     ("vision_tower", "projector", "language_model")),
+                     ("vision_tower", "projector", "language_model"), refuse=save_hf.refuse),
+  huggingface.NAME: Export("transformers, of every variant, with its code in the folder", _huggingface,
+                           ("vision_tower", "projector", "language_model"),
+                           refuse=export_huggingface.refuse),
+  "vllm": Export("a stock vLLM that reads image tokens of `llava-sp encode`", _vllm,
+                 ("vision_tower", "projector", "language_model")),
+  "stablehlo": Export("programs of encode, prefill and decode, for jax without this package",
+                      export_stablehlo.write, ("vision_tower", "projector", "language_model"),
+                      refuse=export_stablehlo.refuse),
   "language_model": Export("the decoder alone, for transformers", _language_model,
                            ("language_model",)),
   "vision_tower": Export("the vision tower alone, for transformers", _vision_tower,
@@ -249,5 +285,4 @@ def _refuse(model: Loaded, name: str, row: Export) -> None:
     raise FormatError(f"--format {name} needs {', '.join(lacking)}, which this checkpoint lacks")
   if not row.folds and not model.config.model.lora.rank:
     raise FormatError(f"--format {name}: this checkpoint has no adapters; export 'llava' instead")
-  if name == "llava_hf":
-    save_hf.refuse(model)
+  row.refuse(model)

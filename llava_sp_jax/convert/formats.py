@@ -17,6 +17,7 @@ from llava_sp_jax.convert import (
   adapters,
   detect,
   gguf,
+  huggingface,
   key_tables,
   keys,
   leaves,
@@ -84,13 +85,9 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
   if opened.recipe:
     tensors = adapters.fold(tensors, opened.recipe)
   llm, tensors = _tied(llm, tensors)
-  note = folder.path / NOTE
-  said = settings.read_json(note) if note.is_file() else {}
-  said = {config_lib.FORMER_NAMES.get(key, key): value for key, value in said.items()}
-  said = keys.read(said, key_tables.NOTE, str(note), options.allow_unknown)
-  for key, known in (("variant", VARIANTS), ("template", conversation.TEMPLATES)):
-    if said.get(key):
-      config_lib.lookup(f"{note}: {key}", said[key], known)
+  said = _note(folder, opened, tower, options)
+  if name == huggingface.NAME:
+    tensors = huggingface.original_names(tensors, said["variant"], tower.width, said["sizes"])
   model = config_lib.ModelConfig(
     tower=tower,
     language_model=llm or config_lib.LanguageModelConfig(),
@@ -107,6 +104,8 @@ def open_checkpoint(path: str | Path, options: Options = Options()) -> Loaded:
       str(folder.path),
       scales=() if options.variant else tuple(said.get("scales", ())),
     )
+  if name == huggingface.NAME:
+    huggingface.check(opened.said, model, f"{folder.path}/config.json")
   found = leaves.gather(tensors.values(), weights.names_of(model, parts), problems)
   found = weights.used_layers(found, model)
   expected = {
@@ -189,6 +188,22 @@ class _Opened:
   llm: config_lib.LanguageModelConfig | None = None
   recipe: adapters.Recipe | None = None
   names: tuple[str, ...] = ()  # names of the decoder in its files
+
+
+def _note(folder: Folder, opened: _Opened, tower: config_lib.TowerConfig, options: Options) -> Json:
+  """Returns what a folder says of itself beyond what the original's files say, with known names."""
+  if folder.config.get("model_type") == settings.OWN:
+    origin = f"{folder.path}/config.json"
+    said = huggingface.note(opened.said, origin, tower, options.allow_unknown)
+  else:
+    origin = str(folder.path / NOTE)
+    said = settings.read_json(folder.path / NOTE) if (folder.path / NOTE).is_file() else {}
+    said = {config_lib.FORMER_NAMES.get(key, key): value for key, value in said.items()}
+    said = keys.read(said, key_tables.NOTE, origin, options.allow_unknown)
+  for key, known in (("variant", VARIANTS), ("template", conversation.TEMPLATES)):
+    if said.get(key):
+      config_lib.lookup(f"{origin}: {key}", said[key], known)
+  return said
 
 
 def _open(folder: Folder, name: str, options: Options) -> _Opened:
@@ -317,6 +332,8 @@ def _open_tower(opened: _Opened, options: Options) -> tuple[config_lib.TowerConf
   found: Tensors = {}
   if path != opened.home and (not inside or torch_io.find(path, torch_io.WEIGHTS)):
     found = weights.named(look(path), FORMATS["vision_tower"])
+  if config.get("model_type") == settings.OWN:
+    return tower, found, huggingface.images(opened.said, opened.home, tower, allow)
   data = processors.images(config, path, opened.home, tower, allow, alone=alone)
   return tower, found, data
 

@@ -10,6 +10,7 @@ from llava_sp_jax.convert.keys import (
   FLAG,
   GROUP,
   LAYERS,
+  NOTHING,
   POSITIVE,
   SIZE,
   TEXT,
@@ -273,6 +274,8 @@ PROCESSOR: Table = {  # processor_config.json
     "tokenizer", "transformers_version", "_commit_hash"),
 }  # fmt: skip
 _SPECIAL = honored(maybe(either(TEXT, GROUP)), "a special token's text")
+# What `--format huggingface` names in its processor_config.json; transformers repeats it elsewhere.
+PROCESSOR_CLASS = "processing_llava_sp.LlavaSPProcessor"
 TOKENIZER: Table = {  # tokenizer_config.json
   "tokenizer_class": honored(maybe(TEXT), "sentencepiece is read as LLaMA's where it says so"),
   "legacy": honored(maybe(FLAG), "where a blank is put in front of a text"),
@@ -295,7 +298,8 @@ TOKENIZER: Table = {  # tokenizer_config.json
     "split_special_tokens", "clean_up_tokenization_spaces", "spaces_between_special_tokens",
     "fix_mistral_regex"),
   "model_specific_special_tokens": honored(maybe(GROUP), "special tokens"),
-  "auto_map": never("code that a folder brings is not run"),
+  "auto_map": only("code that a folder brings is not run; a processor is no tokenizer", *NOTHING,
+    {"AutoProcessor": PROCESSOR_CLASS}),
   **rows(idle("of another program"), "use_default_system_prompt", "processor_class",
     "backend", "is_local", "local_files_only", "from_slow", "tokenizer_file", "name_or_path",
     "special_tokens_map_file", "trust_remote_code", "errors", "use_fast", "model_input_names",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llava_sp_jax.convert import adapter_keys, key_tables, keys
+from llava_sp_jax.convert import adapter_keys, huggingface_keys, key_tables, keys
 from llava_sp_jax.convert.keys import Key, Table
 
 # {file: its table}, for tests and docs.
@@ -21,6 +21,10 @@ FILES: dict[str, Table] = {
   "adapter_config.json": adapter_keys.ADAPTER, "preprocessor_config.json": key_tables.PROCESSOR_IMAGE,
   "processor_config.json": key_tables.PROCESSOR, "tokenizer_config.json": key_tables.TOKENIZER,
   "generation_config.json": key_tables.GENERATION, "llava_sp.json": key_tables.NOTE,
+  "config.json of --format huggingface": huggingface_keys.CONFIG,
+  "projector in it": huggingface_keys.PROJECTOR,
+  "processor_config.json of --format huggingface": huggingface_keys.PROCESSOR,
+  "image_processor in it": huggingface_keys.IMAGES,
 }  # fmt: skip
 
 HEAD = f"""\

@@ -167,6 +167,16 @@ def _detail(kernel: int, convolution: str, suffix: str, parts: Sequence[str]) ->
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}  # as torch calls them
 
 
+def name_of(path: str) -> str:
+  """Returns the name in torch of a parameter's path below the projector, part by part.
+
+  `layers` becomes `layers.{layer}`, and kernels and scales are weights.
+  """
+  *groups, leaf = path.removeprefix("projector/").split("/")
+  name = [f"{group}.{{layer}}" if group == "layers" else group for group in groups]
+  return ".".join([*name, _LEAVES.get(leaf, leaf)])
+
+
 def _own(extractor: str, view: str, channels: int, scales: Sequence[int]) -> tuple[NameRule, ...]:
   """Names the parameters of an extractor by their paths; matrices are transposed as torch's are."""
   rows = []
@@ -174,11 +184,10 @@ def _own(extractor: str, view: str, channels: int, scales: Sequence[int]) -> tup
     enumerate(scales), _parameters(EXTRACTORS[extractor], VIEWS[view], channels, scales[0])
   ):
     *groups, leaf = path.split("/")
-    name = [f"{group}.{{layer}}" if group == "layers" else group for group in groups]
     matrix = leaf == "kernel" and ndim - ("layers" in groups) == 2
     rows.append(
       NameRule(
-        ".".join([f"model.{view}_{size}", *name, _LEAVES.get(leaf, leaf)]),
+        f"model.{view}_{size}.{name_of(path)}",
         f"projector/{view}_{i}/{path}",
         linear if matrix else same,
       )

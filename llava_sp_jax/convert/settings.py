@@ -13,7 +13,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import json_files
-from llava_sp_jax.convert import key_tables, keys
+from llava_sp_jax.convert import huggingface_keys, key_tables, keys
 from llava_sp_jax.convert.keys import Json
 from llava_sp_jax.convert.torch_io import FormatError
 
@@ -36,6 +36,7 @@ _NAFLEX = (
   "google/siglip2-so400m-patch14-384"
 )
 OTHER_TOWERS = {"siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX}  # refused, with the reason
+OWN = "llava_sp"  # `model_type` of what `--format huggingface` writes
 
 
 def read_json(path: Path) -> Json:
@@ -61,8 +62,8 @@ def is_llava(values: Json) -> bool:
 
 
 def is_llava_hf(values: Json) -> bool:
-  """Returns whether `values` are the config.json of transformers' Llava or LlavaNext."""
-  return "text_config" in values and values.get("model_type") in ("llava", "llava_next")
+  """Returns whether `values` are the config.json of transformers' Llava or LlavaNext, or of OWN."""
+  return "text_config" in values and values.get("model_type") in ("llava", "llava_next", OWN)
 
 
 def decoder(values: Json) -> Json:
@@ -259,6 +260,8 @@ def llava(values: Json, origin: str, allow_unknown: bool = False) -> Json:
   Raises: FormatError for unknown keys, unless `allow_unknown`, and for wrong values.
   """
   if is_llava_hf(values):
+    if values["model_type"] == OWN:
+      return keys.read(values, huggingface_keys.CONFIG, origin, allow_unknown)
     said = keys.read(values, key_tables.LLAVA_HF, origin, allow_unknown)
     return {"vision_feature_select_strategy": "default", **said}
   if not is_llava(values):

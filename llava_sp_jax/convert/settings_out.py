@@ -123,7 +123,7 @@ def llava_json(config: config_lib.Config, tower: str) -> Json:
   if family(model.language_model) not in kinds:
     raise FormatError(
       f"the original code has no LLaVA on {family(model.language_model)}; export the format "
-      "llava_hf or language_model"
+      "huggingface or language_model"
     )
   kind, architecture = kinds[family(model.language_model)]
   anyres = {

@@ -10,9 +10,9 @@ from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
 EXAMPLES = """example:
+  llava-sp export runs/finetune out --format huggingface        opens in transformers, and in vLLM
   llava-sp export runs/finetune out --format llava_lora --base vicuna-7b-v1.5
   llava-sp export checkpoints/llava-sp out --format llava --dtype bfloat16
-  llava-sp export runs/finetune llm --format language_model     opens in transformers
 """
 
 
@@ -21,8 +21,11 @@ def parser() -> argparse.ArgumentParser:
   result = arguments.Parser(
     prog="llava-sp export",
     description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
-    "llava_lora (adapter and non_lora_trainables.bin of the original code), llava (its merged "
-    "folder), llava_hf (transformers' LLaVA), language_model or vision_tower alone.",
+    "huggingface (transformers, any variant), vllm (for image tokens of llava-sp encode), stablehlo "
+    "(programs for jax alone), llava_lora "
+    "(adapter and non_lora_trainables.bin of the original code), llava (its merged folder), llava_hf "
+    "(transformers' LLaVA), language_model or vision_tower alone. docs/leaving.md says which for "
+    "whom.",
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -32,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     "--format",
     required=True,
     metavar="NAME",
-    help="llava_lora, llava, llava_hf, language_model or vision_tower",
+    help="huggingface, vllm, stablehlo, llava_lora, llava, llava_hf, language_model or vision_tower",
   )
   source_options(result)
   result.add_argument(

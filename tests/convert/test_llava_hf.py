@@ -15,8 +15,7 @@ from PIL import Image
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import recipes
 from llava_sp_jax.checkpoints import opening
-from llava_sp_jax.convert import export, formats, leaves
-from llava_sp_jax.convert import export_hf as save_hf
+from llava_sp_jax.convert import export, formats, hf_prompts, leaves
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
@@ -192,7 +191,7 @@ def test_a_sentencepiece_tokenizer_reads_prompts_alike(tmp_path: Path) -> None:
   from transformers import AutoTokenizer
 
   ours = Tokenizer(GOLDEN / "base-llm")
-  tokens = save_hf._Tokens.of(GOLDEN / "base-llm", "v1", 512, tmp_path)
+  tokens = hf_prompts.Tokens.of(GOLDEN / "base-llm", "v1", 512, tmp_path)
   assert tokens.new
   assert tokens.image == len(ours) == 512
   theirs = AutoTokenizer.from_pretrained(tmp_path)
