@@ -31,7 +31,7 @@ unset XLA_FLAGS
 # A test file stays in one process, so its tests share fixtures. The longest files start first.
 bin="${VENV:-.venv}/bin"
 tests=("$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-       --durations 20 -rs ${rooms[@]+"${rooms[@]}"})
+       --durations 40 -rs ${rooms[@]+"${rooms[@]}"})
 "$guards" && exec "${tests[@]}" -m "guard and not slow" "$@"
 [ ${#rooms[@]} -gt 0 ] || VENV="${VENV:-.venv}" bash scripts/lint.sh
 exec "${tests[@]}" "$@"

@@ -18,7 +18,7 @@ from llava_sp_jax.results import predictions
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 from tests.eval.scripted import by_id
 
-QUESTIONS, PATIENCE = 240, 300  # seconds
+QUESTIONS, PATIENCE = 144, 300  # seconds
 
 
 @pytest.fixture(scope="module")

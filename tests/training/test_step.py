@@ -213,6 +213,7 @@ def collectives(text: str) -> list[tuple[str, int]]:
   return result
 
 
+@pytest.mark.guard
 @pytest.mark.parametrize("variant", [pytest.param("pooling", marks=pytest.mark.slow), "cropping"])
 def test_spatial_kernels_and_their_gradients_stay(tiny_config: ConfigMaker, variant: str) -> None:
   """No collective is as large as a kernel of more than one view: what moves are views and sums."""
