@@ -134,6 +134,7 @@ def test_the_program_does_not_grow_with_the_number_of_slices(tiny_config: Config
   assert size[8] < 1.1 * size[104]
 
 
+@pytest.mark.guard
 def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker) -> None:
   """The optimizer knows the trainable parameters alone, and no kernel-sized gradient of the base exists."""
   config = tiny_config("finetune")
