@@ -81,6 +81,7 @@ def unbroken(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFact
   return out
 
 
+@pytest.mark.guard
 def test_sigkill_loses_no_answer(
   run_folder: Path, data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
