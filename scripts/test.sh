@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates the environment and runs format, lint, types and tests. Arguments go to pytest.
 #
-#   bash scripts/test.sh              the default suite: 15 minutes on two cores
+#   bash scripts/test.sh              the default suite: 12 minutes on two cores
 #   bash scripts/test.sh models       the tests of a room (a folder of tests/); may be several: data models
 #   bash scripts/test.sh models -k projector -x       with options of pytest
 #   bash scripts/test.sh --guards     the slow tests that hold a promise of README or docs: 25 minutes
@@ -31,7 +31,7 @@ unset XLA_FLAGS
 # A test file stays in one process, so its tests share fixtures. The longest files start first.
 bin="${VENV:-.venv}/bin"
 tests=("$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-       --durations 20 -rs ${rooms[@]+"${rooms[@]}"})
+       --durations 40 -rs ${rooms[@]+"${rooms[@]}"})
 "$guards" && exec "${tests[@]}" -m "guard and not slow" "$@"
 [ ${#rooms[@]} -gt 0 ] || VENV="${VENV:-.venv}" bash scripts/lint.sh
 exec "${tests[@]}" "$@"

@@ -33,6 +33,7 @@ def test_sizes_and_reading_are_the_checkpoint_s(run_folder: Path, tiny_data: Pat
   assert (config.optimizer.stage, config.optimizer.learning_rate) == ("finetune", 2e-4)
 
 
+@pytest.mark.guard
 def test_a_converted_checkpoint_is_trained_on(
   run_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -138,9 +138,9 @@ def abstract_step(config: config_lib.Config, mesh: Any) -> tuple[Any, Any, tuple
   return step, start, (placed, batch, rng)
 
 
-# Rows differ in the projector, which learns in both stages: what other recipes have beyond the first rows is slow.
+# Rows differ in the projector, which learns in both stages: what a recipe has beyond the first rows is slow.
 STEPS = [
-  pytest.param(name, variant, marks=[pytest.mark.slow] if name != "finetune_lora" and i > 2 else [])
+  pytest.param(name, variant, marks=[pytest.mark.slow] if i > 2 else [])
   for name in PAPER
   for i, variant in enumerate(VARIANTS)
 ]

@@ -65,6 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return folder
 
 
+@pytest.mark.guard
 def test_two_processes_each_read_a_part(exported: Path, tmp_path: Path) -> None:
   with socket.socket() as free:
     free.bind(("localhost", 0))

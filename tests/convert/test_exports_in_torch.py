@@ -50,6 +50,7 @@ def scaled(model: Loaded) -> Loaded:
 TOKENS = np.random.default_rng(1).integers(0, TEXT.vocab_size, (1, 12))
 
 
+@pytest.mark.guard
 def test_language_model_in_transformers(tmp_path: Path) -> None:
   from transformers import AutoModelForCausalLM
 

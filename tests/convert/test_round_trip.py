@@ -60,8 +60,13 @@ def assert_same(one: Loaded, two: Loaded) -> None:
     assert ours.tobytes() == theirs.tobytes(), path
 
 
+# Rows whose kernels are of other kinds than those of the others, which are slow.
+KINDS = ("none", "pooling", "cropping", "cropping_transformer", "register")
 CASES = [
-  *((variant, "float32") for variant in VARIANTS),
+  *(
+    pytest.param(variant, "float32", marks=[pytest.mark.slow] * (variant not in KINDS))
+    for variant in VARIANTS
+  ),
   ("cropping", "bfloat16"),
   ("pooling", "bfloat16"),
   ("none", "float16"),

@@ -110,6 +110,7 @@ def test_sizes(config: config_lib.Config) -> None:
   assert build.parameter_counts(config.model)["language_model"] == 134_515_008
 
 
+@pytest.mark.guard
 def test_logits_equal_transformers(config, params, tokenizer, oracle) -> None:
   import torch
 

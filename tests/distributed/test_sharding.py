@@ -129,6 +129,7 @@ def test_activations_between_blocks_are_sharded_over_rows(
     assert on_device == (shape[0] // ways, *shape[1:])
 
 
+@pytest.mark.slow
 def test_the_check_of_activations_notices_lost_rules(
   config: config_lib.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,24 @@ from tests.conftest import ConfigMaker
 SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
-@pytest.mark.guard
-@pytest.mark.parametrize("variant", VARIANTS)
+# Rows of other kinds than those of the others, of which each takes a minute.
+KINDS = (
+  "none",
+  "pooling",
+  "cropping",
+  "pooling_transformer",
+  "cropping_multiscale_dfi",
+  "detail_only",
+)
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [
+    pytest.param(name, marks=pytest.mark.guard if name in KINDS else pytest.mark.slow)
+    for name in VARIANTS
+  ],
+)
 def test_trains_answers_and_comes_back(
   variant: str, tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:

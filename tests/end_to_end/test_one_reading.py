@@ -22,6 +22,7 @@ from llava_sp_jax.data import anyres, conversation, pipeline, reading
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer.likelihood import Likelihood
 from llava_sp_jax.infer.requests import Answer
 from llava_sp_jax.models import build
 from tests.conftest import COLORS, REPOSITORY, VOCAB_SIZE
@@ -40,10 +41,10 @@ SMALL = {
   "model.language_model.mlp_width": 64,
   "model.projector.token_width": 16,
   "train.batch_size": 8,
-  "train.log_every": 40,
+  "train.log_every": 20,
 }
 STAGES = {
-  "pretrain": {"train.steps": 60, "data.row_length": 80},
+  "pretrain": {"train.steps": 20, "data.row_length": 80},
   "finetune": {"train.steps": 80, "data.row_length": 200},
 }
 NEW_TOKENS = 12
@@ -176,6 +177,27 @@ def test_answers_are_what_training_would_say(
   count, differences = compared(run, asked, answers, layout, tmp_path)
   assert count >= 200
   assert not differences, f"{len(differences)} of {count}, such as {differences[0]}"
+
+
+def test_what_greedy_decoding_writes_is_greedy(
+  run: Path, asked: list[Request], answers: list[Answer]
+) -> None:
+  """By its likelihood as well; nothing else is more likely from its first token on."""
+  score, seen = Likelihood(pretrained.from_run(run)), 0
+  for request, answer in list(zip(asked, answers, strict=True))[::20]:
+    runs, _ = score._read(request, answer.text)
+    read = [
+      i for one in runs for i, learned in zip(one.ids, one.supervised, strict=True) if learned
+    ]
+    if tuple(read) != answer.ids or not read:
+      continue  # text that the tokenizer would write otherwise
+    seen += 1
+    total, greedy = next(score([(request, answer.text)]))
+    assert greedy, answer.text
+    other, is_greedy = next(score([(request, f"zebra {answer.text}")]))
+    assert not is_greedy
+    assert other < total
+  assert seen >= 8
 
 
 def test_another_reading_of_the_prompt_is_noticed(

@@ -133,6 +133,7 @@ def test_killed_between_saves(unbroken: Path, config_file: Path, tmp_path: Path)
   same_trained_parameters(workdir, unbroken)
 
 
+@pytest.mark.guard
 def test_killed_in_the_middle_of_a_save(unbroken: Path, config_file: Path, tmp_path: Path) -> None:
   """What a save leaves half done is never taken for a checkpoint."""
   for attempt in range(5):

@@ -18,7 +18,7 @@ from llava_sp_jax.results import predictions
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 from tests.eval.scripted import by_id
 
-QUESTIONS, PATIENCE = 240, 300  # seconds
+QUESTIONS, PATIENCE = 144, 300  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def unbroken(run_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFact
   return out
 
 
+@pytest.mark.guard
 def test_sigkill_loses_no_answer(
   run_folder: Path, data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -137,7 +137,7 @@ def test_no_answer_depends_on_the_layout(
 @pytest.mark.parametrize(
   "sizes",
   [
-    (4, 1, 1),
+    pytest.param((4, 1, 1), marks=pytest.mark.slow),
     pytest.param((2, 2, 2), marks=pytest.mark.slow),
     pytest.param((1, 4, 2), marks=pytest.mark.guard),
   ],

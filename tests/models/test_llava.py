@@ -39,6 +39,7 @@ class Model:
     noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     self.params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
     side = self.config.tower.image_size
+    self._run = jax.jit(self._logits)
     self.pixels = np.random.default_rng(0).normal(size=(1, 1, side, side, 3)).astype(np.float32)
 
   def row(self, pieces: list, length: int) -> dict[str, np.ndarray]:
@@ -46,16 +47,13 @@ class Model:
     arrays = example.layout(runs, [example.one_tile(self.image_tokens)], length).arrays()
     return {**{k: v[None] for k, v in arrays.items()}, "images": self.pixels}
 
+  def _logits(self, params: Any, row: dict[str, jax.Array]) -> Any:
+    names = ("tokens", "positions", "segments", "images", "slots")
+    hidden = self.module.apply({"params": params}, *(row[name] for name in names))
+    return self.module.apply({"params": params}, hidden, method="logits")
+
   def logits(self, row: dict[str, np.ndarray]) -> np.ndarray:
-    hidden = self.module.apply(
-      {"params": self.params},
-      row["tokens"],
-      row["positions"],
-      row["segments"],
-      row["images"],
-      row["slots"],
-    )
-    return np.asarray(self.module.apply({"params": self.params}, hidden, method="logits"))[0]
+    return np.asarray(self._run(self.params, row))[0]
 
 
 @pytest.fixture(scope="module")

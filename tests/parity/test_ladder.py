@@ -18,8 +18,13 @@ SLOW = {
   ("pooling", "trajectory"),
   ("tfm336_pool", "features"),
 }
-# Ten steps of the optimizer, which show the same for each case and speed: one is climbed.
-GUARDS = {("cropping", "hot_trajectory")}
+# What takes longest, or shows in one more case what a quick climb shows. (Ten steps of the optimizer
+# show the same for each case and speed: one is climbed.)
+GUARDS = {
+  *itertools.product(("anyres", "baseline"), LONG),
+  ("pooling", "gradients"),
+  ("cropping", "hot_trajectory"),
+}
 CLIMBS = [
   pytest.param(
     name,

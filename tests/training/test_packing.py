@@ -54,7 +54,8 @@ def relative(a: Any, b: Any) -> float:
   return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
-@pytest.mark.parametrize("turns", ["chain", pytest.param("branch", marks=pytest.mark.guard)])
+@pytest.mark.guard
+@pytest.mark.parametrize("turns", ["chain", "branch"])
 def test_loss_and_gradients_are_those_of_the_samples_alone(
   config: config_lib.Config, params: Any, turns: str
 ) -> None:

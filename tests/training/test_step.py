@@ -134,6 +134,7 @@ def test_the_program_does_not_grow_with_the_number_of_slices(tiny_config: Config
   assert size[8] < 1.1 * size[104]
 
 
+@pytest.mark.guard
 def test_the_frozen_base_has_no_gradient_and_no_moments(tiny_config: ConfigMaker) -> None:
   """The optimizer knows the trainable parameters alone, and no kernel-sized gradient of the base exists."""
   config = tiny_config("finetune")
@@ -213,6 +214,7 @@ def collectives(text: str) -> list[tuple[str, int]]:
   return result
 
 
+@pytest.mark.guard
 @pytest.mark.parametrize("variant", [pytest.param("pooling", marks=pytest.mark.slow), "cropping"])
 def test_spatial_kernels_and_their_gradients_stay(tiny_config: ConfigMaker, variant: str) -> None:
   """No collective is as large as a kernel of more than one view: what moves are views and sums."""

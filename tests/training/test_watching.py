@@ -76,6 +76,7 @@ def unwatched(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
   return folder
 
 
+@pytest.mark.guard
 def test_watching_changes_no_bit(watched: Path, unwatched: Path) -> None:
   ours, theirs = records(watched), records(unwatched)
   assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
@@ -86,6 +87,7 @@ def test_watching_changes_no_bit(watched: Path, unwatched: Path) -> None:
   assert len({r["loss"] for r in theirs}) == STEPS
 
 
+@pytest.mark.guard
 def test_a_record_adds_up(watched: Path, config: Any) -> None:
   for record in records(watched):
     parts = [v for k, v in record.items() if k.startswith("grad_norm/")]
@@ -105,6 +107,7 @@ def test_a_record_adds_up(watched: Path, config: Any) -> None:
   assert records(watched)[2]["learning_rate/projector"] == pytest.approx(5e-3)
 
 
+@pytest.mark.guard
 def test_rates_are_those_of_the_batches(unwatched: Path, config: Any) -> None:
   """tokens/s, supervised tokens/s and MFU of a step, from its batch and the steps per second."""
   settings = config()
@@ -130,6 +133,7 @@ def test_rates_are_those_of_the_batches(unwatched: Path, config: Any) -> None:
     assert 0 <= record["input_wait"] <= 1
 
 
+@pytest.mark.guard
 def test_validation_stands_where_it_is_due(watched: Path, unwatched: Path) -> None:
   assert [r["step"] for r in records(watched) if "val_loss" in r] == [2, 4, 5]
   losses = [r["val_loss"] for r in records(watched) if "val_loss" in r]
@@ -138,6 +142,7 @@ def test_validation_stands_where_it_is_due(watched: Path, unwatched: Path) -> No
   assert not any("val_loss" in r for r in records(unwatched))
 
 
+@pytest.mark.guard
 def test_the_trace_is_there(watched: Path, unwatched: Path) -> None:
   (file,) = (watched / trace.FOLDER).rglob("*.xplane.pb")
   assert b"train" in file.read_bytes()
