@@ -76,6 +76,15 @@ setup(
     "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12", *SERVE],
     # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler, both sinks, and cases
     # from our OpenAPI document.
-    "guards": ["jax[tpu]", "tensorboardX>=2.6", "wandb>=0.21", "schemathesis>=4.32"],
+    "guards": [
+      "jax[tpu]",
+      "tensorboardX>=2.6",
+      "wandb>=0.21",
+      "schemathesis>=4.32",
+      "flatbuffers>=25",
+    ],
+    "stablehlo": ["flatbuffers>=25"],  # llava-sp export --format stablehlo; jax.export needs it
+    # The page in a real browser (Debian's chromium), and its accessibility: tests that are slow.
+    "browser": ["playwright>=1.65", "axe-playwright-python>=0.1.8"],
   },
 )

@@ -62,4 +62,3 @@ def comes_back(variant: str, out: Path) -> None:
   assert back.config.model.projector.scales == ()
   assert back.config.model.frozen_dtype == ours.config.model.frozen_dtype
   assert_same(ours, without_image_row(back))
-

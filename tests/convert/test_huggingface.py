@@ -160,4 +160,3 @@ def test_its_parts_are_those_that_are_listed() -> None:
   assert set(theirs.VIEWS) == export_huggingface.VIEWS
   assert set(theirs.EXTRACTORS) == export_huggingface.EXTRACTORS
   assert set(theirs.MERGES) == export_huggingface.MERGES
-
