@@ -62,7 +62,6 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
   monkeypatch.setattr(pipeline.Batches, "__next__", bad)
 
 
-@pytest.mark.guard
 def test_a_run_goes_on_after_a_bad_step_and_ends_after_many(
   tiny_config: ConfigMaker,
   tmp_path: Path,
