@@ -117,7 +117,13 @@ def block_shardings(config: config_lib.Config, mesh: Mesh, monkeypatch: Any) -> 
   return seen
 
 
-@pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.slow), "three"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("fsdp", marks=pytest.mark.slow),
+    pytest.param("three", marks=pytest.mark.guard),
+  ],
+)
 def test_activations_between_blocks_are_sharded_over_rows(
   config: config_lib.Config, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -20,6 +20,7 @@ def blocks(language: str) -> list[str]:
   return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
 
 
+@pytest.mark.guard
 def test_the_lines_of_python(
   run_folder: Path,
   tiny_data: Path,

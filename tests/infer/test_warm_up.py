@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from llava_sp_jax.infer.engine import Engine, EngineLayout, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
@@ -46,6 +47,7 @@ def test_each_image_is_encoded_once_and_nothing_is_compiled_twice(
   assert compiled, "the listener must hear of compilations"
 
 
+@pytest.mark.guard
 def test_warm_up_covers_prompts_that_meet_in_a_group(model: Pretrained, tiny_data: Path) -> None:
   """Prefixes of one size that are made of pieces of other sizes, before questions of other lengths."""
   layout = EngineLayout(capacity=1, suffix=4, groups=2)

@@ -177,7 +177,11 @@ def test_mask_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-  ("field", "value"), [("scan_unroll", 2), *[("remat", p) for p in POLICIES]]
+  ("field", "value"),
+  [
+    pytest.param("scan_unroll", 2, marks=pytest.mark.guard),
+    *[pytest.param("remat", p, marks=[pytest.mark.slow] * (p != "full")) for p in POLICIES],
+  ],
 )
 def test_how_layers_are_run_changes_nothing(
   tiny_config: ConfigMaker, field: str, value: Any

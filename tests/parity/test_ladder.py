@@ -23,6 +23,7 @@ SLOW = {
 GUARDS = {
   *itertools.product(("anyres", "baseline"), LONG),
   ("pooling", "gradients"),
+  ("pooling_multiscale_dfi", "features"),
   ("cropping", "hot_trajectory"),
 }
 CLIMBS = [

@@ -37,6 +37,7 @@ def llava_sp(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
   return printed.out
 
 
+@pytest.mark.guard
 def test_a_published_adapter_in_and_out(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
