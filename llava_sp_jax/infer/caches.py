@@ -17,7 +17,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, example
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.counts import Counts
-from llava_sp_jax.infer.layout import ROUNDED
+from llava_sp_jax.infer.layout import ROUNDED, EngineLayout
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
@@ -36,11 +36,6 @@ Features = tuple[Float[Array, "N D"], ...]  # one for each tile
 Shared = tuple[Request, tuple[PromptPiece, ...]]  # a request and the first pieces of its prompt
 
 
-def bucket(length: int, multiple: int) -> int:
-  """Rounds `length` up to a multiple, so that prompts of similar length share a program."""
-  return -(-length // multiple) * multiple
-
-
 class PictureCache:
   """Reads each picture once, whatever the number of threads, and keeps its pixels until taken.
 
@@ -49,7 +44,7 @@ class PictureCache:
   """
 
   def __init__(self, reader: anyres.Reader, most: int):
-    self._reader, self._most = reader, most
+    self._reader, self.most = reader, most
     self._lock = threading.Lock()
     self._plans: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
     self._tiles: dict[str, np.ndarray] = {}
@@ -77,7 +72,7 @@ class PictureCache:
       mine = future is None
       if future is None:
         future = self._plans[key] = concurrent.futures.Future()
-        while len(self._plans) > self._most:
+        while len(self._plans) > self.most:
           oldest = next(iter(self._plans))
           del self._plans[oldest]
           self._tiles.pop(oldest, None)
@@ -126,7 +121,7 @@ class FeatureCache:
     """
     self._programs, self._pictures, self._counts = programs, pictures, counts
     self._kept, self._tiles = Lru(limit), tiles
-    self._seen: set[str] = set()
+    self._seen: dict[str, None] = {}  # keys of pictures that were counted, oldest first
 
   def features(self, requests: Sequence[Request]) -> dict[str, Features]:
     """Returns {key: [N, D] for each tile} of all images of the requests.
@@ -146,8 +141,10 @@ class FeatureCache:
       found[key] = features
       self._kept.put(key, features)
     self._counts.encoder_calls += len(new)
-    self._counts.distinct_images += len(set(new) - self._seen)
-    self._seen.update(new)
+    self._counts.distinct_images += sum(key not in self._seen for key in new)
+    self._seen.update(dict.fromkeys(new))
+    while len(self._seen) > self._pictures.most:
+      del self._seen[next(iter(self._seen))]
     return found
 
   def _encode(self, stacks: list[Float[np.ndarray, "M H W 3"]]) -> list[Features]:
@@ -164,22 +161,25 @@ class FeatureCache:
 
 
 class PrefixCache:
-  """Keeps keys and values of the shared pieces of prompts, at most `limit` bytes.
+  """Keeps keys and values of the shared pieces of prompts.
 
-  The positions of a piece are padded to a multiple of `multiple`.
+  `layout` has the bound in bytes, and what the positions of a piece are padded to.
   """
 
   def __init__(
-    self, programs: Programs, features: FeatureCache, counts: Counts, limit: int, multiple: int
+    self, programs: Programs, features: FeatureCache, counts: Counts, layout: EngineLayout
   ):
     self._programs, self._features, self._counts = programs, features, counts
-    self._kept, self._multiple = Lru(limit), multiple
+    self._kept, self._layout = Lru(layout.prefix_bytes), layout
 
   def capacity(self, pieces: Sequence[PromptPiece]) -> int:
     """Returns P, the positions that the prefix of these pieces is padded to; 0 for none."""
     if not pieces:
       return 0
-    return bucket(pieces[-1].start + len(pieces[-1].tokens), self._multiple)
+    return self._padded(pieces[-1].start + len(pieces[-1].tokens))
+
+  def _padded(self, length: int) -> int:
+    return self._layout.rounded(length, self._layout.prefix)
 
   def shape(self, pieces: Sequence[PromptPiece]) -> tuple[int, ...]:
     """Returns the sizes that prefilling the last piece is compiled for.
@@ -190,7 +190,7 @@ class PrefixCache:
     return (
       self.capacity(pieces),
       self.capacity(pieces[:-1]),
-      bucket(len(last.tokens), self._multiple),
+      self._padded(len(last.tokens)),
       len(last.tiles),
     )
 

@@ -10,6 +10,7 @@ Shape letters:  B rows
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import traceback
 from collections.abc import Collection, Generator, Iterable, Iterator
@@ -68,16 +69,16 @@ class Engine:
     """
     if batch_size < 1:
       raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    config = pretrained.config
-    self.counts = Counts()
+    config, self.counts = pretrained.config, Counts()
+    text = config.model.language_model
+    most = min(layout.positions or text.max_positions, text.max_positions)
+    layout = dataclasses.replace(layout, positions=most)
     self.pretrained, self._generation, self._layout = pretrained, generation, layout
     self._tokenizer, self._threads = pretrained.tokenizer, max(1, config.data.threads)
-    text = config.model.language_model
     # Dynamic rotary positions depend on the length of the whole prompt.
     share = layout.share and text.rope_scaling.kind != "dynamic"
     pictures = PictureCache.of(config, layout.pictures)
     self._prompts = Prompts(config, pretrained.tokenizer, pictures, share)
-    self._longest = text.max_positions
     logged = (layout.log_probabilities, generation.log_probabilities)
     self._rule = decode.StopRule(
       self._prompts.stop_ids,
@@ -108,6 +109,11 @@ class Engine:
     return self._programs
 
   @property
+  def positions(self) -> int:
+    """The most positions of a prompt and its answer together."""
+    return self._layout.positions
+
+  @property
   def threads(self) -> int:
     """The number of threads that make prompts."""
     return self._threads
@@ -127,7 +133,7 @@ class Engine:
     pictures.forget()
     tiles = layout.tiles * programs.parts
     features = FeatureCache(programs, pictures, self.counts, layout.feature_bytes, tiles)
-    return PrefixCache(programs, features, self.counts, layout.prefix_bytes, layout.prefix)
+    return PrefixCache(programs, features, self.counts, layout)
 
   def prompt(self, request: Request) -> Prompt:
     """Makes the prompt of a request, as answering does; any thread may call it.
@@ -145,7 +151,9 @@ class Engine:
     with self._scheduled(requests) as schedule:
       admitted = self.counts.admitted
       asked = iter(schedule.take, None)
-      warm_up(self._rows, (r for r in asked if r.prompt and not self._refused(r)), self._layout)
+      warm_up(
+        self._rows, (r for r in asked if r.prompt and not self._rows.refused(r)), self._layout
+      )
       self.counts.admitted = admitted
 
   def answer(self, requests: Iterable[Request]) -> Generator[Answer, None, None]:
@@ -276,7 +284,7 @@ class Engine:
       group: list[Ready] = []
       room = max((g for g in self._rows.groups if g <= len(free)), default=len(free))
       while len(group) < room and (front := source.peek()) is not None:
-        error = front.error or self._refused(front)
+        error = front.error or self._rows.refused(front)
         if not error and group and self._rows.shape(front) != self._rows.shape(group[0]):
           break
         source.take()
@@ -333,18 +341,3 @@ class Engine:
   def fits(self, generation: Generation) -> bool:
     """Returns whether requests may have these settings, so that they need no other engine."""
     return not self._rows.unfit(generation)
-
-  def _refused(self, ready: Ready) -> str:
-    """Returns why a request cannot be answered; "" if it can."""
-    if ready.prompt is None:
-      return ""
-    generation = self._rows.generation(ready)
-    if why := self._rows.unfit(generation):
-      return why
-    length, new = ready.prompt.length, generation.max_new_tokens
-    if length + new <= self._longest:
-      return ""
-    return (
-      f"the prompt has {length} positions, which with {new} new tokens are more than the "
-      f"model's {self._longest}"
-    )

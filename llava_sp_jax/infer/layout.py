@@ -21,6 +21,28 @@ class EngineLayout:
   new_tokens: int = 0  # room for an answer; 0: what the engine's own settings allow
   log_probabilities: int | None = None  # that requests may ask for; None: what the engine's own do
   pictures: int = 65536  # pictures whose sizes are remembered
+  positions: int = 0  # most of a prompt and its answer; 0: the model's
+  doubling: bool = (
+    False  # sizes are multiples by powers of two, so that few programs serve any length
+  )
+
+  def rounded(self, length: int, multiple: int) -> int:
+    """Returns `length` rounded up to a size that programs are compiled for.
+
+    Args:
+      length: number of positions.
+      multiple: `prefix`, `suffix` or `capacity` of this layout.
+    """
+    exact = bucket(length, multiple)
+    if not self.doubling or not exact:
+      return exact
+    double = multiple << (exact // multiple - 1).bit_length()
+    return max(exact, min(double, bucket(self.positions, multiple))) if self.positions else double
+
+
+def bucket(length: int, multiple: int) -> int:
+  """Rounds `length` up to a multiple, so that prompts of similar length share a program."""
+  return -(-length // multiple) * multiple
 
 
 ROUNDED = EngineLayout()

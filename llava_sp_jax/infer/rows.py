@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from llava_sp_jax.infer import row_settings
-from llava_sp_jax.infer.caches import PrefixCache, bucket
+from llava_sp_jax.infer.caches import PrefixCache
 from llava_sp_jax.infer.decode import DecodeReport, State, StopRule
 from llava_sp_jax.infer.detokenizer import Logged
 from llava_sp_jax.infer.generation import Generation
-from llava_sp_jax.infer.layout import EngineLayout
+from llava_sp_jax.infer.layout import EngineLayout, bucket
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.requests import Prompt
 from llava_sp_jax.infer.schedule import Ready
@@ -92,6 +92,19 @@ class Rows:
     )
     return next((why for holds, why in checks if not holds), "")
 
+  def refused(self, ready: Ready) -> str:
+    """Returns why a request whose prompt is made cannot be answered; "" if it can."""
+    if ready.prompt is None:
+      return ""
+    generation = self.generation(ready)
+    length, new, most = ready.prompt.length, generation.max_new_tokens, self._layout.positions
+    if (why := self.unfit(generation)) or length + new <= most:
+      return why
+    return (
+      f"the prompt has {length} positions, which with {new} new tokens are more than the limit of "
+      f"{most}"
+    )
+
   @property
   def logs(self) -> bool:
     """Returns whether log-probabilities are kept."""
@@ -114,7 +127,8 @@ class Rows:
 
   def suffix(self, prompts: Sequence[Prompt]) -> int:
     """Returns the length that the last pieces of a group are padded to."""
-    return bucket(max(len(p.pieces[-1].tokens) for p in prompts), self._layout.suffix)
+    longest = max(len(p.pieces[-1].tokens) for p in prompts)
+    return self._layout.rounded(longest, self._layout.suffix)
 
   def capacity(self, ready: Ready, length: int) -> int:
     """Returns the capacity S that a request needs when its last piece is padded to `length`."""
@@ -123,9 +137,8 @@ class Rows:
     last = prompt.pieces[-1]
     shared = self.prefixes.capacity(prompt.pieces[:-1])
     needed = max(shared, last.start + max(length, len(last.tokens)))
-    return bucket(
-      max(needed, prompt.length + self.generation(ready).max_new_tokens), self._layout.capacity
-    )
+    needed = max(needed, prompt.length + self.generation(ready).max_new_tokens)
+    return self._layout.rounded(needed, self._layout.capacity)
 
   def reserve(self, capacity: int) -> None:
     """Makes every row at least `capacity` positions long, and no shorter than any row before."""

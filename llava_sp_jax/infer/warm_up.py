@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llava_sp_jax.infer.caches import Shared, bucket
+from llava_sp_jax.infer.caches import Shared
 from llava_sp_jax.infer.layout import EngineLayout
 from llava_sp_jax.infer.requests import LostImageError
 from llava_sp_jax.infer.rows import Rows
@@ -37,7 +37,7 @@ def warm_up(rows: Rows, requests: Iterable[Ready], layout: EngineLayout) -> None
     return
   # The prompt with the longest prefix may stand beside the one with the longest question.
   reach = max(starts[group] + lengths[group] for group in starts)
-  rows.reserve(max(capacity, bucket(reach, layout.capacity)))
+  rows.reserve(max(capacity, layout.rounded(reach, layout.capacity)))
   with contextlib.suppress(LostImageError):  # answering says so
     rows.prefixes.of(list(shared.values()))
   for ready in kinds.values():

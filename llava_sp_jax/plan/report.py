@@ -12,7 +12,6 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.hardware import GIB
 from llava_sp_jax.plan import cost as cost_lib
-from llava_sp_jax.plan import traffic
 from llava_sp_jax.plan.compile import Compiled, PlanError
 from llava_sp_jax.plan.topologies import Topology
 
@@ -115,6 +114,8 @@ class Plan:
     if self.cost and self.cost.loops:
       result["decode_step_seconds"] = round(self._decode_seconds(), 6)
     if self.what == "eval":
+      from llava_sp_jax.plan import traffic
+
       found = traffic.of(config.model)
       held = {"weights": config.model.quantize, "cache": config.model.cache}
       result |= {key: form for key, form in held.items() if form != FLOATS[key]}
@@ -174,6 +175,8 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _traffic(config: config_lib.Config) -> list[str]:
+  from llava_sp_jax.plan import traffic
+
   found, rows, length = traffic.of(config.model), config.train.batch_size, config.data.row_length
   return [
     f"weights {config.model.quantize}, cache {config.model.cache}: a decode step has to read "

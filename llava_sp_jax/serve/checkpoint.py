@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from llava_sp_jax.config import Config
+from llava_sp_jax.config import Config, ConfigError
 from llava_sp_jax.infer.caches import PictureCache
 from llava_sp_jax.infer.engine import Engine
 from llava_sp_jax.infer.generation import MOST_LOG_PROBABILITIES, Generation
@@ -17,25 +17,65 @@ from llava_sp_jax.infer.layout import ROUNDED, EngineLayout
 from llava_sp_jax.infer.prompts import Prompts
 from llava_sp_jax.infer.requests import Request
 from llava_sp_jax.models import build
+from llava_sp_jax.plan import traffic
 from llava_sp_jax.serve.limits import Limits
 from llava_sp_jax.serve.served import Served, Service
 
 IMAGE_TOKEN = -1  # in place of the id that an image token does not have
 # Words of the questions that the engine is warmed up with: each length is a program of its own.
 WORDS = (4, 20, 36)
+SIZES = dataclasses.replace(ROUNDED, doubling=True)  # lengths are not known before they are asked
+ROW_SHARE = 0.5  # of free memory, for rows: wider ones are made beside those that they replace
+CACHE_SHARE = 0.125  # of free memory, for features of pictures, and for prefixes
 
 
-def layout(config: Config, limits: Limits, base: EngineLayout = ROUNDED) -> EngineLayout:
+def layout(config: Config, limits: Limits, base: EngineLayout = SIZES) -> EngineLayout:
   """Returns the layout of an engine for requests with any settings.
 
   Args:
     config: of the model, whose length bounds an answer.
     limits: `new_tokens` bounds it as well.
-    base: what sizes are rounded up to.
+    base: what sizes are rounded up to, and the most positions of prompt and answer together.
   """
-  longest = config.model.language_model.max_positions - 1  # at least one token is read
-  room = min(limits.new_tokens, longest)
-  return dataclasses.replace(base, new_tokens=room, log_probabilities=MOST_LOG_PROBABILITIES)
+  longest = config.model.language_model.max_positions
+  positions = min(base.positions or longest, longest)
+  return dataclasses.replace(
+    base,
+    positions=positions,
+    new_tokens=min(limits.new_tokens, positions - 1),  # at least one token is read
+    log_probabilities=MOST_LOG_PROBABILITIES,
+  )
+
+
+def sizes(config: Config, rows: int, positions: int, free: int | None) -> EngineLayout:
+  """Returns sizes that fit into memory.
+
+  Args:
+    config: of the model.
+    rows: answers that are decoded together.
+    positions: the most of prompt and answer together; 0: the model's, or as many as memory holds.
+    free: bytes that are free beside the parameters; None if unknown.
+
+  Raises: ConfigError when memory holds too few positions to answer with.
+  """
+  found = dataclasses.replace(SIZES, positions=positions)
+  if free is None:
+    return found
+  each = traffic.of(config.model).position * rows
+  most = int(free * ROW_SHARE) // each // SIZES.capacity * SIZES.capacity
+  least = build.image_token_count(config.model) + SIZES.capacity
+  if (positions or most) > most or most < least:
+    raise ConfigError(
+      f"{free / 1e9:.2f} GB are free, which hold keys and values of {most:,} positions for {rows} "
+      f"answers at a time; {max(positions, least):,} are needed: use a smaller --batch-size, "
+      "--max-positions, --cache int8 or --weights int8"
+    )
+  return dataclasses.replace(
+    found,
+    positions=positions or most,
+    feature_bytes=min(found.feature_bytes, int(free * CACHE_SHARE)),
+    prefix_bytes=min(found.prefix_bytes, int(free * CACHE_SHARE)),
+  )
 
 
 def shortened(generation: Generation, layout: EngineLayout) -> Generation:
@@ -69,7 +109,7 @@ def served(engine: Engine, service: Service, names: Sequence[str], rows: int) ->
     tokens=tokens,
     generation=engine.generation,
     vocabulary=text.vocab_size,
-    longest=text.max_positions,
+    longest=engine.positions,
     rows=rows,
   )
 
@@ -90,5 +130,5 @@ def described(engine: Engine) -> str:
   return (
     f"variant {model.projector.variant}, {count / 1e6:,.1f} M parameters in {model.dtype}, "
     f"{build.image_token_count(model)} tokens for a tile of a picture, at most "
-    f"{model.language_model.max_positions:,} tokens of prompt and answer"
+    f"{engine.positions:,} tokens of prompt and answer"
   )

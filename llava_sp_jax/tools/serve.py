@@ -73,6 +73,13 @@ def parser() -> argparse.ArgumentParser:
     "--name", action="append", default=[], help="of the model (default: that of its config)"
   )
   how.add_argument("--batch-size", type=int, default=16, help="answers at a time (%(default)s)")
+  how.add_argument(
+    "--max-positions",
+    type=int,
+    default=0,
+    metavar="N",
+    help="of prompt and answer together (default: the model's, or what memory holds)",
+  )
   how.add_argument("--mesh", default="", help=MESH)
   how.add_argument("--dtype", default="", choices=DTYPES, help=DTYPE)
   arguments.format_options(how.add_argument)
@@ -122,6 +129,9 @@ def main(argv: list[str]) -> int:
     parser().error("--tls-cert and --tls-key: expected both or none")
   if not 0 <= options.port < 1 << 16:
     parser().error(f"--port: expected 0 to 65535, found {options.port}")
+  for name in ("batch_size", "max_positions"):
+    if (found := getattr(options, name)) < (name == "batch_size"):
+      parser().error(f"--{name.replace('_', '-')}: expected at least 1, found {found}")
   from llava_sp_jax.infer.generation import Generation
 
   try:
@@ -143,7 +153,7 @@ def main(argv: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket: Any) -> int:
-  from llava_sp_jax.distributed import mesh
+  from llava_sp_jax.distributed import memory, mesh
   from llava_sp_jax.infer import pretrained
   from llava_sp_jax.infer.engine import Engine
   from llava_sp_jax.infer.service import Service
@@ -161,7 +171,11 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     weights=options.weights,
     cache=options.cache,
   )
-  layout = checkpoint.layout(loaded.config, limits)
+  count = devices.devices.size if devices is not None else 1
+  sizes = checkpoint.sizes(
+    loaded.config, options.batch_size, options.max_positions, memory.free(count)
+  )
+  layout = checkpoint.layout(loaded.config, limits, sizes)
   default = checkpoint.shortened(generation, layout)
   engine = Engine(loaded, options.batch_size, default, devices, layout)
   service = Service(engine, waiting=limits.waiting, waiting_tokens=limits.waiting_tokens)
@@ -174,7 +188,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
   url = f"{root}v1"
   keys = options.api_key or [key for key in [os.environ.get(KEY, "")] if key]
   console.say(f"{options.checkpoint} as {', '.join(names)}: {checkpoint.described(engine)}")
-  console.say(f"{memory()}; warming up on {url}")
+  console.say(f"{memory.described()}; warming up on {url}")
 
   def warm_up() -> None:
     service.warm_up(checkpoint.examples(loaded.config))
@@ -196,7 +210,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
     limits,
     warm_up=warm_up,
     started=lambda: console.say(
-      f"ready: {url} ({'a key is needed' if keys else 'no key is needed'}), page {root}; {memory()}"
+      f"ready: {url} ({'a key is needed' if keys else 'no key is needed'}), page {root}; {memory.described()}"
     ),
     root_path=options.root_path,
     ssl_certfile=options.tls_cert or None,
@@ -222,18 +236,3 @@ def _log(requests: bool) -> None:
   log.addHandler(handler)
   log.setLevel(logging.INFO if requests else logging.WARNING)
   log.propagate = False  # other libraries may have set up another form
-
-
-def memory() -> str:
-  """Returns how much memory the first device has in use, or this process on a host without it."""
-  import resource
-
-  import jax
-
-  device = jax.local_devices()[0]
-  found = device.memory_stats() or {}
-  if "bytes_in_use" in found:
-    limit = found.get("bytes_limit", 0) / 1e9
-    return f"{found['bytes_in_use'] / 1e9:.2f} of {limit:.2f} GB in use on {device.device_kind}"
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  return f"{peak / 1e9:.2f} GB in use by this process ({device.device_kind})"

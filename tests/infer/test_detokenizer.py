@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax.infer.caches import bucket
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.detokenizer import UNFINISHED, Detokenizer
 from llava_sp_jax.infer.generation import Generation
+from llava_sp_jax.infer.layout import bucket
 
 
 class Letters:

@@ -91,12 +91,12 @@ def test_a_prompt_may_fill_all_positions_of_the_model(
   engine: Engine, asked: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
   length = engine._prompts(asked[0]).length
-  monkeypatch.setattr(engine, "_longest", length + NEW)
+  monkeypatch.setattr(engine._rows, "_layout", EngineLayout(positions=length + NEW))
   assert not next(engine.answer(asked[:1])).error
-  monkeypatch.setattr(engine, "_longest", length + NEW - 1)
+  monkeypatch.setattr(engine._rows, "_layout", EngineLayout(positions=length + NEW - 1))
   error = next(engine.answer(asked[:1])).error
   assert error.startswith(
-    f"the prompt has {length} positions, which with {NEW} new tokens are more"
+    f"the prompt has {length} positions, which with {NEW} new tokens are more than the limit of"
   )
 
 
@@ -205,7 +205,7 @@ def test_bad_requests_have_errors_and_hurt_nobody(
     (Request("what?", (tmp_path / "broken.png",)), "broken.png: cannot be decoded"),
     (Request("what?", (b"nothing",)), "of 7 bytes: cannot be decoded"),
     (Request("<image> or <image>?", asked[0].images), "the text has 2 <image> but"),
-    (Request("word " * 5000), "more than the model's 4096"),
+    (Request("word " * 5000), "more than the limit of 4096"),
     (Request("what?", (3,)), "or a PIL image, found int"),  # type: ignore[arg-type]
   ]
   errors = engine.counts.errors

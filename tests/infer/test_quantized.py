@@ -305,7 +305,7 @@ def test_formats_are_options_of_load_and_of_commands(
   [
     ("--weights=int3", "weights: unknown 'int3'; known: "),
     ("--cache=nf4", "cache: unknown 'nf4'; known: "),
-    ("--weights=int4_64", "weights int4_64: blocks of 128 do not divide"),
+    ("--weights=int4_64", "weights int4_64: blocks of 64 do not divide"),
   ],
 )
 def test_unknown_formats_are_one_line(

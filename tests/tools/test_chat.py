@@ -249,7 +249,9 @@ def test_a_terminal_has_its_keys() -> None:
   terminal = Terminal()
   try:
     terminal.until("> ")
-    terminal.type("never sent" + CTRL_C)
+    terminal.type("never sent")
+    terminal.until("never sent")  # its echo: the line is being edited
+    terminal.type(CTRL_C)
     terminal.until("ctrl-D ends")
     terminal.until("> ")
     terminal.type("hello\n")

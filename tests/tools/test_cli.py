@@ -230,7 +230,7 @@ def test_generate_computes_in_the_dtype_that_is_asked_for(
 ) -> None:
   asked = []
 
-  def opened(path: str, options: Any = None, merge: bool = True, dtype: str = "") -> None:
+  def opened(path: str, options: Any = None, dtype: str = "", **formats: str) -> None:
     asked.append(dtype)
     raise FileNotFoundError(path)
 

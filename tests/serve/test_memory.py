@@ -1,0 +1,61 @@
+"""The room of a server follows memory, and its sizes are few."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.distributed import memory
+from llava_sp_jax.infer.layout import EngineLayout
+from llava_sp_jax.plan import traffic
+from llava_sp_jax.serve import checkpoint
+from llava_sp_jax.serve.limits import DEFAULT
+from tests.conftest import ConfigMaker
+
+ROWS = 4
+
+
+def test_rows_and_caches_fit_into_free_memory(tiny_config: ConfigMaker) -> None:
+  config = tiny_config("finetune")
+  longest = config.model.language_model.max_positions
+  each = traffic.of(config.model).position * ROWS
+  free = each * longest // 2
+  found = checkpoint.sizes(config, ROWS, 0, free)
+  assert 0 < found.positions < longest
+  assert found.positions * each + found.feature_bytes + found.prefix_bytes < free
+  assert checkpoint.layout(config, DEFAULT, found).new_tokens == found.positions - 1
+  assert checkpoint.sizes(config, ROWS, 192, free).positions == 192
+  assert checkpoint.layout(
+    config, DEFAULT, checkpoint.sizes(config, ROWS, 0, 1 << 40)
+  ).positions == (longest)
+  assert checkpoint.sizes(config, ROWS, 0, None).positions == 0  # the model's
+
+
+@pytest.mark.parametrize("positions", [0, 4096])
+def test_too_little_memory_is_said_before_anything_is_made(
+  tiny_config: ConfigMaker, positions: int
+) -> None:
+  config = tiny_config("finetune")
+  free = traffic.of(config.model).position * ROWS * 100
+  with pytest.raises(ConfigError, match="--max-positions, --cache int8 or --weights int8"):
+    checkpoint.sizes(config, ROWS, positions, free)
+
+
+def test_sizes_double_up_to_the_most_positions() -> None:
+  layout = EngineLayout(doubling=True, positions=600)
+  lengths = range(1, 601)
+  assert sorted({layout.rounded(n, 64) for n in lengths}) == [64, 128, 256, 512, 640]
+  assert sorted({layout.rounded(n, 16) for n in lengths}) == [16, 32, 64, 128, 256, 512, 608]
+  assert all(layout.rounded(n, 64) >= n for n in lengths)
+  assert layout.rounded(0, 64) == 0
+  assert layout.rounded(700, 64) == 704  # a row never has less room than it needs
+  every = dataclasses.replace(layout, doubling=False)
+  assert [every.rounded(n, 64) for n in (1, 64, 65, 600)] == [64, 64, 128, 640]
+
+
+def test_free_memory_of_this_machine() -> None:
+  found = memory.free(1)
+  assert found is None or 1 << 20 < found < 1 << 46
+  assert "GB in use" in memory.described()
