@@ -92,7 +92,7 @@ def test_appending_and_widening_change_what_the_codes_stand_for(form: str, stack
 
 @pytest.mark.parametrize("form", HELD)
 def test_beams_take_codes_and_scales_of_their_parents(form: str) -> None:
-  search = BeamSearch(StopRule((), 6, beams=2))
+  search = BeamSearch(StopRule((), 6, 8, beams=2))
   rows = search.empty(2)._replace(steps=jnp.asarray([3, 2], jnp.int32))
   held = filled(form, [9, 9, 7, 7])
   parents = jnp.asarray([1, 0, 3, 3])
