@@ -17,7 +17,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, example
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.infer.counts import Counts
-from llava_sp_jax.infer.layout import ROUNDED, EngineLayout
+from llava_sp_jax.infer.layout import ROUNDED, EngineLayout, bucket
 from llava_sp_jax.infer.lru import Lru
 from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
@@ -190,9 +190,14 @@ class PrefixCache:
     return (
       self.capacity(pieces),
       self.capacity(pieces[:-1]),
-      self._padded(len(last.tokens)),
+      self._length(last),
       len(last.tiles),
     )
+
+  def _length(self, piece: PromptPiece) -> int:
+    """Returns T; that of a piece with pictures is exact, because it has most of the work."""
+    count = len(piece.tokens)
+    return bucket(count, self._layout.prefix) if piece.tiles else self._padded(count)
 
   def of(self, asked: Sequence[Shared]) -> list[Prefix | None]:
     """Returns the prefix of each request, with all of its pieces; None for one without pieces.

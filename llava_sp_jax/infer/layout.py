@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+BETWEEN = 4  # growing sizes between two powers of two, so that a quarter is padding at most
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineLayout:
@@ -22,9 +24,7 @@ class EngineLayout:
   log_probabilities: int | None = None  # that requests may ask for; None: what the engine's own do
   pictures: int = 65536  # pictures whose sizes are remembered
   positions: int = 0  # most of a prompt and its answer; 0: the model's
-  doubling: bool = (
-    False  # sizes are multiples by powers of two, so that few programs serve any length
-  )
+  growing: bool = False  # larger sizes lie further apart, so that few programs serve any length
 
   def rounded(self, length: int, multiple: int) -> int:
     """Returns `length` rounded up to a size that programs are compiled for.
@@ -34,10 +34,12 @@ class EngineLayout:
       multiple: `prefix`, `suffix` or `capacity` of this layout.
     """
     exact = bucket(length, multiple)
-    if not self.doubling or not exact:
+    if not self.growing or not exact:
       return exact
-    double = multiple << (exact // multiple - 1).bit_length()
-    return max(exact, min(double, bucket(self.positions, multiple))) if self.positions else double
+    count = exact // multiple
+    step = max(1, (1 << count.bit_length() - 1) // BETWEEN)
+    most = bucket(self.positions, multiple) if self.positions else bucket(count, step) * multiple
+    return max(exact, min(bucket(count, step) * multiple, most))
 
 
 def bucket(length: int, multiple: int) -> int:

@@ -191,7 +191,9 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
   for name, message in (("llava_lora", "has no adapters"), ("llava_hf", "no spatial tokens")):
     with pytest.raises(FormatError, match=message):
       export.export(plain, name, tmp_path / "x")
-  with pytest.raises(config_lib.ConfigError, match="--format: unknown 'onnx'; known: .*language_model"):
+  with pytest.raises(
+    config_lib.ConfigError, match=r"--format: unknown 'onnx'; known: .*language_model"
+  ):
     export.export(plain, "onnx", tmp_path / "x")
   only = dataclasses.replace(plain, leaves=plain.part("language_model"))
   with pytest.raises(

@@ -43,15 +43,16 @@ def test_too_little_memory_is_said_before_anything_is_made(
     checkpoint.sizes(config, ROWS, positions, free)
 
 
-def test_sizes_double_up_to_the_most_positions() -> None:
-  layout = EngineLayout(doubling=True, positions=600)
-  lengths = range(1, 601)
-  assert sorted({layout.rounded(n, 64) for n in lengths}) == [64, 128, 256, 512, 640]
-  assert sorted({layout.rounded(n, 16) for n in lengths}) == [16, 32, 64, 128, 256, 512, 608]
-  assert all(layout.rounded(n, 64) >= n for n in lengths)
-  assert layout.rounded(0, 64) == 0
-  assert layout.rounded(700, 64) == 704  # a row never has less room than it needs
-  every = dataclasses.replace(layout, doubling=False)
+def test_larger_sizes_lie_further_apart() -> None:
+  layout = EngineLayout(growing=True, positions=1000)
+  lengths = range(1, 1001)
+  found = sorted({layout.rounded(n, 16) for n in lengths})
+  assert found[:12] == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+  assert (found[-1], len(found)) == (1008, 20)
+  assert all(n <= layout.rounded(n, 16) <= max(n + 15, 1.25 * n) for n in lengths)
+  assert layout.rounded(0, 16) == 0
+  assert layout.rounded(1010, 16) == 1024, "a row never has less room than it needs"
+  every = dataclasses.replace(layout, growing=False)
   assert [every.rounded(n, 64) for n in (1, 64, 65, 600)] == [64, 64, 128, 640]
 
 
