@@ -48,7 +48,7 @@ def quantize(x: Float[Array, "*LB K S H"], axis: int) -> Codes:
 
 # Rows of model.cache: how (keys or values, axis of the head width) are held.
 FLOAT = "float"
-FORMATS: dict[str, Callable[[Any, int], Any]] = {FLOAT: lambda x, axis: x, "int8": quantize}
+FORMATS: dict[str, Callable[..., Any]] = {FLOAT: lambda x, axis: x, "int8": quantize}
 
 
 class KVCache(NamedTuple):
@@ -105,13 +105,14 @@ def allocate(
   `stacked` makes one array [L, ...] for all layers; otherwise each layer has its own array. `form`
   is a row of FORMATS.
   """
-  hold = FORMATS[form]
 
   def empty(axis: int, *sizes: int) -> Layers:
-    shape = (rows, kv_heads, *sizes)
-    if stacked:
-      return hold(jnp.zeros((layers, *shape), dtype), axis)
-    return tuple(hold(jnp.zeros(shape, dtype), axis) for _ in range(layers))
+    shape = (layers,) * stacked + (rows, kv_heads, *sizes)
+    held = jax.eval_shape(
+      functools.partial(FORMATS[form], axis=axis), jax.ShapeDtypeStruct(shape, dtype)
+    )
+    one = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), held)
+    return one() if stacked else tuple(one() for _ in range(layers))
 
   return KVCache(
     empty(-2, head_dim, capacity), empty(-1, capacity, head_dim), jnp.zeros((rows,), jnp.int32)

@@ -113,13 +113,18 @@ class Worker:
       return 0.0
     if user.opcode == "fusion":
       places = [i for i, name in enumerate(user.operands) if name == parameter.name]
+      if places == [_aliased(user).get(0)]:  # another view of the same bytes
+        return self._of_users(user, computation)
       return sum(self._read(user.called["calls"], i) for i in places)
     if user.opcode == "bitcast":
-      users = computation.users.get(user.name, ())
-      return sum(self._use(u, user, computation) for u in users) if users else user.nbytes
+      return self._of_users(user, computation)
     if user.opcode == "tuple":
       return 0.0  # returned without being read
     return parameter.nbytes
+
+  def _of_users(self, view: Op, computation: Computation) -> float:
+    users = computation.users.get(view.name, ())
+    return sum(self._use(u, view, computation) for u in users) if users else view.nbytes
 
   def _written(self, inner: Computation, op: Op, passed: dict[int, int]) -> float:
     root = inner.root
@@ -169,6 +174,11 @@ def _passed_through(op: Op) -> dict[int, int]:
   """
   if "continuation_config" not in op.attributes and "async-collective" not in op.name:
     return {}
+  return _aliased(op)
+
+
+def _aliased(op: Op) -> dict[int, int]:
+  """Returns {index of the result: operand} for results that are the memory of an operand."""
   text = op.attribute(r"output_to_operand_aliasing=\{(.*?)\}, calls")
   return {int(o or 0): int(i) for o, i in re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", text)}
 

@@ -194,6 +194,40 @@ def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
 # ---- a step -----------------------------------------------------------------------------------------
 
 
+VIEWED = """HloModule m, is_scheduled=true
+
+%view (p: s8[32,64,128]) -> s8[32,64,128] {
+  %p = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[32,64,128]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%body (p: s8[32,64,128], i: s32[]) -> bf16[1,64,128] {
+  %p = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %v = s8[32,64,128]{2,1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, ALIASED calls=%view
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = s8[1,64,128]{2,1,0} dynamic-slice(%v, %i, %z, %z), dynamic_slice_sizes={1,64,128}
+  ROOT %f = bf16[1,64,128]{2,1,0} convert(%d)
+}
+
+ENTRY %main (p: s8[32,64,128], i: s32[]) -> bf16[1,64,128] {
+  %p = s8[32,64,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %x = bf16[1,64,128]{2,1,0} fusion(%p, %i), kind=kLoop, calls=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("aliased", "slices"), [("output_to_operand_aliasing={{}: (0, {})},", 1), ("", 32)]
+)
+def test_a_slice_of_a_view_is_what_is_read_of_a_stack(aliased: str, slices: int) -> None:
+  """The TPU compiler reads a layer's int8 weights from the stack through a view of other tiles."""
+  module = hlo.parse(VIEWED.replace("ALIASED", aliased))
+  main = module.computations["main"]
+  assert work.Worker(module).of(main.by_name["x"], main).read == slices * 64 * 128 + 4
+
+
 def test_useful_flops_of_a_step_by_hand(tiny_config: ConfigMaker) -> None:
   """Full rows, a causal triangle of pairs with its diagonal, every image there."""
   config = tiny_config(train={"batch_size": 6}, data={"row_length": 10, "images_per_row": 3})
