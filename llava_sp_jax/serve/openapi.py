@@ -85,7 +85,7 @@ def document(version: str, root: str = "") -> Json:
   for endpoint in ENDPOINTS:
     paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint)
   return {
-    "openapi": "3.1.0",
+    "openapi": "3.2.0",
     "info": {"title": "llava-sp serve", "version": version},
     "servers": [{"url": root or "/"}],
     "paths": paths,
@@ -102,10 +102,11 @@ def _operation(endpoint: Endpoint) -> Json:
     content[TEXT] = {"schema": {"type": "string"}}
   elif endpoint.answer:
     content[JSON] = {"schema": _reference(endpoint.answer)}
-  if endpoint.chunk:  # OpenAPI 3.1 has no word for the events of a stream
-    told = "events whose data are such a chunk, an ErrorBody, or [DONE] at the end"
-    events = {"type": "string", "description": told, "x-event": _reference(endpoint.chunk)}
-    content[EVENTS] = {"schema": events}
+  if endpoint.chunk:
+    told = "the JSON of such a chunk or of an ErrorBody, and [DONE] at the end"
+    data = {"type": "string", "description": told, "x-chunk": _reference(endpoint.chunk)}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    content[EVENTS] = {"itemSchema": event}
   answers: Json = {
     "200": {"description": "the answer", **({"content": content} if content else {})},
     "default": {

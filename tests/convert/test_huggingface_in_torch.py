@@ -125,8 +125,8 @@ def test_greedy_answers_are_ours(
 ) -> None:
   ours = random_one(tiny_config, variant, tiles)
   model, processor = opened(write(ours, tmp_path / "x"))
-  given = pictures(12)
-  engine = Engine(ours, 4, Generation(max_new_tokens=6))
+  given = pictures(100)
+  engine = Engine(ours, 16, Generation(max_new_tokens=6))
   wanted = [a.ids for a in engine.answer([Request(QUESTION, (p,)) for p in given])]
   assert len(set(wanted)) > 5  # they do depend on the picture
   inputs = inputs_of(processor, given)
