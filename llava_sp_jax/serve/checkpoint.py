@@ -47,18 +47,26 @@ def layout(config: Config, limits: Limits, base: EngineLayout = SIZES) -> Engine
   )
 
 
-def sizes(config: Config, rows: int, positions: int, free: int | None) -> EngineLayout:
+def sizes(
+  config: Config, limits: Limits, rows: int, positions: int, free: int | None
+) -> EngineLayout:
   """Returns sizes that fit into memory.
 
   Args:
     config: of the model.
+    limits: bound the bytes of the caches as well.
     rows: answers that are decoded together.
     positions: the most of prompt and answer together; 0: the model's, or as many as memory holds.
     free: bytes that are free beside the parameters; None if unknown.
 
   Raises: ConfigError when memory holds too few positions to answer with.
   """
-  found = dataclasses.replace(SIZES, positions=positions)
+  found = dataclasses.replace(
+    SIZES,
+    positions=positions,
+    feature_bytes=int(limits.feature_bytes),
+    prefix_bytes=int(limits.prefix_bytes),
+  )
   if free is None:
     return found
   each = traffic.of(config.model).position * rows

@@ -173,7 +173,7 @@ def _serve(options: argparse.Namespace, generation: Any, limits: Limits, socket:
   )
   count = devices.devices.size if devices is not None else 1
   sizes = checkpoint.sizes(
-    loaded.config, options.batch_size, options.max_positions, memory.free(count)
+    loaded.config, limits, options.batch_size, options.max_positions, memory.free(count)
   )
   layout = checkpoint.layout(loaded.config, limits, sizes)
   default = checkpoint.shortened(generation, layout)

@@ -87,9 +87,7 @@ def agrees(ours: Pretrained, folder: Path) -> None:
       found = model(**inputs).logits.numpy()
     largest = np.abs(mine).max()
     assert largest > 0.5
-    np.testing.assert_allclose(
-      found[..., : mine.shape[-1]], mine, atol=TOLERANCE * largest, rtol=0
-    )
+    np.testing.assert_allclose(found[..., : mine.shape[-1]], mine, atol=TOLERANCE * largest, rtol=0)
 
 
 @pytest.mark.parametrize(("variant", "tiles"), [("pooling", False), ("cropping", True)])

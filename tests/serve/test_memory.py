@@ -22,15 +22,15 @@ def test_rows_and_caches_fit_into_free_memory(tiny_config: ConfigMaker) -> None:
   longest = config.model.language_model.max_positions
   each = traffic.of(config.model).position * ROWS
   free = each * longest // 2
-  found = checkpoint.sizes(config, ROWS, 0, free)
+  found = checkpoint.sizes(config, DEFAULT, ROWS, 0, free)
   assert 0 < found.positions < longest
   assert found.positions * each + found.feature_bytes + found.prefix_bytes < free
   assert checkpoint.layout(config, DEFAULT, found).new_tokens == found.positions - 1
-  assert checkpoint.sizes(config, ROWS, 192, free).positions == 192
+  assert checkpoint.sizes(config, DEFAULT, ROWS, 192, free).positions == 192
   assert checkpoint.layout(
-    config, DEFAULT, checkpoint.sizes(config, ROWS, 0, 1 << 40)
+    config, DEFAULT, checkpoint.sizes(config, DEFAULT, ROWS, 0, 1 << 40)
   ).positions == (longest)
-  assert checkpoint.sizes(config, ROWS, 0, None).positions == 0  # the model's
+  assert checkpoint.sizes(config, DEFAULT, ROWS, 0, None).positions == 0  # the model's
 
 
 @pytest.mark.parametrize("positions", [0, 4096])
@@ -40,7 +40,7 @@ def test_too_little_memory_is_said_before_anything_is_made(
   config = tiny_config("finetune")
   free = traffic.of(config.model).position * ROWS * 100
   with pytest.raises(ConfigError, match="--max-positions, --cache int8 or --weights int8"):
-    checkpoint.sizes(config, ROWS, positions, free)
+    checkpoint.sizes(config, DEFAULT, ROWS, positions, free)
 
 
 def test_larger_sizes_lie_further_apart() -> None:

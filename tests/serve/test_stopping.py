@@ -5,27 +5,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import http.client
-import io
 import json
-import resource
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from llava_sp_jax.serve.limits import DEFAULT
 from tests.serve import fake
 from tests.serve.conftest import Real
 from tests.serve.fake import FakeService
 from tests.serve.live import Live, live, wait_until
-from tests.serve.pictures import data_url
-from tests.serve.requests import body, text, user
+from tests.serve.requests import body, user
 
 CHAT = "/v1/chat/completions"
 SLOW = body(messages=[user("slow please")], ignore_eos=True, max_tokens=30)  # 0.6 s
@@ -219,35 +213,3 @@ def test_a_thousand_clients_that_leave_cost_no_row(real: Real) -> None:
   request, answer = next(iter(real.answers.items()))
   found = server.ask("POST", CHAT, body(messages=[user(request.question)])).json
   assert found["choices"][0]["message"]["content"] == answer.text
-
-
-@pytest.mark.slow
-def test_ten_thousand_requests_leave_memory_flat(real: Real) -> None:
-  """Of the whole process, with the engine, the client and new pictures all the time."""
-  rng = np.random.default_rng(0)
-
-  def ask(count: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", real.server.port, timeout=60)
-    for turn in range(count):
-      question = text(f"what is it, {turn % 10}?")
-      pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-      file = io.BytesIO()
-      Image.fromarray(pixels).save(file, "PNG")
-      part = {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
-      content = body(messages=[user(part, question)], max_tokens=1, stream=turn % 2 == 0)
-      connection.request("POST", CHAT, content, {"content-type": "application/json"})
-      reply = connection.getresponse()
-      assert reply.status == 200, reply.read()
-      reply.read()
-    connection.close()
-
-  ask(2000)  # caches fill up
-  before = resident()
-  ask(8000)
-  assert resident() - before < 50  # MB
-
-
-def resident() -> float:
-  """MB of memory that this process has now."""
-  pages = int(Path("/proc/self/statm").read_text().split()[1])
-  return pages * resource.getpagesize() / 1e6
