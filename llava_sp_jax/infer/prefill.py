@@ -75,7 +75,7 @@ def grow(module: LlavaSP, params: Any, group: Group, *, capacity: int) -> tuple[
   `capacity` is the P of the results.
   """
   _, new, past = _extend(module, params, group)
-  room = past.capacity + group.tokens.shape[1]
+  room = max(capacity, past.capacity + group.tokens.shape[1])
   whole = cache_lib.append(cache_lib.widen(past, room), new, group.length)
 
   def cut(axis: int, x: Float[Array, "*LB K S H"]) -> Float[Array, "*LB K P J"]:

@@ -117,6 +117,7 @@ def test_a_decode_step_copies_nothing_of_the_cache(engine: Engine, asked: list[R
 LAYOUTS = {
   "one at a time": (1, EngineLayout()),
   "nothing shared": (4, EngineLayout(share=False)),
+  "growing sizes": (4, EngineLayout(prefix=2, suffix=4, capacity=8, growing=True)),
   "other buckets, no memory": (
     3,
     EngineLayout(prefix=48, suffix=24, capacity=96, prefix_bytes=1, feature_bytes=1, window=3),
@@ -126,7 +127,10 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(n, marks=[pytest.mark.slow] * (n != "other buckets, no memory")) for n in LAYOUTS],
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n in ("one at a time", "nothing shared")))
+    for n in LAYOUTS
+  ],
 )
 def test_no_answer_depends_on_the_layout(
   name: str, model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]

@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -185,6 +186,15 @@ def test_an_idle_server_stops_at_once() -> None:
     assert connection.recv(1) == b""
     connection.close()
     assert time.monotonic() - since < 2
+
+
+def test_small_writes_are_sent_at_once(server: Live) -> None:
+  with server.connect() as connection:
+    wait_until(lambda: server.server.server_state.connections)
+    (held,) = server.server.server_state.connections
+    sent: socket.socket = held.transport.get_extra_info("socket")
+    assert sent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    connection.close()
 
 
 # ---- for long ----
