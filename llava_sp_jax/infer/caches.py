@@ -46,7 +46,8 @@ class PictureCache:
   def __init__(self, reader: anyres.Reader, most: int):
     self._reader, self.most = reader, most
     self._lock = threading.Lock()
-    self._plans: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
+    self._plans: dict[str, example.TokenPlan | Exception] = {}  # those that were read, oldest first
+    self._reading: dict[str, concurrent.futures.Future[example.TokenPlan]] = {}
     self._tiles: dict[str, np.ndarray] = {}
 
   @classmethod
@@ -58,6 +59,7 @@ class PictureCache:
     """Drops all plans and pixels."""
     with self._lock:
       self._plans.clear()
+      self._reading.clear()
       self._tiles.clear()
 
   def plan(self, key: str, picture: ImageFile) -> example.TokenPlan:
@@ -68,24 +70,40 @@ class PictureCache:
     Raises: SampleError when the picture cannot be used.
     """
     with self._lock:
-      future = self._plans.get(key)
+      if (known := self._plans.get(key)) is not None:
+        return _plan(known)
+      future = self._reading.get(key)
       mine = future is None
       if future is None:
-        future = self._plans[key] = concurrent.futures.Future()
-        while len(self._plans) > self.most:
-          oldest = next(iter(self._plans))
-          del self._plans[oldest]
-          self._tiles.pop(oldest, None)
-    if mine:
-      try:
-        found = self._read(picture)
-        with self._lock:
-          if key in self._plans:
-            self._tiles[key] = found.tiles
-        future.set_result(found.plan)
-      except Exception as error:
-        future.set_exception(error)
+        future = self._reading[key] = concurrent.futures.Future()
+    if not mine:
+      return future.result()
+    try:
+      picture_read = self._read(picture)
+    except Exception as error:
+      self._keep(key, error.with_traceback(None))
+      future.set_exception(error)
+    else:
+      self._keep(key, picture_read.plan, picture_read.tiles)
+      future.set_result(picture_read.plan)
     return future.result()
+
+  def _keep(
+    self,
+    key: str,
+    found: example.TokenPlan | Exception,
+    tiles: Float[np.ndarray, "M size size 3"] | None = None,
+  ) -> None:
+    with self._lock:
+      if self._reading.pop(key, None) is None:  # all were forgotten meanwhile
+        return
+      self._plans[key] = found
+      if tiles is not None:
+        self._tiles[key] = tiles
+      while len(self._plans) > self.most:
+        oldest = next(iter(self._plans))
+        del self._plans[oldest]
+        self._tiles.pop(oldest, None)
 
   def tiles(self, key: str, picture: ImageFile) -> Float[np.ndarray, "M size size 3"]:
     """Takes the pixels of a picture, [tiles, size, size, 3] float32, out of the cache by its key.
@@ -106,6 +124,12 @@ class PictureCache:
 
   def _read(self, picture: ImageFile) -> anyres.Picture:
     return tiles_of(picture, self._reader)
+
+
+def _plan(found: example.TokenPlan | Exception) -> example.TokenPlan:
+  if isinstance(found, Exception):
+    raise found.with_traceback(None)
+  return found
 
 
 class FeatureCache:

@@ -24,7 +24,8 @@ from llava_sp_jax.serve.served import Served, Service
 IMAGE_TOKEN = -1  # in place of the id that an image token does not have
 # Words of the questions that the engine is warmed up with: each length is a program of its own.
 WORDS = (4, 20, 36)
-SIZES = dataclasses.replace(ROUNDED, growing=True)  # lengths are not known before they are asked
+# Lengths are not known before they are asked, and few pictures are asked about again.
+SIZES = dataclasses.replace(ROUNDED, growing=True, pictures=4096)
 ROW_SHARE = 0.5  # of free memory, for rows: wider ones are made beside those that they replace
 CACHE_SHARE = 0.125  # of free memory, for features of pictures, and for prefixes
 
