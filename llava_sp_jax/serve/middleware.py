@@ -23,6 +23,11 @@ _KNOWN = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 SHOWN = 200  # characters of a path in the log
 
 
+def new_id() -> str:
+  """Returns the id of a request that has none of its client."""
+  return f"req_{secrets.token_hex(16)}"
+
+
 class Identified:
   """Gives every response an `x-request-id`, the client's if it has a usable one, and logs it."""
 
@@ -35,7 +40,7 @@ class Identified:
       await self._app(scope, receive, send)
       return
     given = Headers(scope=scope).get(ID, "")
-    identity = given if _KNOWN.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+    identity = given if _KNOWN.fullmatch(given) else new_id()
     status, since = 0, time.monotonic()
 
     async def identified(message: Message) -> None:

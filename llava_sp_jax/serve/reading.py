@@ -160,7 +160,7 @@ def _checks(request: msgspec.Struct, limits: Limits) -> Iterator[Problem]:
       "max_tokens",
       "max_tokens and max_completion_tokens differ; send one",
     )
-    asked = request.top_logprobs is None or request.logprobs is True
+    asked = not request.top_logprobs or request.logprobs is True
     yield asked, "invalid_value", "top_logprobs", "top_logprobs needs logprobs: true"
   prompt: str | None = getattr(request, "prompt", None)
   yield _at_most("prompt", len(prompt or ""), limits.characters, "characters of text")

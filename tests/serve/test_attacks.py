@@ -101,6 +101,7 @@ def refusal(found: bytes) -> tuple[int, str]:
   """Status and code of a response as it came."""
   head, _, content = found.partition(b"\r\n\r\n")
   assert b"content-type: application/json" in head.lower()
+  assert b"\r\nx-request-id: req_" in head.lower()
   return int(head.split()[1]), json.loads(content)["error"]["code"]
 
 

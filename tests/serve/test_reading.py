@@ -58,6 +58,7 @@ READ: dict[str, tuple[dict[str, Any], str, Any]] = {
   "repetition_penalty": ({"repetition_penalty": 1.1}, "repetition_penalty", 1.1),
   "logprobs": ({"logprobs": True, "top_logprobs": 20}, "top_logprobs", 20),
   "a stream": ({"stream": True}, "includes_usage", False),
+  "none of the likeliest": ({"top_logprobs": 0, "logprobs": False}, "log_probabilities", None),
   "a stream with usage": (
     {"stream": True, "stream_options": {"include_usage": True}}, "includes_usage", True),
   "stream options that others have": (
