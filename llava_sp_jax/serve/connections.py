@@ -65,6 +65,10 @@ class Connection(H11Protocol):
     _cancel(self._idle)
     _cancel(self._unread)
 
+  def _should_upgrade(self) -> bool:
+    """Answers over HTTP; uvicorn would write to the log what to install, for any client."""
+    return False
+
   def send_400_response(self, msg: str) -> None:
     """Answers bytes that are no HTTP."""
     most = self._limits.header_bytes

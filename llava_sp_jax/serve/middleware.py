@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_sp_jax.console import shortened
 from llava_sp_jax.serve import answers
-from llava_sp_jax.serve.errors import ApiError
+from llava_sp_jax.serve.errors import HEADERS, ApiError
 
 LOG = logging.getLogger("llava_sp_jax.serve.access")
 ID = "x-request-id"
@@ -62,8 +62,13 @@ class Cors(CORSMiddleware):
   """Lets web pages of some origins ask from a browser; refuses others with a typed error."""
 
   def __init__(self, app: ASGIApp, origins: Collection[str]):
+    shown = {name for headers in HEADERS.values() for name in headers}
     super().__init__(
-      app, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=(ID,)
+      app,
+      origins,
+      allow_methods=("GET", "POST"),
+      allow_headers=("*",),
+      expose_headers=(ID, *sorted(shown)),
     )
 
   def preflight_response(self, request_headers: Headers) -> Response:

@@ -32,6 +32,7 @@ SHOWN = 300  # characters of either end of a message by msgspec, which quotes th
 HINTS = (
   (r"messages\[\d+\]\.role", "known roles: system, developer, user, assistant"),
   (r"messages\[\d+\]\.content\[\d+\]\.type", "known parts: text, and image_url of a user"),
+  (r"messages\[\d+\]\.content\[\d+\]\.image_url\.detail", "known: auto, low, high, original"),
   (r"messages\[\d+\]\.content\[\d+\]\.image_url", "send {'url': 'data:image/png;base64,...'}"),
   (r"messages\[\d+\]\.tool_calls", "the model calls no tools; leave it out"),
   (r"messages\[\d+\]\.content", "send a text, or a list of parts"),

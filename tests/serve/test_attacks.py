@@ -214,6 +214,16 @@ def test_hostile_heads(server: Live, content: bytes, status: int, code: str) -> 
   assert refusal(found) == (status, code)
 
 
+def test_another_protocol_is_not_offered(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+  """And whoever asks for one writes nothing into the log."""
+  asked = (
+    b"GET /version HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
+  )
+  found = send(server, asked)
+  assert found.startswith(b"HTTP/1.1 200")
+  assert not caplog.messages
+
+
 @pytest.mark.parametrize(
   ("headers", "code"),
   [

@@ -196,6 +196,10 @@ def test_a_page_that_may_ask(locked: Live) -> None:
   assert found.headers["access-control-allow-origin"] == PAGE
   found = locked.ask("POST", CHAT, body(), {"origin": PAGE})
   assert (found.status, found.headers["access-control-allow-origin"]) == (401, PAGE)
+  shown = found.headers["access-control-expose-headers"].split(", ")
+  assert {"x-request-id", "retry-after", "x-should-retry"} <= set(shown), (
+    "clients try again by them"
+  )
 
 
 @pytest.mark.parametrize("origin", ["https://other.example", "null", f"{PAGE}.evil.example"])
