@@ -44,7 +44,7 @@ def application(
     served: the model.
     state: says whether requests are taken; the caller changes it.
     limits: what clients may send and ask for.
-    keys: those of clients, for paths below /v1; without any, everybody may ask.
+    keys: those of clients, for endpoints that are not open; without any, everybody may ask.
     origins: of web pages that may ask from a browser ("*": any); none by default.
     hosts: from which pictures are fetched by URL; none by default.
     pages: routes for people, such as those of `page.routes`.
@@ -109,10 +109,9 @@ def _route(endpoint: openapi.Endpoint, endpoints: Endpoints) -> Route:
     endpoints.check_key(http)
     return await answer(http)
 
-  secured = endpoint.path.startswith(openapi.SECURED)
   return Route(
     endpoint.path,
-    checked if secured else answer,
+    answer if endpoint.open else checked,
     methods=[endpoint.method.upper()],
     name=endpoint.name,
   )

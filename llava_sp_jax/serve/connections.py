@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llava_sp_jax.serve import answers
 from llava_sp_jax.serve.errors import ApiError
 from llava_sp_jax.serve.limits import Limits
+from llava_sp_jax.serve.middleware import ID, new_id
 
 
 class Connection(H11Protocol):
@@ -64,6 +65,10 @@ class Connection(H11Protocol):
     _cancel(self._idle)
     _cancel(self._unread)
 
+  def _should_upgrade(self) -> bool:
+    """Answers over HTTP; uvicorn would write to the log what to install, for any client."""
+    return False
+
   def send_400_response(self, msg: str) -> None:
     """Answers bytes that are no HTTP."""
     most = self._limits.header_bytes
@@ -105,6 +110,7 @@ def _response(error: ApiError) -> bytes:
     "content-type": answers.JSON,
     "content-length": str(len(body)),
     "connection": "close",
+    ID: new_id(),
     **error.headers,
   }
   head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"

@@ -43,8 +43,9 @@ CODES: dict[str, tuple[int, str]] = {
 }
 
 
-# Status -> headers of its responses, which say whether to try again, and when (in seconds).
-RETRY: dict[int, dict[str, str]] = {
+# Status -> headers of its responses: what to send, whether to try again, and when (in seconds).
+HEADERS: dict[int, dict[str, str]] = {
+  401: {"www-authenticate": "Bearer"},
   429: {"retry-after": "1"},
   503: {"retry-after": "5"},
   504: {"x-should-retry": "false"},  # an answer that took too long would do so again
@@ -67,4 +68,4 @@ class ApiError(LlavaSPError):
   @property
   def headers(self) -> dict[str, str]:
     """Returns the headers of a response with this error."""
-    return dict(RETRY.get(self.status, {}))
+    return dict(HEADERS.get(self.status, {}))

@@ -15,12 +15,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_sp_jax.console import shortened
 from llava_sp_jax.serve import answers
-from llava_sp_jax.serve.errors import ApiError
+from llava_sp_jax.serve.errors import HEADERS, ApiError
 
 LOG = logging.getLogger("llava_sp_jax.serve.access")
 ID = "x-request-id"
 _KNOWN = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 SHOWN = 200  # characters of a path in the log
+
+
+def new_id() -> str:
+  """Returns the id of a request that has none of its client."""
+  return f"req_{secrets.token_hex(16)}"
 
 
 class Identified:
@@ -35,7 +40,7 @@ class Identified:
       await self._app(scope, receive, send)
       return
     given = Headers(scope=scope).get(ID, "")
-    identity = given if _KNOWN.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+    identity = given if _KNOWN.fullmatch(given) else new_id()
     status, since = 0, time.monotonic()
 
     async def identified(message: Message) -> None:
@@ -57,8 +62,13 @@ class Cors(CORSMiddleware):
   """Lets web pages of some origins ask from a browser; refuses others with a typed error."""
 
   def __init__(self, app: ASGIApp, origins: Collection[str]):
+    shown = {name for headers in HEADERS.values() for name in headers}
     super().__init__(
-      app, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=(ID,)
+      app,
+      origins,
+      allow_methods=("GET", "POST"),
+      allow_headers=("*",),
+      expose_headers=(ID, *sorted(shown)),
     )
 
   def preflight_response(self, request_headers: Headers) -> Response:

@@ -11,7 +11,6 @@ from llava_sp_jax.serve import protocol
 
 Json = dict[str, Any]
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
-SECURED = "/v1/"  # paths that need the server's key, if it has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Endpoint:
 
   `form` is the class of its request's body and `answer` that of its answer, None where there is
   none; an answer of class `str` is text. `chunk` is the class of the events of a stream, if the
-  answer may be one.
+  answer may be one. `open`: it needs no key, also if the server has one.
   """
 
   method: Literal["get", "post"]
@@ -30,6 +29,7 @@ class Endpoint:
   answer: type[msgspec.Struct] | type[str] | None = None
   form: type[msgspec.Struct] | None = None
   chunk: type[msgspec.Struct] | None = None
+  open: bool = False
 
 
 ENDPOINTS = (
@@ -60,10 +60,10 @@ ENDPOINTS = (
     protocol.Tokenized,
     protocol.TokenizeRequest,
   ),
-  Endpoint("get", "/health", "health", "Says whether the server answers: 200, or 503"),
-  Endpoint("get", "/ping", "ping", "Is another name of /health"),
-  Endpoint("get", "/version", "version", "Names the version", protocol.Version),
-  Endpoint("get", "/metrics", "metrics", "Gives the metrics in Prometheus' format", str),
+  Endpoint("get", "/health", "health", "Says whether the server answers: 200, or 503", open=True),
+  Endpoint("get", "/ping", "ping", "Is another name of /health", open=True),
+  Endpoint("get", "/version", "version", "Names the version", protocol.Version, open=True),
+  Endpoint("get", "/metrics", "metrics", "Gives the metrics in Prometheus' format", str, open=True),
 )
 
 
@@ -122,7 +122,7 @@ def _operation(endpoint: Endpoint) -> Json:
   if endpoint.form:
     body = {"required": True, "content": {JSON: {"schema": _reference(endpoint.form)}}}
     operation["requestBody"] = body
-  if endpoint.path.startswith(SECURED):
+  if not endpoint.open:
     operation["security"] = [{"key": []}, {}]
   return operation
 

@@ -32,6 +32,7 @@ SHOWN = 300  # characters of either end of a message by msgspec, which quotes th
 HINTS = (
   (r"messages\[\d+\]\.role", "known roles: system, developer, user, assistant"),
   (r"messages\[\d+\]\.content\[\d+\]\.type", "known parts: text, and image_url of a user"),
+  (r"messages\[\d+\]\.content\[\d+\]\.image_url\.detail", "known: auto, low, high, original"),
   (r"messages\[\d+\]\.content\[\d+\]\.image_url", "send {'url': 'data:image/png;base64,...'}"),
   (r"messages\[\d+\]\.tool_calls", "the model calls no tools; leave it out"),
   (r"messages\[\d+\]\.content", "send a text, or a list of parts"),
@@ -160,7 +161,7 @@ def _checks(request: msgspec.Struct, limits: Limits) -> Iterator[Problem]:
       "max_tokens",
       "max_tokens and max_completion_tokens differ; send one",
     )
-    asked = request.top_logprobs is None or request.logprobs is True
+    asked = not request.top_logprobs or request.logprobs is True
     yield asked, "invalid_value", "top_logprobs", "top_logprobs needs logprobs: true"
   prompt: str | None = getattr(request, "prompt", None)
   yield _at_most("prompt", len(prompt or ""), limits.characters, "characters of text")

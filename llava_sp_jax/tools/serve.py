@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     action="append",
     default=[],
     metavar="KEY",
-    help=f"that clients must send for /v1; may be repeated (default: {KEY}, if it is set)",
+    help=f"that clients must send to ask; may be repeated (default: {KEY}, if it is set)",
   )
   who.add_argument(
     "--allow-origin",

@@ -101,6 +101,7 @@ def refusal(found: bytes) -> tuple[int, str]:
   """Status and code of a response as it came."""
   head, _, content = found.partition(b"\r\n\r\n")
   assert b"content-type: application/json" in head.lower()
+  assert b"\r\nx-request-id: req_" in head.lower()
   return int(head.split()[1]), json.loads(content)["error"]["code"]
 
 
@@ -211,6 +212,16 @@ def test_hostile_heads(server: Live, content: bytes, status: int, code: str) -> 
   with alive(server):
     found = send(server, content)
   assert refusal(found) == (status, code)
+
+
+def test_another_protocol_is_not_offered(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+  """And whoever asks for one writes nothing into the log."""
+  asked = (
+    b"GET /version HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade, close\r\n\r\n"
+  )
+  found = send(server, asked)
+  assert found.startswith(b"HTTP/1.1 200")
+  assert not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ READ: dict[str, tuple[dict[str, Any], str, Any]] = {
   "repetition_penalty": ({"repetition_penalty": 1.1}, "repetition_penalty", 1.1),
   "logprobs": ({"logprobs": True, "top_logprobs": 20}, "top_logprobs", 20),
   "a stream": ({"stream": True}, "includes_usage", False),
+  "none of the likeliest": ({"top_logprobs": 0, "logprobs": False}, "log_probabilities", None),
   "a stream with usage": (
     {"stream": True, "stream_options": {"include_usage": True}}, "includes_usage", True),
   "stream options that others have": (
@@ -93,7 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
   "a video": ({"messages": [user(text("a"), {"type": "video_url", "video_url": {"url": "x"}})]}, "invalid_value", "messages[0].content[1].type", "'video_url'"),
   "a bare URL": ({"messages": [user({"type": "image_url", "image_url": "http://x/a.png"})]}, "invalid_type", "messages[0].content[0].image_url", "send {'url'"),
   "no URL": ({"messages": [user({"type": "image_url", "image_url": {}})]}, "missing_required_parameter", "messages[0].content[0].image_url.url", "missing"),
-  "an unknown detail": ({"messages": [user({"type": "image_url", "image_url": {"url": "x", "detail": "huge"}})]}, "invalid_value", "messages[0].content[0].image_url.detail", "'huge'"),
+  "an unknown detail": ({"messages": [user({"type": "image_url", "image_url": {"url": "x", "detail": "huge"}})]}, "invalid_value", "messages[0].content[0].image_url.detail", "known: auto, low, high"),
   "a picture of the system": ({"messages": [{"role": "system", "content": [PICTURE]}, user("x")]}, "invalid_value", "messages[0].content[0].type", "image_url of a user"),
   "calls of tools": ({"messages": [user("x"), said("assistant", "") | {"tool_calls": [{}]}]}, "invalid_value", "messages[1].tool_calls", "calls no tools"),
   "temperature of text": ({"temperature": "0"}, "invalid_type", "temperature", "got 'str'"),

@@ -164,10 +164,13 @@ def test_wrong_keys(locked: Live, key: str) -> None:
 
 
 def test_a_key_comes_before_the_body(locked: Live) -> None:
-  for path in (CHAT, "/v1/completions", "/v1/models"):
+  for path in (CHAT, "/v1/completions", "/v1/models", "/tokenize"):
     method = "GET" if path.endswith("models") else "POST"
     found = locked.ask(method, path, None if method == "GET" else b"no JSON")
     assert (found.status, found.error["type"]) == (401, "authentication_error")
+    assert found.headers["www-authenticate"] == "Bearer"
+  found = locked.ask("POST", "/tokenize", body(), {"authorization": "Bearer two"})
+  assert found.status == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/version", "/metrics", "/openapi.json"])
@@ -193,6 +196,10 @@ def test_a_page_that_may_ask(locked: Live) -> None:
   assert found.headers["access-control-allow-origin"] == PAGE
   found = locked.ask("POST", CHAT, body(), {"origin": PAGE})
   assert (found.status, found.headers["access-control-allow-origin"]) == (401, PAGE)
+  shown = found.headers["access-control-expose-headers"].split(", ")
+  assert {"x-request-id", "retry-after", "x-should-retry"} <= set(shown), (
+    "clients try again by them"
+  )
 
 
 @pytest.mark.parametrize("origin", ["https://other.example", "null", f"{PAGE}.evil.example"])
