@@ -1,0 +1,93 @@
+"""Names and settings of the files with which llama.cpp encodes pictures (`mmproj`, projector `mlp`).
+
+llama.cpp has no spatial tokens, and prepares pictures in its own way.
+Source: llama.cpp's `tools/mtmd` (clip.cpp, clip-impl.h, mtmd-image.cpp).
+"""
+
+from __future__ import annotations
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import settings_out
+from llava_sp_jax.convert.gguf_names import Names
+from llava_sp_jax.convert.keys import Json
+from llava_sp_jax.models import build
+
+ARCHITECTURE = "clip"
+PAD_COLOR = (122, 116, 104)  # with which llama.cpp makes pictures square: CLIP's mean
+
+_BLOCK, _LAYER = "v.blk.{layer}", "vision_model.encoder.layers.{layer}"
+_KINDS = ("weight", "bias")
+NAMES: Names = (
+  ("v.class_embd", "vision_model.embeddings.class_embedding"),
+  ("v.position_embd.weight", "vision_model.embeddings.position_embedding.weight"),
+  *((f"v.patch_embd.{k}", f"vision_model.embeddings.patch_embedding.{k}") for k in _KINDS),
+  *((f"v.pre_ln.{k}", f"vision_model.pre_layrnorm.{k}") for k in _KINDS),
+  *(
+    (f"{_BLOCK}.{ours}.{k}", f"{_LAYER}.{theirs}.{k}")
+    for ours, theirs in (
+      ("attn_q", "self_attn.q_proj"),
+      ("attn_k", "self_attn.k_proj"),
+      ("attn_v", "self_attn.v_proj"),
+      ("attn_out", "self_attn.out_proj"),
+      ("ln1", "layer_norm1"),
+      ("ln2", "layer_norm2"),
+      ("ffn_up", "mlp.fc1"),
+      ("ffn_down", "mlp.fc2"),
+    )
+    for k in _KINDS
+  ),
+  *((f"mm.{n}.{k}", f"model.mm_projector.{n}.{k}") for n in "02" for k in _KINDS),
+)
+# llama.cpp adds these to float32 values, or takes rows or columns of them, which needs float32.
+EXACT = ("v.class_embd", "v.position_embd.weight", "v.patch_embd.weight")
+
+
+def obstacle(config: config_lib.Config) -> str:
+  """Returns why llama.cpp cannot encode pictures for a model; "" if it can."""
+  model, data = config.model, config.data
+  if build.image_token_count(model) > build.patch_grid(model) ** 2:
+    return f"it has no spatial tokens (variant {model.projector.variant})"
+  if data.image_aspect == "anyres" or model.image_newline:
+    return "it puts tiles (anyres) in another order"
+  if data.image_resample != "bicubic":
+    return f"it resizes with bicubic filters, and not with {data.image_resample} ones"
+  if model.tower.mlp_width == model.tower.width:
+    return "it mixes up the two layers of an MLP that is as wide as its tower"
+  return ""
+
+
+def difference(config: config_lib.Config) -> str:
+  """Returns how llama.cpp prepares pictures that are not square, other than training did."""
+  data = config.data
+  if data.image_aspect != "pad":
+    return "pads them, but training did not; make them square first"
+  color = tuple(int(m * 255) for m in data.image_mean)
+  if color != PAD_COLOR:
+    return f"pads them with the color {PAD_COLOR}, not {color}; make them square first"
+  return "pads them after it resizes them, so pixels at the border differ"
+
+
+def metadata(config: config_lib.Config) -> Json:
+  """Returns the keys of the file; the tower is written with the layers that are used."""
+  model, data = config.model, config.data
+  layers = build.tower_layers(model)
+  tower = settings_out.tower_json(model.tower, layers)
+  vision = {
+    "image_size": tower["image_size"],
+    "patch_size": tower["patch_size"],
+    "embedding_length": tower["hidden_size"],
+    "feed_forward_length": tower["intermediate_size"],
+    "projection_dim": model.language_model.width,
+    "block_count": layers,
+    "attention.head_count": tower["num_attention_heads"],
+    "attention.layer_norm_epsilon": tower["layer_norm_eps"],
+    "image_mean": list(data.image_mean),
+    "image_std": list(data.image_std),
+    "feature_layer": [layers],  # without it, the last block would not be computed
+  }
+  return {
+    "has_vision_encoder": True,
+    "projector_type": "mlp",
+    "use_gelu": tower["hidden_act"] == "gelu_pytorch_tanh",  # or CLIP's quick_gelu
+    **{f"vision.{key}": value for key, value in vision.items()},
+  }
