@@ -68,7 +68,11 @@ def note(model: Loaded) -> str:
       f"{DECODER} is the decoder alone: llama.cpp cannot encode the pictures, because {why}; give "
       "it what `llava-sp encode CKPT x.npy PICTURES` writes (docs/leaving.md)"
     )
-  return f"pictures that are not square: llama.cpp {gguf_mmproj.difference(model.config)}"
+  said = ", and ".join(gguf_mmproj.differences(model.config))
+  return (
+    f"image tokens will differ a little: llama.cpp {said}; for equal ones, give it what "
+    "`llava-sp encode` writes (docs/leaving.md)"
+  )
 
 
 def write(model: Loaded, out: Path, tower: list[Tensor], projector: list[Tensor]) -> None:

@@ -56,15 +56,22 @@ def obstacle(config: config_lib.Config) -> str:
   return ""
 
 
-def difference(config: config_lib.Config) -> str:
-  """Returns how llama.cpp prepares pictures that are not square, other than training did."""
+def differences(config: config_lib.Config) -> list[str]:
+  """Returns what llama.cpp does otherwise than training, so that its image tokens differ."""
   data = config.data
-  if data.image_aspect != "pad":
-    return "pads them, but training did not; make them square first"
   color = tuple(int(m * 255) for m in data.image_mean)
-  if color != PAD_COLOR:
-    return f"pads them with the color {PAD_COLOR}, not {color}; make them square first"
-  return "pads them after it resizes them, so pixels at the border differ"
+  if data.image_aspect != "pad":
+    found = ["pads pictures that are not square, but training did not (make them square first)"]
+  elif color != PAD_COLOR:
+    found = [
+      f"pads pictures that are not square with the color {PAD_COLOR}, not {color} (make them "
+      "square first)"
+    ]
+  else:
+    found = ["pads pictures that are not square after it resizes them"]
+  if config.model.tower.variant == "clip":
+    found.append("has CLIP's class token behind the patches (ggml-org/llama.cpp#25814)")
+  return found
 
 
 def metadata(config: config_lib.Config) -> Json:

@@ -156,7 +156,7 @@ def test_only_llava_gets_a_file_of_the_tower(tokenizer: Path, tmp_path: Path) ->
   assert [p.name for p in (tmp_path / "x").iterdir()] == ["model.gguf"]
   assert "no spatial tokens (variant pooling)" in export_gguf.note(spatial)
   assert "llava-sp encode" in export_gguf.note(spatial)
-  assert "after it resizes them" in export_gguf.note(plain)
+  assert "after it resizes them, and has CLIP's class token" in export_gguf.note(plain)
 
 
 DATA: dict[str, tuple[dict[str, Any], str]] = {
