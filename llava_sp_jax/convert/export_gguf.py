@@ -32,7 +32,7 @@ from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError, Tensor
 from llava_sp_jax.data import conversation
 
-DECODER, PICTURES = "model.gguf", "mmproj.gguf"
+DECODER = "model.gguf"
 ROPES = ("default", "linear", "llama3")  # kinds of scaled positions that are written
 _BY_TOKEN = (EMBEDDING, "output.weight")  # tensors with a row for each id
 
@@ -87,7 +87,10 @@ def write(model: Loaded, out: Path, tower: list[Tensor], projector: list[Tensor]
     named = [(renamed(t.name, gguf_mmproj.NAMES, back=True), t) for t in (*tower, *projector)]
     tensors = [t.renamed(name) for name, t in named if name]  # llama.cpp would apply the last norm
     values = gguf_mmproj.metadata(model.config)
-    _save(out / PICTURES, gguf_mmproj.ARCHITECTURE, _about(model, "mmproj"), values, tensors)
+    about = _about(model, "mmproj")
+    for file in gguf_mmproj.files(model.config):
+      found = [gguf_mmproj.ordered(t, file) for t in tensors]
+      _save(out / file, gguf_mmproj.ARCHITECTURE, about, values, found)
 
 
 def _write_decoder(model: Loaded, path: Path) -> None:

@@ -6,20 +6,31 @@ Source: llama.cpp's `tools/mtmd` (clip.cpp, clip-impl.h, mtmd-image.cpp).
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
+
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import settings_out
 from llava_sp_jax.convert.gguf_names import Names
 from llava_sp_jax.convert.keys import Json
+from llava_sp_jax.convert.tensor import Tensor
 from llava_sp_jax.models import build
 
 ARCHITECTURE = "clip"
+FILE = "mmproj.gguf"
+# For llama.cpp since May 2025, which puts CLIP's class token behind the patches, but gives positions,
+# and reads patches, as if it were in front (ggml-org/llama.cpp#25814). In this file, the positions
+# are in that order. What remains is that the class token takes the place of the first patch.
+CLASS_LAST = "mmproj-class-last.gguf"
+_POSITIONS = "v.position_embd.weight"
 PAD_COLOR = (122, 116, 104)  # with which llama.cpp makes pictures square: CLIP's mean
 
 _BLOCK, _LAYER = "v.blk.{layer}", "vision_model.encoder.layers.{layer}"
 _KINDS = ("weight", "bias")
 NAMES: Names = (
   ("v.class_embd", "vision_model.embeddings.class_embedding"),
-  ("v.position_embd.weight", "vision_model.embeddings.position_embedding.weight"),
+  (_POSITIONS, "vision_model.embeddings.position_embedding.weight"),
   *((f"v.patch_embd.{k}", f"vision_model.embeddings.patch_embedding.{k}") for k in _KINDS),
   *((f"v.pre_ln.{k}", f"vision_model.pre_layrnorm.{k}") for k in _KINDS),
   *(
@@ -39,7 +50,7 @@ NAMES: Names = (
   *((f"mm.{n}.{k}", f"model.mm_projector.{n}.{k}") for n in "02" for k in _KINDS),
 )
 # llama.cpp adds these to float32 values, or takes rows or columns of them, which needs float32.
-EXACT = ("v.class_embd", "v.position_embd.weight", "v.patch_embd.weight")
+EXACT = ("v.class_embd", _POSITIONS, "v.patch_embd.weight")
 
 
 def obstacle(config: config_lib.Config) -> str:
@@ -69,9 +80,24 @@ def differences(config: config_lib.Config) -> list[str]:
     ]
   else:
     found = ["pads pictures that are not square after it resizes them"]
-  if config.model.tower.variant == "clip":
-    found.append("has CLIP's class token behind the patches (ggml-org/llama.cpp#25814)")
+  if CLASS_LAST in files(config):
+    found.append(
+      "has CLIP's class token behind the patches (ggml-org/llama.cpp#25814; until that is mended, "
+      f"take {CLASS_LAST})"
+    )
   return found
+
+
+def files(config: config_lib.Config) -> tuple[str, ...]:
+  """Returns the names of the files that encode pictures for a model, which `obstacle` admits."""
+  return (FILE, CLASS_LAST) if config.model.tower.variant == "clip" else (FILE,)
+
+
+def ordered(tensor: Tensor, file: str) -> Tensor:
+  """Returns a tensor as `file` has it: with the position of the class token first, or last."""
+  if file != CLASS_LAST or tensor.name != _POSITIONS:
+    return tensor
+  return dataclasses.replace(tensor, array=lambda: np.roll(tensor.array(), -1, axis=0))
 
 
 def metadata(config: config_lib.Config) -> Json:

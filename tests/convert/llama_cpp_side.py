@@ -74,8 +74,8 @@ def _nothing(level: int, text: bytes, data: Any) -> None:
   """What llama.cpp says of each picture is left out."""
 
 
-def with_pictures(llm: Any, folder: Path) -> Any:
-  """Makes `llm` encode pictures with mmproj.gguf; returns what must live as long as it."""
+def with_pictures(llm: Any, file: Path) -> Any:
+  """Makes `llm` encode pictures with a file; returns what must live as long as it."""
   from llama_cpp import mtmd_cpp
   from llama_cpp.llama_chat_format import Llava15ChatHandler
 
@@ -85,7 +85,7 @@ def with_pictures(llm: Any, folder: Path) -> Any:
   class Handler(Llava15ChatHandler):  # type: ignore[misc]
     DEFAULT_SYSTEM_MESSAGE = None
 
-  handler = Handler(str(folder / "mmproj.gguf"), verbose=False)
+  handler = Handler(str(file), verbose=False)
   template = llm.metadata["tokenizer.chat_template"]
   handler.CHAT_FORMAT = template.removeprefix("{{ bos_token }}")  # the handler adds the token
   llm.chat_handler = handler
@@ -93,7 +93,7 @@ def with_pictures(llm: Any, folder: Path) -> Any:
 
 
 def encoded(llm: Any, handler: Any, image: Image.Image) -> np.ndarray:
-  """Tokens [N, D] of a picture, as mmproj.gguf makes them."""
+  """Tokens [N, D] of a picture, as llama.cpp makes them."""
   from llama_cpp import mtmd_cpp
 
   handler._init_mtmd_context(llm)

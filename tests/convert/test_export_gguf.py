@@ -148,6 +148,14 @@ def test_tower_and_projector_are_written_whole(
     exact = stored.ndim == 1 or name in gguf_mmproj.EXACT
     assert stored.dtype == (np.float32 if exact else tensor.dtype), name
     np.testing.assert_array_equal(stored, tensor.array().astype(stored.dtype), err_msg=name)
+  last = tmp_path / "x" / gguf_mmproj.CLASS_LAST
+  assert last.exists() == (tower == "clip")
+  if last.exists():
+    moved = "v.position_embd.weight"
+    one, two = (values_of(c, moved) for c in (container, contents(last)))
+    np.testing.assert_array_equal(two, [*one[1:], one[0]])
+    for name in {p.name for p in container.tensors} - {moved}:
+      np.testing.assert_array_equal(values_of(container, name), values_of(contents(last), name))
 
 
 def test_only_llava_gets_a_file_of_the_tower(tokenizer: Path, tmp_path: Path) -> None:
