@@ -48,7 +48,7 @@ setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],  # drivers older than 580
-    "gguf": ["gguf>=0.19"],  # read GGUF language models
+    "gguf": ["gguf>=0.19"],  # read GGUF language models, write files for llama.cpp
     "tensorboard": ["tensorboardX>=2.6"],  # train.sinks: writes TensorBoard files, nothing else
     "wandb": ["wandb>=0.21"],  # train.sinks
     "xlsx": ["openpyxl>=3.1"],  # MMBench's submission; 3 MB, no compiled parts

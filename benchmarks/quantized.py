@@ -30,7 +30,7 @@ from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import provenance
 from llava_sp_jax.batch import BRANCHES
-from llava_sp_jax.convert import formats, gguf
+from llava_sp_jax.convert import formats, gguf_tokenizer
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Generation, Request
@@ -111,7 +111,7 @@ def perplexity(options: argparse.Namespace) -> list[dict[str, Any]]:
   """Computes the perplexity of SmolLM2 for each way, in float32, and the bytes of a decode step."""
   file = Path(runpy.run_path(str(REPOSITORY / "configs/easy_vqa_smollm2.py"))["gguf_path"]())
   with tempfile.TemporaryDirectory() as folder:
-    gguf.write_tokenizer(file, Path(folder))
+    gguf_tokenizer.write_tokenizer(file, Path(folder))
     tokens, digest = text_rows(Tokenizer(folder), options.rows, options.length)
   source = formats.open_checkpoint(file, formats.Options())
   lines: list[dict[str, Any]] = []

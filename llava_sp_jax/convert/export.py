@@ -15,8 +15,8 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
-from llava_sp_jax.convert import export_hf as save_hf
 from llava_sp_jax.convert import (
+  export_gguf,
   export_huggingface,
   export_stablehlo,
   huggingface,
@@ -25,6 +25,7 @@ from llava_sp_jax.convert import (
   tables,
   torch_write,
 )
+from llava_sp_jax.convert import export_hf as save_hf
 from llava_sp_jax.convert.folding import fold
 from llava_sp_jax.convert.formats import NOTE, copy_tokenizer
 from llava_sp_jax.convert.leaves import to_tensors
@@ -134,6 +135,12 @@ def _vllm(model: Loaded, out: Path) -> None:
   _note(model, out)  # whose variant keeps it from being read as a LLaVA without spatial tokens
 
 
+def _gguf(model: Loaded, out: Path) -> None:
+  """Writes llama.cpp's files: the decoder, and tower and patch MLP if it can encode pictures."""
+  projector = to_tensors(model.part("projector"), _projector_names(model))
+  export_gguf.write(model, out, _tower_tensors(model), projector)
+
+
 def _tower_tensors(model: Loaded) -> list[Tensor]:
   """Returns the tower under its own names, with a last norm.
 
@@ -217,7 +224,7 @@ class Export:
   """Describes a format that can be written.
 
   `folds` merges adapters into the weights first. `refuse` raises FormatError for a model that the
-  format cannot hold.
+  format cannot hold. `note` says what a user of the result must know.
   """
 
   what: str
@@ -225,6 +232,7 @@ class Export:
   parts: tuple[str, ...]
   folds: bool = True
   refuse: Callable[[Loaded], None] = lambda model: None
+  note: Callable[[Loaded], str] = lambda model: ""
 
 
 EXPORTS: dict[str, Export] = {
@@ -244,6 +252,9 @@ EXPORTS: dict[str, Export] = {
   "stablehlo": Export("programs of encode, prefill and decode, for jax without this package",
                       export_stablehlo.write, ("vision_tower", "projector", "language_model"),
                       refuse=export_stablehlo.refuse),
+  "gguf": Export("llama.cpp: the decoder, and what encodes pictures (variant none)", _gguf,
+                 ("vision_tower", "projector", "language_model"), refuse=export_gguf.refuse,
+                 note=export_gguf.note),
   "language_model": Export("the decoder alone, for transformers", _language_model,
                            ("language_model",)),
   "vision_tower": Export("the vision tower alone, for transformers", _vision_tower,
@@ -272,7 +283,7 @@ def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
 
 def _set_default_mode(folder: Path) -> None:
   """Gives all files the default mode, because some writers make theirs private."""
-  mode = (folder / "config.json").stat().st_mode
+  mode = folder.stat().st_mode & 0o666
   for path in folder.rglob("*"):
     if path.is_file():
       path.chmod(mode)

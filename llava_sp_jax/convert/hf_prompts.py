@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,7 @@ _CHAT = """\
 {{{{ {system} }}}}{{% for message in messages %}}\
 {{% set text = namespace(images='', said='') %}}\
 {{% if message['content'] is string %}}{{% set text.said = message['content'] %}}{{% else %}}\
-{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}\
-{{% set text.images = text.images + {image} %}}{{% elif part['type'] == 'text' %}}\
+{{% for part in message['content'] %}}{{% if {pictures}{{% elif part['type'] == 'text' %}}\
 {{% set text.said = text.said + part['text'] %}}{{% endif %}}{{% endfor %}}{{% endif %}}\
 {{% if message['role'] == 'user' %}}\
 {{{{ ({first} if loop.first else {before}) + text.images + text.said + {after} }}}}\
@@ -184,10 +183,22 @@ _CHAT = """\
 {{% endfor %}}"""
 
 
-def chat_template(template: Template, start: str = "") -> str:
+_URL = "(part['image_url'] if part['image_url'] is string else part['image_url']['url'])"
+# What stands for a picture in the parts of a message, by their type: transformers' own, and those of
+# llama.cpp's server and of llama-cpp-python, which replace the text by a picture.
+TRANSFORMERS = {"image": json.dumps(IMAGE)}
+LLAMA_CPP = {"media_marker": "part['text']", "image_url": _URL}
+
+
+def chat_template(
+  template: Template, start: str = "", pictures: Mapping[str, str] = TRANSFORMERS
+) -> str:
   """Returns a conversation template as Jinja, for transformers' `apply_chat_template`.
 
-  Returns "" for a template without turns.
+  Args:
+    template: the template; one without turns gives "".
+    start: what a conversation begins with.
+    pictures: expressions for a picture, by the type of a part.
   """
   if template.image_only:
     return ""
@@ -199,6 +210,11 @@ def chat_template(template: Template, start: str = "") -> str:
     "after": template.after,
     "answer": template.answer,
     "end": template.end,
-    "image": f"{template.image}\n",
   }
-  return _CHAT.format(**{name: json.dumps(text) for name, text in values.items()})
+  ahead, behind = (json.dumps(text) for text in f"{template.image}\n".split(IMAGE))
+  branches = "{% elif ".join(
+    f"part['type'] == '{kind}' %}}{{% set text.images = text.images + {ahead} + {what} + {behind} %}}"
+    for kind, what in pictures.items()
+  )
+  said = {name: json.dumps(text) for name, text in values.items()}
+  return _CHAT.format(pictures=branches, **said)

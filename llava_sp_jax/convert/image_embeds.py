@@ -1,6 +1,6 @@
-"""Writes image tokens for servers that take them in place of images: vLLM with `--enable-mm-embeds`.
+"""Writes image tokens for programs that take them in place of images.
 
-vLLM reads a bare [N, D] as N images of one token each, without an error. So the functions here
+They are vLLM with `--enable-mm-embeds`, and llama.cpp, whose batches may hold embeddings. vLLM reads a bare [N, D] as N images of one token each, without an error. So the functions here
 never write one where it would be read so.
 
 Shape letters:  N tokens of an image . D width of the decoder
@@ -47,17 +47,42 @@ def _parts(images: Sequence[np.ndarray], path: Path) -> None:
   path.write_text("".join(f"{json.dumps(content_part(image))}\n" for image in images))
 
 
+def _array(images: Sequence[np.ndarray], path: Path) -> None:
+  """Writes what `numpy.load` returns as one array [images, N, D].
+
+  Raises: FormatError for images with different numbers of tokens, and for bfloat16, which numpy does
+    not know.
+  """
+  counts = sorted({len(image) for image in images})
+  if len(counts) > 1:
+    raise FormatError(
+      f"{path}: the images have {counts} tokens, which are no one array; name a .safetensors file"
+    )
+  if images[0].dtype.kind != "f":
+    raise FormatError(f"{path}: numpy has no {images[0].dtype}; take --dtype float32 or float16")
+  np.save(path, np.stack(images))
+
+
+def _arrays(images: Sequence[np.ndarray], path: Path) -> None:
+  """Writes an array [N, D] for each image, named by its number: "0", "1", ..."""
+  import safetensors.numpy
+
+  safetensors.numpy.save_file({str(i): np.ascontiguousarray(x) for i, x in enumerate(images)}, path)
+
+
 # By the ending of a file's name.
 WRITERS: dict[str, Callable[[Sequence[np.ndarray], Path], None]] = {
   ".pt": _tensors,
   ".jsonl": _parts,
+  ".npy": _array,
+  ".safetensors": _arrays,
 }
 
 
 def check_name(path: Path) -> None:
   """Raises FormatError for a file whose ending is not in WRITERS."""
   if path.suffix not in WRITERS:
-    raise FormatError(f"{path}: expected a file that ends with {' or '.join(WRITERS)}")
+    raise FormatError(f"{path}: expected a file that ends with {', '.join(WRITERS)}")
 
 
 def write(images: Sequence[np.ndarray], path: Path) -> None:

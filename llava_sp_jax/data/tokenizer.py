@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class Backend(Protocol):
   eos_id: int | None
   special_ids: frozenset[int]
   mark_ids: frozenset[int]  # special tokens except the one for unknown text
+  added: Mapping[str, int]  # ids of tokens that are found in a text before it is split
 
   def __len__(self) -> int: ...  # one more than the largest id
   def spans(self, text: str, inside: bool) -> Spans: ...
@@ -99,6 +100,16 @@ class Tokenizer:
   def special_ids(self) -> frozenset[int]:
     """Returns the ids of special tokens, which `decode` leaves out."""
     return self._backend.special_ids
+
+  @property
+  def added(self) -> Mapping[str, int]:
+    """Returns {text: id} of the tokens that are found in a text before the rest of it is split."""
+    return self._backend.added
+
+  @property
+  def model_file(self) -> Path | None:
+    """Returns the file of sentencepiece that texts are split with; None for other tokenizers."""
+    return self.path / MODEL_FILE if isinstance(self._backend, SentencePiece) else None
 
   def has_special(self, text: str) -> bool:
     """Returns whether `text` contains a special token, other than that of unknown text."""
@@ -167,6 +178,7 @@ class SentencePiece:
     self._legacy = settings.get("legacy") in (None, True)
     self._ids = self._added(settings, _json(folder / "added_tokens.json"))
     longest_first = sorted(self._ids, key=len, reverse=True)
+    self.added: Mapping[str, int] = self._ids
     self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
     self._blank = self._without.piece_to_id(BLANK)
     self.special_ids = frozenset(self._ids.values())
@@ -232,6 +244,9 @@ class HuggingFace:
     # Never runs code from the folder, and does not prompt for permission to do so.
     self._inner: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     self.eos_id: int | None = self._inner.eos_token_id
+    self.added: Mapping[str, int] = {
+      t.content: i for i, t in self._inner.added_tokens_decoder.items()
+    }
     marked = {i for i, token in self._inner.added_tokens_decoder.items() if token.special}
     self.special_ids = frozenset({*self._inner.all_special_ids, *marked})
     self.mark_ids = self.special_ids - {self._inner.unk_token_id}

@@ -1,4 +1,4 @@
-"""llava-sp encode: writes the image tokens of pictures, for a server that has the decoder."""
+"""llava-sp encode: writes the image tokens of pictures, for a program that has the decoder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llava_sp_jax.tools.convert import source_options, to_options
 EXAMPLES = """example:
   llava-sp encode runs/finetune tokens.pt a.png b.png      multi_modal_data={"image": torch.load(..)}
   llava-sp encode runs/finetune parts.jsonl a.png b.png    a part of a chat message for each picture
+  llava-sp encode runs/finetune tokens.npy a.png b.png     an array [pictures, tokens, width]
 """
 
 
@@ -19,14 +20,17 @@ def parser() -> argparse.ArgumentParser:
   """Returns the parser of the command's options."""
   result = arguments.Parser(
     prog="llava-sp encode",
-    description="Writes what the decoder reads of pictures, for a vLLM that runs what `llava-sp "
+    description="Writes what the decoder reads of pictures. For a vLLM that runs what `llava-sp "
     "export --format vllm` wrote: a tensor [pictures, tokens, width] of torch, or parts of chat "
-    "messages. docs/leaving.md says how to start it.",
+    "messages. For llama.cpp, after `--format gguf`: an array of numpy, or a safetensors file with "
+    "an array for each picture. docs/leaving.md says how to use them.",
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   result.add_argument("checkpoint", metavar="CKPT")
-  result.add_argument("out", metavar="OUT", type=Path, help="new file, .pt or .jsonl")
+  result.add_argument(
+    "out", metavar="OUT", type=Path, help="new file, .pt, .jsonl, .npy or .safetensors"
+  )
   result.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path)
   source_options(result)
   result.add_argument(

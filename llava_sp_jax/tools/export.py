@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     prog="llava-sp export",
     description="Writes a run, a converted checkpoint, or any checkpoint that convert reads, as "
     "huggingface (transformers, any variant), vllm (for image tokens of llava-sp encode), stablehlo "
-    "(programs for jax alone), llava_lora "
+    "(programs for jax alone), gguf (llama.cpp), llava_lora "
     "(adapter and non_lora_trainables.bin of the original code), llava (its merged folder), llava_hf "
     "(transformers' LLaVA), language_model or vision_tower alone. docs/leaving.md says which for "
     "whom.",
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     "--format",
     required=True,
     metavar="NAME",
-    help="huggingface, vllm, stablehlo, llava_lora, llava, llava_hf, language_model or vision_tower",
+    help="huggingface, vllm, stablehlo, gguf, llava_lora, llava, llava_hf, language_model or vision_tower",
   )
   source_options(result)
   result.add_argument(
@@ -58,4 +58,7 @@ def main(argv: list[str]) -> None:
   given = to_options(options, options.checkpoint)
   source = opening.open_any(options.checkpoint, given)
   export.export(source, options.format, options.out, options.dtype)
-  console.say(f"{options.out}: {export.EXPORTS[options.format].what}")
+  row = export.EXPORTS[options.format]
+  console.say(f"{options.out}: {row.what}")
+  if said := row.note(source):
+    console.say(said)

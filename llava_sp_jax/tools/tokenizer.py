@@ -19,8 +19,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("out", type=Path, help="new folder")
   options = parser.parse_args(argv)
   from llava_sp_jax import folders
-  from llava_sp_jax.convert import gguf
+  from llava_sp_jax.convert import gguf_tokenizer
 
   with folders.new(options.out, "tokenizer"):
-    gguf.write_tokenizer(options.gguf, options.out)
+    gguf_tokenizer.write_tokenizer(options.gguf, options.out)
   console.say(f"written: {options.out}/tokenizer.json")

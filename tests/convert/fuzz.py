@@ -192,7 +192,7 @@ def _places(path: Path) -> list[_Place]:
   """Tensors under the file's own names and in its order of rows, after our door opened all of it."""
   arrays(gguf.open_gguf(path))
   gguf.config(path)
-  container = gguf._open(path)
+  container = gguf.open_llama(path)
   return [_Place(p.name, gguf._reader(container, p)()) for p in container.tensors]
 
 

@@ -183,7 +183,9 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
   write(tmp_path / "x.gguf", architecture="gemma")
-  with pytest.raises(FormatError, match="expected the architecture 'llama', found 'gemma'"):
+  with pytest.raises(
+    FormatError, match="expected the architecture 'llama' or 'qwen2', found 'gemma'"
+  ):
     ours.config(tmp_path / "x.gguf")
 
 

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import llava_sp_jax as llava
 from llava_sp_jax import cli
@@ -54,8 +55,26 @@ def test_one_picture_is_no_two_dimensional_tensor(tmp_path: Path) -> None:
   for wrong in ([], [a[0]], [a, b[:, :3]], [np.stack([a, b])]):
     with pytest.raises(FormatError, match=r"expected the tokens \[N, D\]"):
       image_embeds.write(wrong, tmp_path / "wrong.pt")
-  with pytest.raises(FormatError, match=r"ends with .pt or .jsonl"):
-    image_embeds.write([a], tmp_path / "x.npy")
+  with pytest.raises(FormatError, match=r"ends with .pt, .jsonl, .npy, .safetensors"):
+    image_embeds.write([a], tmp_path / "x.bin")
+
+
+def test_arrays_of_image_tokens(tmp_path: Path) -> None:
+  """For llama.cpp, which is given them picture by picture."""
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(2, 7, 4)).astype(np.float32)
+  image_embeds.write([a, b], tmp_path / "x.npy")
+  np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), [a, b])
+  rounded = [x.astype(ml_dtypes.bfloat16) for x in (a, b[:5])]
+  image_embeds.write(rounded, tmp_path / "x.safetensors")
+  found = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+  assert list(found) == ["0", "1"]
+  for name, tokens in zip("01", rounded, strict=True):
+    np.testing.assert_array_equal(found[name], tokens)
+  with pytest.raises(FormatError, match=r"\[5, 7\] tokens.*name a .safetensors"):
+    image_embeds.write([a, b[:5]], tmp_path / "y.npy")
+  with pytest.raises(FormatError, match=r"numpy has no bfloat16; take --dtype float32"):
+    image_embeds.write(rounded[:1], tmp_path / "y.npy")
 
 
 def test_the_folder_of_vllm_is_not_taken_for_a_whole_model(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,19 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from llava_sp_jax import config as config_lib
-from llava_sp_jax import recipes
 from llava_sp_jax.checkpoints import opening
 from llava_sp_jax.convert import export, formats, hf_prompts, leaves
 from llava_sp_jax.convert.loaded import Loaded
 from llava_sp_jax.convert.torch_io import FormatError
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.example import IMAGE_ID
-from llava_sp_jax.data.tokenizer import Tokenizer, train_bpe
+from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer import pretrained
 from llava_sp_jax.infer.engine import Engine, Request
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.pretrained import Pretrained
-from llava_sp_jax.training import loop
-from tests.conftest import REPOSITORY, ConfigMaker
+from tests.conftest import ConfigMaker
+from tests.convert.leaving import trained
 from tests.convert.test_round_trip import source
 from tests.infer.tiny import random_model
 
@@ -121,41 +118,10 @@ def test_the_export_answers_as_ours(
 @pytest.mark.guard
 def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path: Path) -> None:
   """The published pictures and questions, after a training that is long enough to tell them apart."""
-  easy_vqa = pytest.importorskip("easy_vqa")
-  questions, answers_, numbers = easy_vqa.get_train_questions()
-  turns: dict[int, list[dict[str, str]]] = {}
-  for question, answer, number in zip(questions, answers_, numbers, strict=True):
-    mark = "" if number in turns else "<image>\n"
-    turns.setdefault(number, []).extend(
-      [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
-    )
-  samples = [{"image": f"{n}.png", "conversations": turns[n]} for n in sorted(turns)[:400]]
-  (tmp_path / "train.json").write_text(json.dumps(samples))
-  v1 = conversation.TEMPLATES["v1"]
-  texts = [
-    f"{v1.system}{v1.before}\n{q}{v1.after} {a}" for q, a in zip(questions, answers_, strict=True)
-  ]
-  train_bpe(texts[:4000], tmp_path / "tokenizer", 512)
-  config = recipes.load(f"{REPOSITORY}/configs/easy_vqa.py:stage=finetune,variant=none")
-  config = config_lib.override(
-    config,
-    {
-      "config.data.path": str(tmp_path / "train.json"),
-      "config.optimizer.stage": "pretrain_all",
-      "config.data.image_folder": str(Path(easy_vqa.__file__).parent / "data/train/images"),
-      "config.data.tokenizer": str(tmp_path / "tokenizer"),
-      "config.model.lora.rank": "0",
-      "config.train.steps": "150",
-      "config.optimizer.learning_rate": "1e-3",
-    },
-  )
-  loop.train(config, tmp_path / "run")
-  ours = pretrained.from_run(tmp_path / "run")
-  export.export(opening.open_any(tmp_path / "run", formats.Options()), "llava_hf", tmp_path / "hf")
-  questions, _, numbers = easy_vqa.get_test_questions()
-  paths = easy_vqa.get_test_image_paths()
-  chosen = range(0, len(questions), len(questions) // 19)[:20]  # each of another picture
-  asked = [(Image.open(paths[numbers[i]]).convert("RGB"), questions[i]) for i in chosen]
+  run, chosen = trained(tmp_path, "none", 20)
+  asked = [(Image.open(path).convert("RGB"), question) for path, question in chosen]
+  ours = pretrained.from_run(run)
+  export.export(opening.open_any(run, formats.Options()), "llava_hf", tmp_path / "hf")
   engine = Engine(ours, 4, Generation(max_new_tokens=8))
   wanted = [a.ids for a in engine.answer([Request(q, (p,)) for p, q in asked])]
   assert len(asked) == 20

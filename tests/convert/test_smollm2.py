@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.checkpoints import own_folders
-from llava_sp_jax.convert import formats, gguf, settings
+from llava_sp_jax.convert import formats, gguf, gguf_tokenizer, settings
 from llava_sp_jax.data import conversation, reading
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.infer.engine import Answer, Engine, Request
@@ -52,7 +52,7 @@ def tensors(smollm2_file: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
   folder = tmp_path_factory.mktemp("smollm2")
-  gguf.write_tokenizer(smollm2_file, folder)
+  gguf_tokenizer.write_tokenizer(smollm2_file, folder)
   return Tokenizer(folder)
 
 
@@ -197,7 +197,7 @@ def test_tokenizer_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 def test_tokenizer_agrees_with_the_merges(smollm2_file: Path, tokenizer: Tokenizer) -> None:
   """A byte-pair encoder written out here gives the same ids for each word."""
-  values = gguf._open(smollm2_file).values
+  values = gguf.open_llama(smollm2_file).values
   vocabulary = {t.decode(): i for i, t in enumerate(values["tokenizer.ggml.tokens"])}
   merges = [merge.decode() for merge in values["tokenizer.ggml.merges"]]
   ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
@@ -213,7 +213,7 @@ def test_tokenizer_agrees_with_the_merges(smollm2_file: Path, tokenizer: Tokeniz
 def test_template_is_the_models_own(smollm2_file: Path, tokenizer: Tokenizer) -> None:
   """`TEMPLATES["smollm2"]`, piece by piece, gives the ids of the GGUF's chat template."""
   jinja2 = pytest.importorskip("jinja2")
-  source = gguf._open(smollm2_file).values["tokenizer.chat_template"].decode()
+  source = gguf.open_llama(smollm2_file).values["tokenizer.chat_template"].decode()
   rendered = jinja2.Template(source)
   turns = [("what is the blue shape?", "circle"), ("how many are 12 and 7?", "19, I think.")]
   messages = []

