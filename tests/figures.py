@@ -99,6 +99,19 @@ def workload(name: str) -> float:
   return next(r["ratio"] for r in result("eval_throughput")["records"] if r["workload"] == name)
 
 
+def perplexity(weights: str, cache: str = "") -> float:
+  """By how many percent these formats raise the perplexity of SmolLM2."""
+  rows = result("quantized")["perplexity"]
+  return 100 * next(r["change"] for r in rows if (r["weights"], r["cache"]) == (weights, cache))
+
+
+def changed_by_int4() -> int:
+  """Answers of the demo that are not those of float weights in bfloat16."""
+  return next(
+    r["changed"] for r in result("quantized")["answers"] if (r["weights"], r["cache"]) == ("int4", "")
+  )
+
+
 # Means of the ablation as the table of docs/variants.md shows them.
 VARIANTS = {"none": "81.4%", "register": "80.9%", "pooling": "83.5%", "cropping": "83.6%",
             "both": "84.4%", "cropping_sfe": "85.2%", "pooling_dfi": "84.5%"}  # fmt: skip
@@ -142,6 +155,10 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],
   ("docs/performance.md", "3.636 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/converting.md", "2.4 GB"): memory_of_conversion,
+  ("docs/quantized.md", "10 of 9,673"): changed_by_int4,
+  ("docs/quantized.md", "0.15%"): functools.partial(perplexity, "int8"),
+  ("docs/quantized.md", "0.06%"): functools.partial(perplexity, "int4"),
+  ("docs/quantized.md", "30.5%"): functools.partial(perplexity, "int4_64"),
 }  # fmt: skip
 
 # Numbers that are no results of ours: (page, figure): what they are instead.
@@ -154,6 +171,7 @@ STATED: dict[tuple[str, str], str] = {
   ("CONTRIBUTING.md", "12 minutes"): "what the default suite may take",
   ("CONTRIBUTING.md", "25 minutes"): "what the guards may take",
   ("CONTRIBUTING.md", "0.8 GB"): "what their packages take on the disk",
+  ("CONTRIBUTING.md", "0.6 GB"): "what scripts/clients.sh fetches",
   ("docs/variants.md", "95%"): "the level of an interval",
   ("docs/accelerator.md", "40 GiB"): "a limit in benchmarks/accelerator.py",
   ("docs/accelerator.md", "28 MB"): "the size of wheels",
