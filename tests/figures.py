@@ -108,7 +108,9 @@ def perplexity(weights: str, cache: str = "") -> float:
 def changed_by_int4() -> int:
   """Answers of the demo that are not those of float weights in bfloat16."""
   return next(
-    r["changed"] for r in result("quantized")["answers"] if (r["weights"], r["cache"]) == ("int4", "")
+    r["changed"]
+    for r in result("quantized")["answers"]
+    if (r["weights"], r["cache"]) == ("int4", "")
   )
 
 
