@@ -1,4 +1,4 @@
-"""Compares formats of weights and cache: answers on easy-VQA, perplexity of SmolLM2, bytes of a step.
+"""Compares formats of weights and cache: answers on easy-VQA, perplexity and speed of SmolLM2, bytes.
 
 Usage: python benchmarks/quantized.py --checkpoint runs/easy_vqa/pooling-0/finetune --data data/easy_vqa
 
@@ -19,7 +19,9 @@ import hashlib
 import math
 import pydoc_data.topics
 import runpy
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +61,7 @@ WAYS = (
   Way("int4", "int8"),
 )
 NEW_TOKENS = 8  # of an answer on easy-VQA
+STEPS = 24  # that are timed; the first quarter is not counted
 
 
 def answers(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -176,6 +179,54 @@ def _loss(config: Any, params: Any, tokens: np.ndarray) -> jax.Array:
   return run({"language_model": params["language_model"]}, jnp.asarray(tokens))
 
 
+def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
+  """Times a decode step of SmolLM2 for each way, in the dtype that is fast here."""
+  file = Path(runpy.run_path(str(REPOSITORY / "configs/easy_vqa_smollm2.py"))["gguf_path"]())
+  source = formats.open_checkpoint(file, formats.Options())
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  lines: list[dict[str, Any]] = []
+  for way in WAYS:
+    loaded = pretrained.answering(source, True, dtype, *way)
+    flat = {
+      path: leaf.read() for path, leaf in loaded.leaves.items() if path.startswith("language_model")
+    }
+    params = jax.tree.map(jnp.asarray, unflatten_dict(flat, sep="/"))
+    for rows in (1, 16):
+      milliseconds = 1e3 * _step_seconds(loaded.config.model, params, rows, options.length)
+      lines.append({"dtype": dtype, **way._asdict(), "rows": rows, "step_ms": milliseconds})
+      print("speed", lines[-1], flush=True)
+    del params, flat
+    gc.collect()
+  return lines
+
+
+def _step_seconds(config: Any, params: Any, rows: int, capacity: int) -> float:
+  """Returns the median seconds of a step of `rows` rows, with `capacity` positions each."""
+  module = build.model(config)
+  text = module.language_model
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def step(params: Any, cache: cache_lib.KVCache, token: jax.Array) -> tuple[Any, jax.Array]:
+    apply = functools.partial(module.apply, {"params": params})
+    segments = jnp.full(token.shape, BRANCHES, jnp.int32)
+    at = cache.length[:, None]
+    hidden, pair = apply(token, at, segments, None, None, cache, method="extend")
+    chosen = jnp.argmax(apply(hidden[:, -1], method="logits"), axis=-1)
+    return cache_lib.append(cache, pair, jnp.ones((rows,), jnp.int32)), chosen[:, None]
+
+  cache = cache_lib.allocate(
+    text.layers, rows, capacity, text.kv_heads, text.head_dim, text.dtype, True, text.cache_format
+  )
+  cache = cache._replace(length=jnp.full((rows,), capacity // 2, jnp.int32))
+  params, token = {"language_model": params["language_model"]}, jnp.ones((rows, 1), jnp.int32)
+  taken = []
+  for _ in range(STEPS):
+    begun = time.perf_counter()
+    cache, token = jax.block_until_ready(step(params, cache, token))
+    taken.append(time.perf_counter() - begun)
+  return statistics.median(taken[STEPS // 4 :])
+
+
 def page(report: dict[str, Any]) -> str:
   """Returns the report as markdown."""
   lines = ["# Formats of weights and cache", "", "Made by `python benchmarks/quantized.py`.", ""]
@@ -206,10 +257,25 @@ def page(report: dict[str, Any]) -> str:
       f"| {r['weights'] or 'none'} | {r['cache'] or 'float'} | {r['perplexity']:.3f} | "
       f"{100 * r['change']:+.2f}% | {r['weights_mb']:.1f} | {r['position_bytes']:,} |"
     )
+  lines += [
+    "",
+    "A decode step of SmolLM2-135M with a cache of 512 positions a row, half full; medians, in ms.",
+    "",
+    "| dtype | weights | cache | rows | ms a step | against floats |",
+    "|---|---|---|---|---|---|",
+  ]
+  floats = {
+    r["rows"]: r["step_ms"] for r in report.get("speed", ()) if not r["weights"] + r["cache"]
+  }
+  lines += [
+    f"| {r['dtype']} | {r['weights'] or 'none'} | {r['cache'] or 'float'} | {r['rows']} | "
+    f"{r['step_ms']:.1f} | {r['step_ms'] / floats[r['rows']]:.2f} |"
+    for r in report.get("speed", ())
+  ]
   return "\n".join(lines) + "\n"
 
 
-PARTS = {"answers": answers, "perplexity": perplexity}
+PARTS = {"answers": answers, "perplexity": perplexity, "speed": speed}
 
 
 def main() -> None:
@@ -222,7 +288,7 @@ def main() -> None:
   parser.add_argument("--batch", type=int, default=64, help="questions at a time")
   parser.add_argument("--rows", type=int, default=16, help="rows of the text")
   parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-  parser.add_argument("--part", choices=PARTS, help="only this part (default: both)")
+  parser.add_argument("--part", choices=PARTS, help="only this part (default: all)")
   parser.add_argument("--out", default="", help="write OUT.json and OUT.md")
   options = parser.parse_args()
   wanted = [options.part] if options.part else list(PARTS)
