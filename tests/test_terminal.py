@@ -105,7 +105,7 @@ def test_a_mistyped_option_is_told_with_the_one_that_was_meant(
     (["generate", "--checkpoint=x", "--question=q", "--temperature=nan"],
      "--temperature: expected 0 (greedy) or more, found nan"),
     (["generate", "--checkpoint=x", "--question=q", "--temperature=inf"], "or more, found inf"),
-    (["generate", "--checkpoint=x", "--question=q", "--seed=-1"], "expected 0 to 4294967295, found"),
+    (["generate", "--checkpoint=x", "--question=q", f"--seed={1 << 63}"], "an integer of 64 bits, found"),
     (["generate", "--checkpoint=x", "--question=q", "--max-new-tokens=99999999999"], "from 1 to 10"),
     (["convert", "a"], "the following arguments are required: OUT"),
     (["inspect", "x", "\x1b[2J"], "unknown \\x1b[2J"),

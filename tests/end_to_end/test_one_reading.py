@@ -209,7 +209,9 @@ def test_another_reading_of_the_prompt_is_noticed(
 ) -> None:
   """Each piece of a prompt read as a text of its own, as it once was."""
 
-  def piece_by_piece(text: str, images: int, template: Any, tokenizer: Any, *_: Any) -> Any:
+  def piece_by_piece(
+    text: str, images: int, template: Any, tokenizer: Any, *_: Any, **__: Any
+  ) -> Any:
     first, *others = conversation.prompt(text, template, images)
     runs = reading.tokenize([first], tokenizer)
     for piece in others:
@@ -220,6 +222,7 @@ def test_another_reading_of_the_prompt_is_noticed(
   monkeypatch.setattr(reading, "question", piece_by_piece)
   engine.forget()
   given = list(engine.answer(asked[::4]))
+  assert not any(answer.error for answer in given)
   engine.forget()
   count, differences = compared(run, asked[::4], given, "chain", tmp_path)
   assert len(differences) > count / 2

@@ -125,13 +125,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(n, marks=[pytest.mark.slow] * (n in ("one at a time", "nothing shared")))
-    for n in LAYOUTS
-  ],
-)
+TIERS = {
+  "one at a time": [pytest.mark.slow],
+  "nothing shared": [pytest.mark.slow],
+  "growing sizes": [pytest.mark.guard],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=TIERS.get(n, [])) for n in LAYOUTS])
 def test_no_answer_depends_on_the_layout(
   name: str, model: Pretrained, asked: list[Request], wanted: list[tuple[int, ...]]
 ) -> None:

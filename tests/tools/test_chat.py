@@ -228,7 +228,8 @@ class Terminal:
 
 # The loop of the command, with an engine that never ends its first answer.
 PROGRAM = """
-import itertools, os, sys, time
+import itertools, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 os.open(os.ttyname(0), os.O_RDWR)  # the terminal of this session, to which its keys belong
 from llava_sp_jax.tools import chat
 
