@@ -114,6 +114,26 @@ def changed_by_int4() -> int:
   )
 
 
+def served(clients: int, of: str) -> float:
+  """Tokens a second of the server, divided by those of the engine alone or of the torch server."""
+  found = result("serving")
+  rows = {
+    side: {r["clients"]: r["tokens_per_s"] for r in found[side]} for side in ("ours", "torch")
+  }
+  other = found["offline_tokens_per_s"] if of == "engine" else rows[of][clients]
+  return float(rows["ours"][clients] / other)
+
+
+def step_of(weights: str) -> float:
+  """Seconds of a decode step of one row on a CPU, divided by those with floats."""
+  rows = {
+    r["weights"]: r["step_ms"]
+    for r in result("quantized")["speed"]
+    if (r["rows"], r["cache"]) == (1, "")
+  }
+  return float(rows[weights] / rows[""])
+
+
 # Means of the ablation as the table of docs/variants.md shows them.
 VARIANTS = {"none": "81.4%", "register": "80.9%", "pooling": "83.5%", "cropping": "83.6%",
             "both": "84.4%", "cropping_sfe": "85.2%", "pooling_dfi": "84.5%"}  # fmt: skip
@@ -152,12 +172,17 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "1.41 times as"): lambda: result("image_loading")[-1]["ratio"],
   ("docs/performance.md", "40.3%"): lambda: 100 * result("packing")["fill"][0]["fill"],
   ("docs/performance.md", "86.6%"): lambda: 100 * result("packing")["fill"][2]["fill"],
-  ("docs/performance.md", "95.4%"): lambda: 100 * result("packing")["fill"][3]["fill"],
+  ("docs/performance.md", "95.6%"): lambda: 100 * result("packing")["fill"][3]["fill"],
   ("docs/performance.md", "2.4 GB"): memory_of_conversion,
   ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],
   ("docs/performance.md", "3.636 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/converting.md", "2.4 GB"): memory_of_conversion,
   ("docs/quantized.md", "10 of 9,673"): changed_by_int4,
+  ("docs/quantized.md", "0.71 times as"): functools.partial(step_of, "int8"),
+  ("docs/quantized.md", "4.35 times as"): functools.partial(step_of, "int4"),
+  ("docs/serving.md", "95.6%"): lambda: 100 * served(16, "engine"),
+  ("docs/serving.md", "1.77 times as"): functools.partial(served, 16, "torch"),
+  ("docs/serving.md", "0.76 times as"): functools.partial(served, 1, "torch"),
   ("docs/quantized.md", "0.15%"): functools.partial(perplexity, "int8"),
   ("docs/quantized.md", "0.06%"): functools.partial(perplexity, "int4"),
   ("docs/quantized.md", "30.5%"): functools.partial(perplexity, "int4_64"),
