@@ -6,6 +6,7 @@ Shape letters:  G rows of a group . T new positions . M tiles . N tokens per til
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import threading
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ class PictureCache:
     try:
       picture_read = self._read(picture)
     except Exception as error:
-      self._keep(key, error.with_traceback(None))
+      self._keep(key, copy.copy(error))  # the raised one holds its frames, and so the picture
       future.set_exception(error)
     else:
       self._keep(key, picture_read.plan, picture_read.tiles)
@@ -128,7 +129,7 @@ class PictureCache:
 
 def _plan(found: example.TokenPlan | Exception) -> example.TokenPlan:
   if isinstance(found, Exception):
-    raise found.with_traceback(None)
+    raise copy.copy(found)
   return found
 
 

@@ -44,9 +44,7 @@ class Limits:
   # The server
   connections: int = 1024  # open at the same time
   held_bytes: int = 512 << 20  # of the bodies of all requests that are read or answered
-  feature_bytes: int = (
-    2 << 30
-  )  # of the features of pictures that are kept; an eighth of free memory
+  feature_bytes: int = 2 << 30  # of features that are kept; at most an eighth of free memory
   prefix_bytes: int = 1 << 30  # of keys and values of earlier turns that are kept; likewise
   waiting: int = 256  # requests that wait for the engine
   waiting_tokens: int = 1 << 20  # of the prompts that wait for the engine

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.infer.caches import PictureCache
 from llava_sp_jax.infer.engine import Answer, Engine, EngineLayout, Generation, Request
 from llava_sp_jax.infer.pretrained import Pretrained
 from tests.infer.tiny import Oracle, random_model
@@ -329,3 +331,14 @@ def test_samples_depend_on_the_request_and_the_seed_only(
   left = [dataclasses.replace(asked[i], number=i) for i in some]
   assert ids(together.answer(left)) == [one[i] for i in some]
   assert ids(together.answer([asked[i] for i in some])) != [one[i] for i in some]
+
+
+def test_a_picture_that_cannot_be_read_is_not_kept(model: Pretrained) -> None:
+  """Its error is, which is raised each time, and holds no frame that would hold the picture."""
+  pictures = PictureCache.of(model.config)
+  for _ in range(2):
+    with pytest.raises(SampleError):
+      pictures.plan("x", b"no picture")
+  kept = pictures._plans["x"]
+  assert isinstance(kept, SampleError)
+  assert kept.__traceback__ is None
