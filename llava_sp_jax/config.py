@@ -160,6 +160,7 @@ class DataConfig:
   turns_per_row: int = 0  # 0: all; otherwise a random subset on each visit
   row_length: int = 2048  # tokens of text and images in a row
   packing: str = "none"  # how samples share rows
+  samples_per_batch: int = 0  # balanced: samples in the rows of a batch
   bucket_lengths: tuple[int, ...] = ()  # buckets: their row lengths; none: quarters of row_length
   too_long: str = "cut"  # for a row: cut (as the original), or quarantine
   processes: int = free(0)  # that measure samples before they are packed; 0: one for each core
@@ -200,6 +201,7 @@ class TrainConfig:
   """Sets the length of a run, its batches, and what is logged, saved and checked."""
 
   steps: int = 1000  # of the optimizer, in all
+  epochs: float = 0.0  # passes over the data, which give the steps; 0: as `steps` says
   batch_size: int = 128  # rows over all devices
   seed: int = 0  # of weights, order, dropout, augmentation
   log_every: int = free(10)  # steps between two records

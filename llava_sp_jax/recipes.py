@@ -86,21 +86,24 @@ class ModelSize:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Describes published data of LLaVA: its file, images and samples, and the global batch size."""
+  """Describes published data of LLaVA, and how a step reads them.
+
+  A step trains on `batch_samples` samples, as in the paper. They are packed into `rows` rows, which
+  have some room to spare, in micro-batches of 16 rows.
+  """
 
   file: str
   images: str  # folder of the images below `data=`
   samples: int
-  batch_size: int
+  batch_samples: int
+  rows: int
+  accumulate: int
   template: str
 
   @property
   def steps(self) -> int:
-    """Returns the number of steps of one epoch, with one sample in each row.
-
-    The last, incomplete batch is left out.
-    """
-    return self.samples // self.batch_size
+    """Returns the number of steps of one epoch; leaves out the last, incomplete batch."""
+    return self.samples // self.batch_samples
 
 
 SIZES = {
@@ -111,9 +114,11 @@ SIZES = {
   ),
 }
 
-# In the original, 256 is 8 GPUs x 16 rows x 2 accumulation steps, and 128 is 8 x 4 x 4.
-CAPTIONS = Dataset("blip_laion_cc_sbu_558k.json", "images", 558_128, 256, "plain")
-INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, "v1")
+# In the original, 256 is 8 GPUs x 16 samples x 2 accumulation steps, and 128 is 8 x 4 x 4. Here a row
+# holds three captions, or 2.15 samples of instructions on average (docs/results/packing.md).
+CAPTIONS = Dataset("blip_laion_cc_sbu_558k.json", "images", 558_128, 256, 96, 6, "plain")
+INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, 64, 4, "v1")
+IMAGES = 3  # of a row
 
 LORA = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
 
@@ -135,7 +140,7 @@ def llava(
     options: size, variant, init, data and checkpoints, parsed by `parse_arg` from STAGE_1 or
       STAGE_2.
     name: of the recipe; a part of the run's name.
-    dataset: what is trained on; gives the batch size and the steps of one epoch.
+    dataset: what is trained on; gives the batch and the steps of one epoch.
     optimizer: stage and rates; the cosine schedule, warm-up .03 and no weight decay are the
       defaults of `config.OptimizerConfig`.
     model: adapters and quantization.
@@ -159,8 +164,15 @@ def llava(
       "tokenizer": language_model,
       "template": dataset.template,
       "row_length": 2048,
+      "packing": "balanced",
+      "samples_per_batch": dataset.batch_samples,
+      "images_per_row": IMAGES,
     },
     "optimizer": optimizer,
-    "train": {"steps": dataset.steps, "batch_size": dataset.batch_size},
+    "train": {
+      "steps": dataset.steps,
+      "batch_size": dataset.rows,
+      "accumulate": dataset.accumulate,
+    },
     "init": {"checkpoint": options.init} if options.init else base,
   }

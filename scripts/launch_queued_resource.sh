@@ -2,7 +2,7 @@
 # Waits for a Cloud TPU pod slice and trains on it: a queued resource, requested again after every
 # preemption.
 #
-#   bash scripts/launch_queued_resource.sh --name NAME --zone ZONE --type v5litepod-256 \
+#   bash scripts/launch_queued_resource.sh --name NAME --zone ZONE --type v5litepod-16 \
 #     --version v2-alpha-tpuv5-lite --create-flag --spot \
 #     --config configs/finetune_lora.py:size=7b --workdir /mnt/share/runs/finetune
 #

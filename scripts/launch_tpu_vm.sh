@@ -10,9 +10,10 @@
 #                      it may run more than once
 # --create-flag FLAG   goes to `gcloud ... create`, may be repeated: --spot, --project=P, --network=N
 #
-# The committed state of this repository runs. After a preemption the pod is created again and the run
-# resumes from its last checkpoint, so --workdir must be a folder that outlives the pod and that all
-# workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
+# The committed state of this repository runs, with the recipe of --config if that is not committed: such
+# as the one that `llava-sp plan --search 12 --write FILE.py` writes for a slice. After a preemption the
+# pod is created again and the run resumes from its last checkpoint, so --workdir must be a folder that
+# outlives the pod and that all workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
 # training and follows its log. Arguments after -- go to llava-sp train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

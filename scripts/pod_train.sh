@@ -28,8 +28,11 @@ make_ready() {  # creates the pod, waits for it, and replaces it, until it is re
 
 train_until_complete() {
   local archive="${TMPDIR:-/tmp}/llava-sp-jax-$name.tgz" vm=(gcloud compute tpus tpu-vm) code flags
+  local recipe="${config%%:*}" added=()
+  git ls-files --error-unmatch "$recipe" &> /dev/null ||  # one that plan --search wrote
+    added=("--prefix=llava-sp-jax/$(dirname "$recipe")/" "--add-file=$recipe")
   flags=$(words --setup "$setup" -- --config "$config" --workdir "$workdir" "${train_flags[@]}")
-  run git archive --format=tar.gz --prefix=llava-sp-jax/ -o "$archive" HEAD
+  run git archive --format=tar.gz "${added[@]}" --prefix=llava-sp-jax/ -o "$archive" HEAD
   while true; do
     make_ready
     code=0

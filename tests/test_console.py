@@ -56,7 +56,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(
     talk()
     done.append(sys.stdout.isatty())
     talk()
-    return loop.Result(5, 1.0, 0)
+    return loop.Result(5, 5, 1.0, 0)
 
   monkeypatch.setattr(loop, "train", train)
   config = config_lib.Config(train=config_lib.TrainConfig(steps=5))

@@ -25,7 +25,8 @@ from tests.conftest import REPOSITORY
 PAPER: dict[str, dict[str, Any]] = {
   "pretrain": {
     "train.steps": 2180,
-    "train.batch_size": 256,
+    "data.packing": "balanced",
+    "data.samples_per_batch": 256,
     "data.template": "plain",
     "data.row_length": 2048,
     "model.lora.rank": 0,
@@ -34,7 +35,8 @@ PAPER: dict[str, dict[str, Any]] = {
   },
   "finetune_lora": {
     "train.steps": 5197,
-    "train.batch_size": 128,
+    "data.packing": "balanced",
+    "data.samples_per_batch": 128,
     "data.template": "v1",
     "data.row_length": 2048,
     "model.lora.rank": 128,

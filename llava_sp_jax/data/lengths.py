@@ -37,8 +37,8 @@ CHUNK = 256  # samples sent to a process at a time
 ALONE = 4096  # up to so many samples are measured in this process: others take seconds to start
 SAY_EVERY = 10.0  # seconds between two lines about progress
 # Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
-NOT_MEASURED = ("threads", "processes", "packing", "bucket_lengths", "augment", "image_mean",
-                "image_std", "path", "tokenizer")  # fmt: skip
+NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
+                "image_mean", "image_std", "path", "tokenizer")  # fmt: skip
 
 Say = Callable[[str], None]
 Found = tuple[int, int, int, str]  # length, total, tiles, or (0, 0, 0, why it cannot be used)

@@ -36,6 +36,7 @@ class Shape:
   tiles: int  # of a row
   batch: int  # rows of a batch
   buckets: tuple[int, ...] = ()  # static lengths, ascending; empty: quarters of `length`
+  samples: int = 0  # of a batch, where the packing keeps their number
 
   @property
   def bucket_lengths(self) -> tuple[int, ...]:
@@ -111,6 +112,42 @@ def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]
   return [row for batch in batches for row in batch]
 
 
+def balanced(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
+  """Packs `shape.samples` samples into each batch, so that an epoch has as many steps as unpacked.
+
+  Deals about WINDOW (8192) samples of the shuffled `order` at a time to batches, the largest first
+  and back and forth, so that all batches need about the same number of rows; packs each by
+  `first_fit`, and adds empty rows. What does not fit into the rows of a batch comes with the next
+  window. The last batch holds the samples that are left.
+  """
+  lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
+  rows: list[PackedRow] = []
+  deferred: list[int] = []
+  start, window = 0, max(1, WINDOW // shape.samples) * shape.samples
+  while deferred or start < len(order):
+    fresh = order[start : start + window - len(deferred)]
+    start += len(fresh)
+    taken, deferred = [*deferred, *fresh], []
+    whole = len(taken) // shape.samples
+    dealt, rest = taken[: whole * shape.samples], taken[whole * shape.samples :]
+    largest = sorted(dealt, key=lambda i: (-tiles[i], -lengths[i]))
+    for samples in _dealt(largest, whole) or [rest]:
+      packed = first_fit(samples, sizes, shape)
+      if len(packed) > shape.batch:  # the emptiest rows wait
+        packed.sort(key=lambda row: -sum(lengths[i] for i in row.samples))
+        deferred += [i for row in packed[shape.batch :] for i in row.samples]
+      rows += (packed + [PackedRow(shape.length)] * shape.batch)[: shape.batch]
+    deferred += rest if whole else []
+  return rows
+
+
+def _dealt(samples: Sequence[int], hands: int) -> list[list[int]]:
+  """Deals samples one by one to so many lists, back and forth."""
+  rounds = [samples[i : i + hands] for i in range(0, len(samples), hands or 1)]
+  turned = [round_[::-1] if number % 2 else round_ for number, round_ in enumerate(rounds)]
+  return [list(hand) for hand in zip(*turned, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
   """Defines how samples are grouped into rows."""
@@ -118,11 +155,13 @@ class Packing:
   group: Callable[[Sequence[int], Sizes, Shape], list[PackedRow]]
   measured: bool = True  # whether `group` needs the sizes of the samples
   batched: bool = False  # whether whole batches are shuffled, in place of rows
+  counted: bool = False  # whether a batch has a number of samples, `data.samples_per_batch`
 
 
 PACKINGS = {
   "none": Packing(one_each, measured=False),
   "first_fit": Packing(first_fit),
+  "balanced": Packing(balanced, batched=True, counted=True),
   "buckets": Packing(buckets, batched=True),
 }
 

@@ -220,14 +220,20 @@ def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
 def check_settings(data: config_lib.DataConfig) -> None:
   """Checks the settings of `data` that say how samples share rows.
 
-  Raises: ConfigError for a packing or augmentation that does not exist, or a bucket longer than a
-    row.
+  Raises: ConfigError for a packing or augmentation that does not exist, a bucket longer than a row,
+    or a number of samples of a batch that the packing needs or does not keep.
   """
-  lookup("data.packing", data.packing, packing.PACKINGS)
+  packed = lookup("data.packing", data.packing, packing.PACKINGS)
   lookup("data.augment", data.augment, image.AUGMENTS)
   if beyond := [length for length in data.bucket_lengths if length > data.row_length]:
     raise ConfigError(
       f"data.bucket_lengths: {beyond[0]} tokens, but data.row_length is {data.row_length}"
+    )
+  if packed.counted != bool(data.samples_per_batch):
+    counted = ", ".join(name for name, row in packing.PACKINGS.items() if row.counted)
+    raise ConfigError(
+      f"data.samples_per_batch: found {data.samples_per_batch} with data.packing={data.packing}; "
+      f"expected at least 1 for {counted}, otherwise 0"
     )
 
 
@@ -279,7 +285,13 @@ def make(
   source, members = open_source(data, tile, split)
   data = validation_split.of_split(data, split)
   writer = samples.SampleEncoder(tokenizer, data)
-  shape = packing.Shape(data.row_length, data.images_per_row, batch_size, data.bucket_lengths)
+  shape = packing.Shape(
+    data.row_length,
+    data.images_per_row,
+    batch_size,
+    data.bucket_lengths,
+    data.samples_per_batch,
+  )
   quarantine = quarantine or Quarantine()
   rows = range(batch_size) if rows is None else rows
   row_maker = RowMaker(source, writer, data, tile.size, seed, quarantine)

@@ -50,9 +50,9 @@ class InLoop:
     self._tokenizer = Tokenizer(places.tokenizer(config.data.tokenizer))
     self._engine: Engine | None = None  # kept, so that only the first evaluation compiles
 
-  def due(self, number: int) -> bool:
-    """Returns whether the model is evaluated after step `number`."""
-    return number % self._settings.every == 0 or number == self._config.train.steps
+  def due(self, number: int, last: bool) -> bool:
+    """Returns whether the model is evaluated after step `number`; `last` if the run ends with it."""
+    return last or number % self._settings.every == 0
 
   def __call__(
     self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]

@@ -20,7 +20,7 @@ def train(
   profile: str = "",
   resume: ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`; the same call continues a run that was stopped.
+  """Trains until `train.steps`, or for `train.epochs`; the same call continues a run that was stopped.
 
   Args:
     config: a config, or a recipe with its options: "configs/easy_vqa.py:stage=pretrain".
@@ -28,7 +28,7 @@ def train(
     profile: "A:B" writes a trace of these steps to `workdir`/profile.
     resume: the step to resume from, and inputs that may have changed (default: the newest, none).
 
-  Returns: the last step, which is smaller than `config.train.steps` when the run was asked to stop.
+  Returns: the last step, which is smaller than `steps` when the run was asked to stop.
   Raises: ConfigError, CheckpointError, LockError: before anything is computed.
   """
   if isinstance(config, str):

@@ -14,7 +14,7 @@ OPTIONS = ("profile", "from-step", "allow-changed")
 USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--profile A:B]
                       [--from-step N] [--allow-changed NAMES] [--config.GROUP.KEY=VALUE]
 
-Trains until train.steps. The same command continues a run that was stopped or killed. When it was
+Trains until train.steps, or for train.epochs. The same command continues a run that was stopped or killed. When it was
 asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and ends with code 75.
 
   --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain,
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     result = train(config, workdir, profile=options["profile"], resume=resumed)
     if jax.process_index() == 0:
       print(
-        f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
+        f"{workdir}: step {result.step} of {result.steps}, {result.seconds:.0f} s, "
         f"{result.quarantined} samples quarantined"
       )
-  return 0 if result.step >= config.train.steps else STOPPED_EARLY
+  return 0 if result.step >= result.steps else STOPPED_EARLY

@@ -45,11 +45,12 @@ METRICS_FILE = sinks.METRICS_FILE
 class Result:
   """Reports what a call of `train` did.
 
-  `step` is less than the steps of the config if the run was asked to stop early. `seconds` are
-  those of the loop, without loading. `quarantined` counts the samples that were left out.
+  `step` is less than `steps`, those of the whole run, if the run was asked to stop early. `seconds`
+  are those of the loop, without loading. `quarantined` counts the samples that were left out.
   """
 
   step: int
+  steps: int
   seconds: float
   quarantined: int
 
@@ -57,8 +58,8 @@ class Result:
 class Evaluator(Protocol):
   """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
 
-  def due(self, number: int) -> bool:
-    """Returns whether the model is evaluated after step `number`."""
+  def due(self, number: int, last: bool) -> bool:
+    """Returns whether the model is evaluated after step `number`; `last` if the run ends with it."""
     ...
 
   def __call__(
@@ -79,7 +80,7 @@ def train(
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
 ) -> Result:
-  """Trains until `config.train.steps`, and resumes what `workdir` holds.
+  """Trains until `train.steps`, or for `train.epochs`, and resumes what `workdir` holds.
 
   Args:
     config: what is trained, and how.
@@ -169,10 +170,10 @@ def _train(
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
+  config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
   begun = resume.first(folder, options)
-  profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   tokenizer = open_tokenizer(config)
@@ -195,7 +196,9 @@ def _train(
     say=print,
   )
   if not begun:
+    config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
+  profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   validator = Validator(config, module, tokenizer, device_mesh)
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
@@ -300,7 +303,7 @@ def _loop(
         with log.pause(metrics):
           waits = stop.during(f"the validation of step {number}")
           validated |= run.validator(train_state, waits)
-      if run.evaluator and run.evaluator.due(number):
+      if run.evaluator and run.evaluator.due(number, number == config.train.steps):
         with log.pause(metrics):
           validated |= run.evaluator(
             number,
@@ -326,7 +329,7 @@ def _loop(
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     samples = [i for i in run.iterator.usable if i not in quarantine and same]
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
-  return Result(number, log.seconds, quarantine.count)
+  return Result(number, config.train.steps, log.seconds, quarantine.count)
 
 
 def _may_continue(watchdog: Watchdog, stop: StopRequest, number: int) -> bool:

@@ -8,6 +8,7 @@ Nothing is deleted.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
-from llava_sp_jax.checkpoints import manager, on_disk
+from llava_sp_jax.checkpoints import manager, on_disk, runs
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training.state import TrainState
@@ -53,6 +54,33 @@ class ResumeOptions:
     for name in sorted(names):
       config_lib.lookup("--allow-changed", name, INPUTS)
     return cls(int(step) if step else None, names)
+
+
+def with_steps_of(folder: Path, config: config_lib.Config) -> config_lib.Config:
+  """Returns the config with the steps of the run in `folder`, where `train.epochs` gave them.
+
+  Otherwise, or before the first checkpoint, returns it as it is.
+  """
+  if not config.train.epochs or not on_disk.steps(folder):
+    return config
+  there = runs.read_config(folder).train
+  same = there.epochs == config.train.epochs
+  return _with_steps(config, there.steps) if same else config
+
+
+def with_steps_for(config: config_lib.Config, rows: int) -> config_lib.Config:
+  """Returns the config with the steps of `train.epochs`, if that is above 0.
+
+  `rows` are those of the first epoch. The last batch counts as one, even if rows of the next epoch
+  complete it.
+  """
+  if not config.train.epochs:
+    return config
+  return _with_steps(config, math.ceil(config.train.epochs * rows / config.train.batch_size))
+
+
+def _with_steps(config: config_lib.Config, steps: int) -> config_lib.Config:
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def first(folder: Path, options: ResumeOptions) -> int:

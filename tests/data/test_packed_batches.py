@@ -25,6 +25,11 @@ def config(tiny_config: ConfigMaker, tmp_path: Path) -> config_lib.Config:
   return mixed_config(tiny_config, tmp_path)
 
 
+def packed_as(config: config_lib.Config, name: str) -> config_lib.DataConfig:
+  samples = 5 if PACKINGS[name].counted else 0
+  return dataclasses.replace(config.data, packing=name, samples_per_batch=samples)
+
+
 def test_a_packed_row_is_its_samples_rows(config: config_lib.Config) -> None:
   """Every sample of every row is found in it as it is alone, but for segment and slots."""
   alone = make(dataclasses.replace(config.data, packing="none"), batch_size=COUNT)
@@ -67,7 +72,7 @@ def test_a_packed_row_is_its_samples_rows(config: config_lib.Config) -> None:
 def test_any_number_of_hosts_makes_the_same_batches(
   config: config_lib.Config, packing: str
 ) -> None:
-  data = dataclasses.replace(config.data, packing=packing, turns_per_row=2)
+  data = dataclasses.replace(packed_as(config, packing), turns_per_row=2)
   one = make(data)
   wanted = [next(one) for _ in range(6)]
   for hosts in (2, 4):
@@ -82,7 +87,7 @@ def test_any_number_of_hosts_makes_the_same_batches(
 def test_seeking_any_step_is_reading_up_to_it(config: config_lib.Config, packing: str) -> None:
   """Over several epochs, with draws of turns and augmentation of an epoch's own."""
   data = dataclasses.replace(
-    config.data, packing=packing, turns_per_row=2, image_aspect="pad", augment="mirror_shift"
+    packed_as(config, packing), turns_per_row=2, image_aspect="pad", augment="mirror_shift"
   )
   unbroken = make(data, batch_size=2)
   wanted = [next(unbroken) for _ in range(12)]
@@ -135,5 +140,5 @@ def test_a_picture_that_grew_costs_its_sample_not_the_row(
 
 
 def test_an_unknown_packing_lists_the_known(config: config_lib.Config) -> None:
-  with pytest.raises(ConfigError, match="known: buckets, first_fit, none"):
+  with pytest.raises(ConfigError, match="known: balanced, buckets, first_fit, none"):
     make(dataclasses.replace(config.data, packing="best"))

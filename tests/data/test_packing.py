@@ -30,7 +30,7 @@ def sizes(draw: st.DrawFn) -> Sizes:
 def test_every_sample_is_in_one_row_that_holds_it(
   name: str, sizes: Sizes, batch: int, seed: int
 ) -> None:
-  shape = Shape(LENGTH, TILES, batch)
+  shape = Shape(LENGTH, TILES, batch, samples=2 * batch)
   for epoch in range(2):
     rows = packing.plan(PACKINGS[name], sizes, shape, seed, epoch)
     assert sorted(i for row in rows for i in row.samples) == sizes.usable.tolist()
@@ -60,6 +60,38 @@ def test_a_bucket_is_no_longer_than_it_must_be() -> None:
   rows = packing.plan(PACKINGS["buckets"], all_, Shape(40, 1, 4, (10, 20)), 0, 0)
   held = collections.Counter(row.length for row in rows if row.samples)
   assert held == {10: 8, 20: 12, 40: 20}
+
+
+@hypothesis.given(sizes=sizes(), batch=st.integers(1, 5), samples=st.integers(1, 8))
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_balanced_batches_hold_at_most_their_samples(
+  sizes: Sizes, batch: int, samples: int
+) -> None:
+  """Fewer only where their rows are full, and at the end; none is lost, and none comes twice."""
+  shape = Shape(LENGTH, TILES, batch, samples=samples)
+  rows = packing.balanced(sizes.usable.tolist(), sizes, shape)
+  assert sorted(i for row in rows for i in row.samples) == sizes.usable.tolist()
+  assert len(rows) % batch == 0
+  batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+  counts = [sum(len(row.samples) for row in rows) for rows in batches]
+  assert all(0 < count <= samples for count in counts)
+  for rows, count in zip(batches[:-1], counts[:-1], strict=True):
+    assert count == samples or all(row.samples for row in rows)
+
+
+@pytest.mark.parametrize(("rows", "fill"), [(64, 0.80), (62, 0.83)])
+def test_balanced_batches_of_mix665k_have_the_samples_of_the_paper(rows: int, fill: float) -> None:
+  """128 in each, as many batches as without packing, and every batch with its share of long ones."""
+  all_ = mixture.draw(2 * packing.WINDOW + 50)
+  shape = Shape(2048, 3, rows, samples=128)
+  found = packing.plan(PACKINGS["balanced"], all_, shape, 0, 0)
+  batches = [found[i : i + rows] for i in range(0, len(found), rows)]
+  counts = collections.Counter(sum(len(row.samples) for row in batch) for batch in batches)
+  assert counts == {128: 128, 50: 1}
+  whole = [row for batch in batches for row in batch if sum(len(r.samples) for r in batch) == 128]
+  assert packing.fill(whole, all_) >= fill
+  tokens = [sum(int(all_.lengths[i]) for row in batch for i in row.samples) for batch in batches]
+  assert sorted(tokens)[1] > 0.97 * max(tokens)
 
 
 def test_first_fit_puts_the_largest_into_the_fullest_row() -> None:
@@ -105,7 +137,7 @@ def test_epochs_and_seeds_have_their_own_rows() -> None:
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_a_stream_is_its_epochs_one_after_the_other(name: str) -> None:
-  all_, shape = mixture.draw(50), Shape(2048, 3, 4)
+  all_, shape = mixture.draw(50), Shape(2048, 3, 4, samples=8)
   wanted = [(e, row) for e in range(4) for row in packing.plan(PACKINGS[name], all_, shape, 7, e)]
   stream = Stream(PACKINGS[name], shape, 7, lambda epoch: all_)
   assert [stream[r] for r in range(len(wanted))] == wanted

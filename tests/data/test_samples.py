@@ -203,6 +203,7 @@ NO_SIZE = {
   "threads",
   "processes",
   "packing",
+  "samples_per_batch",
   "bucket_lengths",
   "augment",
   "image_mean",
@@ -258,7 +259,7 @@ def test_an_epoch_of_several_windows_has_every_sample_once(
   monkeypatch.setattr(packing, "WINDOW", 4)
   sizes = np.random.default_rng(count).integers(1, 9, count).astype(np.int32)
   all_ = Sizes(sizes, np.zeros(count, np.int32), np.arange(count, dtype=np.int32))
-  rows = packing.plan(packing.PACKINGS[name], all_, Shape(10, 1, 2), 0, 0)
+  rows = packing.plan(packing.PACKINGS[name], all_, Shape(10, 1, 2, samples=3), 0, 0)
   assert sorted(i for row in rows for i in row.samples) == list(range(count))
 
 
@@ -277,7 +278,8 @@ def test_samples_are_packed_within_their_window(monkeypatch: pytest.MonkeyPatch)
 def test_the_validation_split_never_trains(
   data: config_lib.DataConfig, tokenizer: Tokenizer, name: str
 ) -> None:
-  held = dataclasses.replace(data, packing=name, validation_fraction=0.4)
+  samples = 3 if packing.PACKINGS[name].counted else 0
+  held = dataclasses.replace(data, packing=name, samples_per_batch=samples, validation_fraction=0.4)
   seen = {}
   for split in (validation_split.TRAIN, validation_split.VALIDATION):
     iterator = make(held, tokenizer, batch_size=2, split=split)

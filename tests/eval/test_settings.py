@@ -181,7 +181,7 @@ def test_each_evaluation_is_of_its_step_s_parameters(
 
 
 def test_when_an_evaluation_is_due(evaluator: in_loop.InLoop) -> None:
-  assert [n for n in range(1, 8) if evaluator.due(n)] == [3, 6, 7]
+  assert [n for n in range(1, 8) if evaluator.due(n, n == 7)] == [3, 6, 7]
 
 
 def test_scores_by_kind_are_logged_with_the_headline(evaluator: in_loop.InLoop) -> None:

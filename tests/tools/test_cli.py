@@ -256,7 +256,7 @@ def test_train_s_code_says_whether_the_run_is_complete(
   config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, code: int
 ) -> None:
   """Launchers go on after 75; the end-to-end test of SIGTERM sees it from a real run."""
-  monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Result(step, 1.0, 0))
+  monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Result(step, 4, 1.0, 0))
   assert cli.main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == code
 
 

@@ -82,3 +82,17 @@ def test_another_base_is_refused_before_a_step(
   with pytest.raises(CheckpointError, match=rf"{known['fingerprint']}, .* has another;"):
     loop.train(config(tiny_config, save_every=1, keep=2), folder)
   assert not looker.seen
+
+
+def test_epochs_give_the_steps(tiny_config: ConfigMaker, tmp_path: Path, looker: Looker) -> None:
+  """Twelve samples in batches of eight: three steps of two epochs, for a resumed run as well."""
+  run, made = tmp_path / "run", config(tiny_config, epochs=2.0, steps=1000)
+  looker.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 2 else None
+  stopped = loop.train(made, run)
+  assert (stopped.step, stopped.steps) == (2, 3)
+  assert runs.read_config(run).train.steps == 3
+  looker.does = lambda number: None
+  assert loop.train(made, run).step == 3
+  assert on_disk.steps(run)[-1] == 3
+  with pytest.raises(CheckpointError, match=r"train.epochs: 1.0 here, 2.0 there"):
+    loop.train(config(tiny_config, epochs=1.0, steps=1000), run)
