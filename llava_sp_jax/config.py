@@ -137,6 +137,7 @@ class ModelConfig:
   matmul_precision: str = "auto"  # of products; auto: highest where dtype is float32
   frozen_dtype: str = "bfloat16"  # of frozen parameters, likewise
   quantize: str = "none"  # the decoder's frozen kernels
+  frozen_matmul: str = "float"  # how quantized kernels are multiplied; int8, fp8: in their codes
   cache: str = "float"  # keys and values of earlier positions, while answering
   scan_unroll: int = 1  # layers per scan step; all of them is fastest on CPU
   remat: str = "projections"  # what a layer keeps for its backward pass

@@ -21,7 +21,8 @@ from llava_sp_jax.models.llama import Decoder
 from llava_sp_jax.models.llava import LlavaSP
 from llava_sp_jax.models.lora import LoraRecipe
 from llava_sp_jax.models.projector import VARIANTS, Projector, spatial_token_count
-from llava_sp_jax.models.quantize import FORMATS, NONE, Format, QuantizedDense
+from llava_sp_jax.models.quantize import FORMATS, NONE, Format
+from llava_sp_jax.models.quantized_dense import FLOAT, PRODUCTS, QuantizedDense
 from llava_sp_jax.models.remat import POLICIES
 from llava_sp_jax.models.vit import TOWER_VARIANTS, VisionTransformer
 
@@ -54,7 +55,13 @@ def model(config: config_lib.ModelConfig) -> LlavaSP:
   dtype = jnp.dtype(config.dtype)
   precision = ask(dtype)
   form = quantization(config)
-  base = functools.partial(QuantizedDense, form=form) if form else nn.Dense
+  product, takes = config_lib.lookup("model.frozen_matmul", config.frozen_matmul, PRODUCTS)
+  if takes and config.quantize not in takes:
+    raise config_lib.ConfigError(
+      f"model.frozen_matmul {config.frozen_matmul}: multiplies kernels of model.quantize "
+      f"{', '.join(takes)}, found {config.quantize}"
+    )
+  base = functools.partial(QuantizedDense, form=form, product=product) if form else nn.Dense
   lora = LoraRecipe(config.lora.rank, config.lora.alpha, config.lora.dropout, base)
   return LlavaSP(
     vision_tower=VisionTransformer(
@@ -195,14 +202,23 @@ def answering(config: config_lib.ModelConfig, weights: str, cache: str) -> confi
   result = dataclasses.replace(config, cache=cache or config.cache)
   if weights:
     plain = config_lib.LoraConfig(rank=0)
-    result = dataclasses.replace(result, quantize=weights, lora=plain)
+    result = dataclasses.replace(with_format(result, weights), lora=plain)
     quantization(result, "weights")
   return result
 
 
 def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
   """Returns the config with `quantize` none: the same model with floats as weights."""
-  return dataclasses.replace(config, quantize=NONE)
+  return with_format(config, NONE)
+
+
+def with_format(config: config_lib.ModelConfig, name: str) -> config_lib.ModelConfig:
+  """Returns the config with another `quantize`; multiplies in floats if `frozen_matmul` needs other
+  kernels.
+  """
+  _, takes = PRODUCTS[config.frozen_matmul]
+  product = FLOAT if takes and name not in takes else config.frozen_matmul
+  return dataclasses.replace(config, quantize=name, frozen_matmul=product)
 
 
 def patch_grid(config: config_lib.ModelConfig) -> int:

@@ -1,8 +1,8 @@
-"""Quantizes the weights of frozen kernels: int8, int4 and NF4 (QLoRA), as a table of formats by name.
+"""Quantizes the weights of frozen kernels: int8, fp8, int4 and NF4 (QLoRA), as a table of formats.
 
 The leaves of a quantized kernel have the kernel's own path: `kernel` becomes `kernel_q`, the codes,
 and `kernel_scale...`. All have two axes that run along those of the kernel, so that one row of the
-sharding table places them all. Only activations have gradients.
+sharding table places them all.
 
 `qwix` is not used. Its providers act through interceptors, whose context is not part of jit's cache
 key, and quantizing weights under `nn.scan` failed (0.1.8). Its arithmetic (`qwix.quantize`) does
@@ -21,14 +21,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int, PRNGKeyArray, Shaped, UInt8
-
-from llava_sp_jax.models.arrays import Array
+from jaxtyping import Float, Float32, Shaped, UInt8
 
 # Arrays of `Any` are numpy's while loading, jax's in the model.
 Leaves = dict[str, Shaped[Any, "_N O"]]
@@ -49,26 +46,35 @@ def _namespace(x: Shaped[Any, " ..."]) -> Any:
   return np if isinstance(x, np.ndarray) else jnp
 
 
-def _symmetric(x: Float32[Any, "*B"], axis: int) -> tuple[Int[Any, "*B"], Float32[Any, " ..."]]:
-  """Returns int8 codes from -127 to 127 of float32 values, and their scale.
+INT8, FP8 = jnp.dtype("int8"), jnp.dtype("float8_e4m3fn")
+# The dtypes of symmetric codes: the largest one, and how values are rounded before they are cast.
+LARGEST: dict[Any, float] = {INT8: 127.0, FP8: 448.0}
 
-  The scale has size 1 along `axis`.
+
+def symmetric(
+  x: Float32[Any, "*B"], axis: int, dtype: Any = INT8
+) -> tuple[Shaped[Any, "*B"], Float32[Any, " ..."]]:
+  """Returns codes of `dtype` (a key of LARGEST) of float32 values, and their scale.
+
+  The largest magnitude along `axis` becomes the largest code. The scale has size 1 along `axis`.
   """
   xp = _namespace(x)
   top = xp.max(xp.abs(x), axis=axis, keepdims=True)
   # A product, because XLA turns a division by a constant into one, but numpy does not.
-  scale = xp.where(top > 0, top * np.float32(1 / 127), np.float32(1))
-  return xp.rint(x / scale).astype(np.int8), scale
+  scale = xp.where(top > 0, top * np.float32(1 / LARGEST[dtype]), np.float32(1))
+  codes = x / scale
+  return (xp.rint(codes) if dtype == INT8 else codes).astype(dtype), scale
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
-  """Quantizes symmetrically to code * scale, with scale = largest magnitude / 127.
+class Symmetric:
+  """Quantizes symmetrically to code * scale, with scale = largest magnitude / largest code.
 
   Each output has one scale for all of its inputs, or one for each `block` of them.
   """
 
   block: int = 0  # 0: one scale for each output
+  codes: Any = INT8  # dtype of the codes, a key of LARGEST
   packed: int = 1  # values in one row of `kernel_q`
   whole: bool = dataclasses.field(init=False)  # a slice needs all inputs of its outputs
 
@@ -76,9 +82,10 @@ class Int8:
     object.__setattr__(self, "whole", not self.block)
 
   def quantize(self, kernel: Float[Any, "I O"]) -> Leaves:
-    """Quantizes a kernel into kernel_q int8 [I, O], kernel_scale float32 [N, O]."""
+    """Quantizes a kernel into kernel_q [I, O], kernel_scale float32 [N, O]."""
     rows = self.block or kernel.shape[0]
-    codes, scale = _symmetric(kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1]), 1)
+    blocks = kernel.astype(np.float32).reshape(-1, rows, kernel.shape[1])
+    codes, scale = symmetric(blocks, 1, self.codes)
     return {"kernel_q": codes.reshape(kernel.shape), "kernel_scale": scale[:, 0]}
 
   def dequantize(
@@ -121,7 +128,7 @@ class NF4:
     if self.double:
       low, high = (end(scale, axis=0, keepdims=True) for end in (xp.min, xp.max))
       middle = (low + high) * np.float32(0.5)
-      codes, step = _symmetric(scale - middle, 0)
+      codes, step = symmetric(scale - middle, 0)
       leaves = {"kernel_scale": codes, "kernel_scale_scale": step, "kernel_scale_middle": middle}
       scale = self._scale(leaves)
     divisor = xp.where(scale > 0, scale, np.float32(1))
@@ -208,13 +215,14 @@ def _levels(codes: UInt8[Any, "*B"]) -> Float32[Any, "*B"]:
   return values[0]
 
 
-Format = Int8 | Int4 | NF4
+Format = Symmetric | Int4 | NF4
 
 NONE = "none"
 FORMATS: dict[str, Format | None] = {
   NONE: None,
-  "int8": Int8(),
-  "int8_block": Int8(block=64),
+  "int8": Symmetric(),
+  "int8_block": Symmetric(block=64),
+  "fp8": Symmetric(codes=FP8),
   "int4": Int4(),
   "int4_64": Int4(block=64),
   "nf4": NF4(),
@@ -242,44 +250,3 @@ def leaf_shapes(form: Format, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtyp
     quantize, jax.ShapeDtypeStruct(shape, jnp.float32)
   )
   return result
-
-
-class QuantizedDense(nn.Module):
-  """Computes `nn.Dense` with a quantized kernel of `form`.
-
-  The kernel is dequantized where it is used, and again for the gradient of the activations. So no
-  float copy of it is kept from the forward to the backward pass.
-  """
-
-  features: int
-  form: Format
-  use_bias: bool = True
-  dtype: DTypeLike | None = None
-  kernel_init: Any = nn.initializers.lecun_normal()
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B {self.features}"]:
-    shape = (x.shape[-1], self.features)
-    # All leaves are made from the same random kernel, so they share a key.
-    key = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
-
-    def leaf(name: str) -> Shaped[Array, "N O"]:
-      def init(_: PRNGKeyArray) -> Shaped[Array, "N O"]:
-        result: jax.Array = self.form.quantize(self.kernel_init(key, shape, jnp.float32))[name]
-        return result
-
-      return self.param(name, init)
-
-    leaves = {name: leaf(name) for name in leaf_shapes(self.form, shape)}
-    dtype = self.dtype or x.dtype
-
-    def multiply(x: Float[Array, "*B I"], leaves: Leaves) -> Float[Array, "*B O"]:
-      result: jax.Array = x @ self.form.dequantize(jax.lax.stop_gradient(leaves), dtype)
-      return result
-
-    y = jax.checkpoint(multiply, prevent_cse=False)(x.astype(dtype), leaves)
-    if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-      y = y + bias.astype(dtype)
-    result: jax.Array = y
-    return result

@@ -23,6 +23,7 @@ TABLES = {
   "model.projector.variant": ("models.projector", "VARIANTS"),
   "model.matmul_precision": ("models.build", "PRECISIONS"),
   "model.quantize": ("models.quantize", "FORMATS"),
+  "model.frozen_matmul": ("models.quantized_dense", "PRODUCTS"),
   "model.cache": ("models.cache", "FORMATS"),
   "model.remat": ("models.remat", "POLICIES"),
   "model.attention": ("models.attention", "IMPLEMENTATIONS"),

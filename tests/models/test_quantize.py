@@ -21,10 +21,10 @@ from llava_sp_jax.models.lora import LoraRecipe
 from llava_sp_jax.models.quantize import (
   FORMATS,
   NF4_LEVELS,
-  QuantizedDense,
   is_quantized,
   leaf_shapes,
 )
+from llava_sp_jax.models.quantized_dense import QuantizedDense
 
 REAL = {name: form for name, form in FORMATS.items() if form}
 KERNEL = np.random.default_rng(0).normal(0, 0.02, (256, 48)).astype(np.float32)
@@ -314,7 +314,7 @@ def test_a_format_that_does_not_fit_is_an_error() -> None:
     "mlp_width 100; use int8, which has none, or other sizes"
   )
   with pytest.raises(
-    config_lib.ConfigError, match="unknown 'fp4'; known: int4, int4_64, int8, int8_"
+    config_lib.ConfigError, match="unknown 'fp4'; known: fp8, int4, int4_64, int8, int8_"
   ):
     build.model(model("fp4"))
 
