@@ -228,10 +228,11 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/training.md", "3.1 GiB"): "bits of a weight times the weights of seven layers in 7B",
   ("docs/training.md", "0.9%"): "tests/models/test_quantize.py holds the errors",
   ("docs/training.md", "0.6%"): "tests/models/test_quantize.py holds the errors",
+  ("docs/training.md", "2.6%"): "tests/models/test_quantize.py holds the errors",
   ("docs/training.md", "9.2%"): "tests/models/test_quantize.py holds the errors",
   **{
     ("docs/quantized.md", error): "tests/models/test_quantize.py holds the errors"
-    for error in ("0.9%", "0.6%", "7.9%", "9.1%", "9.2%")
+    for error in ("0.9%", "0.6%", "2.6%", "7.9%", "9.1%", "9.2%")
   },
 }
 

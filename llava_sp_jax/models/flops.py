@@ -73,7 +73,7 @@ def costs(config: config_lib.ModelConfig, trainable: Callable[[str], bool]) -> C
 
   Raises: KeyError for a parameter whose use is not known.
   """
-  config = dataclasses.replace(config, quantize="none")  # codes are multiplied as floats
+  config = build.unquantized(config)  # codes are multiplied as floats
   shapes = {
     path: leaf.shape for path, leaf in flatten_dict(build.abstract(config), sep="/").items()
   }

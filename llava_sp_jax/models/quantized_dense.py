@@ -55,7 +55,8 @@ def in_codes(form: Format, x: Float[Array, "*B I"], leaves: Leaves) -> Float[Arr
 def _multiplied(
   x: Float[Array, "*B I"], codes: Shaped[Array, "I O"], scale: Float32[Array, "1 O"]
 ) -> Float[Array, "*B O"]:
-  return (_contracted(x.astype(jnp.float32), codes, 0) * scale[0]).astype(x.dtype)
+  result: jax.Array = _contracted(x.astype(jnp.float32), codes, 0) * scale[0]
+  return result.astype(x.dtype)
 
 
 def _contracted(x: Float32[Array, "*B I"], codes: Shaped[Array, "_I _O"], axis: int) -> Any:
@@ -80,7 +81,7 @@ def _backward(
   kept: tuple[Shaped[Array, "I O"], Float32[Array, "1 O"]], gradient: Float[Array, "*B O"]
 ) -> tuple[Float[Array, "*B I"], None, None]:
   codes, scale = kept
-  wide = _contracted(gradient.astype(jnp.float32) * scale[0], codes, 1)
+  wide: jax.Array = _contracted(gradient.astype(jnp.float32) * scale[0], codes, 1)
   return wide.astype(gradient.dtype), None, None
 
 

@@ -95,6 +95,16 @@ def test_int8_is_within_half_a_step(name: str) -> None:
   assert not error[:, 3].any()
 
 
+@pytest.mark.parametrize(
+  ("name", "error"),
+  [("int8", 0.009), ("int8_block", 0.006), ("fp8", 0.026), ("nf4", 0.092), ("nf4_double", 0.092)],
+)
+def test_the_error_of_a_normal_kernel_is_that_of_the_docs(name: str, error: float) -> None:
+  kernel = np.random.default_rng(3).normal(0, 0.02, (4096, 64)).astype(np.float32)
+  found = REAL[name].dequantize(REAL[name].quantize(kernel), np.float32)
+  assert np.sqrt(np.mean((found - kernel) ** 2)) / 0.02 == pytest.approx(error, abs=6e-4)
+
+
 @pytest.mark.parametrize(("name", "error"), [("int4", 0.079), ("int4_64", 0.091)])
 def test_int4_is_the_nearest_of_16_levels_from_the_lowest_to_the_highest(
   name: str, error: float

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.models import build
+from llava_sp_jax.models import build, flops
 from llava_sp_jax.models.quantize import FORMATS
 from llava_sp_jax.models.quantized_dense import PRODUCTS, QuantizedDense
 from llava_sp_jax.training import step
@@ -117,3 +117,12 @@ def test_a_model_learns_nearly_what_it_learns_in_floats(
   assert abs(value / exact - 1) < 1e-3
   a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (wanted, grads))
   assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995
+
+
+def test_useful_work_is_that_of_floats(tiny_config: ConfigMaker) -> None:
+  """So an MFU compares them with the peak of bfloat16."""
+  config = tiny_config().model
+  coded = dataclasses.replace(config, quantize="int8", frozen_matmul="int8")
+  assert flops.costs(coded, lambda path: "lora" in path) == flops.costs(
+    config, lambda path: "lora" in path
+  )
