@@ -7,11 +7,13 @@ logical axes to mesh axes. Activations use the same logical axes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
@@ -132,6 +134,30 @@ def gather(tree: Any) -> Any:
     for path, x in tree.items()
   }
   return jax.lax.with_sharding_constraint(tree, places)
+
+
+def for_groups(tree: Any, pattern: str) -> Any:
+  """Copies stacked parameters of a `{path: array}` tree for each group of rows of the mesh.
+
+  [L, ...] -> [L, G, ...] for paths that `pattern` matches; G is the number of devices along the axes
+  of a batch, and each of them holds the copy of its rows. So the gradient of a layer stays on its
+  device, and those of all layers are summed at once, behind the loop over the layers. Called inside
+  jit; without a mesh, or with one group, returns `tree`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = RULES["batch"]
+  groups = math.prod(mesh.shape[name] for name in rows or ()) if not mesh.empty else 1
+  if groups == 1:
+    return tree
+
+  def copied(path: str, x: jax.Array) -> jax.Array:
+    spec = _spec(param_axes(path), x.shape, mesh, WHOLE)
+    wide = jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
+    place = NamedSharding(mesh, PartitionSpec(spec[0], rows, *spec[1:]))
+    result: jax.Array = jax.lax.with_sharding_constraint(wide, place)
+    return result
+
+  return {path: copied(path, x) if re.search(pattern, path) else x for path, x in tree.items()}
 
 
 def _spec(

@@ -4,7 +4,7 @@ The kernel keeps its path, with `lora_a` and `lora_b` beside it, so a base check
 without adapters.
 Source: Hu et al. 2021; initialization as in PEFT.
 
-Shape letters:  I width in . R rank
+Shape letters:  I width in . R rank . G groups of rows . O width out
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LoraDense(nn.Module):
     x: Float[Array, "*B I"],
     low: Float[Array, "*B R"] | None = None,
     only_a: bool = False,
-  ) -> Float[Array, "*B features"] | Float[Array, "I R"]:
+  ) -> Float[Array, "*B features"] | Float[Array, "I R"] | Float[Array, "G I R"]:
     """Returns the output, or the matrix A with `only_a`.
 
     `low` is the result of `lower`, if `fused` has already computed it for several layers at once.
@@ -73,21 +73,34 @@ class LoraDense(nn.Module):
       self.features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.kernel_init
     )
     nn.share_scope(self, base)
-    a = self.param("lora_a", torch_uniform, (x.shape[-1], self.rank))
+    a = self._adapter("lora_a", torch_uniform, (x.shape[-1], self.rank))
     if only_a:
       return a.astype(self.dtype or x.dtype)
     if low is None:
       low = self.lower(x, a)
-    b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, self.features))
+    b = self._adapter("lora_b", nn.initializers.zeros_init(), (self.rank, self.features))
     scale = self.alpha / self.rank / (1 - self._rate())  # cheapest here: R < I, features
-    result: jax.Array = base(x) + (low * scale) @ b.astype(low.dtype)
+    result: jax.Array = base(x) + multiplied(low * scale, b.astype(low.dtype))
     return result
+
+  def _adapter(
+    self, name: str, init: Any, shape: tuple[int, int]
+  ) -> Float[Array, "_I _O"] | Float[Array, "G _I _O"]:
+    """Returns a matrix, or the copies of it that `sharding.for_groups` made."""
+    held = self.get_variable("params", name)
+    if held is not None and held.ndim == 3:
+      copies: jax.Array = held
+      return copies
+    made: jax.Array = self.param(name, init, shape)
+    return made
 
   def _rate(self) -> float:
     return self.dropout if self.has_rng("dropout") else 0.0
 
   @nn.nowrap
-  def lower(self, x: Float[Array, "*B I"], a: Float[Array, "I R"]) -> Float[Array, "*B R"]:
+  def lower(
+    self, x: Float[Array, "*B I"], a: Float[Array, "I R"] | Float[Array, "G I R"]
+  ) -> Float[Array, "*B R"]:
     """Returns the dropped-out x times A, without the factor 1 / (1 - rate) of dropout.
 
     It must be called inside a compact method.
@@ -95,8 +108,22 @@ class LoraDense(nn.Module):
     x = x.astype(self.dtype or x.dtype)
     if rate := self._rate():
       x = jnp.where(keep(self.make_rng("dropout"), x.shape, rate), x, 0)
-    result: jax.Array = checkpoint_name(x @ a.astype(x.dtype), "low")
+    result: jax.Array = checkpoint_name(multiplied(x, a.astype(x.dtype)), "low")
     return result
+
+
+def multiplied(
+  x: Float[Array, "*B I"], matrix: Float[Array, "I O"] | Float[Array, "G I O"]
+) -> Float[Array, "*B O"]:
+  """Multiplies by a matrix, or each of G groups of consecutive rows by its own copy.
+
+  B is a multiple of G.
+  """
+  if matrix.ndim == 2:
+    return x @ matrix
+  grouped = x.reshape(matrix.shape[0], -1, *x.shape[1:])
+  result: jax.Array = jnp.einsum("g...i,gio->g...o", grouped, matrix)
+  return result.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def keep(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Bool[Array, "*B I"]:
@@ -135,7 +162,7 @@ def fused(
   first = layers[0]
   if not isinstance(first, LoraDense) or len(layers) == 1:
     return [layer(x) for layer in layers]
-  a = jnp.concatenate([layer(x, only_a=True) for layer in layers], axis=1)
+  a = jnp.concatenate([layer(x, only_a=True) for layer in layers], axis=-1)
   low = first.lower(x, a)
   return [
     layer(x, part) for layer, part in zip(layers, jnp.split(low, len(layers), axis=-1), strict=True)

@@ -8,6 +8,7 @@ Shape letters:  B rows . A micro-batches . T row length . D width . V vocabulary
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from llava_sp_jax.models.llava import LlavaSP
 from llava_sp_jax.training import guard, measure
 from llava_sp_jax.training import loss as loss_lib
 from llava_sp_jax.training.state import Flat, TrainState, join
+
+ADAPTERS = r"/layers/.*/lora_[ab]$"  # regex of paths
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -101,7 +104,7 @@ def working_copies(trainable: Flat, dtype: Any) -> Flat:
     p: x.astype(dtype) if "/layers/" in p and p.startswith("language_model/") else x
     for p, x in trainable.items()
   }
-  adapters = {p: x for p, x in cast.items() if p.endswith(("/lora_a", "/lora_b"))}
+  adapters = {p: x for p, x in cast.items() if re.search(ADAPTERS, p)}
   return {**cast, **sharding.gather(adapters)}
 
 
@@ -119,7 +122,8 @@ def gradients(
 
   def loss_fn(trainable: Flat, part: Batch, rng: jax.Array) -> tuple[jax.Array, measure.Sums]:
     rngs = {"dropout": rng}
-    sums = loss_sums(module, trainable, state.frozen, part, train.loss_chunk, rngs)
+    used = sharding.for_groups(trainable, ADAPTERS)
+    sums = loss_sums(module, used, state.frozen, part, train.loss_chunk, rngs)
     return sums["loss"] / count, sums
 
   used = working_copies(state.trainable, module.language_model.dtype)
