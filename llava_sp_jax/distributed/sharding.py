@@ -7,7 +7,6 @@ logical axes to mesh axes. Activations use the same logical axes.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,6 +65,7 @@ PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
   "replicate": ((r"", WHOLE),),
 }
+GROUPS = "data"  # the axis along which gradients are summed once a step
 FROZEN = "frozen"  # the field of a train state that holds the base
 
 
@@ -137,23 +137,22 @@ def gather(tree: Any) -> Any:
 
 
 def for_groups(tree: Any, pattern: str) -> Any:
-  """Copies stacked parameters of a `{path: array}` tree for each group of rows of the mesh.
+  """Copies stacked parameters of a `{path: array}` tree for each group of rows along `data`.
 
-  [L, ...] -> [L, G, ...] for paths that `pattern` matches; G is the number of devices along the axes
-  of a batch, and each of them holds the copy of its rows. So the gradient of a layer stays on its
-  device, and those of all layers are summed at once, behind the loop over the layers. Called inside
-  jit; without a mesh, or with one group, returns `tree`.
+  [L, ...] -> [L, G, ...] for paths that `pattern` matches; G is the size of the axis `data`, which
+  crosses from slice to slice, and the devices of a group hold its copy. So the gradients of a layer
+  are summed within the group, and those of all layers over the groups at once, behind the loop over
+  the layers. Called inside jit; without a mesh, or with one group, returns `tree`.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  rows = RULES["batch"]
-  groups = math.prod(mesh.shape[name] for name in rows or ()) if not mesh.empty else 1
+  groups = 1 if mesh.empty else mesh.shape[GROUPS]
   if groups == 1:
     return tree
 
   def copied(path: str, x: jax.Array) -> jax.Array:
     spec = _spec(param_axes(path), x.shape, mesh, WHOLE)
     wide = jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
-    place = NamedSharding(mesh, PartitionSpec(spec[0], rows, *spec[1:]))
+    place = NamedSharding(mesh, PartitionSpec(spec[0], GROUPS, *spec[1:]))
     result: jax.Array = jax.lax.with_sharding_constraint(wide, place)
     return result
 
