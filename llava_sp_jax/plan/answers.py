@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.infer import decode
-from llava_sp_jax.infer.caches import FeatureCache, PrefixCache
+from llava_sp_jax.infer.caches import FeatureCache, PictureCache, PrefixCache
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.layout import EngineLayout
@@ -57,7 +57,8 @@ class AbsentPrograms(Programs):
   def __init__(self, config: config_lib.Config, strategy: decode.Strategy, mesh: Mesh):
     """Makes the shapes of the parameters, placed as the engine places them."""
     super().__init__(config, {}, strategy, mesh, Counts())
-    self.runs: dict[str, int] = {}
+    self._runs: dict[tuple[str | int, ...], int] = {}
+    self.last: dict[str, tuple[str | int, ...]] = {}  # name -> the key of the last program
     self.traced: dict[str, Any] = {}  # name -> the last program of that name
     self.arguments: dict[str, tuple[Any, ...]] = {}  # and its arguments
     dtype = jnp.dtype(config.model.dtype)
@@ -79,13 +80,17 @@ class AbsentPrograms(Programs):
   ) -> Any:
     """Returns the shapes of a program's results."""
     name = str(key[0])
-    self.runs[name] = self.runs.get(name, 0) + 1
+    self._runs[key], self.last[name] = self._runs.get(key, 0) + 1, key
     if key not in self._table:
       with jax.set_mesh(self.mesh):
         traced = self._trace(name, run, arguments, donate, out)
       self.traced[name], self.arguments[name] = traced, arguments
       self._table[key] = placed(traced.out_info, out)
     return self._table[key]
+
+  def runs(self, name: str) -> int:
+    """Returns how often the last program of a name would have run."""
+    return self._runs[self.last[name]]
 
   def _put(self, array: Any) -> Any:
     rows = len(array) % self.parts == 0
@@ -95,17 +100,13 @@ class AbsentPrograms(Programs):
     return tuple(placed(_shape(value), self._whole) for value in values)
 
 
-class Blank:
-  """Stands for the pictures of requests: every tile is zeros. A `PictureCache` for `FeatureCache`."""
-
-  most = 1 << 30
-
-  def __init__(self, tiles: int, side: int):
-    self._tiles = np.zeros((tiles, side, side, 3), np.float32)
+class Blank(PictureCache):
+  """Stands for the pictures of requests: each is one tile of zeros."""
 
   def tiles(self, key: str, picture: Any) -> np.ndarray:
-    """Returns the pixels of the images of one request."""
-    return self._tiles
+    """Returns the pixels of a picture."""
+    side = self._reader.tile.size
+    return np.zeros((1, side, side, 3), np.float32)
 
 
 def admitted(config: config_lib.Config, mesh: Mesh) -> tuple[AbsentPrograms, Rows, dict[str, int]]:
@@ -123,9 +124,7 @@ def admitted(config: config_lib.Config, mesh: Mesh) -> tuple[AbsentPrograms, Row
   text, generation, layout = config.model.language_model, Generation(), EngineLayout()
   rule = decode.StopRule(STOP_IDS, generation.max_new_tokens, text.vocab_size)
   programs = AbsentPrograms(config, decode.Sampling(rule), mesh)
-  images, side = config.data.images_per_row, config.model.tower.image_size
-  pictures: Any = Blank(images, side)
-  tiles = layout.tiles * programs.parts
+  tiles, pictures = layout.tiles * programs.parts, Blank.of(config)
   features = FeatureCache(programs, pictures, Counts(), layout.feature_bytes, tiles)
   prefixes = PrefixCache(programs, features, Counts(), layout)
   rows = Rows(programs, rule, generation, layout, prefixes, config.train.batch_size)

@@ -147,6 +147,14 @@ def _compile(
   return _read(folder, program, dumped, errors, time.monotonic() - started, topology)
 
 
+def held(about: dict[str, Any]) -> int:
+  """Returns the bytes on a device that a program does not make: its arguments, and all beside them.
+
+  `about` is what `plan.lower` says of the program.
+  """
+  return sum(sum(about.get(key, {}).values()) for key in ("arguments", "beside"))
+
+
 def _run(folder: Path, dumped: str, fast: bool) -> str:
   """Runs the child until it exits, or (`fast`) has written the schedule; returns its output.
 
@@ -208,7 +216,7 @@ def _read(
   if about and done_file.is_file():
     sizes = json.loads(done_file.read_text())
     return Compiled(memory.of_analysis(sizes), seconds, about)
-  if about.get("arguments", 0) > topology.chip.limit:
+  if held(about) > topology.chip.limit:
     return Compiled(memory.of_arguments(about["arguments"]), seconds, about)
   lines = [line for line in printed.splitlines() if line.strip()]
   reason = next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), "")

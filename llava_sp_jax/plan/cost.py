@@ -227,9 +227,10 @@ class Predictor:
     return sizes[0] if sizes else 0.0
 
   def _exchanged(self, op: Op, computation: Computation) -> float:
-    """Returns the bytes that a chip receives in a sum over slices, by the ring algorithm."""
-    slices = self._topology.slices
-    return 2 * computation.by_name[op.operands[0]].nbytes * (slices - 1) / slices
+    """Returns the bytes that a chip receives from other slices: all parts, or a sum by a ring."""
+    sums = op.attribute(r'_xla_megascale_transfer_type="(\w+)"') == "ALL_REDUCE"
+    others, slices = self._topology.slices - 1, self._topology.slices
+    return computation.by_name[op.operands[0]].nbytes * others * (2 / slices if sums else 1)
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
     inner, where = op, computation

@@ -25,8 +25,9 @@ from llava_sp_jax.data import example
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.plan import answers
+from llava_sp_jax.plan import memory as memory_lib
 from llava_sp_jax.plan.answers import placed
-from llava_sp_jax.plan.compile import TRAIN
+from llava_sp_jax.plan.compile import TRAIN, held
 from llava_sp_jax.training import optimizer, setup
 
 # In addition to those of the programs themselves (`setup.COMPILER_OPTIONS`).
@@ -34,6 +35,8 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "tpu": {},
   "cuda": {"xla_gpu_enable_triton_gemm": False},  # Triton would autotune on a real GPU
 }
+# What a program calls its arguments, by whether it is the train step.
+NAMED = {True: "arguments", False: "values"}
 
 
 class Program(NamedTuple):
@@ -69,7 +72,7 @@ def answering(name: str, config: config_lib.Config, device_mesh: Mesh) -> Progra
     programs.traced[name].lower,
     programs.arguments[name],
     {
-      "runs": programs.runs[name],
+      "runs": programs.runs(name),
       "rows": rows.count,
       "beside": {part: held[part] for part in answers.BESIDE[name]},
       "parameters": build.parameter_counts(answers.folded(config.model)),
@@ -114,8 +117,8 @@ def useful_flops(config: config_lib.Config) -> float:
 def main(path: str) -> None:
   """Compiles the request in the JSON file `path`, and writes about.json and done.json beside it.
 
-  Writes no done.json if the arguments alone exceed the memory of a device: nothing is left to find
-  out then, and the compiler's own messages may name another reason.
+  Writes no done.json if the arguments, and what is in memory beside them, exceed that of a device:
+  nothing is left to find out then, and the compiler's own messages may name another reason.
   """
   file = Path(path)
   request = json.loads(file.read_text())
@@ -124,19 +127,19 @@ def main(path: str) -> None:
     platform=request["platform"], topology_name=request["topology"], **request["arguments"]
   )
   # A batch of training must be divisible; the engine rounds its rows up.
-  rows = config.train.batch_size if request["program"] == TRAIN else None
+  training = request["program"] == TRAIN
+  rows = config.train.batch_size if training else None
   device_mesh = mesh_lib.create(config.mesh, rows, config.train.accumulate, list(described.devices))
   with jax.set_mesh(device_mesh):
     program = LOWERINGS[request["program"]](config, device_mesh)
-    arguments = answers.device_bytes(program.arguments)
     about = {
       "coordinates": [list(getattr(d, "coords", (d.id,))) for d in device_mesh.devices.flat],
       "mesh": dict(device_mesh.shape),
-      "arguments": arguments,
+      "arguments": by_part(NAMED[training], program.arguments),
       **program.about,
     }
     file.with_name("about.json").write_text(json.dumps(about))
-    if arguments > request["limit"]:
+    if held(about) > request["limit"]:
       return
     lowered = program.lower()
     compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[request["platform"]])
@@ -144,6 +147,18 @@ def main(path: str) -> None:
   memory = {f: getattr(found, f) for f in dir(found) if f.endswith("_in_bytes")}
   memory["arguments"] = argument_bytes(lowered, compiled)
   file.with_name("done.json").write_text(json.dumps(memory))
+
+
+def by_part(name: str, arguments: Any) -> dict[str, int]:
+  """Returns the bytes of placed shapes on one device, by part in `memory.PARTS`.
+
+  `name` is that of the arguments in the program.
+  """
+  parts: dict[str, int] = {}
+  for path, shape in jax.tree_util.tree_leaves_with_path(arguments):
+    part = memory_lib.part_of(name + jax.tree_util.keystr(path))
+    parts[part] = parts.get(part, 0) + answers.device_bytes(shape)
+  return parts
 
 
 def argument_bytes(lowered: Any, compiled: Any) -> dict[str, int]:

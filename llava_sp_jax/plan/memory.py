@@ -14,13 +14,12 @@ PARTS: tuple[tuple[str, str], ...] = (
   (r"arguments\[0\]\.trainable", "trainable"),
   (r"arguments\[0\]\.opt_state", "optimizer"),
   (r"arguments\[1\]", "batch"),
-  (r"(arguments|values)\[0\]\[", "parameters"),  # of the engine's programs, like the next ones
+  (r"values\[0\]\[", "parameters"),  # of the engine's programs, like the next ones
   (r"values\[\d\]\.cache", "cache"),
   (r"values\[\d\]\.prefixes", "prefixes"),
   (r"", "other arguments"),
 )
 TEMPORARIES = "temporaries"
-ARGUMENTS = "arguments alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +81,12 @@ def of_analysis(sizes: dict[str, Any]) -> Memory:
   return Memory(parts, sum(parts.values()))
 
 
-def of_arguments(size: int) -> Memory:
-  """Returns the memory of a program that was not compiled, because its arguments do not fit."""
-  return Memory({ARGUMENTS: size}, size)
+def of_arguments(parts: dict[str, int]) -> Memory:
+  """Returns the memory of a program that was not compiled, because its arguments do not fit.
+
+  `parts` has their bytes on one device.
+  """
+  return Memory(dict(parts), sum(parts.values()))
 
 
 def part_of(argument: str) -> str:

@@ -46,7 +46,7 @@ class Program:
     """Returns the bytes in the memory of a device while it runs, by part."""
     about, found = self.compiled.about, dict(self.compiled.memory.parts)
     read = sum(size for part, size in found.items() if part != TEMPORARIES)
-    unread = about.get("arguments", 0) - read
+    unread = sum(about.get("arguments", {}).values()) - read
     more = {UNREAD: max(unread, 0), **about.get("beside", {})}
     if self.compiled.module:
       more[RESERVED] = RESERVE

@@ -108,7 +108,7 @@ def test_an_evaluation_adds_up_the_programs_of_the_engine() -> None:
 
 def test_memory_that_a_program_does_not_read_is_counted() -> None:
   """Its arguments are in memory, also those that the compiler leaves out of the program."""
-  found = plan(8 * GIB, arguments=9 * GIB).programs["train"]
+  found = plan(8 * GIB, arguments={"parameters": 9 * GIB}).programs["train"]
   assert found.parts[report.UNREAD] == 9 * GIB - 2 * GIB  # a quarter of the 8 is read
   assert found.used == 8 * GIB + 7 * GIB
 
