@@ -249,7 +249,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "s/decode step": ("decode_step_seconds",),
   "HBM GiB": ("hbm_gib",),
   "of GiB": ("hbm_limit_gib",),
-  "predictor": ("predictor", "compiler"),
+  "predictor": ("predictor",),
+  "compiler": ("compiler",),
 }
 
 
