@@ -1,18 +1,24 @@
 """Lists the peak rates, memory and links of accelerator chips in one table.
 
 Sources: the vendors' data sheets (peak, without sparsity); Google's pages "TPU v4 / v5e / v5p /
-v6e" (HBM); "How to scale your model" (Austin et al. 2025), chapter 2 (links, wrap-around, vector
-unit). Effective HBM rates and clocks were found by comparing the compiler's own cycle estimates.
+v6e" (HBM; network of a pod by its chips); "How to scale your model" (Austin et al. 2025), chapter 2
+(links, wrap-around, vector unit, network between slices); nvidia-smi (memory of GPUs). Effective
+HBM rates and clocks were found by comparing the compiler's own cycle estimates, and the limits of
+TPUs are those that the compiler states.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
 GIB = 1 << 30
+# XLA takes this share of a GPU's memory, and leaves the rest to others; the variables change it.
+GPU_SHARE = 0.75
+GPU_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,39 +31,58 @@ class Chip:
   device_kind: str  # regular expression over jax's name of the device
   peak_flops: float  # bf16, dense
   platform: str = "cuda"
-  hbm_bytes: int = 0  # limit of a program: the compiler's own where it is known
+  hbm_bytes: int = 0  # of a device: of a TPU the compiler's own limit, of a GPU all of its memory
   hbm_rate: float = 0.0  # effective rate, not that of the data sheet
   link_rate: float = 0.0  # one ICI link, one way
+  slow_rate: float = 0.0  # data-center network between slices, for one chip, one way
   vector_rate: float = 0.0  # elementwise operations
   clock: float = 0.0  # Hz
+  devices: int = 1  # of jax on one chip, among which its memory is divided
   config_name: str = ""  # libtpu setting that makes a chip's two cores one device
   wrap: int = 0  # sides of a slice that are a multiple of this are rings; 0: never
   speed: bool = False  # whether a step time can be predicted
+
+  @property
+  def limit(self) -> int:
+    """Returns the bytes of a device's memory that XLA takes for its programs.
+
+    Raises: ValueError for a share in the environment that is not a number.
+    """
+    if self.platform != "cuda":
+      return self.hbm_bytes
+    share = next((os.environ[name] for name in GPU_SHARES if os.environ.get(name)), GPU_SHARE)
+    return int(float(share) * self.hbm_bytes)
 
 
 # The first row whose `device_kind` matches describes a device.
 CHIPS: dict[str, Chip] = {
   "v4": Chip(
     device_kind=r"TPU v4$", platform="tpu", peak_flops=275e12, hbm_bytes=int(30.75 * GIB),
-    hbm_rate=1.1e12, link_rate=4.5e10, vector_rate=8.6e12, clock=1.05e9, wrap=4,
+    hbm_rate=1.1e12, link_rate=4.5e10, slow_rate=6.25e9, vector_rate=8.6e12, clock=1.05e9, wrap=4,
     config_name="megacore", speed=True,
   ),
   "v5e": Chip(
     device_kind=r"TPU v5( lite|e)", platform="tpu", peak_flops=197e12, hbm_bytes=int(15.75 * GIB),
-    hbm_rate=7.38e11, link_rate=4.5e10, vector_rate=6.1e12, clock=1.5e9, wrap=16, speed=True,
+    hbm_rate=7.38e11, link_rate=4.5e10, slow_rate=3.125e9, vector_rate=6.1e12, clock=1.5e9, wrap=16, speed=True,
   ),
   "v5p": Chip(
     device_kind=r"TPU v5p?$", platform="tpu", peak_flops=459e12, hbm_bytes=int(95.74 * GIB),
-    hbm_rate=2.35e12, link_rate=9e10, vector_rate=14.3e12, clock=1.75e9, wrap=4, speed=True,
+    hbm_rate=2.35e12, link_rate=9e10, slow_rate=6.25e9, vector_rate=14.3e12, clock=1.75e9, wrap=4, speed=True,
   ),
   "v6e": Chip(
     device_kind=r"TPU v6( lite|e)", platform="tpu", peak_flops=918e12, hbm_bytes=int(31.25 * GIB),
-    hbm_rate=1.638e12, link_rate=9e10, vector_rate=7.2e12, clock=1.75e9, wrap=16, speed=True,
+    hbm_rate=1.638e12, link_rate=9e10, slow_rate=1.25e10, vector_rate=7.2e12, clock=1.75e9, wrap=16, speed=True,
   ),
-  "v7x": Chip(device_kind=r"TPU ?v?7x?", platform="tpu", peak_flops=2307e12),
+  "tpu7x": Chip(
+    device_kind=r"TPU ?v?7x?", platform="tpu", peak_flops=2307e12, hbm_bytes=int(94.75 * GIB),
+    devices=2,
+  ),
   "h100-pcie": Chip(device_kind=r"NVIDIA H100 PCIe", peak_flops=756e12),
+  "h200": Chip(
+    device_kind=r"NVIDIA H200", peak_flops=989e12, hbm_bytes=143771 << 20
+  ),
   "h100": Chip(
-    device_kind=r"NVIDIA H(100|200|800)", peak_flops=989e12, hbm_bytes=80 * 10**9
+    device_kind=r"NVIDIA H(100|800)", peak_flops=989e12, hbm_bytes=81559 << 20
   ),
   "a100": Chip(device_kind=r"NVIDIA (A100|A800)", peak_flops=312e12),
   "b200": Chip(device_kind=r"NVIDIA B200", peak_flops=2250e12),

@@ -1,6 +1,6 @@
 """Generates greedy answers for one batch of static shape in a single program.
 
-`plan` compiles it, and tests compare it with the engine.
+It is what the engine and the original are compared with.
 
 Shape letters:  B rows . T prompt length . M images per row
 """

@@ -33,7 +33,7 @@ class Lru:
     """Stores `value`, a tree of arrays, and drops the least recently used ones until all fit."""
     if key in self._values:
       self._bytes -= self._values.pop(key)[1]
-    size = sum(x.nbytes for x in jax.tree.leaves(value))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(value))
     self._values[key] = value, size
     self._bytes += size
     while self._bytes > self._limit and len(self._values) > 1:

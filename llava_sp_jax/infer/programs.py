@@ -32,6 +32,7 @@ from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.parameters import Params
 
 T = TypeVar("T")
+NAMED = "infer_{}"  # names of programs in traces and in dumps of the compiler
 
 
 class Programs:
@@ -68,15 +69,20 @@ class Programs:
     """Unstacks the layers of the parameters, and places them as `sharding` says."""
     if not params:
       return params
+    places = self._places(params)
+    if _on(params, self.mesh):
+      return self._run(("unstack",), build.unstack, (params,), out=places)
+    host = jax.tree.map(np.asarray, params)
+    return jax.tree.map(mesh_lib.put, build.unstack(host), places)
+
+  def _places(self, params: Params) -> dict[str, Any]:
+    """Returns the shardings of the parameters with unstacked layers."""
     whole = sharding.shardings(params, self.mesh)
     places: dict[str, Any] = {}
     for part, tree in jax.eval_shape(build.unstack, params).items():
       one = jax.tree.map(self._of_layer, whole[part].get("layers", {}))
       places[part] = {name: whole[part].get(name, one) for name in tree}
-    if _on(params, self.mesh):
-      return self._run(("unstack",), build.unstack, (params,), out=places)
-    host = jax.tree.map(np.asarray, params)
-    return jax.tree.map(mesh_lib.put, build.unstack(host), places)
+    return places
 
   def _of_layer(self, place: NamedSharding) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec(*place.spec[1:]))
@@ -226,22 +232,31 @@ class Programs:
     """Runs the program of a name and shapes, which is compiled at the first call."""
     compiled = self._table.get(key)
     if compiled is None:
-
-      def traced(*values: Any) -> Any:
-        with nn.logical_axis_rules(sharding.activation_rules()):
-          return run(*values)
-
-      traced.__name__ = traced.__qualname__ = (
-        f"infer_{key[0]}"  # in traces and dumps of the compiler
-      )
       with jax.set_mesh(self.mesh):
-        jitted = jax.jit(traced, donate_argnums=donate, out_shardings=out)
-        compiled = self._table[key] = jitted.lower(*arguments).compile()
+        traced = self._trace(str(key[0]), run, arguments, donate, out)
+        compiled = self._table[key] = traced.lower().compile()
       self._counts.compiles += 1
       if self.several:  # none runs before all have compiled
         processes.barrier(f"program {self._counts.compiles} is compiled")
     result: T = compiled(*arguments)
     return result
+
+  def _trace(
+    self,
+    name: str,
+    run: Callable[..., T],
+    arguments: tuple[Any, ...],
+    donate: tuple[int, ...],
+    out: Any,
+  ) -> Any:
+    """Traces a program under the rules of activations. `NAMED` makes its name."""
+
+    def traced(*values: Any) -> Any:
+      with nn.logical_axis_rules(sharding.activation_rules()):
+        return run(*values)
+
+    traced.__name__ = traced.__qualname__ = NAMED.format(name)
+    return jax.jit(traced, donate_argnums=donate, out_shardings=out).trace(*arguments)
 
   def _group(self, group: prefill.Group) -> prefill.Group:
     tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])

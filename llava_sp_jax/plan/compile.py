@@ -26,8 +26,14 @@ from llava_sp_jax.plan import hlo, memory
 from llava_sp_jax.plan.topologies import Topology
 from llava_sp_jax.training import TRAIN_STEP
 
-# Value of --what -> name of the compiled program, which the names of the compiler's dumps contain.
-PROGRAMS = {"train": TRAIN_STEP, "eval": "answer_rows"}
+TRAIN, EVAL = "train", "eval"  # values of --what
+# Program -> its name in the names of the compiler's dumps, for each value of --what. An evaluation
+# has those of the engine (`infer.programs`): the tower, prefill of what prompts share, prefill of
+# the rest into rows, and a decode step.
+PROGRAMS = {
+  TRAIN: {TRAIN: TRAIN_STEP},
+  EVAL: {name: f"infer_{name}" for name in ("encode", "grow", "admit", "decode")},
+}
 # Endings of the names of the dumps.
 SCHEDULE = ".after_optimizations_after_buffer_assignment.txt"
 BUFFERS = ".after_optimizations-buffer-assignment.txt"
@@ -60,7 +66,7 @@ class Compiled:
 
   memory: memory.Memory
   seconds: float  # of the compilation
-  about: dict[str, Any]  # coordinates, mesh, useful_flops, parameters
+  about: dict[str, Any]  # coordinates, mesh, rows, parameters; what `plan.lower` says of it
   module: hlo.Module | None = None  # the schedule; None if the compiler wrote none
   full: bool = False  # whether code was generated, so that the schedule has cycle counts
 
@@ -75,14 +81,23 @@ def check_installed(topology: Topology) -> None:
     )
 
 
+def compiler(topology: Topology) -> str:
+  """Returns the name and version of a topology's compiler, such as "libtpu 0.0.42"; "" for none."""
+  modules, _ = NEEDS[topology.chip.platform]
+  for module in modules:
+    if importlib.util.find_spec(module) is not None:
+      return f"{module} {importlib.metadata.version(module.replace('_', '-'))}"
+  return ""
+
+
 def compile_config(
   config: config_lib.Config,
   topology: Topology,
   what: str,
   keep: Path | None = None,
   fast: bool = True,
-) -> Compiled:
-  """Compiles the real train step, or the real generation, in a child process.
+) -> dict[str, Compiled]:
+  """Compiles the real train step, or the engine's programs, each in a child process.
 
   Args:
     config: the config to compile.
@@ -91,31 +106,56 @@ def compile_config(
     keep: a folder that keeps the compiler's dumps (None: they are deleted).
     fast: stops before code generation.
 
-  Raises: PlanError when the program cannot be compiled; one that exceeds the memory of a TPU does
+  Returns: what is known of each program, by its name in PROGRAMS.
+  Raises: PlanError when a program cannot be compiled; one that exceeds the memory of a device does
     not raise.
   """
   check_installed(topology)
   with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as temporary:
     folder = keep or Path(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in _dumps(folder, what, ".txt"):
-      old.unlink()
-    for name in ("about.json", "done.json"):
-      (folder / name).unlink(missing_ok=True)
-    request = {
-      "config": config_lib.to_dict(config),
-      "what": what,
-      "platform": topology.chip.platform,
-      "topology": topology.compiler_name,
-      "arguments": topology.compiler_arguments,
+    return {
+      program: _compile(config, topology, program, dumped, folder, fast)
+      for program, dumped in PROGRAMS[what].items()
     }
-    (folder / "request.json").write_text(json.dumps(request))
-    started = time.monotonic()
-    errors = _run(folder, what, fast)
-    return _read(folder, what, errors, time.monotonic() - started, topology)
 
 
-def _run(folder: Path, what: str, fast: bool) -> str:
+def _compile(
+  config: config_lib.Config,
+  topology: Topology,
+  program: str,
+  dumped: str,
+  folder: Path,
+  fast: bool,
+) -> Compiled:
+  """Compiles one program; `dumped` is its name in the names of dumps, which go to `folder`."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for old in _dumps(folder, dumped, ".txt"):
+    old.unlink()
+  for name in ("about.json", "done.json"):
+    (folder / name).unlink(missing_ok=True)
+  request = {
+    "config": config_lib.to_dict(config),
+    "program": program,
+    "platform": topology.chip.platform,
+    "topology": topology.compiler_name,
+    "arguments": topology.compiler_arguments,
+    "limit": topology.chip.limit,
+  }
+  (folder / "request.json").write_text(json.dumps(request))
+  started = time.monotonic()
+  errors = _run(folder, dumped, fast)
+  return _read(folder, program, dumped, errors, time.monotonic() - started, topology)
+
+
+def held(about: dict[str, Any]) -> int:
+  """Returns the bytes on a device that a program does not make: its arguments, and all beside them.
+
+  `about` is what `plan.lower` says of the program.
+  """
+  return sum(sum(about.get(key, {}).values()) for key in ("arguments", "beside"))
+
+
+def _run(folder: Path, dumped: str, fast: bool) -> str:
   """Runs the child until it exits, or (`fast`) has written the schedule; returns its output.
 
   Raises: PlanError after PATIENCE seconds.
@@ -134,7 +174,7 @@ def _run(folder: Path, what: str, fast: bool) -> str:
     try:
       deadline = time.monotonic() + PATIENCE
       while child.poll() is None:
-        if fast and all(_written(_dumps(folder, what, ending)) for ending in (SCHEDULE, BUFFERS)):
+        if fast and all(_written(_dumps(folder, dumped, ending)) for ending in (SCHEDULE, BUFFERS)):
           break
         if time.monotonic() > deadline:
           raise PlanError(f"the compiler has not finished after {PATIENCE} s")
@@ -146,9 +186,9 @@ def _run(folder: Path, what: str, fast: bool) -> str:
   return log.read_text(errors="replace")
 
 
-def _dumps(folder: Path, what: str, ending: str) -> list[Path]:
+def _dumps(folder: Path, dumped: str, ending: str) -> list[Path]:
   """Returns the compiler's dumps of a program whose names have an ending."""
-  return list(folder.glob(f"*jit_{PROGRAMS[what]}*{ending}"))
+  return list(folder.glob(f"*jit_{dumped}*{ending}"))
 
 
 def _written(files: list[Path]) -> bool:
@@ -158,11 +198,13 @@ def _written(files: list[Path]) -> bool:
   )
 
 
-def _read(folder: Path, what: str, printed: str, seconds: float, topology: Topology) -> Compiled:
+def _read(
+  folder: Path, program: str, dumped: str, printed: str, seconds: float, topology: Topology
+) -> Compiled:
   about_file, done_file = folder / "about.json", folder / "done.json"
   about = json.loads(about_file.read_text()) if about_file.is_file() else {}
-  schedules = [f for ending in (CODE, SCHEDULE, TOO_LARGE) for f in _dumps(folder, what, ending)]
-  if schedules and (buffers := _dumps(folder, what, BUFFERS)):
+  schedules = [f for ending in (CODE, SCHEDULE, TOO_LARGE) for f in _dumps(folder, dumped, ending)]
+  if schedules and (buffers := _dumps(folder, dumped, BUFFERS)):
     module = hlo.parse(schedules[0].read_text())
     return Compiled(
       memory.of_assignment(buffers[0].read_text(), module),
@@ -174,8 +216,10 @@ def _read(folder: Path, what: str, printed: str, seconds: float, topology: Topol
   if about and done_file.is_file():
     sizes = json.loads(done_file.read_text())
     return Compiled(memory.of_analysis(sizes), seconds, about)
+  if held(about) > topology.chip.limit:
+    return Compiled(memory.of_arguments(about["arguments"]), seconds, about)
   lines = [line for line in printed.splitlines() if line.strip()]
   reason = next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), "")
   raise PlanError(
-    f"the step cannot be compiled for {topology.name}: {reason or lines[-1] if lines else 'no output'}"
+    f"{program} cannot be compiled for {topology.name}: {reason or (lines or ['no output'])[-1]}"
   )

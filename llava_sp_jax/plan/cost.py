@@ -2,8 +2,10 @@
 
 Matrix units, vector unit and HBM work concurrently within an operation, which takes the longest of
 the three times. Asynchronous collectives and copies overlap with the operations between their start
-and their done; only the rest of their time is waited for at the done. The body of a loop is counted
-once for each iteration.
+and their done; only the rest of their time is waited for at the done. So do transfers to other slices,
+which begin at their send and are waited for at the done of their receive. The body of a loop is counted
+once for each iteration. Copies and operations share the HBM, so neither an iteration nor a program
+is faster than all of its bytes at the HBM rate.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from llava_sp_jax.plan.work import FREE, Work, Worker
 
 MATRIX_SHARE = 0.93  # share of the peak that large matmuls reach in the compiler's own estimates
 LATENCY = 1e-6  # seconds, of a collective
+ROUNDING = 1e-12  # seconds, of sums
 
 # kind -> function (bytes of input, bytes of output, devices) -> bytes that a device receives
 COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
@@ -30,7 +33,9 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
   "ragged-all-to-all": lambda i, o, n: i * (n - 1) / n,
   "collective-permute": lambda i, o, n: o,
 }
+SLOW = "between slices"  # the kind of transfers over the data-center network
 COPIES = ("copy-start", "slice-start", "async-start")  # asynchronous until their done
+UNTIMED = ("async-update", "custom-call", "recv")
 
 
 @dataclasses.dataclass
@@ -39,7 +44,7 @@ class Entry:
 
   name: str
   op_name: str
-  kind: str  # matmul, vector, memory, kernel, wait:<collective>, copy
+  kind: str  # matmul, vector, memory, kernel, wait:<collective>, wait:copy, wait:hbm
   seconds: float
   flops: float = 0.0
   nbytes: float = 0.0
@@ -91,6 +96,10 @@ class Cost:
     self._collective(kind, [size, 1.0, seconds, 0.0])
     self.wire_seconds += seconds
 
+  def exchange(self, size: float, seconds: float) -> None:
+    """Counts a transfer between slices, which is not on the wires of a slice."""
+    self._collective(SLOW, [size, 1.0, seconds, 0.0])
+
   def waited(self, kind: str, seconds: float) -> None:
     """Counts `seconds` in which a device waited for a collective."""
     self._collective(kind, [0.0, 0.0, 0.0, seconds])
@@ -120,7 +129,7 @@ class Predictor:
 
   def _walk(self, computation: Computation) -> Cost:
     cost = Cost()
-    now, wires, copies = 0.0, 0.0, 0.0
+    now, wires, copies, slow = 0.0, 0.0, 0.0, 0.0
     running: dict[str, tuple[str, float]] = {}  # key -> (kind, time of its end)
     for op in computation.ops:
       if op.opcode in FREE:
@@ -151,6 +160,16 @@ class Predictor:
           running[collective.key] = (collective.kind, wires)
         else:
           now = self._wait(cost, op, collective.kind, now, wires)
+      elif op.opcode == "send":
+        size = self._exchanged(op, computation)
+        seconds = size / self._topology.chip.slow_rate + LATENCY
+        slow = max(now, slow) + seconds
+        cost.exchange(size, seconds)
+        running[_rendezvous(op)] = (SLOW, slow)
+      elif op.opcode == "recv-done":
+        key = _rendezvous(computation.by_name[op.operands[0]])
+        kind, end = running.pop(key, (SLOW, now))
+        now = self._wait(cost, op, kind, now, end)
       elif op.opcode in COPIES:
         work = self._copied(op, computation)
         copies = max(now, copies) + work / self._topology.chip.hbm_rate
@@ -159,13 +178,16 @@ class Predictor:
       elif op.opcode.endswith("-done"):
         kind, end = running.pop(op.operands[0], ("copy", now))
         now = self._wait(cost, op, kind, now, end)
-      elif op.opcode not in ("async-update", "custom-call") or kernels.is_kernel(op):
+      elif op.opcode not in UNTIMED or kernels.is_kernel(op):
         now += self._run(cost, op, computation)
     # Transfers that are still on the wires at the end are waited for.
     left = max(cost.wire_seconds - now, 0.0)
     if left > 0:
       now = self._wait_end(cost, now, left)
-    cost.seconds = now
+    least = cost.hbm_bytes / self._topology.chip.hbm_rate
+    if least - now > ROUNDING:
+      cost.entries.append(Entry("copies beside operations", "", "wait:hbm", least - now))
+    cost.seconds = max(now, least)
     return cost
 
   def _run(self, cost: Cost, op: Op, computation: Computation) -> float:
@@ -191,7 +213,7 @@ class Predictor:
   def _wait(self, cost: Cost, op: Op, kind: str, now: float, end: float) -> float:
     if end > now:
       cost.entries.append(Entry(op.name, op.op_name, f"wait:{kind}", end - now))
-      if kind in COLLECTIVES:
+      if kind in COLLECTIVES or kind == SLOW:
         cost.waited(kind, end - now)
     return max(now, end)
 
@@ -203,6 +225,12 @@ class Predictor:
     """Returns the HBM bytes that a copy or slice moves."""
     sizes = sorted(a.nbytes for a in op.arrays if a.dims)
     return sizes[0] if sizes else 0.0
+
+  def _exchanged(self, op: Op, computation: Computation) -> float:
+    """Returns the bytes that a chip receives from other slices: all parts, or a sum by a ring."""
+    sums = op.attribute(r'_xla_megascale_transfer_type="(\w+)"') == "ALL_REDUCE"
+    others, slices = self._topology.slices - 1, self._topology.slices
+    return computation.by_name[op.operands[0]].nbytes * others * (2 / slices if sums else 1)
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
     inner, where = op, computation
@@ -248,6 +276,11 @@ def duration(work: Work, chip: Chip) -> tuple[float, str]:
   }
   slowest = max(times, key=lambda k: times[k])
   return times[slowest], slowest
+
+
+def _rendezvous(op: Op) -> str:
+  """Returns the name that a send and the receive of its answer share."""
+  return op.attribute(r'_xla_host_transfer_rendezvous="([^"]*)"')
 
 
 def _branches(op: Op) -> list[str]:

@@ -14,8 +14,9 @@ PARTS: tuple[tuple[str, str], ...] = (
   (r"arguments\[0\]\.trainable", "trainable"),
   (r"arguments\[0\]\.opt_state", "optimizer"),
   (r"arguments\[1\]", "batch"),
-  (r"^params|arguments\[0\]\[", "parameters"),  # of an evaluation
-  (r"^prompt", "batch"),
+  (r"values\[0\]\[", "parameters"),  # of the engine's programs, like the next ones
+  (r"values\[\d\]\.cache", "cache"),
+  (r"values\[\d\]\.prefixes", "prefixes"),
   (r"", "other arguments"),
 )
 TEMPORARIES = "temporaries"
@@ -78,6 +79,14 @@ def of_analysis(sizes: dict[str, Any]) -> Memory:
   parts["results"] = sizes["output_size_in_bytes"] - sizes["alias_size_in_bytes"]
   parts["program"] = sizes["generated_code_size_in_bytes"]
   return Memory(parts, sum(parts.values()))
+
+
+def of_arguments(parts: dict[str, int]) -> Memory:
+  """Returns the memory of a program that was not compiled, because its arguments do not fit.
+
+  `parts` has their bytes on one device.
+  """
+  return Memory(dict(parts), sum(parts.values()))
 
 
 def part_of(argument: str) -> str:

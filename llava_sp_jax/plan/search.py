@@ -45,8 +45,11 @@ class Axis:
   values: Values
 
 
-def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
-  """Returns the axes of the search for so many chips, in the order in which they save memory."""
+def axes(config: config_lib.Config, devices: int, slices: int = 1) -> tuple[Axis, ...]:
+  """Returns the axes of the search for so many devices, in the order in which they save memory.
+
+  `slices` is the number of slices that the devices are in, which divides the data axis of a mesh.
+  """
   from llava_sp_jax.distributed import sharding  # imports jax, so not at the top
   from llava_sp_jax.models import remat
 
@@ -57,15 +60,16 @@ def axes(config: config_lib.Config, devices: int) -> tuple[Axis, ...]:
     ),
     Axis("recomputation", tuple({"model.remat": name} for name in remat.POLICIES)),
     Axis("base", tuple({"mesh.base": name} for name in sharding.PRESETS)),
-    Axis("mesh", tuple(_meshes(devices))),
+    Axis("mesh", tuple(_meshes(devices, slices))),
   )
 
 
-def _meshes(devices: int) -> Iterator[dict[str, Any]]:
+def _meshes(devices: int, slices: int) -> Iterator[dict[str, Any]]:
+  each = devices // slices
   for tensor in (8, 4, 2):
-    if devices % tensor == 0:
-      yield {"mesh.data": 1, "mesh.fsdp": devices // tensor, "mesh.tensor": tensor}
-  fsdp = devices
+    if each % tensor == 0:
+      yield {"mesh.data": slices, "mesh.fsdp": each // tensor, "mesh.tensor": tensor}
+  fsdp = each
   while fsdp >= 1:
     yield {"mesh.data": devices // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": 1}
     if fsdp % 4:
@@ -78,16 +82,18 @@ def search(
   devices: int,
   budget: int,
   evaluate: Callable[[config_lib.Config], Outcome],
+  slices: int = 1,
 ) -> list[Tried]:
   """Returns all candidates that were compiled, at most `budget`, in order.
 
   Args:
     config: the config to start from.
-    devices: the number of chips.
+    devices: the number of devices.
     budget: the most candidates.
     evaluate: compiles a candidate, and says whether it fits and how fast it is.
+    slices: the number of slices that the devices are in.
   """
-  walk = _Walk(config, axes(config, devices), budget, evaluate)
+  walk = _Walk(config, axes(config, devices, slices), budget, evaluate)
   current = walk.start()
   for axis in range(len(walk.axes)):
     if walk.fits(current) or walk.spent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ from llava_sp_jax.tools import arguments
 
 OPTIONS = {
   "what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": "",
+  "filled": "1",
   **dict.fromkeys(arguments.FORMATS, ""),
 }  # fmt: skip
 
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
 
-Compiles the real train step (or prefill and decode) for TPUs that are absent, from shapes only, and
-predicts memory and step time. Needs libtpu, which the extra tpu brings. A config that does not
+Compiles the real train step (or the engine's programs) for TPUs that are absent, from shapes only,
+and predicts memory and step time. Needs libtpu, which the extra tpu brings. A config that does not
 fit is refused (exit 1) with its largest buffers.
 
   --config FILE[:OPTIONS]  a recipe, as for llava-sp train
-  --topology NAME          the slice, as it is rented: {names}
-  --what train|eval        the train step, or prefill and decode of whole batches (default: train)
+  --topology NAME          the slice, as it is rented: {names};
+                           NAMExN is N slices, such as v5e-256x2 (mesh.data: a multiple of N)
+  --what train|eval        the train step, or the programs that answer prompts of data.row_length
+                           positions in train.batch_size rows (default: train)
   --weights, --cache FORMAT  of an evaluation: how the model is held, as for llava-sp eval
+  --filled SHARE           of the places of training rows that hold tokens, for tokens/s (default: 1)
   --search N               try mesh, base placement, recomputation and micro-batches in at most N
                            compiles (10 to 60 seconds each for 7B); the fastest that fits wins (default: 0, none)
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
@@ -56,14 +61,14 @@ def main(argv: list[str]) -> None:
   topology = topologies.topology(options["topology"])
 
   from llava_sp_jax.plan import compile as compile_lib
-  from llava_sp_jax.plan import report
+  from llava_sp_jax.plan import explain, report
 
   keep = Path(options["keep"]) if options["keep"] else None
 
   def make(config: config_lib.Config) -> report.Plan:
     fast = options["full"].lower() != "true"
     compiled = compile_lib.compile_config(config, topology, options["what"], keep, fast)
-    return report.make(config, topology, options["what"], compiled)
+    return report.make(config, topology, options["what"], compiled, float(options["filled"]))
 
   budget = int(options["search"])
   plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
@@ -71,8 +76,8 @@ def main(argv: list[str]) -> None:
     records = report.append(Path(options["out"]), plan.record())
     Path(options["out"] + ".md").write_text(report.table(records))
   if not plan.fits:
-    raise report.refusal(plan)
-  print(report.text(plan, int(options["top"])))
+    raise explain.refusal(plan)
+  print(explain.text(plan, int(options["top"])))
 
 
 def _search(
@@ -108,7 +113,7 @@ def _search(
     )
     return search.Outcome(plan.fits, plan.seconds, plan.used)
 
-  tried = search.search(config, topology.chips, budget, evaluate)
+  tried = search.search(config, topology.devices, budget, evaluate, topology.slices)
   best = search.best(tried)
   if best is None:
     if not plans:
@@ -136,7 +141,9 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
 
 
 def _check(options: dict[str, str]) -> None:
-  config_lib.lookup("--what", options["what"], {"train": 0, "eval": 0})
+  from llava_sp_jax.plan import compile as compile_lib
+
+  config_lib.lookup("--what", options["what"], compile_lib.PROGRAMS)
   given = [f"--{name}" for name in arguments.FORMATS if options[name]]
   if given and options["what"] != "eval":
     raise config_lib.ConfigError(
@@ -145,3 +152,7 @@ def _check(options: dict[str, str]) -> None:
     )
   for name, least in (("top", 1), ("search", 0)):
     arguments.whole(name, options[name], least)
+  if not re.fullmatch(r"1(\.0*)?|0?\.\d*[1-9]\d*", options["filled"]):
+    raise config_lib.ConfigError(
+      f"--filled: expected a share above 0 and up to 1, such as .97, found {options['filled']!r:.40}"
+    )

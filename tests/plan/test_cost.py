@@ -184,3 +184,69 @@ ENTRY %main (p: bf16[16,8,1024,128]) -> bf16[4,8,1024,128] {{
   assert found.hbm_bytes == moved
   assert found.seconds == pytest.approx(moved / V5E.chip.hbm_rate)
   assert [entry.kind for entry in found.entries] == ["wait:copy"]
+
+
+SHARED = """HloModule m, is_scheduled=true
+
+%square (p0: f32[1024,1024]) -> f32[1024,1024] {
+  %p0 = f32[1024,1024]{1,0} parameter(0)
+  ROOT %m = f32[1024,1024]{1,0} multiply(%p0, %p0)
+}
+
+%body (t: (s32[], f32[1024,1024], f32[1024,1024])) -> (s32[], f32[1024,1024], f32[1024,1024]) {
+  %t = (s32[], f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[1024,1024]{1,0} get-tuple-element(%t), index=1
+  %w = f32[1024,1024]{1,0} get-tuple-element(%t), index=2
+  %start = (f32[1024,1024]{1,0:S(1)}, f32[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %f = f32[1024,1024]{1,0} fusion(%x), kind=kLoop, calls=%square
+  %done = f32[1024,1024]{1,0:S(1)} copy-done(%start)
+  ROOT %r = (s32[], f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) tuple(%i, %f, %w)
+}
+
+%condition (t: (s32[], f32[1024,1024], f32[1024,1024])) -> pred[] {
+  %t = (s32[], f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (t: (s32[], f32[1024,1024], f32[1024,1024])) -> (s32[], f32[1024,1024], f32[1024,1024]) {
+  %t = (s32[], f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_an_iteration_needs_the_time_of_all_its_bytes() -> None:
+  """A copy runs beside an operation that already keeps the HBM busy: both share its rate."""
+  found = cost.Predictor(hlo.parse(SHARED), V5E, PLACES).run()
+  size = 1024 * 1024 * 4
+  assert found.hbm_bytes == 7 * 3 * size  # read, written and copied
+  assert found.seconds == pytest.approx(found.hbm_bytes / V5E.chip.hbm_rate)
+  (floor,) = (e for e in found.entries if e.kind == "wait:hbm")
+  assert (floor.count, floor.seconds) == (7, pytest.approx(7 * size / V5E.chip.hbm_rate))
+
+
+EXCHANGE = """HloModule m, is_scheduled=true
+
+ENTRY %main (g: f32[1024,1024]) -> (f32[1024,1024], token[]) {
+  %g = f32[1024,1024]{1,0:S(1)} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[1024,1024]{1,0:S(1)}, u32[]{:S(2)}, token[]) send(%g, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[1024,1024]{1,0:S(1)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %recv-done = (f32[1024,1024]{1,0:S(1)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+}
+"""
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_sums_over_slices_take_the_slow_network(slices: int) -> None:
+  """Each chip sends its part of a sum, and receives that of all slices, from its own host."""
+  several = topologies.topology(f"v5e-4x{slices}")
+  found = cost.Predictor(hlo.parse(EXCHANGE), several, PLACES * slices).run()
+  size = 1024 * 1024 * 4 * 2 * (slices - 1) / slices
+  seconds = size / 3.125e9 + cost.LATENCY
+  assert found.collectives == {cost.SLOW: [size, 1, *[pytest.approx(seconds)] * 2]}
+  assert found.seconds == pytest.approx(seconds)

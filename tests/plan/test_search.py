@@ -92,6 +92,13 @@ def test_candidates_divide_their_rows() -> None:
     assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == DEVICES
 
 
+def test_slices_are_joined_along_data() -> None:
+  compiler = Compiler()
+  search.search(start(), DEVICES, 60, compiler, slices=2)
+  assert len({config.mesh for config in compiler.calls}) > 2
+  assert all(config.mesh.data % 2 == 0 for config in compiler.calls)
+
+
 def test_errors_of_one_candidate_say_nothing_of_richer_ones() -> None:
   def broken(config: config_lib.Config) -> search.Outcome:
     return search.Outcome(False, math.nan, 0)

@@ -33,6 +33,9 @@ def test_help_is_instant(capsys: pytest.CaptureFixture) -> None:
   [
     (["--topology", "v5e-16"], "no --config"),
     ([f"--config={RECIPE}", "--topology=v9"], "--topology: unknown 'v9'; known: "),
+    ([f"--config={RECIPE}", "--topology=v5e-7x2"], "--topology: unknown 'v5e-7'; known: "),
+    ([f"--config={RECIPE}", "--topology=v5e-4", "--filled=1.2"], "--filled: expected a share"),
+    ([f"--config={RECIPE}", "--topology=v5e-4", "--filled=0"], "--filled: expected a share"),
     ([f"--config={RECIPE}", "--topology=v5e-16", "--what=x"], "--what: unknown 'x'"),
     (
       [f"--config={RECIPE}", "--topology=v5e-16", "--weights=int8", "--cache=int8"],
@@ -68,7 +71,7 @@ def test_full_asks_for_code(
 
   def compile_config(config: Any, topology: Any, what: str, keep: Any, fast: bool) -> Any:
     asked.append(fast)
-    return dataclasses.replace(plan(8 * GIB).compiled, full=not fast)
+    return {"train": dataclasses.replace(plan(8 * GIB).largest.compiled, full=not fast)}
 
   monkeypatch.setattr(compile_lib, "compile_config", compile_config)
   assert cli.main(["plan", f"--config={RECIPE}", "--topology=v5e-16", *options]) == 0
