@@ -150,10 +150,11 @@ def for_groups(tree: Any, pattern: str) -> Any:
     return tree
 
   def copied(path: str, x: jax.Array) -> jax.Array:
-    spec = _spec(param_axes(path), x.shape, mesh, WHOLE)
-    wide = jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
-    place = NamedSharding(mesh, PartitionSpec(spec[0], GROUPS, *spec[1:]))
-    result: jax.Array = jax.lax.with_sharding_constraint(wide, place)
+    result: jax.Array = jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
+    for rules in (RULES, WHOLE):  # so gradients are divided over fsdp before they leave their group
+      spec = _spec(param_axes(path), x.shape, mesh, rules)
+      place = NamedSharding(mesh, PartitionSpec(spec[0], GROUPS, *spec[1:]))
+      result = jax.lax.with_sharding_constraint(result, place)
     return result
 
   return {path: copied(path, x) if re.search(pattern, path) else x for path, x in tree.items()}
