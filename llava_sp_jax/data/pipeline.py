@@ -19,15 +19,17 @@ from llava_sp_jax.data import (
   anyres,
   example,
   image,
+  kept,
   packing,
   samples,
   sources,
   validation_split,
 )
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.data.lengths import Lengths, Say
+from llava_sp_jax.data.lengths import Hosts, Lengths, Say
 from llava_sp_jax.data.prefetch import Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.source import Source
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
@@ -48,7 +50,7 @@ class RowMaker:
 
   def __init__(
     self,
-    source: sources.Source,
+    source: Source,
     writer: samples.SampleEncoder,
     data: config_lib.DataConfig,
     side: int,
@@ -107,7 +109,8 @@ class RowMaker:
     if size.length > left or first + size.tiles > self._data.images_per_row:
       raise SampleError(
         f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
-        "images have changed since, remove lengths-*.npz from the run's folder and start anew"
+        "images have changed since, remove lengths-*.npz from the run's folder, and from the folder "
+        f"{kept.SUFFIX} beside the data, and start anew"
       )
     limit, room = self._data.row_length, self._data.images_per_row
     part = example.layout(runs, plans, limit, room, segment, first)
@@ -233,7 +236,7 @@ def check_settings(data: config_lib.DataConfig) -> None:
 
 def open_source(
   data: config_lib.DataConfig, tile: anyres.Tile, split: str
-) -> tuple[sources.Source, Sequence[int]]:
+) -> tuple[Source, Sequence[int]]:
   """Opens the source of a split, and returns it with the indices of the split's samples.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened.
@@ -253,6 +256,7 @@ def make(
   split: str = validation_split.TRAIN,
   folder: Path | None = None,
   say: Say | None = None,
+  hosts: Hosts | None = None,
 ) -> Batches:
   """Builds the batches of a split.
 
@@ -271,6 +275,7 @@ def make(
     split: TRAIN or VALIDATION of `validation_split`.
     folder: where the sizes of samples are saved (None: nowhere).
     say: receives lines about progress.
+    hosts: divides the measuring among the processes of a run (None: all is measured here).
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
@@ -295,6 +300,7 @@ def make(
       quarantine if main else Quarantine(),
       folder,
       say if main else None,
+      hosts,
     )
 
     def sizes(epoch: int) -> packing.Sizes:
