@@ -33,7 +33,8 @@ from llava_sp_jax.data.source import Source
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
-PREFETCH = 64  # rows that are made ahead of the batch that is read
+PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
+PREFETCH_BYTES = 1 << 27  # of their images; but always the rows of a batch
 SAMPLES = "samples"  # key of a batch: for each row, a list of Held; stays on the host
 
 
@@ -61,6 +62,11 @@ class RowMaker:
     self._seed, self._quarantine = seed, quarantine
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
     self._any_good, self._bad = False, set[int]()
+
+  @property
+  def image_bytes(self) -> int:
+    """Returns the bytes of a row's images."""
+    return self._data.images_per_row * self._side**2 * 3 * np.dtype(np.float32).itemsize
 
   def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
     """Returns the arrays of a row by name: those of `make` without the axis B.
@@ -159,6 +165,8 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     self.stream, self.usable = stream, usable
     self.stopped: Callable[[], bool] = lambda: False
     self._count, self._threads = len(rows), threads
+    fitting = PREFETCH_BYTES // max(1, row_maker.image_bytes)
+    self._ahead = max(len(rows), min(PREFETCH, fitting))
     self._prefetcher: Prefetcher | None = None
 
     def row(number: int) -> dict[str, Any]:  # `number` counts the rows that this process makes
@@ -193,7 +201,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     """
     if self._prefetcher is None:
       self._prefetcher = Prefetcher(
-        self._row, self._position * self._count, self._threads, PREFETCH
+        self._row, self._position * self._count, self._threads, self._ahead
       )
     rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
     self._position += 1

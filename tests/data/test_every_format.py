@@ -274,6 +274,32 @@ def test_hosts_measure_shares(tiny_config: ConfigMaker, tmp_path: Path, monkeypa
     np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
 
+def test_hosts_measure_anew_unless_all_of_them_know(
+  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """One that has read a file of its own would not give the others its share."""
+  data = write_json(tiny_config, tmp_path).data
+  args = (opened(data), Tokenizer(data.tokenizer), data, TILE, 0, Quarantine(), tmp_path / "run")
+  lengths.Lengths(*args).measured(0)
+  said: list[list[str]] = []
+
+  def looked(others: str) -> bool:
+    """Whether samples are measured, when this host knows their sizes and others say so."""
+
+    def gather(text: str, name: str) -> list[str]:
+      said.append([text, name])
+      return [text, others] if name == "lengths are known" else [text]
+
+    measured: list[str] = []
+    hosts = lengths.Hosts(0, 1, gather)
+    lengths.Lengths(*args, measured.append, hosts).measured(0)
+    return any("measured" in line for line in measured)
+
+  assert looked("no")
+  assert not looked("yes")
+  assert said[0] == said[-1] == ["yes", "lengths are known"]
+
+
 def test_a_file_that_changes_while_it_is_read_ends_the_run(
   tiny_config: ConfigMaker, tmp_path: Path
 ) -> None:
