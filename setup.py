@@ -34,6 +34,8 @@ setup(
     "ml_collections>=1.1",
     "transformers>=5.23",  # tokenizers; works without torch
     "tensorflow-datasets>=4.9.10",  # data through array_record, without tensorflow
+    "pyarrow>=15",  # parquet and Arrow; tensorflow-datasets brings it anyway
+    "array-record>=0.8",  # packed data; grain brings it anyway
     "safetensors>=0.8",
     "sentencepiece>=0.2",  # tokenizer.model folders, as Vicuna has
     "tokenizers>=0.23",

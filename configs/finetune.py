@@ -1,7 +1,7 @@
 """Fine-tuning on your data from a checkpoint: llava-sp train --config configs/finetune.py:init=CKPT,data=FILE --workdir runs/mine
 
 Options after the colon, separated by commas: init=<a finished run, or a folder of `llava-sp convert`>,
-data=<JSON list or JSON lines of samples>, images=<folder of the image names; default: that of data>,
+data=<samples, in any format of docs/data.md>, images=<folder of the image names; default: that of data>,
 epochs=1, batch=16 (rows of a step), row_length=2048 (tokens of a row), rank=128 (of new adapters, if
 the checkpoint has none; 0: trains the whole decoder), rate=<peak learning rate; default: 2e-4 for
 adapters, 2e-5 for the whole decoder>, template=<default: the checkpoint's>, quantize=<nf4, int8, ..: of
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.data import sample_file
+from llava_sp_jax.data import sources
 
 # Fields of `config.data` that the checkpoint was trained with.
 READ = ("template", "turns", "image_aspect", "image_fit", "image_resample", "grid_pinpoints",
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
       f"{arg.batch}, {arg.rank}"
     )
   base = runs.read_config(arg.init)
-  samples = len(sample_file.read(arg.data))
+  samples = len(sources.open_path(arg.data, "", lambda image: image))
   lora = base.model.lora
   if not lora.rank:
     lora = dataclasses.replace(lora, rank=arg.rank, alpha=2.0 * arg.rank or lora.alpha)

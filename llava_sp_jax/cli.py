@@ -30,6 +30,7 @@ COMMANDS = {
   "merge": ("tools.merge", "fold the adapters into the decoder"),
   "inspect": ("tools.inspect", "what a checkpoint is: variant, sizes, dtypes, parameters"),
   "check": ("tools.check", "look through a data set for what training would leave out"),
+  "data": ("tools.data", "pack a data set into shards that training reads without opening images"),
   "tokenizer": ("tools.tokenizer", "rebuild a tokenizer folder from a GGUF file"),
 }
 

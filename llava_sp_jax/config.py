@@ -146,15 +146,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Sets what is read; `source` names a row of `data.sources.SOURCES`.
+  """Sets what is read; `source` names a row of `data.sources.SOURCES`, or is "auto".
+
+  Fingerprints of the samples decide whether a run may resume, not their format or place.
 
   `image_aspect` names a row of `data.anyres.ASPECTS`, `image_fit` one of `data.image.FITS`,
   `patch_merge` one of `data.anyres.MERGES`; `template` and `turns` one of `data.conversation`.
   """
 
-  source: str = "llava_json"  # how samples are stored
-  path: str = ""  # the file or folder of samples
-  image_folder: str = ""  # image names start from it
+  source: str = free("auto")  # how samples are stored; auto: as the path is
+  path: str = free("")  # the file or folder of samples
+  image_folder: str = free("")  # image names start from it
   tokenizer: str = ""  # folder
   template: str = "v1"  # how a dialogue is written
   turns: str = "chain"  # of a dialogue: one after another, or each alone with the image

@@ -14,7 +14,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import runs
-from llava_sp_jax.data import sample_file
+from llava_sp_jax.data import sources
 from tests.conftest import REPOSITORY
 
 PAGES = (
@@ -50,7 +50,7 @@ def stand_ins() -> Iterator[None]:
   """In place of the checkpoint and the data file that a recipe reads: default sizes, ten samples."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(runs, "read_config", lambda folder: config_lib.Config())
-    patch.setattr(sample_file, "read", lambda path: [{}] * 10)
+    patch.setattr(sources, "open_path", lambda *_: [{}] * 10)
     yield
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.console import shortened
 from llava_sp_jax.data import anyres, example, forms, sources, validation_split
-from llava_sp_jax.data import decode as decode_lib
 from llava_sp_jax.data import samples as samples_lib
+from llava_sp_jax.data.decode import MissingImageError
 from llava_sp_jax.data.failure import REASON, SampleError, attempt, of_one_sample
+from llava_sp_jax.data.pictures import Picture
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 # Kind of problem -> whether training loses the sample, so that the check fails.
@@ -122,24 +123,24 @@ class Checker:
     if isinstance(images, SampleError):
       return Found(0, (), (Problem("cannot be used", str(images)),))
     folders = tuple(folder_of(name) for name in images if isinstance(name, str))
-    files = zip(images, self.source.files(sample), strict=True)
-    plans = [self._plan(image, *file) for image, file in files]
+    found = zip(images, self.source.pictures(sample), strict=True)
+    plans = [self._plan(image, picture) for image, picture in found]
     if bad := tuple(plan for plan in plans if isinstance(plan, Problem)):
       return Found(0, folders, bad)
     if decode and images:
-      found = attempt(lambda: self.source.images(sample))
-      if isinstance(found, SampleError):
-        return Found(0, folders, (Problem("unreadable image", str(found)),))
+      read = attempt(lambda: self.source.images(sample))
+      if isinstance(read, SampleError):
+        return Found(0, folders, (Problem("unreadable image", str(read)),))
     tokens, problems = self._lay_out(index, sample, plans)
     return Found(tokens, folders, problems, len(images) if decode else 0)
 
-  def _plan(self, image: forms.Image, file: Any, name: str) -> example.TokenPlan | Problem:
+  def _plan(self, image: forms.Image, picture: Picture) -> example.TokenPlan | Problem:
     """Returns the token plan of an image, or the problem with its file."""
     folder = folder_of(image) if isinstance(image, str) else ""
     try:
       with of_one_sample():
-        return self._reader.plan(decode_lib.read_size(file, name))
-    except decode_lib.MissingImageError:
+        return self._reader.plan(picture.size())
+    except MissingImageError:
       return Problem("missing image", shortened(str(image), REASON), folder)
     except SampleError as error:
       return Problem("unreadable image", str(error), folder)

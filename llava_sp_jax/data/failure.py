@@ -24,6 +24,10 @@ class SampleError(LlavaSPError, ValueError):
     super().__init__(shortened(str(message), REASON))
 
 
+class SourceError(LlavaSPError, RuntimeError):
+  """Reports that a data set as a whole can no longer be read; never costs just one sample."""
+
+
 def reason(error: BaseException) -> str:
   """Returns why a sample failed: the text of a SampleError, or type and text of another error.
 
@@ -37,10 +41,13 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def of_one_sample() -> Iterator[None]:
-  """Turns every Exception of a block into a SampleError; KeyboardInterrupt and the like pass."""
+  """Turns every Exception of a block into a SampleError.
+
+  SourceError, and KeyboardInterrupt and the like, pass.
+  """
   try:
     yield
-  except SampleError:
+  except (SampleError, SourceError):
     raise
   except Exception as error:
     raise SampleError(reason(error)) from error

@@ -222,7 +222,7 @@ def _refuse_media(sample: dict[str, Any], has_image: bool) -> None:
     if has_image:
       held = held and not _PICTURE_KEY.fullmatch(key)
     else:
-      held = held or (key not in NAMES and _is_medium(value))
+      held = held or (key not in NAMES and is_medium(value))
     if held:
       raise SampleError(
         f"`{key}` {_shown(value)} is not read; images are read from {' or '.join(IMAGES)}"
@@ -239,14 +239,14 @@ def _holds_media(values: dict[str, Any], key: Any) -> bool:
   return len(value) > 0 if hasattr(value, "__len__") else True
 
 
-def _is_medium(value: Any) -> bool:
+def is_medium(value: Any) -> bool:
   """Returns whether a value is bytes or the name of a media file, or contains one."""
   if isinstance(value, str):
     return len(value) <= LONGEST_NAME and _MEDIUM.fullmatch(value) is not None
   if isinstance(value, dict):
-    return any(isinstance(part, str | bytes) and _is_medium(part) for part in value.values())
+    return any(isinstance(part, str | bytes) and is_medium(part) for part in value.values())
   if isinstance(value, list | tuple):
-    return bool(value) and _is_medium(value[0])
+    return bool(value) and is_medium(value[0])
   return isinstance(value, bytes) and bool(value)
 
 

@@ -1,47 +1,62 @@
 """Measures the sizes of all samples in one pass over text and image headers.
 
-Rows are planned from the sizes. The pass runs in several processes. Its result is saved in a file
-whose name is a hash of all that it depends on, so a resumed run, or another run on the same data,
-does not repeat it.
+Rows are planned from the sizes. The pass runs in several processes, and is divided among the hosts
+of a run. Its result is saved in a file whose name is a hash of all that it depends on, so a resumed
+run, or another run on the same data, does not repeat it.
 """
 
 from __future__ import annotations
 
+import base64
 import collections
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
-import hashlib
+import io
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import folders
-from llava_sp_jax.data import anyres, samples, sources
+from llava_sp_jax.data import anyres, kept, samples
 from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
 from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.source import Source
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.progress import Progress
 
-VERSION = 1  # of the file's format and of the code that measures
+VERSION = 2  # of the file's format and of the code that measures
 CHUNK = 256  # samples sent to a process at a time
-ALONE = 4096  # up to so many samples are measured in this process: others take seconds to start
+ALONE = kept.SMALL  # up to so many samples are measured in this process: others start in seconds
 SAY_EVERY = 10.0  # seconds between two lines about progress
 # Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
 NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
-                "image_mean", "image_std", "path", "tokenizer")  # fmt: skip
+                "image_mean", "image_std", "path", "source", "tokenizer", "validation_path",
+                "validation_fraction")  # fmt: skip
+SIZES = ("lengths", "totals", "tiles")  # arrays of `Measured`
 
 Say = Callable[[str], None]
 Found = tuple[int, int, int, str]  # length, total, tiles, or (0, 0, 0, why it cannot be used)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """Tells a process which share of the samples it measures, and how it gets the other shares.
+
+  `gather(text, name)` returns the `text` of every process, in their order; all must call it alike.
+  """
+
+  index: int
+  count: int
+  gather: Callable[[str, str], list[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +73,13 @@ class Measured:
     """Returns how many samples are longer than a row, and therefore truncated."""
     return int(np.sum(self.totals > self.lengths))
 
+  def fill(self, chunk: range, found: Sequence[Found]) -> None:
+    """Sets the sizes of a chunk of samples."""
+    for index, (length, total, tiles, error) in zip(chunk, found, strict=True):
+      self.lengths[index], self.totals[index], self.tiles[index] = length, total, tiles
+      if error:
+        self.errors[index] = error
+
   def sizes(self) -> Sizes:
     """Returns the lengths in tokens, the tiles, and the indices of the usable samples.
 
@@ -66,13 +88,55 @@ class Measured:
     usable = np.flatnonzero(self.lengths).astype(np.int32)
     return Sizes(self.lengths, self.tiles, usable)
 
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns all of it as arrays by name."""
+    errors = np.array(json.dumps(sorted(self.errors.items())))
+    return {"lengths": self.lengths, "totals": self.totals, "tiles": self.tiles, "errors": errors}
+
+  @classmethod
+  def of(cls, arrays: Mapping[str, np.ndarray]) -> Measured:
+    """Returns what `arrays` has returned. Raises: KeyError, ValueError, TypeError for others."""
+    errors = {int(i): str(error) for i, error in json.loads(str(arrays["errors"]))}
+    return cls(arrays["lengths"], arrays["totals"], arrays["tiles"], errors)
+
+  def save(self, path: Path) -> None:
+    """Writes a file atomically. Raises: OSError when it cannot be written; no part remains."""
+    kept.save(path, self.arrays())
+
+  @classmethod
+  def load(cls, path: Path) -> Measured | None:
+    """Reads the file of an earlier pass; returns None if it is damaged in any way."""
+    try:
+      return cls.of(kept.load(path) or {})
+    except (KeyError, ValueError, TypeError):
+      return None
+
+  def text(self) -> str:
+    """Returns all of it as text, for other processes."""
+    file = io.BytesIO()
+    np.savez(file, **self.arrays())  # type: ignore[arg-type]
+    return base64.b64encode(file.getvalue()).decode()
+
+  @classmethod
+  def joined(cls, texts: Sequence[str]) -> Measured:
+    """Joins the shares of all processes, which are 0 where another has measured."""
+    shares = []
+    for text in texts:
+      with np.load(io.BytesIO(base64.b64decode(text))) as file:
+        shares.append(cls.of({name: file[name] for name in file.files}))
+    sums = {
+      name: np.stack([getattr(one, name) for one in shares]).sum(axis=0, dtype=np.int32)
+      for name in SIZES
+    }
+    return cls(**sums, errors={i: why for one in shares for i, why in one.errors.items()})
+
 
 class Lengths:
   """Provides the sizes of samples in an epoch: measured, or from the file of an earlier pass."""
 
   def __init__(
     self,
-    source: sources.Source,
+    source: Source,
     tokenizer: Tokenizer,
     data: config_lib.DataConfig,
     tile: anyres.Tile,
@@ -80,6 +144,7 @@ class Lengths:
     quarantine: Quarantine,
     folder: Path | None = None,
     say: Say | None = None,
+    hosts: Hosts | None = None,
   ):
     """Prepares the measuring.
 
@@ -90,12 +155,14 @@ class Lengths:
       tile: the tokens of one tile of the model.
       seed: the seed of the run, with which turns are drawn.
       quarantine: where samples that cannot be used are recorded.
-      folder: where results are saved (None: nowhere).
+      folder: where results are saved if they cannot be saved beside the data (None: nowhere).
       say: receives lines about progress.
+      hosts: divides the first pass among the processes of a run (None: all is measured here).
+        Later ones follow at different times, and are not divided.
     """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
-    self._say = say or (lambda line: None)
+    self._say, self._hosts = say or (lambda line: None), hosts
 
   def measured(self, epoch: int) -> Measured:
     """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
@@ -110,15 +177,34 @@ class Lengths:
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
   def _pass(self, epoch: int) -> Measured:
-    path = self._folder / f"lengths-{self.key(epoch)}.npz" if self._folder else None
-    if path and path.is_file():
-      if found := _load(path):
-        return found
-      self._say(f"{path}: cannot be read; samples are measured again")
-    result = self._measure(epoch)
-    if path:
-      _save(result, path)
+    places, hosts = self._places(epoch), self._hosts
+    self._hosts = None
+    found = next((known for path in places if (known := self._known(path))), None)
+    if hosts and "no" in hosts.gather("yes" if found else "no", "lengths are known"):
+      found = None  # all measure, since each needs the share of all others
+    if found:
+      return found
+    result = self._measure(epoch, hosts)
+    for path in places:
+      with contextlib.suppress(OSError) if path != places[-1] else contextlib.nullcontext():
+        result.save(path)
+        break
     return result
+
+  def _places(self, epoch: int) -> list[Path]:
+    """Returns the files that may hold the sizes: beside data that are not small, in the folder."""
+    name, path = f"lengths-{self.key(epoch)}.npz", Path(self._data.path)
+    large = len(self._source) > kept.SMALL and path.exists()
+    within = [self._folder / name] if self._folder else []
+    return [*([kept.beside(path) / name] if large and self._folder else []), *within]
+
+  def _known(self, path: Path) -> Measured | None:
+    if not path.is_file():
+      return None
+    found = Measured.load(path)
+    if not found:
+      self._say(f"{path}: cannot be read; samples are measured again")
+    return found
 
   def sizes(self, epoch: int) -> Sizes:
     """Returns the sizes of all samples in an epoch, and which can be used, for `packing.Stream`.
@@ -138,75 +224,54 @@ class Lengths:
       "data": {k: v for k, v in data.items() if k not in NOT_MEASURED},
       "draws": [self._seed, epoch] if self._data.turns_per_row else None,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return kept.key_of(about)
 
-  def _measure(self, epoch: int) -> Measured:
+  def _measure(self, epoch: int, hosts: Hosts | None) -> Measured:
     count = len(self._source)
-    progress, told = Progress(count, "samples"), time.monotonic()
-    found: list[Found] = []
-    last = ""
-    for part in self._parts(epoch):
-      found += part
-      last = next((error for *_, error in reversed(part) if error), last)
-      progress.done = len(found)
+    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+    mine = chunks[hosts.index :: hosts.count] if hosts else chunks
+    result = Measured(**{name: np.zeros(count, np.int32) for name in SIZES}, errors={})
+    progress, told = Progress(sum(map(len, mine)), "samples"), time.monotonic()
+    for chunk, part in zip(mine, self._parts(epoch, mine), strict=True):
+      result.fill(chunk, part)
+      progress.done += len(part)
       if time.monotonic() - told > SAY_EVERY:
         told = time.monotonic()
         self._say(f"measuring: {progress.line()}")
-    lengths, totals, tiles = np.array([f[:3] for f in found], np.int32).T
-    errors = {i: f[3] for i, f in enumerate(found) if f[3]}
-    if len(errors) == count:
+    if hosts:
+      result = Measured.joined(hosts.gather(result.text(), "lengths are measured"))
+    if len(result.errors) == count:
       raise config_lib.ConfigError(
-        f"data: none of the {count} samples can be used; the last: {last}"
+        f"data: none of the {count} samples can be used; the last: {result.errors[count - 1]}"
       )
-    result = Measured(lengths, totals, tiles, errors)
+    by = f" by {hosts.count} processes" if hosts and hosts.count > 1 else ""
     self._say(
-      f"measured {count:,} samples in {progress.seconds:,.1f} s: {len(errors):,} cannot "
+      f"measured {count:,} samples in {progress.seconds:,.1f} s{by}: {len(result.errors):,} cannot "
       f"be used, {result.cut:,} are cut at {self._data.row_length} tokens"
     )
     return result
 
-  def _parts(self, epoch: int) -> Iterator[list[Found]]:
-    """Yields the results for all samples, CHUNK at a time and in order.
-
-    Raises: ConfigError when a process dies.
-    """
-    about = (self._data, self._tile, self._source.sizes, self._seed)
-    count = len(self._source)
-    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+  def _parts(self, epoch: int, chunks: Sequence[range]) -> Iterator[list[Found]]:
+    """Yields the results for chunks of samples, in order. Raises: ConfigError when a process dies."""
+    about = (self._data, self._tile, self._source, self._seed)
     processes = self._data.processes or os.cpu_count() or 1
-
-    measurer = functools.cache(lambda: _measurer(*about, self._tokenizer))
-
-    def here(chunk: range) -> list[Found]:
-      return _chunk(measurer(), [self._source[i] for i in chunk], epoch, chunk.start)
-
-    if processes == 1 or count <= ALONE:
-      yield from map(here, chunks)
+    if processes == 1 or sum(map(len, chunks)) <= ALONE:
+      measurer = _measurer(*about, self._tokenizer)
+      yield from (_chunk(measurer, self._source, chunk, epoch) for chunk in chunks)
       return
     context = multiprocessing.get_context("spawn")  # threads of other libraries do not survive fork
     given = (*about, self._tokenizer.path)
-    waiting: collections.deque[tuple[range, concurrent.futures.Future[list[Found]]]] = (
-      collections.deque()
-    )
+    waiting: collections.deque[concurrent.futures.Future[list[Found]]] = collections.deque()
     done = 0
-
-    def found() -> list[Found]:
-      chunk, future = waiting.popleft()
-      try:
-        return future.result()
-      except RecursionError:  # a sample is nested too deeply to be pickled
-        return here(chunk)
-
     try:
       with concurrent.futures.ProcessPoolExecutor(processes, context, _start, given) as pool:
         for chunk in chunks:
-          parts = [self._source[i] for i in chunk]
-          waiting.append((chunk, pool.submit(_work, parts, epoch, chunk.start)))
-          if len(waiting) > 4 * processes:  # bounds the samples in the queue
-            yield found()
+          waiting.append(pool.submit(_work, chunk, epoch))
+          if len(waiting) > 4 * processes:  # bounds the results that wait
+            yield waiting.popleft().result()
             done += CHUNK
         while waiting:
-          yield found()
+          yield waiting.popleft().result()
           done += CHUNK
     except concurrent.futures.process.BrokenProcessPool:
       raise config_lib.ConfigError(
@@ -219,69 +284,38 @@ class Lengths:
 def _measurer(
   data: config_lib.DataConfig,
   tile: anyres.Tile,
-  sizes: sources.Sizes,
+  source: Source,
   seed: int,
   tokenizer: Tokenizer,
 ) -> samples.Measurer:
   return samples.Measurer(
-    samples.SampleEncoder(tokenizer, data), anyres.Reader(data, tile), sizes, seed
+    samples.SampleEncoder(tokenizer, data), anyres.Reader(data, tile), source.sizes, seed
   )
 
 
-def _chunk(measure: samples.Measurer, chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
-  found: list[Found] = []
-  for index, sample in enumerate(chunk, first):
-    found.append(_found(measure, sample, epoch, index))
-  return found
+def _chunk(measure: samples.Measurer, source: Source, chunk: range, epoch: int) -> list[Found]:
+  return [_found(measure, source, epoch, index) for index in chunk]
 
 
-def _found(measure: samples.Measurer, sample: Any, epoch: int, index: int) -> Found:
+def _found(measure: samples.Measurer, source: Source, epoch: int, index: int) -> Found:
   try:
     with of_one_sample():
-      size = measure(sample, epoch, index)
+      size = measure(source[index], epoch, index)
   except SampleError as error:
     return 0, 0, 0, str(error)
   return size.length, size.total, size.tiles, ""
 
 
-_process: list[samples.Measurer] = []  # in a worker process: its measurer, set by `_start`
+# In a worker process, set by `_start`: its measurer, and the samples.
+_process: list[tuple[samples.Measurer, Source]] = []
 
 
 def _start(
-  data: config_lib.DataConfig, tile: anyres.Tile, sizes: sources.Sizes, seed: int, tokenizer: Path
+  data: config_lib.DataConfig, tile: anyres.Tile, source: Source, seed: int, tokenizer: Path
 ) -> None:
   """Prepares a worker process; `tokenizer` is the folder of the tokenizer."""
-  _process.append(_measurer(data, tile, sizes, seed, Tokenizer(tokenizer)))
+  _process.append((_measurer(data, tile, source, seed, Tokenizer(tokenizer)), source))
 
 
-def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
-  return _chunk(_process[0], chunk, epoch, first)
-
-
-def _save(measured: Measured, path: Path) -> None:
-  """Writes a file atomically. Raises: OSError when it cannot be written; no part of it remains."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(f".{os.getpid()}.part")
-  errors = json.dumps(sorted(measured.errors.items()))
-  try:
-    with folders.written(path), part.open("wb") as file:
-      np.savez(
-        file,
-        lengths=measured.lengths,
-        totals=measured.totals,
-        tiles=measured.tiles,
-        errors=np.array(errors),
-      )
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
-
-
-def _load(path: Path) -> Measured | None:
-  """Reads the file of an earlier pass; returns None if it is damaged in any way."""
-  try:
-    with path.open("rb") as opened, np.load(opened) as file:
-      errors = {int(i): str(error) for i, error in json.loads(str(file["errors"]))}
-      return Measured(file["lengths"], file["totals"], file["tiles"], errors)
-  except Exception:
-    return None
+def _work(chunk: range, epoch: int) -> list[Found]:
+  return _chunk(*_process[0], chunk, epoch)

@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -184,6 +185,24 @@ def fill(rows: Sequence[PackedRow], sizes: Sizes) -> float:
   return used / sum(row.length for row in rows)
 
 
+class _Rows(Sequence[PackedRow]):
+  """Holds rows as arrays: their number is that of the samples, and so is not small."""
+
+  def __init__(self, rows: Sequence[PackedRow]):
+    self._lengths = np.array([row.length for row in rows], np.int32)
+    self._ends = np.cumsum([len(row.samples) for row in rows], dtype=np.int64)
+    self._samples = np.fromiter((i for row in rows for i in row.samples), np.int32)
+
+  def __len__(self) -> int:
+    return len(self._lengths)
+
+  def __getitem__(self, index: Any) -> Any:
+    first = self._ends[index - 1] if index else 0
+    return PackedRow(
+      int(self._lengths[index]), tuple(self._samples[first : self._ends[index]].tolist())
+    )
+
+
 class Stream:
   """Provides the endless sequence of rows of all epochs, by index; may be shared by threads."""
 
@@ -195,10 +214,10 @@ class Stream:
     """
     self._packing, self._shape, self._seed, self._sizes = packing, shape, seed, sizes
     self._ends: list[int] = []  # rows up to the end of each planned epoch
-    self._rows: dict[int, list[PackedRow]] = {}
+    self._rows: dict[int, _Rows] = {}
     self._lock = threading.Lock()
 
-  def epoch(self, number: int) -> list[PackedRow]:
+  def epoch(self, number: int) -> Sequence[PackedRow]:
     """Returns the rows of epoch `number`, from 0. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
@@ -212,12 +231,12 @@ class Stream:
       rows = self._planned(number)
       return number, rows[row - self._ends[number] + len(rows)]
 
-  def _planned(self, number: int) -> list[PackedRow]:
+  def _planned(self, number: int) -> _Rows:
     if number not in self._rows:
       rows = plan(self._packing, self._sizes(number), self._shape, self._seed, number)
       if not rows:
         raise ValueError(f"epoch {number} has no rows: no sample can be used")
-      self._rows[number] = rows
+      self._rows[number] = _Rows(rows)
       if number == len(self._ends):
         self._ends.append(len(rows) + (self._ends[-1] if self._ends else 0))
       for old in [n for n in self._rows if n <= number - KEPT]:

@@ -19,19 +19,22 @@ from llava_sp_jax.data import (
   anyres,
   example,
   image,
+  kept,
   packing,
   samples,
   sources,
   validation_split,
 )
 from llava_sp_jax.data.failure import SampleError, attempt
-from llava_sp_jax.data.lengths import Lengths, Say
+from llava_sp_jax.data.lengths import Hosts, Lengths, Say
 from llava_sp_jax.data.prefetch import Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.source import Source
 from llava_sp_jax.data.tokenizer import Tokenizer
 
 HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
-PREFETCH = 64  # rows that are made ahead of the batch that is read
+PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
+PREFETCH_BYTES = 1 << 27  # of their images; but always the rows of a batch
 SAMPLES = "samples"  # key of a batch: for each row, a list of Held; stays on the host
 
 
@@ -48,7 +51,7 @@ class RowMaker:
 
   def __init__(
     self,
-    source: sources.Source,
+    source: Source,
     writer: samples.SampleEncoder,
     data: config_lib.DataConfig,
     side: int,
@@ -59,6 +62,11 @@ class RowMaker:
     self._seed, self._quarantine = seed, quarantine
     self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
     self._any_good, self._bad = False, set[int]()
+
+  @property
+  def image_bytes(self) -> int:
+    """Returns the bytes of a row's images."""
+    return self._data.images_per_row * self._side**2 * 3 * np.dtype(np.float32).itemsize
 
   def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
     """Returns the arrays of a row by name: those of `make` without the axis B.
@@ -107,7 +115,8 @@ class RowMaker:
     if size.length > left or first + size.tiles > self._data.images_per_row:
       raise SampleError(
         f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
-        "images have changed since, remove lengths-*.npz from the run's folder and start anew"
+        "images have changed since, remove lengths-*.npz from the run's folder, and from the folder "
+        f"{kept.SUFFIX} beside the data, and start anew"
       )
     limit, room = self._data.row_length, self._data.images_per_row
     part = example.layout(runs, plans, limit, room, segment, first)
@@ -156,6 +165,8 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     self.stream, self.usable = stream, usable
     self.stopped: Callable[[], bool] = lambda: False
     self._count, self._threads = len(rows), threads
+    fitting = PREFETCH_BYTES // max(1, row_maker.image_bytes)
+    self._ahead = max(len(rows), min(PREFETCH, fitting))
     self._prefetcher: Prefetcher | None = None
 
     def row(number: int) -> dict[str, Any]:  # `number` counts the rows that this process makes
@@ -190,7 +201,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     """
     if self._prefetcher is None:
       self._prefetcher = Prefetcher(
-        self._row, self._position * self._count, self._threads, PREFETCH
+        self._row, self._position * self._count, self._threads, self._ahead
       )
     rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
     self._position += 1
@@ -239,7 +250,7 @@ def check_settings(data: config_lib.DataConfig) -> None:
 
 def open_source(
   data: config_lib.DataConfig, tile: anyres.Tile, split: str
-) -> tuple[sources.Source, Sequence[int]]:
+) -> tuple[Source, Sequence[int]]:
   """Opens the source of a split, and returns it with the indices of the split's samples.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened.
@@ -259,6 +270,7 @@ def make(
   split: str = validation_split.TRAIN,
   folder: Path | None = None,
   say: Say | None = None,
+  hosts: Hosts | None = None,
 ) -> Batches:
   """Builds the batches of a split.
 
@@ -277,6 +289,7 @@ def make(
     split: TRAIN or VALIDATION of `validation_split`.
     folder: where the sizes of samples are saved (None: nowhere).
     say: receives lines about progress.
+    hosts: divides the measuring among the processes of a run (None: all is measured here).
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
@@ -307,6 +320,7 @@ def make(
       quarantine if main else Quarantine(),
       folder,
       say if main else None,
+      hosts,
     )
 
     def sizes(epoch: int) -> packing.Sizes:

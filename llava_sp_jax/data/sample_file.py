@@ -5,30 +5,53 @@ from __future__ import annotations
 import array
 import codecs
 import functools
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llava_sp_jax import files
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.console import shortened
-from llava_sp_jax.data import forms
-from llava_sp_jax.data.failure import REASON, SampleError
+from llava_sp_jax.data import content, forms, kept, sample_offsets, sample_text
+from llava_sp_jax.data.failure import REASON
+from llava_sp_jax.data.sample_offsets import BLANKS, Offsets
+from llava_sp_jax.data.sample_text import UTF_8, NoTextError, decoded, loads
 
 EXPECTED = "expected a JSON list of samples, or JSON lines, one sample each"
-UTF_8, BLANKS = "utf-8", b" \t\r\n"
+KEPT = ("starts", "ends", "numbers")  # arrays of `Offsets`
 _SIGNS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)  # strings, and signs of JSON
 
 
-class _NoText(ValueError):  # noqa: N818 - an internal signal, shown to users in another error
-  """Reports bytes that are not valid in the encoding that was detected."""
+class SampleFile(Sequence[Any]):
+  """Holds the samples of a file: where they are, or in memory if the file is not a sound one.
+
+  `fingerprint` is that of the samples, `digest` the SHA-256 of the file's bytes.
+  """
+
+  def __init__(self, path: Path, held: Sequence[Any], fingerprint: str, digest: str):
+    self.fingerprint, self.digest = fingerprint, digest
+    self._path, self._held = path, held
+
+  def __len__(self) -> int:
+    return len(self._held)
+
+  def __getitem__(self, index: Any) -> Any:
+    return self._held[index]
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    if isinstance(self._held, list):  # samples may be nested too deeply for pickle
+      return read, (self._path,)
+    return SampleFile, (self._path, self._held, self.fingerprint, self.digest)
 
 
-def read(path: str | Path, key: str = "data.path") -> list[Any]:
-  """Reads the samples of a file.
+def read(path: str | Path, key: str = "data.path") -> SampleFile:
+  """Finds the samples of a file.
 
   Puts a SampleError in the place of a line or item that is not JSON.
 
@@ -41,16 +64,32 @@ def read(path: str | Path, key: str = "data.path") -> list[Any]:
   if not files.is_regular(Path(path)):
     raise FileNotFoundError(f"{key}: no file {str(path)[-REASON:]!r}; {EXPECTED}")
   try:
-    return _read(str(path), Path(path).stat().st_mtime_ns)
+    return _read(Path(path), Path(path).stat().st_mtime_ns)
   except (OSError, ValueError, RecursionError) as error:
     why = error.strerror if isinstance(error, OSError) else str(error)
     raise ConfigError(f"{key}: {path} {shortened(why or '', REASON)}; {EXPECTED}") from None
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str, changed: int) -> list[Any]:
+def _read(path: Path, changed: int) -> SampleFile:
   """Reads a file; cached, since training and validation may read the same large one."""
-  return _parsed(Path(path).read_bytes(), Path(path).name)
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  name = f"samples-{kept.key_of(content.VERSION, digest)}.npz"
+  if (known := kept.load(kept.beside(path) / name)) and known.keys() == {*KEPT, "about"}:
+    kind, fingerprint = map(str, known["about"])
+    return SampleFile(path, Offsets(path, kind, *(known[key] for key in KEPT)), fingerprint, digest)
+  if found := sample_offsets.find(path):
+    offsets, fingerprint = found
+    if len(offsets) > kept.SMALL:
+      arrays = {key: getattr(offsets, key) for key in KEPT}
+      kept.save_beside(path, name, {**arrays, "about": np.array([offsets.kind, fingerprint])})
+    return SampleFile(path, offsets, fingerprint, digest)
+  held = _parsed(path.read_bytes(), path.name)
+  hashed = content.Fingerprint()
+  for sample in held:
+    hashed.add(sample)
+  return SampleFile(path, held, hashed.hexdigest(), digest)
 
 
 def _parsed(data: bytes, name: str) -> list[Any]:
@@ -59,7 +98,7 @@ def _parsed(data: bytes, name: str) -> list[Any]:
   Raises: ValueError that says what the file holds in place of samples.
   """
   try:
-    found = _loads(_decoded(data, json.detect_encoding(data)))
+    found = loads(decoded(data, json.detect_encoding(data)))
   except (ValueError, RecursionError) as error:
     why = _why(error)
   else:
@@ -74,7 +113,7 @@ def _parsed(data: bytes, name: str) -> list[Any]:
 
 def _why(error: Exception) -> str:
   """Returns why a file is not a single JSON value."""
-  if isinstance(error, _NoText):
+  if isinstance(error, NoTextError):
     return str(error)
   if isinstance(error, RecursionError):
     return "is not a list of samples (nested too deeply)"
@@ -91,14 +130,14 @@ def _apart(data: bytes, name: str, why: str) -> list[Any]:
     data = b" " * len(codecs.BOM_UTF8) + data[len(codecs.BOM_UTF8) :]
   elif (encoding := json.detect_encoding(data)) != UTF_8:
     try:
-      data, name = _decoded(data, encoding).encode(UTF_8, "surrogatepass"), f"{name} as UTF-8"
-    except _NoText:
+      data, name = decoded(data, encoding).encode(UTF_8, "surrogatepass"), f"{name} as UTF-8"
+    except NoTextError:
       raise ValueError(why) from None
   first = data.lstrip(BLANKS).partition(b"\n")[0]
   parts = _items(data) if first.startswith(b"[") else _lines(data)
   if parts is None and _items(first) is not None:  # the first line is a list by itself
     parts = _lines(data)
-  found = [_sample(name, *part) for part in parts or ()]
+  found = [sample_text.sample(f"{name}, {part}", at, text) for part, at, text in parts or ()]
   if not any(isinstance(sample, dict) for sample in found):
     raise ValueError(why)
   return found
@@ -135,50 +174,3 @@ def _items(data: bytes) -> Iterator[Part] | None:
     return None
   spans = itertools.pairwise(borders)
   return ((f"item {n}", a + 1, data[a + 1 : b]) for n, (a, b) in enumerate(spans, 1))
-
-
-def _sample(name: str, part: str, start: int, content: bytes) -> Any:
-  """Parses a part; returns its value, or a SampleError that says why it has none."""
-  try:
-    return _loads(_decoded(content, UTF_8, start))
-  except _NoText as error:
-    why = str(error)
-  except RecursionError:
-    why = f"at byte {start} is not JSON (nested too deeply)"
-  except json.JSONDecodeError as error:
-    at = start + len(error.doc[: error.pos].encode(UTF_8, "surrogatepass"))
-    why = f"is not JSON ({error.msg.removesuffix(' at')} at byte {at})"
-  return SampleError(f"{name}, {part} {why}")
-
-
-def _decoded(data: bytes, encoding: str, start: int = 0) -> str:
-  """Decodes bytes that begin at offset `start` of a file. Raises: _NoText."""
-  try:
-    # Half of a surrogate pair must fail only its sample (in `forms`), not the file.
-    return data.decode(encoding, "surrogatepass")
-  except UnicodeDecodeError as error:
-    at = len(data) - len(error.object) + error.start  # `error.object` lacks the byte order mark
-    name = encoding.removesuffix("-sig")
-    raise _NoText(
-      f"is not {name} text (byte {data[at]:#04x} at {start + at}); save it as UTF-8"
-    ) from None
-
-
-def _loads(text: str) -> Any:
-  """Parses JSON; keeps an integer with more digits than Python converts as text.
-
-  Raises: JSONDecodeError; RecursionError.
-  """
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError:
-    raise
-  except ValueError:
-    return json.loads(text, parse_int=_whole)
-
-
-def _whole(digits: str) -> int | str:
-  try:
-    return int(digits)
-  except ValueError:
-    return digits

@@ -110,7 +110,7 @@ class Measurer:
     Args:
       writer: tokenizes samples.
       reader: plans the tokens of images.
-      sizes: reads the sizes of a sample's images, the property of a `sources.Source`.
+      sizes: reads the sizes of a sample's images, a method of its `source.Source`.
       seed: the seed of the run, with which turns are drawn.
     """
     self._writer, self._reader, self._sizes, self._seed = writer, reader, sizes, seed

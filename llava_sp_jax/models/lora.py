@@ -87,7 +87,7 @@ class LoraDense(nn.Module):
     self, name: str, init: Any, shape: tuple[int, int]
   ) -> Float[Array, "_I _O"] | Float[Array, "G _I _O"]:
     """Returns a matrix, or the copies of it that `sharding.for_groups` made."""
-    held = self.get_variable("params", name)
+    held: Any = self.get_variable("params", name)
     if held is not None and held.ndim == 3:
       copies: jax.Array = held
       return copies

@@ -43,7 +43,10 @@ TABLES = {
   "evaluate.task": ("tasks.catalog", "TASKS"),
   "mesh.base": ("distributed.sharding", "PRESETS"),
 }
-BESIDES = {"model.attention": ("auto",)}  # key -> allowed values that are not rows of its table
+BESIDES = {
+  "model.attention": ("auto",),
+  "data.source": ("auto",),
+}  # key -> allowed values that are not rows of its table
 FIELD = re.compile(r"  (\w+): .*?  # (.+)")
 
 

@@ -16,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
-from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
+from llava_sp_jax.data import anyres, lengths, pipeline, prefetch, validation_split
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
@@ -139,11 +139,22 @@ def open_tokenizer(config: config_lib.Config) -> Tokenizer:
   return Tokenizer(places.tokenizer(config.data.tokenizer))
 
 
-def _inputs(config: config_lib.Config) -> dict[str, str]:
-  """Returns the fingerprints of `resume.INPUTS`; reads the file of samples, but no images."""
+def _hosts() -> lengths.Hosts | None:
+  """Returns what divides the measuring of samples among the processes; None for a single one."""
+  count = jax.process_count()
+  return lengths.Hosts(jax.process_index(), count, processes.all_gather) if count > 1 else None
+
+
+def _inputs(config: config_lib.Config) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the fingerprints of `resume.INPUTS`, and those that earlier versions gave to the same.
+
+  Reads the samples, but no images.
+  """
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
-  return {"data": source.fingerprint()[:16], "tokenizer": open_tokenizer(config).fingerprint()[:16]}
+  tokenizer = open_tokenizer(config).fingerprint()[:16]
+  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer}
+  return found, {"data": source.former_fingerprint()[:16]}
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
@@ -169,7 +180,7 @@ def _train(
 ) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
-    peers.compare(peers.facts(config, lambda: {**read(), **validation_input(config)}))
+    peers.compare(peers.facts(config, lambda: {**read()[0], **validation_input(config)}))
   config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
@@ -178,8 +189,8 @@ def _train(
   module = build.model(config.model)
   tokenizer = open_tokenizer(config)
   preflight.check_config(config, tokenizer)
-  inputs = read()
-  changed = resume.compare_inputs(folder, begun, inputs, options.changed)
+  inputs, former = read()
+  changed = resume.compare_inputs(folder, begun, inputs, options.changed, former)
   known = resume.about(folder, begun)
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
@@ -194,6 +205,7 @@ def _train(
     rows.tolist(),
     folder=folder,
     say=print,
+    hosts=_hosts(),
   )
   if not begun:
     config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))

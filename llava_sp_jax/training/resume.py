@@ -118,7 +118,11 @@ def about(folder: Path, step: int) -> dict[str, Any]:
 
 
 def compare_inputs(
-  folder: Path, step: int, inputs: Mapping[str, str], changed: frozenset[str]
+  folder: Path,
+  step: int,
+  inputs: Mapping[str, str],
+  changed: frozenset[str],
+  former: Mapping[str, str] | None = None,
 ) -> list[str]:
   """Compares the fingerprints of the inputs with those that step `step` was trained on.
 
@@ -127,6 +131,7 @@ def compare_inputs(
     step: the step to resume from.
     inputs: {"data", "tokenizer"} with the fingerprints of now.
     changed: names of the inputs that may differ.
+    former: the fingerprints that earlier versions gave to the inputs of now, where they differ.
 
   Returns: the names of the inputs that differ, all of them in `changed`.
   Raises: CheckpointError with both fingerprints of those that differ and are not in `changed`.
@@ -134,7 +139,8 @@ def compare_inputs(
   known = about(folder, step).get("inputs", {})
   if step and not known:
     _say(f"{folder}: step {step} does not say what data it was trained on; they are not compared")
-  other = [name for name in INPUTS if known.get(name, inputs[name]) != inputs[name]]
+  same = {name: (inputs[name], (former or {}).get(name)) for name in INPUTS}
+  other = [name for name in INPUTS if name in known and known[name] not in same[name]]
   if refused := [name for name in other if name not in changed]:
     raise CheckpointError(
       f"{folder}: was trained on something else until step {step}: "

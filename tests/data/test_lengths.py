@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +44,6 @@ def test_measuring_is_what_reading_finds(
     assert measured.tiles[sample.sample] == tiles
   assert not measured.errors
   assert measured.cut == 0
-
-
-class Sending(concurrent.futures.ThreadPoolExecutor):
-  """A thread that is sent its work as a process is: what cannot be pickled fails in its future."""
-
-  def __init__(self, count: int, context: Any, *start: Any):
-    super().__init__(1, "sent", *start)
-
-  def submit(self, *work: Any) -> concurrent.futures.Future:  # type: ignore[override]
-    return super().submit(_done, work)
-
-
-def _done(work: tuple[Any, ...]) -> Any:
-  do, *given = pickle.loads(pickle.dumps(work))
-  return do(*given)
-
-
-def test_what_cannot_be_sent_to_a_process_is_measured_here(
-  config: config_lib.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """A sample that is nested deeply can be read, but not pickled."""
-  monkeypatch.setattr(lengths, "ALONE", 3)
-  monkeypatch.setattr(lengths, "CHUNK", COUNT)
-  monkeypatch.setattr(lengths, "_process", [])
-  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Sending)
-  path = tmp_path / "deep.json"
-  good = Path(config.data.path).read_text().rstrip()[1:-1]
-  path.write_text('[{"id": ' + "[" * 900 + "]" * 900 + "}, " + good + "]")
-  data = dataclasses.replace(config.data, path=str(path), processes=2)
-  source = sources.LlavaJson(data.path, data.image_folder, Reader(data, TILE))
-  measured = lengths.Lengths(
-    source, Tokenizer(data.tokenizer), data, TILE, 0, Quarantine(tmp_path / "quarantine.jsonl")
-  ).measured(0)
-  assert list(measured.errors) == [0]
-  assert (measured.lengths[1:] > 0).all()
-  assert len(measured.lengths) == COUNT + 1
 
 
 def test_a_pass_is_kept_and_its_bad_samples_named_again(
@@ -124,7 +86,10 @@ def test_a_kept_pass_is_of_the_same_data(
   elif change == "turns":
     data = dataclasses.replace(data, turns_per_row=1)
   elif change == "data":
-    Path(data.path).write_text(Path(data.path).read_text() + " ")
+    text = Path(data.path).read_text()
+    Path(data.path).write_text(text + " ")
+    assert key() == before  # the same samples
+    Path(data.path).write_text(text.replace("what", "which", 1))
   elif change == "tokenizer":
     tokenizer.save(tmp_path / "other")
     tokenizer = Tokenizer(tmp_path / "other")

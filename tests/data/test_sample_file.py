@@ -36,7 +36,7 @@ READ = {
 def test_what_is_read(name: str, tmp_path: Path) -> None:
   path = tmp_path / "x.json"
   path.write_bytes(READ[name])
-  assert sample_file.read(path) == SAMPLES
+  assert list(sample_file.read(path)) == SAMPLES
   assert len(sources.LlavaJson(str(path), "", lambda image: image)) == 3
 
 
@@ -44,7 +44,7 @@ def test_what_is_read(name: str, tmp_path: Path) -> None:
 def test_one_sample_alone(indent: int | None, tmp_path: Path) -> None:
   path = tmp_path / "x.jsonl"
   path.write_text(json.dumps(SAMPLES[0], indent=indent))
-  assert sample_file.read(path) == SAMPLES[:1]
+  assert list(sample_file.read(path)) == SAMPLES[:1]
 
 
 def test_a_torn_line_is_the_failure_of_its_sample(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_torn_line_is_the_failure_of_its_sample(tmp_path: Path) -> None:
     '{"a": 1' + "0" * 5000,
   )
   path.write_text(first + second + "\n" + third + "\n" + first)
-  found = sample_file.read(path)
+  found = list(sample_file.read(path))
   assert [isinstance(sample, SampleError) for sample in found] == [False, True, True, False]
   at = len(first.encode()) + len('{"id": 1, ')
   assert str(found[1]) == f"x.jsonl, line 2 is not JSON (Unterminated string starting at byte {at})"
@@ -65,7 +65,7 @@ def test_a_torn_line_is_the_failure_of_its_sample(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_cost_their_lines(tmp_path: Path) -> None:
   path, bad = tmp_path / "x.jsonl", LINES.split("\n")[0].encode().replace(b"what", b"wh\xe9t")
   path.write_bytes(LINES.encode() + bad + b"\r\n" + LINES.encode())
-  found = sample_file.read(path)
+  found = list(sample_file.read(path))
   assert [isinstance(sample, SampleError) for sample in found] == [*[False] * 3, True, *[False] * 3]
   assert [*found[:3], *found[4:]] == SAMPLES * 2
   at = path.read_bytes().index(0xE9)
@@ -108,7 +108,7 @@ def test_a_deep_line_or_a_list_in_front_costs_its_line(tmp_path: Path) -> None:
   path.write_text('{"id": ' + "[" * depth + "]" * depth + "}\n" + sound)
   assert [isinstance(sample, SampleError) for sample in sample_file.read(path)] == [True, False]
   path.write_text("[1, 2]\n" + sound * 2)
-  assert sample_file.read(path) == [[1, 2], *SAMPLES[:1] * 2]
+  assert list(sample_file.read(path)) == [[1, 2], *SAMPLES[:1] * 2]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])

@@ -209,6 +209,9 @@ NO_SIZE = {
   "image_mean",
   "image_std",
   "path",
+  "source",
+  "validation_path",
+  "validation_fraction",
   "tokenizer",
 }
 OTHER: dict[str, Any] = {

@@ -67,7 +67,7 @@ def prepare(tmp_path: Path, layout: str, with_text_only: bool) -> tuple[Path, Pa
 def test_reads_what_llava_json_reads(tmp_path: Path, layout: str, with_text_only: bool) -> None:
   path, folder = prepare(tmp_path, layout, with_text_only)
   wanted = sources.LlavaJson(str(path), str(tmp_path), PREPROCESS)
-  found = sources.SOURCES["tfds"](str(folder), "", PREPROCESS)
+  found = sources.open_path(str(folder), "", PREPROCESS)
   assert len(found) == len(wanted)
   by_id = {found[i]["id"]: found[i] for i in range(len(found))}  # TFDS shuffles when it writes
   for i in range(len(wanted)):

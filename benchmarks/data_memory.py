@@ -1,0 +1,151 @@
+"""Measures memory and start-up of the data pipeline with as many samples as LLaVA's stage 2 has.
+
+Writes a synthetic data set with the turns and text lengths of `mixture`, whose images are small
+files, and packs it with `llava-sp data pack`. Each case opens the data in a process of its own, as
+training does: the fingerprint, the plan of the first epoch, batches. Lengths are kept beside the
+data as if an earlier run had measured them. Memory is `ru_maxrss`, of a process without a model.
+
+  python benchmarks/data_memory.py --folder /tmp/data_memory --out docs/results/data_memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mixture import IMAGE, draw
+from PIL import Image
+
+from llava_sp_jax import provenance
+
+TURN = 40  # tokens of a turn and its reply, about
+AROUND = 12  # tokens that the template adds to them
+WORDS = ("picture", "someone", "standing", "beside", "a", "yellow", "building", "of", "stones",
+         "which", "another", "shows")  # fmt: skip
+PICTURES = 1000  # different ones
+ROWS, TILES, LENGTH = 8, 6, 4096  # of a batch; of a row
+CASES = {"JSON, first start": "samples.json", "JSON, later start": "samples.json",
+         "packed, first start": "packed", "packed, later start": "packed"}  # fmt: skip
+
+
+def samples(count: int) -> Iterator[dict[str, Any]]:
+  """Yields dialogues with no more tokens than `draw` has drawn."""
+  sizes, rng = draw(count, row_length=LENGTH), np.random.default_rng(0)
+  for i, (length, tiles) in enumerate(zip(sizes.lengths, sizes.tiles, strict=True)):
+    turns: list[dict[str, str]] = []
+    for _ in range(max(1, int(length - IMAGE * tiles - 45) // (TURN + AROUND))):
+      words = [WORDS[k] for k in rng.integers(0, len(WORDS), TURN)]
+      turns += [
+        {"from": "human", "value": " ".join(words[: TURN // 2])},
+        {"from": "gpt", "value": " ".join(words[TURN // 2 :])},
+      ]
+    sample: dict[str, Any] = {"id": f"{i:012d}", "conversations": turns}
+    if tiles:
+      turns[0]["value"] = "<image>\n" + turns[0]["value"]
+      sample["image"] = f"coco/train2017/{i % PICTURES:012d}.jpg"
+    yield sample
+
+
+def write(folder: Path, count: int) -> None:
+  """Writes samples.json, the pictures that it names, and a tokenizer of its words."""
+  from llava_sp_jax.data.conversation import TEMPLATES
+  from llava_sp_jax.data.tokenizer import train_bpe
+
+  images = folder / "coco" / "train2017"
+  images.mkdir(parents=True)
+  for i in range(PICTURES):
+    Image.new("RGB", (640, 480)).save(images / f"{i:012d}.jpg", quality=50)
+  v1 = TEMPLATES["v1"]
+  train_bpe([" ".join(WORDS), v1.system, v1.before, v1.after] * 50, folder / "tokenizer", 2000)
+  part = folder / "samples.json.part"
+  with part.open("w") as file:
+    for i, sample in enumerate(samples(count)):
+      file.write((",\n" if i else "[") + json.dumps(sample))
+    file.write("]\n")
+  part.rename(folder / "samples.json")
+
+
+def megabytes() -> float:
+  """Returns the most memory that this process has had so far."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def opened(path: Path, folder: Path, batches: int) -> dict[str, Any]:
+  """Opens the data as training does, and reads batches; returns seconds and MB behind each part."""
+  from llava_sp_jax import config as config_lib
+  from llava_sp_jax.data import anyres, kept, lengths, pipeline, quarantine
+  from llava_sp_jax.data.tokenizer import Tokenizer
+
+  tokenizer = Tokenizer(folder / "tokenizer")
+  data = config_lib.DataConfig(
+    path=str(path), image_folder=str(folder), tokenizer=str(folder / "tokenizer"),
+    packing="first_fit", images_per_row=TILES, row_length=LENGTH, threads=2,
+  )  # fmt: skip
+  tile = anyres.Tile(336, 24, 6)
+  found = {"MB, libraries": megabytes()}
+  started, cpu = time.monotonic(), time.process_time()
+  source, _ = pipeline.open_source(data, tile, "train")
+  source.fingerprint()
+  found |= {"MB, opened": megabytes(), "s, opened": time.monotonic() - started}
+  bad = quarantine.Quarantine()
+  key = lengths.Lengths(source, tokenizer, data, tile, 0, bad).key(0)
+  sizes = draw(len(source), row_length=LENGTH)
+  measured = lengths.Measured(sizes.lengths, sizes.lengths, sizes.tiles, {})
+  measured.save(kept.beside(path) / f"lengths-{key}.npz")
+  made = pipeline.make(data, tokenizer, tile, ROWS, 0, bad, folder=folder / "run")
+  found["MB, planned"] = megabytes()
+  next(made)
+  found |= {"s, first batch": time.monotonic() - started}
+  found |= {"CPU s, first batch": time.process_time() - cpu}
+  for _ in range(batches - 1):
+    next(made)
+  if bad.count:
+    raise SystemExit(f"{bad.count} samples are longer than they were drawn")
+  return {**found, "MB, batches": megabytes()}
+
+
+def main() -> None:
+  """Measures every case in a process of its own, and writes a record if asked to."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--folder", type=Path, required=True, help="for the data, about 2 GB")
+  parser.add_argument("--samples", type=int, default=665_000)
+  parser.add_argument("--batches", type=int, default=8)
+  parser.add_argument("--out", type=Path, help="writes OUT.json")
+  parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  folder = options.folder
+  if options.one:
+    print(json.dumps(opened(options.one, folder, options.batches)))
+    return
+  if not (folder / "samples.json").is_file():
+    write(folder, options.samples)
+  shutil.rmtree(folder / "samples.json.index", ignore_errors=True)
+  cases: dict[str, Any] = {}
+  for case, name in CASES.items():
+    if name == "packed" and not (folder / name).exists():
+      pack = ["data", "pack", str(folder / "samples.json"), str(folder / name)]
+      subprocess.run([sys.executable, "-m", "llava_sp_jax", *pack], check=True)
+    again = [sys.executable, *sys.argv, "--one", str(folder / name)]
+    done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
+    cases[case] = {key: round(value, 2) for key, value in json.loads(done.stdout).items()}
+    print(case, json.dumps(cases[case]), flush=True)
+  if options.out:
+    size = (folder / "samples.json").stat().st_size
+    about = {"samples": options.samples, "bytes of samples.json": size, "cores": os.cpu_count()}
+    provenance.write(options.out, {**about, "cases": cases})
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,73 @@
+"""Keeps what one pass over a data set has found beside the data, for the next start.
+
+Results stand in the folder `PATH.index` beside the data set `PATH`. The name of each holds a hash
+of all that it depends on. They may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp_jax import folders
+
+SUFFIX = ".index"  # of the folder beside the data
+SMALL = 4096  # up to so many samples a pass takes seconds, and nothing is kept beside them
+
+
+def beside(path: str | Path) -> Path:
+  """Returns the folder for results about the file or folder `path`."""
+  return Path(str(path).rstrip("/") + SUFFIX)
+
+
+def key_of(*parts: Any) -> str:
+  """Returns a hash, of 16 digits, of values that JSON can hold."""
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+  """Returns (name, bytes, time of the last change in nanoseconds) of files."""
+  found = [(path, path.stat()) for path in files]
+  return [(path.name, about.st_size, about.st_mtime_ns) for path, about in found]
+
+
+def save(path: Path, values: Mapping[str, Any]) -> None:
+  """Writes arrays to a file atomically.
+
+  Raises: OSError, which names the file, when it cannot be written; no part of it remains.
+  """
+  # Hosts may share the folder, so the number of the process is not enough.
+  part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
+  try:
+    with folders.written(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with part.open("wb") as file:
+        np.savez(file, **values)
+      part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, np.ndarray] | None:
+  """Returns the arrays of a file; None if it is missing or damaged in any way."""
+  try:
+    with path.open("rb") as opened, np.load(opened) as file:
+      return {name: file[name] for name in file.files}
+  except Exception:
+    return None
+
+
+def save_beside(data: str | Path, name: str, values: Mapping[str, Any]) -> bool:
+  """Writes arrays beside a data set; returns False where that is not possible."""
+  with contextlib.suppress(OSError):
+    save(beside(data) / name, values)
+    return True
+  return False

@@ -1,0 +1,149 @@
+"""Reads data sets that `llava-sp data pack` has written: shards of samples and shards of images.
+
+A record of a sample is JSON: the sample, and the number and size of each of its images. So lengths
+are measured without a look at the images. A record of an image is the content of its file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax import json_files
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.data import decode, pictures, source
+from llava_sp_jax.data.failure import SampleError, attempt
+
+INDEX = "index.json"  # written last, so a folder without it is not complete
+FORMAT, VERSION = "llava-sp packed", 1
+SAMPLES, IMAGES = "samples", "images"  # kinds of shards, and keys of the index
+MISSING = "missing"  # key of the error of an image whose file does not exist
+OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+_SHARD = {"file": str, "records": int, "bytes": int}
+_KIND = {"fingerprint": str, "former_fingerprint": str, SAMPLES: [_SHARD], IMAGES: [_SHARD]}
+BUFFER = 1 << 15  # bytes that a reader holds
+
+
+def fits(path: Path) -> bool:
+  """Returns whether a path is such a folder, or the rest of one."""
+  return (path / INDEX).is_file() or any(path.glob(f"{SAMPLES}-*.array_record"))
+
+
+class Records(Sequence[bytes]):
+  """Reads records of several shards by their number; may be used by several threads."""
+
+  def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]):
+    """Stores where the records are; each shard has `file`, `records` and `bytes`."""
+    self._paths = [folder / shard["file"] for shard in shards]
+    self._ends = list(itertools.accumulate(shard["records"] for shard in shards))
+    self._reset()
+
+  def _reset(self) -> None:
+    self._readers: dict[int, Any] = {}
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"_paths": self._paths, "_ends": self._ends}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._reset()
+
+  def __len__(self) -> int:
+    return self._ends[-1] if self._ends else 0
+
+  def __getitem__(self, number: Any) -> Any:
+    shard = bisect.bisect_right(self._ends, number)
+    first = self._ends[shard - 1] if shard else 0
+    return self._reader(shard).read([number - first])[0]
+
+  def _reader(self, shard: int) -> Any:
+    from array_record.python import array_record_module
+
+    with self._lock:
+      if shard not in self._readers:
+        self._readers[shard] = array_record_module.ArrayRecordReader(
+          str(self._paths[shard]), OPTIONS, file_reader_buffer_size=BUFFER
+        )
+      return self._readers[shard]
+
+
+class Packed(source.Samples):
+  """Reads the samples and images of a folder."""
+
+  def __init__(self, path: str, image_folder: str, read: source.Reader, key: str = "data.path"):
+    """Reads the index, and compares the sizes of all shards with it.
+
+    Args:
+      path: the folder.
+      image_folder: not used; the shards hold the images.
+      read: makes what the model needs of an image.
+      key: the setting that names `path`, for messages.
+
+    Raises: ConfigError when the folder is not complete.
+    """
+    super().__init__("", read)
+    folder = Path(path)
+    if not (folder / INDEX).is_file():
+      raise ConfigError(
+        f"{key}: {path} holds shards but no {INDEX}, so llava-sp data pack was interrupted; run it "
+        "again"
+      )
+    index = json_files.read_object(folder / INDEX)
+    if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+      raise ConfigError(
+        f"{key}: {folder / INDEX} is of {index.get('format')!r:.40} version "
+        f"{index.get('version')!r:.20}; expected {FORMAT!r} version {VERSION}"
+      )
+    if not json_files.fits(index, _KIND):
+      raise ConfigError(
+        f"{key}: {folder / INDEX} is damaged; copy the folder again, or pack it again"
+      )
+    for shard in (*index[SAMPLES], *index[IMAGES]):
+      _check(folder / shard["file"], shard["bytes"], key)
+    self._samples, self._images = (Records(folder, index[kind]) for kind in (SAMPLES, IMAGES))
+    self._about = index
+
+  def __len__(self) -> int:
+    return len(self._samples)
+
+  def __getitem__(self, index: int) -> Any:
+    return attempt(lambda: self._sample(index))
+
+  def _sample(self, index: int) -> Any:
+    record = json.loads(self._samples[index])
+    if "error" in record:
+      raise SampleError(record["error"])
+    if not isinstance(record["sample"], dict):
+      return record["sample"]
+    return pictures.WithPictures(record["sample"], [self._picture(p) for p in record[IMAGES]])
+
+  def _picture(self, about: dict[str, Any]) -> pictures.Picture:
+    if "error" in about:
+      kind = decode.MissingImageError if about.get(MISSING) else SampleError
+      return pictures.Stored(about["name"], bytes, kind(about["error"]))
+    read = functools.partial(self._images.__getitem__, about["record"])
+    return pictures.Stored(about["name"], read, tuple(about["size"]))
+
+  def fingerprint(self) -> str:
+    """Returns the hash of the samples, as the index has it."""
+    return str(self._about["fingerprint"])
+
+  def former_fingerprint(self) -> str:
+    """Returns the hash of the file that was packed, if earlier versions read that file."""
+    return str(self._about["former_fingerprint"])
+
+
+def _check(path: Path, size: int, key: str) -> None:
+  found = path.stat().st_size if path.is_file() else None
+  if found != size:
+    there = "is missing" if found is None else f"has {found:,} bytes"
+    raise ConfigError(
+      f"{key}: {path} {there}, expected {size:,} bytes; copy the folder again, or pack it again"
+    )

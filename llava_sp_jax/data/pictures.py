@@ -1,0 +1,116 @@
+"""Holds references to pictures: where one is, and its size if that is known without opening it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from llava_sp_jax.data import decode, forms
+from llava_sp_jax.data.failure import SampleError, SourceError, reason
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+class Picture(Protocol):
+  """Refers to a picture; every method raises SampleError where it cannot be used."""
+
+  @property
+  def place(self) -> str:
+    """Returns the path of the picture's file; "" for one that has no file of its own."""
+    ...
+
+  def size(self) -> Size:
+    """Returns its size, from the header unless it is known."""
+    ...
+
+  def data(self) -> bytes:
+    """Returns the content of its file."""
+    ...
+
+  def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
+    """Decodes it to RGB for the length of a block, as `decode.picture` does."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InFile:
+  """Refers to the file of a picture."""
+
+  path: Path
+
+  @property
+  def place(self) -> str:
+    return str(self.path)
+
+  def size(self) -> Size:
+    return decode.read_size(self.path)
+
+  def data(self) -> bytes:
+    return decode.read_bytes(self.path)
+
+  def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
+    return decode.picture(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """Refers to a picture whose content is read by `read`, and which messages call `name`.
+
+  `known` is its size, or the error that stands in its place.
+  """
+
+  name: str
+  read: Callable[[], bytes]
+  known: Size | SampleError | None = None
+  place: str = ""
+
+  def size(self) -> Size:
+    if isinstance(self.known, SampleError):
+      raise self.known
+    return self.known or decode.read_size(io.BytesIO(self.data()), self.name)
+
+  def data(self) -> bytes:
+    if isinstance(self.known, SampleError):
+      raise self.known
+    try:
+      return self.read()
+    except (SampleError, SourceError):
+      raise
+    except Exception as error:  # of the library that reads the format
+      raise SampleError(f"image {self.name}: cannot be read ({reason(error)})") from None
+
+  def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
+    return decode.picture(io.BytesIO(self.data()), self.name)
+
+
+class WithPictures(dict[str, Any]):
+  """Is a sample that knows its pictures, in the order of `forms.read(sample).images`."""
+
+  def __init__(self, values: dict[str, Any], pictures: Sequence[Picture]):
+    super().__init__(values)
+    self.pictures = tuple(pictures)
+
+
+def of(sample: Any, folder: Path) -> tuple[Picture, ...]:
+  """Returns the pictures of a sample; names of files start from `folder`.
+
+  Raises: SampleError for a sample that cannot be read, or has not as many pictures as it names.
+  """
+  images = forms.read(sample).images
+  if not isinstance(sample, WithPictures):
+    return tuple(_of(image, number, sample, folder) for number, image in enumerate(images))
+  if len(images) != len(sample.pictures):
+    raise SampleError(f"{len(images)} images are named, but {len(sample.pictures)} are there")
+  return sample.pictures
+
+
+def _of(image: forms.Image, number: int, sample: dict[str, Any], folder: Path) -> Picture:
+  if isinstance(image, str):
+    return InFile(folder / image)
+  return Stored(f"{number} of sample {sample.get('id')!r:.60}", lambda: image)
