@@ -65,16 +65,17 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.checkpoints import runs
   from llava_sp_jax.distributed import processes
   from llava_sp_jax.eval.train import train
-  from llava_sp_jax.training import resume
+  from llava_sp_jax.training import goodput, resume
 
+  clock = goodput.Clock(goodput.process_age())
   resumed = resume.ResumeOptions.of(options["from-step"], options["allow-changed"])
   runs.check_folder(Path(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
-    result = train(config, workdir, profile=options["profile"], resume=resumed)
+    result = train(config, workdir, profile=options["profile"], resume=resumed, clock=clock)
     if jax.process_index() == 0:
       print(
         f"{workdir}: step {result.step} of {config.train.steps}, {result.seconds:.0f} s, "
-        f"{result.quarantined} samples quarantined"
+        f"{result.quarantined} samples quarantined\n{clock.table()}"
       )
   return 0 if result.step >= config.train.steps else STOPPED_EARLY

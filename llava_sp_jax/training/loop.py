@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -22,8 +21,8 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
-from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.training import (
+  goodput,
   guard,
   ledger,
   peers,
@@ -34,9 +33,10 @@ from llava_sp_jax.training import (
   trace,
 )
 from llava_sp_jax.training.metrics import Log
+from llava_sp_jax.training.programs import Programs
 from llava_sp_jax.training.setup import compile_step, initial_state
 from llava_sp_jax.training.stopping import StopRequest
-from llava_sp_jax.training.validation import Validator
+from llava_sp_jax.training.validation import Evaluator, Validator
 
 METRICS_FILE = sinks.METRICS_FILE
 
@@ -54,30 +54,13 @@ class Result:
   quarantined: int
 
 
-class Evaluator(Protocol):
-  """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
-
-  def due(self, number: int) -> bool:
-    """Returns whether the model is evaluated after step `number`."""
-    ...
-
-  def __call__(
-    self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
-  ) -> dict[str, float]:
-    """Returns the metrics of step `number`, by name.
-
-    `params` are nested. `fingerprint` is that of the frozen parameters. It must call `going` often
-    and give up when that returns False, because the run was asked to stop.
-    """
-    ...
-
-
 def train(
   config: config_lib.Config,
   workdir: str | Path,
   profile: str = "",
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
+  clock: goodput.Clock | None = None,
 ) -> Result:
   """Trains until `config.train.steps`, and resumes what `workdir` holds.
 
@@ -87,10 +70,12 @@ def train(
     profile: "A:B" writes a trace of these steps to `workdir`/profile; "" none.
     evaluator: evaluates between steps; needed if `evaluate.every` is above 0.
     options: the step to resume from, and inputs that may differ; None is the newest, and none.
+    clock: accounts for the seconds of the run, from the start of the process; None begins now.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
   """
+  clock = clock or goodput.Clock()
   limits.check(config)
   if config.evaluate.every and evaluator is None:
     raise config_lib.ConfigError(
@@ -105,9 +90,9 @@ def train(
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
-    return _train(
-      config, Path(workdir), profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
-    )
+    held.enter_context(clock)
+    asked = options or resume.ResumeOptions()
+    return _train(config, Path(workdir), profile, watchdog, evaluator, asked, lock, clock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +110,7 @@ class _Run:
   book: ledger.Ledger
   watchdog: Watchdog
   lock: locks.Lock
+  clock: goodput.Clock
   options: resume.ResumeOptions
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
 
@@ -165,6 +151,7 @@ def _train(
   evaluator: Evaluator | None,
   options: resume.ResumeOptions,
   lock: locks.Lock,
+  clock: goodput.Clock,
 ) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
@@ -199,10 +186,13 @@ def _train(
   validator = Validator(config, module, tokenizer, device_mesh)
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
+    if jax.process_index() == 0 and (folder / goodput.FILE).is_file():
+      clock.keep(folder)
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
+      clock.keep(folder)
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
       config,
@@ -216,6 +206,7 @@ def _train(
       book,
       watchdog,
       lock,
+      clock,
       options,
       {"inputs": inputs, "inputs_before": before},
     )
@@ -233,7 +224,8 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
-    train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
+    with run.clock.of("restore"):
+      train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
@@ -245,6 +237,7 @@ def _loop(
   checkpoints: manager.Checkpoints,
 ) -> Result:
   config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
+  clock = run.clock
   train_state, shardings, tx = prepared
   first = int(train_state.step)
   if jax.process_index() == 0:
@@ -253,7 +246,7 @@ def _loop(
     ledger.drop_after(folder, first)
   processes.barrier("logs are cut off")
   run.iterator.seek(first)
-  run_step = compile_step(module, tx, config, shardings)
+  run_step = Programs(compile_step(module, tx, config, shardings), clock)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
   if run.options.step is not None:
@@ -261,21 +254,27 @@ def _loop(
   trainable = list(train_state.trainable)
   if not jax.process_index() and first < config.train.steps:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
-  log = Log(folder, config, trainable)
+  log = Log(folder, config, trainable, clock.metrics)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
 
   def save(step: int) -> None:
-    skips.settle()
-    book.secure()
-    checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+    jax.block_until_ready(metrics)
+    with clock.of("save"):
+      skips.settle()
+      book.secure()
+      checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+    clock.mark(step)
 
-  with stop, log, run.profiler:
+  clock.resumed(first)
+  clock.enter("step")
+  with stop, log, run.profiler, goodput.Devices(clock) as devices:
     for number in range(first + 1, config.train.steps + 1):
       run.iterator.stopped = stop.during(f"step {number}")
       try:
-        batch = log.waiting(run.iterator)
+        with devices.input():
+          batch = log.waiting(run.iterator)
       except prefetch.Stopped:  # the previous step is the last one
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
@@ -283,12 +282,9 @@ def _loop(
         break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
-      # No process may run the step before all have compiled it.
-      if number == first + 1 and jax.process_count() > 1:
-        run_step.lower(train_state, placed, rng).compile()
-        processes.barrier("the step is compiled")
       with run.profiler.step(number, metrics):
         train_state, metrics = run_step(train_state, placed, rng)
+      devices.computes(metrics)
       run.profiler.after(number, metrics)
       if number == 1:
         preflight.check_gradients(config, metrics, trainable)
@@ -297,11 +293,11 @@ def _loop(
         skips.settle()
       validated: dict[str, float] = {}
       if run.validator.due(number):
-        with log.pause(metrics):
+        with log.pause(metrics), clock.of("evaluation"):
           waits = stop.during(f"the validation of step {number}")
           validated |= run.validator(train_state, waits)
       if run.evaluator and run.evaluator.due(number):
-        with log.pause(metrics):
+        with log.pause(metrics), clock.of("evaluation"):
           validated |= run.evaluator(
             number,
             state.join(train_state.trainable, train_state.frozen),
@@ -317,6 +313,7 @@ def _loop(
         save(number)
       if asked:
         break
+  clock.enter("save")
   checkpoints.close()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
