@@ -20,6 +20,7 @@ def train(
   profile: str = "",
   resume: ResumeOptions | None = None,
   clock: goodput.Clock | None = None,
+  executable: str = "",
 ) -> Result:
   """Trains until `config.train.steps`; the same call continues a run that was stopped.
 
@@ -29,6 +30,7 @@ def train(
     profile: "A:B" writes a trace of these steps to `workdir`/profile.
     resume: the step to resume from, and inputs that may have changed (default: the newest, none).
     clock: accounts for the seconds of the run, from the start of the process (default: from now).
+    executable: a file with the compiled step, from `llava-sp plan --write-executable`.
 
   Returns: the last step, which is smaller than `config.train.steps` when the run was asked to stop.
   Raises: ConfigError, CheckpointError, LockError: before anything is computed.
@@ -39,4 +41,4 @@ def train(
   limits.check(config)
   processes.start(peer_seconds=config.train.peer_seconds)
   evaluator = InLoop(config, workdir) if config.evaluate.every else None
-  return loop.train(config, workdir, profile, evaluator, resume, clock)
+  return loop.train(config, workdir, profile, evaluator, resume, clock, executable)

@@ -22,6 +22,7 @@ from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
 from llava_sp_jax.training import (
+  executables,
   goodput,
   guard,
   ledger,
@@ -34,7 +35,7 @@ from llava_sp_jax.training import (
 )
 from llava_sp_jax.training.metrics import Log
 from llava_sp_jax.training.programs import Programs
-from llava_sp_jax.training.setup import compile_step, initial_state
+from llava_sp_jax.training.setup import compile_step, initial_state, summary
 from llava_sp_jax.training.stopping import StopRequest
 from llava_sp_jax.training.validation import Evaluator, Validator
 
@@ -61,6 +62,7 @@ def train(
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
   clock: goodput.Clock | None = None,
+  executable: str = "",
 ) -> Result:
   """Trains until `config.train.steps`, and resumes what `workdir` holds.
 
@@ -71,6 +73,7 @@ def train(
     evaluator: evaluates between steps; needed if `evaluate.every` is above 0.
     options: the step to resume from, and inputs that may differ; None is the newest, and none.
     clock: accounts for the seconds of the run, from the start of the process; None begins now.
+    executable: a file with the compiled step, for exactly this run (`executables.write`); "" none.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
@@ -92,7 +95,9 @@ def train(
     processes.collective("the run folder is locked", begin, only=0)
     held.enter_context(clock)
     asked = options or resume.ResumeOptions()
-    return _train(config, Path(workdir), profile, watchdog, evaluator, asked, lock, clock)
+    return _train(
+      config, Path(workdir), profile, watchdog, evaluator, asked, lock, clock, executable
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,7 @@ class _Run:
   lock: locks.Lock
   clock: goodput.Clock
   options: resume.ResumeOptions
+  executable: Path | None
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
 
 
@@ -152,6 +158,7 @@ def _train(
   options: resume.ResumeOptions,
   lock: locks.Lock,
   clock: goodput.Clock,
+  executable: str,
 ) -> Result:
   read = functools.cache(functools.partial(_inputs, config))
   if jax.process_count() > 1:
@@ -161,6 +168,9 @@ def _train(
   begun = resume.first(folder, options)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
+  compiled = Path(executable) if executable else None
+  if compiled:
+    executables.check(compiled, config, device_mesh)
   module = build.model(config.model)
   tokenizer = open_tokenizer(config)
   preflight.check_config(config, tokenizer)
@@ -208,6 +218,7 @@ def _train(
       lock,
       clock,
       options,
+      compiled,
       {"inputs": inputs, "inputs_before": before},
     )
     processes.collective(
@@ -220,7 +231,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   config, folder = run.config, run.folder
   train_state, shardings, tx = prepared
   if jax.process_index() == 0:
-    print(_summary(config, train_state, run.mesh), flush=True)
+    print(summary(config, train_state, run.mesh), flush=True)
   processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
@@ -246,13 +257,15 @@ def _loop(
     ledger.drop_after(folder, first)
   processes.barrier("logs are cut off")
   run.iterator.seek(first)
-  run_step = Programs(compile_step(module, tx, config, shardings), clock)
+  with clock.of("compile"):
+    known = executables.read(run.executable, train_state) if run.executable else {}
+  run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
   if run.options.step is not None:
     about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
-  if not jax.process_index() and first < config.train.steps:
+  if not jax.process_index() and first < config.train.steps and not known:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
   log = Log(folder, config, trainable, clock.metrics)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
@@ -330,14 +343,3 @@ def _may_continue(watchdog: Watchdog, stop: StopRequest, number: int) -> bool:
   """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked
-
-
-def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> str:
-  trainable = sum(x.size for x in train_state.trainable.values())
-  frozen = sum(x.size for x in train_state.frozen.values())
-  axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
-  parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
-  return (
-    f"{config.name}: stage {config.optimizer.stage}, variant {config.model.projector.variant}, "
-    f"{trainable:,} trainable parameters, {frozen:,} frozen ({parts}); mesh {axes}"
-  )
