@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import files, folders, json_files
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import peers
 from llava_sp_jax.training.programs import Shapes, shapes
 
@@ -129,7 +130,7 @@ def _for_run(values: Any, config: config_lib.Config) -> config_lib.Config:
 def read(path: Path, train_state: Any) -> dict[Shapes, Any]:
   """Returns `{shapes of a batch: compiled step}` from a file that `check` has accepted.
 
-  `train_state` is the state of the run, whose tree the program takes and returns.
+  Every process must call it. `train_state` is the state of the run, whose tree the program takes and returns.
 
   Raises: FormatError for a file that is damaged, or cannot be loaded on these devices.
   """
@@ -150,6 +151,7 @@ def read(path: Path, train_state: Any) -> dict[Shapes, Any]:
       f"{path}: cannot be loaded on these devices ({str(error).splitlines()[0]:.200}); write it "
       "anew, or leave --executable out"
     ) from error
+  processes.barrier("the executable is loaded")  # no process may run the step before all have it
   return {tuple((name, found[name]) for name in sorted(found)): program}
 
 
