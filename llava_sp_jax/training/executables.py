@@ -24,7 +24,8 @@ from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import peers
 from llava_sp_jax.training.programs import Shapes, shapes
 
-PACKAGES = ("jax", "jaxlib", "libtpu")  # whose versions are compared, if they are installed
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")  # whose versions are compared
+ROOMS = ("batch.py", "config.py", "distributed", "models", "training")  # that the step is made of
 # Keys of `data` that the compiled step does not depend on; it does not depend on `init` either.
 ANY_DATA = ("source", "path", "image_folder", "tokenizer", "template", "validation_fraction")
 
@@ -41,12 +42,16 @@ def about(config: config_lib.Config, device_mesh: Mesh) -> dict[str, Any]:
     **found,
     "compiler": devices[0].client.platform_version.splitlines()[-1],
     "devices": f"{len(devices)} x {devices[0].device_kind}",
-    "order of devices": hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16],
+    "order of devices": _digest(places),
     "mesh": " x ".join(f"{axis} {size}" for axis, size in device_mesh.shape.items()),
     "mesh.base": config.mesh.base,
-    "code": peers.of_folder(Path(__file__).parents[1], "*.py"),
+    "code": _digest([peers.of_folder(Path(__file__).parents[1] / room, "*.py") for room in ROOMS]),
     "config": config_lib.to_dict(config),
   }
+
+
+def _digest(values: Any) -> str:
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _version(name: str) -> str:
