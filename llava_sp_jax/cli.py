@@ -15,6 +15,7 @@ TRACEBACK = "--traceback"  # with any command: prints the traceback of an error
 # command: (module under llava_sp_jax with `main(argv)`, what it does)
 COMMANDS = {
   "train": ("tools.train", "train a stage, or continue a run"),
+  "profile": ("tools.profile", "trace the next steps of a run that is training"),
   "eval": ("tools.evaluate", "score a run on a benchmark; predictions, scores and report"),
   "plan": ("tools.plan", "memory and step time on chips that are not here"),
   "generate": ("tools.generate", "answer a question about an image"),

@@ -239,6 +239,12 @@ def read(folder: Path) -> Owner | None:
   return seen.owner if seen else None
 
 
+def beats(folder: Path) -> int | None:
+  """Returns how often the owner of the lock of a folder has rewritten it; None without one."""
+  seen = _look(folder / FILE)
+  return seen.beats if seen and seen.owner else None
+
+
 def _look(path: Path) -> _Seen | None:
   """Reads a lock file; None without one."""
   try:

@@ -32,8 +32,11 @@ from tests.documents import PAGES, Command
 # Programs of others that the pages call: their options are not ours to know.
 OTHERS = (
   "[",
+  "docker",
   "gcloud",
+  "git",
   "hf",
+  "kubectl",
   "lmms-eval",
   "mkdir",
   "mount",

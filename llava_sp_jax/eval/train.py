@@ -8,7 +8,7 @@ from llava_sp_jax import limits, recipes
 from llava_sp_jax.config import Config
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.eval.in_loop import InLoop
-from llava_sp_jax.training import loop
+from llava_sp_jax.training import goodput, loop
 from llava_sp_jax.training.loop import Result
 from llava_sp_jax.training.resume import ResumeOptions
 
@@ -19,6 +19,8 @@ def train(
   *,
   profile: str = "",
   resume: ResumeOptions | None = None,
+  clock: goodput.Clock | None = None,
+  executable: str = "",
 ) -> Result:
   """Trains until `train.steps`, or for `train.epochs`; the same call continues a run that was stopped.
 
@@ -27,13 +29,16 @@ def train(
     workdir: folder of the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl.
     profile: "A:B" writes a trace of these steps to `workdir`/profile.
     resume: the step to resume from, and inputs that may have changed (default: the newest, none).
+    clock: accounts for the seconds of the run, from the start of the process (default: from now).
+    executable: a file with the compiled step, from `llava-sp plan --write-executable`.
 
   Returns: the last step, which is smaller than `steps` when the run was asked to stop.
   Raises: ConfigError, CheckpointError, LockError: before anything is computed.
   """
+  clock = clock or goodput.Clock()
   if isinstance(config, str):
     config = recipes.load(config)
   limits.check(config)
   processes.start(peer_seconds=config.train.peer_seconds)
   evaluator = InLoop(config, workdir) if config.evaluate.every else None
-  return loop.train(config, workdir, profile, evaluator, resume)
+  return loop.train(config, workdir, profile, evaluator, resume, clock, executable)

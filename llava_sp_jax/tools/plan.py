@@ -14,7 +14,7 @@ from llava_sp_jax.tools import arguments
 
 OPTIONS = {
   "what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": "",
-  "filled": "1",
+  "filled": "1", "write-executable": "",
   **dict.fromkeys(arguments.FORMATS, ""),
 }  # fmt: skip
 
@@ -35,6 +35,8 @@ fit is refused (exit 1) with its largest buffers.
                            compiles (10 to 60 seconds each for 7B); the fastest that fits wins (default: 0, none)
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
                            (default: NAME-TOPOLOGY.py)
+  --write-executable FILE  write the compiled train step, for llava-sp train --executable FILE on that
+                           slice, and print no plan; --topology here compiles for this machine
   --out NAME               put the result into NAME.json and NAME.md, beside those that are there
   --keep DIR               keep the compiler's files (schedule, buffers) in DIR
   --top N                  how many of the longest operations are listed (default: 15)
@@ -58,6 +60,11 @@ def main(argv: list[str]) -> None:
     print(USAGE.format(names=", ".join(topologies.SLICES)))
     return
   options, config = read(argv)
+  if options["write-executable"]:
+    from llava_sp_jax.plan import executable
+
+    print(executable.write(config, options["topology"], Path(options["write-executable"])))
+    return
   topology = topologies.topology(options["topology"])
 
   from llava_sp_jax.plan import compile as compile_lib

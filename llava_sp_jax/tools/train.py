@@ -10,9 +10,10 @@ from llava_sp_jax.tools import arguments
 from llava_sp_jax.training import STOPPED_EARLY
 
 PROCESS_FLAGS = ("coordinator", "processes", "process")
-OPTIONS = ("profile", "from-step", "allow-changed")
+OPTIONS = ("profile", "from-step", "allow-changed", "executable")
 USAGE = """usage: llava-sp train --config FILE[:OPTIONS] --workdir DIR [--profile A:B]
-                      [--from-step N] [--allow-changed NAMES] [--config.GROUP.KEY=VALUE]
+                      [--from-step N] [--allow-changed NAMES] [--executable FILE]
+                      [--config.GROUP.KEY=VALUE]
 
 Trains until train.steps, or for train.epochs. The same command continues a run that was stopped or killed. When it was
 asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and ends with code 75.
@@ -25,6 +26,8 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
                            in DIR/aside. Without it: the newest whose values are what was saved
   --allow-changed NAMES    resumes although these have changed: data, tokenizer, or both
                            with a comma
+  --executable FILE        runs the compiled step that llava-sp plan --write-executable wrote for
+                           exactly this config, slice, code and versions; otherwise an error
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)
   --coordinator HOST:PORT --processes N --process I
                            several processes; found out on TPU pods, under SLURM, in GKE and MPI
@@ -65,16 +68,24 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.checkpoints import runs
   from llava_sp_jax.distributed import processes
   from llava_sp_jax.eval.train import train
-  from llava_sp_jax.training import resume
+  from llava_sp_jax.training import goodput, resume
 
+  clock = goodput.Clock(goodput.process_age())
   resumed = resume.ResumeOptions.of(options["from-step"], options["allow-changed"])
   runs.check_folder(Path(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
-    result = train(config, workdir, profile=options["profile"], resume=resumed)
+    result = train(
+      config,
+      workdir,
+      profile=options["profile"],
+      resume=resumed,
+      clock=clock,
+      executable=options["executable"],
+    )
     if jax.process_index() == 0:
       print(
         f"{workdir}: step {result.step} of {result.steps}, {result.seconds:.0f} s, "
-        f"{result.quarantined} samples quarantined"
+        f"{result.quarantined} samples quarantined\n{clock.table()}"
       )
   return 0 if result.step >= result.steps else STOPPED_EARLY

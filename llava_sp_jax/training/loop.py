@@ -6,25 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
-from llava_sp_jax.convert import places
-from llava_sp_jax.data import anyres, lengths, pipeline, prefetch, validation_split
+from llava_sp_jax.data import anyres, pipeline, prefetch
 from llava_sp_jax.data.quarantine import Quarantine
-from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
-from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.training import (
+  executables,
+  goodput,
   guard,
+  inputs,
   ledger,
   peers,
   preflight,
@@ -34,9 +33,10 @@ from llava_sp_jax.training import (
   trace,
 )
 from llava_sp_jax.training.metrics import Log
-from llava_sp_jax.training.setup import compile_step, initial_state
+from llava_sp_jax.training.programs import Programs
+from llava_sp_jax.training.setup import compile_step, initial_state, summary
 from llava_sp_jax.training.stopping import StopRequest
-from llava_sp_jax.training.validation import Validator
+from llava_sp_jax.training.validation import Evaluator, Validator
 
 METRICS_FILE = sinks.METRICS_FILE
 
@@ -55,30 +55,14 @@ class Result:
   quarantined: int
 
 
-class Evaluator(Protocol):
-  """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
-
-  def due(self, number: int, last: bool) -> bool:
-    """Returns whether the model is evaluated after step `number`; `last` if the run ends with it."""
-    ...
-
-  def __call__(
-    self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
-  ) -> dict[str, float]:
-    """Returns the metrics of step `number`, by name.
-
-    `params` are nested. `fingerprint` is that of the frozen parameters. It must call `going` often
-    and give up when that returns False, because the run was asked to stop.
-    """
-    ...
-
-
 def train(
   config: config_lib.Config,
   workdir: str | Path,
   profile: str = "",
   evaluator: Evaluator | None = None,
   options: resume.ResumeOptions | None = None,
+  clock: goodput.Clock | None = None,
+  executable: str = "",
 ) -> Result:
   """Trains until `train.steps`, or for `train.epochs`, and resumes what `workdir` holds.
 
@@ -88,10 +72,13 @@ def train(
     profile: "A:B" writes a trace of these steps to `workdir`/profile; "" none.
     evaluator: evaluates between steps; needed if `evaluate.every` is above 0.
     options: the step to resume from, and inputs that may differ; None is the newest, and none.
+    clock: accounts for the seconds of the run, from the start of the process; None begins now.
+    executable: a file with the compiled step, for exactly this run (`executables.write`); "" none.
 
   Raises:
     ConfigError, CheckpointError, LockError: before anything is computed.
   """
+  clock = clock or goodput.Clock()
   limits.check(config)
   if config.evaluate.every and evaluator is None:
     raise config_lib.ConfigError(
@@ -106,8 +93,10 @@ def train(
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
+    held.enter_context(clock)
+    asked = options or resume.ResumeOptions()
     return _train(
-      config, Path(workdir), profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
+      config, Path(workdir), profile, watchdog, evaluator, asked, lock, clock, executable
     )
 
 
@@ -126,47 +115,10 @@ class _Run:
   book: ledger.Ledger
   watchdog: Watchdog
   lock: locks.Lock
+  clock: goodput.Clock
   options: resume.ResumeOptions
+  executable: Path | None
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
-
-
-def open_tokenizer(config: config_lib.Config) -> Tokenizer:
-  """Opens the tokenizer that `data.tokenizer` names, from a folder or the Hugging Face hub.
-
-  Raises: FormatError if it cannot be fetched; FileNotFoundError, TokenizerError if the folder holds
-    none.
-  """
-  return Tokenizer(places.tokenizer(config.data.tokenizer))
-
-
-def _hosts() -> lengths.Hosts | None:
-  """Returns what divides the measuring of samples among the processes; None for a single one."""
-  count = jax.process_count()
-  return lengths.Hosts(jax.process_index(), count, processes.all_gather) if count > 1 else None
-
-
-def _inputs(config: config_lib.Config) -> tuple[dict[str, str], dict[str, str]]:
-  """Returns the fingerprints of `resume.INPUTS`, and those that earlier versions gave to the same.
-
-  Reads the samples, but no images.
-  """
-  tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
-  tokenizer = open_tokenizer(config).fingerprint()[:16]
-  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer}
-  return found, {"data": source.former_fingerprint()[:16]}
-
-
-def validation_input(config: config_lib.Config) -> dict[str, str]:
-  """Returns {"validation data": fingerprint of `data.validation_path`}, or {} without such a file.
-
-  All processes need the same file, because validation figures are sums over all of them.
-  """
-  if not (config.train.validate_every and config.data.validation_path):
-    return {}
-  tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
-  return {"validation data": source.fingerprint()[:16]}
 
 
 def _train(
@@ -177,20 +129,22 @@ def _train(
   evaluator: Evaluator | None,
   options: resume.ResumeOptions,
   lock: locks.Lock,
+  clock: goodput.Clock,
+  executable: str,
 ) -> Result:
-  read = functools.cache(functools.partial(_inputs, config))
+  read = functools.cache(functools.partial(inputs.fingerprints, config))
   if jax.process_count() > 1:
-    peers.compare(peers.facts(config, lambda: {**read()[0], **validation_input(config)}))
+    peers.compare(peers.facts(config, lambda: {**read()[0], **inputs.validation_input(config)}))
   config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
   begun = resume.first(folder, options)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
-  tokenizer = open_tokenizer(config)
+  tokenizer = inputs.open_tokenizer(config)
   preflight.check_config(config, tokenizer)
-  inputs, former = read()
-  changed = resume.compare_inputs(folder, begun, inputs, options.changed, former)
+  read_from, former = read()
+  changed = resume.compare_inputs(folder, begun, read_from, options.changed, former)
   known = resume.about(folder, begun)
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
@@ -205,19 +159,25 @@ def _train(
     rows.tolist(),
     folder=folder,
     say=print,
-    hosts=_hosts(),
+    hosts=inputs.hosts(),
   )
   if not begun:
     config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
+  compiled = Path(executable) if executable else None
+  if compiled:
+    executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   validator = Validator(config, module, tokenizer, device_mesh)
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
+    if jax.process_index() == 0 and (folder / goodput.FILE).is_file():
+      clock.keep(folder)
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
       tokenizer.save(folder / "tokenizer")
+      clock.keep(folder)
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
       config,
@@ -231,8 +191,10 @@ def _train(
       book,
       watchdog,
       lock,
+      clock,
       options,
-      {"inputs": inputs, "inputs_before": before},
+      compiled,
+      {"inputs": read_from, "inputs_before": before},
     )
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
@@ -244,11 +206,12 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   config, folder = run.config, run.folder
   train_state, shardings, tx = prepared
   if jax.process_index() == 0:
-    print(_summary(config, train_state, run.mesh), flush=True)
+    print(summary(config, train_state, run.mesh), flush=True)
   processes.barrier("parameters are placed")
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
-    train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
+    with run.clock.of("restore"):
+      train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
@@ -260,6 +223,7 @@ def _loop(
   checkpoints: manager.Checkpoints,
 ) -> Result:
   config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
+  clock = run.clock
   train_state, shardings, tx = prepared
   first = int(train_state.step)
   if jax.process_index() == 0:
@@ -268,29 +232,37 @@ def _loop(
     ledger.drop_after(folder, first)
   processes.barrier("logs are cut off")
   run.iterator.seek(first)
-  run_step = compile_step(module, tx, config, shardings)
+  with clock.of("compile"):
+    known = executables.read(run.executable, train_state) if run.executable else {}
+  run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
   if run.options.step is not None:
     about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
-  if not jax.process_index() and first < config.train.steps:
+  if not jax.process_index() and first < config.train.steps and not known:
     print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
-  log = Log(folder, config, trainable)
+  log = Log(folder, config, trainable, clock.metrics)
   skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
 
   def save(step: int) -> None:
-    skips.settle()
-    book.secure()
-    checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+    jax.block_until_ready(metrics)
+    with clock.of("save"):
+      skips.settle()
+      book.secure()
+      checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+    clock.mark(step)
 
-  with stop, log, run.profiler:
+  clock.resumed(first)
+  clock.enter("step")
+  with stop, log, run.profiler, goodput.Devices(clock) as devices:
     for number in range(first + 1, config.train.steps + 1):
       run.iterator.stopped = stop.during(f"step {number}")
       try:
-        batch = log.waiting(run.iterator)
+        with devices.input():
+          batch = log.waiting(run.iterator)
       except prefetch.Stopped:  # the previous step is the last one
         number, asked, noticed = number - 1, True, time.monotonic()
         if number > first:
@@ -298,12 +270,9 @@ def _loop(
         break
       book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
       placed = mesh.put_batch(batch, run.mesh)
-      # No process may run the step before all have compiled it.
-      if number == first + 1 and jax.process_count() > 1:
-        run_step.lower(train_state, placed, rng).compile()
-        processes.barrier("the step is compiled")
       with run.profiler.step(number, metrics):
         train_state, metrics = run_step(train_state, placed, rng)
+      devices.computes(metrics)
       run.profiler.after(number, metrics)
       if number == 1:
         preflight.check_gradients(config, metrics, trainable)
@@ -312,11 +281,11 @@ def _loop(
         skips.settle()
       validated: dict[str, float] = {}
       if run.validator.due(number):
-        with log.pause(metrics):
+        with log.pause(metrics), clock.of("evaluation"):
           waits = stop.during(f"the validation of step {number}")
           validated |= run.validator(train_state, waits)
       if run.evaluator and run.evaluator.due(number, number == config.train.steps):
-        with log.pause(metrics):
+        with log.pause(metrics), clock.of("evaluation"):
           validated |= run.evaluator(
             number,
             state.join(train_state.trainable, train_state.frozen),
@@ -332,6 +301,7 @@ def _loop(
         save(number)
       if asked:
         break
+  clock.enter("save")
   checkpoints.close()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
@@ -348,14 +318,3 @@ def _may_continue(watchdog: Watchdog, stop: StopRequest, number: int) -> bool:
   """Returns whether work between steps may continue, and tells the watchdog that it does."""
   watchdog.beat(number)
   return not stop.asked
-
-
-def _summary(config: config_lib.Config, train_state: Any, device_mesh: Any) -> str:
-  trainable = sum(x.size for x in train_state.trainable.values())
-  frozen = sum(x.size for x in train_state.frozen.values())
-  axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
-  parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
-  return (
-    f"{config.name}: stage {config.optimizer.stage}, variant {config.model.projector.variant}, "
-    f"{trainable:,} trainable parameters, {frozen:,} frozen ({parts}); mesh {axes}"
-  )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,19 @@ class Log:
   the device. All processes call it alike; only the first one writes.
   """
 
-  def __init__(self, folder: Path, config: config_lib.Config, paths: Sequence[str]):
+  def __init__(
+    self,
+    folder: Path,
+    config: config_lib.Config,
+    paths: Sequence[str],
+    account: Callable[[], Mapping[str, float]] = dict,
+  ):
     """Opens the sinks that `config` names; `sinks.check` must have accepted them.
 
-    `folder` is the run folder. `paths` are those of the trainable parameters.
+    `folder` is the run folder. `paths` are those of the trainable parameters. `account` returns
+    values of the whole run for each record.
     """
-    self._config, self._paths = config, sorted(paths)
+    self._config, self._paths, self._account = config, sorted(paths), account
     everywhere = jax.devices()
     self._chips = devices.chip_count(everywhere)
     self._peak = config.train.peak_tflops or devices.peak_tflops(everywhere[0].device_kind) or 0.0
@@ -127,6 +134,7 @@ class Log:
       },
       **{f"learning_rate/{group}": rate for group, rate in self._learning(number - 1).items()},
       **rates,
+      **self._account(),
       "quarantined": quarantined,
     }
     for sink in self._sinks:

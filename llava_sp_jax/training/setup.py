@@ -95,3 +95,15 @@ def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, An
   abstract = abstract_state(config, device_mesh, params)
   start = jax.jit(functools.partial(state.start, tx=abstract.tx), out_shardings=abstract.shardings)
   return start(*state.split(params, config)), abstract.shardings, abstract.tx
+
+
+def summary(config: config_lib.Config, train_state: Any, device_mesh: Mesh) -> str:
+  """Returns the line that a run prints first: stage, variant, counts of parameters, and mesh."""
+  trainable = sum(x.size for x in train_state.trainable.values())
+  frozen = sum(x.size for x in train_state.frozen.values())
+  axes = " x ".join(f"{name} {size}" for name, size in device_mesh.shape.items())
+  parts = ", ".join(f"{p} {n:,}" for p, n in build.parameter_counts(config.model).items())
+  return (
+    f"{config.name}: stage {config.optimizer.stage}, variant {config.model.projector.variant}, "
+    f"{trainable:,} trainable parameters, {frozen:,} frozen ({parts}); mesh {axes}"
+  )

@@ -1,9 +1,9 @@
-"""Computes the loss and token accuracy on the validation split between the steps of a run."""
+"""Scores a model between the steps of a run: loss and accuracy on the validation split, benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,26 @@ from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
+from llava_sp_jax.models.parameters import Params
 from llava_sp_jax.training import state, step
+
+
+class Evaluator(Protocol):
+  """Scores the model between steps; `eval.in_loop` implements it on a higher layer."""
+
+  def due(self, number: int, last: bool) -> bool:
+    """Returns whether the model is evaluated after step `number`; `last` if the run ends with it."""
+    ...
+
+  def __call__(
+    self, number: int, params: Params, fingerprint: str, going: Callable[[], bool]
+  ) -> dict[str, float]:
+    """Returns the metrics of step `number`, by name.
+
+    `params` are nested. `fingerprint` is that of the frozen parameters. It must call `going` often
+    and give up when that returns False, because the run was asked to stop.
+    """
+    ...
 
 
 class Validator:

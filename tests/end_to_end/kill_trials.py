@@ -2,7 +2,8 @@
 
 A trial is a recipe, the topologies on which a run is started one after the other, and where SIGKILL
 meets all but the last of them. The same topology must give the same bits; another number of
-processes or another mesh the same samples and losses that differ by float32's rounding.
+processes or another mesh the same samples and losses that differ by float32's rounding. In all of them
+the seconds that the run accounts for are those of the wall clock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import itertools
 import random
 import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
-from llava_sp_jax.training import ledger
+from llava_sp_jax.training import goodput, ledger
 from tests.conftest import WIDE, ConfigMaker, merged
 from tests.end_to_end import cluster
 from tests.end_to_end.cluster import Cluster, Topology
@@ -26,6 +29,7 @@ from tests.end_to_end.cluster import Cluster, Topology
 STEPS, BATCH, SAMPLES = 24, 8, 12
 EXACT = ("step", "loss", "grad_norm", "token_accuracy", "tokens")
 TOLERANCE = 1e-6  # of losses on another topology, relative: 8 units of float32's last place
+SHARE = 0.01  # of the wall time, by which the accounted seconds may differ from it
 PEER_SECONDS = 30  # until the survivors of a killed process stop
 
 # What is trained: (stage, changes of the tiny config). A row per way of training.
@@ -82,7 +86,17 @@ class Record:
   same_bits: bool
   differs: float
   ledger: str
+  wall: float  # seconds from the first start until the run says that it is complete, measured here
+  accounted: float  # the sum of the run's own seconds
+  lost: float  # of these, in steps that were trained again
+  waiting: float  # of these, between a death and the next start
+  waited: float  # the same, measured here
   passed: bool
+
+  @property
+  def adds_up(self) -> bool:
+    """Whether the run's own seconds are those that passed."""
+    return abs(self.accounted - self.wall) <= SHARE * self.wall
 
 
 def trials(count: int) -> list[Trial]:
@@ -132,16 +146,26 @@ class Trials:
     draw, workdir = random.Random(number), self._folder / f"trial{number}"
     shutil.rmtree(workdir, ignore_errors=True)
     after, half, resumed = [], [], []
+    begun, died = [], list[float]()
     for leg, topology in enumerate(topologies[:-1]):
+      begun.append(time.time())
       start = Cluster(self._file(trial.recipe), workdir, topology)
+      first = threading.Thread(target=note_death, args=(start.processes[0], died))
+      first.start()
       least = leg * STEPS // len(topologies)
       self._kill(start, trial, draw, range(least + 4, least + 10))
       after.append(cluster.last_step(workdir))
       half.append(bool(half_written(workdir)))
       resumed.append(max(cluster.saved(workdir), default=0))
-    printed = Cluster(self._file(trial.recipe), workdir, topologies[-1]).finish()
+      first.join()
+    begun.append(time.time())
+    last = Cluster(self._file(trial.recipe), workdir, topologies[-1])
+    last.wait_for(lambda: "goodput" in last.printed())
+    wall = time.time() - begun[0]
+    printed = last.finish()
+    waited = sum(b - d for b, d in zip(begun[1:], died, strict=True))
     assert resumed[-1] == 0 or f"continuing {workdir} from step {resumed[-1]}" in printed
-    return self._compare(number, trial, workdir, wanted, (after, half, resumed))
+    return self._compare(number, trial, workdir, wanted, (after, half, resumed), wall, waited)
 
   def _kill(self, start: Cluster, trial: Trial, draw: random.Random, steps: range) -> None:
     """SIGKILL at the trial's moment, somewhere in `steps`."""
@@ -165,6 +189,8 @@ class Trials:
     workdir: Path,
     wanted: Path,
     seen: tuple[list[int], list[bool], list[int]],
+    wall: float,
+    waited: float,
   ) -> Record:
     topologies = WAYS[trial.way]
     ours, theirs = cluster.losses(workdir), cluster.losses(wanted)
@@ -174,7 +200,8 @@ class Trials:
     same_bits = numbers(workdir) == numbers(wanted)
     totals = str(ledger.check(workdir, STEPS, BATCH, range(SAMPLES)))
     good = same_bits if len(set(topologies)) == 1 else differs <= TOLERANCE
-    return Record(
+    seconds = goodput.totals(goodput.read(workdir))
+    record = Record(
       number,
       *dataclasses.astuple(trial),
       *seen,
@@ -182,8 +209,17 @@ class Trials:
       same_bits,
       differs,
       totals,
+      *(round(x, 2) for x in (wall, sum(seconds.values()), seconds["lost"], seconds["waiting"])),
+      round(waited, 2),
       same_samples and good,
     )
+    return dataclasses.replace(record, passed=record.passed and record.adds_up)
+
+
+def note_death(process: subprocess.Popen, died: list[float]) -> None:
+  """Waits for the process that keeps the account of its run, and appends when it ended."""
+  process.wait()
+  died.append(time.time())
 
 
 def half_written(workdir: Path) -> list[Path]:
@@ -208,11 +244,17 @@ def markdown(records: list[Record]) -> str:
     f"same samples in the same rows, and losses within {TOLERANCE:g} (relative). `one` kills one "
     "process, whose death must end the others. In every trial the ledger adds up.",
     "",
+    f"In {sum(record.adds_up for record in records)} of {len(records)} trials the seconds that the run "
+    f"accounts for (`goodput.json`) are those that passed until it was complete, to {SHARE:.0%}. Its seconds "
+    "between a death and the next start differ from those that passed by at most "
+    f"{max(abs(record.waiting - record.waited) for record in records):.1f} s.",
+    "",
     "Made by `python scripts/kill_trials.py --out docs/results/kill_trials`.",
     "",
     "| trial | recipe | processes | killed | in a | after step | half a checkpoint left | resumed "
-    "from | same samples | same bits | losses differ by | |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "from | same samples | same bits | losses differ by | seconds: wall | accounted | lost | waiting, "
+    "accounted | waited | |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   yes: Callable[[bool], str] = lambda value: "yes" if value else "no"  # noqa: E731
   many: Callable[[list[Any]], str] = lambda values: ", ".join(map(str, values))  # noqa: E731
@@ -220,7 +262,8 @@ def markdown(records: list[Record]) -> str:
     lines.append(
       f"| {r.trial} | {r.recipe} | {r.way} | {r.killed} | {r.moment} | {many(r.killed_after)} | "
       f"{many([yes(x) for x in r.in_save])} | {many(r.resumed_from)} | {yes(r.same_samples)} | "
-      f"{yes(r.same_bits)} | {r.differs:.1e} | {'passed' if r.passed else 'FAILED'} |"
+      f"{yes(r.same_bits)} | {r.differs:.1e} | {r.wall:.1f} | {r.accounted:.1f} | {r.lost:.1f} | "
+      f"{r.waiting:.1f} | {r.waited:.1f} | {'passed' if r.passed else 'FAILED'} |"
     )
   return "\n".join(lines) + "\n"
 

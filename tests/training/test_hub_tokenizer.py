@@ -13,7 +13,7 @@ from llava_sp_jax import cli
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import places
 from llava_sp_jax.convert.torch_io import FormatError
-from llava_sp_jax.training import loop
+from llava_sp_jax.training import inputs
 from tests.conftest import ConfigMaker
 from tests.convert.test_places import hub, keep
 
@@ -61,11 +61,11 @@ def test_a_name_of_the_hub_is_a_tokenizer(
     f"from ml_collections import ConfigDict\n\ndef get_config():\n"
     f"  return ConfigDict({config_lib.to_dict(here)!r})\n"
   )
-  ours = loop.open_tokenizer(here)
+  ours = inputs.open_tokenizer(here)
   for name in ("org/words", "hf:org/words"):
-    assert loop.open_tokenizer(named(here, name)).fingerprint() == ours.fingerprint()
+    assert inputs.open_tokenizer(named(here, name)).fingerprint() == ours.fingerprint()
     assert cli.main(["check", f"--config={recipe}", f"--config.data.tokenizer={name}"]) == 0
   with pytest.raises(FormatError, match=r"org/gone: no such folder, and not fetched from the hub"):
-    loop.open_tokenizer(named(here, "org/gone"))
+    inputs.open_tokenizer(named(here, "org/gone"))
   assert cli.main(["check", f"--config={recipe}", "--config.data.tokenizer=hf:org/gone"]) == 1
   assert len(capsys.readouterr().err.splitlines()) == 1

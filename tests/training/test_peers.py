@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.training import loop, peers
+from llava_sp_jax.training import inputs, peers
 from tests.conftest import ConfigMaker
 
 
@@ -65,16 +65,16 @@ def test_files_of_validation_are_compared(tiny_config: ConfigMaker, tmp_path: Pa
   for answer in ("red", "red", "blue"):
     turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": answer}]
     path.write_text(json.dumps([{"conversations": turns}]))
-    said.append((answer, peers.facts(config, functools.partial(loop.validation_input, config))))
+    said.append((answer, peers.facts(config, functools.partial(inputs.validation_input, config))))
   assert peers.differences(said[:2]) == []
   (line,) = peers.differences(said)
   assert line.startswith("validation data: ")
   assert "in process 2 (blue)" in line
   path.unlink()
-  gone = peers.facts(config, functools.partial(loop.validation_input, config))
+  gone = peers.facts(config, functools.partial(inputs.validation_input, config))
   assert gone["data"].startswith("FileNotFoundError: data.validation_path: no file '")
-  assert loop.validation_input(tiny_config(data={"validation_path": str(path)})) == {}
-  assert loop.validation_input(tiny_config(train=train)) == {}
+  assert inputs.validation_input(tiny_config(data={"validation_path": str(path)})) == {}
+  assert inputs.validation_input(tiny_config(train=train)) == {}
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])

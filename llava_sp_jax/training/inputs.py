@@ -1,0 +1,51 @@
+"""Opens what a run reads beside its config: tokenizer and samples, with the fingerprints of both."""
+
+from __future__ import annotations
+
+import jax
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.convert import places
+from llava_sp_jax.data import anyres, lengths, pipeline, validation_split
+from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.distributed import processes
+from llava_sp_jax.models import build
+
+
+def open_tokenizer(config: config_lib.Config) -> Tokenizer:
+  """Opens the tokenizer that `data.tokenizer` names, from a folder or the Hugging Face hub.
+
+  Raises: FormatError if it cannot be fetched; FileNotFoundError, TokenizerError if the folder holds
+    none.
+  """
+  return Tokenizer(places.tokenizer(config.data.tokenizer))
+
+
+def hosts() -> lengths.Hosts | None:
+  """Returns what divides the measuring of samples among the processes; None for a single one."""
+  count = jax.process_count()
+  return lengths.Hosts(jax.process_index(), count, processes.all_gather) if count > 1 else None
+
+
+def fingerprints(config: config_lib.Config) -> tuple[dict[str, str], dict[str, str]]:
+  """Returns the fingerprints of `resume.INPUTS`, and those that earlier versions gave to the same.
+
+  Reads the samples, but no images.
+  """
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
+  tokenizer = open_tokenizer(config).fingerprint()[:16]
+  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer}
+  return found, {"data": source.former_fingerprint()[:16]}
+
+
+def validation_input(config: config_lib.Config) -> dict[str, str]:
+  """Returns {"validation data": fingerprint of `data.validation_path`}, or {} without such a file.
+
+  All processes need the same file, because validation figures are sums over all of them.
+  """
+  if not (config.train.validate_every and config.data.validation_path):
+    return {}
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  source, _ = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
+  return {"validation data": source.fingerprint()[:16]}
