@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -80,38 +79,78 @@ def megabytes() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def opened(path: Path, folder: Path, batches: int) -> dict[str, Any]:
-  """Opens the data as training does, and reads batches; returns seconds and MB behind each part."""
+def settings(path: Path, folder: Path) -> tuple[Any, Any, Any]:
+  """Returns the data settings, the tokenizer and the tile of a run on `path`."""
   from llava_sp_jax import config as config_lib
-  from llava_sp_jax.data import anyres, kept, lengths, pipeline, quarantine
+  from llava_sp_jax.data import anyres
   from llava_sp_jax.data.tokenizer import Tokenizer
 
-  tokenizer = Tokenizer(folder / "tokenizer")
   data = config_lib.DataConfig(
     path=str(path), image_folder=str(folder), tokenizer=str(folder / "tokenizer"),
     packing="first_fit", images_per_row=TILES, row_length=LENGTH, threads=2,
   )  # fmt: skip
-  tile = anyres.Tile(336, 24, 6)
-  found = {"MB, libraries": megabytes()}
-  started, cpu = time.monotonic(), time.process_time()
+  return data, Tokenizer(folder / "tokenizer"), anyres.Tile(336, 24, 6)
+
+
+def keep_lengths(path: Path, folder: Path) -> None:
+  """Keeps the lengths that were drawn beside the data, and nothing else."""
+  from llava_sp_jax.data import kept, lengths, pipeline, quarantine
+
+  data, tokenizer, tile = settings(path, folder)
   source, _ = pipeline.open_source(data, tile, "train")
-  source.fingerprint()
-  found |= {"MB, opened": megabytes(), "s, opened": time.monotonic() - started}
-  bad = quarantine.Quarantine()
-  key = lengths.Lengths(source, tokenizer, data, tile, 0, bad).key(0)
+  key = lengths.Lengths(source, tokenizer, data, tile, 0, quarantine.Quarantine()).key(0)
   sizes = draw(len(source), row_length=LENGTH)
+  shutil.rmtree(kept.beside(path), ignore_errors=True)
   measured = lengths.Measured(sizes.lengths, sizes.lengths, sizes.tiles, {})
   measured.save(kept.beside(path) / f"lengths-{key}.npz")
+
+
+def opened(path: Path, folder: Path, batches: int) -> dict[str, Any]:
+  """Opens the data as training does, and reads batches; returns seconds and MB behind each part."""
+  from llava_sp_jax.data import pipeline, quarantine
+
+  data, tokenizer, tile = settings(path, folder)
+  found = {"MB, libraries": megabytes()}
+  started, cpu, bad = time.monotonic(), time.process_time(), quarantine.Quarantine()
+  source, _ = pipeline.open_source(data, tile, "train")
+  source.fingerprint()
+  found |= {"MB, opened": megabytes()}
   made = pipeline.make(data, tokenizer, tile, ROWS, 0, bad, folder=folder / "run")
   found["MB, planned"] = megabytes()
   next(made)
-  found |= {"s, first batch": time.monotonic() - started}
-  found |= {"CPU s, first batch": time.process_time() - cpu}
+  found |= {
+    "s, first batch": time.monotonic() - started,
+    "CPU s, first batch": time.process_time() - cpu,
+  }
   for _ in range(batches - 1):
     next(made)
   if bad.count:
     raise SystemExit(f"{bad.count} samples are longer than they were drawn")
   return {**found, "MB, batches": megabytes()}
+
+
+def markdown(record: dict[str, Any]) -> str:
+  """Returns the record as a page."""
+  columns = list(next(iter(record["cases"].values())))
+  lines = [
+    "# Memory and start of the data pipeline",
+    "",
+    f"{record['samples']:,} synthetic samples in {record['bytes of samples.json'] / 1e9:.2f} GB of JSON, packed in "
+    f"rows of {LENGTH} with {TILES} images; batches of {ROWS} rows. Memory is the peak of a process without a model, behind "
+    "each part: libraries, the opened data, the planned first epoch, and batches with their images ahead "
+    "(which do not depend on the number of samples). Lengths were known; the first start on JSON finds the samples, "
+    "later ones do not. Made by `python benchmarks/data_memory.py`.",
+    "",
+    f"| | {' | '.join(columns)} |",
+    "|---" * (len(columns) + 1) + "|",
+    *[
+      f"| {case} | {' | '.join(f'{found[c]:,.1f}' for c in columns)} |"
+      for case, found in record["cases"].items()
+    ],
+    "",
+    f"Machine: {provenance.machine()}, shared with other work: seconds are upper bounds.",
+  ]
+  return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -122,29 +161,35 @@ def main() -> None:
   parser.add_argument("--folder", type=Path, required=True, help="for the data, about 2 GB")
   parser.add_argument("--samples", type=int, default=665_000)
   parser.add_argument("--batches", type=int, default=8)
-  parser.add_argument("--out", type=Path, help="writes OUT.json")
+  parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
   parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+  parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
   options = parser.parse_args()
   folder = options.folder
+  if options.keep:
+    keep_lengths(options.keep, folder)
+    return
   if options.one:
     print(json.dumps(opened(options.one, folder, options.batches)))
     return
   if not (folder / "samples.json").is_file():
     write(folder, options.samples)
-  shutil.rmtree(folder / "samples.json.index", ignore_errors=True)
   cases: dict[str, Any] = {}
   for case, name in CASES.items():
     if name == "packed" and not (folder / name).exists():
       pack = ["data", "pack", str(folder / "samples.json"), str(folder / name)]
       subprocess.run([sys.executable, "-m", "llava_sp_jax", *pack], check=True)
     again = [sys.executable, *sys.argv, "--one", str(folder / name)]
+    if "first" in case:
+      subprocess.run([*again[:-2], "--keep", str(folder / name)], check=True)
     done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
     cases[case] = {key: round(value, 2) for key, value in json.loads(done.stdout).items()}
     print(case, json.dumps(cases[case]), flush=True)
   if options.out:
     size = (folder / "samples.json").stat().st_size
-    about = {"samples": options.samples, "bytes of samples.json": size, "cores": os.cpu_count()}
-    provenance.write(options.out, {**about, "cases": cases})
+    record = {"samples": options.samples, "bytes of samples.json": size, "cases": cases}
+    provenance.write(options.out, record)
+    provenance.named(options.out, "md").write_text(markdown(record))
 
 
 if __name__ == "__main__":

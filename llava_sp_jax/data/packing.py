@@ -46,7 +46,7 @@ class Shape:
     return tuple(sorted({*(self.buckets or quarters), self.length}))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PackedRow:
   """Holds the indices of a row's samples, in their order, and the length of the row in tokens."""
 

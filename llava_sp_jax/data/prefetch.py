@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 POLL_SECONDS = 0.2  # between two polls of `stopped`
+EXIT_SECONDS = 2.0  # that the exit of the process waits for threads that are at work
 
 
 class Stopped(Exception):  # noqa: N818 - reports a stop, not an error
@@ -18,11 +21,13 @@ class Prefetcher:
   """Computes `make(start)`, `make(start + 1)`, ... in threads, at most `room` ahead of the reader.
 
   The threads are daemons: one that hangs in a file system does not keep the process from exiting.
-  They stop at `close`, or when the Prefetcher is garbage-collected.
+  They stop at `close`, or when the Prefetcher is garbage-collected. The exit waits for others for at
+  most EXIT_SECONDS, because libraries in C++ abort a process that ends while they are called.
   """
 
   def __init__(self, make: Callable[[int], Any], start: int, threads: int, room: int):
     self._work = _Work(make, start, room)
+    _works.add(self._work)
     self.close = weakref.finalize(self, self._work.close)
     for number in range(max(1, threads)):
       name = f"llava-sp-prefetch-{number}"
@@ -47,6 +52,7 @@ class _Work:
     self._made: dict[int, tuple[Any, BaseException | None]] = {}
     self._begun = self._taken = start
     self._closed = False
+    self._busy = 0  # threads that call `make`
     self._changed = threading.Condition()
 
   def run(self) -> None:
@@ -56,6 +62,7 @@ class _Work:
         if self._closed:
           return
         number, self._begun = self._begun, self._begun + 1
+        self._busy += 1
       made: tuple[Any, BaseException | None]
       try:
         made = (self._make(number), None)
@@ -63,6 +70,7 @@ class _Work:
         made = (None, error)
       with self._changed:
         self._made[number] = made
+        self._busy -= 1
         self._changed.notify_all()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
@@ -83,3 +91,21 @@ class _Work:
       self._closed = True
       self._made.clear()
       self._changed.notify_all()
+
+  def leave(self, until: float) -> None:
+    """Waits until no thread is at work, or `time.monotonic()` is `until`."""
+    with self._changed:
+      self._changed.wait_for(lambda: not self._busy, max(0.0, until - time.monotonic()))
+
+
+_works: weakref.WeakSet[_Work] = weakref.WeakSet()  # of all threads that may still run
+
+
+@atexit.register
+def _leave() -> None:
+  """Stops all threads, and waits for those that are at work."""
+  works, until = list(_works), time.monotonic() + EXIT_SECONDS
+  for work in works:
+    work.close()
+  for work in works:
+    work.leave(until)

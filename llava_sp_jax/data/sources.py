@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
-from llava_sp_jax.data import columns, packed, validation_split, webdataset
+from llava_sp_jax.data import columns, packed, tables, validation_split, webdataset
 from llava_sp_jax.data.llava_json import LlavaJson
 from llava_sp_jax.data.source import Reader, Source
 from llava_sp_jax.data.tfds import Tfds
@@ -31,8 +31,8 @@ class Format:
 
 SOURCES = {
   "packed": Format("a folder of llava-sp data pack", packed.fits, packed.Packed),
-  "arrow": Format("a data set that `datasets` has saved", columns.fits_arrow, columns.arrow),
-  "parquet": Format("parquet files", columns.fits_parquet, columns.parquet),
+  "arrow": Format("a data set that `datasets` has saved", tables.fits_arrow, columns.arrow),
+  "parquet": Format("parquet files", tables.fits_parquet, columns.parquet),
   "webdataset": Format("tars of WebDataset", webdataset.fits, webdataset.Tars),
   "tfds": Format("a TensorFlow data set", lambda path: (path / "features.json").is_file(), Tfds),
   "llava_json": Format("a JSON file of samples", lambda path: not path.is_dir(), LlavaJson),
@@ -58,13 +58,17 @@ def open_path(
 
 
 def _fitting(path: str, key: str) -> Format:
-  for row in SOURCES.values():
-    if row.fits(Path(path)):
-      return row
-  raise ConfigError(
-    f"{key}: {path!r:.200} is a folder without samples; expected one of: "
-    + ", ".join(row.what for row in SOURCES.values())
-  )
+  """Returns the first format that fits a path; JSON, which says what is wrong, for an impossible one."""
+  try:
+    row = next((row for row in SOURCES.values() if row.fits(Path(path))), None)
+  except (OSError, ValueError):
+    row = SOURCES["llava_json"]
+  if not row:
+    raise ConfigError(
+      f"{key}: {path!r:.200} is a folder without samples; expected one of: "
+      + ", ".join(known.what for known in SOURCES.values())
+    )
+  return row
 
 
 def of(data: config_lib.DataConfig, read: Reader, split: str = validation_split.TRAIN) -> Source:

@@ -189,6 +189,12 @@ def test_data_that_cannot_be_opened_are_one_line(wrong: Any, tmp_path: Path) -> 
   assert str(tmp_path) in str(raised.value)
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "x\0y", "gone.json", "gone/"])
+def test_a_path_that_is_not_there_is_one_line(path: str) -> None:
+  with pytest.raises(FileNotFoundError, match=r"^data\.path: no file .*; expected a JSON list"):
+    sources.open_path(path, "", lambda image: image)
+
+
 def test_members_of_a_tar_that_are_no_sample_cost_theirs(tmp_path: Path) -> None:
   names = ("a.json", "a.png", "b.png", "c.json", "c.mp4", "d.json", "e.json", "e.txt", "d.json")
   texts = {"d.json": b"{", "e.json": b'{"id": 5}'}

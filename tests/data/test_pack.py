@@ -48,6 +48,15 @@ def test_the_command_packs_and_says_what_it_left_out(
   assert stored == (folder / "broken.png").read_bytes()
 
 
+def test_an_image_that_was_missing_is_still_missing(folder: Path) -> None:
+  """`llava-sp check` counts it in the same table."""
+  pack.write(opened(folder / "train.json"), folder / "out", "train.json")
+  (folder / "gone.png").write_bytes((folder / "1.png").read_bytes())  # too late
+  found = opened(folder / "out")
+  with pytest.raises(decode.MissingImageError, match=r"gone\.png: no such file"):
+    found.sizes(found[GONE])
+
+
 def test_measuring_opens_no_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   source = opened(folder / "train.json")
   wanted = [source.sizes(source[i]) for i in range(COUNT)]

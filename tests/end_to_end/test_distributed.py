@@ -220,6 +220,23 @@ def test_losses_of_one(config_file: Path, alone: Path, tmp_path: Path, topology:
 
 
 @pytest.mark.guard
+def test_samples_that_are_measured_in_shares_are_packed_as_one(
+  config: config_lib.Config, tmp_path: Path
+) -> None:
+  data = dataclasses.replace(config.data, packing="first_fit", images_per_row=3)
+  train = dataclasses.replace(config.train, steps=3)
+  packed = dataclasses.replace(config, data=data, train=train)
+  loop.train(packed, tmp_path / "alone")
+  two = Cluster(cluster.write_config(packed, tmp_path / "packed.py"), tmp_path / "run", TWO)
+  two.finish()
+  assert "by 2 processes: 0 cannot be used" in two.printed()
+  assert cluster.samples(tmp_path / "run") == cluster.samples(tmp_path / "alone")
+  np.testing.assert_allclose(
+    cluster.losses(tmp_path / "run"), cluster.losses(tmp_path / "alone"), atol=1e-5
+  )
+
+
+@pytest.mark.guard
 def test_two_slices_train_as_one(config_file: Path, alone: Path, tmp_path: Path) -> None:
   two = Topology(2, 2, (2, 2, 1))
   Cluster(config_file, tmp_path / "run", two, "--config.mesh.slices=2").finish()
