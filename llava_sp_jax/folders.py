@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_sp_jax import locks
+from llava_sp_jax import locks, storage
 from llava_sp_jax.errors import LlavaSPError
 
 MARK = "unfinished.json"
@@ -88,7 +87,7 @@ def check(out: Path, command: str) -> None:
 
   It may if `out` is absent, empty, or left unfinished by the same command.
   """
-  if not out.exists() and not out.is_symlink():
+  if not out.exists() and not os.path.islink(out):
     return
   if not out.is_dir():
     raise FolderError(f"{out}: exists and is no folder; name a new folder")
@@ -109,10 +108,7 @@ def check(out: Path, command: str) -> None:
 
 def remove(path: Path) -> None:
   """Removes a file or folder, if it exists."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
+  storage.of(path).remove(path)
 
 
 def _mark(out: Path) -> str | None:
@@ -137,10 +133,10 @@ def rename_aside(path: Path, place: Path) -> Path:
 
   It keeps its name if that is free; otherwise a number is added.
   """
-  place.mkdir(exist_ok=True)
   names = (path.name, *(f"{path.name}-{number}" for number in range(2, 1 << 16)))
-  free = next(place / name for name in names if not os.path.lexists(place / name))
-  path.rename(free)
+  there = (place / name for name in names)
+  free = next(path for path in there if not (path.exists() or os.path.lexists(path)))
+  storage.of(path).move(path, free)
   return free
 
 

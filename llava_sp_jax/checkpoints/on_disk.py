@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import storage
 from llava_sp_jax.errors import CheckpointError
 
 PLACE = "checkpoints"
+MARKER = "commit_success.txt"  # Orbax writes it last where folders cannot be renamed
 SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 
 
@@ -69,10 +71,30 @@ def _json(item: Path) -> dict[str, Any]:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-  place = folder.absolute() / PLACE
+  """Returns the folders of steps, without those that Orbax has not finished."""
+  return {step: place for step, place in _all_numbered(folder).items() if not _unfinished(place)}
+
+
+def _all_numbered(folder: Path) -> dict[int, Path]:
+  place = storage.absolute(folder) / PLACE
   found = place.iterdir() if place.is_dir() else ()
   numbered = (p for p in found if p.name.isascii() and p.name.isdigit())
   return {int(p.name): p for p in numbered if p.name == str(int(p.name))}
+
+
+def _unfinished(place: Path) -> bool:
+  """Returns whether a kill has left the folder of a step before all of it was written.
+
+  On a disk such a folder has another name. In a bucket it lacks the marker that is written last.
+  """
+  return storage.remote(place) and not (place / MARKER).exists()
+
+
+def remove_unfinished(folder: Path) -> None:
+  """Removes what kills have left of saves, which Orbax would trip over in a bucket."""
+  for place in _all_numbered(folder).values():
+    if _unfinished(place):
+      storage.of(place).remove(place)
 
 
 def steps(folder: Path) -> list[int]:

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from llava_sp_jax import storage
 from llava_sp_jax.convert.leaves import Index, InTensors, Leaf, Leaves
 from llava_sp_jax.progress import Progress
 
@@ -53,7 +54,7 @@ def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progres
   options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   tracked = {path: _Tracked(leaf, progress) for path, leaf in leaves.items()}
   with ocp.CheckpointManager(
-    folder.absolute() / "checkpoints", handler_registry=handlers, options=options
+    storage.absolute(folder) / "checkpoints", handler_registry=handlers, options=options
   ) as manager:
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(tracked), about=ocp.args.JsonSave(about))
     manager.save(0, args=args)

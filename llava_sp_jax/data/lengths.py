@@ -13,6 +13,7 @@ import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import folders
+from llava_sp_jax import storage
 from llava_sp_jax.data import anyres, samples, sources
 from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
@@ -260,27 +261,23 @@ def _work(chunk: Sequence[Any], epoch: int, first: int) -> list[Found]:
 
 def _save(measured: Measured, path: Path) -> None:
   """Writes a file atomically. Raises: OSError when it cannot be written; no part of it remains."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(f".{os.getpid()}.part")
-  errors = json.dumps(sorted(measured.errors.items()))
-  try:
-    with folders.written(path), part.open("wb") as file:
-      np.savez(
-        file,
-        lengths=measured.lengths,
-        totals=measured.totals,
-        tiles=measured.tiles,
-        errors=np.array(errors),
-      )
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
+  errors, file = json.dumps(sorted(measured.errors.items())), io.BytesIO()
+  np.savez(
+    file,
+    lengths=measured.lengths,
+    totals=measured.totals,
+    tiles=measured.tiles,
+    errors=np.array(errors),
+  )
+  store = storage.of(path)
+  store.make(path.parent)
+  store.put(path, file.getvalue())
 
 
 def _load(path: Path) -> Measured | None:
   """Reads the file of an earlier pass; returns None if it is damaged in any way."""
   try:
-    with path.open("rb") as opened, np.load(opened) as file:
+    with np.load(io.BytesIO(storage.of(path).content(path))) as file:
       errors = {int(i): str(error) for i, error in json.loads(str(file["errors"]))}
       return Measured(file["lengths"], file["totals"], file["tiles"], errors)
   except Exception:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import console, limits
+from llava_sp_jax import console, limits, storage
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.training import STOPPED_EARLY
 
@@ -68,7 +66,7 @@ def main(argv: list[str]) -> int:
   from llava_sp_jax.training import resume
 
   resumed = resume.ResumeOptions.of(options["from-step"], options["allow-changed"])
-  runs.check_folder(Path(workdir))
+  runs.check_folder(storage.place(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
     result = train(config, workdir, profile=options["profile"], resume=resumed)

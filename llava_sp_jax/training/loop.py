@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import jsonl, limits, locks
+from llava_sp_jax import jsonl, limits, locks, storage
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.convert import places
 from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
@@ -98,15 +98,17 @@ def train(
     )
   processes.start(peer_seconds=config.train.peer_seconds)
   with Watchdog(config.train.stall_seconds) as watchdog, contextlib.ExitStack() as held:
-    lock = locks.Lock(Path(workdir), "llava-sp train")
+    folder = storage.place(workdir)
+    lock = locks.Lock(folder, "llava-sp train")
 
     def begin() -> None:
-      runs.check_folder(Path(workdir))
+      runs.check_folder(folder)
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
+    held.callback(storage.of(folder).flush)
     return _train(
-      config, Path(workdir), profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
+      config, folder, profile, watchdog, evaluator, options or resume.ResumeOptions(), lock
     )
 
 
@@ -202,7 +204,8 @@ def _train(
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
-      tokenizer.save(folder / "tokenizer")
+      with storage.filled(folder / "tokenizer") as made:
+        tokenizer.save(made)
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
       config,
@@ -269,6 +272,7 @@ def _loop(
   def save(step: int) -> None:
     skips.settle()
     book.secure()
+    storage.of(folder).flush()
     checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
 
   with stop, log, run.profiler:

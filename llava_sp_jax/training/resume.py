@@ -124,8 +124,9 @@ def compare_inputs(
 def set_newer_aside(folder: Path, step: int) -> None:
   """Moves checkpoints of steps after `step`, and damaged ones, to aside/ in the run folder.
 
-  Called by one process alone.
+  Removes what a killed save has left in a bucket. Called by one process alone.
   """
+  on_disk.remove_unfinished(folder)
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 
 FOLDER = "profile"
 
@@ -46,7 +47,7 @@ class Profiler:
     Raises: ConfigError when `text` is not A:B, or names steps outside `first`..`last`.
     """
     self._wanted, self._folder = steps_of(text, first, last), folder / FOLDER
-    self._running = False
+    self._running, self._scratch = False, self._folder
 
   def __enter__(self) -> Profiler:
     return self
@@ -65,7 +66,8 @@ class Profiler:
       return
     if not self._running:
       jax.block_until_ready(pending)
-      jax.profiler.start_trace(self._folder)
+      self._scratch = storage.of(self._folder).scratch(self._folder)
+      jax.profiler.start_trace(self._scratch)
       self._running = True
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
       yield
@@ -83,4 +85,5 @@ class Profiler:
   def _stop(self) -> None:
     if self._running:
       jax.profiler.stop_trace()
+      storage.of(self._folder).upload(self._scratch, self._folder)
       self._running = False
