@@ -70,31 +70,22 @@ def _json(item: Path) -> dict[str, Any]:
   return values
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-  """Returns the folders of steps, without those that Orbax has not finished."""
-  return {step: place for step, place in _all_numbered(folder).items() if not _unfinished(place)}
+def _numbered(folder: Path, finished: bool = True) -> dict[int, Path]:
+  """Returns the folders of steps whose save has ended, or of those whose save has not.
 
-
-def _all_numbered(folder: Path) -> dict[int, Path]:
+  On a disk, a folder has another name until then. In a bucket it lacks the marker.
+  """
   place = storage.absolute(folder) / PLACE
   found = place.iterdir() if place.is_dir() else ()
   numbered = (p for p in found if p.name.isascii() and p.name.isdigit())
-  return {int(p.name): p for p in numbered if p.name == str(int(p.name))}
+  named = {int(p.name): p for p in numbered if p.name == str(int(p.name))}
+  marked = storage.remote(folder)
+  return {n: p for n, p in named.items() if (not marked or (p / MARKER).exists()) == finished}
 
 
-def _unfinished(place: Path) -> bool:
-  """Returns whether a kill has left the folder of a step before all of it was written.
-
-  On a disk such a folder has another name. In a bucket it lacks the marker that is written last.
-  """
-  return storage.remote(place) and not (place / MARKER).exists()
-
-
-def remove_unfinished(folder: Path) -> None:
-  """Removes what kills have left of saves, which Orbax would trip over in a bucket."""
-  for place in _all_numbered(folder).values():
-    if _unfinished(place):
-      storage.of(place).remove(place)
+def unfinished(folder: Path) -> list[Path]:
+  """Returns what saves have left in a bucket that did not end, or have not yet."""
+  return list(_numbered(folder, finished=False).values())
 
 
 def steps(folder: Path) -> list[int]:

@@ -126,7 +126,8 @@ def set_newer_aside(folder: Path, step: int) -> None:
 
   Removes what a killed save has left in a bucket. Called by one process alone.
   """
-  on_disk.remove_unfinished(folder)
+  for place in on_disk.unfinished(folder):
+    folders.remove(place)
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:
