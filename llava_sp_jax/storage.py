@@ -107,8 +107,15 @@ class Store(Protocol):
     """Puts all files of a folder that `scratch` has returned to their place."""
     ...
 
-  def local(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """Lends a local folder with the files of `folder`, which must only be read."""
+  def local(self, path: Path) -> Path:
+    """Returns a local path with the file, or all files of the folder, at `path`, to be read only.
+
+    What is copied for it is removed when this process ends.
+    """
+    ...
+
+  def versions(self, path: Path) -> dict[str, str]:
+    """Returns {name below `path`: text that changes with the file}, or {} where files must be read."""
     ...
 
 
@@ -189,8 +196,11 @@ class Disk:
   def upload(self, scratch: Path, folder: Path) -> None:
     pass  # made in place
 
-  def local(self, folder: Path) -> contextlib.AbstractContextManager[Path]:
-    return contextlib.nullcontext(folder)
+  def local(self, path: Path) -> Path:
+    return path
+
+  def versions(self, path: Path) -> dict[str, str]:
+    return {}
 
 
 class Bucket:
@@ -296,33 +306,48 @@ class Bucket:
 
   def move(self, path: Path, to: Path) -> None:
     with _named(path):
-      start = len(str(path).split("://", 1)[-1])
       for name in reversed(self._found(path)):
-        self._files.cp_file(name, f"{to}{name[start:]}")
+        self._files.cp_file(name, f"{to}{name[_start(path) :]}")
       self._remove_all(path)
 
   def scratch(self, folder: Path) -> Path:
-    self._folders.append(tempfile.TemporaryDirectory(prefix="llava-sp-"))
-    made = Path(self._folders[-1].name) / folder.name
+    made = self._temporary() / folder.name
     made.mkdir()
     return made
+
+  def _temporary(self) -> Path:
+    self._folders.append(tempfile.TemporaryDirectory(prefix="llava-sp-"))
+    return Path(self._folders[-1].name)
 
   def upload(self, scratch: Path, folder: Path) -> None:
     for path in sorted(scratch.rglob("*")):
       if path.is_file():
         self.put(folder / str(path.relative_to(scratch)), path.read_bytes())
 
-  @contextlib.contextmanager
-  def local(self, folder: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="llava-sp-") as made:
-      there = Path(made) / folder.name
-      start = len(str(folder).split("://", 1)[-1]) + 1
-      with _named(folder):
-        for name in self._found(folder):
-          path = there / name[start:]
-          path.parent.mkdir(parents=True, exist_ok=True)
-          path.write_bytes(self._files.cat_file(name))
-      yield there
+  def local(self, path: Path) -> Path:
+    with _named(path):
+      if not (found := self._found(path)):
+        raise FileNotFoundError(errno.ENOENT, "no such object or folder", str(path))
+      copy = self._temporary() / path.name
+      for name in found:
+        to = Path(f"{copy}{name[_start(path) :]}")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        self._files.get_file(name, str(to))
+    return copy
+
+  def versions(self, path: Path) -> dict[str, str]:
+    with _named(path):
+      found = self._files.find(str(path), detail=True)
+    marks = ("size", "md5Hash", "crc32c")  # a composed object has no MD5
+    return {
+      name[_start(path) :]: " ".join(str(about.get(mark)) for mark in marks)
+      for name, about in sorted(found.items())
+    }
+
+
+def _start(path: Path) -> int:
+  """Returns where the part below `path` begins in a name of fsspec, which has no scheme."""
+  return len(str(path).partition("://")[2])
 
 
 # fsspec's settings of a bucket. Without the first, what other processes have written is not seen.

@@ -251,7 +251,11 @@ class Handler(BaseHTTPRequestHandler):
 
   def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
     self.send_response(status)
-    for name, value in {**headers, "Content-Length": str(len(data))}.items():
+    if status in (204, 304):  # these never have a body: the next answer would begin with it
+      data = b""
+    else:
+      headers = {**headers, "Content-Length": str(len(data))}
+    for name, value in headers.items():
       self.send_header(name, value)
     self.end_headers()
     self.wfile.write(data)

@@ -94,7 +94,7 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
     config,
     leaves,
     tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in leaves)),
-    tokenizer if tokenizer.is_dir() else None,
+    storage.of(tokenizer).local(tokenizer) if tokenizer.is_dir() else None,
     base=places.reachable(about.get("base", "")),
     tower=places.reachable(about.get("tower", "")),
     fingerprint=about["fingerprint"],
