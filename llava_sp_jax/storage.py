@@ -110,7 +110,8 @@ class Store(Protocol):
   def local(self, path: Path) -> Path:
     """Returns a local path with the file, or all files of the folder, at `path`, to be read only.
 
-    What is copied for it is removed when this process ends.
+    What is copied for it, into a temporary folder, is removed when this process ends. The same
+    files are copied once.
     """
     ...
 
@@ -211,6 +212,7 @@ class Bucket:
     self._lock, self._pending = threading.RLock(), dict[str, bytes]()
     self._thread: threading.Thread | None = None
     self._folders: list[Any] = []  # temporary ones, which live as long as this process
+    self._copies: dict[str, tuple[Path, dict[str, str]]] = {}  # (local copy, versions of its files)
 
   @functools.cached_property
   def _files(self) -> Any:
@@ -325,14 +327,17 @@ class Bucket:
         self.put(folder / str(path.relative_to(scratch)), path.read_bytes())
 
   def local(self, path: Path) -> Path:
-    with _named(path):
-      if not (found := self._found(path)):
-        raise FileNotFoundError(errno.ENOENT, "no such object or folder", str(path))
+    if not (versions := self.versions(path)):
+      raise FileNotFoundError(errno.ENOENT, "no such object or folder", str(path))
+    copy, known = self._copies.get(str(path), (path, {}))
+    if known != versions:
       copy = self._temporary() / path.name
-      for name in found:
-        to = Path(f"{copy}{name[_start(path) :]}")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        self._files.get_file(name, str(to))
+      with _named(path):
+        to = [f"{copy}{name}" for name in versions]
+        for folder in {os.path.dirname(name) for name in to}:
+          os.makedirs(folder, exist_ok=True)
+        self._files.get([f"{path}{name}" for name in versions], to)
+      self._copies[str(path)] = copy, versions
     return copy
 
   def versions(self, path: Path) -> dict[str, str]:

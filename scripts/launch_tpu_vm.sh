@@ -11,8 +11,8 @@
 # --create-flag FLAG   goes to `gcloud ... create`, may be repeated: --spot, --project=P, --network=N
 #
 # The committed state of this repository runs. After a preemption the pod is created again and the run
-# resumes from its last checkpoint, so --workdir must be a folder that outlives the pod and that all
-# workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
+# resumes from its last checkpoint, so --workdir must be gs://BUCKET/FOLDER, or a folder that outlives
+# the pod and that all workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
 # training and follows its log. Arguments after -- go to llava-sp train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -17,7 +17,8 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
 
   --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain,
                            or the name of one that is installed: easy_vqa:stage=pretrain
-  --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
+  --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl; a
+                           folder, or an address in a bucket: gs://BUCKET/FOLDER
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
   --from-step N            resumes from an older checkpoint; 0 starts again. Newer ones are kept
                            in DIR/aside. Without it: the newest whose values are what was saved

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from llava_sp_jax import cli, storage
+from llava_sp_jax import cli, locks, storage
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import on_disk, own_folders, runs
+from llava_sp_jax.results import predictions
 from llava_sp_jax.training import ledger, loop, resume
 from tests.conftest import ConfigMaker
 from tests.end_to_end import test_resume as killing
@@ -104,6 +105,35 @@ def test_commands_read_it(
   assert not cli.main(["merge", there, merged])
   assert own_folders.open_own(merged).about["stage"] == "convert"
   assert not on_disk.unfinished(storage.place(merged))
+
+
+def test_results_are_written_beside_it(
+  both: dict[str, Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """A second call asks nothing again, and the results of both places compare."""
+  outs = {kind: folder / "eval-easy_vqa" for kind, folder in both.items()}
+  asked = ["eval", "--task=easy_vqa", f"--data={tiny_data}", "--limit=3"]
+  for kind, folder in both.items():
+    assert cli.main([*asked, f"--checkpoint={folder}"]) == 0
+    assert f"written: {outs[kind]}/predictions.jsonl" in capsys.readouterr().out
+  assert predictions.read(outs["disk"]) == predictions.read(outs["bucket"]) != {}
+  assert names(outs["disk"]) == names(outs["bucket"])
+  assert cli.main([*asked, f"--checkpoint={both['bucket']}"]) == 0
+  assert f"{outs['bucket']}: 3 questions are answered already" in capsys.readouterr().out
+  merge = ["--merge", f"--out={outs['bucket']}", f"--compare={outs['disk']}"]
+  assert cli.main([*asked, *merge]) == 0
+  assert "0 fixed, 0 broken, 0 in other words" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_part_is_written_by_one_process(bucket: str, tmp_path: Path) -> None:
+  folder = storage.place(bucket) / tmp_path.name
+  record = {"id": "a", "error": ""}
+  with predictions.PredictionWriter(folder, predictions.Part()) as writer:
+    with pytest.raises(locks.LockError, match="in use by llava-sp eval"):
+      predictions.PredictionWriter(folder, predictions.Part())
+    predictions.PredictionWriter(folder, predictions.Part(1, 2)).__exit__(None, None, None)
+    writer.write(record)
+  assert names(folder) == {"predictions.jsonl"}
 
 
 def test_the_next_stage_starts_from_it(
