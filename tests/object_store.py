@@ -67,7 +67,7 @@ class Upload:
 
 def parts(body: bytes, kind: str) -> tuple[bytes, bytes]:
   """Returns the metadata and the bytes of an upload in two parts; `kind` is its content type."""
-  mark = b"--" + kind.partition("boundary=")[2].strip('"\'').encode()
+  mark = b"--" + kind.partition("boundary=")[2].strip("\"'").encode()
   _, first, rest = body.split(mark, 2)
   second = rest[: rest.rindex(mark)]
   about, data = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (first, second))

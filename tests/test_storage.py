@@ -14,6 +14,7 @@ import pytest
 
 from llava_sp_jax import files, folders, jsonl, locks, storage
 from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.stores import bucket as bucket_lib
 from llava_sp_jax.training import ledger, peers
 from tests.conftest import REPOSITORY
 
@@ -62,7 +63,9 @@ def test_overwriting_changes_the_version(folder: Path) -> None:
   seen = store.look(folder / "a")
   store.overwrite(folder / "a", b"two")
   now = store.look(folder / "a")
-  assert seen and now and (seen.content, now.content) == (b"one", b"two")
+  assert seen is not None
+  assert now is not None
+  assert (seen.content, now.content) == (b"one", b"two")
   assert seen.version != now.version
   assert store.changed(folder / "a") > 1e18
   assert store.look(folder / "b") is None
@@ -88,9 +91,9 @@ def test_what_is_secured_survives_a_kill_and_no_line_is_torn(folder: Path) -> No
 def test_appended_lines_appear_without_being_secured(
   bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(storage, "SECONDS", 0.05)
+  monkeypatch.setattr(bucket_lib, "SECONDS", 0.05)
   path = storage.place(bucket) / tmp_path.name / "metrics.jsonl"
-  store = storage.Bucket("gs")  # of its own, whose thread starts with this pause
+  store = bucket_lib.Bucket("gs")  # of its own, whose thread starts with this pause
   store.append(path, b"{}\n")
   for _ in range(200):
     if path.exists():
@@ -187,7 +190,9 @@ def test_a_lock_beats_and_notices_that_it_was_taken_over(
 
 
 def test_addresses_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-  with pytest.raises(storage.StorageError, match="unknown scheme s3://; give a local folder, or gs"):
+  with pytest.raises(
+    storage.StorageError, match="unknown scheme s3://; give a local folder, or gs"
+  ):
     storage.place("s3://bucket/run")
   with pytest.raises(storage.StorageError, match="names no bucket"):
     storage.place("gs://")

@@ -272,7 +272,7 @@ class PredictionWriter(contextlib.AbstractContextManager["PredictionWriter"]):
   """Appends to the predictions of one part, each line in one unbuffered write.
 
   A kill therefore loses at most the line that is being written; in a bucket, the answers of the
-  last `storage.SECONDS` (15).
+  last 15 seconds.
   """
 
   def __init__(self, folder: Path, part: Part):
