@@ -101,6 +101,8 @@ def named(path: Path) -> Iterator[None]:
   """Adds `path` to an OSError of the block, and turns errors of other kinds into an OSError."""
   try:
     yield
+  except StorageError:
+    raise
   except OSError as error:
     number = error.errno if isinstance(error.errno, int) else errno.EIO
     number = {FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST}.get(
