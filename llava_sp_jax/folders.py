@@ -24,6 +24,13 @@ class FolderError(LlavaSPError, ValueError):
   """Raised for an output folder that a command would have to overwrite; names its content."""
 
 
+def local(text: str | os.PathLike[str]) -> Path:
+  """Returns the path of an output folder on a disk. Raises: FolderError for one in a bucket."""
+  if storage.remote(text):
+    raise FolderError(f"{text}: this can be written to a local folder only; name one")
+  return Path(text)
+
+
 @contextlib.contextmanager
 def new(out: Path, command: str, makes: Sequence[str] = ()) -> Iterator[Path]:
   """Yields `out`, which may be written until the block ends; then it counts as complete.

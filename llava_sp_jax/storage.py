@@ -24,6 +24,7 @@ __all__ = [
   "StorageError",
   "Store",
   "absolute",
+  "check",
   "filled",
   "of",
   "place",
@@ -72,13 +73,20 @@ def _set_up() -> None:
   os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow's, even where it is installed
   import fsspec
 
-  for name in ("gs", "gcs"):
-    fsspec.config.conf[name] = {**fsspec.config.conf.get("gcs", {}), **OPTIONS}
+  known = fsspec.config.conf
+  for name in ("gs", "gcs"):  # one scheme, of which users may have set either
+    known[name] = {**known.get("gcs", {}), **known.get(name, {}), **OPTIONS}
 
 
 def remote(path: str | os.PathLike[str]) -> bool:
   """Returns whether a path is in a bucket."""
   return os.fspath(path).partition("://")[0] in SCHEMES
+
+
+def check(folder: Path) -> None:
+  """Does nothing on a disk. Raises: StorageError that says why a bucket cannot be reached."""
+  if remote(folder):
+    of(folder).look(folder / "config.json")  # any object, which need not exist
 
 
 def absolute(path: Path) -> Path:

@@ -150,8 +150,11 @@ def test_ledger_and_quarantine(folder: Path) -> None:
   ledger.drop_after(folder, 2)
   assert [line["quarantined"] for line in ledger.read(folder)] == [[5], [5]]
   Quarantine(folder / "quarantine.jsonl").add(5, {"id": "x"}, ValueError("bad"))
+  Quarantine(folder / "quarantine.jsonl", 1).add(6, {"id": "y"}, ValueError("bad"))
   storage.of(folder).flush()
-  assert 5 in Quarantine(folder / "quarantine.jsonl")
+  found = Quarantine(folder / "quarantine.jsonl")
+  assert (5 in found, 6 in found, found.count) == (True, True, 2)
+  assert (folder / "quarantine-00001.jsonl").is_file()
 
 
 def test_a_second_process_is_refused_and_a_dead_one_replaced(folder: Path) -> None:
@@ -210,6 +213,20 @@ def test_local_paths_stay_as_they_are(text: str) -> None:
 def test_a_pathlib_path_of_an_address_is_that_address(bucket: str) -> None:
   assert str(storage.place(Path(f"{bucket}/run"))) == f"{bucket}/run"
   assert storage.place(storage.place(f"{bucket}/run/")) == storage.place(bucket) / "run"
+
+
+def test_a_bucket_that_cannot_be_reached(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The errors of its libraries become one line that says what to do."""
+  store = bucket_lib.Bucket("gs")
+  monkeypatch.setattr(storage, "SCHEMES", {"gs": (store, "gcsfs", "gcs")})
+
+  def refuse(*_: object) -> None:
+    raise RuntimeError("no\ncredentials")
+
+  monkeypatch.setattr(store._files, "info", refuse)
+  said = r"config.json: cannot be reached \(RuntimeError: no credentials\); .*gcloud auth"
+  with pytest.raises(storage.StorageError, match=said):
+    storage.check(storage.place(bucket) / "run")
 
 
 def test_a_bucket_that_is_not_there(bucket: str) -> None:

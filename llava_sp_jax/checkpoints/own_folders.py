@@ -34,6 +34,7 @@ ADAPTERS = r"language_model/.*/lora_[ab]$"
 def is_ours(folder: str | Path) -> bool:
   """Returns whether a folder is a run folder: it has a config.json and a folder checkpoints/."""
   place = storage.place(folder)
+  storage.check(place)
   return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
 

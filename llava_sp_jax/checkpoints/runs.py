@@ -52,6 +52,7 @@ def check_folder(folder: Path) -> None:
       raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
     if place.exists() and not place.is_dir():
       raise CheckpointError(f"--workdir {folder}: {place} is a file; name a folder")
+  storage.check(folder)
   other = f"--workdir {folder}: holds {{}}; name a new folder"
   if (folder / folders.MARK).exists():
     raise CheckpointError(other.format("what a conversion has not finished"))

@@ -95,6 +95,7 @@ def check_folder(folder: Path) -> None:
 
   Raises: EvalError if they cannot.
   """
+  storage.check(folder)
   if not storage.remote(folder):
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
