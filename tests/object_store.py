@@ -7,7 +7,6 @@ program wants of these, it must do without.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import dataclasses
@@ -20,8 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,7 +81,6 @@ class Objects:
   def __init__(self) -> None:
     self._lock, self._held = threading.Lock(), dict[str, Stored]()
     self.numbers, self.uploads = itertools.count(1), dict[str, Upload]()
-    self.counts = Counter[str]()  # requests by kind
 
   def get(self, name: str, wanted: dict[str, str]) -> Stored:
     with self._lock:
@@ -151,7 +147,6 @@ class Handler(BaseHTTPRequestHandler):
     parts = urlsplit(self.path)
     self.wanted = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     self.body = self._read()
-    time.sleep(self.server.latency)
     try:
       self._answer_to(parts.path.removeprefix("/download").removeprefix("/storage/v1"))
     except RefusedError as refused:
@@ -173,14 +168,9 @@ class Handler(BaseHTTPRequestHandler):
   def _answer_to(self, path: str) -> None:
     objects, method = self.server.objects, self.command
     where = f"/b/{BUCKET}"
-    kind = "upload" if path.startswith("/upload") else method.lower()
-    objects.counts[kind] += 1
-    if path == "/counts":
-      self._answer(dict(objects.counts))
-    elif path == where and method == "GET":
+    if path == where and method == "GET":
       self._answer({"kind": "storage#bucket", "id": BUCKET, "name": BUCKET, "location": "HERE"})
     elif path == f"{where}/o" and method == "GET":
-      objects.counts["list"] += 1
       self._answer(objects.listing(self.wanted))
     elif path.startswith(f"/upload/storage/v1{where}/o"):
       self._upload()
@@ -262,14 +252,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-  """The store; `latency` is the seconds by which it delays each answer."""
+  """Listens at a free port of this machine."""
 
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self, latency: float = 0.0):
+  def __init__(self) -> None:
     super().__init__(("127.0.0.1", 0), Handler)
-    self.objects, self.latency = Objects(), latency
+    self.objects = Objects()
     self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
   def handle_error(self, *_: Any) -> None:
@@ -288,9 +278,9 @@ def settings(url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(latency: float = 0.0) -> Iterator[str]:
+def running() -> Iterator[str]:
   """Runs a store as a process of its own, and makes gs:// lead there; yields its address."""
-  command = [sys.executable, "-m", "tests.object_store", f"--latency={latency}"]
+  command = [sys.executable, "-m", "tests.object_store"]
   place = Path(__file__).parents[1]
   before = dict(os.environ)
   with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
@@ -307,17 +297,8 @@ def running(latency: float = 0.0) -> Iterator[str]:
       process.kill()
 
 
-def counts(url: str) -> dict[str, int]:
-  """How many requests of each kind a store has answered."""
-  with urllib.request.urlopen(f"{url}/counts") as answer:
-    found: dict[str, int] = json.load(answer)
-  return found
-
-
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--latency", type=float, default=0.0, help="seconds that each answer waits")
-  server = Server(parser.parse_args().latency)
+  server = Server()
   print(server.url, flush=True)
   server.serve_forever()
 

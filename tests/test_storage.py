@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import files, folders, jsonl, locks, storage
+from llava_sp_jax.convert import places
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.stores import bucket as bucket_lib
 from llava_sp_jax.training import ledger, peers
@@ -130,6 +131,21 @@ def test_folders_come_and_go(folder: Path, tmp_path: Path) -> None:
   storage.of(folder).put(folder / "tokenizer" / "sub" / "a", b"two")
   assert peers.of_folder(folder) not in (one, "not there")
   assert peers.of_folder(folder / "nothing") == "not there"
+
+
+def test_weights_in_a_bucket_are_copied_once(bucket: str, tmp_path: Path) -> None:
+  there = storage.place(bucket) / tmp_path.name
+  for name in ("config.json", "sub/model.safetensors"):
+    storage.of(there).put(there / name, name.encode())
+  copy = places.local(str(there))
+  assert (copy / "sub" / "model.safetensors").read_bytes() == b"sub/model.safetensors"
+  assert places.tokenizer(str(there)) == copy
+  assert places.resolve(str(there), tmp_path, "--base") == copy
+  storage.of(there).put(there / "config.json", b"new")
+  assert (places.local(str(there)) / "config.json").read_bytes() == b"new"
+  assert (copy / "config.json").read_bytes() == b"config.json"
+  with pytest.raises(FileNotFoundError, match="no such object or folder"):
+    places.local(f"{bucket}/nothing")
 
 
 def test_lines_are_cut_off_and_go_on(folder: Path) -> None:
