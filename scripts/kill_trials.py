@@ -38,11 +38,11 @@ def run(options: argparse.Namespace, runner: kill_trials.Trials) -> int:
   """Runs the trials that are left; returns 1 unless all have passed."""
   records = kill_trials.read(options.out)
   for number, trial in enumerate(kill_trials.trials(options.trials)):
-    if number < len(records):
+    if number in {record.trial for record in records}:
       continue
-    records.append(runner.run(number, trial))
-    kill_trials.write(options.out, records)
-    print(kill_trials.markdown(records).splitlines()[-1], flush=True)
+    records.append(record := runner.run(number, trial))
+    kill_trials.write(options.out, sorted(records, key=lambda record: record.trial))
+    print(kill_trials.markdown([record]).splitlines()[-1], flush=True)
   return 0 if all(record.passed for record in records) else 1
 
 
