@@ -34,6 +34,8 @@ class Bucket:
   def __init__(self, scheme: str):
     self._scheme = scheme
     self._lock, self._pending = threading.RLock(), dict[Path, bytes]()
+    # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
+    self._sent: dict[Path, tuple[bytes, int]] = {}
     self._thread: threading.Thread | None = None
     self._folders: list[Any] = []  # temporary ones, which live as long as this process
     self._copies: dict[str, tuple[Path, dict[str, str]]] = {}  # (local copy, versions of its files)
@@ -51,6 +53,7 @@ class Bucket:
     with self._lock, named(path):
       self._files.pipe_file(str(path), data)
       self._pending.pop(path, None)
+      self._sent.pop(path, None)
 
   def create(self, path: Path, data: bytes) -> bool:
     try:
@@ -77,12 +80,19 @@ class Bucket:
   def content(self, path: Path) -> bytes:
     with self._lock:
       seen = self.look(path)
-      return (seen.content if seen else b"") + self._pending.get(path, b"")
+      there = seen.content if seen else b""
+      sent, count = self._sent.get(path, (None, 0))
+      if there == sent:  # it has arrived
+        self._pending[path] = self._pending[path][count:]
+        del self._sent[path]
+      return there + self._pending.get(path, b"")
 
   def secure(self, path: Path) -> None:
     with self._lock:
-      if self._pending.get(path):
-        self.put(path, self.content(path))
+      whole = self.content(path) if self._pending.get(path) else b""
+      if pending := self._pending.get(path):
+        self._sent[path] = whole, len(pending)
+        self.put(path, whole)
 
   def flush(self) -> None:
     with self._lock:
@@ -117,6 +127,7 @@ class Bucket:
     with self._lock, named(path):
       for name in [name for name in self._pending if path in (name, *name.parents)]:
         del self._pending[name]
+        self._sent.pop(name, None)
       with contextlib.suppress(FileNotFoundError):
         self._remove_all(path)
 

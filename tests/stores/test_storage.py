@@ -103,6 +103,35 @@ def test_appended_lines_appear_without_being_secured(
   assert path.read_bytes() == b"{}\n"
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_lines_whose_put_fails_are_there_once(
+  bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+  """Whether the object arrived and only the answer was lost, or not."""
+  store, path = bucket_lib.Bucket("gs"), storage.place(bucket) / tmp_path.name / "a.jsonl"
+  put = store._files.pipe_file
+
+  def fail(name: str, data: bytes) -> None:
+    if arrives:
+      put(name, data)
+    raise TimeoutError("no answer")
+
+  store.append(path, b"1\n")
+  store.secure(path)
+  store.append(path, b"2\n")
+  with monkeypatch.context() as broken:
+    broken.setattr(store._files, "pipe_file", fail)
+    with pytest.raises(OSError, match="no answer"):
+      store.secure(path)
+    store.append(path, b"2\n")
+    arrives = not arrives
+    with pytest.raises(OSError, match="no answer"):
+      store.secure(path)
+  assert store.content(path) == b"1\n2\n2\n"
+  store.flush()
+  assert path.read_bytes() == b"1\n2\n2\n"
+
+
 def test_removed_and_moved(folder: Path) -> None:
   store = storage.of(folder)
   store.make(folder)
