@@ -56,6 +56,9 @@ setup(
     "xlsx": ["openpyxl>=3.1"],  # MMBench's submission; 3 MB, no compiled parts
     "report": ["matplotlib>=3.11"],  # pictures
     "serve": SERVE,
+    # Runs, checkpoints and results at gs://. It brings the google-cloud-storage that Orbax needs there;
+    # wheels of 19 MB together, 61 MB when installed, grpcio's compiled part among them.
+    "gcs": ["gcsfs>=2026.9"],
     "lmms": ["lmms-eval>=0.7"],  # its benchmarks with our engine; brings torch
     "test": [
       "pytest>=9",
@@ -66,6 +69,7 @@ setup(
       "hypothesis>=6.155",
       "beartype>=0.23.1",  # checks the annotations of jaxtyping, in tests only
       *SERVE,
+      "gcsfs>=2026.9",  # reads and writes a bucket that a local server emulates
       "openai>=3.51",  # the client that the server is for
       "jsonschema>=4.26",  # bodies against our OpenAPI document
       "setuptools>=77",  # builds the wheel that a test looks into

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llava_sp_jax import locks
+from llava_sp_jax import locks, storage
 from llava_sp_jax.errors import LlavaSPError
 
 MARK = "unfinished.json"
@@ -23,6 +22,13 @@ PART = ".part"  # suffix of a folder that is not complete
 
 class FolderError(LlavaSPError, ValueError):
   """Raised for an output folder that a command would have to overwrite; names its content."""
+
+
+def local(text: str | os.PathLike[str]) -> Path:
+  """Returns the path of an output folder on a disk. Raises: FolderError for one in a bucket."""
+  if storage.remote(text):
+    raise FolderError(f"{text}: this can be written to a local folder only; name one")
+  return Path(text)
 
 
 @contextlib.contextmanager
@@ -88,7 +94,7 @@ def check(out: Path, command: str) -> None:
 
   It may if `out` is absent, empty, or left unfinished by the same command.
   """
-  if not out.exists() and not out.is_symlink():
+  if not out.exists() and not os.path.islink(out):
     return
   if not out.is_dir():
     raise FolderError(f"{out}: exists and is no folder; name a new folder")
@@ -109,10 +115,7 @@ def check(out: Path, command: str) -> None:
 
 def remove(path: Path) -> None:
   """Removes a file or folder, if it exists."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
+  storage.of(path).remove(path)
 
 
 def _mark(out: Path) -> str | None:
@@ -137,10 +140,10 @@ def rename_aside(path: Path, place: Path) -> Path:
 
   It keeps its name if that is free; otherwise a number is added.
   """
-  place.mkdir(exist_ok=True)
   names = (path.name, *(f"{path.name}-{number}" for number in range(2, 1 << 16)))
-  free = next(place / name for name in names if not os.path.lexists(place / name))
-  path.rename(free)
+  there = (place / name for name in names)
+  free = next(path for path in there if not (path.exists() or os.path.lexists(path)))
+  storage.of(path).move(path, free)
   return free
 
 

@@ -12,18 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import folders
+from llava_sp_jax import storage
 from llava_sp_jax.errors import LlavaSPError
 
 
 def append(path: Path, record: Mapping[str, Any], start: str = "", **style: Any) -> None:
   """Appends `start` and one line of JSON to a file, in one write; `style` goes to `json.dumps`.
 
+  In a bucket, the line waits in memory for `storage` to put it there.
+
   Raises: OSError when it cannot be written, or is anything but a regular file.
   """
   _check(path)
-  with folders.written(path), path.open("a") as file:
-    file.write(start + json.dumps(dict(record), **style) + "\n")
+  storage.of(path).append(path, (start + json.dumps(dict(record), **style) + "\n").encode())
 
 
 def _check(path: Path) -> None:
@@ -39,9 +40,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
   A missing file has no lines. A last line without a newline was cut off by a kill and counts as
   neither.
   """
-  if not path.is_file():
-    return [], 0
-  return objects(path.read_bytes().split(b"\n")[:-1])
+  return objects(storage.of(path).content(path).split(b"\n")[:-1])
 
 
 def cut_after(path: Path, step: int) -> int:
@@ -53,19 +52,16 @@ def cut_after(path: Path, step: int) -> int:
   Raises: OSError when it cannot be read or written.
   """
   _check(path)
-  if not path.is_file():
+  if not (content := storage.of(path).content(path)):
     return 0
   kept, bad = [], 0
-  for line in path.read_bytes().split(b"\n")[:-1]:
+  for line in content.split(b"\n")[:-1]:
     number = _step(line)
     if number is None:
       bad += 1
     elif number <= step:
       kept.append(line + b"\n")
-  part = path.with_name(path.name + ".part")
-  with folders.written(path):
-    part.write_bytes(b"".join(kept))
-    part.replace(path)
+  storage.of(path).put(path, b"".join(kept))
   return bad
 
 

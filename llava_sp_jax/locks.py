@@ -1,7 +1,7 @@
 """Locks a folder that one command writes, and tells a second command who holds the lock.
 
 The lock is a file in the folder. It is created exclusively, which is atomic on local disks, on NFS
-from version 3 and on mounted buckets, and it is rewritten every BEAT seconds. On the host that
+from version 3, in buckets and on mounted ones, and it is rewritten every BEAT seconds. On the host that
 wrote it, the process table says whether the owner is alive. On any other host, as after a
 preemption, the newcomer watches the file for at most PATIENCE seconds. A lock that changes is in
 use; one that does not is dead and is taken over. `flock` is not used, because NFS and FUSE mounts
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import storage
 from llava_sp_jax.errors import LlavaSPError
 
 FILE = "lock.json"
@@ -83,7 +84,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
   """
 
   def __init__(self, folder: Path, command: str):
-    self._folder, self._path = folder, folder / FILE
+    self._folder, self._path, self._store = folder, folder / FILE, storage.of(folder)
     self._owner, self._beats = Owner.here(command), 0
     self._done = threading.Event()
     self._thread: threading.Thread | None = None
@@ -93,11 +94,9 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
 
   def __enter__(self) -> Lock:
     """Raises LockError when another process has the lock."""
-    missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._made = missing
+    self._made = self._store.make(self._folder)
     try:
-      while not self._created():
+      while not self._store.create(self._path, self._content()):
         if dead := self._dead():
           self._take_over(dead)
     except BaseException:
@@ -126,19 +125,6 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
   def _content(self) -> bytes:
     values = {**dataclasses.asdict(self._owner), "beats": self._beats}
     return json.dumps(values, indent=1).encode().ljust(SIZE - 1) + b"\n"
-
-  def _created(self) -> bool:
-    try:
-      place = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-      return False
-    try:
-      with os.fdopen(place, "wb") as file:
-        file.write(self._content())
-    except OSError:  # the disk is full
-      self._path.unlink()
-      raise
-    return True
 
   def _dead(self) -> _Seen | None:
     """Returns the existing lock if nobody holds it; None when it disappears meanwhile.
@@ -177,12 +163,10 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
     A newcomer whose turn comes later sees a changed lock and leaves it.
     """
     guard = self._path.with_name(f"{FILE}.next")
-    try:
-      os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+    if not self._store.create(guard, b""):
       time.sleep(TORN / 10)
       with contextlib.suppress(OSError):  # its owner may just have removed it
-        if self._is_stale(guard.stat().st_mtime_ns):
+        if self._is_stale(self._store.changed(guard)):
           guard.unlink()
       return
     try:
@@ -215,8 +199,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
           self.lost = str(owner)
           return
         self._beats += 1
-        with self._path.open("r+b") as file:
-          file.write(self._content())
+        self._store.overwrite(self._path, self._content())
 
   def _tidy(self) -> None:
     for folder in self._made:
@@ -230,7 +213,7 @@ class _Seen:
 
   owner: Owner | None
   beats: int
-  file: tuple[int, int]  # inode, time of the last change in ns
+  file: tuple[int, int]  # what differs when the file is written again
 
 
 def read(folder: Path) -> Owner | None:
@@ -248,21 +231,19 @@ def beats(folder: Path) -> int | None:
 def _look(path: Path) -> _Seen | None:
   """Reads a lock file; None without one."""
   try:
-    with path.open("rb") as file:
-      content, about = file.read(2 * SIZE), os.fstat(file.fileno())
-  except FileNotFoundError:
-    return None
+    seen = storage.of(path).look(path)
   except OSError:  # a folder, or an unavailable disk
     return _Seen(None, 0, (0, 0))
-  place = (about.st_ino, about.st_mtime_ns)
+  if seen is None:
+    return None
   try:
-    values = json.loads(content)
+    values = json.loads(seen.content)
     beats = int(values.pop("beats"))
     owner = Owner(**values)
   except (ValueError, TypeError, KeyError, AttributeError):
-    return _Seen(None, 0, place)
+    return _Seen(None, 0, seen.version)
   whole = isinstance(owner.process, int) and owner.process > 0
-  return _Seen(owner, beats, place) if whole else _Seen(None, 0, place)
+  return _Seen(owner if whole else None, beats if whole else 0, seen.version)
 
 
 def _used(folder: Path, owner: Owner) -> str:

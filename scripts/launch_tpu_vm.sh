@@ -12,8 +12,9 @@
 #
 # The committed state of this repository runs, with the recipe of --config if that is not committed: such
 # as the one that `llava-sp plan --search 12 --write FILE.py` writes for a slice. After a preemption the
-# pod is created again and the run resumes from its last checkpoint, so --workdir must be a folder that
-# outlives the pod and that all workers see. Keep this terminal open (tmux), or give the same command again: it finds a running
+# pod is created again and the run resumes from its last checkpoint, so --workdir must be
+# gs://BUCKET/FOLDER, or a folder that outlives the pod and that all workers see. Keep this terminal open
+# (tmux), or give the same command again: it finds a running
 # training and follows its log. Arguments after -- go to llava-sp train.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -29,7 +29,7 @@ if ! running; then
     PATH=$HOME/.local/bin:$PATH
     command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     uv venv --quiet --allow-existing --python 3.11 .venv
-    uv pip install --quiet --python .venv -e '.[tpu]' -c constraints.txt
+    uv pip install --quiet --python .venv -e '.[tpu,gcs]' -c constraints.txt
     echo "$state" > .venv/installed-tpu
   fi
   rm -f train.code

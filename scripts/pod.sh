@@ -37,6 +37,7 @@ read_options() {
   [ ${#missing[@]} -eq 0 ] || fail "missing ${missing[*]}"
   [ -f "${config%%:*}" ] || fail "--config: no file ${config%%:*} in $PWD"
   [[ $config != /* && $config != *../* ]] || fail "--config: $config is not in $PWD, which is what workers get"
-  [[ $workdir == /* ]] || fail "--workdir: $workdir is not a full path (of a disk that all workers share)"
+  [[ $workdir == /* || $workdir == gs://* ]] \
+    || fail "--workdir: $workdir is neither a full path (of a disk that all workers share) nor gs://..."
   "$dry_run" || command -v gcloud > /dev/null || fail "gcloud: not found (the Google Cloud CLI)"
 }

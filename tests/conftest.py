@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -53,6 +54,7 @@ from PIL import Image  # noqa: E402
 from llava_sp_jax import config as config_lib  # noqa: E402
 from llava_sp_jax.data.conversation import TEMPLATES  # noqa: E402
 from llava_sp_jax.data.tokenizer import train_bpe  # noqa: E402
+from tests import object_store  # noqa: E402
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4  # a 6x6 grid, the smallest that six scales fit into
 VOCAB_SIZE = 384
@@ -168,6 +170,15 @@ def config_maker(tiny_data: Path) -> ConfigMaker:
     return config_lib.from_dict(merged(values, changes))
 
   return make
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+  """The address of an emulated bucket; each test has a folder of its own in it."""
+  if importlib.util.find_spec("gcsfs") is None:  # not imported before its environment is set
+    pytest.skip("the extra gcs is not installed")
+  with object_store.running():
+    yield f"gs://{object_store.BUCKET}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,6 +82,14 @@ def passed_trials() -> int:
   return sum(trial["passed"] for trial in trials)
 
 
+def passed_trials_in_a_bucket(of: int) -> int:
+  """Kill trials on runs in a bucket that passed."""
+  trials = result("kill_trials_bucket")
+  assert len(trials) == of
+  assert {trial["place"] for trial in trials} == {"bucket"}
+  return sum(trial["passed"] for trial in trials)
+
+
 def changed_by_the_batch(of: int) -> int:
   """Answers in float32 that any batch, mesh or number of processes changed."""
   float32 = result("batch_invariance")["float32"]
@@ -162,6 +170,7 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/pods.md", "3.788 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/pods.md", "3.784 s"): lambda: plan(LORA.format("pooling"), "v5e-16"),
   ("docs/pods.md", "3.773 s"): lambda: plan(LORA.format("none"), "v5e-16"),
+  ("docs/training.md", "11 of 11"): lambda: passed_trials_in_a_bucket(11),
   ("docs/pods.md", "0.4%"): lambda: 100 * (
     plan(LORA.format("cropping"), "v5e-16") / plan(LORA.format("none"), "v5e-16") - 1),
   ("docs/training.md", "1 of 9,673"): lambda: changed("float32", "default", 9673),
@@ -207,6 +216,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/accelerator.md", "40 GiB"): "a limit in benchmarks/accelerator.py",
   ("docs/accelerator.md", "28 MB"): "the size of wheels",
   ("docs/data.md", "1 GiB"): "a limit in llava_sp_jax/data/decode.py",
+  ("docs/evaluation.md", "15 seconds"): "a limit in llava_sp_jax/stores/bucket.py",
   ("docs/evaluation.md", "60 seconds"): "a limit in llava_sp_jax/tasks/judge.py",
   ("docs/evaluation.md", "95%"): "the level of an interval",
   ("docs/evaluation.md", "5%"): "ChartQA's rule; tests/tasks/test_vqa_json.py holds it",
@@ -223,7 +233,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/pods.md", "900 s"): "arithmetic on an example",
   ("docs/pods.md", "4.4%"): "arithmetic on an example",
   ("docs/pods.md", "1.3%"): "arithmetic on an example",
-  ("docs/training.md", "15 seconds"): "a limit in llava_sp_jax/locks.py",
+  ("docs/training.md", "15 seconds"): "a limit in llava_sp_jax/locks.py and stores/bucket.py",
   ("docs/training.md", "0.1 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "15 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "90 seconds"): "a limit in llava_sp_jax/locks.py",

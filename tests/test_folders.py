@@ -151,3 +151,9 @@ def test_names_aside_are_free_ones(tmp_path: Path) -> None:
     (tmp_path / "9").write_text(content)
     folders.rename_aside(tmp_path / "9", tmp_path / "aside")
   assert contents(tmp_path) == {"aside/9": "a", "aside/9-2": "b", "aside/9-3": "c"}
+
+
+def test_a_bucket_is_refused_where_only_a_disk_will_do() -> None:
+  assert folders.local("runs/x") == Path("runs/x")
+  with pytest.raises(folders.FolderError, match="gs://b/x: this can be written to a local folder"):
+    folders.local("gs://b/x")

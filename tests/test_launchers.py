@@ -99,7 +99,7 @@ ERRORS = [
   )],
   *[(name, ["--name", "pod", "--config", RECIPE], "missing --zone --type --version --workdir")
     for name in CLOUD],
-  *[(name, [*POD, "--workdir", "gs://b/run"], "--workdir: gs://b/run is not a full path")
+  *[(name, [*POD, "--workdir", "runs/x"], "--workdir: runs/x is neither a full path")
     for name in CLOUD],
   ("launch_slurm", ["--nodes", "2"], "missing --gpus-per-node --time --config --workdir"),
   ("launch_gke", ["--name", "x"], "missing --image --accelerator --topology --claim --config"),

@@ -21,6 +21,8 @@ FILES = sorted(p for p in (REPOSITORY / PACKAGE).rglob("*.py") if p.parent.name 
 # and none beside it.
 FLOORS = (
   "errors",
+  "stores",
+  "storage",
   "console files locks",
   "folders json_files environment hardware progress provenance",
   "jsonl overrides batch",
@@ -59,7 +61,7 @@ WITHOUT = (
     ("jax", "flax", "optax", "orbax"),
   ),
   (
-    r"(batch|config|overrides|environment|recipes|cli|hardware|limits|locks|folders|jsonl|files|json_files|errors|console|progress)",
+    r"(batch|config|overrides|environment|recipes|cli|hardware|limits|storage|stores(\..*)?|locks|folders|jsonl|files|json_files|errors|console|progress)",
     ("jax", "flax", "numpy", "grain", "orbax"),
   ),
   (r"models\.", ("transformers", "PIL", "grain", "ml_collections", "orbax", "optax")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from llava_sp_jax import storage
 from llava_sp_jax.checkpoints.fingerprints import compare_sums, sums
 from llava_sp_jax.checkpoints.on_disk import PLACE, checksums, trouble
 from llava_sp_jax.errors import CheckpointError
@@ -39,9 +41,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     Raises: CheckpointError when `checkpoints` in it exists and is not a folder.
     """
-    self.folder = Path(folder).absolute()
+    self.folder = storage.absolute(storage.place(folder))
     place = self.folder / PLACE
-    if place.is_symlink() and not place.exists():
+    if os.path.islink(place) and not place.exists():
       raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
     if place.exists() and not place.is_dir():
       raise CheckpointError(

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import storage
 from llava_sp_jax.errors import CheckpointError
 
 PLACE = "checkpoints"
+MARKER = "commit_success.txt"  # Orbax writes it last where folders cannot be renamed
 SUMS = "sums"  # the item of a checkpoint with the checksum of every array
 
 
@@ -68,11 +70,22 @@ def _json(item: Path) -> dict[str, Any]:
   return values
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-  place = folder.absolute() / PLACE
+def _numbered(folder: Path, finished: bool = True) -> dict[int, Path]:
+  """Returns the folders of steps whose save has ended, or of those whose save has not.
+
+  On a disk, a folder has another name until then. In a bucket it lacks the marker.
+  """
+  place = storage.absolute(folder) / PLACE
   found = place.iterdir() if place.is_dir() else ()
   numbered = (p for p in found if p.name.isascii() and p.name.isdigit())
-  return {int(p.name): p for p in numbered if p.name == str(int(p.name))}
+  named = {int(p.name): p for p in numbered if p.name == str(int(p.name))}
+  marked = storage.remote(folder)
+  return {n: p for n, p in named.items() if (not marked or (p / MARKER).exists()) == finished}
+
+
+def unfinished(folder: Path) -> list[Path]:
+  """Returns what saves have left in a bucket that did not end, or have not yet."""
+  return list(_numbered(folder, finished=False).values())
 
 
 def steps(folder: Path) -> list[int]:

@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs, stream
 from llava_sp_jax.convert import formats, places, quantized
 from llava_sp_jax.convert.leaves import Cast, Leaf, Leaves, fit, in_memory, refuse
@@ -32,7 +33,8 @@ ADAPTERS = r"language_model/.*/lora_[ab]$"
 
 def is_ours(folder: str | Path) -> bool:
   """Returns whether a folder is a run folder: it has a config.json and a folder checkpoints/."""
-  place = Path(folder)
+  place = storage.place(folder)
+  storage.check(place)
   return (place / runs.CONFIG_FILE).is_file() and (place / "checkpoints").is_dir()
 
 
@@ -44,9 +46,10 @@ def located(config: config_lib.Config, folder: str | Path) -> config_lib.Config:
   """
 
   def place(path: str) -> str:
-    if not path or Path(path).exists():
+    if not path or storage.place(path).exists():
       return path
-    seen = (above / path for above in Path(folder).absolute().parents)
+    above = storage.absolute(storage.place(folder)).parents
+    seen = (there / path for there in (above[:-2] if storage.remote(folder) else above))
     return next((str(there) for there in seen if there.exists()), path)
 
   init = {name: place(path) for name, path in dataclasses.asdict(config.init).items()}
@@ -86,13 +89,13 @@ def open_own(folder: str | Path, verify: bool = True) -> Loaded:
       )
   frozen = {p: _cast(leaf, config.model.frozen_dtype) for p, leaf in base.items()}
   leaves: Leaves = {**frozen, **trained}
-  tokenizer = Path(folder) / "tokenizer"
+  tokenizer = storage.place(folder) / "tokenizer"
   return Loaded(
     OURS,
     config,
     leaves,
     tuple(p for p in formats.PARTS if any(q.startswith(p + "/") for q in leaves)),
-    tokenizer if tokenizer.is_dir() else None,
+    storage.of(tokenizer).local(tokenizer) if tokenizer.is_dir() else None,
     base=places.reachable(about.get("base", "")),
     tower=places.reachable(about.get("tower", "")),
     fingerprint=about["fingerprint"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import folders
+from llava_sp_jax import folders, storage
 from llava_sp_jax.checkpoints.on_disk import PLACE, about, damaged, listed, steps
 from llava_sp_jax.errors import CheckpointError
 
@@ -20,7 +20,7 @@ def read_config(folder: str | Path) -> config_lib.Config:
 
   Raises: CheckpointError when `folder` has none, or it is not the config of a run.
   """
-  path = Path(folder) / CONFIG_FILE
+  path = storage.place(folder) / CONFIG_FILE
   if not path.is_file():
     raise CheckpointError(
       f"{folder}: not a run folder (no {CONFIG_FILE}); give the --workdir of a training run, or "
@@ -34,11 +34,9 @@ def read_config(folder: str | Path) -> config_lib.Config:
 
 def write_config(folder: Path, config: config_lib.Config) -> None:
   """Writes the config of a run completely or not at all; makes the folder if need be."""
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = folder / (CONFIG_FILE + ".part")
-  with folders.written(folder / CONFIG_FILE):
-    temporary.write_text(config_lib.to_json(config))
-  temporary.replace(folder / CONFIG_FILE)
+  store = storage.of(folder)
+  store.make(folder)
+  store.put(folder / CONFIG_FILE, config_lib.to_json(config).encode())
 
 
 def check_folder(folder: Path) -> None:
@@ -49,11 +47,12 @@ def check_folder(folder: Path) -> None:
   Raises: CheckpointError for files that are not those of a training run, such as a converted
     checkpoint.
   """
-  for place in (folder, *folder.absolute().parents):
+  for place in (folder, *folder.absolute().parents) if not storage.remote(folder) else ():
     if place.is_symlink() and not place.exists():
       raise CheckpointError(f"--workdir {folder}: {place} is a link that leads nowhere")
     if place.exists() and not place.is_dir():
       raise CheckpointError(f"--workdir {folder}: {place} is a file; name a folder")
+  storage.check(folder)
   other = f"--workdir {folder}: holds {{}}; name a new folder"
   if (folder / folders.MARK).exists():
     raise CheckpointError(other.format("what a conversion has not finished"))
@@ -101,9 +100,10 @@ def saved(folder: str | Path, accept: Accept | None = None) -> tuple[Path, dict[
   Raises: CheckpointError when no complete checkpoint can be used, with the problem of each.
   """
   config = read_config(folder)
-  problems = damaged(Path(folder))
-  for step in reversed(steps(Path(folder))):
-    place = Path(folder).absolute() / PLACE / str(step)
+  there = storage.absolute(storage.place(folder))
+  problems = damaged(there)
+  for step in reversed(steps(there)):
+    place = there / PLACE / str(step)
     try:
       said = about(place)
       if accept:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from llava_sp_jax import storage
 from llava_sp_jax.convert.leaves import Index, InTensors, Leaf, Leaves
 from llava_sp_jax.progress import Progress
 
@@ -53,7 +55,7 @@ def write(folder: Path, leaves: Leaves, about: dict[str, Any], progress: Progres
   options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
   tracked = {path: _Tracked(leaf, progress) for path, leaf in leaves.items()}
   with ocp.CheckpointManager(
-    folder.absolute() / "checkpoints", handler_registry=handlers, options=options
+    storage.absolute(folder) / "checkpoints", handler_registry=handlers, options=options
   ) as manager:
     args = ocp.args.Composite(params=ocp.args.PyTreeSave(tracked), about=ocp.args.JsonSave(about))
     manager.save(0, args=args)
@@ -163,12 +165,17 @@ class _Handler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # orbax ha
 class SavedItem:
   """Reads the parameters that a checkpoint has saved in `folder`.
 
-  Keeps the array that was read last, because its next slice is often asked for next.
+  Keeps the array that was read last, because its next slice is often asked for next. Values in a
+  bucket are read from a local copy, which the first array that is read makes.
   """
 
   def __init__(self, folder: Path):
     self._folder = folder
     self._last: dict[str, np.ndarray] = {}
+
+  @functools.cached_property
+  def _local(self) -> Path:
+    return storage.of(self._folder).local(self._folder)
 
   def leaves(self) -> Leaves:
     """Returns the saved parameters by path, as leaves whose values are not read."""
@@ -183,7 +190,7 @@ class SavedItem:
         # Restored as numpy, because the devices that it was saved from may be absent.
         wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
         args = ocp.args.PyTreeRestore({path: 0}, restore_args=wanted, partial_restore=True)
-        self._last[path] = checkpointer.restore(self._folder, args=args)[path]
+        self._last[path] = checkpointer.restore(self._local, args=args)[path]
     return self._last[path]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import folders
+from llava_sp_jax import folders, storage
 from llava_sp_jax.checkpoints import fingerprints, runs, stream
 from llava_sp_jax.convert import formats, places
 from llava_sp_jax.convert.loaded import Loaded, cast
@@ -56,9 +56,10 @@ def _write(source: Loaded, out: Path, dtype: str) -> None:
   }
   if jax.process_index() == 0:
     runs.write_config(out, config)
-    (out / "checkpoints").mkdir(exist_ok=True)
+    storage.of(out).make(out / "checkpoints")
     if source.tokenizer:
-      formats.copy_tokenizer(source.tokenizer, out / "tokenizer")
+      with storage.filled(out / "tokenizer") as made:
+        formats.copy_tokenizer(source.tokenizer, made)
   total = sum(leaf.nbytes for leaf in source.leaves.values())
   shown = jax.process_index() == 0
   stream.write(out, source.leaves, about, Progress(total, "GB", scale=1e9, shown=shown))

@@ -269,7 +269,7 @@ def export(model: Loaded, name: str, out: str | Path, dtype: str = "") -> None:
 
   Raises: FormatError when the format cannot hold the model; FolderError when `out` is not empty.
   """
-  row, out = config_lib.lookup("--format", name, EXPORTS), Path(out)
+  row, out = config_lib.lookup("--format", name, EXPORTS), folders.local(out)
   _refuse(model, name, row)
   if dtype:
     model = cast(model, dtype)

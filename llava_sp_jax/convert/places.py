@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_sp_jax import storage
 from llava_sp_jax.convert import key_tables, keys, settings
 from llava_sp_jax.convert.torch_io import FormatError
 
@@ -37,12 +38,15 @@ def local(name: str, wanted: Sequence[str] = _WANTED) -> Path:
   """Returns the path of a folder or file, or of a hub repository that is fetched.
 
   An existing path is returned as it is. Otherwise a name of the hub, with or without `hf:`, is
-  fetched. Any other name is returned as it is, as a path.
+  fetched. So is all that is at an address such as gs://, each time. Any other name is returned as
+  it is, as a path.
 
   `wanted` are patterns of the files that are fetched.
 
   Raises: FormatError when the repository cannot be fetched.
   """
+  if storage.remote(name):
+    return storage.of(there := storage.place(name)).local(there)
   if not name.startswith(HUB) and (Path(name).exists() or not is_hub_name(name)):
     return Path(name)
   return fetched(name, "", wanted)
@@ -93,6 +97,8 @@ def resolve(name: str, beside: Path, flag: str) -> Path:
   """
   if not name:
     raise FormatError(f"{beside} does not say what it was trained on; name it with {flag}")
+  if storage.remote(name):
+    return local(name)
   if not name.startswith(HUB):
     for path in (Path(name), beside.parent / name, beside.parent.parent / name):
       if path.exists():
@@ -109,7 +115,7 @@ def lasting(name: str) -> str:
 
 def reachable(name: str) -> str:
   """Returns the name of a folder if it exists or is a hub name; "" otherwise."""
-  return name if name and (Path(name).exists() or is_hub_name(name)) else ""
+  return name if name and (storage.place(name).exists() or is_hub_name(name)) else ""
 
 
 # Settings files that are checked, but not used.

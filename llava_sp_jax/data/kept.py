@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
-import os
-import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import folders
+from llava_sp_jax import storage
 
 SUFFIX = ".index"  # of the folder beside the data
 SMALL = 4096  # up to so many samples a pass takes seconds, and nothing is kept beside them
@@ -44,22 +43,16 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
 
   Raises: OSError, which names the file, when it cannot be written; no part of it remains.
   """
-  # Hosts may share the folder, so the number of the process is not enough.
-  part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
-  try:
-    with folders.written(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with part.open("wb") as file:
-        np.savez(file, **values)
-      part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
+  file, store = io.BytesIO(), storage.of(path)
+  np.savez(file, **values)
+  store.make(path.parent)
+  store.put(path, file.getvalue())
 
 
 def load(path: Path) -> dict[str, np.ndarray] | None:
   """Returns the arrays of a file; None if it is missing or damaged in any way."""
   try:
-    with path.open("rb") as opened, np.load(opened) as file:
+    with np.load(io.BytesIO(storage.of(path).content(path))) as file:
       return {name: file[name] for name in file.files}
   except Exception:
     return None

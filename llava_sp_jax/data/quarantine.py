@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import jsonl
+from llava_sp_jax import jsonl, storage
 from llava_sp_jax.console import shortened
 from llava_sp_jax.data.failure import REASON, attempt, reason
 
@@ -26,7 +26,7 @@ class Quarantine:
       self._path = path.with_stem(f"{path.stem}-{process:05d}") if process else path
       for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
         self._seen |= _indices(file)
-      self._torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
+      self._torn = storage.of(self._path).content(self._path)[-1:] not in (b"", b"\n")
 
   def __contains__(self, index: int) -> bool:
     return index in self._seen
@@ -45,7 +45,7 @@ class Quarantine:
       if index in self._seen:
         return
       if self._path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        storage.of(self._path).make(self._path.parent)
         line = {"index": index, "id": _name(sample), "error": reason(error)}
         torn, self._torn = self._torn, True  # until the line is complete
         jsonl.append(self._path, line, start="\n" * torn)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_sp_jax import files, json_files
+from llava_sp_jax import files, json_files, storage
 from llava_sp_jax.errors import LlavaSPError
 
 MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer_config.json"
@@ -61,7 +61,8 @@ class Tokenizer:
       FileNotFoundError: when the folder is missing or holds no tokenizer.
       TokenizerError: when its files are not those of a tokenizer.
     """
-    folder = Path(path)
+    there = storage.place(path)
+    folder = storage.of(there).local(there)
     names = ("tokenizer.json", MODEL_FILE)
     if not any((folder / n).is_file() for n in names):
       raise FileNotFoundError(f"{folder}: no tokenizer here; expected one of {', '.join(names)}")

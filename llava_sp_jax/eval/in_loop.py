@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import limits
+from llava_sp_jax import limits, storage
 from llava_sp_jax.convert import places
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.eval import identity, run
@@ -40,7 +39,7 @@ class InLoop:
     settings = config.evaluate
     limits.check(config)
     self._config, self._settings = config, settings
-    self._folder = Path(workdir) / FOLDER
+    self._folder = storage.place(workdir) / FOLDER
     make = catalog.find("evaluate.task", settings.task)
     self._task: Task = make(settings.data)
     items = self._task.items()[: settings.limit or None]
@@ -91,7 +90,7 @@ class InLoop:
     self, engine: Engine, number: int, model: identity.ModelIdentity, going: Callable[[], bool]
   ) -> dict[str, float]:
     out = self._folder / f"step-{number}"
-    shutil.rmtree(out, ignore_errors=True)  # left by a step that a resumed run repeats
+    storage.of(out).remove(out)  # left by a step that a resumed run repeats
 
     def each(line: Record) -> None:
       if not going():

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from llava_sp_jax import storage
 from llava_sp_jax.eval import identity
 from llava_sp_jax.infer.engine import Answer, Engine, Request
 from llava_sp_jax.progress import Progress
@@ -69,7 +70,7 @@ def run(
     is not a result on this data, or a package that is missing.
   """
   if compare:
-    compare_lib.check(identity.asked(task), Path(compare))
+    compare_lib.check(identity.asked(task), storage.place(compare))
   unfinished = ask(task, engine, out, limit, model, part, retry, each)
   return unfinished or finish(task, out, limit, compare)
 
@@ -95,7 +96,7 @@ def ask(
   if limit < 0:
     raise EvalError(f"limit: expected 0 (all questions) or more, found {limit}")
   check(task)
-  folder = Path(out)
+  folder = storage.place(out)
   part = part or Part(jax.process_index(), jax.process_count())
   model = model or identity.ModelIdentity.of(engine.pretrained)
   about = {"checkpoint": model.checkpoint, "step": model.step}
@@ -132,7 +133,7 @@ def check(task: Task, compare: str | Path = "") -> None:
   Raises: EvalError for a `compare` that is not a result on this data, or a package that is missing.
   """
   if compare:
-    compare_lib.check(identity.asked(task), Path(compare))
+    compare_lib.check(identity.asked(task), storage.place(compare))
   try:
     getattr(task, "check_submission", lambda: None)()  # an optional member
   except ModuleNotFoundError as error:
@@ -233,7 +234,7 @@ def finish(
 
   Raises: EvalError when questions were not asked yet, or the folder is of another task.
   """
-  folder = Path(out)
+  folder = storage.place(out)
   saved = predictions.read_settings(folder)
   _same_task(task, folder, saved["settings"])
   everything = questions(task)
@@ -249,7 +250,7 @@ def finish(
     result = _without_empty_headline(result)
     chosen = [_updated(task, item, records[item.id], result) for item in items]
     predictions.put_in_order(folder, everything, records | {r["id"]: r for r in chosen})
-    flips = compare_lib.compare(folder, Path(compare)) if compare else None
+    flips = compare_lib.compare(folder, storage.place(compare)) if compare else None
     scores = _score(task, folder, items, chosen, result, saved, len(everything), flips)
     scores_lib.write(folder / scores_lib.FILE, scores)
     page.write(folder, scores, chosen, {item.id: item.images for item in items}, flips)
@@ -299,14 +300,16 @@ def _score(
   engine: Counter[str] = Counter()
   for session in sessions:
     engine.update(session["engine"])
-  upload = folder / SUBMISSION
-  upload.mkdir(exist_ok=True)
+  store, upload = storage.of(folder), folder / SUBMISSION
+  store.make(upload)
+  made = store.scratch(upload)
   try:
-    files = task.submission(items, answers, upload)
+    files = task.submission(items, answers, made)
   except ModuleNotFoundError as error:  # the answers are on disk already
     raise EvalError(f"{error}; then the same command, or --merge, scores them") from None
+  store.upload(made, upload)
   if not files:
-    upload.rmdir()
+    made.rmdir()
   asked_with = saved["settings"]
   return BenchmarkScores(
     task=task.name,
@@ -332,7 +335,7 @@ def _score(
     sessions=len(sessions),
     sessions_damaged=torn or None,
     seconds=round(math.fsum(session["seconds"] for session in sessions), 1),
-    submission=tuple(str(path.relative_to(folder)) for path in files),
+    submission=tuple(f"{SUBMISSION}/{path.relative_to(made)}" for path in files),
     questions=whole,
     compared=flips.counts() if flips else None,
   )

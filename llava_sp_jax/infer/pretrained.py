@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.checkpoints import opening, own_folders, tokenizers
 from llava_sp_jax.convert import folding, formats, places, quantized
 from llava_sp_jax.convert.leaves import Leaves
@@ -70,7 +71,7 @@ def from_run(
   run = own_folders.open_own(folder)
   _whole(folder, run)
   run = answering(run, merge, dtype, weights, cache)
-  return _pretrained(run, Tokenizer(Path(folder) / "tokenizer"))
+  return _pretrained(run, Tokenizer(storage.place(folder) / "tokenizer"))
 
 
 def from_any(
@@ -97,8 +98,8 @@ def from_any(
     FormatError: for a folder of no known format, or without a complete model and tokenizer.
   """
   build.check_formats(weights, cache)
-  path = places.local(str(path))
-  if own_folders.is_ours(path) or not path.exists():
+  path = path if own_folders.is_ours(path) else places.local(str(path))
+  if own_folders.is_ours(path) or not Path(path).exists():
     return from_run(path, merge, dtype, weights, cache)
   source = formats.open_checkpoint(path, options or formats.Options())
   _whole(path, source)

@@ -16,14 +16,13 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import files as regular
-from llava_sp_jax import jsonl
+from llava_sp_jax import jsonl, locks, storage
 from llava_sp_jax.json_files import NUMBER, fits
 from llava_sp_jax.tasks.task import EvalError, Item, Prediction
 
@@ -96,11 +95,13 @@ def check_folder(folder: Path) -> None:
 
   Raises: EvalError if they cannot.
   """
-  place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-  if not place.is_dir():
-    raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
-  if not os.access(place, os.W_OK | os.X_OK):
-    raise EvalError(f"{folder}: nothing can be written in {place}; name another one with --out")
+  storage.check(folder)
+  if not storage.remote(folder):
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+      raise EvalError(f"{folder}: {place} is no folder; name another one with --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+      raise EvalError(f"{folder}: nothing can be written in {place}; name another one with --out")
   _check_files(folder)
 
 
@@ -119,7 +120,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
 
   Raises: EvalError that lists all differences, or for a folder with predictions and no settings.
   """
-  folder.mkdir(parents=True, exist_ok=True)
+  storage.of(folder).make(folder)
   _check_files(folder)
   path = folder / SETTINGS
   wanted = json.loads(json.dumps({"settings": settings, "about": about}))
@@ -145,7 +146,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any], about: Mapping[str
 
 def _begun(folder: Path) -> list[Path]:
   """Returns the files of predictions that are not empty."""
-  return [path for path in sorted(folder.glob(PARTS)) if path.stat().st_size]
+  return [path for path in sorted(folder.glob(PARTS)) if storage.of(path).content(path)]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
   """
   found, torn = [], 0
   for path in sorted(folder.glob("sessions*.jsonl")):
-    for _, value in jsonl.values(path.read_bytes().split(b"\n")):
+    for _, value in jsonl.values(storage.of(path).content(path).split(b"\n")):
       if fits(value, {"seconds": NUMBER, "engine": dict}) and all(
         fits(count, NUMBER) for count in value["engine"].values()
       ):
@@ -209,10 +210,11 @@ def read_sessions(folder: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def append(path: Path, record: Record) -> None:
-  """Appends a line to a file; starts a new line if the last one is incomplete."""
-  torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-  with path.open("a") as file:
-    file.write("\n" * torn + json.dumps(record) + "\n")
+  """Appends a line to a file, and secures it; starts a new line if the last one is incomplete."""
+  store = storage.of(path)
+  torn = store.content(path)[-1:] not in (b"", b"\n")
+  store.append(path, ("\n" * torn + json.dumps(record) + "\n").encode())
+  store.secure(path)
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any], at: str = "") -> list[str]:
@@ -252,7 +254,7 @@ def read_file(path: Path) -> list[Record]:
   Raises: EvalError for a line that is not a record.
   """
   records = []
-  for number, record in jsonl.values(path.read_bytes().split(b"\n")[:-1]):
+  for number, record in jsonl.values(storage.of(path).content(path).split(b"\n")[:-1]):
     if not fits(record, FIELDS) or not fits(record["verdict"].get("score", 0), NUMBER):
       raise EvalError(
         f"{path}, line {number}: expected an answer with {', '.join(FIELDS)}, found "
@@ -270,34 +272,46 @@ def as_predictions(records: Iterable[Record]) -> dict[str, Prediction]:
 class PredictionWriter(contextlib.AbstractContextManager["PredictionWriter"]):
   """Appends to the predictions of one part, each line in one unbuffered write.
 
-  A kill therefore loses at most the line that is being written.
+  A kill therefore loses at most the line that is being written; in a bucket, the answers of the
+  last 15 seconds.
   """
 
   def __init__(self, folder: Path, part: Part):
     """Opens and locks the file of a part, and removes an incomplete last line.
 
-    Raises: EvalError when another process writes the same part.
+    Raises: EvalError or LockError when another process writes the same part.
     """
-    path = folder / part.named("predictions")
-    self._file = path.open("ab", buffering=0)
+    self._path = folder / part.named("predictions")
+    self._store, self._held = storage.of(self._path), contextlib.ExitStack()
+    if storage.remote(folder):
+      beside = folder / part.named("lock").removesuffix(".jsonl")
+      self._held.enter_context(locks.Lock(beside, "llava-sp eval"))
+    else:
+      self._held.enter_context(_flocked(self._path))
+
+  def write(self, record: Record) -> None:
+    """Appends a record as one line."""
+    self._store.append(self._path, json.dumps(record).encode() + b"\n")
+
+  def __exit__(self, *_: object) -> None:
+    with self._held:
+      self._store.secure(self._path)
+
+
+@contextlib.contextmanager
+def _flocked(path: Path) -> Iterator[None]:
+  """Locks a file of predictions on a disk for a block, and removes an incomplete last line."""
+  with path.open("ab", buffering=0) as file:
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      self._file.close()
       raise EvalError(
         f"{path}: another process is writing it; wait for that one, or give each its --part I/N"
       ) from None
     except OSError:  # a file system without locks
       pass
-    text = path.read_bytes()
-    os.truncate(path, text.rfind(b"\n") + 1)
-
-  def write(self, record: Record) -> None:
-    """Appends a record as one line."""
-    self._file.write(json.dumps(record).encode() + b"\n")
-
-  def __exit__(self, *_: object) -> None:
-    self._file.close()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    yield
 
 
 def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Record]) -> None:
@@ -314,8 +328,11 @@ def put_in_order(folder: Path, items: Sequence[Item], records: Mapping[str, Reco
 def locked(folder: Path) -> Iterator[None]:
   """Locks a result folder for a block, so that one process at a time merges it.
 
-  Does nothing on a file system without locks.
+  Does nothing in a bucket, or on a file system without locks. There, two may write the same files.
   """
+  if storage.remote(folder):
+    yield
+    return
   with (folder / SETTINGS).open("rb") as file:
     with contextlib.suppress(OSError):
       fcntl.flock(file, fcntl.LOCK_EX)
@@ -324,7 +341,4 @@ def locked(folder: Path) -> Iterator[None]:
 
 def replace(path: Path, text: str) -> None:
   """Writes `text` to a file atomically, so that no reader sees a part of it."""
-  # Hosts that share a folder may share process ids (containers count from 1).
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-  temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-  temporary.replace(path)
+  storage.of(path).put(path, text.encode("utf-8", "backslashreplace"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import console, jsonl
+from llava_sp_jax import console, jsonl, storage
 from llava_sp_jax.data import decode
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.results import gallery, predictions, tables
@@ -49,9 +48,10 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   Returns: the text of report.md.
   Raises: FileNotFoundError when a run or the scores are missing; EvalError for damaged ones.
   """
-  folder, source = Path(out), Path(scores_folder)
+  folder, source = Path(out), storage.place(scores_folder)
+  places = [storage.place(run) for run in runs]
   needed = [source / scores_lib.FILE, source / predictions.FILE]
-  needed += [Path(run) / "metrics.jsonl" for run in runs]
+  needed += [place / "metrics.jsonl" for place in places]
   if missing := [str(path) for path in needed if not path.is_file()]:
     raise FileNotFoundError(
       f"no {', '.join(missing)}; --runs are folders of llava-sp train, --scores of llava-sp eval"
@@ -59,9 +59,9 @@ def write(runs: Sequence[str], scores_folder: str, out: str) -> str:
   folder.mkdir(parents=True, exist_ok=True)
   scores = scores_lib.read(source / scores_lib.FILE)
   records = [r for r in predictions.read_file(source / predictions.FILE) if not r["error"]]
-  if source.resolve() != folder.resolve():
-    shutil.copy(source / scores_lib.FILE, folder / scores_lib.FILE)
-  curves = {Path(run).name: read_lines(Path(run) / "metrics.jsonl") for run in runs}
+  if storage.remote(source) or source.resolve() != folder.resolve():
+    (folder / scores_lib.FILE).write_bytes((source / scores_lib.FILE).read_bytes())
+  curves = {place.name: read_lines(place / "metrics.jsonl") for place in places}
   pictures: tuple[tuple[str, Any, Any, str], ...] = (
     ("loss of each stage", loss_curves, curves, "loss.png"),
     ("accuracy by kind of question", score_bars, scores, "accuracy.png"),

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import jsonl
+from llava_sp_jax import jsonl, storage
 from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.tasks import web
 
@@ -211,11 +211,11 @@ class Reviews:
   def __init__(self, judge: Judge, file: str | Path | None = None):
     """Reads the replies in `file`, if it exists; None keeps replies in memory alone."""
     self.name = str(getattr(judge, "name", getattr(judge, "__name__", type(judge).__name__)))
-    self._judge, self._file = judge, Path(file) if file else None
+    self._judge, self._file = judge, storage.place(file) if file else None
     self._kept: dict[str, Review] = {}
     self._asked: set[str] = set()  # keys of the requests of this run
-    if self._file and self._file.is_file():
-      rows, _ = jsonl.objects(self._file.read_bytes().split(b"\n"))
+    if self._file:
+      rows, _ = jsonl.objects(storage.of(self._file).content(self._file).split(b"\n"))
       for row in rows:  # requests of damaged lines are repeated
         if isinstance(row.get("key"), str) and isinstance(row.get("text"), str):
           self._kept[row["key"]] = Review(row["text"])
@@ -238,18 +238,10 @@ class Reviews:
       review = Review("", f"{type(error).__name__}: {error}")
     self._kept[key] = review
     if self._file and not review.error:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
-      with self._file.open("a", encoding="utf-8") as file:
-        file.write("\n" if self._torn() else "")
-        file.write(json.dumps({"key": key, "name": self.name, "text": review.text}) + "\n")
+      store = storage.of(self._file)
+      store.make(self._file.parent)
+      torn = store.content(self._file)[-1:] not in (b"", b"\n")
+      record = {"key": key, "name": self.name, "text": review.text}
+      jsonl.append(self._file, record, "\n" if torn else "")
+      store.secure(self._file)
     return review
-
-  def _torn(self) -> bool:
-    """Returns whether the file ends in an incomplete line."""
-    assert self._file is not None
-    with self._file.open("rb") as file:
-      size = file.seek(0, os.SEEK_END)
-      if not size:
-        return False
-      file.seek(size - 1)
-      return file.read(1) != b"\n"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp_jax import console
+from llava_sp_jax import console, storage
 from llava_sp_jax.tools import arguments
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
   result.add_argument(
     "source", metavar="IN", help="folder, .gguf file, or hf:organization/name of the hub"
   )
-  result.add_argument("out", metavar="OUT", type=Path, help="new folder")
+  result.add_argument("out", metavar="OUT", type=storage.place, help="new folder")
   source_options(result)
   result.add_argument(
     "--dtype",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llava_sp_jax import console
+from llava_sp_jax import console, storage
 from llava_sp_jax.infer.generation import ALWAYS, Generation
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.arguments import DTYPE, DTYPES, MESH
@@ -190,8 +190,6 @@ def _merge(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, Benc
 
 def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, BenchmarkScores]:
   """Evaluates all tasks; returns the scores of each whose parts are all answered."""
-  from pathlib import Path
-
   from llava_sp_jax.config import ConfigError
   from llava_sp_jax.distributed import mesh
   from llava_sp_jax.eval import identity, run
@@ -204,7 +202,7 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, B
   part = predictions.parse_part(options.part) if options.part else None
   for name, task in tasks.items():  # raises before a model is loaded
     run.check(task, _compare(name, tasks, options))
-    predictions.check_folder(Path(out_of(name, tasks, options)))
+    predictions.check_folder(storage.place(out_of(name, tasks, options)))
     run.questions(task)
   generations = {name: _generation(task, options) for name, task in tasks.items()}
   given = to_options(options, options.checkpoint)
@@ -249,8 +247,6 @@ def _evaluate(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, B
 
 def _together(done: Mapping[str, BenchmarkScores], options: argparse.Namespace) -> None:
   """Prints and writes a table of several tasks, in the order of --task."""
-  from pathlib import Path
-
   from llava_sp_jax.results import predictions, tables
 
   if len(done) < 2:
@@ -258,7 +254,7 @@ def _together(done: Mapping[str, BenchmarkScores], options: argparse.Namespace) 
   head, rows = tables.together(list(done.values()))
   tables.draw("all tasks", head, rows)
   if options.out:
-    path = Path(options.out) / "scores.md"
+    path = storage.place(options.out) / "scores.md"
     predictions.replace(path, tables.markdown(head, rows) + "\n")
     console.say(f"written: {path}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from llava_sp_jax import console
 from llava_sp_jax.tools import arguments
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
   from llava_sp_jax.checkpoints import opening
   from llava_sp_jax.convert import export
 
-  folders.check(Path(options.out), "")  # before weights are read
+  folders.check(folders.local(options.out), "")  # before weights are read
   given = to_options(options, options.checkpoint)
   source = opening.open_any(options.checkpoint, given)
   export.export(source, options.format, options.out, options.dtype)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp_jax import console
+from llava_sp_jax import console, storage
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.tools.convert import source_options, to_options
 
@@ -24,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     epilog="example: llava-sp merge runs/finetune merged",
   )
   result.add_argument("checkpoint", metavar="CKPT")
-  result.add_argument("out", metavar="OUT", type=Path, help="new folder")
+  result.add_argument("out", metavar="OUT", type=storage.place, help="new folder")
   source_options(result)
   result.add_argument(
     "--verify",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from llava_sp_jax import console
+from llava_sp_jax import console, storage
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.training import profiles
@@ -20,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     "traced steps are slower.",
     epilog="example: llava-sp profile runs/finetune --steps 3",
   )
-  result.add_argument("run", metavar="RUN", type=Path, help="the --workdir of the run")
+  result.add_argument("run", metavar="RUN", help="the --workdir of the run")
   result.add_argument(
     "--steps", default="3", help=f"how many, 1 to {profiles.MOST} (default: 3)", metavar="N"
   )
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
   steps = arguments.whole("steps", options.steps, 1)
   if steps > profiles.MOST:
     raise ConfigError(f"--steps: expected at most {profiles.MOST}, found {steps}")
-  place, answer = profiles.ask(options.run, steps, console.say)
+  place, answer = profiles.ask(storage.place(options.run), steps, console.say)
   console.say(
     f"steps {answer.first} to {answer.last} of {answer.processes} processes: {place}\n"
     f"open it: pip install xprof tensorboard; tensorboard --logdir {place}"

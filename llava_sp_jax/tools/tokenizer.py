@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sp_jax import console
+from llava_sp_jax import console, folders
 from llava_sp_jax.tools import arguments
 
 
@@ -16,11 +16,11 @@ def main(argv: list[str]) -> None:
     epilog="example: llava-sp tokenizer SmolLM2-135M-Instruct.Q4_1.gguf data/smollm2",
   )
   parser.add_argument("gguf", type=Path)
-  parser.add_argument("out", type=Path, help="new folder")
+  parser.add_argument("out", help="new folder")
   options = parser.parse_args(argv)
-  from llava_sp_jax import folders
   from llava_sp_jax.convert import gguf_tokenizer
 
-  with folders.new(options.out, "tokenizer"):
-    gguf_tokenizer.write_tokenizer(options.gguf, options.out)
+  out = folders.local(options.out)
+  with folders.new(out, "tokenizer"):
+    gguf_tokenizer.write_tokenizer(options.gguf, out)
   console.say(f"written: {options.out}/tokenizer.json")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import console, limits
+from llava_sp_jax import console, limits, storage
 from llava_sp_jax.tools import arguments
 from llava_sp_jax.training import STOPPED_EARLY
 
@@ -20,7 +18,8 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
 
   --config FILE[:OPTIONS]  a file with get_config(OPTIONS), e.g. configs/easy_vqa.py:stage=pretrain,
                            or the name of one that is installed: easy_vqa:stage=pretrain
-  --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl
+  --workdir DIR            the run: config.json, checkpoints/, metrics.jsonl, quarantine.jsonl; a
+                           folder, or an address in a bucket: gs://BUCKET/FOLDER
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
   --from-step N            resumes from an older checkpoint; 0 starts again. Newer ones are kept
                            in DIR/aside. Without it: the newest whose values are what was saved
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> int:
 
   clock = goodput.Clock(goodput.process_age())
   resumed = resume.ResumeOptions.of(options["from-step"], options["allow-changed"])
-  runs.check_folder(Path(workdir))
+  runs.check_folder(storage.place(workdir))
   with console.patient():
     processes.start(process, config.train.peer_seconds, workdir)
     result = train(

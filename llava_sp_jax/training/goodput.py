@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from llava_sp_jax import storage
 from llava_sp_jax.files import FormatError
 from llava_sp_jax.json_files import read_object
 
@@ -41,6 +42,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
 NAMES = tuple(name for name, _ in CATEGORIES)
 WORK = ("step", "input", "save", "evaluation")  # lost, if the steps are trained again
 BEATS, SHORTEST, LONGEST = 400, 0.1, 15.0  # beats in the time so far; seconds between two of them
+BUCKET = 2.0  # seconds between two in a bucket, where an object takes about one write a second
 MARKS = 64  # saved steps that a record remembers
 
 Seconds = dict[str, float]
@@ -137,6 +139,7 @@ class Clock(contextlib.AbstractContextManager["Clock"]):
     self._start = Start(self._since, self._since, dict.fromkeys(NAMES, 0.0))
     self._before: list[Start] = []
     self._file: Path | None = None
+    self._shortest = SHORTEST
     self._lock, self._wake, self._done = threading.RLock(), threading.Event(), False
     self._thread: threading.Thread | None = None
 
@@ -175,6 +178,7 @@ class Clock(contextlib.AbstractContextManager["Clock"]):
     if self._file:
       return
     self._file = folder / FILE
+    self._shortest = BUCKET if storage.remote(folder) else SHORTEST
     try:
       self._before = read(folder)
     except FormatError as error:
@@ -230,17 +234,15 @@ class Clock(contextlib.AbstractContextManager["Clock"]):
     while not self._done:
       self._write()
       age = self._start.seen - self._start.begun
-      self._wake.wait(min(max(age / BEATS, SHORTEST), LONGEST))
+      self._wake.wait(min(max(age / BEATS, self._shortest), LONGEST))
       self._wake.clear()
 
   def _write(self) -> None:
     with self._lock:
       text = json.dumps({"starts": [dataclasses.asdict(start) for start in self.starts()]})
     assert self._file
-    part = self._file.with_name(FILE + ".part")
     with contextlib.suppress(OSError):  # a disk may be full or unavailable for a while
-      part.write_text(text + "\n")
-      part.replace(self._file)
+      storage.of(self._file).put(self._file, (text + "\n").encode())
 
   def __exit__(self, kind: Any, *_: Any) -> None:
     """Writes the record for the last time; without an error, the newest marked step is the last."""

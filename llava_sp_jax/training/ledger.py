@@ -9,7 +9,6 @@ from a checkpoint, the entries after that checkpoint are dropped.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import folders, jsonl
+from llava_sp_jax import jsonl, storage
 from llava_sp_jax.errors import LlavaSPError
 
 FOLDER = "ledger"
@@ -59,7 +58,7 @@ class Ledger:
 
   def __init__(self, folder: Path, process: int, rows: Sequence[int], owned: Sequence[bool]):
     self._folder = folder / FOLDER
-    self._folder.mkdir(parents=True, exist_ok=True)
+    storage.of(self._folder).make(self._folder)
     self._file = self._folder / f"{process:05d}.jsonl"
     self._process, self._owned = process, np.asarray(owned)
     self._rows = [int(row) for row in np.asarray(rows)[self._owned]]
@@ -93,10 +92,8 @@ class Ledger:
     jsonl.append(self._file, line, separators=(",", ":"))
 
   def secure(self) -> None:
-    """Flushes all entries to the disk; called before a checkpoint of their steps is saved."""
-    if self._file.is_file():
-      with folders.written(self._file), self._file.open("a") as file:
-        os.fsync(file.fileno())
+    """Makes all entries survive a kill; called before a checkpoint of their steps is saved."""
+    storage.of(self._file).secure(self._file)
 
 
 def drop_after(folder: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import jsonl, limits, locks
+from llava_sp_jax import jsonl, limits, locks, storage
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.data import anyres, pipeline, prefetch
 from llava_sp_jax.data.quarantine import Quarantine
@@ -86,18 +86,18 @@ def train(
     )
   processes.start(peer_seconds=config.train.peer_seconds)
   with Watchdog(config.train.stall_seconds) as watchdog, contextlib.ExitStack() as held:
-    lock = locks.Lock(Path(workdir), "llava-sp train")
+    folder = storage.place(workdir)
+    lock = locks.Lock(folder, "llava-sp train")
 
     def begin() -> None:
-      runs.check_folder(Path(workdir))
+      runs.check_folder(folder)
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
     held.enter_context(clock)
+    held.callback(storage.of(folder).flush)
     asked = options or resume.ResumeOptions()
-    return _train(
-      config, Path(workdir), profile, watchdog, evaluator, asked, lock, clock, executable
-    )
+    return _train(config, folder, profile, watchdog, evaluator, asked, lock, clock, executable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _train(
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
-      tokenizer.save(folder / "tokenizer")
+      with storage.filled(folder / "tokenizer") as made:
+        tokenizer.save(made)
       clock.keep(folder)
     book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
     run = _Run(
@@ -252,6 +253,7 @@ def _loop(
     with clock.of("save"):
       skips.settle()
       book.secure()
+      storage.of(folder).flush()
       checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
     clock.mark(step)
 

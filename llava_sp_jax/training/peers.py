@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import locks, provenance
+from llava_sp_jax import locks, provenance, storage
 from llava_sp_jax.distributed import processes
 
 OWN = ("config.data.threads", "config.data.processes", "config.train.sinks")  # may differ by host
@@ -40,7 +40,7 @@ def facts(config: config_lib.Config, inputs: Callable[[], Mapping[str, str]]) ->
   found["code"] = of_folder(Path(__file__).parents[1], "*.py")
   for key, value in _values(config_lib.to_dict(config.init), "config.init"):
     path = json.loads(value)
-    found[f"{key} (contents)"] = of_folder(Path(path)) if path else ""
+    found[f"{key} (contents)"] = of_folder(storage.place(path)) if path else ""
   try:
     found |= inputs()
   except Exception as error:  # any error of the libraries that read them
@@ -98,13 +98,16 @@ def _values(values: Mapping[str, object], prefix: str = "config") -> Iterator[tu
 def of_folder(path: Path, pattern: str = "*") -> str:
   """Returns a hash of a file, or of the files below a folder that match `pattern`, in 16 digits.
 
-  It covers names, sizes and contents, but only the first and last 64 KiB of files above 1 MiB. A
-  path that does not exist gives "not there".
+  It covers names, sizes and contents, but only the first and last 64 KiB of files above 1 MiB, and
+  the checksums that a bucket has of its objects. A path that does not exist gives "not there".
   """
   if not path.exists():
     return "not there"
-  files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
   digest = hashlib.sha256()
+  if versions := storage.of(path).versions(path):
+    digest.update(json.dumps({n: v for n, v in versions.items() if n != f"/{locks.FILE}"}).encode())
+    return digest.hexdigest()[:16]
+  files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
   for file in files:
     if not file.is_file() or file.name == locks.FILE:
       continue

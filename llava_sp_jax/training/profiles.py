@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import folders, json_files, locks
+from llava_sp_jax import json_files, locks, storage
 from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.files import FormatError
 
 FOLDER, REQUEST = "profiles", "request.json"
 POLL_SECONDS = 1.0  # between two looks of the training for a request
+BUCKET_SECONDS = 10.0  # likewise in a bucket, where each look of each host is a request
 LOOK_SECONDS = 0.2  # between two looks of the command for the answers
 MOST = 100  # steps of a profile; each takes some megabytes a process
 
@@ -74,14 +75,14 @@ def ask(folder: Path, steps: int, say: Callable[[str], Any] = print) -> tuple[Pa
     )
   name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
   request = Request(name, steps, owner.token)
-  place.mkdir(exist_ok=True)
+  storage.of(place).make(place)
   _write(file, request)
   say(f"{folder}: asked {owner} for a trace of its next {steps} steps; waiting until they are done")
   try:
     return place / name, _wait(folder, place / name, owner)
   finally:
     if read(file) == request:
-      file.unlink(missing_ok=True)
+      storage.of(file).remove(file)
 
 
 def _wait(folder: Path, place: Path, owner: locks.Owner) -> Answer:
@@ -103,10 +104,7 @@ def _wait(folder: Path, place: Path, owner: locks.Owner) -> Answer:
 
 
 def _write(file: Path, value: Request | Answer) -> None:
-  part = file.with_name(file.name + folders.PART)
-  with folders.written(file):
-    part.write_text(json.dumps(dataclasses.asdict(value)) + "\n")
-    part.replace(file)
+  storage.of(file).put(file, (json.dumps(dataclasses.asdict(value)) + "\n").encode())
 
 
 def read(file: Path) -> Request | None:
@@ -128,7 +126,7 @@ def answer(folder: Path, request: Request, process: int, said: Answer) -> None:
   """Writes the answer of a process of the run in `folder`; a disk that is full is not an error."""
   with contextlib.suppress(OSError):
     place = folder / FOLDER / request.name
-    place.mkdir(parents=True, exist_ok=True)
+    storage.of(place).make(place)
     _write(place / f"process-{process}.json", said)
 
 
@@ -137,6 +135,7 @@ class Requests(contextlib.AbstractContextManager["Requests"]):
 
   def __init__(self, folder: Path):
     self._folder, self._done = folder, threading.Event()
+    self._pause = BUCKET_SECONDS if storage.remote(folder) else POLL_SECONDS
     self._waiting: Request | None = None
     self._seen: set[str] = set()
 
@@ -156,7 +155,7 @@ class Requests(contextlib.AbstractContextManager["Requests"]):
     self._waiting = None
 
   def _poll(self) -> None:
-    while not self._done.wait(POLL_SECONDS):
+    while not self._done.wait(self._pause):
       request = read(self._folder / FOLDER / REQUEST)
       if request is None or request.name in self._seen:
         continue

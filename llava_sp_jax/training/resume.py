@@ -158,8 +158,10 @@ def compare_inputs(
 def set_newer_aside(folder: Path, step: int) -> None:
   """Moves checkpoints of steps after `step`, and damaged ones, to aside/ in the run folder.
 
-  Called by one process alone.
+  Removes what a killed save has left in a bucket. Called by one process alone.
   """
+  for place in on_disk.unfinished(folder):
+    folders.remove(place)
   bad = on_disk.damaged(folder)
   for number in sorted({*on_disk.steps(folder), *bad}):
     if number > step or number in bad:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import jsonl
+from llava_sp_jax import jsonl, storage
 from llava_sp_jax.progress import eta
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-  """Appends each record to metrics.jsonl as one line, written at once."""
+  """Appends each record to metrics.jsonl as one line, at once on a disk."""
 
   def __init__(self, folder: Path, config: config_lib.Config):
     self._path = folder / METRICS_FILE
@@ -40,7 +40,7 @@ class JsonLines:
     jsonl.append(self._path, record)
 
   def close(self) -> None:
-    pass
+    storage.of(self._path).flush()
 
 
 def line(record: Record, steps: int) -> str:
@@ -150,12 +150,12 @@ class Wandb:
 
     file = folder / "wandb_id.txt"
     if not file.is_file() or not file.read_text().strip():  # left empty by a kill
-      file.write_text(uuid.uuid4().hex[:12])
+      storage.of(file).put(file, uuid.uuid4().hex[:12].encode())
     self._run = wandb.init(
       id=file.read_text().strip(),
       resume="allow",
       name=config.name,
-      dir=str(folder),
+      dir=str(storage.of(folder).scratch(folder)),
       config=config_lib.to_dict(config),
     )
     # A resumed run repeats steps, which wandb refuses for its own counter but not for an axis.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.training import profiles
 
 FOLDER = "profile"
@@ -45,9 +46,20 @@ class _Trace:
 
   steps: range
   folder: Path
+  scratch: Path  # a local folder, in which the profiler makes what belongs into `folder`
   request: profiles.Request | None = None
   running: bool = False
   last: int = 0  # the newest step in it
+
+
+def _traced(steps: range, folder: Path, request: profiles.Request | None = None) -> _Trace:
+  return _Trace(steps, folder, storage.of(folder).scratch(folder), request)
+
+
+def _kept(trace: _Trace) -> None:
+  """Stops the profiler, and takes what it has made to its place."""
+  jax.profiler.stop_trace()
+  storage.of(trace.folder).upload(trace.scratch, trace.folder)
 
 
 class Profiler:
@@ -79,7 +91,7 @@ class Profiler:
   def _next(self, number: int) -> _Trace | None:
     """Returns the trace that begins with step `number`; None if none does."""
     if number in self._planned:
-      return _Trace(self._planned, self._folder / FOLDER)
+      return _traced(self._planned, self._folder / FOLDER)
     request = self._requests.peek()
     if request is None:
       return None
@@ -87,7 +99,7 @@ class Profiler:
     if set(steps) & set(self._planned):
       return None  # after those
     self._requests.take()
-    return _Trace(steps, self._folder / profiles.FOLDER / request.name, request)
+    return _traced(steps, self._folder / profiles.FOLDER / request.name, request)
 
   @contextlib.contextmanager
   def step(self, number: int, pending: Any) -> Iterator[None]:
@@ -101,7 +113,7 @@ class Profiler:
       return
     if not trace.running:
       jax.block_until_ready(pending)
-      self._attempt(trace, lambda: jax.profiler.start_trace(trace.folder))
+      self._attempt(trace, lambda: jax.profiler.start_trace(trace.scratch))
       trace.running = self._trace is not None
     trace.last = number
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -121,7 +133,7 @@ class Profiler:
   def _stop(self) -> None:
     if (trace := self._trace) and trace.running:
       trace.running = False
-      self._attempt(trace, jax.profiler.stop_trace)
+      self._attempt(trace, lambda: _kept(trace))
       if self._trace:
         self._answer(trace)
     self._trace = None

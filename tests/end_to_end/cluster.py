@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
+from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.training import ledger, loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY
 
@@ -59,8 +61,9 @@ class Cluster:
     topology: Topology = Topology(),
     *more: str,
     last: Sequence[str] = (),
+    logs: Path | None = None,
   ):
-    """All get the options `more`, the last process also `last`."""
+    """All get the options `more`, the last process also `last`; `logs` replaces <workdir>."""
     self.workdir, self.topology = workdir, topology
     flags = os.environ.get("XLA_FLAGS", "").replace(DEVICES_FLAG, "").strip()
     flags += f" --xla_force_host_platform_device_count={topology.devices}"
@@ -78,7 +81,8 @@ class Cluster:
     with socket.socket() as free:
       free.bind(("localhost", 0))
       address = f"localhost:{free.getsockname()[1]}"
-    self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(topology.processes)]
+    logs = logs or workdir
+    self.logs = [logs.with_name(f"{logs.name}.{i}.log") for i in range(topology.processes)]
     self.processes = []
     for i, log in enumerate(self.logs):
       joined = ["--coordinator", address, f"--processes={topology.processes}", f"--process={i}"]
@@ -137,8 +141,7 @@ class Cluster:
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
   """Whole lines of the log."""
-  path = workdir / loop.METRICS_FILE
-  text = path.read_text() if path.is_file() else ""
+  text = storage.of(workdir).content(workdir / loop.METRICS_FILE).decode()
   return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -164,5 +167,5 @@ def samples(workdir: Path) -> list[list[int]]:
 
 def saved(workdir: Path) -> list[int]:
   """Steps of the whole checkpoints."""
-  folder = workdir / "checkpoints"
-  return sorted(int(p.name) for p in folder.glob("*") if re.fullmatch(r"\d+", p.name))
+  found = {*(workdir / "checkpoints").glob("*")} - {*on_disk.unfinished(workdir)}
+  return sorted(int(p.name) for p in found if re.fullmatch(r"\d+", p.name))

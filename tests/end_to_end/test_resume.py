@@ -109,12 +109,18 @@ def unbroken(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def same_trained_parameters(ours: Path, theirs: Path) -> None:
+  assert same_parameters(ours, theirs) == STEPS
+
+
+def same_parameters(ours: Path, theirs: Path) -> int:
+  """Compares the trained parameters of the last checkpoints, and returns their step."""
   (one, _, step), (two, _, other) = (runs.saved(folder) for folder in (ours, theirs))
   a, b = ({p: x.read() for p, x in stream.SavedItem(item).leaves().items()} for item in (one, two))
-  assert step == other == STEPS
+  assert step == other
   assert a.keys() == b.keys()
   for path in a:
     np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+  return step
 
 
 @pytest.mark.guard

@@ -1,0 +1,1 @@
+"""Writes files on disks and in buckets; `storage` picks what fits a path."""

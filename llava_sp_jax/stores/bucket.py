@@ -1,0 +1,190 @@
+"""Writes objects in a bucket, which has no rename, no append and no folders.
+
+An object appears whole or not at all, and may be created on condition that there is none. So
+
+- a file is put whole, which replaces it at once;
+- lines that are appended stay in memory. The whole object is put again when the caller secures it,
+  and every SECONDS. No reader ever sees half a line, and what was secured survives a kill;
+- a folder is moved by copying its objects and removing the originals, its own files first: without
+  those, such as the marker of a complete checkpoint, the rest counts as nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax.stores.store import Seen, named
+
+SECONDS = 15.0  # the longest time that an appended line is in memory only
+# fsspec's settings. Without the first, what other processes have written is not seen.
+OPTIONS = {"use_listings_cache": False, "finalize_on_close": True}
+
+
+class Bucket:
+  """Writes objects in buckets of one scheme, with `fsspec`; see `Store`."""
+
+  def __init__(self, scheme: str):
+    self._scheme = scheme
+    self._lock, self._pending = threading.RLock(), dict[Path, bytes]()
+    # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
+    self._sent: dict[Path, tuple[bytes, int]] = {}
+    self._thread: threading.Thread | None = None
+    self._folders: list[Any] = []  # temporary ones, which live as long as this process
+    self._copies: dict[str, tuple[Path, dict[str, str]]] = {}  # (local copy, versions of its files)
+
+  @functools.cached_property
+  def _files(self) -> Any:
+    import fsspec
+
+    return fsspec.filesystem(self._scheme, **OPTIONS)
+
+  def make(self, folder: Path) -> list[Path]:
+    return []  # an object needs no folder
+
+  def put(self, path: Path, data: bytes) -> None:
+    with self._lock, named(path):
+      self._files.pipe_file(str(path), data)
+      self._pending.pop(path, None)
+      self._sent.pop(path, None)
+
+  def create(self, path: Path, data: bytes) -> bool:
+    try:
+      with named(path):
+        self._files.pipe_file(str(path), data, mode="create")
+    except FileExistsError:
+      # The request may have been sent twice, because the answer to the first one was lost.
+      seen = self.look(path)
+      return bool(data) and seen is not None and seen.content == data
+    return True
+
+  def overwrite(self, path: Path, data: bytes) -> None:
+    with named(path):
+      self._files.info(str(path))
+      self._files.pipe_file(str(path), data)
+
+  def append(self, path: Path, data: bytes) -> None:
+    with self._lock:
+      self._pending[path] = self._pending.get(path, b"") + data
+      if self._thread is None:
+        self._thread = threading.Thread(target=self._keep_flushing, name="bucket", daemon=True)
+        self._thread.start()
+
+  def content(self, path: Path) -> bytes:
+    with self._lock:
+      seen = self.look(path)
+      there = seen.content if seen else b""
+      sent, count = self._sent.get(path, (None, 0))
+      if there == sent:  # it has arrived
+        self._pending[path] = self._pending[path][count:]
+        del self._sent[path]
+      return there + self._pending.get(path, b"")
+
+  def secure(self, path: Path) -> None:
+    with self._lock:
+      whole = self.content(path) if self._pending.get(path) else b""
+      if pending := self._pending.get(path):
+        self._sent[path] = whole, len(pending)
+        self.put(path, whole)
+
+  def flush(self) -> None:
+    with self._lock:
+      for name in list(self._pending):
+        self.secure(name)
+
+  def _keep_flushing(self) -> None:
+    failing, ticks = False, threading.Event()
+    while not ticks.wait(SECONDS):
+      try:
+        self.flush()
+        failing = False
+      except OSError as error:  # what is pending is kept, and tried again
+        if not failing:
+          print(f"llava-sp: WARNING: {error}; tried again", file=sys.stderr, flush=True)
+        failing = True
+
+  def look(self, path: Path) -> Seen | None:
+    try:
+      with named(path):
+        about = self._files.info(str(path))
+        content = self._files.cat_file(str(path)) if about["type"] == "file" else b""
+    except FileNotFoundError:
+      return None
+    return Seen(content, (int(about.get("generation") or 0), 0))
+
+  def changed(self, path: Path) -> int:
+    with named(path):
+      return int(self._files.modified(str(path)).timestamp() * 1e9)
+
+  def remove(self, path: Path) -> None:
+    with self._lock, named(path):
+      for name in [name for name in self._pending if path in (name, *name.parents)]:
+        del self._pending[name]
+        self._sent.pop(name, None)
+      with contextlib.suppress(FileNotFoundError):
+        self._remove_all(path)
+
+  def _remove_all(self, path: Path) -> None:
+    for name in self._found(path):
+      with contextlib.suppress(FileNotFoundError):
+        self._files.rm_file(name)
+
+  def _found(self, path: Path) -> list[str]:
+    """Returns the objects at and below a path; those of the folder itself before those deeper."""
+    found: list[str] = self._files.find(str(path))
+    return sorted(found, key=lambda name: (name.count("/"), name))
+
+  def move(self, path: Path, to: Path) -> None:
+    with named(path):
+      for name in reversed(self._found(path)):
+        self._files.cp_file(name, f"{to}{name[_start(path) :]}")
+      self._remove_all(path)
+
+  def scratch(self, folder: Path) -> Path:
+    made = self._temporary() / folder.name
+    made.mkdir()
+    return made
+
+  def _temporary(self) -> Path:
+    self._folders.append(tempfile.TemporaryDirectory(prefix="llava-sp-"))
+    return Path(self._folders[-1].name)
+
+  def upload(self, scratch: Path, folder: Path) -> None:
+    for path in sorted(scratch.rglob("*")):
+      if path.is_file():
+        self.put(folder / str(path.relative_to(scratch)), path.read_bytes())
+
+  def local(self, path: Path) -> Path:
+    if not (versions := self.versions(path)):
+      raise FileNotFoundError(errno.ENOENT, "no such object or folder", str(path))
+    copy, known = self._copies.get(str(path), (path, {}))
+    if known != versions:
+      copy = self._temporary() / path.name
+      with named(path):
+        to = [f"{copy}{name}" for name in versions]
+        for folder in {os.path.dirname(name) for name in to}:
+          os.makedirs(folder, exist_ok=True)
+        self._files.get([f"{path}{name}" for name in versions], to)
+      self._copies[str(path)] = copy, versions
+    return copy
+
+  def versions(self, path: Path) -> dict[str, str]:
+    with named(path):
+      found = self._files.find(str(path), detail=True)
+    marks = ("size", "md5Hash", "crc32c")  # a composed object has no MD5
+    return {
+      name[_start(path) :]: " ".join(str(about.get(mark)) for mark in marks)
+      for name, about in sorted(found.items())
+    }
+
+
+def _start(path: Path) -> int:
+  """Returns where the part below `path` begins in a name of fsspec, which has no scheme."""
+  return len(str(path).partition("://")[2])
