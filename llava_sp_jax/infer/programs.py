@@ -233,30 +233,23 @@ class Programs:
     compiled = self._table.get(key)
     if compiled is None:
       with jax.set_mesh(self.mesh):
-        traced = self._trace(str(key[0]), run, arguments, donate, out)
-        compiled = self._table[key] = traced.lower().compile()
+        jitted = self._jit(str(key[0]), run, donate, out)
+        compiled = self._table[key] = jitted.lower(*arguments).compile()
       self._counts.compiles += 1
       if self.several:  # none runs before all have compiled
         processes.barrier(f"program {self._counts.compiles} is compiled")
     result: T = compiled(*arguments)
     return result
 
-  def _trace(
-    self,
-    name: str,
-    run: Callable[..., T],
-    arguments: tuple[Any, ...],
-    donate: tuple[int, ...],
-    out: Any,
-  ) -> Any:
-    """Traces a program under the rules of activations. `NAMED` makes its name."""
+  def _jit(self, name: str, run: Callable[..., T], donate: tuple[int, ...], out: Any) -> Any:
+    """Returns a program that is traced under the rules of activations. `NAMED` makes its name."""
 
     def traced(*values: Any) -> Any:
       with nn.logical_axis_rules(sharding.activation_rules()):
         return run(*values)
 
     traced.__name__ = traced.__qualname__ = NAMED.format(name)
-    return jax.jit(traced, donate_argnums=donate, out_shardings=out).trace(*arguments)
+    return jax.jit(traced, donate_argnums=donate, out_shardings=out)
 
   def _group(self, group: prefill.Group) -> prefill.Group:
     tokens, slots, length, start = (self._put(np.asarray(x)) for x in group[:4])

@@ -83,7 +83,7 @@ class AbsentPrograms(Programs):
     self._runs[key], self.last[name] = self._runs.get(key, 0) + 1, key
     if key not in self._table:
       with jax.set_mesh(self.mesh):
-        traced = self._trace(name, run, arguments, donate, out)
+        traced = self._jit(name, run, donate, out).trace(*arguments)
       self.traced[name], self.arguments[name] = traced, arguments
       self._table[key] = placed(traced.out_info, out)
     return self._table[key]
