@@ -29,8 +29,10 @@ PREDICTORS = {
   "none": "memory only",
 }
 # Identify a record; a new one replaces its old.
-RECORD_KEYS = ("model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize")
-FLOATS = {"weights": "none", "cache": "float"}  # formats that a record does not name
+RECORD_KEYS = (
+  "model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize", "products",
+)  # fmt: skip
+FLOATS = {"weights": "none", "cache": "float", "quantize": "none", "products": "float"}  # formats that a record does not name
 LOOP = "decode"  # the program of which a record has one iteration
 
 
@@ -175,8 +177,8 @@ class Plan:
       "remat": config.model.remat,
       "base": config.mesh.base,
     }
-    form = config.model.quantize
-    return result if form == FLOATS["weights"] else result | {"quantize": form}
+    held = {"quantize": config.model.quantize, "products": config.model.frozen_matmul}
+    return result | {key: form for key, form in held.items() if form != FLOATS[key]}
 
   def _answering(self, speed: bool) -> dict[str, Any]:
     from llava_sp_jax.plan import traffic
@@ -243,6 +245,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "accumulate": ("accumulate",),
   "remat": ("remat",),
   "base": ("base",),
+  "products": ("products",),
   "s/step": ("step_seconds",),
   "MFU": ("mfu",),
   "tokens/s": ("tokens_per_second",),
