@@ -235,6 +235,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/pods.md", "1.3%"): "arithmetic on an example",
   ("docs/training.md", "15 seconds"): "a limit in llava_sp_jax/locks.py and stores/bucket.py",
   ("docs/training.md", "0.1 s"): "a limit in llava_sp_jax/training/goodput.py",
+  ("docs/training.md", "2 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "15 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "90 seconds"): "a limit in llava_sp_jax/locks.py",
   ("docs/training.md", "12.1 GiB"): "bits of a weight times the weights of seven layers in 7B",

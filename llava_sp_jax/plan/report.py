@@ -32,7 +32,12 @@ PREDICTORS = {
 RECORD_KEYS = (
   "model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize", "products",
 )  # fmt: skip
-FLOATS = {"weights": "none", "cache": "float", "quantize": "none", "products": "float"}  # formats that a record does not name
+FLOATS = {
+  "weights": "none",
+  "cache": "float",
+  "quantize": "none",
+  "products": "float",
+}  # formats that a record does not name
 LOOP = "decode"  # the program of which a record has one iteration
 
 

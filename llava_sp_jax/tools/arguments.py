@@ -17,7 +17,7 @@ DIGITS = 18  # of a whole number: what 64 bits hold
 # The formats that a model may be held in while it answers; rows of the tables that the models have,
 # which are not imported for a help text.
 FORMATS = {
-  "weights": "of the decoder's weight matrices, adapters folded in: none (floats), int8, int8_block, "
+  "weights": "of the decoder's weight matrices, adapters folded in: none (floats), int8, int8_block, fp8, "
   "int4, int4_64, nf4, nf4_double",
   "cache": "of the keys and values of earlier positions: float, int8",
 }

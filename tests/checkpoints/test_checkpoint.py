@@ -71,6 +71,9 @@ MAY_CHANGE = {
   "config.train.peer_seconds",
   "config.train.stall_seconds",
   "config.data.threads",
+  "config.data.source",  # what is read is compared, not where and how it is kept
+  "config.data.path",
+  "config.data.image_folder",
   "config.data.processes",
   "config.data.validation_path",
   "config.mesh.data",

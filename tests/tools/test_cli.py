@@ -87,7 +87,7 @@ def test_train_s_help_says_what_every_key_means_and_allows(capsys: pytest.Captur
   assert not [key for key, _, meaning in keys if not meaning]
   for key, default, meaning in keys:
     assert f"  --config.{key}={default!r}\n      {meaning}\n" in printed
-  assert "    none, first_fit, buckets\n" in printed
+  assert "    none, first_fit, balanced, buckets\n" in printed
   assert (
     "--config.optimizer.b1=0.9\n      decay of the first moment\n      at least 0 and below 1\n"
     in printed
@@ -153,7 +153,7 @@ def test_an_unknown_key_lists_the_known_ones(
     f"--workdir={tmp_path / 'run'}",
     "--config.train.stepz=3",
   )
-  assert "config.train.stepz: unknown key; known here: steps, batch_size" in line
+  assert "config.train.stepz: unknown key; known here: steps, epochs, batch_size" in line
   assert not (tmp_path / "run").exists()
 
 
