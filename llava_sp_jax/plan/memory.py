@@ -14,10 +14,7 @@ PARTS: tuple[tuple[str, str], ...] = (
   (r"arguments\[0\]\.trainable", "trainable"),
   (r"arguments\[0\]\.opt_state", "optimizer"),
   (r"arguments\[1\]", "batch"),
-  (
-    r"values\[0\]\[|^params",
-    "parameters",
-  ),  # the first of the engine's programs, like the next ones
+  (r"(values|arguments)\[0\]\[", "parameters"),  # of the engine's programs, like the next ones
   (r"values\[\d\]\.cache", "cache"),
   (r"values\[\d\]\.prefixes", "prefixes"),
   (r"", "other arguments"),
