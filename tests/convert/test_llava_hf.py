@@ -115,7 +115,7 @@ def test_the_export_answers_as_ours(
   assert theirs_answer(exported, [(p, "what colour is it?") for p in pictures], NEW) == wanted
 
 
-@pytest.mark.guard
+@pytest.mark.slow
 def test_a_trained_export_answers_twenty_questions_of_easy_vqa_as_ours(tmp_path: Path) -> None:
   """The published pictures and questions, after a training that is long enough to tell them apart."""
   run, chosen = trained(tmp_path, "none", 20)

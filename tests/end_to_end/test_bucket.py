@@ -58,6 +58,7 @@ def test_it_is_the_run_on_a_disk(both: dict[str, Path]) -> None:
   killing.same_parameters(here, there)
 
 
+@pytest.mark.slow
 def test_an_older_step_and_what_a_killed_save_left(
   both: dict[str, Path], config: config_lib.Config
 ) -> None:
@@ -108,6 +109,7 @@ def test_commands_read_it(
   assert not on_disk.unfinished(storage.place(merged))
 
 
+@pytest.mark.slow
 def test_results_are_written_beside_it(
   both: dict[str, Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_part_is_written_by_one_process(bucket: str, tmp_path: Path) -> None:
   assert names(folder) == {"predictions.jsonl"}
 
 
+@pytest.mark.slow
 def test_the_next_stage_starts_from_it(
   tiny_config: ConfigMaker, bucket: str, tmp_path: Path
 ) -> None:

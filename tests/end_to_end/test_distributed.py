@@ -99,7 +99,8 @@ prefetch.Prefetcher.__init__ = hanging
 @pytest.mark.guard
 @pytest.mark.parametrize(
   ("hangs", "told"),
-  [("01", "1"), pytest.param("01", "01", marks=pytest.mark.slow), ("1", "01"),
+  [("01", "1"), pytest.param("01", "01", marks=pytest.mark.slow),
+   pytest.param("1", "01", marks=pytest.mark.slow),
    pytest.param("0", "0", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_wait_for_data_ends_in_all(
@@ -219,7 +220,7 @@ def test_losses_of_one(config_file: Path, alone: Path, tmp_path: Path, topology:
   assert cluster.samples(tmp_path / "run") == cluster.samples(alone)
 
 
-@pytest.mark.guard
+@pytest.mark.slow
 def test_samples_that_are_measured_in_shares_are_packed_as_one(
   config: config_lib.Config, tmp_path: Path
 ) -> None:

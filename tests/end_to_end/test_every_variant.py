@@ -25,8 +25,6 @@ KINDS = (
   "none",
   "pooling",
   "cropping",
-  "pooling_transformer",
-  "cropping_multiscale_dfi",
   "detail_only",
 )
 

@@ -164,7 +164,9 @@ def test_killed_in_the_middle_of_a_save(unbroken: Path, config_file: Path, tmp_p
 
 
 @pytest.mark.guard
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop(
   unbroken: Path, config_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -93,7 +93,7 @@ def test_two_slices_exchange_sums() -> None:
   assert received == pytest.approx(sent, rel=0.1)
 
 
-@pytest.mark.guard
+@pytest.mark.slow
 @LIBTPU
 def test_what_cannot_fit_is_not_compiled() -> None:
   """The caches of an evaluation alone exceed a chip; the message says which part of it."""

@@ -11,7 +11,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import recipes
 from llava_sp_jax.plan import compile as compile_lib
-from llava_sp_jax.plan import report, topologies
+from llava_sp_jax.plan import explain, report, topologies
 from llava_sp_jax.tools import plan
 from tests import documents
 from tests.conftest import REPOSITORY
@@ -61,7 +61,8 @@ def shown() -> dict[str, Shown]:
   for one in (*planned(), *launched()):
     one = dataclasses.replace(one, config=without_init(one.config))
     if one not in found.values():
-      found[f"{one.config.name} {one.topology} {one.what}"] = one
+      model = one.config.model
+      found[f"{one.config.name} {model.frozen_matmul} {one.topology} {one.what}"] = one
   return found
 
 
@@ -76,10 +77,13 @@ def test_both_stages_are_launched() -> None:
 
 @pytest.mark.guard
 @LIBTPU
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * (one.what == "eval")) for n, one in SHOWN.items()],
+)
 def test_it_fits(name: str) -> None:
   one = SHOWN[name]
   topology = topologies.topology(one.topology)
   compiled = compile_lib.compile_config(one.config, topology, one.what)
   found = report.make(one.config, topology, one.what, compiled)
-  assert found.fits, report.refusal(found)
+  assert found.fits, explain.refusal(found)
