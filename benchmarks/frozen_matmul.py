@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, str]] = {
   "floats": {},
   "int8": {"quantize": "int8", "frozen_matmul": "int8"},
 }
-SMOOTH = 0.9  # share of the former values in a smoothed loss
+SMOOTH = 0.5  # share of the former values in a smoothed loss
 
 
 def llava_sp(*arguments: str) -> None:
