@@ -215,8 +215,10 @@ def unquantized(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 def with_format(config: config_lib.ModelConfig, name: str) -> config_lib.ModelConfig:
   """Returns the config with another `quantize`; multiplies in floats if `frozen_matmul` needs other
   kernels.
+
+  Raises: ConfigError for a `frozen_matmul` that is no row of PRODUCTS.
   """
-  _, takes = PRODUCTS[config.frozen_matmul]
+  _, takes = config_lib.lookup("model.frozen_matmul", config.frozen_matmul, PRODUCTS)
   product = FLOAT if takes and name not in takes else config.frozen_matmul
   return dataclasses.replace(config, quantize=name, frozen_matmul=product)
 

@@ -82,6 +82,10 @@ def test_other_kernels_are_refused(tiny_config: ConfigMaker) -> None:
   assert build.unquantized(config).frozen_matmul == "float"
   assert build.answering(config, "int4", "").frozen_matmul == "float"
   assert build.answering(config, "int8", "").frozen_matmul == "int8"
+  unknown = dataclasses.replace(config, frozen_matmul="int3")
+  for use in (build.model, build.unquantized):
+    with pytest.raises(config_lib.ConfigError, match=r"unknown 'int3'; known: float, fp8, int8"):
+      use(unknown)
 
 
 @pytest.mark.parametrize("name", CODED)
