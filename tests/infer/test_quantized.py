@@ -93,6 +93,21 @@ def test_answers_are_those_of_the_dequantized_model(
   assert set(held) == {name for name in held if is_quantized(f"x/{name}")}
 
 
+@pytest.mark.guard
+@pytest.mark.parametrize("product", ["int8", "fp8"])
+def test_answers_with_products_in_codes_are_those_that_training_would_compute(
+  wide: Pretrained, few: list[Request], product: str
+) -> None:
+  """Cached, unstacked, two at a time, beside the whole uncached model with the same products."""
+  made = with_formats(wide, product)
+  model = dataclasses.replace(made.config.model, frozen_matmul=product)
+  made = dataclasses.replace(made, config=dataclasses.replace(made.config, model=model))
+  oracle = Oracle(made)
+  wanted = [oracle.greedy(request, NEW) for request in few]
+  assert len(set(wanted)) > 2
+  assert ids(Engine(made, 2, GENERATION).answer(few)) == wanted
+
+
 class CachedOracle(Oracle):
   """Decodes alone, one token at a time, and rounds keys and values as an int8 cache does."""
 
