@@ -33,8 +33,10 @@ WAYS = (  # name, packing, row length, tiles of a row, rows of the small model's
   ("plain padding", "none", 2048, 1, 12),
   ("length buckets", "buckets", 2048, 1, 12),
   ("packed, rows of 2048", "first_fit", 2048, 3, 12),
+  ("balanced, 2 samples a row", "balanced", 2048, 3, 12),
   ("packed, rows of 4096", "first_fit", 4096, 6, 6),
 )
+SAMPLES = 2  # of a row, on average, where the packing keeps the number of samples of a batch
 NEARLY_FULL = 0.95  # the bound takes a minute and is computed only below this fill
 UNIT = 16  # tokens to which the bound rounds lengths down
 
@@ -83,12 +85,18 @@ def fullest(
   return float(worth[capacity, tiles]), column
 
 
+def shape_of(key: str, length: int, tiles: int, batch: int) -> packing.Shape:
+  """Returns the room of a batch; a packing that counts samples gets SAMPLES of them a row."""
+  counted = packing.PACKINGS[key].counted
+  return packing.Shape(length, tiles, batch, samples=SAMPLES * batch if counted else 0)
+
+
 def fills(count: int) -> list[dict[str, Any]]:
   """Measures the fill of the planner at full size."""
   sizes, records = mixture.draw(count), []
   few = mixture.draw(packing.WINDOW)
   for name, key, length, tiles, _ in WAYS:
-    shape = packing.Shape(length, tiles, 128)
+    shape = shape_of(key, length, tiles, 128)
     started = time.process_time()
     rows = packing.plan(packing.PACKINGS[key], sizes, shape, 0, 0)
     spent, fill = time.process_time() - started, packing.fill(rows, sizes)
@@ -177,7 +185,7 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
   sizes = mixture.draw(4096, seed=1, shrink=SHRINK)
   excess = mixture.IMAGE // SHRINK - IMAGE  # the small image is some tokens shorter
   sizes = dataclasses.replace(sizes, lengths=sizes.lengths - excess * sizes.tiles)
-  shape = packing.Shape(length, tiles, batch)
+  shape = shape_of(key, length, tiles, batch)
   rows = packing.plan(packing.PACKINGS[key], sizes, shape, 0, 0)
   batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
   rng = np.random.default_rng(0)
