@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,6 +33,13 @@ def free(devices: int) -> int | None:
     re.search(r"MemAvailable: *(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
   )
   return int(available[1]) * 1024 if available else None
+
+
+def device_bytes(tree: Any) -> int:
+  """Returns the bytes of arrays, or of placed shapes, on one device, without padding to tiles."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
 
 
 def _resident() -> int:

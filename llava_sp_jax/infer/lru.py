@@ -6,11 +6,11 @@ import collections
 from collections.abc import Hashable
 from typing import Any
 
-import jax
+from llava_sp_jax.distributed.memory import device_bytes
 
 
 class Lru:
-  """Holds values by key, at most `limit` bytes in all. The last value stays, whatever its size."""
+  """Holds values by key, at most `limit` bytes of a device. The last value stays, whatever its size."""
 
   def __init__(self, limit: int):
     self._limit, self._bytes = limit, 0
@@ -33,7 +33,7 @@ class Lru:
     """Stores `value`, a tree of arrays, and drops the least recently used ones until all fit."""
     if key in self._values:
       self._bytes -= self._values.pop(key)[1]
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(value))
+    size = device_bytes(value)
     self._values[key] = value, size
     self._bytes += size
     while self._bytes > self._limit and len(self._values) > 1:

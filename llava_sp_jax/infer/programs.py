@@ -168,7 +168,9 @@ class Programs:
     """
     run = functools.partial(prefill.grow, self._module, capacity=capacity)
     key = ("grow", capacity, *_shapes(group))
-    return self._run(key, run, (self._params, self._group(group)), out=self._whole)
+    each = prefill.Prefix(self._prefix_place, self._prefix_place)
+    out = (each,) * len(group.tokens)
+    return self._run(key, run, (self._params, self._group(group)), out=out)
 
   def admit(
     self,
@@ -262,11 +264,20 @@ class Programs:
     """Replicates values over all devices; a single process leaves that to the program."""
     return tuple(mesh_lib.put(x, self._whole) for x in values) if self.several else values
 
+  def _heads(self) -> str | None:
+    """Returns the axis of the mesh that divides the key-value heads; None if none does."""
+    heads = self._module.language_model.kv_heads
+    return "tensor" if heads % self.mesh.shape["tensor"] == 0 else None
+
+  @property
+  def _prefix_place(self) -> NamedSharding:
+    """The sharding of the keys, and of the values, of a prefix [L, K, ...]."""
+    return NamedSharding(self.mesh, PartitionSpec(None, self._heads()))
+
   def _state_places(self, rows: int) -> Any:
     text = self._module.language_model
-    heads = "tensor" if text.kv_heads % self.mesh.shape["tensor"] == 0 else None
     row = mesh_lib.BATCH[0] if rows % self.parts == 0 else None
-    kept = NamedSharding(self.mesh, PartitionSpec(row, heads))
+    kept = NamedSharding(self.mesh, PartitionSpec(row, self._heads()))
     each = NamedSharding(self.mesh, PartitionSpec(row))
     layers = (kept,) * text.layers
     cache: Any = cache_lib.KVCache(layers, layers, each)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ planned has the sizes, groups and roundings of what runs, and is run as often.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax.distributed.memory import device_bytes
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.caches import FeatureCache, PictureCache, PrefixCache
 from llava_sp_jax.infer.counts import Counts
@@ -180,10 +180,3 @@ def placed(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
   return jax.tree.map(below, places, shapes, is_leaf=lambda x: isinstance(x, NamedSharding))
-
-
-def device_bytes(tree: Any) -> int:
-  """Returns the bytes of a tree of placed shapes on one device, without padding to tiles."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )

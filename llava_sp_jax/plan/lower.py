@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import example
 from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed.memory import device_bytes
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.plan import answers
 from llava_sp_jax.plan import memory as memory_lib
@@ -157,7 +158,7 @@ def by_part(name: str, arguments: Any) -> dict[str, int]:
   parts: dict[str, int] = {}
   for path, shape in jax.tree_util.tree_leaves_with_path(arguments):
     part = memory_lib.part_of(name + jax.tree_util.keystr(path))
-    parts[part] = parts.get(part, 0) + answers.device_bytes(shape)
+    parts[part] = parts.get(part, 0) + device_bytes(shape)
   return parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -174,14 +175,19 @@ def test_a_task_that_a_server_scores_has_nothing_to_log(
 
 @pytest.mark.guard
 def test_processes_evaluate_together(config: Any, tiny_data: Path, tmp_path: Path) -> None:
-  """Two that share parameters answer as one does, though only the first can read the pictures."""
+  """Two of eight devices each, which share parameters, answer as one device does, though only the
+  first process can read the pictures. All axes of the mesh divide something.
+  """
   data = tmp_path / "data"
   shutil.copytree(tiny_data, data)
   lost = TASKS["easy_vqa"](data).items()[2].images[0]
   assert isinstance(lost, Path)
   lost.unlink()
-  file = write_config(config(data=str(data)), tmp_path / "tiny.py")
-  Cluster(file, tmp_path / "run", Topology(2, 2, (1, 4, 1))).finish()
+  wide = dataclasses.replace(config(data=str(data)).train, batch_size=8)
+  file = write_config(
+    dataclasses.replace(config(data=str(data)), train=wide), tmp_path / "tiny.py"
+  )
+  Cluster(file, tmp_path / "run", Topology(2, 8, (2, 4, 2))).finish()
   scored = [r for r in records(tmp_path / "run") if "eval_score" in r]
   assert [r["step"] for r in scored] == [3, 6, 7]
   here = tmp_path / "run" / in_loop.FOLDER / f"step-{STEPS}"

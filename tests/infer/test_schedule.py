@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.infer.lru import Lru
@@ -69,13 +69,13 @@ def test_what_cannot_be_read_says_so_and_the_rest_goes_on() -> None:
 
 
 def test_the_store_drops_what_was_not_used_for_longest() -> None:
-  store = Lru(3 * 80)
+  store = Lru(3 * 40)
   for i in range(3):
-    store.put(i, (np.zeros(10),))
+    store.put(i, (jnp.zeros(10),))
   assert store.get(0) is not None
-  store.put(3, (np.zeros(10),))
+  store.put(3, (jnp.zeros(10),))
   assert [i in store for i in range(4)] == [True, False, True, True]
-  store.put(4, np.zeros(100))  # larger than the limit: kept alone
+  store.put(4, jnp.zeros(100))  # larger than the limit: kept alone
   assert len(store) == 1
-  assert store.get(4).nbytes == 800
+  assert store.get(4).nbytes == 400
   assert store.get(0) is None

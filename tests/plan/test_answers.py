@@ -12,6 +12,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed import mesh as mesh_lib
+from llava_sp_jax.distributed.memory import device_bytes
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.caches import FeatureCache, PrefixCache
 from llava_sp_jax.infer.counts import Counts
@@ -103,7 +104,7 @@ def test_the_engine_runs_what_is_planned(tiny_config: ConfigMaker, cache: str) -
     for i in range(3)
     for x in prefixes.of([(answers._ready(config, i).request, _shared(config, i))])[0] or ()
   )
-  assert answers.device_bytes(planned._params) == sum(
+  assert device_bytes(planned._params) == sum(
     x.nbytes for x in jax.tree.leaves(programs._params)
   )
 
