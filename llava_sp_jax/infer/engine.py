@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
+from llava_sp_jax import config as config_lib
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.beam import BeamSearch
 from llava_sp_jax.infer.broadcast import broadcast_requests
@@ -77,7 +78,7 @@ class Engine:
     self._tokenizer, self._threads = pretrained.tokenizer, max(1, config.data.threads)
     # Dynamic rotary positions depend on the length of the whole prompt.
     share = layout.share and text.rope_scaling.kind != "dynamic"
-    pictures = PictureCache.of(config, layout.pictures)
+    pictures = self._make_pictures(config, layout.pictures)
     self._prompts = Prompts(config, pretrained.tokenizer, pictures, share)
     logged = (layout.log_probabilities, generation.log_probabilities)
     self._rule = decode.StopRule(
@@ -90,11 +91,20 @@ class Engine:
     )
     beams = self._rule.beams > 1
     strategy: decode.Strategy = BeamSearch(self._rule) if beams else decode.Sampling(self._rule)
-    self._programs = Programs(config, pretrained.params, strategy, mesh, self.counts)
+    self._programs = self._make_programs(strategy, mesh)
     self._rows = Rows(
       self._programs, self._rule, generation, layout, self._empty_caches(), batch_size
     )
     self._busy = False
+
+  # What a plan replaces, which answers nothing (`plan.questions`).
+
+  def _make_pictures(self, config: config_lib.Config, most: int) -> PictureCache:
+    return PictureCache.of(config, most)
+
+  def _make_programs(self, strategy: decode.Strategy, mesh: Mesh | None) -> Programs:
+    model = self.pretrained
+    return Programs(model.config, model.params, strategy, mesh, self.counts)
 
   # ---- what callers use ----
 

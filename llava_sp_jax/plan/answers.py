@@ -19,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.distributed.memory import device_bytes
-from llava_sp_jax.infer import decode
+from llava_sp_jax.infer import decode, row_settings
 from llava_sp_jax.infer.caches import FeatureCache, PictureCache, PrefixCache
 from llava_sp_jax.infer.counts import Counts
 from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.infer.layout import EngineLayout
+from llava_sp_jax.infer.prefill import Group, Prefix
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.requests import Prompt, PromptPiece, Request
 from llava_sp_jax.infer.rows import Rows
@@ -57,6 +58,7 @@ class AbsentPrograms(Programs):
   def __init__(self, config: config_lib.Config, strategy: decode.Strategy, mesh: Mesh):
     """Makes the shapes of the parameters, placed as the engine places them."""
     super().__init__(config, {}, strategy, mesh, Counts())
+    self._config = config.model
     self._runs: dict[tuple[str | int, ...], int] = {}
     self.last: dict[str, tuple[str | int, ...]] = {}  # name -> the key of the last program
     self.traced: dict[str, Any] = {}  # name -> the last program of that name
@@ -92,12 +94,82 @@ class AbsentPrograms(Programs):
     """Returns how often the last program of a name would have run."""
     return self._runs[self.last[name]]
 
+  def runs_by_key(self) -> dict[tuple[str | int, ...], int]:
+    """Returns how often each program would have run."""
+    return dict(self._runs)
+
   def _put(self, array: Any) -> Any:
     rows = len(array) % self.parts == 0
     return placed(_shape(array), self._rows if rows else self._whole)
 
   def _same(self, *values: Any) -> tuple[Any, ...]:
     return tuple(placed(_shape(value), self._whole) for value in values)
+
+  def at(self, key: tuple[str | int, ...]) -> None:
+    """Traces the program of a key of `Programs` with its sizes: one of ENTRIES."""
+    ENTRIES[str(key[0])](self, *map(int, key[1:]))
+
+  def group(self, rows: int, length: int, before: int, tiles: int) -> Group:
+    """Returns the shapes of `rows` prompts: `length` new positions that follow prefixes of
+    `before` positions, and show so many tiles.
+    """
+    text = self._module.language_model
+    sizes = (text.layers, text.kv_heads)
+    keys, values = (
+      jax.ShapeDtypeStruct((*sizes, *rest), text.dtype, sharding=self._prefix_place)
+      for rest in ((text.head_dim, before), (before, text.head_dim))
+    )
+    side = self._config.tower.image_size
+    encoded = self.encode(np.zeros((self.parts, side, side, 3), np.float32)) if tiles else []
+    return Group(
+      np.zeros((rows, length), np.int32),
+      np.full((rows, length), -1, np.int32),
+      np.full(rows, length, np.int32),
+      np.zeros(rows, np.int32),
+      (Prefix(keys, values),) * (rows if before else 0),
+      ((encoded[0],) * tiles,) * rows if tiles else (),
+    )
+
+
+def _encode(programs: AbsentPrograms, tiles: int) -> None:
+  side = programs._config.tower.image_size
+  programs.encode(np.zeros((tiles, side, side, 3), np.float32))
+
+
+def _grow(
+  programs: AbsentPrograms, capacity: int, rows: int, length: int, before: int, tiles: int
+) -> None:
+  programs.grow(programs.group(rows, length, before, tiles), capacity)
+
+
+def _admit(
+  programs: AbsentPrograms,
+  rows: int,
+  capacity: int,
+  some: int,
+  length: int,
+  before: int,
+  tiles: int,
+) -> None:
+  rule = programs._strategy.rule
+  settings = row_settings.of(
+    [Generation()] * some, range(some), [None] * some, rule.stop_ids, rule.logits
+  )
+  state, group = programs.state(rows, capacity), programs.group(some, length, before, tiles)
+  programs.admit(state, group, np.arange(some, dtype=np.int32), settings)
+
+
+def _decode(programs: AbsentPrograms, rows: int, capacity: int) -> None:
+  programs.decode(programs.state(rows, capacity), np.zeros(rows, bool), 1, rows + 1)
+
+
+# Name of a program -> traces it for the sizes that follow the name in its key.
+ENTRIES: dict[str, Callable[..., None]] = {
+  "encode": _encode,
+  "grow": _grow,
+  "admit": _admit,
+  "decode": _decode,
+}
 
 
 class Blank(PictureCache):
