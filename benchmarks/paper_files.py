@@ -24,10 +24,14 @@ from PIL import Image
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-WORDS = (
-  "what is the color of a man in this picture and how many people are on left right side near "
-  "table holding red blue object behind it does there any which type animal kind street food made"
-).split()
+WORDS = tuple(
+  word
+  for line in (
+    "what is the color of a man in this picture and how many people are on left right side near",
+    "table holding red blue object behind it does there any which type animal kind street food made",
+  )
+  for word in line.split()
+)
 PICTURES, SIDE = 32, (640, 480)  # distinct files, and their size
 SPLITS = ("random", "popular", "adversarial")  # of POPE
 
@@ -43,8 +47,8 @@ class Size:
 
 
 # VQAv2 test-dev2015, GQA testdev-balanced, VizWiz test, ScienceQA test (2,017 with an image),
-# TextVQA val, POPE of LLaVA's eval.zip, MME, MMBench dev (rows with circular choices) and its Chinese
-# version, SEED-Bench's images, LLaVA-Bench (in-the-wild), MM-Vet.
+# TextVQA val, POPE of LLaVA's eval.zip, MME, MMBench dev (1,164 questions, asked again with their
+# choices in other orders) and its Chinese version, SEED-Bench's images, LLaVA-Bench (in-the-wild), MM-Vet.
 SIZES = {
   "vqav2": Size(107_394, 36_807, 6, 3),
   "gqa": Size(12_578, 398, 8, 3),
@@ -53,8 +57,8 @@ SIZES = {
   "textvqa": Size(5_000, 3_166, 7, 5),
   "pope": Size(8_910, 500, 7, 2),
   "mme": Size(2_374, 1_187, 12, 2),
-  "mmbench": Size(4_377, 4_377, 12, 2),
-  "mmbench_cn": Size(4_329, 4_329, 12, 2),
+  "mmbench": Size(4_377, 1_164, 12, 2),
+  "mmbench_cn": Size(4_329, 1_164, 12, 2),
   "seed": Size(14_233, 14_233, 12, 2),
   "llava_bench": Size(60, 24, 14, 160),
   "mmvet": Size(218, 200, 12, 60),
@@ -107,8 +111,9 @@ class Files:
     path.write_text(json.dumps(value))
 
   def encoded(self, index: int) -> str:
-    """Returns a picture as base64."""
-    return base64.b64encode(self._pictures[index % PICTURES].read_bytes()).decode()
+    """Returns a picture as base64; those of two indices differ in their last bytes."""
+    content = self._pictures[index % PICTURES].read_bytes()
+    return base64.b64encode(content + index.to_bytes(4, "big")).decode()
 
 
 def vqav2(files: Files) -> None:
@@ -248,7 +253,7 @@ def mme(files: Files) -> None:
 
 
 def mmbench(files: Files, name: str = "mmbench", split: str = "mmbench_dev_20230712") -> None:
-  count, _ = files.size(name)
+  count, images = files.size(name)
   header = "index question hint A B C D answer category image source l2-category comment split"
   path = files.root / name / f"{split}.tsv"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +262,7 @@ def mmbench(files: Files, name: str = "mmbench", split: str = "mmbench_dev_20230
     writer.writerow(header.split())
     for i in range(count):
       choices = files.rng.choice(WORDS, 4).tolist()
-      image = files.encoded(i)
+      image = files.encoded(i % images)
       about = ["ABCD"[i % 4], "scene", image, "made", "coarse", "", "dev"]
       writer.writerow([i, files.text(name), "", *choices, *about])
 

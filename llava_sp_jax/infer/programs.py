@@ -168,8 +168,8 @@ class Programs:
     """
     run = functools.partial(prefill.grow, self._module, capacity=capacity)
     key = ("grow", capacity, *_shapes(group))
-    each = prefill.Prefix(self._prefix_place, self._prefix_place)
-    out = (each,) * len(group.tokens)
+    place: Any = self._prefix_place
+    out = (prefill.Prefix(place, place),) * len(group.tokens)
     return self._run(key, run, (self._params, self._group(group)), out=out)
 
   def admit(

@@ -94,6 +94,11 @@ class AbsentPrograms(Programs):
     """Returns how often the last program of a name would have run."""
     return self._runs[self.last[name]]
 
+  @property
+  def rule(self) -> decode.StopRule:
+    """The constants of the programs."""
+    return self._strategy.rule
+
   def runs_by_key(self) -> dict[tuple[str | int, ...], int]:
     """Returns how often each program would have run."""
     return dict(self._runs)
@@ -115,10 +120,10 @@ class AbsentPrograms(Programs):
     """
     text = self._module.language_model
     sizes = (text.layers, text.kv_heads)
-    keys, values = (
+    shapes: list[Any] = [
       jax.ShapeDtypeStruct((*sizes, *rest), text.dtype, sharding=self._prefix_place)
       for rest in ((text.head_dim, before), (before, text.head_dim))
-    )
+    ]
     side = self._config.tower.image_size
     encoded = self.encode(np.zeros((self.parts, side, side, 3), np.float32)) if tiles else []
     return Group(
@@ -126,7 +131,7 @@ class AbsentPrograms(Programs):
       np.full((rows, length), -1, np.int32),
       np.full(rows, length, np.int32),
       np.zeros(rows, np.int32),
-      (Prefix(keys, values),) * (rows if before else 0),
+      (Prefix(*shapes),) * (rows if before else 0),
       ((encoded[0],) * tiles,) * rows if tiles else (),
     )
 
@@ -151,7 +156,7 @@ def _admit(
   before: int,
   tiles: int,
 ) -> None:
-  rule = programs._strategy.rule
+  rule = programs.rule
   settings = row_settings.of(
     [Generation()] * some, range(some), [None] * some, rule.stop_ids, rule.logits
   )
@@ -181,6 +186,14 @@ class Blank(PictureCache):
     return np.zeros((1, side, side, 3), np.float32)
 
 
+def alone(config: config_lib.Config, mesh: Mesh) -> AbsentPrograms:
+  """Returns the programs of a model with the default settings of generation; none is traced yet."""
+  config = dataclasses.replace(config, model=folded(config.model))
+  text = config.model.language_model
+  rule = decode.StopRule(STOP_IDS, Generation().max_new_tokens, text.vocab_size)
+  return AbsentPrograms(config, decode.Sampling(rule), mesh)
+
+
 def admitted(config: config_lib.Config, mesh: Mesh) -> tuple[AbsentPrograms, Rows, dict[str, int]]:
   """Admits prompts of `data.row_length` positions into all rows, and decodes.
 
@@ -192,10 +205,8 @@ def admitted(config: config_lib.Config, mesh: Mesh) -> tuple[AbsentPrograms, Row
 
   Raises: ConfigError when the images leave no room for a question.
   """
-  config = dataclasses.replace(config, model=folded(config.model))
-  text, generation, layout = config.model.language_model, Generation(), EngineLayout()
-  rule = decode.StopRule(STOP_IDS, generation.max_new_tokens, text.vocab_size)
-  programs = AbsentPrograms(config, decode.Sampling(rule), mesh)
+  programs, generation, layout = alone(config, mesh), Generation(), EngineLayout()
+  config, rule = dataclasses.replace(config, model=folded(config.model)), programs.rule
   tiles, pictures = layout.tiles * programs.parts, Blank.of(config)
   features = FeatureCache(programs, pictures, Counts(), layout.feature_bytes, tiles)
   prefixes = PrefixCache(programs, features, Counts(), layout)

@@ -119,6 +119,19 @@ def compile_config(
     }
 
 
+def compile_key(
+  config: config_lib.Config, topology: Topology, key: tuple[str | int, ...]
+) -> Compiled:
+  """Compiles one of the engine's programs for the sizes in its key (`answers.ENTRIES`).
+
+  Raises: PlanError when it cannot be compiled.
+  """
+  check_installed(topology)
+  name = str(key[0])
+  with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as folder:
+    return _compile(config, topology, name, PROGRAMS[EVAL][name], Path(folder), True, key)
+
+
 def _compile(
   config: config_lib.Config,
   topology: Topology,
@@ -126,8 +139,12 @@ def _compile(
   dumped: str,
   folder: Path,
   fast: bool,
+  key: tuple[str | int, ...] = (),
 ) -> Compiled:
-  """Compiles one program; `dumped` is its name in the names of dumps, which go to `folder`."""
+  """Compiles one program; `dumped` is its name in the names of dumps, which go to `folder`.
+
+  `key` has the sizes of one of the engine's programs (none: those that `answers.admitted` finds).
+  """
   folder.mkdir(parents=True, exist_ok=True)
   for old in _dumps(folder, dumped, ".txt"):
     old.unlink()
@@ -136,6 +153,7 @@ def _compile(
   request = {
     "config": config_lib.to_dict(config),
     "program": program,
+    "key": list(key),
     "platform": topology.chip.platform,
     "topology": topology.compiler_name,
     "arguments": topology.compiler_arguments,

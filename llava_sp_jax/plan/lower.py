@@ -81,6 +81,14 @@ def answering(name: str, config: config_lib.Config, device_mesh: Mesh) -> Progra
   )
 
 
+def sized(key: tuple[str | int, ...], config: config_lib.Config, device_mesh: Mesh) -> Program:
+  """Returns the engine's program of a key, in `answers.ENTRIES`, for a mesh's devices."""
+  programs, name = answers.alone(config, device_mesh), str(key[0])
+  programs.at(key)
+  about = {"parameters": build.parameter_counts(answers.folded(config.model))}
+  return Program(programs.traced[name].lower, programs.arguments[name], about)
+
+
 # Program -> function (config, mesh) -> Program; `compile.PROGRAMS` has their names in dumps.
 LOWERINGS: dict[str, Callable[[config_lib.Config, Mesh], Program]] = {
   TRAIN: train_step,
@@ -132,7 +140,9 @@ def main(path: str) -> None:
   rows = config.train.batch_size if training else None
   device_mesh = mesh_lib.create(config.mesh, rows, config.train.accumulate, list(described.devices))
   with jax.set_mesh(device_mesh):
-    program = LOWERINGS[request["program"]](config, device_mesh)
+    key = tuple(request.get("key", ()))
+    make = functools.partial(sized, key) if key else LOWERINGS[request["program"]]
+    program = make(config, device_mesh)
     about = {
       "coordinates": [list(getattr(d, "coords", (d.id,))) for d in device_mesh.devices.flat],
       "mesh": dict(device_mesh.shape),

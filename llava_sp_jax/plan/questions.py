@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -196,9 +197,13 @@ def counted(
   }
 
 
+def _assumed(length: int, number: int) -> int:
+  """Returns the tokens that the answer to a request is assumed to have: the same for all."""
+  return length
+
+
 def main(path: str) -> None:
   """Counts for the request in the JSON file `path`, and writes counted.json beside it."""
-  from llava_sp_jax.data import tokenizer as tokenizer_lib
   from llava_sp_jax.distributed import mesh as mesh_lib
   from llava_sp_jax.results.predictions import Part
   from llava_sp_jax.tasks import catalog
@@ -208,15 +213,13 @@ def main(path: str) -> None:
   config = config_lib.from_dict(request["config"])
   data, fsdp, tensor = request["mesh"]
   mesh = mesh_lib.create(config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-  tokenizer = tokenizer_lib.load(config.data.tokenizer)
+  tokenizer = Tokenizer(config.data.tokenizer)
   results: dict[str, Any] = {}
   for name, folder in request["tasks"].items():
     task = catalog.find("--task", name)(folder)
     items = Part(0, request["parts"]).choose(task.items())
-    length = request["lengths"][name]
-    engine = CountedEngine(
-      config, tokenizer, mesh, request["batch_size"], task.generation, lambda _, n=length: n
-    )
+    length = functools.partial(_assumed, request["lengths"][name])
+    engine = CountedEngine(config, tokenizer, mesh, request["batch_size"], task.generation, length)
     found = engine.counted(
       [Request(item.question, item.images, number=i) for i, item in enumerate(items)]
     )
