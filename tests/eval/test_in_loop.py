@@ -184,9 +184,7 @@ def test_processes_evaluate_together(config: Any, tiny_data: Path, tmp_path: Pat
   assert isinstance(lost, Path)
   lost.unlink()
   wide = dataclasses.replace(config(data=str(data)).train, batch_size=8)
-  file = write_config(
-    dataclasses.replace(config(data=str(data)), train=wide), tmp_path / "tiny.py"
-  )
+  file = write_config(dataclasses.replace(config(data=str(data)), train=wide), tmp_path / "tiny.py")
   Cluster(file, tmp_path / "run", Topology(2, 8, (2, 4, 2))).finish()
   scored = [r for r in records(tmp_path / "run") if "eval_score" in r]
   assert [r["step"] for r in scored] == [3, 6, 7]

@@ -104,9 +104,7 @@ def test_the_engine_runs_what_is_planned(tiny_config: ConfigMaker, cache: str) -
     for i in range(3)
     for x in prefixes.of([(answers._ready(config, i).request, _shared(config, i))])[0] or ()
   )
-  assert device_bytes(planned._params) == sum(
-    x.nbytes for x in jax.tree.leaves(programs._params)
-  )
+  assert device_bytes(planned._params) == sum(x.nbytes for x in jax.tree.leaves(programs._params))
 
 
 def _shared(config: config_lib.Config, number: int) -> Any:
