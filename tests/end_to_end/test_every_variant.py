@@ -21,12 +21,7 @@ SIZES = {"tower": {"image_size": 48, "patch_size": 4}}
 
 
 # Rows of other kinds than those of the others, of which each takes a minute.
-KINDS = (
-  "none",
-  "pooling",
-  "cropping",
-  "detail_only",
-)
+KINDS = ("none", "cropping")
 
 
 @pytest.mark.parametrize(
