@@ -132,7 +132,8 @@ def _train(
   clock: goodput.Clock,
   executable: str,
 ) -> Result:
-  read = functools.cache(functools.partial(inputs.fingerprints, config))
+  opened = functools.cache(functools.partial(inputs.open_tokenizer, config))
+  read = functools.cache(lambda: inputs.fingerprints(config, opened()))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read()[0], **inputs.validation_input(config)}))
   config = resume.with_steps_of(folder, config)
@@ -141,7 +142,10 @@ def _train(
   begun = resume.first(folder, options)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
-  tokenizer = inputs.open_tokenizer(config)
+  compiled = Path(executable) if executable else None
+  if compiled:
+    executables.check(compiled, config, device_mesh, steps=bool(begun) or not config.train.epochs)
+  tokenizer = opened()
   preflight.check_config(config, tokenizer)
   read_from, former = read()
   changed = resume.compare_inputs(folder, begun, read_from, options.changed, former)
@@ -164,8 +168,7 @@ def _train(
   if not begun:
     config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
-  compiled = Path(executable) if executable else None
-  if compiled:
+  if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   validator = Validator(config, module, tokenizer, device_mesh)
