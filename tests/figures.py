@@ -234,6 +234,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/pods.md", "4.4%"): "arithmetic on an example",
   ("docs/pods.md", "1.3%"): "arithmetic on an example",
   ("docs/training.md", "15 seconds"): "a limit in llava_sp_jax/locks.py and stores/bucket.py",
+  ("docs/training.md", "1 MB"): "15 seconds of the rate in llava_sp_jax/stores/bucket.py",
   ("docs/training.md", "0.1 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "2 s"): "a limit in llava_sp_jax/training/goodput.py",
   ("docs/training.md", "15 s"): "a limit in llava_sp_jax/training/goodput.py",

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from llava_sp_jax import storage
+from llava_sp_jax import console, storage
 from llava_sp_jax.checkpoints.fingerprints import compare_sums, sums
 from llava_sp_jax.checkpoints.on_disk import PLACE, checksums, trouble
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 
 Result = TypeVar("Result")
@@ -49,8 +51,25 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       raise CheckpointError(
         f"{place}: expected a folder of checkpoints, found a file; move it away"
       )
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      enable_async_checkpointing=True,
+      async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._meet),
+    )
+    self._thread = threading.get_ident()
     self._manager, self._closed = ocp.CheckpointManager(place, options=options), False
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes at a barrier of Orbax.
+
+    Threads of Orbax come here after their write has failed, too, with its error on its way. The
+    others would wait for this process until the limit of 20 minutes, so the run is aborted.
+    """
+    failed = sys.exception() if self._thread != threading.get_ident() else None
+    if failed and jax.process_count() > 1:
+      problem = _described(f"{self.folder}: a step could not be saved", failed)
+      processes.abort(f"CheckpointError: {console.error_line(problem)}", 1)
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
   @property
   def latest(self) -> int | None:
@@ -136,6 +155,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     if error is None:
       self.close()
       return
+    if isinstance(error, CheckpointError) and jax.process_count() > 1:
+      return  # others may be waiting for the write that has failed here
     try:  # complete a pending write although the step has failed
       self.close()
     except CheckpointError as another:
@@ -155,20 +176,28 @@ def as_checkpoint_error(what: str, work: Callable[[], Result]) -> Result:
   except (MemoryError, CheckpointError):
     raise
   except Exception as error:
-    text = str(error)
-    full = "No space left" in text or "quota" in text.lower()
-    if "RESOURCE_EXHAUSTED" in text and not full:
+    if "RESOURCE_EXHAUSTED" in str(error) and not _full(str(error)):
       raise
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    hint = "; free some space and give the same command again" if full else ""
-    problem = CheckpointError(f"{what} ({(lines or [type(error).__name__])[0][:300]}){hint}")
-    problem.add_note("".join(traceback.format_exception(error)))
+    problem = _described(what, error)
   before, sys.unraisablehook = sys.unraisablehook, lambda _: None
   try:
     gc.collect()
   finally:
     sys.unraisablehook = before
   raise problem
+
+
+def _described(what: str, error: BaseException) -> CheckpointError:
+  text = str(error)
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  hint = "; free some space and give the same command again" if _full(text) else ""
+  problem = CheckpointError(f"{what} ({(lines or [type(error).__name__])[0][:300]}){hint}")
+  problem.add_note("".join(traceback.format_exception(error)))
+  return problem
+
+
+def _full(text: str) -> bool:
+  return "No space left" in text or "quota" in text.lower()
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -238,11 +238,23 @@ def abort(what: str, code: int) -> None:
 
   `what` says why, in the messages of all.
   """
-  who = f"process {jax.process_index()} of {jax.process_count()}"
-  with contextlib.suppress(RuntimeError):
-    _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {who}: {what}")
-  print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
+  tell(what, code)
+  print(f"llava-sp: {_me()} stops: {what}", file=sys.stderr, flush=True)
   leave(code)
+
+
+def tell(what: str, code: int) -> None:
+  """Makes the other processes exit with status `code` at their next poll, and say that `what` is why.
+
+  If several processes tell, the first one counts. Does nothing in a single process.
+  """
+  if jax.distributed.is_initialized():
+    with contextlib.suppress(RuntimeError):  # another one has told before, or the service is gone
+      _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {_me()}: {what}")
+
+
+def _me() -> str:
+  return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def leave(code: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import console
-from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave
+from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave, tell
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
@@ -22,8 +22,8 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
   JAX ends the survivors of a process that *died* (`peer_seconds`). The watchdog handles the other
   two cases: an error in one process, whose exit would wait for all others, and a step that never
   ends although all processes are alive: after `stall_seconds` without a step, 0 for no limit. Both
-  exit with a message and status 1. When one process has aborted (`abort`), all others follow. A
-  single process raises its errors as usual.
+  exit with a message and status 1. When one process has failed or aborted (`abort`), all others
+  follow within POLL_SECONDS. A single process raises its errors as usual.
   """
 
   def __init__(self, stall_seconds: float, leave: Callable[[int], Any] = leave):
@@ -55,16 +55,21 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
       return
     self._follow()  # the message of an abort says more than a broken connection
     if isinstance(error, KeyboardInterrupt):
-      self._end("interrupted")
+      self._fail("interrupted")
       return
     if type(error).__module__.startswith("llava_sp_jax") or _full(error):
-      self._end(f"{type(error).__name__}: {console.error_line(error)}")
+      self._fail(f"{type(error).__name__}: {console.error_line(error)}")
       return
     traceback.print_exception(error)
+    tell(f"{type(error).__name__}: {console.one_line(error):.300}", 1)
     self._end(
       f"failed after step {self._step} (above). If the error names a connection, another process "
       "died: see what that one printed. Started again, all resume from the last checkpoint"
     )
+
+  def _fail(self, what: str) -> None:
+    tell(what, 1)
+    self._end(what)
 
   def _follow(self) -> None:
     """Exits with the status of another process that has aborted the run."""

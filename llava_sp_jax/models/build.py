@@ -293,6 +293,13 @@ def _touch(module: LlavaSP, *inputs: Shaped[Array, " ..."]) -> Float32[Array, "B
 
 def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
   """Returns the nested parameters as shapes and dtypes; nothing is computed."""
+  result: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _traced(config))  # dicts of its own
+  return result
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Traces the model, which takes about a second; each start needs its shapes several times."""
   result: dict[str, Any] = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
   return result
 

@@ -32,6 +32,8 @@ def write(config: config_lib.Config, name: str, path: Path) -> str:
     name: the slice, as `--topology` names it.
     path: the file; what it was compiled for is written to `path`.json.
 
+  With `train.epochs`, the data must be here, because their number of rows gives the steps.
+
   Raises: PlanError when it cannot be compiled, or the chips are not those of a TPU.
   """
   request: dict[str, Any] = {"config": config_lib.to_dict(config), "path": str(path.absolute())}
@@ -62,8 +64,9 @@ def write(config: config_lib.Config, name: str, path: Path) -> str:
   if done.returncode:
     lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
     raise PlanError(f"--write-executable: the step cannot be compiled for {name}: {lines[-1]:.300}")
+  steps = json.loads(path.with_name(f"{path.name}.json").read_text())["config"]["train"]["steps"]
   return (
-    f"{path}: the train step for {name}, {path.stat().st_size / 1e6:,.1f} MB, compiled in "
+    f"{path}: the train step for {name} and a run of {steps:,} steps, {path.stat().st_size / 1e6:,.1f} MB, compiled in "
     f"{time.monotonic() - begun:.0f} s; llava-sp train --executable {path} starts with it"
   )
 
@@ -75,10 +78,12 @@ def main(file: str) -> None:
 
   from llava_sp_jax.distributed import mesh
   from llava_sp_jax.plan import lower
-  from llava_sp_jax.training import executables
+  from llava_sp_jax.training import executables, inputs, resume
 
   request = json.loads(Path(file).read_text())
   config = config_lib.from_dict(request["config"])
+  if config.train.epochs:  # the learning rate of a step depends on the number of steps
+    config = resume.with_steps_for(config, inputs.first_rows(config))
   devices = jax.devices()
   if "topology" in request:
     described = topologies.get_topology_desc(

@@ -139,6 +139,9 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
   rate, steps = plan.tokens / plan.seconds, plan.config.train.steps
   useful, compiled = plan.about["useful_flops"], cost.flops * chips
   days = plan.seconds * steps / 86400
+  what = f"the recipe's {steps:,} steps"
+  if epochs := plan.config.train.epochs:
+    what = f"train.epochs={epochs:g}, of as many steps as the data give; {steps:,} steps"
   return [
     f"step {plan.seconds:.4f} s predicted",
     f"  {rate:,.0f} tokens/s, {rate / chips:,.0f} per chip, if all places of the rows hold tokens",
@@ -154,7 +157,7 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
     f"  useful FLOPs {useful:.3e} (4N per token for frozen kernels, 6N for trainable ones, 2N in "
     "the frozen tower, causal attention, full rows)",
     f"  matmul FLOPs compiled {compiled:.3e}: useful share {useful / max(compiled, 1):.3f}",
-    f"  the recipe's {steps:,} steps: {days:.2f} days, {days * 24 * chips:,.0f} chip hours",
+    f"  {what}: {days:.2f} days, {days * 24 * chips:,.0f} chip hours",
   ]
 
 

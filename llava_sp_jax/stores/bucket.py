@@ -4,7 +4,8 @@ An object appears whole or not at all, and may be created on condition that ther
 
 - a file is put whole, which replaces it at once;
 - lines that are appended stay in memory. The whole object is put again when the caller secures it,
-  and every SECONDS. No reader ever sees half a line, and what was secured survives a kill;
+  and every SECONDS, a large one less often. No reader ever sees half a line, and what was secured
+  survives a kill;
 - a folder is moved by copying its objects and removing the originals, its own files first: without
   those, such as the marker of a complete checkpoint, the rest counts as nothing.
 """
@@ -18,12 +19,16 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax.stores.store import Seen, named
 
-SECONDS = 15.0  # the longest time that an appended line is in memory only
+SECONDS = 15.0  # the time that an appended line is in memory only, but for large objects
+# Bytes per second that may go into putting an object again and again: one above 1 MB waits longer,
+# so that what a log costs grows with its length, not with the square of it.
+RATE = 1 << 16
 # fsspec's settings. Without the first, what other processes have written is not seen.
 OPTIONS = {"use_listings_cache": False, "finalize_on_close": True}
 
@@ -36,6 +41,7 @@ class Bucket:
     self._lock, self._pending = threading.RLock(), dict[Path, bytes]()
     # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
     self._sent: dict[Path, tuple[bytes, int]] = {}
+    self._due: dict[Path, float] = {}  # when the lines of an object are put at the latest
     self._thread: threading.Thread | None = None
     self._folders: list[Any] = []  # temporary ones, which live as long as this process
     self._copies: dict[str, tuple[Path, dict[str, str]]] = {}  # (local copy, versions of its files)
@@ -73,6 +79,7 @@ class Bucket:
   def append(self, path: Path, data: bytes) -> None:
     with self._lock:
       self._pending[path] = self._pending.get(path, b"") + data
+      self._due.setdefault(path, time.monotonic() + SECONDS)
       if self._thread is None:
         self._thread = threading.Thread(target=self._keep_flushing, name="bucket", daemon=True)
         self._thread.start()
@@ -93,17 +100,24 @@ class Bucket:
       if pending := self._pending.get(path):
         self._sent[path] = whole, len(pending)
         self.put(path, whole)
+        self._due[path] = time.monotonic() + max(SECONDS, len(whole) / RATE)
 
   def flush(self) -> None:
     with self._lock:
       for name in list(self._pending):
         self.secure(name)
 
+  def _put_due(self) -> None:
+    with self._lock:
+      for name in list(self._pending):
+        if time.monotonic() >= self._due[name]:
+          self.secure(name)
+
   def _keep_flushing(self) -> None:
     failing, ticks = False, threading.Event()
-    while not ticks.wait(SECONDS):
+    while not ticks.wait(SECONDS / 2):
       try:
-        self.flush()
+        self._put_due()
         failing = False
       except OSError as error:  # what is pending is kept, and tried again
         if not failing:
@@ -128,6 +142,7 @@ class Bucket:
       for name in [name for name in self._pending if path in (name, *name.parents)]:
         del self._pending[name]
         self._sent.pop(name, None)
+        self._due.pop(name, None)
       with contextlib.suppress(FileNotFoundError):
         self._remove_all(path)
 

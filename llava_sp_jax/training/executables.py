@@ -94,8 +94,10 @@ def write(
     _beside(path).write_text(json.dumps(said, indent=1) + "\n")
 
 
-def check(path: Path, config: config_lib.Config, device_mesh: Mesh) -> None:
+def check(path: Path, config: config_lib.Config, device_mesh: Mesh, steps: bool = True) -> None:
   """Compares what an executable was compiled from and for with this run; reads only `path`.json.
+
+  `steps` is whether the steps of `config` are known; with `train.epochs` they follow from the data.
 
   Raises:
     FormatError: for a file that cannot be read.
@@ -108,7 +110,9 @@ def check(path: Path, config: config_lib.Config, device_mesh: Mesh) -> None:
     if name != "config" and theirs.get(name) != ours[name]
   ]
   try:
-    lines += config_lib.differences(config, _for_run(theirs.get("config"), config), but_free=True)
+    lines += config_lib.differences(
+      config, _for_run(theirs.get("config"), config, steps), but_free=True
+    )
   except config_lib.ConfigError as error:
     lines.append(f"config: {error}")
   if lines:
@@ -119,7 +123,7 @@ def check(path: Path, config: config_lib.Config, device_mesh: Mesh) -> None:
     )
 
 
-def _for_run(values: Any, config: config_lib.Config) -> config_lib.Config:
+def _for_run(values: Any, config: config_lib.Config, steps: bool) -> config_lib.Config:
   """Returns the config in `values`, with those of `config` where the step does not depend on it."""
   made = config_lib.from_dict(values)
   same = {name: getattr(config.data, name) for name in ANY_DATA}
@@ -128,7 +132,11 @@ def _for_run(values: Any, config: config_lib.Config) -> config_lib.Config:
     name=config.name,
     init=config.init,
     data=dataclasses.replace(made.data, **same),
-    train=dataclasses.replace(made.train, seed=config.train.seed),
+    train=dataclasses.replace(
+      made.train,
+      seed=config.train.seed,
+      steps=made.train.steps if steps else config.train.steps,
+    ),
   )
 
 

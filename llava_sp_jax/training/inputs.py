@@ -27,15 +27,29 @@ def hosts() -> lengths.Hosts | None:
   return lengths.Hosts(jax.process_index(), count, processes.all_gather) if count > 1 else None
 
 
-def fingerprints(config: config_lib.Config) -> tuple[dict[str, str], dict[str, str]]:
+def first_rows(config: config_lib.Config) -> int:
+  """Returns the number of rows in the first epoch, of which `train.epochs` makes the steps.
+
+  Measures the samples where the packing needs their sizes.
+
+  Raises: ConfigError, FileNotFoundError for data that cannot be used.
+  """
+  tile = anyres.Tile(*build.tile_shape(config.model))
+  train = config.train
+  batches = pipeline.make(config.data, open_tokenizer(config), tile, train.batch_size, train.seed)
+  return len(batches.stream.epoch(0))
+
+
+def fingerprints(
+  config: config_lib.Config, tokenizer: Tokenizer
+) -> tuple[dict[str, str], dict[str, str]]:
   """Returns the fingerprints of `resume.INPUTS`, and those that earlier versions gave to the same.
 
   Reads the samples, but no images.
   """
   tile = anyres.Tile(*build.tile_shape(config.model))
   source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
-  tokenizer = open_tokenizer(config).fingerprint()[:16]
-  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer}
+  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer.fingerprint()[:16]}
   return found, {"data": source.former_fingerprint()[:16]}
 
 

@@ -14,12 +14,14 @@ import jax
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks, storage
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
+from llava_sp_jax.checkpoints.local import Local
 from llava_sp_jax.data import anyres, pipeline, prefetch
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
 from llava_sp_jax.training import (
+  emergency,
   executables,
   goodput,
   guard,
@@ -119,6 +121,8 @@ class _Run:
   options: resume.ResumeOptions
   executable: Path | None
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
+  local: Local | None  # what the disk of this host has of the run
+  local_step: int  # the step that is read from there; 0: that of the run folder
 
 
 def _train(
@@ -132,20 +136,29 @@ def _train(
   clock: goodput.Clock,
   executable: str,
 ) -> Result:
-  read = functools.cache(functools.partial(inputs.fingerprints, config))
+  opened = functools.cache(functools.partial(inputs.open_tokenizer, config))
+  read = functools.cache(lambda: inputs.fingerprints(config, opened()))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read()[0], **inputs.validation_input(config)}))
   config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
-  begun = resume.first(folder, options)
+  begun = saved = resume.first(folder, options)
+  local = emergency.open_local(config, folder)
+  if local and options.step is None:
+    begun, config = emergency.newest(local, config, folder, saved)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
-  tokenizer = inputs.open_tokenizer(config)
+  compiled = Path(executable) if executable else None
+  if compiled:
+    executables.check(compiled, config, device_mesh, steps=bool(begun) or not config.train.epochs)
+  tokenizer = opened()
   preflight.check_config(config, tokenizer)
   read_from, former = read()
-  changed = resume.compare_inputs(folder, begun, read_from, options.changed, former)
-  known = resume.about(folder, begun)
+  known = local.held()[begun] if local and begun > saved else resume.about(folder, begun)
+  changed = resume.compare_inputs(
+    folder, begun, read_from, options.changed, former, known.get("inputs", {})
+  )
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
   rows, owned = mesh.rows(device_mesh, config.train.batch_size)
   quarantine = Quarantine(folder / "quarantine.jsonl", jax.process_index())
@@ -164,8 +177,7 @@ def _train(
   if not begun:
     config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
-  compiled = Path(executable) if executable else None
-  if compiled:
+  if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
   validator = Validator(config, module, tokenizer, device_mesh)
@@ -176,6 +188,7 @@ def _train(
     prepared = initial_state(config, device_mesh)
     if jax.process_index() == 0:  # only now, so that a run that could not start leaves no files
       runs.write_config(folder, config)
+      emergency.name_run(local, folder)
       with storage.filled(folder / "tokenizer") as made:
         tokenizer.save(made)
       clock.keep(folder)
@@ -196,6 +209,8 @@ def _train(
       options,
       compiled,
       {"inputs": read_from, "inputs_before": before},
+      local,
+      begun if begun > saved else 0,
     )
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
@@ -212,7 +227,10 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
     with run.clock.of("restore"):
-      train_state = resume.restore(checkpoints, train_state, base, folder, run.options)
+      found = None
+      if run.local and run.local_step:
+        found = emergency.restore(run.local, run.local_step, train_state, base, folder)
+      train_state = found or resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
 
@@ -238,6 +256,8 @@ def _loop(
   run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
+  if run.local:
+    run.local.drop({first})
   if run.options.step is not None:
     about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
@@ -248,13 +268,14 @@ def _loop(
   stop = StopRequest(several=jax.process_count() > 1)
   number, metrics, asked, noticed = first, None, False, 0.0
 
-  def save(step: int) -> None:
+  def save(step: int, to: manager.Checkpoints | Local = checkpoints) -> None:
     jax.block_until_ready(metrics)
     with clock.of("save"):
       skips.settle()
       book.secure()
       storage.of(folder).flush()
-      checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
+      said = about if to is checkpoints else {**about, "config": config_lib.to_dict(config)}
+      to.save(step, train_state.trainable, train_state.opt_state, said)
     clock.mark(step)
 
   clock.resumed(first)
@@ -301,10 +322,14 @@ def _loop(
       run.lock.check()
       if asked or number % config.train.save_every == 0 or number == config.train.steps:
         save(number)
+      elif run.local and number % config.train.local_every == 0:
+        save(number, run.local)
       if asked:
         break
   clock.enter("save")
   checkpoints.close()
+  if run.local and number == config.train.steps:
+    run.local.remove()
   if asked and jax.process_index() == 0:
     seconds = time.monotonic() - noticed
     done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"

@@ -123,6 +123,7 @@ def compare_inputs(
   inputs: Mapping[str, str],
   changed: frozenset[str],
   former: Mapping[str, str] | None = None,
+  known: Mapping[str, str] | None = None,
 ) -> list[str]:
   """Compares the fingerprints of the inputs with those that step `step` was trained on.
 
@@ -132,11 +133,12 @@ def compare_inputs(
     inputs: {"data", "tokenizer"} with the fingerprints of now.
     changed: names of the inputs that may differ.
     former: the fingerprints that earlier versions gave to the inputs of now, where they differ.
+    known: those that step `step` was trained on; None reads them from its checkpoint.
 
   Returns: the names of the inputs that differ, all of them in `changed`.
   Raises: CheckpointError with both fingerprints of those that differ and are not in `changed`.
   """
-  known = about(folder, step).get("inputs", {})
+  known = about(folder, step).get("inputs", {}) if known is None else known
   if step and not known:
     _say(f"{folder}: step {step} does not say what data it was trained on; they are not compared")
   same = {name: (inputs[name], (former or {}).get(name)) for name in INPUTS}

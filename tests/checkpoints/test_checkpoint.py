@@ -62,6 +62,8 @@ MAY_CHANGE = {
   "config.train.log_every",
   "config.train.save_every",
   "config.train.keep",
+  "config.train.local_folder",
+  "config.train.local_every",
   "config.train.sinks",
   "config.train.peak_tflops",
   "config.train.preflight",

@@ -203,6 +203,49 @@ def test_an_error_among_several_ends_at_once(
   )
 
 
+class Keys:
+  """Values of JAX's coordination service, which may be set once."""
+
+  def __init__(self) -> None:
+    self.values: dict[str, str] = {}
+
+  def key_value_set(self, key: str, value: str) -> None:
+    if key in self.values:
+      raise RuntimeError(f"ALREADY_EXISTS: {key}")
+    self.values[key] = value
+
+  def key_value_try_get(self, key: str) -> str:
+    if key not in self.values:
+      raise RuntimeError(f"NOT_FOUND: {key}")
+    return self.values[key]
+
+
+def test_the_error_of_one_ends_the_others(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """What the first has said is what all say, even where another one failed as a consequence."""
+  keys, left = Keys(), list[int]()
+  monkeypatch.setattr(processes, "_client", lambda: keys)
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+  def fails(process: int, error: Exception) -> str:
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    with pytest.raises(type(error)), Watchdog(0, left.append):
+      raise error
+    return str(capsys.readouterr().err)
+
+  why = "process 1 of 3: ValueError: twice"
+  assert "process 1 of 3 stops: failed after step 0 (above)" in fails(1, ValueError("twice"))
+  assert f"llava-sp: process 2 of 3 stops: {why}\n" in fails(2, OSError("connection closed"))
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  count = len(left)
+  with Watchdog(0.2, left.append):
+    wait_until(lambda: len(left) > count)
+  assert f"llava-sp: process 0 of 3 stops: {why}\n" in capsys.readouterr().err
+  assert set(left) == {1}
+
+
 # Adds up a number over all processes for ever; argv: address, count, index, file that says "begun".
 LOOP = """
 import sys

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -142,6 +144,32 @@ def test_the_death_of_one_ends_the_other(config_file: Path, tmp_path: Path) -> N
   assert codes[0] not in (0, -signal.SIGKILL)
   said = two.printed(0)
   assert "stops: failed after step" in said or "JAX distributed service detected" in said
+
+
+@pytest.mark.guard
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_checkpoint_that_one_cannot_write_ends_all(
+  config_file: Path, tmp_path: Path, victim: int
+) -> None:
+  """Its thread fails long after the step; the other would wait for it in Orbax for 20 minutes."""
+  two = Cluster(
+    config_file,
+    tmp_path / "run",
+    TWO,
+    "--config.train.steps=100000",
+    "--config.train.save_every=10",
+    "--config.train.peer_seconds=1000",
+  )
+  assert two.wait_for(lambda: cluster.saved(two.workdir))
+  small = 40_000  # bytes of a file: more than a log, less than the arrays of a process
+  resource.prlimit(two.processes[victim].pid, resource.RLIMIT_FSIZE, (small, small))
+  assert two.wait(30) == [1, 1]
+  assert cluster.saved(two.workdir)[-1] < cluster.last_step(two.workdir)
+  why = rf"CheckpointError: {two.workdir}: a step could not be saved \(.*Error writing"
+  assert re.search(rf"process {victim} of 2 stops: {why}", two.printed(victim))
+  other = rf"process {1 - victim} of 2 stops: process {victim} of 2: {why}"
+  assert re.search(other, two.printed(1 - victim))
+  assert "Traceback" not in two.printed(1 - victim)
 
 
 @pytest.mark.guard

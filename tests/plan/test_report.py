@@ -48,7 +48,12 @@ def test_records_and_their_formula() -> None:
   } <= record.keys()
   text = explain.text(good)
   assert "MFU 0.500" in text
-  assert f"{2.0 * 1000 / 86400:.2f} days" in text
+  assert f"the recipe's 1,000 steps: {2.0 * 1000 / 86400:.2f} days" in text
+  train = dataclasses.replace(good.config.train, epochs=2.0)
+  text = explain.text(
+    dataclasses.replace(good, config=dataclasses.replace(good.config, train=train))
+  )
+  assert "train.epochs=2, of as many steps as the data give; 1,000 steps: 0.02 days" in text
 
 
 def test_a_record_says_what_it_is_of() -> None:

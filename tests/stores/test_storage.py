@@ -103,6 +103,47 @@ def test_appended_lines_appear_without_being_secured(
   assert path.read_bytes() == b"{}\n"
 
 
+class InMemory:
+  """The part of fsspec that puts and reads objects; counts the bytes that are put."""
+
+  def __init__(self) -> None:
+    self.objects, self.put = dict[str, bytes](), 0
+
+  def pipe_file(self, name: str, data: bytes) -> None:
+    self.objects[name] = data
+    self.put += len(data)
+
+  def info(self, name: str) -> dict[str, str]:
+    if name not in self.objects:
+      raise FileNotFoundError(name)
+    return {"type": "file"}
+
+  def cat_file(self, name: str) -> bytes:
+    return self.objects[name]
+
+
+def test_a_long_log_costs_what_its_length_does(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A line a second, for an hour and for four; what a kill would lose stays a part of the time."""
+  now, rate = 0.0, 1 << 12
+  monkeypatch.setattr(bucket_lib.time, "monotonic", lambda: now)
+  monkeypatch.setattr(bucket_lib, "RATE", rate)
+  monkeypatch.setattr(bucket_lib.Bucket, "_keep_flushing", lambda self: None)
+  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://bucket/a.jsonl")
+  store.__dict__["_files"] = files
+  line, put = b"x" * 499 + b"\n", {0: 0}
+  for second in range(4 * 3600):
+    now = float(second)
+    store.append(path, line)
+    store._put_due()
+    there = len(files.objects.get(str(path), b""))
+    assert second * len(line) - there <= len(line) * max(bucket_lib.SECONDS, there / rate)
+    put[second + 1] = files.put
+  assert put[3600] > 0
+  assert put[4 * 3600] < 4.4 * put[3600]  # 16 times as much if it was put every 15 s
+  store.flush()
+  assert files.objects[str(path)] == line * 4 * 3600
+
+
 @pytest.mark.parametrize("arrives", [True, False])
 def test_lines_whose_put_fails_are_there_once(
   bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: bool

@@ -121,6 +121,37 @@ def test_another_config_is_refused_first(
   assert not (tmp_path / "run").exists()
 
 
+def test_steps_that_follow_from_the_data(
+  recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+  """Twelve samples in batches of eight: three steps of two epochs, in the file as in the run."""
+  file, epochs = tmp_path / "step.bin", "--config.train.epochs=2"
+  options = [f"--config={recipe}", epochs, "--config.train.steps=1000"]
+  assert cli.main(["plan", *options, "--topology=here", f"--write-executable={file}"]) == 0
+  assert "for here and a run of 3 steps" in capsys.readouterr().out
+  given = [*options[1:], f"--executable={file}"]
+  assert train(recipe, tmp_path / "run", *given) == 0
+  assert train(recipe, tmp_path / "run", *given) == 0  # nothing is left to do
+  said = json.loads(file.with_name("step.bin.json").read_text())
+  said["config"]["train"]["steps"] = 4
+  file.with_name("step.bin.json").write_text(json.dumps(said))
+  assert train(recipe, tmp_path / "other", *given) == 1
+  assert "config.train.steps: 3 here, 4 there" in capsys.readouterr().err
+
+
+def test_it_is_compared_before_the_data_are_measured(
+  recipe: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  file = edited(written, tmp_path, "jax", "0.0.1")
+
+  def read(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the data are read")
+
+  monkeypatch.setattr(loop.pipeline, "make", read)
+  for more in ((), ("--config.train.epochs=2",)):
+    assert train(recipe, tmp_path / "run", f"--executable={file}", *more) == 1
+
+
 def test_files_that_are_damaged(
   recipe: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,0 +1,131 @@
+"""Measures the start of a training: the first one, one that resumes, and one with an executable.
+
+Usage: python benchmarks/second_start.py [--layers 24] [--out docs/results/second_start]
+
+Trains a small model with many unrolled layers for two steps, so that compiling takes long. Each start
+is a process of its own. Needs the extra `test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llava_sp_jax import provenance
+from llava_sp_jax.training import goodput
+from tests import conftest
+from tests.end_to_end import cluster
+
+BEFORE = ("start", "compile", "restore", "input")  # categories of seconds until the first step
+STEPS = 2
+
+
+def recipe(folder: Path, layers: int) -> Path:
+  conftest.write_data(folder / "data")
+  config = conftest.config_maker(folder / "data")(
+    "finetune",
+    "cropping",
+    model={
+      "tower": {"layers": layers // 2, "select_layer": -2},
+      "language_model": {"layers": layers},
+      "scan_unroll": layers,
+    },
+    train={"steps": STEPS, "save_every": 1, "keep": STEPS, "sinks": ()},
+  )
+  return cluster.write_config(config, folder / "recipe.py")
+
+
+def command(name: str, file: Path, *options: str) -> float:
+  """Runs a command of llava-sp, and returns its CPU seconds."""
+  kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  subprocess.run(
+    [sys.executable, "-m", "llava_sp_jax.cli", name, f"--config={file}", *options],
+    env=kept | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(file.parent / "cache")},
+    stdout=subprocess.DEVNULL,
+    check=True,
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def start(what: str, file: Path, workdir: Path, *options: str) -> dict[str, Any]:
+  """Starts a training that ends after step STEPS; its seconds by category, until the first step."""
+  cpu = command("train", file, f"--workdir={workdir}", *options)
+  seconds = goodput.read(workdir)[-1].seconds
+  found = {name: round(seconds[name], 2) for name in BEFORE}
+  return {
+    "start": what,
+    **found,
+    "to_first_step": round(sum(found.values()), 2),
+    "cpu": round(cpu, 1),
+  }
+
+
+def back(workdir: Path) -> None:
+  """Puts a run back to its first step, as if it had been killed in the second."""
+  shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+
+
+def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
+  file, run, step = recipe(folder, layers), folder / "run", folder / "step.bin"
+  found = [start("first", file, run)]
+  back(run)
+  found.append(start("resumed", file, run))
+  back(run)
+  found.append(start("resumed once more", file, run))
+  command("plan", file, "--topology=here", f"--write-executable={step}")
+  back(run)
+  found.append(start("resumed with an executable", file, run, f"--executable={step}"))
+  shutil.rmtree(folder / "cache")
+  found.append(start("first, with an executable", file, folder / "two", f"--executable={step}"))
+  return found
+
+
+def markdown(figures: dict[str, Any]) -> str:
+  rows = figures["starts"]
+  lines = [
+    "# Time to the first step",
+    "",
+    f"Seconds from the start of the process to the first step, by category, of a decoder with "
+    f"{figures['layers']} unrolled layers on a CPU; every start is a process of its own. `share` is the time "
+    "to the first step as a share of the first start's. `CPU` has the CPU seconds of the whole process, "
+    f"which trains one or {STEPS} steps and saves. The first start has an empty compilation cache; the one with an "
+    "executable at the end likewise. The first resumption compiles what only a resumption needs.",
+    "",
+    "Made by `python benchmarks/second_start.py --out docs/results/second_start`.",
+    "",
+    "| start | start | compile | restore | input | to the first step | share | CPU |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    share = row["to_first_step"] / rows[0]["to_first_step"]
+    values = " | ".join(f"{row[name]:.1f}" for name in (*BEFORE, "to_first_step"))
+    lines.append(f"| {row['start']} | {values} | {share:.1%} | {row['cpu']:.0f} |")
+  return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--layers", type=int, default=24)
+  parser.add_argument("--out", type=Path, default=None, help="writes OUT.md and OUT.json")
+  options = parser.parse_args()
+  with tempfile.TemporaryDirectory(prefix="llava-sp-") as folder:
+    figures = {"layers": options.layers, "starts": measure(Path(folder), options.layers)}
+  print(markdown(figures))
+  if options.out:
+    provenance.write(options.out, figures)
+    provenance.named(options.out, "md").write_text(markdown(figures))
+
+
+if __name__ == "__main__":
+  main()

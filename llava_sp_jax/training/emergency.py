@@ -1,0 +1,115 @@
+"""Resumes a run from the disks of its hosts, if all of them hold the same step whole.
+
+`train.local_folder` names a folder on the disk of each host. What is written there is newer than the
+checkpoints in the run folder, and is lost with the host: then all resume from the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
+from llava_sp_jax.checkpoints.local import Local
+from llava_sp_jax.distributed import processes
+from llava_sp_jax.errors import CheckpointError
+from llava_sp_jax.training.state import TrainState
+
+ID_FILE = (
+  "local_id.txt"  # in the run folder; a new run in a folder of the same name has another one
+)
+
+
+def open_local(config: config_lib.Config, folder: Path) -> Local | None:
+  """Opens what the disk of this host has of the run in `folder`; None without `train.local_folder`.
+
+  Every process must call it.
+  """
+  if not config.train.local_folder:
+    return None
+  mine = ""
+  if jax.process_index() == 0:
+    mine = storage.of(folder).content(folder / ID_FILE).decode() or secrets.token_hex(8)
+  said = processes.all_gather(json.dumps([mine, secrets.token_hex(4)]), "the run has a name")
+  run, start = json.loads(said[0])
+  return Local(config.train.local_folder, run, start)
+
+
+def name_run(local: Local | None, folder: Path) -> None:
+  """Writes the name by which `open_local` finds a run again; called by process 0 alone."""
+  if local:
+    storage.of(folder).put(folder / ID_FILE, local.run.encode())
+
+
+def newest(
+  local: Local, config: config_lib.Config, folder: Path, step: int
+) -> tuple[int, config_lib.Config]:
+  """Returns the newest step that all processes hold whole, and the config with the steps of its run.
+
+  Returns `step`, the newest one in the run folder, if no local one is newer. Every process must call
+  it. A line says so if only some of the processes have a newer one.
+  """
+  usable = {
+    number: fitted
+    for number, said in local.held().items()
+    if number > step and (fitted := _fitted(config, said))
+  }
+  starts = {number: local.held()[number]["start"] for number in usable}
+  every = [json.loads(text) for text in processes.all_gather(json.dumps(starts), "local steps")]
+  shared = [n for n in starts if all(found.get(str(n)) == starts[n] for found in every)]
+  if shared:
+    return max(shared), usable[max(shared)]
+  if any(every) and jax.process_index() == 0:
+    most = max(int(number) for found in every for number in found)
+    without = [i for i, found in enumerate(every) if found.get(str(most)) is None]
+    who = f"process {', '.join(map(str, without[:4]))} has not" if without else "starts differ"
+    _say(f"{folder}: step {most} is not on the disks of all hosts ({who}); step {step} is used")
+  return step, config
+
+
+def _fitted(config: config_lib.Config, said: dict[str, Any]) -> config_lib.Config | None:
+  """Returns the config with the steps of the run that a local step is of; None if it is another."""
+  theirs = config_lib.from_dict(said["config"])
+  if config.train.epochs and config.train.epochs == theirs.train.epochs:
+    train = dataclasses.replace(config.train, steps=theirs.train.steps)
+    config = dataclasses.replace(config, train=train)
+  return None if config_lib.differences(config, theirs, but_free=True) else config
+
+
+def restore(
+  local: Local, step: int, fresh: TrainState, base: str, folder: Path
+) -> TrainState | None:
+  """Returns the state of `step` from the disks of all hosts; None, with a line, if it is damaged.
+
+  Every process must call it. `fresh` is the state of step 0, and `base` the fingerprint of its
+  frozen parameters.
+  """
+
+  def read() -> tuple[Any, Any]:
+    if (found := local.held()[step]["fingerprint"]) != base:
+      raise CheckpointError(f"its frozen base has fingerprint {found}, that of now is {base}")
+    return local.read(step, fresh.trainable, fresh.opt_state)
+
+  try:
+    found = processes.collective(f"local step {step} is read", read)
+    assert found
+    local.verify(step, *found)
+  except (CheckpointError, processes.PeerError) as error:
+    _say(f"{folder}: WARNING: local step {step} cannot be used ({error}); the run folder's is used")
+    return None
+  _say(f"continuing {folder} from step {step}, which is on the disks of its hosts")
+  place = jax.device_put(fresh.step + step, fresh.step.sharding)
+  trainable, opt_state = found
+  return fresh.replace(step=place, trainable=trainable, opt_state=opt_state)
+
+
+def _say(line: str) -> None:
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr if "WARNING" in line else sys.stdout, flush=True)
