@@ -40,7 +40,7 @@ SAY_EVERY = 10.0  # seconds between two lines about progress
 # Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
 NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
                 "image_mean", "image_std", "path", "source", "tokenizer", "validation_path",
-                "validation_fraction")  # fmt: skip
+                "validation_fraction", "mixture")  # fmt: skip
 SIZES = ("lengths", "totals", "tiles")  # arrays of `Measured`
 
 Say = Callable[[str], None]
@@ -145,6 +145,7 @@ class Lengths:
     folder: Path | None = None,
     say: Say | None = None,
     hosts: Hosts | None = None,
+    name: str = "",
   ):
     """Prepares the measuring.
 
@@ -159,10 +160,11 @@ class Lengths:
       say: receives lines about progress.
       hosts: divides the first pass among the processes of a run (None: all is measured here).
         Later ones follow at different times, and are not divided.
+      name: that of the source in a mixture.
     """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
-    self._say, self._hosts = say or (lambda line: None), hosts
+    self._say, self._hosts, self._name = say or (lambda line: None), hosts, name
 
   def measured(self, epoch: int) -> Measured:
     """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
@@ -172,7 +174,7 @@ class Lengths:
     # Sizes differ between epochs only if turns are drawn at random.
     result = self._pass(epoch if self._data.turns_per_row else 0)
     for index, error in result.errors.items():
-      self._quarantine.add(index, self._source[index], SampleError(error))
+      self._quarantine.add(index, self._source[index], SampleError(error), self._name)
     return result
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
