@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.data import anyres, kept, samples
 from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
@@ -195,7 +196,7 @@ class Lengths:
 
   def _places(self, epoch: int) -> list[Path]:
     """Returns the files that may hold the sizes: beside data that are not small, in the folder."""
-    name, path = f"lengths-{self.key(epoch)}.npz", Path(self._data.path)
+    name, path = f"lengths-{self.key(epoch)}.npz", storage.place(self._data.path)
     large = len(self._source) > kept.SMALL and path.exists()
     within = [self._folder / name] if self._folder else []
     return [*([kept.beside(path) / name] if large and self._folder else []), *within]

@@ -18,7 +18,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.data import anyres, image, mixture, packing, samples, validation_split
 from llava_sp_jax.data.lengths import Hosts, Lengths, Say
-from llava_sp_jax.data.prefetch import Prefetcher
+from llava_sp_jax.data.prefetch import Ahead, Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.rows import SAMPLES, Held, MixedMaker, RowMaker, marks
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 __all__ = ["SAMPLES", "Batches", "Held", "check_settings", "make", "marks", "open_parts"]
 
 PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
+READERS = 64  # threads that read samples and pictures which are far away: they mostly wait
 PREFETCH_BYTES = 1 << 27  # of their images; but always the rows of a batch
 
 
@@ -77,11 +78,16 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     self._ahead = max(len(rows), min(PREFETCH, fitting))
     self._prefetcher: Prefetcher | None = None
 
-    def row(number: int) -> dict[str, Any]:  # `number` counts the rows that this process makes
+    def planned(number: int) -> tuple[Any, ...]:  # `number` counts the rows that this process makes
       step, place = divmod(number, len(rows))
-      return row_maker(*stream[step * batch_size + int(rows[place])])
+      return stream[step * batch_size + int(rows[place])]
+
+    def row(number: int, *loaded: Any) -> dict[str, Any]:
+      return row_maker(*planned(number), *loaded)
 
     self._row = row
+    load = Ahead(lambda number: row_maker.load(*planned(number)), READERS)
+    self._far = load if row_maker.far else None
     self.seek(0)
 
   @property
@@ -119,7 +125,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     """
     if self._prefetcher is None:
       self._prefetcher = Prefetcher(
-        self._row, self._position * self._count, self._threads, self._ahead
+        self._row, self._position * self._count, self._threads, self._ahead, self._far
       )
     rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
     self._position += 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
-from llava_sp_jax.data import example, image, kept, packing, samples
+from llava_sp_jax.data import example, image, kept, packing, pictures, samples
 from llava_sp_jax.data.failure import SampleError, attempt
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.source import Source
@@ -54,10 +54,26 @@ class RowMaker:
     """Returns the bytes of a row's images."""
     return self._data.images_per_row * self._side**2 * 3 * np.dtype(np.float32).itemsize
 
-  def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
+  @property
+  def far(self) -> bool:
+    """Returns whether rows are better loaded by more threads than make them."""
+    return self._source.far
+
+  def load(self, epoch: int, row: packing.PackedRow) -> list[Any]:
+    """Reads all that a row is made of: its samples, with the content of their pictures' files."""
+    return [self._loaded(index) for index in row.samples]
+
+  def _loaded(self, index: int) -> Any:
+    sample = attempt(lambda: self._source[index])
+    found = attempt(lambda: self._source.pictures(sample))
+    return sample if isinstance(found, SampleError) else pictures.loaded(sample, found)
+
+  def __call__(
+    self, epoch: int, row: packing.PackedRow, loaded: Sequence[Any] = ()
+  ) -> dict[str, Any]:
     """Returns the arrays of a row by name: those of `make` without the axis B.
 
-    `epoch` seeds random draws.
+    `epoch` seeds random draws. `loaded` is what `load` has returned; without it, it is read now.
 
     Raises: ConfigError when none of the first 256 samples can be used.
     """
@@ -68,7 +84,8 @@ class RowMaker:
     first = 0
     for segment, index in enumerate(row.samples, 1):
       left = row.length - sum(part.length for part in parts)
-      made = self._sample(epoch, index, segment, first, left)
+      given = loaded[segment - 1] if loaded else None
+      made = self._sample(epoch, index, given, segment, first, left)
       held.append(Held(epoch, index, made is not None, self._name))
       if made is not None:
         part, tiles = made
@@ -79,9 +96,9 @@ class RowMaker:
     return {**example.join(parts, row.length).arrays(), "images": images, SAMPLES: held}
 
   def _sample(
-    self, epoch: int, index: int, segment: int, first: int, left: int
+    self, epoch: int, index: int, given: Any, segment: int, first: int, left: int
   ) -> tuple[example.TokenRow, list[np.ndarray]] | None:
-    made = attempt(lambda: self._made(epoch, index, segment, first, left))
+    made = attempt(lambda: self._made(epoch, index, given, segment, first, left))
     if isinstance(made, SampleError):
       self._quarantine.add(index, attempt(lambda: self._source[index]), made, self._name)
       self._give_up_if_hopeless(index, made)
@@ -90,13 +107,13 @@ class RowMaker:
     return made
 
   def _made(
-    self, epoch: int, index: int, segment: int, first: int, left: int
+    self, epoch: int, index: int, given: Any, segment: int, first: int, left: int
   ) -> tuple[example.TokenRow, list[np.ndarray]]:
-    sample = self._source[index]
+    sample = self._source[index] if given is None else given
     rng = samples.rng_of(self._seed, epoch, index)
     runs = self._writer.runs(sample, rng)
-    pictures = self._source.images(sample)
-    plans = [picture.plan for picture in pictures]
+    images = self._source.images(sample)
+    plans = [one.plan for one in images]
     size = self._writer.size(runs, plans)
     if size.length > left or first + size.tiles > self._data.images_per_row:
       raise SampleError(
@@ -106,7 +123,7 @@ class RowMaker:
       )
     limit, room = self._data.row_length, self._data.images_per_row
     part = example.layout(runs, plans, limit, room, segment, first)
-    return part, [self._augment(tile, rng) for picture in pictures for tile in picture.tiles]
+    return part, [self._augment(tile, rng) for one in images for tile in one.tiles]
 
   def _give_up_if_hopeless(self, index: int, error: SampleError) -> None:
     if not self._any_good:
@@ -129,9 +146,20 @@ class MixedMaker:
     """Returns the bytes of a row's images."""
     return self._makers[0].image_bytes
 
-  def __call__(self, part: int, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
+  @property
+  def far(self) -> bool:
+    """Returns whether rows of any source are better loaded by more threads than make them."""
+    return any(maker.far for maker in self._makers)
+
+  def load(self, part: int, epoch: int, row: packing.PackedRow) -> list[Any]:
+    """Reads all that a row of source `part` is made of, as `RowMaker` does."""
+    return self._makers[part].load(epoch, row)
+
+  def __call__(
+    self, part: int, epoch: int, row: packing.PackedRow, loaded: Sequence[Any] = ()
+  ) -> dict[str, Any]:
     """Returns the arrays of a row of source `part`, as `RowMaker` does."""
-    return self._makers[part](epoch, row)
+    return self._makers[part](epoch, row, loaded)
 
 
 def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
