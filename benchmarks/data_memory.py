@@ -97,7 +97,7 @@ def keep_lengths(path: Path, folder: Path) -> None:
   from llava_sp_jax.data import kept, lengths, pipeline, quarantine
 
   data, tokenizer, tile = settings(path, folder)
-  source, _ = pipeline.open_source(data, tile, "train")
+  source = pipeline.open_parts(data, tile, "train")[0].source
   key = lengths.Lengths(source, tokenizer, data, tile, 0, quarantine.Quarantine()).key(0)
   sizes = draw(len(source), row_length=LENGTH)
   shutil.rmtree(kept.beside(path), ignore_errors=True)
@@ -112,7 +112,7 @@ def opened(path: Path, folder: Path, batches: int) -> dict[str, Any]:
   data, tokenizer, tile = settings(path, folder)
   found = {"MB, libraries": megabytes()}
   started, cpu, bad = time.monotonic(), time.process_time(), quarantine.Quarantine()
-  source, _ = pipeline.open_source(data, tile, "train")
+  source = pipeline.open_parts(data, tile, "train")[0].source
   source.fingerprint()
   found |= {"MB, opened": megabytes()}
   made = pipeline.make(data, tokenizer, tile, ROWS, 0, bad, folder=folder / "run")

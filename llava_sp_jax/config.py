@@ -156,6 +156,7 @@ class DataConfig:
 
   source: str = free("auto")  # how samples are stored; auto: as the path is
   path: str = free("")  # the file or folder of samples
+  mixture: str = free("")  # in its place: a file of several sources with weights
   image_folder: str = free("")  # image names start from it
   tokenizer: str = ""  # folder
   template: str = "v1"  # how a dialogue is written

@@ -1,5 +1,8 @@
 """Serves objects in memory as Cloud Storage does: `python -m tests.object_store` prints its address.
 
+`python -m tests.object_store SECONDS` answers each request so much later. Every second read of an
+object with UNRELIABLE in its name fails.
+
 It speaks the part of the JSON API that gcsfs, google-cloud-storage and tensorstore use. A put is
 atomic and may have a precondition. There is no rename, no append, no lock and no folder: what a
 program wants of these, it must do without.
@@ -27,6 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"  # the only one
 PAGE = 1000  # objects in one answer of a listing
+UNRELIABLE = "unreliable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Objects:
 
   def __init__(self) -> None:
     self._lock, self._held = threading.Lock(), dict[str, Stored]()
+    self._reads = dict[str, int]()
     self.numbers, self.uploads = itertools.count(1), dict[str, Upload]()
 
   def get(self, name: str, wanted: dict[str, str]) -> Stored:
@@ -88,6 +93,13 @@ class Objects:
       if name not in self._held:
         raise RefusedError(404, f"no such object: {name}")
       return self._held[name]
+
+  def may_fail(self, name: str) -> None:
+    with self._lock:
+      if UNRELIABLE in name and (count := self._reads.get(name, 0)) % 2 == 0:
+        self._reads[name] = count + 1
+        raise RefusedError(503, "try again")
+      self._reads[name] = self._reads.get(name, 0) + 1
 
   def put(self, name: str, data: bytes, wanted: dict[str, str]) -> dict[str, Any]:
     with self._lock:
@@ -138,6 +150,7 @@ class Handler(BaseHTTPRequestHandler):
   """Answers requests for the objects of its server."""
 
   protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
   server: Server
 
   def log_message(self, *_: Any) -> None:
@@ -147,6 +160,7 @@ class Handler(BaseHTTPRequestHandler):
     parts = urlsplit(self.path)
     self.wanted = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     self.body = self._read()
+    time.sleep(self.server.latency)
     try:
       self._answer_to(parts.path.removeprefix("/download").removeprefix("/storage/v1"))
     except RefusedError as refused:
@@ -186,6 +200,7 @@ class Handler(BaseHTTPRequestHandler):
       objects.delete(name, self.wanted)
       self._answer(None, 204)
     elif method == "GET" and self.wanted.get("alt") == "media":
+      objects.may_fail(name)
       self._media(objects.get(name, self.wanted))
     elif method == "GET":
       self._answer(objects.get(name, self.wanted).about(name))
@@ -257,8 +272,9 @@ class Server(ThreadingHTTPServer):
   daemon_threads = True
   request_queue_size = 128
 
-  def __init__(self) -> None:
+  def __init__(self, latency: float = 0.0) -> None:
     super().__init__(("127.0.0.1", 0), Handler)
+    self.latency = latency
     self.objects = Objects()
     self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -278,9 +294,9 @@ def settings(url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[str]:
+def running(latency: float = 0.0) -> Iterator[str]:
   """Runs a store as a process of its own, and makes gs:// lead there; yields its address."""
-  command = [sys.executable, "-m", "tests.object_store"]
+  command = [sys.executable, "-m", "tests.object_store", str(latency)]
   place = Path(__file__).parents[1]
   before = dict(os.environ)
   with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
@@ -298,7 +314,7 @@ def running() -> Iterator[str]:
 
 
 def main() -> None:
-  server = Server()
+  server = Server(*map(float, sys.argv[1:]))
   print(server.url, flush=True)
   server.serve_forever()
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import storage
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.data import content, decode, forms, pictures, source
+from llava_sp_jax.data import content, forms, pictures, source
 from llava_sp_jax.data.failure import attempt
 from llava_sp_jax.data.tables import BYTES, PATH, Arrow, Parquet, Tables, arrow_files, parquet_files
 
@@ -40,6 +41,7 @@ class Rows(source.Samples):
     """
     super().__init__(image_folder, read)
     self._tables, self._path = tables, path
+    self.far = self.far or any(map(storage.remote, tables.paths))
     first, *others = tables.schemas()
     _check(first, f"{key}: {tables.paths[0]}")
     for other, file in zip(others, tables.paths[1:], strict=True):
@@ -100,7 +102,7 @@ class Rows(source.Samples):
     cell = images[row]
     one = cell.values[number] if _is_list(cell.type) else cell
     found = one[BYTES].as_py() if _has_bytes(one.type) else None
-    return found if found is not None else decode.read_bytes(self._folder / name)
+    return found if found is not None else pictures.in_folder(self._folder, name).data()
 
   def fingerprint(self) -> str:
     """Returns the hash of the samples, in hexadecimal digits; the bytes of images are not read."""
@@ -148,12 +150,14 @@ def _check(schema: Any, where: str) -> None:
 
 def parquet(path: str, image_folder: str, read: source.Reader, key: str = "data.path") -> Rows:
   """Opens parquet files, as `Rows` does. Raises: ConfigError for files that cannot be read."""
-  return _opened(Parquet, parquet_files(Path(path)), path, image_folder, read, key)
+  return _opened(Parquet, parquet_files(storage.place(path)), path, image_folder, read, key)
 
 
 def arrow(path: str, image_folder: str, read: source.Reader, key: str = "data.path") -> Rows:
   """Opens a saved data set, as `Rows` does. Raises: ConfigError for one that cannot be read."""
-  return _opened(Arrow, arrow_files(Path(path), key), path, image_folder, read, key)
+  place = storage.place(path)
+  files = arrow_files(storage.of(place).local(place), key)  # they are mapped into memory
+  return _opened(Arrow, files, path, image_folder, read, key)
 
 
 def _opened(

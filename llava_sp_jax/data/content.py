@@ -86,5 +86,5 @@ def of(samples: Samples, path: str | Path, files: Sequence[Path]) -> str:
   for index in range(len(samples)):
     result.add(samples[index])
   if len(samples) > kept.SMALL:
-    kept.save_beside(path, name, {"fingerprint": np.array(result.hexdigest())})
+    kept.save_in(kept.beside(path), name, {"fingerprint": np.array(result.hexdigest())})
   return result.hexdigest()

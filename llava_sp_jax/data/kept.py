@@ -24,7 +24,7 @@ SMALL = 4096  # up to so many samples a pass takes seconds, and nothing is kept 
 
 def beside(path: str | Path) -> Path:
   """Returns the folder for results about the file or folder `path`."""
-  return Path(str(path).rstrip("/") + SUFFIX)
+  return storage.place(str(path).rstrip("/") + SUFFIX)
 
 
 def key_of(*parts: Any) -> str:
@@ -34,8 +34,9 @@ def key_of(*parts: Any) -> str:
 
 def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
   """Returns (name, bytes, time of the last change in nanoseconds) of files."""
-  found = [(path, path.stat()) for path in files]
-  return [(path.name, about.st_size, about.st_mtime_ns) for path, about in found]
+  paths = list(files)
+  found = storage.of(paths[0]).stamps(paths) if paths else []
+  return [(path.name, *(stamp or (0, 0))) for path, stamp in zip(paths, found, strict=True)]
 
 
 def save(path: Path, values: Mapping[str, Any]) -> None:
@@ -58,9 +59,7 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
     return None
 
 
-def save_beside(data: str | Path, name: str, values: Mapping[str, Any]) -> bool:
-  """Writes arrays beside a data set; returns False where that is not possible."""
+def save_in(folder: Path, name: str, values: Mapping[str, Any]) -> None:
+  """Writes arrays to a folder that `beside` has returned, where that is possible."""
   with contextlib.suppress(OSError):
-    save(beside(data) / name, values)
-    return True
-  return False
+    save(folder / name, values)

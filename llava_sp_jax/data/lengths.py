@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.data import anyres, kept, samples
 from llava_sp_jax.data.failure import SampleError, of_one_sample
 from llava_sp_jax.data.packing import Sizes
@@ -40,7 +41,7 @@ SAY_EVERY = 10.0  # seconds between two lines about progress
 # Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
 NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
                 "image_mean", "image_std", "path", "source", "tokenizer", "validation_path",
-                "validation_fraction")  # fmt: skip
+                "validation_fraction", "mixture")  # fmt: skip
 SIZES = ("lengths", "totals", "tiles")  # arrays of `Measured`
 
 Say = Callable[[str], None]
@@ -145,6 +146,7 @@ class Lengths:
     folder: Path | None = None,
     say: Say | None = None,
     hosts: Hosts | None = None,
+    name: str = "",
   ):
     """Prepares the measuring.
 
@@ -159,10 +161,11 @@ class Lengths:
       say: receives lines about progress.
       hosts: divides the first pass among the processes of a run (None: all is measured here).
         Later ones follow at different times, and are not divided.
+      name: that of the source in a mixture.
     """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
-    self._say, self._hosts = say or (lambda line: None), hosts
+    self._say, self._hosts, self._name = say or (lambda line: None), hosts, name
 
   def measured(self, epoch: int) -> Measured:
     """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
@@ -172,7 +175,7 @@ class Lengths:
     # Sizes differ between epochs only if turns are drawn at random.
     result = self._pass(epoch if self._data.turns_per_row else 0)
     for index, error in result.errors.items():
-      self._quarantine.add(index, self._source[index], SampleError(error))
+      self._quarantine.add(index, self._source[index], SampleError(error), self._name)
     return result
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
@@ -193,7 +196,7 @@ class Lengths:
 
   def _places(self, epoch: int) -> list[Path]:
     """Returns the files that may hold the sizes: beside data that are not small, in the folder."""
-    name, path = f"lengths-{self.key(epoch)}.npz", Path(self._data.path)
+    name, path = f"lengths-{self.key(epoch)}.npz", storage.place(self._data.path)
     large = len(self._source) > kept.SMALL and path.exists()
     within = [self._folder / name] if self._folder else []
     return [*([kept.beside(path) / name] if large and self._folder else []), *within]

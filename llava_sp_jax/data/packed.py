@@ -11,13 +11,14 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax import json_files
+from llava_sp_jax import json_files, storage
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.data import decode, pictures, source
+from llava_sp_jax.data.array_record import ArrayRecord
 from llava_sp_jax.data.failure import SampleError, attempt
 
 INDEX = "index.json"  # written last, so a folder without it is not complete
@@ -45,8 +46,8 @@ class Records(Sequence[bytes]):
     self._reset()
 
   def _reset(self) -> None:
-    self._readers: dict[int, Any] = {}
-    self._lock = threading.Lock()
+    self._readers: dict[int, Callable[[int], bytes]] = {}
+    self._locks = [threading.Lock() for _ in self._paths]
 
   def __getstate__(self) -> dict[str, Any]:
     return {"_paths": self._paths, "_ends": self._ends}
@@ -61,17 +62,21 @@ class Records(Sequence[bytes]):
   def __getitem__(self, number: Any) -> Any:
     shard = bisect.bisect_right(self._ends, number)
     first = self._ends[shard - 1] if shard else 0
-    return self._reader(shard).read([number - first])[0]
+    if shard not in self._readers:
+      with self._locks[shard]:
+        if shard not in self._readers:
+          self._readers[shard] = _reader(self._paths[shard])
+    return self._readers[shard](number - first)
 
-  def _reader(self, shard: int) -> Any:
-    from array_record.python import array_record_module
 
-    with self._lock:
-      if shard not in self._readers:
-        self._readers[shard] = array_record_module.ArrayRecordReader(
-          str(self._paths[shard]), OPTIONS, file_reader_buffer_size=BUFFER
-        )
-      return self._readers[shard]
+def _reader(path: Path) -> Callable[[int], bytes]:
+  """Opens a shard, and returns what reads a record by its number in it."""
+  if storage.remote(path):
+    return ArrayRecord(path).__getitem__
+  from array_record.python import array_record_module
+
+  found = array_record_module.ArrayRecordReader(str(path), OPTIONS, file_reader_buffer_size=BUFFER)
+  return lambda number: bytes(found.read([number])[0])
 
 
 class Packed(source.Samples):
@@ -89,13 +94,14 @@ class Packed(source.Samples):
     Raises: ConfigError when the folder is not complete.
     """
     super().__init__("", read)
-    folder = Path(path)
+    folder = storage.place(path)
     if not (folder / INDEX).is_file():
       raise ConfigError(
         f"{key}: {path} holds shards but no {INDEX}, so llava-sp data pack was interrupted; run it "
         "again"
       )
-    index = json_files.read_object(folder / INDEX)
+    self.far = storage.remote(folder)
+    index = _index(folder / INDEX)
     if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
       raise ConfigError(
         f"{key}: {folder / INDEX} is of {index.get('format')!r:.40} version "
@@ -105,8 +111,7 @@ class Packed(source.Samples):
       raise ConfigError(
         f"{key}: {folder / INDEX} is damaged; copy the folder again, or pack it again"
       )
-    for shard in (*index[SAMPLES], *index[IMAGES]):
-      _check(folder / shard["file"], shard["bytes"], key)
+    _check(folder, [*index[SAMPLES], *index[IMAGES]], key)
     self._samples, self._images = (Records(folder, index[kind]) for kind in (SAMPLES, IMAGES))
     self._about = index
 
@@ -140,10 +145,20 @@ class Packed(source.Samples):
     return str(self._about["former_fingerprint"])
 
 
-def _check(path: Path, size: int, key: str) -> None:
-  found = path.stat().st_size if path.is_file() else None
-  if found != size:
-    there = "is missing" if found is None else f"has {found:,} bytes"
-    raise ConfigError(
-      f"{key}: {path} {there}, expected {size:,} bytes; copy the folder again, or pack it again"
-    )
+def _index(path: Path) -> json_files.Json:
+  content = storage.of(path).read(path, json_files.MAX_BYTES + 1)
+  return json_files.parse_object(content, str(path))
+
+
+def _check(folder: Path, shards: Sequence[dict[str, Any]], key: str) -> None:
+  """Compares the sizes of all shards with the index. Raises: ConfigError for the first other one."""
+  paths = [folder / shard["file"] for shard in shards]
+  stamps = storage.of(folder).stamps(paths)
+  for path, shard, stamp in zip(paths, shards, stamps, strict=True):
+    found = stamp and stamp[0]
+    if found != shard["bytes"]:
+      there = "is missing" if found is None else f"has {found:,} bytes"
+      raise ConfigError(
+        f"{key}: {path} {there}, expected {shard['bytes']:,} bytes; copy the folder again, or pack "
+        "it again"
+      )

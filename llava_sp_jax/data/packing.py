@@ -222,6 +222,10 @@ class Stream:
     with self._lock:
       return self._planned(number)
 
+  def epoch_rows(self) -> int:
+    """Returns the number of rows of the first epoch."""
+    return len(self.epoch(0))
+
   def __getitem__(self, row: int) -> tuple[int, PackedRow]:
     """Returns (epoch, row) of the row that is number `row`, from 0, since the start of training."""
     with self._lock:

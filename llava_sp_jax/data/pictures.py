@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from llava_sp_jax import storage
 from llava_sp_jax.data import decode, forms
-from llava_sp_jax.data.failure import SampleError, SourceError, reason
+from llava_sp_jax.data.failure import SampleError, SourceError, attempt, reason
 
+HEAD = 1 << 16  # bytes at the beginning of a file, in which its size nearly always stands
 Size = tuple[int, int]  # width and height in pixels
 
 
@@ -89,12 +91,81 @@ class Stored:
     return decode.picture(io.BytesIO(self.data()), self.name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Far:
+  """Refers to the file of a picture in a bucket."""
+
+  path: Path
+
+  @property
+  def place(self) -> str:
+    return str(self.path)
+
+  def size(self) -> Size:
+    head = self._read(HEAD)
+    try:
+      return decode.read_size(io.BytesIO(head), self.place)
+    except SampleError:
+      if len(head) < HEAD:
+        raise
+    return decode.read_size(io.BytesIO(self.data()), self.place)  # the size stands further behind
+
+  def data(self) -> bytes:
+    return self._read(decode.MAX_BYTES)
+
+  def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
+    return decode.picture(io.BytesIO(self.data()), self.place)
+
+  def _read(self, limit: int) -> bytes:
+    try:
+      return storage.of(self.path).read(self.path, limit)
+    except FileNotFoundError:
+      raise decode.MissingImageError(f"image {self.path}: no such file") from None
+    except OSError as error:
+      raise SampleError(f"image {self.path}: cannot be read ({reason(error)})") from None
+
+
+def in_folder(folder: Path, name: str) -> Picture:
+  """Returns the picture of a file, whose name starts from `folder`."""
+  path = folder / name
+  return Far(path) if storage.remote(path) else InFile(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """Holds the content of a picture's file, or why it cannot be read."""
+
+  picture: Picture
+  content: bytes | SampleError
+
+  @property
+  def place(self) -> str:
+    return self.picture.place
+
+  def size(self) -> Size:
+    return self.picture.size()
+
+  def data(self) -> bytes:
+    if isinstance(self.content, SampleError):
+      raise self.content
+    return self.content
+
+  def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
+    name = self.place or getattr(self.picture, "name", "")
+    return decode.picture(io.BytesIO(self.data()), name)
+
+
 class WithPictures(dict[str, Any]):
   """Is a sample that knows its pictures, in the order of `forms.read(sample).images`."""
 
   def __init__(self, values: dict[str, Any], pictures: Sequence[Picture]):
     super().__init__(values)
     self.pictures = tuple(pictures)
+
+
+def loaded(sample: Any, pictures: Sequence[Picture]) -> Any:
+  """Reads the files of all pictures of a sample, and returns the sample with their content."""
+  return WithPictures(sample, [Loaded(one, attempt(one.data)) for one in pictures])
 
 
 def of(sample: Any, folder: Path) -> tuple[Picture, ...]:
@@ -112,5 +183,5 @@ def of(sample: Any, folder: Path) -> tuple[Picture, ...]:
 
 def _of(image: forms.Image, number: int, sample: dict[str, Any], folder: Path) -> Picture:
   if isinstance(image, str):
-    return InFile(folder / image)
+    return in_folder(folder, image)
   return Stored(f"{number} of sample {sample.get('id')!r:.60}", lambda: image)

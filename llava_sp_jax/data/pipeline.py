@@ -6,129 +6,37 @@ Shape letters:  B rows . T row length . M tiles per row
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
-from llava_sp_jax.data import (
-  anyres,
-  example,
-  image,
-  kept,
-  packing,
-  samples,
-  sources,
-  validation_split,
-)
-from llava_sp_jax.data.failure import SampleError, attempt
+from llava_sp_jax.data import anyres, image, mixture, packing, samples, validation_split
 from llava_sp_jax.data.lengths import Hosts, Lengths, Say
-from llava_sp_jax.data.prefetch import Prefetcher
+from llava_sp_jax.data.prefetch import Ahead, Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
-from llava_sp_jax.data.source import Source
+from llava_sp_jax.data.rows import SAMPLES, Held, MixedMaker, RowMaker, marks
 from llava_sp_jax.data.tokenizer import Tokenizer
 
-HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
+__all__ = ["SAMPLES", "Batches", "Held", "check_settings", "make", "marks", "open_parts"]
+
 PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
+READERS = 64  # threads that read samples and pictures which are far away: they mostly wait
 PREFETCH_BYTES = 1 << 27  # of their images; but always the rows of a batch
-SAMPLES = "samples"  # key of a batch: for each row, a list of Held; stays on the host
 
 
-class Held(NamedTuple):
-  """Identifies a sample that was planned into a row."""
+class Stream(Protocol):
+  """Provides the endless sequence of rows: for each, the arguments with which it is made."""
 
-  epoch: int
-  sample: int  # its index in the source
-  trained: bool  # False if it could not be read, and is missing from the row
-
-
-class RowMaker:
-  """Reads the samples of a row; quarantines one that cannot be used and leaves it out."""
-
-  def __init__(
-    self,
-    source: Source,
-    writer: samples.SampleEncoder,
-    data: config_lib.DataConfig,
-    side: int,
-    seed: int,
-    quarantine: Quarantine,
-  ):
-    self._source, self._writer, self._data, self._side = source, writer, data, side
-    self._seed, self._quarantine = seed, quarantine
-    self._augment = lookup("data.augment", data.augment, image.AUGMENTS)
-    self._any_good, self._bad = False, set[int]()
-
-  @property
-  def image_bytes(self) -> int:
-    """Returns the bytes of a row's images."""
-    return self._data.images_per_row * self._side**2 * 3 * np.dtype(np.float32).itemsize
-
-  def __call__(self, epoch: int, row: packing.PackedRow) -> dict[str, Any]:
-    """Returns the arrays of a row by name: those of `make` without the axis B.
-
-    `epoch` seeds random draws.
-
-    Raises: ConfigError when none of the first 256 samples can be used.
-    """
-    room = self._data.images_per_row
-    images = np.zeros((room, self._side, self._side, 3), np.float32)
-    parts: list[example.TokenRow] = []
-    held: list[Held] = []
-    first = 0
-    for segment, index in enumerate(row.samples, 1):
-      left = row.length - sum(part.length for part in parts)
-      made = self._sample(epoch, index, segment, first, left)
-      held.append(Held(epoch, index, made is not None))
-      if made is not None:
-        part, tiles = made
-        parts.append(part)
-        for pixels in tiles:
-          images[first] = pixels
-          first += 1
-    return {**example.join(parts, row.length).arrays(), "images": images, SAMPLES: held}
-
-  def _sample(
-    self, epoch: int, index: int, segment: int, first: int, left: int
-  ) -> tuple[example.TokenRow, list[np.ndarray]] | None:
-    made = attempt(lambda: self._made(epoch, index, segment, first, left))
-    if isinstance(made, SampleError):
-      self._quarantine.add(index, attempt(lambda: self._source[index]), made)
-      self._give_up_if_hopeless(index, made)
-      return None
-    self._any_good = True
-    return made
-
-  def _made(
-    self, epoch: int, index: int, segment: int, first: int, left: int
-  ) -> tuple[example.TokenRow, list[np.ndarray]]:
-    sample = self._source[index]
-    rng = samples.rng_of(self._seed, epoch, index)
-    runs = self._writer.runs(sample, rng)
-    pictures = self._source.images(sample)
-    plans = [picture.plan for picture in pictures]
-    size = self._writer.size(runs, plans)
-    if size.length > left or first + size.tiles > self._data.images_per_row:
-      raise SampleError(
-        f"{size.length} tokens and {size.tiles} tiles, more than when samples were measured; if "
-        "images have changed since, remove lengths-*.npz from the run's folder, and from the folder "
-        f"{kept.SUFFIX} beside the data, and start anew"
-      )
-    limit, room = self._data.row_length, self._data.images_per_row
-    part = example.layout(runs, plans, limit, room, segment, first)
-    return part, [self._augment(tile, rng) for picture in pictures for tile in picture.tiles]
-
-  def _give_up_if_hopeless(self, index: int, error: SampleError) -> None:
-    if not self._any_good:
-      self._bad.add(index)
-      if len(self._bad) >= min(len(self._source), HOPELESS):
-        raise ConfigError(
-          f"data: none of the first {len(self._bad)} samples can be used; the last: {error}"
-        ) from None
+  def __getitem__(self, row: int) -> tuple[Any, ...]: ...
+  def epoch_rows(self) -> int:
+    """Returns the number of rows of an epoch."""
+    ...
 
 
 class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no types
@@ -144,12 +52,12 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
 
   def __init__(
     self,
-    stream: packing.Stream,
-    row_maker: RowMaker,
+    stream: Stream,
+    row_maker: RowMaker | MixedMaker,
     batch_size: int,
     rows: Sequence[int],
     threads: int,
-    usable: Sequence[int],
+    usable: Mapping[str, np.ndarray],
   ):
     """Starts at step 0.
 
@@ -159,21 +67,27 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
       batch_size: B, the rows of a batch over all processes.
       rows: the indices, within a batch, of the rows that this process makes.
       threads: threads that make rows.
-      usable: indices of the samples of an epoch.
+      usable: indices of the samples of an epoch, for each source of a mixture by name; "" is
+        the name of a single one.
     """
     super().__init__()
     self.stream, self.usable = stream, usable
     self.stopped: Callable[[], bool] = lambda: False
-    self._count, self._threads = len(rows), threads
+    self._batch_size, self._count, self._threads = batch_size, len(rows), threads
     fitting = PREFETCH_BYTES // max(1, row_maker.image_bytes)
     self._ahead = max(len(rows), min(PREFETCH, fitting))
     self._prefetcher: Prefetcher | None = None
 
-    def row(number: int) -> dict[str, Any]:  # `number` counts the rows that this process makes
+    def planned(number: int) -> tuple[Any, ...]:  # `number` counts the rows that this process makes
       step, place = divmod(number, len(rows))
-      return row_maker(*stream[step * batch_size + int(rows[place])])
+      return stream[step * batch_size + int(rows[place])]
+
+    def row(number: int, *loaded: Any) -> dict[str, Any]:
+      return row_maker(*planned(number), *loaded)
 
     self._row = row
+    load = Ahead(lambda number: row_maker.load(*planned(number)), READERS)
+    self._far = load if row_maker.far else None
     self.seek(0)
 
   @property
@@ -188,6 +102,16 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
       self._prefetcher.close()
     self._prefetcher = None
 
+  def resume(self, step: int, known: Mapping[str, Any] | None) -> None:
+    """Moves to where a run has read `step` batches, of which a mixture's state was `known`."""
+    if step and isinstance(self.stream, mixture.Stream):
+      self.stream.resume(known, step * self._batch_size)
+    self.seek(step)
+
+  def mixture(self) -> dict[str, Any] | None:
+    """Returns the state of a mixture, for `resume`; None without one."""
+    return self.stream.state() if isinstance(self.stream, mixture.Stream) else None
+
   def close(self) -> None:
     """Stops the threads."""
     self.seek(self._position)
@@ -201,7 +125,7 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
     """
     if self._prefetcher is None:
       self._prefetcher = Prefetcher(
-        self._row, self._position * self._count, self._threads, self._ahead
+        self._row, self._position * self._count, self._threads, self._ahead, self._far
       )
     rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
     self._position += 1
@@ -215,17 +139,6 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
   def set_state(self, state: dict[str, Any]) -> None:
     """Moves to the position of a state that `get_state` returned."""
     self.seek(int(state["step"]))
-
-
-def marks(held: Sequence[Sequence[Held]]) -> np.ndarray:
-  """Encodes SAMPLES of a batch for the ledger as int32 [B, n], n the most samples of a row.
-
-  A trained sample is its index, one that could not be read is `-2 - index`, and padding is -1.
-  """
-  result = np.full((len(held), max(map(len, held), default=0)), -1, np.int32)
-  for row, samples_ in zip(result, held, strict=True):
-    row[: len(samples_)] = [h.sample if h.trained else -2 - h.sample for h in samples_]
-  return result
 
 
 def check_settings(data: config_lib.DataConfig) -> None:
@@ -248,15 +161,12 @@ def check_settings(data: config_lib.DataConfig) -> None:
     )
 
 
-def open_source(
-  data: config_lib.DataConfig, tile: anyres.Tile, split: str
-) -> tuple[Source, Sequence[int]]:
-  """Opens the source of a split, and returns it with the indices of the split's samples.
+def open_parts(data: config_lib.DataConfig, tile: anyres.Tile, split: str) -> list[mixture.Part]:
+  """Opens the sources of a split: one, or those of a mixture.
 
   Raises: ConfigError, FileNotFoundError for data that cannot be opened.
   """
-  source = sources.of(data, anyres.Reader(data, tile), split)
-  return source, validation_split.samples(data, split, len(source))
+  return mixture.open_parts(data, anyres.Reader(data, tile), split)
 
 
 def make(
@@ -294,10 +204,8 @@ def make(
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
   check_settings(data)
+  parts = open_parts(data, tile, split)
   packed = packing.PACKINGS[data.packing]
-  source, members = open_source(data, tile, split)
-  data = validation_split.of_split(data, split)
-  writer = samples.SampleEncoder(tokenizer, data)
   shape = packing.Shape(
     data.row_length,
     data.images_per_row,
@@ -305,38 +213,49 @@ def make(
     data.bucket_lengths,
     data.samples_per_batch,
   )
-  quarantine = quarantine or Quarantine()
   rows = range(batch_size) if rows is None else rows
-  row_maker = RowMaker(source, writer, data, tile.size, seed, quarantine)
-  in_split = np.asarray(members, np.int32)
-  if packed.measured:
-    main = 0 in rows  # every process finds the same bad samples; one of them records them
+  quarantine = quarantine or Quarantine()
+  main = 0 in rows  # every process finds the same bad samples; one of them records them
+  streams, makers, usable = list[packing.Stream](), list[RowMaker](), list[np.ndarray]()
+  for part in parts:
+    own = mixture.seed_of(seed, part.name)
     lengths = Lengths(
-      source,
+      part.source,
       tokenizer,
-      data,
+      part.data,
       tile,
-      seed,
+      own,
       quarantine if main else Quarantine(),
       folder,
       say if main else None,
       hosts,
+      part.name,
     )
+    sizes = functools.partial(_sizes, np.asarray(part.members, np.int32), packed, lengths)
+    streams.append(packing.Stream(packed, shape, own, sizes))
+    first = streams[-1].epoch(0)
+    if say and main and packed.measured:
+      used = packing.fill(first, sizes(0))
+      of = f" of {part.name}" * bool(part.name)
+      say(f"packing {data.packing}: {len(first):,} rows{of} in the first epoch, {used:.1%} full")
+    usable.append(sizes(0).usable)
+    writer = samples.SampleEncoder(tokenizer, part.data)
+    makers.append(RowMaker(part.source, writer, part.data, tile.size, own, quarantine, part.name))
+  if not parts[0].name:
+    return Batches(streams[0], makers[0], batch_size, rows, data.threads, {"": usable[0]})
+  mixed = mixture.Stream(parts, streams, batch_size if packed.batched else 1)
+  maker = MixedMaker(makers)
+  names = [part.name for part in parts]
+  found = dict(zip(names, usable, strict=True))
+  return Batches(mixed, maker, batch_size, rows, data.threads, found)
 
-    def sizes(epoch: int) -> packing.Sizes:
-      found = lengths.sizes(epoch)
-      return dataclasses.replace(found, usable=np.intersect1d(found.usable, in_split))
 
-  else:
-    main, unknown = False, np.zeros(0, np.int32)
-
-    def sizes(epoch: int) -> packing.Sizes:
-      return packing.Sizes(unknown, unknown, in_split)
-
-  stream = packing.Stream(packed, shape, seed, sizes)
-  first = stream.epoch(0)
-  if say and main:
-    used = packing.fill(first, sizes(0))
-    say(f"packing {data.packing}: {len(first):,} rows in the first epoch, {used:.1%} full")
-  usable = sizes(0).usable.tolist()
-  return Batches(stream, row_maker, batch_size, rows, data.threads, usable)
+def _sizes(
+  members: np.ndarray, packed: packing.Packing, lengths: Lengths, epoch: int
+) -> packing.Sizes:
+  """Returns the sizes of the samples of an epoch, of which `members` are in the split."""
+  if not packed.measured:
+    unknown = np.zeros(0, np.int32)
+    return packing.Sizes(unknown, unknown, members)
+  found = lengths.sizes(epoch)
+  return dataclasses.replace(found, usable=np.intersect1d(found.usable, members))

@@ -20,7 +20,7 @@ class Quarantine:
     `path` is the file of process 0 (None: samples are only counted); process N > 0 writes a file
     beside it whose name ends in N.
     """
-    self._lock, self._seen, self._path = threading.Lock(), set[int](), path
+    self._lock, self._seen, self._path = threading.Lock(), set[int | tuple[str, int]](), path
     self._torn = False  # whether the file ends in an incomplete line
     if path:
       self._path = path.with_stem(f"{path.stem}-{process:05d}") if process else path
@@ -28,29 +28,33 @@ class Quarantine:
         self._seen |= _indices(file)
       self._torn = storage.of(self._path).content(self._path)[-1:] not in (b"", b"\n")
 
-  def __contains__(self, index: int) -> bool:
-    return index in self._seen
+  def __contains__(self, sample: int | tuple[str, int]) -> bool:
+    return sample in self._seen  # an index, with the name of its source in a mixture
 
   @property
   def count(self) -> int:
     """Returns how many different samples are recorded, also by earlier parts of the run."""
     return len(self._seen)
 
-  def add(self, index: int, sample: Any, error: Exception) -> None:
+  def add(self, index: int, sample: Any, error: Exception, source: str = "") -> None:
     """Records the sample of an index with its error, unless that index is recorded already.
+
+    `source` is the name of its source in a mixture.
 
     Raises: OSError, which names the file, when it cannot be written; the sample may be added again.
     """
     with self._lock:
-      if index in self._seen:
+      key = (source, index) if source else index
+      if key in self._seen:
         return
       if self._path:
         storage.of(self._path).make(self._path.parent)
         line = {"index": index, "id": _name(sample), "error": reason(error)}
+        line |= {"source": source} if source else {}
         torn, self._torn = self._torn, True  # until the line is complete
         jsonl.append(self._path, line, start="\n" * torn)
         self._torn = False
-      self._seen.add(index)
+      self._seen.add(key)
 
 
 def reasons(path: Path) -> list[str]:
@@ -66,7 +70,7 @@ def _name(sample: Any) -> Any:
   return name if isinstance(name, int | None) and len(text) <= REASON else shortened(text, REASON)
 
 
-def _indices(path: Path) -> set[int]:
+def _indices(path: Path) -> set[int | tuple[str, int]]:
   """Returns the samples in a quarantine file; skips a line that a kill left incomplete."""
-  indices = (record.get("index") for record in jsonl.read(path)[0])
-  return {index for index in indices if isinstance(index, int)}
+  found = ((record.get("source"), record.get("index")) for record in jsonl.read(path)[0])
+  return {(str(name), at) if name else at for name, at in found if isinstance(at, int)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import files
+from llava_sp_jax import files, storage
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.console import shortened
 from llava_sp_jax.data import content, forms, kept, sample_offsets, sample_text
@@ -61,29 +61,34 @@ def read(path: str | Path, key: str = "data.path") -> SampleFile:
     FileNotFoundError: when there is no such file.
     ConfigError: when the file holds no samples.
   """
-  if not files.is_regular(Path(path)):
+  place = storage.place(path)
+  try:
+    local = storage.of(place).local(place)
+  except FileNotFoundError:
+    local = Path()
+  if not files.is_regular(local):
     raise FileNotFoundError(f"{key}: no file {str(path)[-REASON:]!r}; {EXPECTED}")
   try:
-    return _read(Path(path), Path(path).stat().st_mtime_ns)
+    return _read(local, local.stat().st_mtime_ns, kept.beside(path))
   except (OSError, ValueError, RecursionError) as error:
     why = error.strerror if isinstance(error, OSError) else str(error)
     raise ConfigError(f"{key}: {path} {shortened(why or '', REASON)}; {EXPECTED}") from None
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: Path, changed: int) -> SampleFile:
+def _read(path: Path, changed: int, beside: Path) -> SampleFile:
   """Reads a file; cached, since training and validation may read the same large one."""
   with path.open("rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
   name = f"samples-{kept.key_of(content.VERSION, digest)}.npz"
-  if (known := kept.load(kept.beside(path) / name)) and known.keys() == {*KEPT, "about"}:
+  if (known := kept.load(beside / name)) and known.keys() == {*KEPT, "about"}:
     kind, fingerprint = map(str, known["about"])
     return SampleFile(path, Offsets(path, kind, *(known[key] for key in KEPT)), fingerprint, digest)
   if found := sample_offsets.find(path):
     offsets, fingerprint = found
     if len(offsets) > kept.SMALL:
       arrays = {key: getattr(offsets, key) for key in KEPT}
-      kept.save_beside(path, name, {**arrays, "about": np.array([offsets.kind, fingerprint])})
+      kept.save_in(beside, name, {**arrays, "about": np.array([offsets.kind, fingerprint])})
     return SampleFile(path, offsets, fingerprint, digest)
   held = _parsed(path.read_bytes(), path.name)
   hashed = content.Fingerprint()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
+from llava_sp_jax import storage
 from llava_sp_jax.data import pictures
 from llava_sp_jax.data.pictures import Picture, Size
 
@@ -18,8 +18,11 @@ Reader = Callable[[Image.Image], Any]  # preprocesses an image, e.g. `anyres.Rea
 class Source(Protocol):
   """Provides samples by index, in a form that `forms.read` reads, and the images of a sample.
 
-  `source[index]` returns a SampleError in place of a sample that cannot be read.
+  `source[index]` returns a SampleError in place of a sample that cannot be read. `far` tells whether
+  reads take long, but many at a time take no longer.
   """
+
+  far: bool
 
   def __len__(self) -> int: ...
   def __getitem__(self, index: int) -> Any: ...
@@ -63,9 +66,10 @@ class Samples:
 
   def __init__(self, folder: str, read: Reader):
     """Stores its arguments. Raises: FileNotFoundError when the folder does not exist."""
-    if folder and not Path(folder).is_dir():
+    self._folder, self._read = storage.place(folder), read
+    self.far = storage.remote(folder)
+    if folder and not self._folder.is_dir():
       raise FileNotFoundError(f"data.image_folder: no folder {folder!r}")
-    self._folder, self._read = Path(folder), read
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_read": None}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.data import columns, packed, tables, validation_split, webdataset
 from llava_sp_jax.data.llava_json import LlavaJson
@@ -59,8 +60,9 @@ def open_path(
 
 def _fitting(path: str, key: str) -> Format:
   """Returns the first format that fits a path; JSON, which says what is wrong, for an impossible one."""
+  place = storage.place(path)
   try:
-    row = next((row for row in SOURCES.values() if row.fits(Path(path))), None)
+    row = next((row for row in SOURCES.values() if row.fits(place)), None)
   except (OSError, ValueError):
     row = SOURCES["llava_json"]
   if not row:

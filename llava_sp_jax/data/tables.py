@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_sp_jax import json_files
+from llava_sp_jax import json_files, storage
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.data import forms
+from llava_sp_jax.data import forms, ranged
 
 TRAIN = "train"  # the split that is read where a folder holds several
 BYTES, PATH = "bytes", "path"  # fields of an image
@@ -51,7 +51,9 @@ class Parquet:
   def _open(self) -> None:
     import pyarrow.parquet
 
-    self._files = [pyarrow.parquet.ParquetFile(path) for path in self.paths]
+    far = any(map(storage.remote, self.paths))
+    files = [ranged.Ranged(path) if far else path for path in self.paths]
+    self._files = [pyarrow.parquet.ParquetFile(file, pre_buffer=far) for file in files]
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_files": None}

@@ -35,7 +35,10 @@ def of_split(data: config_lib.DataConfig, split: str) -> config_lib.DataConfig:
       "train.validate_every: no validation split; give data.validation_path or "
       "data.validation_fraction"
     )
-  return dataclasses.replace(data, path=data.validation_path or data.path, augment="none")
+  data = dataclasses.replace(data, augment="none")
+  if not data.validation_path:
+    return data
+  return dataclasses.replace(data, path=data.validation_path, mixture="")
 
 
 def path_key(data: config_lib.DataConfig, split: str) -> str:

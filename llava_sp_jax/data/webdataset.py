@@ -6,25 +6,26 @@ The tars are read through once for the offsets of their members, and are not unp
 from __future__ import annotations
 
 import array
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import os
 import re
 import tarfile
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from llava_sp_jax import files
+from llava_sp_jax import storage
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.data import content, forms, kept, pictures, sample_text, source
+from llava_sp_jax.data import content, forms, kept, pictures, ranged, sample_text, source
 from llava_sp_jax.data.failure import SampleError, SourceError, attempt
+from llava_sp_jax.stores.store import Opened
 
+TOGETHER = 16  # tars in a bucket whose headers are read at the same time
 VERSION = 1  # of the arrays that are kept
 JSON = "json"
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
@@ -92,8 +93,8 @@ def read_index(paths: Sequence[Path]) -> Index:
     name: array.array("q") for name in Index.ARRAYS if name != "text"
   }
   text = bytearray()
-  for tar, path in enumerate(paths):
-    for members in _grouped(_members(path)):
+  for tar, found in enumerate(_all_members(paths)):
+    for members in _grouped(found):
       for member in _in_order(members):
         text += member.name.encode("utf-8", "surrogateescape")
         values = {"offset": member.offset, "size": member.size, "text_end": len(text)}
@@ -105,16 +106,24 @@ def read_index(paths: Sequence[Path]) -> Index:
   return Index({**arrays, "text": np.frombuffer(bytes(text), np.uint8)})
 
 
+def _all_members(paths: Sequence[Path]) -> Iterator[Iterator[_Member]]:
+  """Yields the members of each tar; reads several at a time where they are far away."""
+  if not any(map(storage.remote, paths)):
+    yield from map(_members, paths)
+    return
+  with concurrent.futures.ThreadPoolExecutor(TOGETHER) as pool:
+    for start in range(0, len(paths), TOGETHER):
+      yield from map(iter, pool.map(list, map(_members, paths[start : start + TOGETHER])))
+
+
 def _members(path: Path) -> Iterator[_Member]:
   try:
-    with tarfile.open(path, "r:") as tar:
+    with ranged.buffered(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
       while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
         if member.isfile():
           yield _Member(member.name, member.offset_data, member.size)
-      end = tar.offset
-    with path.open("rb") as file:
-      file.seek(end)
+      file.seek(tar.offset)
       if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end mark")
   except (tarfile.TarError, OSError) as error:
@@ -161,7 +170,8 @@ class Tars(source.Samples):
     Raises: ConfigError for a tar that is damaged, or holds no samples.
     """
     super().__init__("", read)
-    self._path, self._tars = path, tars(Path(path))
+    self.far = storage.remote(path)
+    self._path, self._tars = path, tars(storage.place(path))
     self._stamps = kept.stamps(self._tars)
     name = f"members-{kept.key_of(VERSION, self._stamps)}.npz"
     known = kept.load(kept.beside(path) / name)
@@ -169,11 +179,11 @@ class Tars(source.Samples):
     if not len(self._index):
       raise ConfigError(f"{key}: {path} holds no samples; expected members KEY.{JSON}, KEY.jpg")
     if not known and len(self._index) > kept.SMALL:
-      kept.save_beside(path, name, self._index.arrays)
+      kept.save_in(kept.beside(path), name, self._index.arrays)
     self._reset()
 
   def _reset(self) -> None:
-    self._files: dict[int, BinaryIO] = {}
+    self._files: dict[int, Opened] = {}
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
@@ -208,13 +218,11 @@ class Tars(source.Samples):
     path = self._tars[tar]
     with self._lock:
       if tar not in self._files:
-        file = files.open_regular(path)
-        weakref.finalize(self, file.close)
-        about = os.fstat(file.fileno())
-        if (about.st_size, about.st_mtime_ns) != self._stamps[tar][1:]:
+        file = storage.of(path).opened(path)
+        if (file.size, file.version) != self._stamps[tar][1:]:
           raise SourceError(f"{path} has changed since its members were found; start again")
         self._files[tar] = file
-    return files.read_at(self._files[tar], path, member.offset, member.size)
+    return self._files[tar].read_at(member.offset, member.size)
 
   def fingerprint(self) -> str:
     """Returns the hash of the samples, in hexadecimal digits; pictures are not read."""

@@ -20,10 +20,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp_jax.stores.store import Seen, named
+from llava_sp_jax.stores.store import Opened, Seen, named
 
 SECONDS = 15.0  # the time that an appended line is in memory only, but for large objects
 # Bytes per second that may go into putting an object again and again: one above 1 MB waits longer,
@@ -133,6 +134,37 @@ class Bucket:
       return None
     return Seen(content, (int(about.get("generation") or 0), 0))
 
+  def read(self, path: Path, limit: int) -> bytes:
+    with named(path):
+      return bytes(self._files.cat_file(str(path), start=0, end=limit))
+
+  def opened(self, path: Path) -> Opened:
+    size, version = self._stamp(path)
+
+    def read_at(start: int, count: int) -> bytes:
+      end = min(start + count, size)
+      if end <= start:
+        return b""
+      with named(path):
+        return bytes(self._files.cat_file(str(path), start=start, end=end))
+
+    return Opened(path, size, version, read_at)
+
+  def stamps(self, paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    known: dict[str, tuple[int, int]] = {}
+    for folder in {path.parent for path in paths}:
+      with named(folder), contextlib.suppress(FileNotFoundError):
+        listed = self._files.ls(str(folder), detail=True)  # 1000 objects a request
+        known |= {about["name"]: _stamp(about) for about in listed if about["type"] == "file"}
+    return [known.get(_name(path)) for path in paths]
+
+  def _stamp(self, path: Path) -> tuple[int, int]:
+    with named(path):
+      about = self._files.info(str(path))
+      if about["type"] != "file":
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
+    return _stamp(about)
+
   def changed(self, path: Path) -> int:
     with named(path):
       return int(self._files.modified(str(path)).timestamp() * 1e9)
@@ -200,6 +232,15 @@ class Bucket:
     }
 
 
+def _stamp(about: dict[str, Any]) -> tuple[int, int]:
+  return int(about["size"]), int(about.get("generation") or 0)
+
+
+def _name(path: Path) -> str:
+  """Returns the name that fsspec has for a path, which has no scheme."""
+  return str(path).partition("://")[2]
+
+
 def _start(path: Path) -> int:
-  """Returns where the part below `path` begins in a name of fsspec, which has no scheme."""
-  return len(str(path).partition("://")[2])
+  """Returns where the part below `path` begins in a name of fsspec."""
+  return len(_name(path))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
-from llava_sp_jax.stores.store import Seen, named
+from llava_sp_jax.stores.store import Opened, Seen, named
 
 
 class Disk:
@@ -67,6 +69,27 @@ class Disk:
     except FileNotFoundError:
       return None
     return Seen(content, (about.st_ino, about.st_mtime_ns))
+
+  def read(self, path: Path, limit: int) -> bytes:
+    with named(path), path.open("rb") as file:
+      return file.read(limit)
+
+  def opened(self, path: Path) -> Opened:
+    with named(path):
+      handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+      about = os.fstat(handle)
+
+    def read_at(start: int, count: int) -> bytes:
+      with named(path):
+        return os.pread(handle, count, start)
+
+    found = Opened(path, about.st_size, about.st_mtime_ns, read_at)
+    weakref.finalize(found, os.close, handle)
+    return found
+
+  def stamps(self, paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    found = [path.stat() if path.is_file() else None for path in paths]
+    return [about and (about.st_size, about.st_mtime_ns) for about in found]
 
   def changed(self, path: Path) -> int:
     return path.stat().st_mtime_ns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,20 @@ class Seen:
 
   content: bytes
   version: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """Reads a large file at any offset; may be used by several threads.
+
+  `read_at(start, count)` returns the bytes from `start`, fewer at the end of the file; it raises an
+  OSError that names the file.
+  """
+
+  path: Path
+  size: int  # bytes
+  version: int  # differs when the file is written again
+  read_at: Callable[[int, int], bytes]
 
 
 class Store(Protocol):
@@ -61,6 +75,18 @@ class Store(Protocol):
 
   def look(self, path: Path) -> Seen | None:
     """Reads a small file; None if there is none."""
+    ...
+
+  def read(self, path: Path, limit: int) -> bytes:
+    """Returns the first `limit` bytes of a file, in one request. Raises: OSError that names it."""
+    ...
+
+  def opened(self, path: Path) -> Opened:
+    """Opens a file for reads at any offset, while the result is held. Raises: OSError."""
+    ...
+
+  def stamps(self, paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """Returns (bytes, version) of files, in few requests; None for one that is no file."""
     ...
 
   def changed(self, path: Path) -> int:

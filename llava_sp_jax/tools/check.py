@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
   config, images, samples = read(argv)
   limits.check(config)
   from llava_sp_jax.convert import places
-  from llava_sp_jax.data import anyres, check, pipeline, validation_split
+  from llava_sp_jax.data import anyres, check, mixture, pipeline, validation_split
   from llava_sp_jax.data.tokenizer import Tokenizer
   from llava_sp_jax.models import build
   from llava_sp_jax.training import preflight
@@ -57,17 +57,18 @@ def main(argv: list[str]) -> int:
   pipeline.check_settings(config.data)
   shares = [validation_split.VALIDATION] * bool(config.data.validation_fraction)
   for split in (*files, *shares):  # raises early for data that cannot be opened
-    pipeline.open_source(config.data, tile, split)
+    pipeline.open_parts(config.data, tile, split)
   passed = True
-  for split in files:
-    progress, seed = Progress(0, "samples", stream=sys.stderr), config.train.seed
+  every = [(split, each) for split in files for each in mixture.each(config.data, split).items()]
+  for split, (name, (data, _)) in every:
+    progress = Progress(0, "samples", stream=sys.stderr)
+    seed = mixture.seed_of(config.train.seed, name)
 
     def show(report: check.CheckReport, progress: Progress = progress) -> None:
       progress.total = min(samples or report.total, report.total)
       progress.at(report.checked, f"{sum(report.kinds.values()):,} problems")
 
-    report = check.check(config.data, tokenizer, tile, images, samples, show, seed, split)
-    data = validation_split.of_split(config.data, split)
+    report = check.check(data, tokenizer, tile, images, samples, show, seed, split)
     console.say(table(report, data, progress.seconds))
     passed = passed and report.passed
   return 0 if passed else 1

@@ -23,8 +23,8 @@ asked to stop (SIGTERM, ctrl-C, a preemption notice) before that, it saves and e
   --profile A:B            writes a trace of steps A to B to DIR/profile (xprof, TensorBoard)
   --from-step N            resumes from an older checkpoint; 0 starts again. Newer ones are kept
                            in DIR/aside. Without it: the newest whose values are what was saved
-  --allow-changed NAMES    resumes although these have changed: data, tokenizer, or both
-                           with a comma
+  --allow-changed NAMES    resumes although these have changed, with commas between: data,
+                           tokenizer, mixture (whose sources go on where they stood)
   --executable FILE        runs the compiled step that llava-sp plan --write-executable wrote for
                            exactly this config, slice, code and versions; otherwise an error
   --config.GROUP.KEY=VALUE replaces one value (GROUP may be nested: --config.model.tower.width=64)

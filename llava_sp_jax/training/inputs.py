@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.convert import places
-from llava_sp_jax.data import anyres, lengths, pipeline, validation_split
+from llava_sp_jax.data import anyres, lengths, mixture, pipeline, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.models import build
@@ -37,20 +39,25 @@ def first_rows(config: config_lib.Config) -> int:
   tile = anyres.Tile(*build.tile_shape(config.model))
   train = config.train
   batches = pipeline.make(config.data, open_tokenizer(config), tile, train.batch_size, train.seed)
-  return len(batches.stream.epoch(0))
+  return batches.stream.epoch_rows()
 
 
-def fingerprints(
-  config: config_lib.Config, tokenizer: Tokenizer
-) -> tuple[dict[str, str], dict[str, str]]:
-  """Returns the fingerprints of `resume.INPUTS`, and those that earlier versions gave to the same.
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Holds the fingerprints of what a run reads, and of each source of a mixture by name."""
 
-  Reads the samples, but no images.
-  """
+  now: dict[str, str]  # "data" and "tokenizer"
+  former: dict[str, str]  # that earlier versions gave to the same
+  mixture: dict[str, dict[str, str]]  # {} without a mixture
+
+
+def fingerprints(config: config_lib.Config, tokenizer: Tokenizer) -> Inputs:
+  """Returns the fingerprints of what a run reads. Reads the samples, but no images."""
   tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, validation_split.TRAIN)
-  found = {"data": source.fingerprint()[:16], "tokenizer": tokenizer.fingerprint()[:16]}
-  return found, {"data": source.former_fingerprint()[:16]}
+  parts = pipeline.open_parts(config.data, tile, validation_split.TRAIN)
+  found = {"data": mixture.fingerprint(parts)[:16], "tokenizer": tokenizer.fingerprint()[:16]}
+  former = "" if config.data.mixture else parts[0].source.former_fingerprint()[:16]
+  return Inputs(found, {"data": former}, mixture.table(parts))
 
 
 def validation_input(config: config_lib.Config) -> dict[str, str]:
@@ -61,5 +68,5 @@ def validation_input(config: config_lib.Config) -> dict[str, str]:
   if not (config.train.validate_every and config.data.validation_path):
     return {}
   tile = anyres.Tile(*build.tile_shape(config.model))
-  source, _ = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
-  return {"validation data": source.fingerprint()[:16]}
+  parts = pipeline.open_parts(config.data, tile, validation_split.VALIDATION)
+  return {"validation data": mixture.fingerprint(parts)[:16]}

@@ -1,8 +1,8 @@
 """Records which samples every step reads, to prove that no sample is trained twice or lost.
 
 A run folder holds `ledger/<process>.jsonl`. For each step, each process appends an entry
-`{"step", "rows", "trained", "quarantined"}` with the rows that it owns. The first process also
-appends `{"step", "skipped"}` for a step whose loss or gradient is not finite. When a run resumes
+`{"step", "rows", "trained", "quarantined"}` with the rows that it owns. Samples are their indices;
+in a mixture, those of each source stand under its name. The first process also appends `{"step", "skipped"}` for a step whose loss or gradient is not finite. When a run resumes
 from a checkpoint, the entries after that checkpoint are dropped.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,21 @@ class Totals:
   quarantined: int
   skipped: int  # in steps whose update was skipped as not finite
   unreadable: int = 0  # lines of the ledger; their samples are missing in the counts
+  # In a mixture: for each source by name, its samples that were "trained", "quarantined", "skipped".
+  sources: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     damage = f"; {self.unreadable} lines could not be read, so this is no proof"
     return (
       f"ledger: {self.read} samples read in {self.steps} steps = {self.trained} trained + "
       f"{self.quarantined} quarantined + {self.skipped} in skipped steps"
-      f"{damage if self.unreadable else ''}"
+      f"{damage if self.unreadable else ''}" + "".join(map(self._of, self.sources))
     )
+
+  def _of(self, name: str) -> str:
+    found = self.sources[name]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items(), reverse=True))
+    return f"\n  {name}: {sum(found.values())} read = {kinds}"
 
 
 class Ledger:
@@ -63,19 +70,21 @@ class Ledger:
     self._process, self._owned = process, np.asarray(owned)
     self._rows = [int(row) for row in np.asarray(rows)[self._owned]]
 
-  def step(self, number: int, samples: np.ndarray) -> None:
+  def step(self, number: int, samples: np.ndarray, sources: Sequence[str] = ()) -> None:
     """Appends the entry of step `number`.
 
-    `samples` marks the samples of the rows that this process makes: int32 [b] or, in packed rows,
-    [b, n], as the pipeline gives them. A value >= 0 is the index of a trained sample, `-2 - index`
-    stands for a quarantined one, and -1 for an empty place.
+    Args:
+      number: the step.
+      samples: marks the samples of the rows that this process makes: int32 [b] or, in packed rows,
+        [b, n], as `rows.marks` gives them. A value >= 0 is the index of a trained sample,
+        `-2 - index` stands for a quarantined one, and -1 for an empty place.
+      sources: in a mixture, the name of the source of each of these rows.
     """
-    ids = np.asarray(samples)[self._owned].reshape(-1)
+    ids = np.asarray(samples)[self._owned]
     if self._rows:
-      trained, quarantined = ids[ids >= 0], -2 - ids[ids < -1]
-      self._write(
-        step=number, rows=self._rows, trained=trained.tolist(), quarantined=quarantined.tolist()
-      )
+      names = np.asarray(sources)[self._owned] if any(sources) else None
+      trained, quarantined = (_of(ids, names, part) for part in (_trained, _quarantined))
+      self._write(step=number, rows=self._rows, trained=trained, quarantined=quarantined)
 
   def skipped(self, number: int) -> None:
     """Records and prints that the update of step `number` was skipped as not finite."""
@@ -84,7 +93,7 @@ class Ledger:
     with_step = [line for line in _lines(self._file)[0] if line["step"] == number]
     print(
       f"step {number}: loss or gradient is not finite, skipped; process {self._process} had "
-      f"samples {[i for line in with_step for i in line.get('trained', [])]}",
+      f"samples {[key for line in with_step for key in _keys(line, 'trained')]}",
       flush=True,
     )
 
@@ -94,6 +103,24 @@ class Ledger:
   def secure(self) -> None:
     """Makes all entries survive a kill; called before a checkpoint of their steps is saved."""
     storage.of(self._file).secure(self._file)
+
+
+def _trained(ids: np.ndarray) -> list[int]:
+  return [int(i) for i in ids[ids >= 0]]
+
+
+def _quarantined(ids: np.ndarray) -> list[int]:
+  return [int(i) for i in -2 - ids[ids < -1]]
+
+
+def _of(
+  ids: np.ndarray, names: np.ndarray | None, part: Callable[[np.ndarray], list[int]]
+) -> list[int] | dict[str, list[int]]:
+  """Returns some of the marks of rows: as a list or, with the names of their sources, by name."""
+  if names is None:
+    return part(ids.reshape(-1))
+  found = {str(name): part(ids[names == name].reshape(-1)) for name in np.unique(names)}
+  return {name: indices for name, indices in found.items() if indices}
 
 
 def drop_after(folder: Path, step: int) -> None:
@@ -120,7 +147,10 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_entry(record: dict[str, Any]) -> bool:
-  lists = [record.get(name, []) for name in ("rows", "trained", "quarantined")]
+  lists = [record.get("rows", [])]
+  for name in ("trained", "quarantined"):
+    values = record.get(name, [])
+    lists += values.values() if isinstance(values, dict) else [values]
   whole = "rows" not in record or {"trained", "quarantined"} <= record.keys()
   return (
     whole
@@ -130,6 +160,17 @@ def _is_entry(record: dict[str, Any]) -> bool:
       for values in lists
     )
   )
+
+
+Key = int | tuple[str, int]  # a sample: its index, with the name of its source in a mixture
+
+
+def _keys(line: dict[str, Any], kind: str) -> list[Key]:
+  """Returns the samples of one kind, "trained" or "quarantined", of an entry."""
+  values = line.get(kind, [])
+  if isinstance(values, dict):
+    return [(name, index) for name, indices in values.items() for index in indices]
+  return list(values)
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -153,15 +194,21 @@ def skips(folder: Path) -> set[int]:
   return {line["step"] for line in read(folder) if line.get("skipped")}
 
 
-def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()) -> Totals:
+def check(
+  folder: Path,
+  steps: int,
+  batch_size: int,
+  samples: Sequence[int] | Mapping[str, Sequence[int]] = (),
+) -> Totals:
   """Checks the ledger of a run up to step `steps` and returns its totals.
 
   Args:
     folder: the run folder.
     steps: the last step of the run.
     batch_size: rows of a batch; each step must have each of them exactly once.
-    samples: indices of all samples that the run may read. If the ledger begins at step 1, no sample
-      may have been read more than once more often than another. Empty: this is not checked.
+    samples: indices of all samples that the run may read; of a mixture, those of each source by
+      name. If the ledger begins at step 1, no sample may have been read more than once more often
+      than another of its source. Empty: this is not checked.
 
   If some lines could not be read, missing entries are not an error, and the totals report those
   lines.
@@ -169,15 +216,21 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
   Raises: LedgerError with all problems.
   """
   rows, problems = dict[int, Counter[int]](), list[str]()
-  seen, counts = Counter[int](), Counter[str]()
+  seen, counts = Counter[Key](), Counter[str]()
+  by_source = dict[str, Counter[str]]()
   bad = skips(folder)
   lines, unreadable = _read(folder)
   for line in lines:
     if "rows" in line:
       rows.setdefault(line["step"], Counter()).update(line["rows"])
-      seen.update(line["trained"] + line["quarantined"])
-      counts["skipped" if line["step"] in bad else "trained"] += len(line["trained"])
-      counts["quarantined"] += len(line["quarantined"])
+      state = "skipped" if line["step"] in bad else "trained"
+      for kind, name in (("trained", state), ("quarantined", "quarantined")):
+        keys = _keys(line, kind)
+        seen.update(keys)
+        counts[name] += len(keys)
+        for key in keys:
+          if isinstance(key, tuple):
+            by_source.setdefault(key[0], Counter())[name] += 1
   first = min(rows, default=steps + 1)
   wanted = Counter(range(batch_size))
   for step in range(first, steps + 1):
@@ -186,9 +239,11 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
       if twice or not unreadable:
         problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
   problems += [f"step {step}: the run ended at {steps}" for step in sorted(rows) if step > steps]
-  if samples and first == 1 and not unreadable:
-    least = min(seen[i] for i in samples)
-    often = {i: seen[i] for i in samples if seen[i] > least + 1}
+  groups = samples if isinstance(samples, Mapping) else {"": samples}
+  for name, indices in groups.items() if first == 1 and not unreadable else ():
+    every: list[Key] = [(name, i) for i in indices] if name else list(indices)
+    least = min((seen[key] for key in every), default=0)
+    often = {key: seen[key] for key in every if seen[key] > least + 1}
     problems += [f"sample {i}: read {n} times, another {least} times" for i, n in often.items()]
   if problems:
     raise LedgerError(f"{folder / FOLDER} does not add up:\n  " + "\n  ".join(problems[:50]))
@@ -199,4 +254,5 @@ def check(folder: Path, steps: int, batch_size: int, samples: Sequence[int] = ()
     counts["quarantined"],
     counts["skipped"],
     unreadable,
+    {name: dict(found) for name, found in sorted(by_source.items())},
   )

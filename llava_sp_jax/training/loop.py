@@ -15,7 +15,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks, storage
 from llava_sp_jax.checkpoints import fingerprints, manager, runs
 from llava_sp_jax.checkpoints.local import Local
-from llava_sp_jax.data import anyres, pipeline, prefetch
+from llava_sp_jax.data import anyres, pipeline, prefetch, rows
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
@@ -123,6 +123,7 @@ class _Run:
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
   local: Local | None  # what the disk of this host has of the run
   local_step: int  # the step that is read from there; 0: that of the run folder
+  mixture: dict[str, dict[str, str]]  # weight and fingerprint of each source; {} without a mixture
 
 
 def _train(
@@ -139,7 +140,7 @@ def _train(
   opened = functools.cache(functools.partial(inputs.open_tokenizer, config))
   read = functools.cache(lambda: inputs.fingerprints(config, opened()))
   if jax.process_count() > 1:
-    peers.compare(peers.facts(config, lambda: {**read()[0], **inputs.validation_input(config)}))
+    peers.compare(peers.facts(config, lambda: {**read().now, **inputs.validation_input(config)}))
   config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
@@ -154,13 +155,12 @@ def _train(
     executables.check(compiled, config, device_mesh, steps=bool(begun) or not config.train.epochs)
   tokenizer = opened()
   preflight.check_config(config, tokenizer)
-  read_from, former = read()
+  read_from = read()
   known = local.held()[begun] if local and begun > saved else resume.about(folder, begun)
-  changed = resume.compare_inputs(
-    folder, begun, read_from, options.changed, former, known.get("inputs", {})
-  )
-  before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in changed[:1])]
-  rows, owned = mesh.rows(device_mesh, config.train.batch_size)
+  changed = resume.compare_inputs(folder, begun, read_from, options.changed, known)
+  others = [name for name in changed if name != "mixture"]  # of which sources go on
+  before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in others[:1])]
+  mine, owned = mesh.rows(device_mesh, config.train.batch_size)
   quarantine = Quarantine(folder / "quarantine.jsonl", jax.process_index())
   iterator = pipeline.make(
     config.data,
@@ -169,13 +169,13 @@ def _train(
     config.train.batch_size,
     config.train.seed,
     quarantine,
-    rows.tolist(),
+    mine.tolist(),
     folder=folder,
     say=print,
     hosts=inputs.hosts(),
   )
   if not begun:
-    config = resume.with_steps_for(config, len(iterator.stream.epoch(0)))
+    config = resume.with_steps_for(config, iterator.stream.epoch_rows())
     preflight.check_batches(config, iterator, lambda: quarantine.count, folder)
   if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
@@ -192,7 +192,7 @@ def _train(
       with storage.filled(folder / "tokenizer") as made:
         tokenizer.save(made)
       clock.keep(folder)
-    book = ledger.Ledger(folder, jax.process_index(), rows.tolist(), owned.tolist())
+    book = ledger.Ledger(folder, jax.process_index(), mine.tolist(), owned.tolist())
     run = _Run(
       config,
       folder,
@@ -208,9 +208,10 @@ def _train(
       clock,
       options,
       compiled,
-      {"inputs": read_from, "inputs_before": before},
+      {"inputs": read_from.now, "inputs_before": before},
       local,
       begun if begun > saved else 0,
+      read_from.mixture,
     )
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
@@ -250,7 +251,8 @@ def _loop(
       print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
     ledger.drop_after(folder, first)
   processes.barrier("logs are cut off")
-  run.iterator.seek(first)
+  here = run.local.held() if run.local and run.local_step == first else {}
+  run.iterator.resume(first, (here.get(first) or resume.about(folder, first)).get("mixture"))
   with clock.of("compile"):
     known = executables.read(run.executable, train_state) if run.executable else {}
   run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
@@ -258,6 +260,8 @@ def _loop(
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
   if run.local:
     run.local.drop({first})
+  if mixed := run.iterator.mixture():
+    about["mixture"] = {**mixed, "sources": run.mixture}
   if run.options.step is not None:
     about["from_step"] = run.options.step
   trainable = list(train_state.trainable)
@@ -291,7 +295,8 @@ def _loop(
         if number > first:
           save(number)
         break
-      book.step(number, pipeline.marks(batch.pop(pipeline.SAMPLES)))
+      held = batch.pop(rows.SAMPLES)
+      book.step(number, rows.marks(held), rows.names(held))
       placed = mesh.put_batch(batch, run.mesh)
       with run.profiler.step(number, metrics):
         train_state, metrics = run_step(train_state, placed, rng)
@@ -336,7 +341,11 @@ def _loop(
     print(f"asked to stop: {done}; the same command resumes from there", flush=True)
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
-    samples = [i for i in run.iterator.usable if i not in quarantine and same]
+    usable = run.iterator.usable.items() if same else ()
+    samples = {
+      name: [i for i in indices.tolist() if ((name, i) if name else i) not in quarantine]
+      for name, indices in usable
+    }
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
   return Result(number, config.train.steps, log.seconds, quarantine.count)
 

@@ -19,23 +19,25 @@ import jax
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import folders
 from llava_sp_jax.checkpoints import manager, on_disk, runs
+from llava_sp_jax.data import mixture
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
+from llava_sp_jax.training.inputs import Inputs
 from llava_sp_jax.training.state import TrainState
 
 DIGITS = 10  # the most digits of a step, which is counted in 32 bits
 ASIDE = "aside"  # folder in the run folder for steps that the run does not resume from
 
 # What a run reads beside its config: {name in a checkpoint: config field}.
-INPUTS = {"data": "data.path", "tokenizer": "data.tokenizer"}
+INPUTS = {"data": "data.path", "tokenizer": "data.tokenizer", "mixture": "data.mixture"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumeOptions:
   """Holds what a user asked for when a run resumes.
 
-  `step` is the step to resume from; None is the newest. `changed` names the inputs, "data" or
-  "tokenizer", that may differ from those of before.
+  `step` is the step to resume from; None is the newest. `changed` names the inputs of
+  INPUTS that may differ from those of before.
   """
 
   step: int | None = None
@@ -45,8 +47,7 @@ class ResumeOptions:
   def of(cls, step: str, changed: str) -> ResumeOptions:
     """Parses the values of --from-step and --allow-changed (names with commas); "" is the default.
 
-    Raises: ConfigError for a step that is no number, or an input that is neither data nor
-      tokenizer.
+    Raises: ConfigError for a step that is no number, or a name that is not in INPUTS.
     """
     if step and not (step.isascii() and step.isdigit() and len(step) <= DIGITS):
       raise config_lib.ConfigError(f"--from-step: expected a step such as 500, found {step!r:.40}")
@@ -120,41 +121,51 @@ def about(folder: Path, step: int) -> dict[str, Any]:
 def compare_inputs(
   folder: Path,
   step: int,
-  inputs: Mapping[str, str],
+  now: Inputs,
   changed: frozenset[str],
-  former: Mapping[str, str] | None = None,
-  known: Mapping[str, str] | None = None,
+  known: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Compares the fingerprints of the inputs with those that step `step` was trained on.
 
   Args:
     folder: the run folder.
     step: the step to resume from.
-    inputs: {"data", "tokenizer"} with the fingerprints of now.
+    now: the fingerprints of now.
     changed: names of the inputs that may differ.
-    former: the fingerprints that earlier versions gave to the inputs of now, where they differ.
-    known: those that step `step` was trained on; None reads them from its checkpoint.
+    known: what the step says of itself; None reads it from its checkpoint.
 
   Returns: the names of the inputs that differ, all of them in `changed`.
   Raises: CheckpointError with both fingerprints of those that differ and are not in `changed`.
   """
-  known = about(folder, step).get("inputs", {}) if known is None else known
-  if step and not known:
+  known = about(folder, step) if known is None else known
+  if step and not known.get("inputs"):
     _say(f"{folder}: step {step} does not say what data it was trained on; they are not compared")
-  same = {name: (inputs[name], (former or {}).get(name)) for name in INPUTS}
-  other = [name for name in INPUTS if name in known and known[name] not in same[name]]
+  other = _differences(known, now)
   if refused := [name for name in other if name not in changed]:
     raise CheckpointError(
       f"{folder}: was trained on something else until step {step}: "
-      + "; ".join(
-        f"{name} ({INPUTS[name]}) has fingerprint {inputs[name]} here, {known[name]} there"
-        for name in refused
-      )
+      + "; ".join(f"{name} ({INPUTS[name]}){other[name]}" for name in refused)
       + f". Restore it, or train on with the new one: --allow-changed {','.join(refused)}"
     )
   for name in other:
     _say(f"{folder}: WARNING: {name} is not what it was until step {step}, as allowed")
-  return other
+  return list(other)
+
+
+def _differences(known: Mapping[str, Any], now: Inputs) -> dict[str, str]:
+  """Returns {name of an input that differs from what a checkpoint knows: how}."""
+  there = known.get("inputs", {})
+  mixed = known.get("mixture", {}).get("sources", {})
+  found = {
+    name: f" has fingerprint {value} here, {there[name]} there"
+    for name, value in now.now.items()
+    if name in there and there[name] not in (value, now.former.get(name))
+  }
+  if now.mixture and mixed:  # source by source
+    found.pop("data", None)
+    lines = mixture.differences(now.mixture, mixed)
+    found |= {name: f": {'; '.join(said)}" for name, said in lines.items()}
+  return found
 
 
 def set_newer_aside(folder: Path, step: int) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.data import anyres, pipeline, prefetch, validation_split
+from llava_sp_jax.data import anyres, pipeline, prefetch, rows, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
@@ -61,8 +61,9 @@ class Validator:
       )
     tile = anyres.Tile(*build.tile_shape(config.model))
     rows = config.train.batch_size
-    _, samples = pipeline.open_source(config.data, tile, validation_split.VALIDATION)
-    self._count = max(1, min(config.train.validate_batches, len(samples) // rows))
+    parts = pipeline.open_parts(config.data, tile, validation_split.VALIDATION)
+    samples = sum(len(part.members) for part in parts)
+    self._count = max(1, min(config.train.validate_batches, samples // rows))
     mine, _ = mesh.rows(device_mesh, rows)
     self._iterator = pipeline.make(
       config.data,
@@ -106,7 +107,7 @@ class Validator:
         batch = next(self._iterator)
       except prefetch.Stopped:
         return {}
-      batch.pop(pipeline.SAMPLES)
+      batch.pop(rows.SAMPLES)
       batch = mesh.put_batch(batch, self._mesh)
       found = self._sums(train_state.trainable, train_state.frozen, batch)
       total = {name: total[name] + float(found[name]) for name in total}

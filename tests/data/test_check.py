@@ -285,4 +285,4 @@ def test_one_file_for_both_splits_is_told_by_the_split(data: config_lib.DataConf
     (validation_split.VALIDATION, "validation_path"),
   ):
     with pytest.raises(FileNotFoundError, match=rf"^data\.{key}: no file"):
-      pipeline.open_source(gone, TILE, part)
+      pipeline.open_parts(gone, TILE, part)

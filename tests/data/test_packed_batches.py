@@ -41,7 +41,7 @@ def test_a_packed_row_is_its_samples_rows(config: config_lib.Config) -> None:
   for _ in range(rows):
     batch = next(packed)
     at = tile = 0
-    for number, (epoch, index, trained) in enumerate(held(batch)[0], 1):
+    for number, (epoch, index, trained, _) in enumerate(held(batch)[0], 1):
       row = places[index]
       length = int((single["segments"][row] > 0).sum())
       tiles = int(single["images"][row].any(axis=(1, 2, 3)).sum())

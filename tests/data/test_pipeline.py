@@ -105,7 +105,7 @@ def test_an_epoch_reads_every_sample_once(
   ).data
   iterator = make(data, tokenizer)
   ids = np.concatenate([batch[pipeline.SAMPLES][:, 0] for batch in take(iterator, 19)])
-  read = np.where(ids < 0, -2 - ids, ids).reshape(4, len(iterator.usable))
+  read = np.where(ids < 0, -2 - ids, ids).reshape(4, len(iterator.usable[""]))
   assert (np.sort(read, axis=1) == np.arange(19)).all()
   assert set(-2 - ids[ids < 0]) == set(range(12, 19))
 

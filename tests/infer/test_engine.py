@@ -161,7 +161,8 @@ def test_no_answer_depends_on_the_mesh(
   kernel = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel"]
   assert len(kernel.addressable_shards[0].data) * fsdp == kernel.shape[0]
   kept = [x for value, _ in engine._rows.prefixes._kept._values.values() for x in value]
-  assert kept and {x.shape[1] // x.addressable_shards[0].data.shape[1] for x in kept} == {tensor}
+  assert kept
+  assert {x.shape[1] // x.addressable_shards[0].data.shape[1] for x in kept} == {tensor}
 
 
 def test_answers_come_as_they_are_ready(

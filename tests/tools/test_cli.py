@@ -101,6 +101,7 @@ def test_names_that_a_key_allows_are_those_of_its_table() -> None:
     "model.dtype",
     "model.frozen_dtype",
     "data.path",
+    "data.mixture",
     "data.image_folder",
     "data.tokenizer",
     "data.validation_path",

@@ -189,8 +189,9 @@ def test_validation_samples_do_not_train(config: Any) -> None:
   data = config().data
   tile = anyres.Tile(*build.tile_shape(config().model))
   held = validation_split.samples(data, validation_split.VALIDATION, SAMPLES)
-  source, train = pipeline.open_source(data, tile, validation_split.TRAIN)
-  assert len(source) == SAMPLES
+  (part,) = pipeline.open_parts(data, tile, validation_split.TRAIN)
+  train = part.members
+  assert len(part.source) == SAMPLES
   assert not set(train) & set(held)
   tokenizer = Tokenizer(data.tokenizer)
   rows = pipeline.make(data, tokenizer, tile, len(train), 0)  # one epoch
