@@ -85,6 +85,29 @@ def test_it_resumes_exactly(
   ] * 2
 
 
+def test_it_goes_on_from_the_disk_of_a_host(
+  values: config_lib.Config, looker: Looker, tmp_path: Path
+) -> None:
+  """Step 3 is kept there alone; what it says of the mixture is what the run goes on with."""
+  mix(values, a=2, b=1)
+  local = {"save_every": 2, "local_folder": str(tmp_path / "disk"), "local_every": STOP}
+  values = dataclasses.replace(values, train=dataclasses.replace(values.train, **local))
+  assert loop.train(values, tmp_path / "whole").step == STEPS
+  wanted, looker.seen = looker.seen[:], []
+
+  def fail(number: int) -> None:
+    if number > STOP:
+      raise RuntimeError("the power fails")
+
+  looker.does = fail
+  with pytest.raises(RuntimeError, match="the power fails"):
+    loop.train(values, tmp_path / "run")
+  assert on_disk.steps(tmp_path / "run") == [2]
+  looker.seen, looker.does = [], lambda number: None
+  assert loop.train(values, tmp_path / "run").step == STEPS
+  assert looker.seen == wanted[STOP:]
+
+
 def test_it_may_change_and_the_ledger_adds_up(
   values: config_lib.Config, looker: Looker, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
