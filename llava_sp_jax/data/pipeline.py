@@ -304,6 +304,7 @@ def make(
     batch_size,
     data.bucket_lengths,
     data.samples_per_batch,
+    data.samples_per_row,
   )
   quarantine = quarantine or Quarantine()
   rows = range(batch_size) if rows is None else rows

@@ -24,7 +24,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import example
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.plan import answers
+from llava_sp_jax.plan import answers, gpu
 from llava_sp_jax.plan import memory as memory_lib
 from llava_sp_jax.plan.answers import placed
 from llava_sp_jax.plan.compile import TRAIN, held
@@ -123,6 +123,8 @@ def main(path: str) -> None:
   file = Path(path)
   request = json.loads(file.read_text())
   config = config_lib.from_dict(request["config"])
+  if request["platform"] == "cuda":
+    gpu.describe_to_jax()
   described = topologies.get_topology_desc(
     platform=request["platform"], topology_name=request["topology"], **request["arguments"]
   )

@@ -199,8 +199,8 @@ def test_one_token_too_many_is_cut_and_counted(
 
 
 # Settings that change no size. All others must change the name under which sizes are kept.
-NO_SIZE = {"threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
-           "image_mean", "image_std", "path", "source", "validation_path", "validation_fraction",
+NO_SIZE = {"threads", "processes", "packing", "samples_per_batch", "samples_per_row",
+           "bucket_lengths", "augment", "image_mean", "image_std", "path", "source", "validation_path", "validation_fraction",
            "tokenizer"}  # fmt: skip
 OTHER: dict[str, Any] = {
   "source": "tfds",
