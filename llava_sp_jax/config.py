@@ -165,6 +165,7 @@ class DataConfig:
   row_length: int = 2048  # tokens of text and images in a row
   packing: str = "none"  # how samples share rows
   samples_per_batch: int = 0  # balanced: samples in the rows of a batch
+  samples_per_row: int = 0  # the most in a packed row; 0: any number
   bucket_lengths: tuple[int, ...] = ()  # buckets: their row lengths; none: quarters of row_length
   too_long: str = "cut"  # for a row: cut (as the original), or quarantine
   processes: int = free(0)  # that measure samples before they are packed; 0: one for each core

@@ -76,7 +76,7 @@ LIMITS: tuple[tuple[str, Limit], ...] = (
   (r"data\.processes", Limit(0, WORKERS.high)),
   (r"data\.threads", WORKERS),
   (r"data\.(row_length|grid_pinpoints|bucket_lengths)", MANY),
-  (r"data\.(turns_per_row|images_per_row)", NATURAL),
+  (r"data\.(turns_per_row|images_per_row|samples_per_row)", NATURAL),
   (r"data\.samples_per_batch", Limit(0, MANY.high)),
   (r"data\.validation_fraction", SHARE),
   (r"data\.image_std", POSITIVE),

@@ -119,6 +119,7 @@ SIZES = {
 CAPTIONS = Dataset("blip_laion_cc_sbu_558k.json", "images", 558_128, 256, 96, 6, "plain")
 INSTRUCTIONS = Dataset("llava_v1_5_mix665k.json", "", 665_298, 128, 64, 4, "v1")
 IMAGES = 3  # of a row
+SAMPLES = 8  # of a row; the mixture of stage 2 packs to at most 4
 
 LORA = {"rank": 128, "alpha": 256.0, "dropout": 0.05}
 
@@ -166,6 +167,7 @@ def llava(
       "row_length": 2048,
       "packing": "balanced",
       "samples_per_batch": dataset.batch_samples,
+      "samples_per_row": SAMPLES,
       "images_per_row": IMAGES,
     },
     "optimizer": optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,20 +11,33 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.checkpoints.own_folders import ADAPTERS, abstract_leaves, open_init, random_leaves
+from llava_sp_jax.checkpoints.own_folders import (
+  ADAPTERS,
+  abstract_leaves,
+  open_init,
+  random_leaves,
+)
 from llava_sp_jax.convert import quantized
 from llava_sp_jax.convert.leaves import Leaf, in_memory, refuse
 from llava_sp_jax.models import build
 
 
 def initial_params(
-  config: config_lib.Config, shardings: Callable[[Any], Any] | None = None
+  config: config_lib.Config,
+  shardings: Callable[[Any], Any] | None = None,
+  dtypes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns the nested parameters of step 0, as `config.init` says; all others are random.
 
   With `init.checkpoint`, only adapters may be random. With `model.quantize`, weight matrices are
-  quantized while they are read. `shardings` maps a `{path: shape}` tree to the sharding of each
-  array; None puts all on the default device.
+  quantized while they are read. Each array is made once, on its devices and in its dtype.
+
+  Args:
+    config: the config of the run.
+    shardings: maps a `{path: shape}` tree to the sharding of each array; None puts all on the
+      default device.
+    dtypes: of arrays by path, to which they are rounded on their devices; None leaves them in the
+      dtype of their file, or float32.
 
   Raises: FormatError that lists the other parameters that the checkpoint lacks.
   """
@@ -37,16 +50,16 @@ def initial_params(
       f"init.checkpoint {config.init.checkpoint}",
       [f"missing {p} {s.shape}" for p, s in missing.items() if not re.match(ADAPTERS, p)],
     )
-  random = random_leaves(config, missing)
   expected = abstract_leaves(config.model) if form else floats
+  places = shardings(expected) if shardings else dict.fromkeys(expected)
+  random = random_leaves(config, missing, None if form else places)
   if form:
     found |= in_memory({p: np.asarray(a) for p, a in random.items()})
     found = quantized.quantize(found, expected, form)
-  places = shardings(expected) if shardings else dict.fromkeys(expected)
-  placed = {
-    p: _place(found[p], places[p]) if p in found else jax.device_put(random[p], places[p])
-    for p in expected
-  }
+  placed = {}
+  for path in expected:  # one after another, so that only one array is there in two dtypes
+    made = _place(found[path], places[path]) if path in found else random.pop(path)
+    placed[path] = made.astype(dtypes[path]) if dtypes else made
   result: dict[str, Any] = unflatten_dict(placed, sep="/")
   return result
 

@@ -174,10 +174,13 @@ def abstract_leaves(model: config_lib.ModelConfig) -> dict[str, jax.ShapeDtypeSt
   return result
 
 
-def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+def random_leaves(
+  config: config_lib.Config, wanted: dict[str, Any], places: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
   """Returns the parameters at the paths of `wanted` with random values, not quantized.
 
-  The seed is `train.seed`. The compiler removes the initialization of all others.
+  The seed is `train.seed`. The compiler removes the initialization of all others. `places` has
+  shardings by path; the values do not depend on them.
   """
   if not wanted:
     return {}
@@ -186,7 +189,10 @@ def random_leaves(config: config_lib.Config, wanted: dict[str, Any]) -> dict[str
     flat = flatten_dict(build.initialize(build.unquantized(config.model), rng), sep="/")
     return {path: flat[path] for path in wanted}
 
-  result: dict[str, jax.Array] = jax.jit(leaves)(jax.random.key(config.train.seed))
+  out = {path: places[path] for path in wanted} if places else None
+  made = jax.jit(leaves, out_shardings=out)
+  key = jax.random.key(config.train.seed)
+  result: dict[str, jax.Array] = made(key)
   return result
 
 

@@ -39,9 +39,9 @@ CHUNK = 256  # samples sent to a process at a time
 ALONE = kept.SMALL  # up to so many samples are measured in this process: others start in seconds
 SAY_EVERY = 10.0  # seconds between two lines about progress
 # Settings that do not change a size. All others are part of the key, so a new one is not forgotten.
-NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
-                "image_mean", "image_std", "path", "source", "tokenizer", "validation_path",
-                "validation_fraction", "mixture")  # fmt: skip
+NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "samples_per_row",
+                "bucket_lengths", "augment", "image_mean", "image_std", "path", "source", "tokenizer",
+                "validation_path", "validation_fraction", "mixture")  # fmt: skip
 SIZES = ("lengths", "totals", "tiles")  # arrays of `Measured`
 
 Say = Callable[[str], None]

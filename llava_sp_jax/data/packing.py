@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_sp_jax.config import DataConfig
+
 WINDOW = 8192  # samples grouped at a time; a larger window packs no better (see the benchmark)
 KEPT = 2  # epochs whose rows stay in memory: prefetching reaches into the next epoch
 
@@ -38,6 +40,7 @@ class Shape:
   batch: int  # rows of a batch
   buckets: tuple[int, ...] = ()  # static lengths, ascending; empty: quarters of `length`
   samples: int = 0  # of a batch, where the packing keeps their number
+  most: int = 0  # samples of a row; 0: any number
 
   @property
   def bucket_lengths(self) -> tuple[int, ...]:
@@ -60,7 +63,9 @@ def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow
 
 
 def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
-  """Packs the longest sample first, each into the fullest row with space for its tokens and tiles.
+  """Packs the longest sample first, each into the fullest row with space for it.
+
+  A row has space for tokens, tiles and `shape.most` samples.
 
   Groups WINDOW (8192) samples of the shuffled `order` at a time, which limits how far samples of
   similar size are drawn together.
@@ -86,7 +91,7 @@ def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRo
         free, row, left = best
         del room[left][bisect.bisect_left(room[left], (free, row))]
       held[row].append(i)
-      if free > length:
+      if free > length and len(held[row]) != shape.most:
         bisect.insort(room[left - count], (free - length, row))
     rows += [PackedRow(shape.length, tuple(samples)) for samples in held]
   return rows
@@ -157,14 +162,20 @@ class Packing:
   measured: bool = True  # whether `group` needs the sizes of the samples
   batched: bool = False  # whether whole batches are shuffled, in place of rows
   counted: bool = False  # whether a batch has a number of samples, `data.samples_per_batch`
+  shared: bool = True  # whether samples share rows
 
 
 PACKINGS = {
-  "none": Packing(one_each, measured=False),
+  "none": Packing(one_each, measured=False, shared=False),
   "first_fit": Packing(first_fit),
   "balanced": Packing(balanced, batched=True, counted=True),
-  "buckets": Packing(buckets, batched=True),
+  "buckets": Packing(buckets, batched=True, shared=False),
 }
+
+
+def most_samples(data: DataConfig) -> int:
+  """Returns the most samples that a row of training holds; 0 for any number."""
+  return data.samples_per_row if PACKINGS[data.packing].shared else 1
 
 
 def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:

@@ -212,6 +212,7 @@ def make(
     batch_size,
     data.bucket_lengths,
     data.samples_per_batch,
+    data.samples_per_row,
   )
   rows = range(batch_size) if rows is None else rows
   quarantine = quarantine or Quarantine()

@@ -10,6 +10,7 @@ Shape letters:  B rows . T queries . S keys . N heads . K key-value heads . H he
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from llava_sp_jax.models import layers
+from llava_sp_jax.models import cudnn, layers
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import Codes, HeldKeys, HeldValues
 
@@ -52,6 +53,7 @@ class AttentionChoice:
   name: str = "auto"  # "auto", or a row of IMPLEMENTATIONS
   platform: str = ""
   branches: bool = True
+  samples: int = 0  # the most samples of a row; 0: any number
   window: int = 0  # sliding window of every layer; 0: none
   mixed_layers: bool = False  # only some layers have a window
   precision: str = ""  # `LlavaSP.precision`, with which it is traced
@@ -224,7 +226,7 @@ def _cudnn(
   mask: Bool[Array, "B T S"],
   segments: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-  return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+  return cudnn.masked(q, k, v, mask)
 
 
 def _cudnn_objections(case: Case) -> list[str]:
@@ -233,11 +235,55 @@ def _cudnn_objections(case: Case) -> list[str]:
     "the keys come from a cache": case.cached,
     f"dtype {jnp.dtype(case.dtype).name} is not float16 or bfloat16": jnp.dtype(case.dtype).itemsize
     != 2,
-    f"row length {case.length} is odd": case.length % 2 != 0,  # gradients need an even length
     f"head width {case.head_dim} is not a multiple of 8 up to 128": case.head_dim % 8 != 0
     or case.head_dim > 128,
   }
   return [reason for reason, found in checks.items() if found]
+
+
+def _cudnn_packed(
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+  """Runs cuDNN on the samples of packed rows, each device on its rows and heads.
+
+  Makes its mask from `segments`; `mask` is not read.
+  """
+  return _on_each_device(functools.partial(cudnn.packed, samples=case.spec.samples), 2)(
+    q, k, v, segments
+  )
+
+
+def _cudnn_packed_objections(case: Case) -> list[str]:
+  checks = {
+    "samples may have branches, which also see their trunk": case.spec.branches,
+    "any number of samples may share a row (data.samples_per_row)": not case.spec.samples,
+    "layers have a sliding window": bool(case.spec.window),
+    "query heads share key heads": case.split[1] != case.split[2],  # jax's offsets are wrong then
+    "rows or heads do not divide over their mesh axes": 0 in case.split,
+  }
+  found = _cudnn_objections(case) + [reason for reason, found in checks.items() if found]
+  lacks = "" if found else cudnn.lacks_packed()  # asks the GPU, if there is one
+  return [*found, lacks] if lacks else found
+
+
+def _on_each_device(local: Callable[..., jax.Array], heads_at: int) -> Callable[..., jax.Array]:
+  """Returns a function of q, k, v and segments that runs `local` on each device's rows and heads.
+
+  `heads_at` is the axis of heads in q, k and v.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return local
+  names = tuple("heads" if axis == heads_at else None for axis in range(1, 4))
+  heads = nn.logical_to_mesh_axes(("batch", *names)) or PartitionSpec()
+  rows = nn.logical_to_mesh_axes(("batch", None)) or PartitionSpec()
+  return jax.shard_map(
+    local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+  )
 
 
 def _splash_objections(case: Case) -> list[str]:
@@ -308,18 +354,13 @@ def _splash(
 
   q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-  if not jax.sharding.get_abstract_mesh().empty:
-    heads = nn.logical_to_mesh_axes(("batch", "heads", None, None)) or PartitionSpec()
-    rows = nn.logical_to_mesh_axes(("batch", None)) or PartitionSpec()
-    local = jax.shard_map(
-      local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-    )
-  return local(q, k, v, segments).transpose(0, 2, 1, 3)
+  return _on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
 
 
 IMPLEMENTATIONS = {
   "xla": Implementation(_xla, lambda case: []),
   "splash": Implementation(_splash, _splash_objections),
+  "cudnn_packed": Implementation(_cudnn_packed, _cudnn_packed_objections),
   "cudnn": Implementation(_cudnn, _cudnn_objections),
 }
 
@@ -327,6 +368,6 @@ IMPLEMENTATIONS = {
 PLATFORMS = {
   "cpu": ("xla",),
   "tpu": ("splash", "xla"),
-  "gpu": ("cudnn", "xla"),
-  "cuda": ("cudnn", "xla"),
+  "gpu": ("cudnn_packed", "cudnn", "xla"),
+  "cuda": ("cudnn_packed", "cudnn", "xla"),
 }

@@ -138,16 +138,19 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
   return result
 
 
-def compiled_for(module: LlavaSP, platform: str, branches: bool) -> LlavaSP:
+def compiled_for(module: LlavaSP, platform: str, branches: bool, samples: int = 0) -> LlavaSP:
   """Returns the module as it is to be compiled for a platform.
 
   Args:
     module: the model.
     platform: "tpu", "gpu" or "cpu", of the mesh's devices, which need not be in this machine.
     branches: whether samples may have branches (`layers.BRANCHES`), as `data.turns` = branch makes.
+    samples: the most samples of a row; 0 is any number.
   """
   decoder = module.language_model
-  attention = dataclasses.replace(decoder.attention, platform=platform, branches=branches)
+  attention = dataclasses.replace(
+    decoder.attention, platform=platform, branches=branches, samples=samples
+  )
   return module.clone(
     language_model=decoder.clone(attention=attention),
     projector=module.projector.clone(platform=platform),
@@ -279,9 +282,10 @@ def example_inputs(
 def initialize(config: config_lib.ModelConfig, rng: PRNGKeyArray) -> dict[str, Any]:
   """Returns random parameters as nested float32 arrays (quantized weights in their own dtypes).
 
-  Must be called inside jit.
+  Must be called inside jit. Parameters do not depend on the attention, and the one that is named may
+  need other devices than those here.
   """
-  module = model(config)
+  module = model(dataclasses.replace(config, attention="auto"))
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
   result: dict[str, Any] = module.init(rng, *inputs, method=_touch)["params"]
   return result

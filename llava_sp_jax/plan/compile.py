@@ -41,10 +41,12 @@ TOO_LARGE = ".oom_intermediate_module.txt"  # in place of the schedule, if the p
 CODE = ".after_codegen.txt"
 PATIENCE = 3600  # the most seconds of a compilation
 
-# platform -> (modules, of which one is needed; the extra of jax that installs the first)
+# platform -> (modules, of which one is needed; what installs one of them, before its version). For a
+# GPU that is absent, jax's plugin is enough: the compiler is in it, and CUDA's libraries are not
+# needed.
 NEEDS = {
-  "tpu": (("libtpu",), "tpu"),
-  "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda13"),
+  "tpu": (("libtpu",), "jax[tpu]"),
+  "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "jax-cuda12-plugin"),
 }
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -73,11 +75,11 @@ class Compiled:
 
 def check_installed(topology: Topology) -> None:
   """Checks that a topology's compiler is installed. Raises: PlanError that says what to install."""
-  modules, extra = NEEDS[topology.chip.platform]
+  modules, package = NEEDS[topology.chip.platform]
   if all(importlib.util.find_spec(module) is None for module in modules):
     raise PlanError(
-      f"--topology {topology.name}: its compiler is not installed (no module {modules[0]}); "
-      f'pip install "jax[{extra}]=={importlib.metadata.version("jax")}"'
+      f"--topology {topology.name}: its compiler is not installed (no module "
+      f'{" or ".join(modules)}); pip install "{package}=={importlib.metadata.version("jax")}"'
     )
 
 

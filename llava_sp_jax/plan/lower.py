@@ -25,7 +25,7 @@ from llava_sp_jax.data import example
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed.memory import device_bytes
 from llava_sp_jax.models import build, flops
-from llava_sp_jax.plan import answers
+from llava_sp_jax.plan import answers, gpu
 from llava_sp_jax.plan import memory as memory_lib
 from llava_sp_jax.plan.answers import placed
 from llava_sp_jax.plan.compile import TRAIN, held
@@ -132,6 +132,8 @@ def main(path: str) -> None:
   file = Path(path)
   request = json.loads(file.read_text())
   config = config_lib.from_dict(request["config"])
+  if request["platform"] == "cuda":
+    gpu.describe_to_jax()
   described = topologies.get_topology_desc(
     platform=request["platform"], topology_name=request["topology"], **request["arguments"]
   )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from benchmarks import mixture
+from llava_sp_jax import recipes
 from llava_sp_jax.data import packing
 from llava_sp_jax.data.packing import PACKINGS, Shape, Sizes, Stream
 
@@ -25,12 +26,14 @@ def sizes(draw: st.DrawFn) -> Sizes:
 
 
 @pytest.mark.parametrize("name", PACKINGS)
-@hypothesis.given(sizes=sizes(), batch=st.integers(1, 5), seed=st.integers(0, 9))
+@hypothesis.given(
+  sizes=sizes(), batch=st.integers(1, 5), seed=st.integers(0, 9), most=st.integers(0, 3)
+)
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_every_sample_is_in_one_row_that_holds_it(
-  name: str, sizes: Sizes, batch: int, seed: int
+  name: str, sizes: Sizes, batch: int, seed: int, most: int
 ) -> None:
-  shape = Shape(LENGTH, TILES, batch, samples=2 * batch)
+  shape = Shape(LENGTH, TILES, batch, samples=2 * batch, most=most)
   for epoch in range(2):
     rows = packing.plan(PACKINGS[name], sizes, shape, seed, epoch)
     assert sorted(i for row in rows for i in row.samples) == sizes.usable.tolist()
@@ -38,6 +41,7 @@ def test_every_sample_is_in_one_row_that_holds_it(
     for row in rows:
       assert sum(sizes.lengths[i] for i in row.samples) <= row.length <= LENGTH
       assert sum(sizes.tiles[i] for i in row.samples) <= TILES
+      assert len(row.samples) <= (most or len(sizes.lengths))
 
 
 @hypothesis.given(sizes=sizes(), batch=st.integers(1, 5))
@@ -83,7 +87,7 @@ def test_balanced_batches_hold_at_most_their_samples(
 def test_balanced_batches_of_mix665k_have_the_samples_of_the_paper(rows: int, fill: float) -> None:
   """128 in each, as many batches as without packing, and every batch with its share of long ones."""
   all_ = mixture.draw(2 * packing.WINDOW + 50)
-  shape = Shape(2048, 3, rows, samples=128)
+  shape = Shape(2048, 3, rows, samples=128, most=recipes.SAMPLES)
   found = packing.plan(PACKINGS["balanced"], all_, shape, 0, 0)
   batches = [found[i : i + rows] for i in range(0, len(found), rows)]
   counts = collections.Counter(sum(len(row.samples) for row in batch) for batch in batches)

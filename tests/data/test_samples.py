@@ -199,9 +199,9 @@ def test_one_token_too_many_is_cut_and_counted(
 
 
 # Settings that change no size. All others must change the name under which sizes are kept.
-NO_SIZE = {"threads", "processes", "packing", "samples_per_batch", "bucket_lengths", "augment",
-           "image_mean", "image_std", "path", "source", "validation_path", "validation_fraction",
-           "tokenizer", "mixture"}  # fmt: skip
+NO_SIZE = {"threads", "processes", "packing", "samples_per_batch", "samples_per_row",
+           "bucket_lengths", "augment", "image_mean", "image_std", "path", "source", "tokenizer",
+           "validation_path", "validation_fraction", "mixture"}  # fmt: skip
 OTHER: dict[str, Any] = {
   "source": "tfds",
   "template": "plain",

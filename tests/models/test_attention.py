@@ -15,7 +15,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
-from llava_sp_jax.models import attention, build
+from llava_sp_jax.models import attention, build, cudnn
 from llava_sp_jax.models.attention import (
   IMPLEMENTATIONS,
   PLATFORMS,
@@ -126,6 +126,13 @@ CHOICES = {
   "tpu, heads that do not divide": (dataclasses.replace(CASE, split=(1, 8, 0)), "xla"),
   "gpu": (with_spec(platform="gpu"), "cudnn"),
   "gpu as topologies call it": (with_spec(platform="cuda"), "cudnn"),
+  "gpu, few samples in a row": (with_spec(platform="gpu", samples=16), "cudnn_packed"),
+  "gpu, packed rows with a window": (with_spec(platform="gpu", samples=16, window=512), "cudnn"),
+  "gpu, packed rows of grouped heads": (
+    dataclasses.replace(with_spec(platform="gpu", samples=16), split=(1, 32, 8)), "cudnn",
+  ),
+  "gpu, packed rows with branches": (with_spec(platform="gpu", samples=16, branches=True), "cudnn"),
+  "gpu, odd length": (dataclasses.replace(with_spec(platform="gpu"), length=2047), "cudnn"),
   "gpu, branches": (with_spec(platform="gpu", branches=True), "cudnn"),
   "gpu, float32": (
     dataclasses.replace(with_spec(platform="gpu"), dtype=jnp.dtype(jnp.float32)), "xla",
@@ -139,7 +146,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_what_is_chosen(name: str) -> None:
+def test_what_is_chosen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(cudnn, "lacks_packed", lambda: "")
   case, expected = CHOICES[name]
   assert choose(case) == expected
   if expected not in ("xla",):  # asked for by name, it is the same; what is refused is an error
@@ -153,6 +161,8 @@ def test_what_is_chosen(name: str) -> None:
     ("splash", {"mixed_layers": True}, "only some layers have a sliding window"),
     ("splash", {"platform": "gpu"}, "platform gpu has no Pallas kernels"),
     ("cudnn", {}, "platform tpu has no cuDNN"),
+    ("cudnn_packed", {"platform": "gpu"}, "any number of samples may share a row"),
+    ("cudnn_packed", {"platform": "gpu", "samples": 4}, "the GPU is older than Hopper"),
   ],
 )
 def test_an_implementation_asked_for_by_name_refuses_what_it_cannot_do(
