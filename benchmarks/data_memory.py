@@ -3,7 +3,8 @@
 Writes a synthetic data set with the turns and text lengths of `mixture`, whose images are small
 files, and packs it with `llava-sp data pack`. Each case opens the data in a process of its own, as
 training does: the fingerprint, the plan of the first epoch, batches. Lengths are kept beside the
-data as if an earlier run had measured them. Memory is `ru_maxrss`, of a process without a model.
+data as if an earlier run had measured them. Memory is `ru_maxrss`, of a process without a model
+and, as where the package is installed, without torch; what torch adds is measured apart.
 
   python benchmarks/data_memory.py --folder /tmp/data_memory --out docs/results/data_memory
 """
@@ -92,6 +93,30 @@ def settings(path: Path, folder: Path) -> tuple[Any, Any, Any]:
   return data, Tokenizer(folder / "tokenizer"), anyres.Tile(336, 24, 6)
 
 
+def imported(folder: Path, torch: bool) -> dict[str, float]:
+  """Imports the libraries one after another, and returns the MB that each has added."""
+  if not torch:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
+  found, before = {}, 0.0
+
+  def add(name: str) -> None:
+    nonlocal before
+    found[name], before = megabytes() - before, megabytes()
+
+  add("Python, numpy, Pillow")
+  import grain  # noqa: F401
+
+  add("grain, with jax")
+  from llava_sp_jax.data.tokenizer import Tokenizer
+
+  Tokenizer(folder / "tokenizer")
+  add("transformers" + ", with torch" * torch)
+  from llava_sp_jax.data import pipeline  # noqa: F401
+
+  add("the rest")
+  return found
+
+
 def keep_lengths(path: Path, folder: Path) -> None:
   """Keeps the lengths that were drawn beside the data, and nothing else."""
   from llava_sp_jax.data import kept, lengths, pipeline, quarantine
@@ -148,6 +173,13 @@ def markdown(record: dict[str, Any]) -> str:
       for case, found in record["cases"].items()
     ],
     "",
+    "What the libraries have of it, in MB, with the library that only tests need and without:",
+    "",
+    *[
+      f"- {', '.join(f'{name} {value:,.0f}' for name, value in found.items())}"
+      for found in record["imports"].values()
+    ],
+    "",
     f"Machine: {provenance.machine()}, shared with other work: seconds are upper bounds.",
   ]
   return "\n".join(lines) + "\n"
@@ -164,12 +196,17 @@ def main() -> None:
   parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
   parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
   parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
+  parser.add_argument("--imports", choices=["torch", "none"], help=argparse.SUPPRESS)
   options = parser.parse_args()
   folder = options.folder
   if options.keep:
     keep_lengths(options.keep, folder)
     return
+  if options.imports:
+    print(json.dumps(imported(folder, options.imports == "torch")))
+    return
   if options.one:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
     print(json.dumps(opened(options.one, folder, options.batches)))
     return
   if not (folder / "samples.json").is_file():
@@ -185,9 +222,20 @@ def main() -> None:
     done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
     cases[case] = {key: round(value, 2) for key, value in json.loads(done.stdout).items()}
     print(case, json.dumps(cases[case]), flush=True)
+  imports = {}
+  for kind in ("none", "torch"):
+    again = [sys.executable, *sys.argv, "--imports", kind]
+    done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
+    imports[kind] = {key: round(value, 1) for key, value in json.loads(done.stdout).items()}
+    print(kind, json.dumps(imports[kind]), flush=True)
   if options.out:
     size = (folder / "samples.json").stat().st_size
-    record = {"samples": options.samples, "bytes of samples.json": size, "cases": cases}
+    record = {
+      "samples": options.samples,
+      "bytes of samples.json": size,
+      "cases": cases,
+      "imports": imports,
+    }
     provenance.write(options.out, record)
     provenance.named(options.out, "md").write_text(markdown(record))
 

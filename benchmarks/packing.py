@@ -186,7 +186,7 @@ def speed(way: tuple[str, str, int, int, int], seconds: float) -> dict[str, Any]
   excess = mixture.IMAGE // SHRINK - IMAGE  # the small image is some tokens shorter
   sizes = dataclasses.replace(sizes, lengths=sizes.lengths - excess * sizes.tiles)
   shape = shape_of(key, length, tiles, batch)
-  rows = packing.plan(packing.PACKINGS[key], sizes, shape, 0, 0)
+  rows = list(packing.plan(packing.PACKINGS[key], sizes, shape, 0, 0))
   batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
   rng = np.random.default_rng(0)
   mesh = mesh_lib.create(config.mesh, batch)

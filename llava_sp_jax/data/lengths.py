@@ -112,24 +112,26 @@ class Measured:
     except (KeyError, ValueError, TypeError):
       return None
 
-  def text(self) -> str:
-    """Returns all of it as text, for other processes."""
+  def text(self, share: np.ndarray) -> str:
+    """Returns the sizes of the samples of a share, by their indices, as text for other processes."""
     file = io.BytesIO()
-    np.savez(file, **self.arrays())  # type: ignore[arg-type]
+    mine = {
+      name: values[share] if values.ndim else values for name, values in self.arrays().items()
+    }
+    np.savez_compressed(file, **mine)  # type: ignore[arg-type]
     return base64.b64encode(file.getvalue()).decode()
 
   @classmethod
-  def joined(cls, texts: Sequence[str]) -> Measured:
-    """Joins the shares of all processes, which are 0 where another has measured."""
-    shares = []
-    for text in texts:
+  def joined(cls, texts: Sequence[str], shares: Sequence[np.ndarray], count: int) -> Measured:
+    """Joins what `text` has returned for the shares of all processes, of `count` samples together."""
+    result = cls(**{name: np.zeros(count, np.int32) for name in SIZES}, errors={})
+    for text, share in zip(texts, shares, strict=True):
       with np.load(io.BytesIO(base64.b64decode(text))) as file:
-        shares.append(cls.of({name: file[name] for name in file.files}))
-    sums = {
-      name: np.stack([getattr(one, name) for one in shares]).sum(axis=0, dtype=np.int32)
-      for name in SIZES
-    }
-    return cls(**sums, errors={i: why for one in shares for i, why in one.errors.items()})
+        found = cls.of({name: file[name] for name in file.files})
+      for name in SIZES:
+        getattr(result, name)[share] = getattr(found, name)
+      result.errors.update(found.errors)
+    return result
 
 
 class Lengths:
@@ -242,7 +244,9 @@ class Lengths:
         told = time.monotonic()
         self._say(f"measuring: {progress.line()}")
     if hosts:
-      result = Measured.joined(hosts.gather(result.text(), "lengths are measured"))
+      shares = [_indices(chunks[i :: hosts.count]) for i in range(hosts.count)]
+      texts = hosts.gather(result.text(shares[hosts.index]), "lengths are measured")
+      result = Measured.joined(texts, shares, count)
     if len(result.errors) == count:
       raise config_lib.ConfigError(
         f"data: none of the {count} samples can be used; the last: {result.errors[count - 1]}"
@@ -282,6 +286,12 @@ class Lengths:
         f"memory, or by a picture's decoder); give fewer than {processes}, or look at these samples "
         "with llava-sp check"
       ) from None
+
+
+def _indices(chunks: Sequence[range]) -> np.ndarray:
+  """Returns the indices of the samples of chunks."""
+  found = [np.arange(chunk.start, chunk.stop) for chunk in chunks]
+  return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def _measurer(

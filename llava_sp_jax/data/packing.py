@@ -8,10 +8,11 @@ of rows, whatever the number of hosts.
 
 from __future__ import annotations
 
+import array
 import bisect
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from llava_sp_jax.config import DataConfig
 
 WINDOW = 8192  # samples grouped at a time; a larger window packs no better (see the benchmark)
 KEPT = 2  # epochs whose rows stay in memory: prefetching reaches into the next epoch
+
+
+Order = Sequence[int] | np.ndarray  # indices of samples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,12 +61,65 @@ class PackedRow:
   samples: tuple[int, ...] = ()
 
 
-def one_each(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
+class Rows(Sequence[PackedRow]):
+  """Holds the rows of an epoch as arrays: their number is that of the samples, and so is not small.
+
+  `order` has the rows, or groups of `size` rows, in the order in which they are read.
+  """
+
+  def __init__(
+    self,
+    lengths: np.ndarray,
+    ends: Sequence[int] | np.ndarray,
+    samples: np.ndarray,
+    order: np.ndarray | None = None,
+    size: int = 1,
+  ):
+    self.lengths, self.ends, self.samples = lengths, ends, samples
+    self._order, self._size = order, size
+
+  @classmethod
+  def of(cls, rows: Iterable[PackedRow]) -> Rows:
+    """Returns rows that are made one after another, and not held as objects."""
+    lengths, ends, samples = array.array("i"), array.array("q"), array.array("i")
+    for row in rows:
+      lengths.append(row.length)
+      samples.extend(row.samples)
+      ends.append(len(samples))
+    return cls(np.array(lengths, np.int32), np.array(ends, np.int64), np.array(samples, np.int32))
+
+  def shuffled(self, rng: np.random.Generator, size: int) -> Rows:
+    """Returns the whole groups of `size` rows in a random order; each group keeps its own."""
+    order = rng.permutation(len(self.lengths) // size)
+    return Rows(self.lengths, self.ends, self.samples, _small(order), size)
+
+  def __len__(self) -> int:
+    return len(self.lengths) if self._order is None else len(self._order) * self._size
+
+  def __getitem__(self, index: Any) -> Any:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    if self._order is not None:
+      group, inside = divmod(index, self._size)
+      index = int(self._order[group]) * self._size + inside
+    first = int(self.ends[index - 1]) if index else 0
+    samples = self.samples[first : int(self.ends[index])]
+    return PackedRow(int(self.lengths[index]), tuple(samples.tolist()))
+
+
+def _small(numbers: np.ndarray) -> np.ndarray:
+  """Returns whole numbers in 32 bits, if they fit."""
+  return numbers.astype(np.int32) if len(numbers) < 1 << 31 else numbers
+
+
+def one_each(order: Order, sizes: Sizes, shape: Shape) -> Rows:
   """Gives every sample of `order` a row of its own; does not read the sizes."""
-  return [PackedRow(shape.length, (i,)) for i in order]
+  samples = np.asarray(order, np.int32)
+  lengths = np.broadcast_to(np.int32(shape.length), samples.shape)
+  return Rows(lengths, range(1, len(samples) + 1), samples)
 
 
-def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
+def first_fit(order: Order, sizes: Sizes, shape: Shape) -> Iterator[PackedRow]:
   """Packs the longest sample first, each into the fullest row with space for it.
 
   A row has space for tokens, tiles and `shape.most` samples.
@@ -70,15 +127,16 @@ def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRo
   Groups WINDOW (8192) samples of the shuffled `order` at a time, which limits how far samples of
   similar size are drawn together.
   """
-  lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
-  rows: list[PackedRow] = []
   for start in range(0, len(order), WINDOW):
-    window = sorted(order[start : start + WINDOW], key=lambda i: -lengths[i])  # stable
+    part = np.asarray(order[start : start + WINDOW])
+    found = zip(
+      part.tolist(), sizes.lengths[part].tolist(), sizes.tiles[part].tolist(), strict=True
+    )
+    window = sorted(found, key=lambda one: -one[1])  # stable
     held: list[list[int]] = []
     # room[tiles left in a row]: (tokens left, number of the row), ascending.
     room: list[list[tuple[int, int]]] = [[] for _ in range(shape.tiles + 1)]
-    for i in window:
-      length, count = lengths[i], tiles[i]
+    for i, length, count in window:
       best: tuple[int, int, int] | None = None
       for left in range(count, shape.tiles + 1):
         at = bisect.bisect_left(room[left], (length, 0))
@@ -93,32 +151,29 @@ def first_fit(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRo
       held[row].append(i)
       if free > length and len(held[row]) != shape.most:
         bisect.insort(room[left - count], (free - length, row))
-    rows += [PackedRow(shape.length, tuple(samples)) for samples in held]
-  return rows
+    yield from (PackedRow(shape.length, tuple(samples)) for samples in held)
 
 
-def buckets(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
+def buckets(order: Order, sizes: Sizes, shape: Shape) -> Iterator[PackedRow]:
   """Gives every sample a row of the shortest bucket that holds it, in batches of one bucket.
 
   Moves samples that do not fill a batch to the next longer bucket; fills the last batch of the
   longest bucket with empty rows.
   """
-  batches: list[list[PackedRow]] = []
-  waiting: list[int] = []
-  shorter = -1
+  every = np.asarray(order, np.int32)
+  lengths = sizes.lengths[every]
+  waiting, shorter = every[:0], -1
   for length in shape.bucket_lengths:
-    members = waiting + [i for i in order if shorter < sizes.lengths[i] <= length]
+    members = np.concatenate([waiting, every[(shorter < lengths) & (lengths <= length)]])
     whole = len(members) // shape.batch * shape.batch
-    rows = [PackedRow(length, (i,)) for i in members[:whole]]
-    batches += [rows[i : i + shape.batch] for i in range(0, whole, shape.batch)]
+    yield from (PackedRow(length, (int(i),)) for i in members[:whole])
     waiting, shorter = members[whole:], length
-  if waiting:
-    empty = [PackedRow(shape.length)] * (shape.batch - len(waiting))
-    batches.append([PackedRow(shape.length, (i,)) for i in waiting] + empty)
-  return [row for batch in batches for row in batch]
+  if len(waiting):
+    yield from (PackedRow(shape.length, (int(i),)) for i in waiting)
+    yield from [PackedRow(shape.length)] * (shape.batch - len(waiting))
 
 
-def balanced(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow]:
+def balanced(order: Order, sizes: Sizes, shape: Shape) -> Iterator[PackedRow]:
   """Packs `shape.samples` samples into each batch, so that an epoch has as many steps as unpacked.
 
   Deals about WINDOW (8192) samples of the shuffled `order` at a time to batches, the largest first
@@ -126,25 +181,24 @@ def balanced(order: Sequence[int], sizes: Sizes, shape: Shape) -> list[PackedRow
   `first_fit`, and adds empty rows. What does not fit into the rows of a batch comes with the next
   window. The last batch holds the samples that are left.
   """
-  lengths, tiles = sizes.lengths.tolist(), sizes.tiles.tolist()
-  rows: list[PackedRow] = []
+  lengths, tiles = sizes.lengths, sizes.tiles
   deferred: list[int] = []
   start, window = 0, max(1, WINDOW // shape.samples) * shape.samples
   while deferred or start < len(order):
-    fresh = order[start : start + window - len(deferred)]
+    fresh = np.asarray(order[start : start + window - len(deferred)]).tolist()
     start += len(fresh)
     taken, deferred = [*deferred, *fresh], []
     whole = len(taken) // shape.samples
     dealt, rest = taken[: whole * shape.samples], taken[whole * shape.samples :]
-    largest = sorted(dealt, key=lambda i: (-tiles[i], -lengths[i]))
+    size = {i: (-int(tiles[i]), -int(lengths[i])) for i in taken}
+    largest = sorted(dealt, key=size.__getitem__)
     for samples in _dealt(largest, whole) or [rest]:
-      packed = first_fit(samples, sizes, shape)
+      packed = list(first_fit(samples, sizes, shape))
       if len(packed) > shape.batch:  # the emptiest rows wait
-        packed.sort(key=lambda row: -sum(lengths[i] for i in row.samples))
+        packed.sort(key=lambda row: sum(size[i][1] for i in row.samples))
         deferred += [i for row in packed[shape.batch :] for i in row.samples]
-      rows += (packed + [PackedRow(shape.length)] * shape.batch)[: shape.batch]
+      yield from (packed + [PackedRow(shape.length)] * shape.batch)[: shape.batch]
     deferred += rest if whole else []
-  return rows
 
 
 def _dealt(samples: Sequence[int], hands: int) -> list[list[int]]:
@@ -158,7 +212,7 @@ def _dealt(samples: Sequence[int], hands: int) -> list[list[int]]:
 class Packing:
   """Defines how samples are grouped into rows."""
 
-  group: Callable[[Sequence[int], Sizes, Shape], list[PackedRow]]
+  group: Callable[[Order, Sizes, Shape], Rows | Iterator[PackedRow]]
   measured: bool = True  # whether `group` needs the sizes of the samples
   batched: bool = False  # whether whole batches are shuffled, in place of rows
   counted: bool = False  # whether a batch has a number of samples, `data.samples_per_batch`
@@ -178,40 +232,20 @@ def most_samples(data: DataConfig) -> int:
   return data.samples_per_row if PACKINGS[data.packing].shared else 1
 
 
-def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> list[PackedRow]:
+def plan(packing: Packing, sizes: Sizes, shape: Shape, seed: int, epoch: int) -> Rows:
   """Returns the rows of one epoch; every usable sample is in exactly one of them.
 
   `seed` and `epoch` decide how samples and rows are shuffled.
   """
   rng = np.random.default_rng([seed, epoch])
-  rows = packing.group(rng.permutation(sizes.usable).tolist(), sizes, shape)
-  size = shape.batch if packing.batched else 1
-  order = rng.permutation(len(rows) // size).tolist()
-  return [row for i in order for row in rows[i * size : (i + 1) * size]]
+  found = packing.group(rng.permutation(sizes.usable), sizes, shape)
+  rows = found if isinstance(found, Rows) else Rows.of(found)
+  return rows.shuffled(rng, shape.batch if packing.batched else 1)
 
 
-def fill(rows: Sequence[PackedRow], sizes: Sizes) -> float:
+def fill(rows: Rows, sizes: Sizes) -> float:
   """Returns the share, from 0 to 1, of the positions of all rows that hold a token."""
-  used = sum(int(sizes.lengths[i]) for row in rows for i in row.samples)
-  return used / sum(row.length for row in rows)
-
-
-class _Rows(Sequence[PackedRow]):
-  """Holds rows as arrays: their number is that of the samples, and so is not small."""
-
-  def __init__(self, rows: Sequence[PackedRow]):
-    self._lengths = np.array([row.length for row in rows], np.int32)
-    self._ends = np.cumsum([len(row.samples) for row in rows], dtype=np.int64)
-    self._samples = np.fromiter((i for row in rows for i in row.samples), np.int32)
-
-  def __len__(self) -> int:
-    return len(self._lengths)
-
-  def __getitem__(self, index: Any) -> Any:
-    first = self._ends[index - 1] if index else 0
-    return PackedRow(
-      int(self._lengths[index]), tuple(self._samples[first : self._ends[index]].tolist())
-    )
+  return int(sizes.lengths[rows.samples].sum()) / int(rows.lengths.sum())
 
 
 class Stream:
@@ -225,10 +259,10 @@ class Stream:
     """
     self._packing, self._shape, self._seed, self._sizes = packing, shape, seed, sizes
     self._ends: list[int] = []  # rows up to the end of each planned epoch
-    self._rows: dict[int, _Rows] = {}
+    self._rows: dict[int, Rows] = {}
     self._lock = threading.Lock()
 
-  def epoch(self, number: int) -> Sequence[PackedRow]:
+  def epoch(self, number: int) -> Rows:
     """Returns the rows of epoch `number`, from 0. Raises: ValueError when it has none."""
     with self._lock:
       return self._planned(number)
@@ -246,12 +280,12 @@ class Stream:
       rows = self._planned(number)
       return number, rows[row - self._ends[number] + len(rows)]
 
-  def _planned(self, number: int) -> _Rows:
+  def _planned(self, number: int) -> Rows:
     if number not in self._rows:
       rows = plan(self._packing, self._sizes(number), self._shape, self._seed, number)
       if not rows:
         raise ValueError(f"epoch {number} has no rows: no sample can be used")
-      self._rows[number] = _Rows(rows)
+      self._rows[number] = rows
       if number == len(self._ends):
         self._ends.append(len(rows) + (self._ends[-1] if self._ends else 0))
       for old in [n for n in self._rows if n <= number - KEPT]:

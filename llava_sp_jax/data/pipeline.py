@@ -27,7 +27,7 @@ __all__ = ["SAMPLES", "Batches", "Held", "check_settings", "make", "marks", "ope
 
 PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
 READERS = 64  # threads that read samples and pictures which are far away: they mostly wait
-PREFETCH_BYTES = 1 << 27  # of their images; but always the rows of a batch
+PREFETCH_BYTES = 1 << 26  # of their images; but always the rows of a batch
 
 
 class Stream(Protocol):
@@ -127,10 +127,19 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
       self._prefetcher = Prefetcher(
         self._row, self._position * self._count, self._threads, self._ahead, self._far
       )
-    rows = [self._prefetcher.take(self.stopped) for _ in range(self._count)]
+    batch: dict[str, Any] = {}
+    held = []
+    for place in range(self._count):  # each row is copied, and dropped, before the next is taken
+      row = self._prefetcher.take(self.stopped)
+      held.append(row.pop(SAMPLES))
+      if not place:
+        batch = {
+          key: np.empty((self._count, *value.shape), value.dtype) for key, value in row.items()
+        }
+      for key, value in row.items():
+        batch[key][place] = value
     self._position += 1
-    held = [row.pop(SAMPLES) for row in rows]
-    return {**{key: np.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLES: held}
+    return {**batch, SAMPLES: held}
 
   def get_state(self) -> dict[str, Any]:
     """Returns {"step": number of batches that were returned}, for grain's protocol of iterators."""
@@ -232,7 +241,7 @@ def make(
       hosts,
       part.name,
     )
-    sizes = functools.partial(_sizes, np.asarray(part.members, np.int32), packed, lengths)
+    sizes = functools.partial(_sizes, _indices(part.members), packed, lengths)
     streams.append(packing.Stream(packed, shape, own, sizes))
     first = streams[-1].epoch(0)
     if say and main and packed.measured:
@@ -251,6 +260,12 @@ def make(
   return Batches(mixed, maker, batch_size, rows, data.threads, found)
 
 
+def _indices(members: Sequence[int]) -> np.ndarray:
+  """Returns the indices of samples as an array; at once for all of them."""
+  every = isinstance(members, range)
+  return np.arange(len(members), dtype=np.int32) if every else np.asarray(members, np.int32)
+
+
 def _sizes(
   members: np.ndarray, packed: packing.Packing, lengths: Lengths, epoch: int
 ) -> packing.Sizes:
@@ -259,4 +274,6 @@ def _sizes(
     unknown = np.zeros(0, np.int32)
     return packing.Sizes(unknown, unknown, members)
   found = lengths.sizes(epoch)
+  if len(members) == len(found.lengths):
+    return found
   return dataclasses.replace(found, usable=np.intersect1d(found.usable, members))

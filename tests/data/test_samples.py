@@ -258,11 +258,13 @@ def test_samples_are_packed_within_their_window(monkeypatch: pytest.MonkeyPatch)
   """Two windows of four samples that fill a row in pairs: never a pair across the border."""
   monkeypatch.setattr(packing, "WINDOW", 4)
   half = Sizes(np.full(8, 5, np.int32), np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
-  rows = packing.first_fit(range(8), half, Shape(10, 1, 1))
+  rows = packing.Rows.of(packing.first_fit(range(8), half, Shape(10, 1, 1)))
   assert [row.samples for row in rows] == [(0, 1), (2, 3), (4, 5), (6, 7)]
   assert packing.fill(rows, half) == 1.0
   wide = Sizes(np.full(8, 6, np.int32), np.zeros(8, np.int32), np.arange(8, dtype=np.int32))
-  assert packing.fill(packing.first_fit(range(8), wide, Shape(10, 1, 1)), wide) == 0.6
+  assert (
+    packing.fill(packing.Rows.of(packing.first_fit(range(8), wide, Shape(10, 1, 1))), wide) == 0.6
+  )
 
 
 @pytest.mark.parametrize("name", packing.PACKINGS)
