@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from llava_sp_jax.models import cudnn, layers
+from llava_sp_jax.models import cudnn, flash, layers
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import Codes, HeldKeys, HeldValues
 
@@ -311,7 +311,7 @@ def _splash(
   mask: Bool[Array, "B T S"],
   segments: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-  """Runs jax's Pallas kernel, each device on its rows and heads; interpreted without a TPU.
+  """Runs jax's Pallas kernel; interpreted without a TPU.
 
   A query attends to earlier keys of its own segment, and with a window only to the nearest ones.
   The kernel makes that mask itself; `mask` is not read. The window counts indices of the row. That
@@ -352,13 +352,61 @@ def _splash(
     result: jax.Array = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return result
 
-  q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
+  return _per_device(local, q, k, v, segments)
+
+
+def _flash(
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+  """Runs the kernels of `flash`, with the mask of `_splash`; interpreted without a TPU."""
+
+  def local(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    segments: Int[Array, "B T"],
+  ) -> Float[Array, "B N T H"]:
+    kernel = flash.Kernel(
+      length=case.length,
+      width=case.head_dim,
+      heads=q.shape[1],
+      shared=q.shape[1] // k.shape[1],
+      block=math.gcd(case.length, flash.BLOCK),
+      name=SAVED,
+      interpret=case.platform == "cpu",
+    )
+    return flash.attend(q, k, v, flash.first_keys(segments, case.spec.window), kernel)
+
+  return _per_device(local, q, k, v, segments)
+
+
+def _flash_objections(case: Case) -> list[str]:
+  most = flash.ROOM // case.head_dim
+  long = [f"row length {case.length} is more than {most}"] if case.length > most else []
+  return [*_splash_objections(case), *long]
+
+
+def _per_device(
+  local: Callable[..., jax.Array],
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  segments: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+  """Runs `local` on each device's rows and heads, [B, N, T, H], with scaled queries."""
+  q = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   return _on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
 
 
 IMPLEMENTATIONS = {
   "xla": Implementation(_xla, lambda case: []),
+  "flash": Implementation(_flash, _flash_objections),
   "splash": Implementation(_splash, _splash_objections),
   "cudnn_packed": Implementation(_cudnn_packed, _cudnn_packed_objections),
   "cudnn": Implementation(_cudnn, _cudnn_objections),
@@ -367,7 +415,7 @@ IMPLEMENTATIONS = {
 # The implementations that "auto" tries on a platform, in this order.
 PLATFORMS = {
   "cpu": ("xla",),
-  "tpu": ("splash", "xla"),
+  "tpu": ("flash", "splash", "xla"),
   "gpu": ("cudnn_packed", "cudnn", "xla"),
   "cuda": ("cudnn_packed", "cudnn", "xla"),
 }

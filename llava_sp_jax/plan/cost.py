@@ -118,9 +118,19 @@ class Collective:
 class Predictor:
   """Predicts the cost of a module on a topology."""
 
-  def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]]):
-    """Stores its arguments; `coordinates[i]` is where partition i's chip is in the interconnect."""
+  def __init__(
+    self,
+    module: Module,
+    topology: Topology,
+    coordinates: list[list[int]],
+    row: kernels.Row = kernels.FULL,
+  ):
+    """Stores its arguments.
+
+    `coordinates[i]` is where partition i's chip is in the interconnect, `row` what rows hold.
+    """
     self._module, self._topology, self._coordinates = module, topology, coordinates
+    self._row = row
     self._worker = Worker(module)
 
   def run(self) -> Cost:
@@ -157,7 +167,7 @@ class Predictor:
         wires = max(now, wires) + collective.seconds
         cost.collective(collective.kind, collective.nbytes, collective.seconds)
         if _is_start(op):
-          running[collective.key] = (collective.kind, wires)
+          running[collective.key] = running[op.name] = (collective.kind, wires)
         else:
           now = self._wait(cost, op, collective.kind, now, wires)
       elif op.opcode == "send":
@@ -198,7 +208,7 @@ class Predictor:
     if cycles and work.flops:  # exists only after code generation; too high for loop fusions
       seconds, kind = max(int(cycles) / chip.clock, work.nbytes / chip.hbm_rate), "matmul"
     if kernels.is_kernel(op):
-      flops, share = kernels.flops(op, computation)
+      flops, share = kernels.flops(op, computation, self._row)
       kind = "kernel"
       work = dataclasses.replace(work, flops=flops)
       seconds = max(flops / (share * chip.peak_flops), work.nbytes / chip.hbm_rate)
@@ -237,6 +247,8 @@ class Predictor:
     base = op.opcode.removesuffix("-start").removesuffix("-done")
     if op.opcode in ("fusion", "async-start", "async-done") and op.called.get("calls"):
       where = self._module.computations[op.called["calls"]]
+      while where.root.opcode == "call":  # of a program for the sparse cores
+        where = self._module.computations[where.root.called["to_apply"]]
       found = [o for o in where.ops if o.opcode.removesuffix("-start") in COLLECTIVES]
       if not found or "continuation_config" in op.attributes:
         return None  # a matmul fused with a collective, whose start and done are counted

@@ -147,9 +147,10 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
     f"  {rate:,.0f} tokens/s, {rate / chips:,.0f} per chip, if all places of the rows hold tokens",
     *(
       [
-        f"  {rate * plan.filled:,.0f} tokens/s that count: {plan.filled:.1%} of the places are filled"
+        f"  {rate * plan.row.filled:,.0f} tokens/s that count: {plan.row.filled:.1%} of the places are "
+        "filled"
       ]
-      if plan.filled < 1
+      if plan.row.filled < 1
       else []
     ),
     f"  MFU {plan.mfu:.3f} = useful FLOPs / (step seconds x {chips} chips x "

@@ -1,21 +1,51 @@
 """Counts the FLOPs of Pallas kernels, which the compiler does not, by a table of their names.
 
-Splash attention computes only the tiles that the causal triangle touches. Shapes: queries [.., N,
-T, H], keys [.., K, S, H]. The shares of the peak are from the kernels' own schedules on v5e.
+Attention computes only the tiles that the causal triangle touches, and flash attention only those
+of them that have a query and a key of the same sample. Shapes: queries [.., N, T, H], keys [.., K,
+S, H]. The shares of the peak are from the kernels' own schedules on v5e.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import re
 
 from llava_sp_jax.plan.hlo import Computation, Op
 
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Holds what is assumed of rows: `samples` equal ones on the share `filled` of the places.
+
+  One sample is assumed to fill the row. A step waits for the device with most to compute, so on
+  many devices this is the row that counts, whatever the others hold.
+  """
+
+  samples: int = 1
+  filled: float = 1.0
+
+  def first_keys(self, length: int) -> list[int]:
+    """Returns the first key that each of `length` queries sees; padding sees itself."""
+    if self.samples == 1:
+      return [0] * length
+    size = length * self.filled / self.samples
+    begins = [round(size * number) for number in range(self.samples + 1)]
+    inside = [begin for begin, end in itertools.pairwise(begins) for _ in range(begin, end)]
+    return [*inside, *range(begins[-1], length)]
+
+
+FULL = Row()
+
 # (regex over the name of the traced operation, matmuls of [T, S] x H, share of the peak)
 KERNELS: tuple[tuple[str, int, float], ...] = (
+  (r"flash_forward", 2, 0.43),
+  (r"flash_backward", 5, 0.67),
   (r"splash_m[hq]a_fwd", 2, 0.43),
   (r"splash_m[hq]a_dkv", 5, 0.67),  # all three gradients in one kernel, as in `models.attention`
 )
+SKIPS = r"flash_"  # regex of those that skip other samples; the others mask them
 # Patterns of the sides of a tile in a kernel's metadata; the first match is for its own pass.
 TILE = tuple(re.compile(rf'block_{side}(?:_dkv)?\\?": (\d+)') for side in ("q", "kv"))
 
@@ -25,10 +55,10 @@ def is_kernel(op: Op) -> bool:
   return op.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attributes
 
 
-def flops(op: Op, computation: Computation) -> tuple[float, float]:
+def flops(op: Op, computation: Computation, row: Row = FULL) -> tuple[float, float]:
   """Returns the FLOPs of a call, and the share of the chip's peak that the kernel reaches.
 
-  The FLOPs are 0 for a kernel without a row in KERNELS.
+  `row` is what rows hold. The FLOPs are 0 for a kernel without a row in KERNELS.
   """
   for pattern, matmuls, share in KERNELS:
     if re.search(pattern, op.name) or re.search(pattern, op.op_name):
@@ -37,17 +67,21 @@ def flops(op: Op, computation: Computation) -> tuple[float, float]:
       if len(heads) < 2:
         return 0.0, share
       queries, keys = heads[0].dims, heads[1].dims
-      computed = _computed(op, queries[-2], keys[-2])
+      skips = re.search(SKIPS, pattern) is not None
+      computed = _computed(op, queries[-2], keys[-2], row if skips else FULL)
       return 2.0 * matmuls * math.prod(queries) * keys[-2] * computed, share
   return 0.0, 1.0
 
 
-def _computed(op: Op, queries: int, keys: int) -> float:
+def _computed(op: Op, queries: int, keys: int, row: Row) -> float:
   """Returns the share of the attention matrix that a causal kernel computes, in whole tiles."""
   sides = [side.search(op.attributes) for side in TILE]
   if not all(sides):
     return 0.5
   rows, columns = (int(side[1]) for side in sides if side)
-  starts = [range(0, n, step) for n, step in ((queries, rows), (keys, columns))]
-  touched = sum(column < row + rows for row in starts[0] for column in starts[1])
-  return touched / (len(starts[0]) * len(starts[1]))
+  first = row.first_keys(queries)
+  touched = sum(
+    math.ceil((start + rows) / columns) - first[start] // columns
+    for start in range(0, queries, rows)
+  )
+  return touched / ((queries // rows) * (keys // columns))

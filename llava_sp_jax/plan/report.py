@@ -16,6 +16,7 @@ from llava_sp_jax.hardware import GIB
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import TRAIN, Compiled
+from llava_sp_jax.plan.kernels import FULL, Row
 from llava_sp_jax.plan.memory import TEMPORARIES
 from llava_sp_jax.plan.topologies import Topology
 
@@ -30,7 +31,7 @@ PREDICTORS = {
 }
 # Identify a record; a new one replaces its old.
 RECORD_KEYS = (
-  "model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize", "products",
+  "model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize", "products", "samples",
 )  # fmt: skip
 FLOATS = {
   "weights": "none",
@@ -85,14 +86,15 @@ class Program:
 class Plan:
   """Holds the prediction for one config on one topology.
 
-  `filled` is the share of a row's places that hold tokens; the others are padding.
+  `row` is what is assumed of rows: the share of places that hold tokens, the others being padding,
+  and the samples.
   """
 
   config: config_lib.Config
   topology: Topology
   what: str  # "train" or "eval", a key of `compile.PROGRAMS`
   programs: dict[str, Program]
-  filled: float = 1.0
+  row: Row = FULL
 
   @property
   def largest(self) -> Program:
@@ -163,7 +165,7 @@ class Plan:
       "row_length": config.data.row_length,
       "images_per_row": config.data.images_per_row,
       "step_seconds": round(self.seconds, 4) if speed else None,
-      "tokens_per_second": round(self.tokens * self.filled / self.seconds) if speed else None,
+      "tokens_per_second": round(self.tokens * self.row.filled / self.seconds) if speed else None,
       "hbm_gib": round(self.used / GIB, 2),
       "hbm_limit_gib": round(self.limit / GIB, 2),
       "fits": self.fits,
@@ -177,13 +179,14 @@ class Plan:
     config = self.config
     result = {
       "mfu": round(self.mfu, 4) if speed else None,
-      "filled": self.filled,
+      "filled": self.row.filled,
       "accumulate": config.train.accumulate,
       "remat": config.model.remat,
       "base": config.mesh.base,
     }
     held = {"quantize": config.model.quantize, "products": config.model.frozen_matmul}
-    return result | {key: form for key, form in held.items() if form != FLOATS[key]}
+    several = {"samples": self.row.samples} if self.row.samples > 1 else {}
+    return result | several | {key: form for key, form in held.items() if form != FLOATS[key]}
 
   def _answering(self, speed: bool) -> dict[str, Any]:
     from llava_sp_jax.plan import traffic
@@ -210,20 +213,20 @@ def make(
   topology: Topology,
   what: str,
   compiled: dict[str, Compiled],
-  filled: float = 1.0,
+  row: Row = FULL,
 ) -> Plan:
   """Makes the plan of compiled programs; predicts times if schedule and rates are known.
 
-  `what` is "train" or "eval". `filled` is the share of places that hold tokens.
+  `what` is "train" or "eval". `row` is what is assumed of rows.
   """
-  programs = {name: Program(found, _cost(found, topology)) for name, found in compiled.items()}
-  return Plan(config, topology, what, programs, filled)
+  programs = {name: Program(found, _cost(found, topology, row)) for name, found in compiled.items()}
+  return Plan(config, topology, what, programs, row)
 
 
-def _cost(compiled: Compiled, topology: Topology) -> cost_lib.Cost | None:
+def _cost(compiled: Compiled, topology: Topology, row: Row) -> cost_lib.Cost | None:
   if not compiled.module or not topology.chip.speed:
     return None
-  return cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"]).run()
+  return cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"], row).run()
 
 
 def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,6 +249,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "rows": ("rows",),
   "of": ("row_length",),
   "filled": ("filled",),
+  "samples": ("samples",),
   "mesh": ("mesh",),
   "accumulate": ("accumulate",),
   "remat": ("remat",),
@@ -270,7 +274,9 @@ def table(records: list[dict[str, Any]]) -> str:
     "Made by `llava-sp plan`: the real programs, compiled by the real compiler for chips that were "
     "not there. Times are predicted, not measured. A step is a training step; for `eval` it is the "
     "prefill of prompts into all rows, each with images of its own. The mesh is data x fsdp x "
-    "tensor. Tokens that count are `filled` of the places of a row.",
+    "tensor. Tokens that count are `filled` of the places of a row. Attention skips what `samples` "
+    "equal samples of a row do not see of each other; - is one sample, for which a step of many "
+    "chips waits.",
     "",
     "| " + " | ".join(COLUMNS) + " |",
     "|" + "---|" * len(COLUMNS),

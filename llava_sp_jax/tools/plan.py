@@ -14,7 +14,7 @@ from llava_sp_jax.tools import arguments
 
 OPTIONS = {
   "what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": "",
-  "filled": "1", "write-executable": "",
+  "filled": "1", "samples": "1", "write-executable": "",
   **dict.fromkeys(arguments.FORMATS, ""),
 }  # fmt: skip
 
@@ -31,6 +31,8 @@ fit is refused (exit 1) with its largest buffers.
                            positions in train.batch_size rows (default: train)
   --weights, --cache FORMAT  of an evaluation: how the model is held, as for llava-sp eval
   --filled SHARE           of the places of training rows that hold tokens, for tokens/s (default: 1)
+  --samples N              equal samples in a training row, which attention skips among each other; a
+                           step waits for the row with the longest sample (default: 1)
   --search N               try mesh, base placement, recomputation and micro-batches in at most N
                            compiles (10 to 60 seconds each for 7B); the fastest that fits wins (default: 0, none)
   --write FILE.py          the config that the search found, for llava-sp train --config FILE.py
@@ -68,14 +70,15 @@ def main(argv: list[str]) -> None:
   topology = topologies.topology(options["topology"])
 
   from llava_sp_jax.plan import compile as compile_lib
-  from llava_sp_jax.plan import explain, report
+  from llava_sp_jax.plan import explain, kernels, report
 
   keep = Path(options["keep"]) if options["keep"] else None
 
   def make(config: config_lib.Config) -> report.Plan:
     fast = options["full"].lower() != "true"
     compiled = compile_lib.compile_config(config, topology, options["what"], keep, fast)
-    return report.make(config, topology, options["what"], compiled, float(options["filled"]))
+    row = kernels.Row(int(options["samples"]), float(options["filled"]))
+    return report.make(config, topology, options["what"], compiled, row)
 
   budget = int(options["search"])
   plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
@@ -157,7 +160,7 @@ def _check(options: dict[str, str]) -> None:
       f"{', '.join(given)}: of an evaluation; add --what eval. The base of a train step is "
       "--config.model.quantize"
     )
-  for name, least in (("top", 1), ("search", 0)):
+  for name, least in (("top", 1), ("search", 0), ("samples", 1)):
     arguments.whole(name, options[name], least)
   if not re.fullmatch(r"1(\.0*)?|0?\.\d*[1-9]\d*", options["filled"]):
     raise config_lib.ConfigError(

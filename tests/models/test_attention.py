@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.distributed import sharding
-from llava_sp_jax.models import attention, build, cudnn
+from llava_sp_jax.models import attention, build, cudnn, flash, layers
 from llava_sp_jax.models.attention import (
   IMPLEMENTATIONS,
   PLATFORMS,
@@ -70,13 +71,15 @@ def results(spec: AttentionChoice, window: int = 0) -> tuple[jax.Array, ...]:
   return out, *gradients
 
 
+@pytest.mark.parametrize("name", ["splash", "flash"])
 @pytest.mark.parametrize(("window", "block"), [(0, 512), (0, 128), (40, 128)])
-def test_splash_equals_the_reference(
-  window: int, block: int, monkeypatch: pytest.MonkeyPatch
+def test_kernels_for_tpus_equal_the_reference(
+  name: str, window: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """Packed samples, grouped heads, padding; the kernel is interpreted, in one tile and several."""
-  monkeypatch.setattr(attention, "BLOCK", block)
-  spec = AttentionChoice("splash", branches=False, window=window)
+  for module in (attention, flash):
+    monkeypatch.setattr(module, "BLOCK", block)
+  spec = AttentionChoice(name, branches=False, window=window)
   for ours, reference in zip(
     results(spec, window), results(AttentionChoice("xla"), window), strict=True
   ):
@@ -88,14 +91,69 @@ def test_splash_equals_the_reference(
     )
 
 
-def test_splash_on_a_mesh_equals_the_reference() -> None:
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (3, 3)])
+def test_gradients_of_key_heads_are_summed(heads: tuple[int, int]) -> None:
+  """One, two or four query heads a key head, and a number of heads that is not even."""
+  count, shared = heads[0], heads[0] // heads[1]
+  rng = np.random.default_rng(0)
+  sizes = (count, heads[1], heads[1], count)
+  q, k, v, weights = (jnp.asarray(rng.normal(size=(2, n, T, H)), jnp.float32) for n in sizes)
+  segments = jnp.stack([jnp.asarray(row()[0]), jnp.full(T, BRANCHES)])
+  kernel = flash.Kernel(T, H, count, shared, 128, "kept", interpret=True)
+  index = jnp.broadcast_to(jnp.arange(T), (2, T))
+  mask = causal_mask(index, segments, index, segments)
+  weights = weights * (segments > 0)[:, None, :, None]
+
+  def ours(q: Any, k: Any, v: Any) -> jax.Array:
+    made: jax.Array = flash.attend(q, k, v, flash.first_keys(segments), kernel)
+    return (made * weights).sum()
+
+  def reference(q: Any, k: Any, v: Any) -> jax.Array:
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    made = layers.attend(q * math.sqrt(H), k, v, mask).transpose(0, 2, 1, 3)
+    return (made * weights).sum()
+
+  for mine, theirs in zip(
+    *(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (ours, reference)), strict=True
+  ):
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)  # scores are not scaled, so they are large
+
+
+def test_tiles_that_no_query_sees_are_not_read() -> None:
+  """What is not a number in the keys of another sample changes nothing."""
+  segments = jnp.repeat(jnp.array([[1, 2, 2, 0]]) * BRANCHES, T // 4, axis=1)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, T, H)), jnp.float32)
+  kernel = flash.Kernel(T, H, 2, 1, T // 4, "kept", interpret=True)
+  first = flash.first_keys(segments)
+
+  def run(keys: jax.Array) -> tuple[jax.Array, ...]:
+    out, back = jax.vjp(lambda q, k, v: flash.attend(q, k, v, first, kernel), x, keys, keys)
+    return out, *back(jnp.ones_like(out))
+
+  mine = slice(T // 4, 3 * T // 4)
+  others = x.at[:, :, : T // 4].set(jnp.nan).at[:, :, 3 * T // 4 :].set(jnp.nan)
+  for plain, spoiled in zip(jax.jit(run)(x), jax.jit(run)(others), strict=True):
+    np.testing.assert_array_equal(plain[:, :, mine], spoiled[:, :, mine])
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_first_key_of_a_query(window: int) -> None:
+  segments = np.array([[1, 1, 1, 1, 1, 2, 2, 0, 0], [0, 7, 7, 7, 0, 8, 9, 9, 9]]) * BRANCHES
+  index = np.broadcast_to(np.arange(9), (2, 9))
+  seen = np.asarray(causal_mask(*(jnp.asarray(x) for x in (index, segments, index, segments))))
+  if window:
+    seen = seen & (index[:, :, None] - index[:, None, :] < window)
+  wanted = np.where(segments == 0, index, seen.argmax(axis=2))
+  np.testing.assert_array_equal(flash.first_keys(jnp.asarray(segments), window), wanted)
+
+
+@pytest.mark.parametrize("name", ["splash", "flash"])
+def test_on_a_mesh_they_equal_the_reference(name: str) -> None:
   """Rows over data and fsdp, heads over tensor; nothing is gathered."""
   mesh = mesh_lib.create(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))
   reference = results(AttentionChoice("xla"))
   with jax.set_mesh(mesh):
-    for ours, theirs in zip(
-      results(AttentionChoice("splash", branches=False)), reference, strict=True
-    ):
+    for ours, theirs in zip(results(AttentionChoice(name, branches=False)), reference, strict=True):
       np.testing.assert_allclose(ours, theirs, atol=2e-5)
       spec = [s if isinstance(s, tuple) else (s,) for s in ours.sharding.spec if s]
       assert spec[0] == ("data", "fsdp"), "rows are divided"
@@ -117,8 +175,9 @@ def with_spec(**changes: Any) -> Case:
 
 
 CHOICES = {
-  "tpu, packed chains": (CASE, "splash"),
-  "tpu, window of all layers": (with_spec(window=512), "splash"),
+  "tpu, packed chains": (CASE, "flash"),
+  "tpu, window of all layers": (with_spec(window=512), "flash"),
+  "tpu, long rows": (dataclasses.replace(CASE, length=4096), "splash"),
   "tpu, window of some layers": (with_spec(window=512, mixed_layers=True), "xla"),
   "tpu, branches": (with_spec(branches=True), "xla"),
   "tpu, cache": (dataclasses.replace(CASE, cached=True), "xla"),
@@ -160,6 +219,7 @@ def test_what_is_chosen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("splash", {"branches": True}, "samples may have branches"),
     ("splash", {"mixed_layers": True}, "only some layers have a sliding window"),
     ("splash", {"platform": "gpu"}, "platform gpu has no Pallas kernels"),
+    ("flash", {"platform": "gpu"}, "platform gpu has no Pallas kernels"),
     ("cudnn", {}, "platform tpu has no cuDNN"),
     ("cudnn_packed", {"platform": "gpu"}, "any number of samples may share a row"),
     ("cudnn_packed", {"platform": "gpu", "samples": 4}, "the GPU is older than Hopper"),
@@ -194,10 +254,10 @@ def test_cudnn_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_decoder_hands_its_windows_on(tiny_config: ConfigMaker) -> None:
-  """A model with splash, packed rows and a window gives the hidden states of one with XLA."""
+  """A model with a kernel, packed rows and a window gives the hidden states of one with XLA."""
   size = {"sliding_window": 40}
   outputs = []
-  for name in ("splash", "xla"):
+  for name in ("splash", "flash", "xla"):
     config = tiny_config(model={"language_model": size, "attention": name}).model
     module = build.compiled_for(build.model(config), "cpu", branches=False).language_model
     segments, positions = (jnp.asarray(x)[None] for x in row())
@@ -205,4 +265,5 @@ def test_the_decoder_hands_its_windows_on(tiny_config: ConfigMaker) -> None:
     params = jax.jit(module.init)(jax.random.key(0), embeds, positions, segments)
     hidden, _ = jax.jit(module.apply)(params, embeds, positions, segments)
     outputs.append(np.asarray(hidden[segments > 0]))
-  np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-5)
+  np.testing.assert_allclose(outputs[0], outputs[2], atol=2e-5)
+  np.testing.assert_allclose(outputs[1], outputs[2], atol=2e-5)

@@ -20,6 +20,7 @@ B, T = 2, 128
 KERNELS = {
   "xla": ("cpu", "exp"),
   "splash": ("cpu", "pallas_call"),
+  "flash": ("cpu", "pallas_call"),
   "cudnn": ("gpu", SAVED_PRIMITIVE),
   "cudnn_packed": ("gpu", SAVED_PRIMITIVE),
 }
@@ -77,7 +78,8 @@ def test_attention_is_computed_once_and_kept_once(tiny_config: ConfigMaker, name
   assert len(kept) == 5
   (again,) = [e for e in equations(jaxpr) if e.primitive.name in ("remat2", "checkpoint")]
   names = [e.primitive.name for e in equations(again.params["jaxpr"])]
-  kernels = {"xla": 1, "splash": 1}.get(name, 0)  # XLA: softmax; splash: its gradients
+  # XLA: softmax; kernels of TPUs: gradients.
+  kernels = {"xla": 1, "splash": 1, "flash": 1}.get(name, 0)
   assert names.count(KERNELS[name][1]) == kernels
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
@@ -142,12 +144,20 @@ def inner(jaxpr: Any) -> Iterator[Any]:
           yield from inner(nested)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("name", ["splash", "flash"])
 @pytest.mark.parametrize("length", [512, 1536, 2048])
-def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
+def test_attention_counts_the_products_that_its_kernels_make(
+  name: str, length: int, samples: int
+) -> None:
   """Forward and backward as `models.attention` traces them: products within a tile, times the tiles
-  that the causal triangle touches, found here position by position."""
-  heads, width = 3, 128
-  spec = attention.AttentionChoice("splash", "tpu", branches=False)
+  that the causal triangle touches, found here position by position; flash skips other samples."""
+  heads, width, filled = 3, 128, 0.866
+  size = length * filled / samples if samples > 1 else length
+  sample = np.searchsorted(
+    [round(size * n) for n in range(1, samples + 1)], np.arange(length), "right"
+  )
+  spec = attention.AttentionChoice(name, "tpu", branches=False)
   x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
   segments = jnp.ones((1, length), jnp.int32)
   mask = jnp.ones((1, length, length), bool)
@@ -155,21 +165,27 @@ def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
   def scalar(q: Any, k: Any, v: Any) -> Any:
     return attention.attend(spec, q, k, v, mask, segments).astype(jnp.float32).sum()
 
+  def seen(q: int, k: int) -> bool:
+    return k <= q and (
+      name == "splash" or (q == k if sample[q] == samples else sample[q] == sample[k])
+    )
+
   traced = jax.make_jaxpr(jax.grad(scalar, (0, 1, 2)))(x, x, x)
   calls = [e for e in inner(traced.jaxpr) if e.primitive.name == "pallas_call"]
   assert len(calls) == 2
   products = {"fwd": 2, "dkv": 5}
   for call in calls:
-    name, told = call.params["name"], call.params["metadata"]["xprof_metadata"]
-    phase = "fwd" if "fwd" in name else "dkv"
+    traced_as, told = call.params["name"], call.params["metadata"]["xprof_metadata"]
+    phase = "fwd" if re.search("fwd|forward", traced_as) else "dkv"
     inside = [e for e in inner(call.params["jaxpr"]) if e.primitive.name == "dot_general"]
-    assert len(inside) == products.pop(phase)
-    suffix = "" if phase == "fwd" else "_dkv"
+    count = products.pop(phase)
+    assert len(inside) == count  # of one head, because their number is odd
+    suffix = "_dkv" if phase == "dkv" and name == "splash" else ""
     rows, columns = (json.loads(told)[f"block_{side}{suffix}"] for side in ("q", "kv"))
     tiles = {
-      (q // rows, k // columns) for q in range(0, length, 128) for k in range(0, q + 128, 128)
+      (q // rows, k // columns) for q in range(length) for k in edges(q, sample) if seen(q, k)
     }
-    wanted = 2 * len(inside) * len(tiles) * rows * columns * width * heads
+    wanted = 2 * count * len(tiles) * rows * columns * width * heads
     arrays = ", ".join(
       f"%p{i}" for i, v in enumerate(call.invars) if v.aval.dtype in (jnp.bfloat16, jnp.int8)
     )
@@ -181,14 +197,21 @@ def test_splash_counts_the_products_that_its_kernels_make(length: int) -> None:
     )
     metadata = json.dumps(told)
     module = hlo.parse(
-      f"HloModule m\n\nENTRY %main () -> bf16[1] {{\n{parameters}  ROOT %{name}.1 = bf16[1] "
+      f"HloModule m\n\nENTRY %main () -> bf16[1] {{\n{parameters}  ROOT %{traced_as}.1 = bf16[1] "
       f'custom-call({arrays}), custom_call_target="tpu_custom_call", '
       f'frontend_attributes={{kernel_metadata={{\n"xprof_metadata":{metadata}\n}}}}\n}}\n'
     )
-    found, share = kernels.flops(module.entry.root, module.entry)
-    assert found == wanted, phase
+    row = kernels.Row(samples, filled)
+    found, share = kernels.flops(module.entry.root, module.entry, row)
+    assert found == pytest.approx(wanted, rel=1e-12), phase
     assert 0 < share < 1
   assert not products
+
+
+def edges(query: int, sample: np.ndarray) -> set[int]:
+  """Keys that a query may see: the first of a tile, the first of its own sample, itself."""
+  first = int(np.argmax(sample == sample[query]))
+  return {*range(0, query + 1, 128), first, query}
 
 
 # ---- a step -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.plan import compile as compile_lib
-from llava_sp_jax.plan import cost, explain, report, topologies
+from llava_sp_jax.plan import cost, explain, kernels, report, topologies
 from tests.plan.plans import GIB, evaluation, plan
 
 
@@ -58,7 +58,8 @@ def test_records_and_their_formula() -> None:
 
 def test_a_record_says_what_it_is_of() -> None:
   """Whoever reads a record can compile the same step again, and knows what its tokens are."""
-  made = dataclasses.replace(plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18), filled=0.75)
+  made = plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18)
+  made = dataclasses.replace(made, row=kernels.Row(2, 0.75))
   changed = config_lib.override(
     made.config,
     {"config.train.accumulate": "4", "config.model.remat": "full", "config.mesh.base": "replicate"},
@@ -68,10 +69,10 @@ def test_a_record_says_what_it_is_of() -> None:
   wanted = {"accumulate": 4, "remat": "full", "base": "replicate", "mesh": {"fsdp": 16}}
   assert wanted.items() <= record.items()
   assert record["compiler"] == compile_lib.compiler(made.topology)
-  assert record["filled"] == 0.75
+  assert (record["filled"], record["samples"]) == (0.75, 2)
   assert record["tokens_per_second"] == 128 * 2048 // 2 * 0.75
   assert record["mfu"] == plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18).record()["mfu"]
-  assert "| 128 | 2048 | 0.75 | 16 | 4 | full | replicate |" in report.table([record])
+  assert "| 128 | 2048 | 0.75 | 2 | 16 | 4 | full | replicate |" in report.table([record])
   printed = explain.text(made)
   assert "mesh fsdp 16, accumulate 4, remat full, base replicate, quantize none" in printed
   assert f"{128 * 2048 // 2 * 0.75:,.0f} tokens/s that count: 75.0%" in printed
