@@ -25,7 +25,7 @@ from llava_sp_jax.data import conversation, quarantine, reading
 from llava_sp_jax.data.anyres import Reader, Tile
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build
-from llava_sp_jax.training import measure, optimizer
+from llava_sp_jax.training import kernel_check, measure, optimizer
 
 PEEK = 2  # batches that are checked
 SKIP = "; --config.train.preflight=false trains nevertheless"
@@ -122,7 +122,7 @@ def images_fit(config: config_lib.Config, tokenizer: Tokenizer) -> list[str]:
 Check = Callable[[config_lib.Config, Tokenizer], list[str]]
 ALWAYS: tuple[Check, ...] = (vocabulary,)
 SETTINGS: tuple[Check, ...] = (
-  vocabulary, replies_end, learning_rates, something_is_trained, images_fit,
+  vocabulary, replies_end, learning_rates, something_is_trained, images_fit, kernel_check.problems,
 )  # fmt: skip
 # Settings that the samples have to fit; `llava-sp check` checks them, too.
 OF_DATA: tuple[Check, ...] = (vocabulary, replies_end, images_fit)
