@@ -19,7 +19,8 @@ from typing import Any
 import paper_files
 
 from llava_sp_jax import jsonl, provenance
-from llava_sp_jax.plan import evaluation, questions, topologies
+from llava_sp_jax.eval import absent
+from llava_sp_jax.plan import evaluation, topologies
 from llava_sp_jax.plan.compile import compiler
 from llava_sp_jax.tools import plan as plan_tool
 
@@ -59,7 +60,7 @@ def predicted(way: Way, folder: Path, tokenizer: str) -> dict[str, Any]:
   _, config = plan_tool.read(["--config", RECIPE, *model, *mesh, *way.options])
   names = list(paper_files.SIZES)
   lengths = {name: paper_files.SIZES[name].answer for name in names}
-  found = questions.counted(
+  found = absent.counted(
     config, dict.fromkeys(names, str(folder)), way.mesh, way.rows, lengths, HOSTS
   )
   told = lambda line: print(line, flush=True)  # noqa: E731
