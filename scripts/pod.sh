@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034 # variables are used by the launchers and pod_train.sh
-# Sourced by the two launchers for Cloud TPU: holds the options that they share. Each launcher defines
+# Sourced by the launchers for Cloud TPU: holds the options that two of them share. Each of these defines
 # the commands `describe`, `create` and `delete` of its service.
 
 name='' zone='' type='' version='' config='' workdir='' setup='' create_flags=() train_flags=()

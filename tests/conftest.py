@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -179,23 +178,6 @@ def bucket() -> Iterator[str]:
     pytest.skip("the extra gcs is not installed")
   with object_store.running():
     yield f"gs://{object_store.BUCKET}"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shapes_are_found_once() -> Iterator[None]:
-  """The shapes of a model are traced once a process: most tests of a room open the same few models."""
-  import jax
-
-  from llava_sp_jax.models import build
-
-  found = functools.cache(build.abstract)
-
-  def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
-    return jax.tree.map(lambda leaf: leaf, found(config))
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, "abstract", abstract)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,13 @@ import pytest
 from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
-LAUNCHERS = ("launch_tpu_vm", "launch_queued_resource", "launch_slurm", "launch_gke")
+LAUNCHERS = (
+  "launch_tpu_vm",
+  "launch_queued_resource",
+  "launch_slurm",
+  "launch_gke",
+  "launch_xpk",
+)
 CLOUD = ("launch_tpu_vm", "launch_queued_resource")
 RECIPE = "configs/finetune_lora.py:size=7b"
 POD = (
@@ -31,11 +37,16 @@ JOBSET = (
   "--name llava --image here/llava:1 --accelerator tpu-v5-lite-podslice --topology 4x8 --claim share "
   f"--config {RECIPE} --workdir /mnt/share/run"
 ).split()
+WORKLOAD = (
+  f"--name llava --cluster here --type v5litepod-16 --image here/llava:1 --config {RECIPE} "
+  "--workdir gs://bucket/run"
+).split()
 OPTIONS = {
   "launch_tpu_vm": POD,
   "launch_queued_resource": POD,
   "launch_slurm": JOB,
   "launch_gke": JOBSET,
+  "launch_xpk": WORKLOAD,
 }
 
 
@@ -106,6 +117,12 @@ ERRORS = [
     (["--chips-per-host", "5"], "--chips-per-host: 5 does not divide 32 chips"),
     (["--slices", "0"], "chips, slices, grace, restarts: expected numbers, found 4 0 120 3"),
     (["--workdir", "runs/x"], "--workdir: runs/x is not in /mnt/share, where the claim is"),
+  )],
+  ("launch_xpk", ["--name", "x"], "missing --cluster --type --image --config --workdir"),
+  *[("launch_xpk", [*WORKLOAD, *options], message) for options, message in (
+    (["--name", "My_run"], "--name: expected a-z, 0-9 and -, found My_run"),
+    (["--grace", "no"], "slices, grace, restarts: expected numbers, found 1 no 50"),
+    (["--workdir", "runs/x"], "--workdir: runs/x is neither a full path (of a storage) nor gs://"),
   )],
 ]  # fmt: skip
 

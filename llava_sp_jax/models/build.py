@@ -283,9 +283,11 @@ def initialize(config: config_lib.ModelConfig, rng: PRNGKeyArray) -> dict[str, A
   """Returns random parameters as nested float32 arrays (quantized weights in their own dtypes).
 
   Must be called inside jit. Parameters do not depend on the attention, and the one that is named may
-  need other devices than those here.
+  need other devices than those here. Layers are not unrolled: the values are the same, and what a
+  training unrolls takes minutes to compile here, too.
   """
-  module = model(dataclasses.replace(config, attention="auto"))
+  plain = {"attention": "auto", "scan_unroll": 1, "remat": "none"}
+  module = model(dataclasses.replace(config, **plain))
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
   result: dict[str, Any] = module.init(rng, *inputs, method=_touch)["params"]
   return result
@@ -301,7 +303,7 @@ def abstract(config: config_lib.ModelConfig) -> dict[str, Any]:
   return result
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _traced(config: config_lib.ModelConfig) -> dict[str, Any]:
   """Traces the model, which takes about a second; each start needs its shapes several times."""
   result: dict[str, Any] = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))

@@ -24,7 +24,7 @@ import jax
 
 from llava_sp_jax import storage
 from llava_sp_jax.files import FormatError
-from llava_sp_jax.json_files import read_object
+from llava_sp_jax.json_files import parse_object
 
 FILE = "goodput.json"
 # (category, what its seconds went into); the share of the first is the goodput.
@@ -98,9 +98,10 @@ def read(folder: Path) -> list[Start]:
   Raises: FormatError for a file that is not such a record.
   """
   path = folder / FILE
-  if not path.is_file():
+  content = storage.of(path).content(path)
+  if not content:
     return []
-  found = read_object(path)
+  found = parse_object(content, str(path))
   try:
     return [
       Start(

@@ -109,17 +109,21 @@ def _write(file: Path, value: Request | Answer) -> None:
 
 def read(file: Path) -> Request | None:
   """Returns the request in a file; None without one that can be read."""
-  with contextlib.suppress(FormatError, TypeError):
-    request = Request(**json_files.read_object(file))
+  with contextlib.suppress(FormatError, TypeError, OSError):
+    request = Request(**_object(file))
     if isinstance(request.steps, int) and Path(str(request.name)).name == request.name:
       return request
   return None
 
 
 def _answer(file: Path) -> Answer | None:
-  with contextlib.suppress(FormatError, TypeError):
-    return Answer(**json_files.read_object(file))
+  with contextlib.suppress(FormatError, TypeError, OSError):
+    return Answer(**_object(file))
   return None
+
+
+def _object(file: Path) -> dict[str, Any]:
+  return json_files.parse_object(storage.of(file).content(file), str(file))
 
 
 def answer(folder: Path, request: Request, process: int, said: Answer) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.tools.train import STOPPED_EARLY
 from llava_sp_jax.training import ledger, loop
-from tests.conftest import ConfigMaker
+from tests.conftest import REPOSITORY, ConfigMaker
 from tests.end_to_end import cluster, kill_trials
 from tests.end_to_end.cluster import Cluster, Topology
 
@@ -284,3 +287,33 @@ def test_a_kill_trial(
   trial = kill_trials.Trial(recipe, "2, 1, 4", "save", "all")
   record = kill_trials.Trials(tmp_path, tiny_config).run(0, trial)
   assert record.passed, dataclasses.asdict(record)
+
+
+@pytest.mark.guard
+def test_a_profile_has_the_same_steps_of_all_processes(config_file: Path, tmp_path: Path) -> None:
+  """Asked for while they train; the run goes on, and a second profile is another one."""
+  two = Cluster(config_file, tmp_path / "run", TWO, "--config.train.steps=100000")
+  try:
+    assert two.wait_for(lambda: cluster.last_step(two.workdir) >= 2)
+    for count in (1, 2):
+      done = subprocess.run(
+        [sys.executable, "-m", "llava_sp_jax.cli", "profile", str(two.workdir), "--steps=3"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+      )
+      assert done.returncode == 0, done.stderr
+      found = re.search(r"steps (\d+) to (\d+) of 2 processes: (.*)", done.stdout)
+      assert found
+      first, last, place = int(found[1]), int(found[2]), Path(found[3])
+      assert last - first == 2
+      answers = [json.loads((place / f"process-{i}.json").read_text()) for i in range(2)]
+      assert [(a["first"], a["last"], a["error"]) for a in answers] == [(first, last, "")] * 2
+      traces = [path for path in place.rglob("*.xplane.pb") if path.stat().st_size]
+      assert len(traces) == 2, "one of each process"
+      assert len([p for p in (two.workdir / "profiles").iterdir() if p.is_dir()]) == count
+    step = cluster.last_step(two.workdir)
+    assert two.wait_for(lambda: cluster.last_step(two.workdir) > step)
+  finally:
+    two.kill()

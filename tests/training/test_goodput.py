@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llava_sp_jax import storage
 from llava_sp_jax.training import goodput, loop
 from tests.conftest import ConfigMaker
 from tests.training.looker import Looker, config
@@ -82,6 +83,16 @@ def test_what_was_trained_again_is_lost(tmp_path: Path) -> None:
   assert second.table().startswith("goodput 33.0% of 88.0 s in 2 starts\n  step ")
   with second:
     pass
+
+
+def test_a_record_in_a_bucket_is_continued(bucket: str, tmp_path: Path) -> None:
+  folder, time = storage.place(bucket) / tmp_path.name, Time(0.0)
+  for number in (1, 2):
+    die(start(folder, time, resumes=0))
+    assert len(goodput.read(folder)) == number
+    time.now += 5 + 2
+  found = goodput.totals(goodput.read(folder))
+  assert (found["waiting"], found["restore"]) == (5, 8)
 
 
 def test_two_kills_before_a_save_lose_both(tmp_path: Path) -> None:

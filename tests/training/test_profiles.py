@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from llava_sp_jax import cli, locks
+from llava_sp_jax import cli, locks, storage
 from llava_sp_jax.training import loop, profiles, trace
 from tests.conftest import ConfigMaker
 from tests.training.looker import Looker, config, logged
@@ -193,6 +193,19 @@ def test_requests_to_others_are_not_answered(tmp_path: Path, requests: profiles.
     requests.take()
     time.sleep(0.1)
     assert requests.peek() is None  # once
+
+
+def test_a_request_and_answers_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+  folder = storage.place(bucket) / tmp_path.name
+  request, said = profiles.Request("a", 3, "token"), profiles.Answer(4, 6, 2)
+  file = folder / profiles.FOLDER / profiles.REQUEST
+  assert profiles.read(file) is None
+  profiles._write(file, request)
+  assert profiles.read(file) == request
+  for process in range(2):
+    profiles.answer(folder, request, process, said)
+  answers = sorted((folder / profiles.FOLDER / "a").glob("process-*.json"))
+  assert [profiles._answer(path) for path in answers] == [said] * 2
 
 
 def test_a_trace_that_was_stopped_early_is_kept(tmp_path: Path, traces: list[Any]) -> None:
