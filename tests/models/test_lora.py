@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.distributed import mesh as mesh_lib
 from llava_sp_jax.models.lora import LoraDense, LoraRecipe, fused, keep
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -100,6 +103,38 @@ def test_dropout_keeps_what_it_should(rate: float) -> None:
     count = kept.size / shape[axis]
     assert np.abs(kept.mean(axis=rest) - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / count)
   np.testing.assert_array_equal(kept, keep(jax.random.key(0), shape, rate))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_any_two_rows_and_any_two_columns_are_dropped_independently(rate: float, axis: int) -> None:
+  """Squares of their correlations have the mean of chance, 1 / n, and none is far from it."""
+  shape = (2048, 512) if axis else (512, 2048)
+  for seed in range(3):
+    kept = np.asarray(keep(jax.random.key(seed), shape, rate), np.float32)
+    centered = np.moveaxis(kept - (1 - rate), axis, 0) / np.sqrt(rate * (1 - rate))
+    pairs = (centered @ centered.T / 2048)[np.triu_indices(512, 1)]
+    assert abs((pairs**2).mean() * 2048 - 1) < 0.04  # 130,816 pairs, of which those of a row depend
+    assert np.abs(pairs).max() < 9 / np.sqrt(2048)
+
+
+def test_layers_and_steps_drop_independently() -> None:
+  """Their keys are those that a scan over layers and the train step make of the run's key."""
+  run, rate = jax.random.key(0), 0.05
+  keys = [k for step in (1, 2) for k in jax.random.split(jax.random.fold_in(run, step), 4)]
+  masks = np.stack([np.asarray(keep(k, (256, 512), rate)).ravel() for k in keys])
+  correlations = np.corrcoef(masks)[np.triu_indices(len(keys), 1)]
+  assert np.abs(correlations).max() < 4.5 / np.sqrt(masks.shape[1])
+
+
+@pytest.mark.parametrize("spec", [("fsdp",), (None, "fsdp"), ("data", None, "fsdp")])
+def test_a_mask_is_the_same_on_every_mesh(spec: tuple[str | None, ...]) -> None:
+  mesh = mesh_lib.create(config_lib.MeshConfig(data=2, fsdp=4))
+  place = NamedSharding(mesh, PartitionSpec(*spec))
+  key, shape = jax.random.key(0), (8, 16, 64)
+  divided = jax.jit(lambda k: keep(k, shape, 0.5), out_shardings=place)(key)
+  assert not divided.is_fully_replicated
+  np.testing.assert_array_equal(divided, keep(key, shape, 0.5))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 6.0])
