@@ -286,8 +286,7 @@ def initialize(config: config_lib.ModelConfig, rng: PRNGKeyArray) -> dict[str, A
   need other devices than those here. Layers are not unrolled: the values are the same, and what a
   training unrolls takes minutes to compile here, too.
   """
-  plain = {"attention": "auto", "scan_unroll": 1, "remat": "none"}
-  module = model(dataclasses.replace(config, **plain))
+  module = model(dataclasses.replace(config, attention="auto", scan_unroll=1, remat="none"))
   inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_inputs(config))
   result: dict[str, Any] = module.init(rng, *inputs, method=_touch)["params"]
   return result
