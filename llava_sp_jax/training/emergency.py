@@ -42,6 +42,27 @@ def open_local(config: config_lib.Config, folder: Path) -> Local | None:
   return Local(config.train.local_folder, run, start)
 
 
+def opened(
+  config: config_lib.Config, folder: Path, saved: int, newer: bool
+) -> tuple[Local | None, int, config_lib.Config]:
+  """Opens what this host has, and finds the step to resume from; every process must call it.
+
+  `saved` is the newest step in the run folder, and `newer` says whether a newer one may be used.
+
+  Returns: what is here (None without `train.local_folder`), the step, and the config with the steps
+    of its run.
+  """
+  local = open_local(config, folder)
+  if not local or not newer:
+    return local, saved, config
+  return local, *newest(local, config, folder, saved)
+
+
+def said(local: Local | None, step: int, first: int) -> dict[str, Any]:
+  """Returns what local step `step` says of itself, if the run continues from it at `first`; else {}."""
+  return local.held().get(first, {}) if local and step == first else {}
+
+
 def name_run(local: Local | None, folder: Path) -> None:
   """Writes the name by which `open_local` finds a run again; called by process 0 alone."""
   if local:
@@ -84,13 +105,16 @@ def _fitted(config: config_lib.Config, said: dict[str, Any]) -> config_lib.Confi
 
 
 def restore(
-  local: Local, step: int, fresh: TrainState, base: str, folder: Path
+  local: Local | None, step: int, fresh: TrainState, base: str, folder: Path
 ) -> TrainState | None:
   """Returns the state of `step` from the disks of all hosts; None, with a line, if it is damaged.
 
-  Every process must call it. `fresh` is the state of step 0, and `base` the fingerprint of its
+  None, too, if `step` is 0 or nothing is kept there. Every process must call it. `fresh` is the state of step 0, and `base` the fingerprint of its
   frozen parameters.
   """
+
+  if not local or not step:
+    return None
 
   def read() -> tuple[Any, Any]:
     if (found := local.held()[step]["fingerprint"]) != base:

@@ -144,10 +144,8 @@ def _train(
   config = resume.with_steps_of(folder, config)
   runs.check_config(folder, config)
   sinks.check(config)
-  begun = saved = resume.first(folder, options)
-  local = emergency.open_local(config, folder)
-  if local and options.step is None:
-    begun, config = emergency.newest(local, config, folder, saved)
+  saved = resume.first(folder, options)
+  local, begun, config = emergency.opened(config, folder, saved, options.step is None)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
   compiled = Path(executable) if executable else None
@@ -228,9 +226,7 @@ def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
   base = fingerprints.fingerprint(train_state.frozen)
   with manager.Checkpoints(folder, config.train.keep) as checkpoints:
     with run.clock.of("restore"):
-      found = None
-      if run.local and run.local_step:
-        found = emergency.restore(run.local, run.local_step, train_state, base, folder)
+      found = emergency.restore(run.local, run.local_step, train_state, base, folder)
       train_state = found or resume.restore(checkpoints, train_state, base, folder, run.options)
     return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
 
@@ -251,8 +247,8 @@ def _loop(
       print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
     ledger.drop_after(folder, first)
   processes.barrier("logs are cut off")
-  here = run.local.held() if run.local and run.local_step == first else {}
-  run.iterator.resume(first, (here.get(first) or resume.about(folder, first)).get("mixture"))
+  said = emergency.said(run.local, run.local_step, first) or resume.about(folder, first)
+  run.iterator.resume(first, said.get("mixture"))
   with clock.of("compile"):
     known = executables.read(run.executable, train_state) if run.executable else {}
   run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
