@@ -212,9 +212,7 @@ class TrainConfig:
   log_every: int = free(10)  # steps between two records
   save_every: int = free(500)  # steps between two checkpoints
   keep: int = free(2)  # checkpoints that stay
-  local_folder: str = free(
-    ""
-  )  # on the disk of each host, for steps between two checkpoints; "": none
+  local_folder: str = free("")  # on the disk of each host, for steps between checkpoints
   local_every: int = free(50)  # steps between two of these
   accumulate: int = 1  # micro-batches of a step; their gradients are added up
   loss_chunk: int = 512  # positions per slice of the loss, so that [B, T, V] never exists
