@@ -93,7 +93,20 @@ def same(a: pipeline.Batches, b: pipeline.Batches, count: int) -> None:
       np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
 
 
+class Requests:
+  """Counts the reads of objects."""
+
+  def __init__(self, files: Any):
+    self.count, self._read = 0, files.cat_file
+    files.cat_file = self
+
+  def __call__(self, *args: Any, **more: Any) -> Any:
+    self.count += 1
+    return self._read(*args, **more)
+
+
 def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[dict[str, Any]]:
+  requests = Requests(storage.SCHEMES["gs"][0]._files)  # type: ignore[attr-defined]
   for rows in ROWS:
     places = {"disk": str(folder / "packed"), "bucket": address}
     same(*(batches(path, folder, rows, options.threads) for path in places.values()), 2)
@@ -110,7 +123,10 @@ def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[d
     for of in ("", ", CPU"):
       ratios = [turn[f"bucket{of}"] / turn[f"disk{of}"] for turn in turns]
       found |= {f"ratio{of}": statistics.median(ratios), f"ratios{of}": ratios}
-    yield {"rows": rows, **found}
+    made, before = batches(address, folder, rows, options.threads), requests.count
+    images = sum(images_of(next(made)) for _ in range(options.batches))
+    ahead = pipeline.READERS * ROWS[rows][1]  # images that may be loaded already
+    yield {"rows": rows, **found, "reads": (requests.count - before) / (images + ahead)}
 
 
 def markdown(record: dict[str, Any]) -> str:

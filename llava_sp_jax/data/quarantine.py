@@ -31,6 +31,11 @@ class Quarantine:
   def __contains__(self, sample: int | tuple[str, int]) -> bool:
     return sample in self._seen  # an index, with the name of its source in a mixture
 
+  def of(self, source: str) -> list[int]:
+    """Returns the indices of the samples of a source; "" is that of a run without a mixture."""
+    keys = [key if isinstance(key, tuple) else ("", key) for key in self._seen]
+    return [index for name, index in keys if name == source]
+
   @property
   def count(self) -> int:
     """Returns how many different samples are recorded, also by earlier parts of the run."""

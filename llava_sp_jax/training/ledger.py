@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _is_entry(record: dict[str, Any]) -> bool:
     whole
     and isinstance(record.get("step"), int)
     and all(
-      isinstance(values, list) and all(isinstance(value, int) for value in values)
+      isinstance(values, list) and all(isinstance(value, int) and value >= 0 for value in values)
       for values in lists
     )
   )
@@ -173,32 +173,87 @@ def _keys(line: dict[str, Any], kind: str) -> list[Key]:
   return list(values)
 
 
-def _read(folder: Path) -> tuple[list[dict[str, Any]], int]:
-  """Returns all entries by step, and the number of lines that could not be read.
+def _files(folder: Path) -> Iterator[tuple[list[dict[str, Any]], int]]:
+  """Yields the entries of each process, and the number of lines that could not be read.
 
   The number includes lines that an earlier `drop_after` has dropped.
   """
-  every = [_lines(file) for file in sorted((folder / FOLDER).glob("*.jsonl"))]
-  lines = sorted((line for found, _ in every for line in found), key=lambda line: line["step"])
-  noted = sum(int(line.get("unreadable", 0)) for line in lines)
-  return [line for line in lines if "unreadable" not in line], noted + sum(bad for _, bad in every)
+  for file in sorted((folder / FOLDER).glob("*.jsonl")):
+    found, bad = _lines(file)
+    noted = sum(int(line.get("unreadable", 0)) for line in found)
+    yield [line for line in found if "unreadable" not in line], noted + bad
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
   """Returns the entries of all processes of the run in `folder`, in the order of their steps."""
-  return _read(folder)[0]
+  return sorted((line for found, _ in _files(folder) for line in found), key=lambda x: x["step"])
 
 
 def skips(folder: Path) -> set[int]:
   """Returns the numbers of the steps whose update was skipped as not finite."""
-  return {line["step"] for line in read(folder) if line.get("skipped")}
+  return {line["step"] for found, _ in _files(folder) for line in found if line.get("skipped")}
+
+
+class _Tally:
+  """Counts rows of steps and visits of samples in arrays, since their number is not small."""
+
+  def __init__(self, batch_size: int, skipped: set[int]):
+    self._batch_size, self._skipped = batch_size, skipped
+    self.rows: dict[int, np.ndarray] = {}  # step -> how often each row has an entry
+    self.others: dict[int, list[int]] = {}  # step -> rows that a batch does not have
+    self.visits: dict[str, np.ndarray] = {}  # source -> how often each sample was read
+    self.counts: dict[str, Counter[str]] = {}  # source -> visits by what became of them
+    self.unreadable = 0
+
+  def add(self, lines: Sequence[dict[str, Any]], unreadable: int) -> None:
+    """Adds the entries of a file."""
+    self.unreadable += unreadable
+    read: dict[str, list[int]] = {}
+    for line in lines:
+      if "rows" not in line:
+        continue
+      self._add_rows(line["step"], np.asarray(line["rows"], np.int64))
+      state = "skipped" if line["step"] in self._skipped else "trained"
+      for kind, name in (("trained", state), ("quarantined", "quarantined")):
+        values = line[kind]
+        for source, indices in (values if isinstance(values, dict) else {"": values}).items():
+          read.setdefault(source, []).extend(indices)
+          self.counts.setdefault(source, Counter())[name] += len(indices)
+    for source, indices in read.items():
+      found = np.bincount(np.asarray(indices, np.int64))
+      known = self.visits.get(source, found[:0])
+      long, short = (known, found) if len(known) > len(found) else (found, known)
+      long[: len(short)] += short
+      self.visits[source] = long
+
+  def _add_rows(self, step: int, rows: np.ndarray) -> None:
+    times = self.rows.setdefault(step, np.zeros(self._batch_size, np.uint8))
+    inside = (rows >= 0) & (rows < self._batch_size)
+    np.add.at(times, rows[inside], 1)
+    if not inside.all():
+      self.others.setdefault(step, []).extend(rows[~inside].tolist())
+
+  def read_too_often(self, source: str, samples: Sequence[int] | np.ndarray) -> list[str]:
+    """Returns a line for each of the samples that was read more than once more than another."""
+    indices = np.asarray(samples, np.int64)
+    visits = np.zeros(int(indices.max(initial=-1)) + 1, np.int64)
+    known = self.visits.get(source, visits)[: len(visits)]
+    visits[: len(known)] = known
+    least = int(visits[indices].min(initial=1 << 62))
+    often = indices[visits[indices] > least + 1]
+    of = f"{source}, " * bool(source)
+    return [f"sample {of}{i}: read {visits[i]} times, another {least} times" for i in often]
+
+  def total(self, name: str) -> int:
+    """Returns the visits of all sources that ended so."""
+    return sum(found[name] for found in self.counts.values())
 
 
 def check(
   folder: Path,
   steps: int,
   batch_size: int,
-  samples: Sequence[int] | Mapping[str, Sequence[int]] = (),
+  samples: Sequence[int] | Mapping[str, Sequence[int] | np.ndarray] = (),
 ) -> Totals:
   """Checks the ledger of a run up to step `steps` and returns its totals.
 
@@ -215,44 +270,25 @@ def check(
 
   Raises: LedgerError with all problems.
   """
-  rows, problems = dict[int, Counter[int]](), list[str]()
-  seen, counts = Counter[Key](), Counter[str]()
-  by_source = dict[str, Counter[str]]()
-  bad = skips(folder)
-  lines, unreadable = _read(folder)
-  for line in lines:
-    if "rows" in line:
-      rows.setdefault(line["step"], Counter()).update(line["rows"])
-      state = "skipped" if line["step"] in bad else "trained"
-      for kind, name in (("trained", state), ("quarantined", "quarantined")):
-        keys = _keys(line, kind)
-        seen.update(keys)
-        counts[name] += len(keys)
-        for key in keys:
-          if isinstance(key, tuple):
-            by_source.setdefault(key[0], Counter())[name] += 1
+  tally, problems = _Tally(batch_size, skips(folder)), list[str]()
+  for found, bad in _files(folder):
+    tally.add(found, bad)
+  rows, unreadable = tally.rows, tally.unreadable
   first = min(rows, default=steps + 1)
-  wanted = Counter(range(batch_size))
+  none = np.zeros(batch_size, np.uint8)
   for step in range(first, steps + 1):
-    if (found := rows.get(step, Counter())) != wanted:
-      lost, twice = sorted((wanted - found).keys()), sorted((found - wanted).keys())
-      if twice or not unreadable:
-        problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
+    times = rows.get(step, none)
+    lost = np.flatnonzero(times == 0).tolist()
+    twice = [*np.flatnonzero(times > 1).tolist(), *sorted(tally.others.get(step, ()))]
+    if twice or (lost and not unreadable):
+      problems.append(f"step {step}: rows without an entry {lost}, rows with two {twice}")
   problems += [f"step {step}: the run ended at {steps}" for step in sorted(rows) if step > steps]
   groups = samples if isinstance(samples, Mapping) else {"": samples}
   for name, indices in groups.items() if first == 1 and not unreadable else ():
-    every: list[Key] = [(name, i) for i in indices] if name else list(indices)
-    least = min((seen[key] for key in every), default=0)
-    often = {key: seen[key] for key in every if seen[key] > least + 1}
-    problems += [f"sample {i}: read {n} times, another {least} times" for i, n in often.items()]
+    problems += tally.read_too_often(name, indices)
   if problems:
     raise LedgerError(f"{folder / FOLDER} does not add up:\n  " + "\n  ".join(problems[:50]))
-  return Totals(
-    len(rows),
-    sum(seen.values()),
-    counts["trained"],
-    counts["quarantined"],
-    counts["skipped"],
-    unreadable,
-    {name: dict(found) for name, found in sorted(by_source.items())},
-  )
+  trained, quarantined, skipped = map(tally.total, ("trained", "quarantined", "skipped"))
+  sources = {name: dict(found) for name, found in sorted(tally.counts.items()) if name}
+  read = trained + quarantined + skipped
+  return Totals(len(rows), read, trained, quarantined, skipped, unreadable, sources)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import jsonl, limits, locks, storage
@@ -338,10 +339,7 @@ def _loop(
   if jax.process_index() == 0:
     same = not run.inputs["inputs_before"]  # all steps have read the same samples
     usable = run.iterator.usable.items() if same else ()
-    samples = {
-      name: [i for i in indices.tolist() if ((name, i) if name else i) not in quarantine]
-      for name, indices in usable
-    }
+    samples = {name: indices[~np.isin(indices, quarantine.of(name))] for name, indices in usable}
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
   return Result(number, config.train.steps, log.seconds, quarantine.count)
 

@@ -174,7 +174,7 @@ def test_a_sample_that_is_read_too_often_is_found(tmp_path: Path) -> None:
     book.step(step, np.array(ids), ["a", "b"])
   total = ledger.check(tmp_path, 4, 2, {"b": range(3)})
   assert total.sources == {"a": {"trained": 4}, "b": {"trained": 4}}
-  with pytest.raises(ledger.LedgerError, match=r"sample \('a', 0\): read 3 times, another 1 times"):
+  with pytest.raises(ledger.LedgerError, match=r"sample a, 0: read 3 times, another 1 times"):
     ledger.check(tmp_path, 4, 2, {"a": range(2), "b": range(3)})
 
 

@@ -24,12 +24,12 @@ from llava_sp_jax.training import ledger
 counts = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: counts.update([name.split("/")[-1]]))
 step, dies = ledger.Ledger.step, {dies}
-def dying(self, number, samples):
+def dying(self, number, *samples):
   if number == dies:
     while not Path(sys.argv[2].partition("=")[2], "checkpoints", "2").exists():
       time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
-  step(self, number, samples)
+  step(self, number, *samples)
 ledger.Ledger.step = dying
 code = cli.main(["train", *sys.argv[1:]])
 print(code, counts["cache_hits"], counts["cache_misses"])

@@ -30,8 +30,8 @@ def test_ctrl_c_saves_the_step_and_ends_with_75(
   ]
   step = ledger.Ledger.step
 
-  def interrupted(self: ledger.Ledger, number: int, samples: Any) -> None:
-    step(self, number, samples)
+  def interrupted(self: ledger.Ledger, number: int, *samples: Any) -> None:
+    step(self, number, *samples)
     signal.raise_signal(signal.SIGINT)
 
   before = signal.getsignal(signal.SIGINT)
