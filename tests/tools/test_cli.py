@@ -105,6 +105,7 @@ def test_names_that_a_key_allows_are_those_of_its_table() -> None:
     "data.image_folder",
     "data.tokenizer",
     "data.validation_path",
+    "train.local_folder",
     "evaluate.data",
   }
   texts = {
