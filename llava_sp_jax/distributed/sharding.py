@@ -63,6 +63,7 @@ WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
 PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
+  "replicate_attention": ((r"^vision_tower/|/(q|k|v|o)_proj/", WHOLE), (r"", RULES)),
   "replicate": ((r"", WHOLE),),
 }
 GROUPS = "data"  # the axis along which gradients are summed once a step
