@@ -64,6 +64,7 @@ PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
   "replicate_attention": ((r"^vision_tower/|/(q|k|v|o)_proj/", WHOLE), (r"", RULES)),
+  "replicate_most": ((r"/(up|down)_proj/", RULES), (r"", WHOLE)),
   "replicate": ((r"", WHOLE),),
 }
 GROUPS = "data"  # the axis along which gradients are summed once a step

@@ -67,11 +67,13 @@ def test_arrays_live_where_the_table_says(path: str) -> None:
   state = State({path: leaf}, {path: leaf}, {"mu": {path: leaf}, "count": leaf})
   tower = whole if path.startswith("vision_tower/") else wanted
   attention = whole if re.search("layers/[qkvo]_proj/", path) else tower
+  most = wanted if re.search("layers/(up|down)_proj/", path) else whole
   placed = {
     "shard": wanted,
     "replicate": whole,
     "replicate_tower": tower,
     "replicate_attention": attention,
+    "replicate_most": most,
   }
   assert set(placed) == set(sharding.PRESETS)
   for base, frozen in placed.items():
