@@ -67,7 +67,7 @@ def test_arrays_live_where_the_table_says(path: str) -> None:
   state = State({path: leaf}, {path: leaf}, {"mu": {path: leaf}, "count": leaf})
   tower = whole if path.startswith("vision_tower/") else wanted
   attention = whole if re.search("layers/[qkvo]_proj/", path) else tower
-  most = wanted if re.search("layers/(up|down)_proj/", path) else whole
+  most = wanted if re.search("layers/(gate|up)_proj/", path) else whole
   placed = {
     "shard": wanted,
     "replicate": whole,
