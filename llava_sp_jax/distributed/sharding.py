@@ -59,10 +59,12 @@ WHOLE = {**RULES, "embed": None, "adapter": "tensor"}
 
 # How the frozen base is sharded (config.MeshConfig.base): rules by path, the first match wins.
 # Copies need more memory, but no gathers; the many small gathers of the tower are slow on many
-# devices.
+# devices. A kernel whose columns are divided is copied once more after its gather: `down_proj`.
 PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "shard": ((r"", RULES),),
   "replicate_tower": ((r"^vision_tower/", WHOLE), (r"", RULES)),
+  "replicate_attention": ((r"^vision_tower/|/(q|k|v|o)_proj/", WHOLE), (r"", RULES)),
+  "replicate_most": ((r"/(gate|up)_proj/", RULES), (r"", WHOLE)),
   "replicate": ((r"", WHOLE),),
 }
 GROUPS = "data"  # the axis along which gradients are summed once a step

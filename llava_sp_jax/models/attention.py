@@ -17,7 +17,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -27,18 +26,14 @@ from jaxtyping import Bool, Float, Int
 
 from llava_sp_jax.models import cudnn, flash, layers
 from llava_sp_jax.models.arrays import Array
-from llava_sp_jax.models.cache import Codes, HeldKeys, HeldValues
 
 # What remat policies keep of an implementation, each array once: arrays of this name (the output,
 # and splash's log-sum-exp), or all outputs of this primitive (the same for cuDNN, which names no
 # arrays).
 SAVED = "attention"
 SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-LOWEST = float(np.finfo(np.float32).min)  # the score of a key that is not seen
 BLOCK = 512  # queries and keys per tile of the kernel; if it does not divide T, gcd(T, BLOCK)
 LANES = 128  # the kernel's smallest tile
-# The most queries per key head that are multiplied one by one, when XLA reads keys faster.
-ALONE = {"cpu": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,65 +109,6 @@ def attend(
   """
   case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, _split(q, k))
   return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
-
-
-def attend_cached(
-  spec: AttentionChoice,
-  q: Float[Array, "B T N H"],
-  cached: tuple[HeldKeys, HeldValues],
-  seen: Bool[Array, "B T S"],
-  new: tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]],
-  mask: Bool[Array, "B T T"],
-) -> Float[Array, "B T N H"]:
-  """Computes attention to a cache and to the new positions themselves, as one softmax.
-
-  The cache is not joined with the new keys, because that would copy all of it. Nor is one of int8
-  dequantized: scales multiply scores and weights, which are smaller.
-
-  Args:
-    spec: what is known before tracing.
-    q: queries of the T new positions.
-    cached: keys [B, K, H, S] and values [B, K, S, H] of the cache, as floats or codes.
-    seen: which positions of the cache each query sees.
-    new: keys and values of the new positions.
-    mask: which new positions each query sees.
-  """
-  rows, count, heads, width = q.shape
-  groups = new[0].shape[1]
-  q = q.reshape(rows, count, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-  q = q.reshape(rows, groups, -1, width)  # [B, K, G T, H]: the queries of a key head are one matmul
-  parts = []
-  for (held, _), allowed in ((cached, seen), (new, mask)):
-    keys, scale = held if isinstance(held, Codes) else (held, None)
-    scores = _scores(spec, q, keys.astype(q.dtype)).astype(jnp.float32)
-    scores = scores if scale is None else scores * scale
-    scores = scores.reshape(rows, groups, -1, count, keys.shape[3]) / math.sqrt(width)
-    parts.append(jnp.where(allowed[:, None, None], scores, LOWEST))
-  top = jnp.maximum(*(part.max(axis=-1, keepdims=True) for part in parts))
-  weights = [jnp.exp(part - top) for part in parts]
-  total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-  out = jnp.zeros(q.shape, q.dtype)
-  for part, (_, held) in zip(weights, (cached, new), strict=True):
-    values, scale = held if isinstance(held, Codes) else (held, None)
-    share = part / total
-    share = share if scale is None else share * scale.reshape(rows, groups, 1, 1, -1)
-    share = share.astype(q.dtype).reshape(*q.shape[:3], -1)
-    out = out + jnp.einsum("bkqs,bksh->bkqh", share, values.astype(q.dtype))
-  out = out.reshape(rows, groups, -1, count, width).transpose(0, 3, 1, 2, 4)
-  return out.reshape(rows, count, heads, width)
-
-
-def _scores(
-  spec: AttentionChoice, q: Float[Array, "B K Q H"], keys: Float[Array, "B K H S"]
-) -> Float[Array, "B K Q S"]:
-  """Multiplies queries and keys.
-
-  Uses as many products as are fastest on the platform.
-  """
-  few = ALONE.get(spec.platform or jax.default_backend(), 1)
-  several = q.shape[2] if 1 < q.shape[2] <= few else 1
-  parts = [jnp.einsum("bkqh,bkhs->bkqs", part, keys) for part in jnp.split(q, several, axis=2)]
-  return jnp.concatenate(parts, axis=2) if several > 1 else parts[0]
 
 
 def choose(case: Case) -> str:
@@ -349,6 +285,7 @@ def _splash(
       residual_checkpoint_name=SAVED,
       interpret=case.platform == "cpu",
     )
+    q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
     result: jax.Array = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return result
 
@@ -377,6 +314,7 @@ def _flash(
       heads=q.shape[1],
       shared=q.shape[1] // k.shape[1],
       block=math.gcd(case.length, flash.BLOCK),
+      scale=1 / math.sqrt(case.head_dim),
       name=SAVED,
       interpret=case.platform == "cpu",
     )
@@ -398,8 +336,7 @@ def _per_device(
   v: Float[Array, "B S K H"],
   segments: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-  """Runs `local` on each device's rows and heads, [B, N, T, H], with scaled queries."""
-  q = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+  """Runs `local` on each device's rows and heads, [B, N, T, H]."""
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
   return _on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
 

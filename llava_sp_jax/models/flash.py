@@ -66,6 +66,7 @@ class Kernel:
   heads: int
   shared: int  # query heads that read the same key head
   block: int
+  scale: float  # of scores
   name: str  # of the arrays that the backward pass needs, for remat policies
   interpret: bool
 
@@ -133,9 +134,9 @@ def attend(
   first: Int[Array, "B T"],
   kernel: Kernel,
 ) -> Float[Array, "B N T H"]:
-  """Computes softmax(q k^T) v, where each query sees the keys from its `first` to itself.
+  """Computes softmax(scale q k^T) v, where each query sees the keys from its `first` to itself.
 
-  `q` is already multiplied by the scale of the scores. `first` is what `first_keys` returns.
+  `first` is what `first_keys` returns.
   """
   # Under jit, rematerialization sees that nothing of the forward kernel is needed again.
   result: jax.Array = jax.jit(_attend, static_argnums=4)(q, k, v, first, kernel)
@@ -202,6 +203,10 @@ def _product(x: Any, y: Any, how: Any) -> Any:
   return jax.lax.dot_general(x, y, how, preferred_element_type=jnp.float32)
 
 
+def _scaled(q: Any, kernel: Kernel) -> Any:
+  return (q * kernel.scale).astype(q.dtype)  # here, because it is an array of its own outside
+
+
 def _at(i: Any, block: int) -> Any:
   return pl.ds(pl.multiple_of(i * block, block), block)
 
@@ -233,13 +238,14 @@ def _forward_kernel(
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
     summed[...] = jnp.zeros_like(summed)
+    q = [_scaled(q_ref[h, mine, :], kernel) for h in heads]
 
     def keys(j: Any, _: None) -> None:
       there = _at(j, block)
       seen = _seen(wide(first_ref[mine, :], block), i, j, block, axis=1)
       held = [(top[h], total[h], summed[h]) for h in heads]
       values = [v_ref[theirs[h], there, :] for h in heads]
-      scores = [_product(q_ref[h, mine, :], k_ref[theirs[h], there, :], SECOND) for h in heads]
+      scores = [_product(q[h], k_ref[theirs[h], there, :], SECOND) for h in heads]
       scores = [jnp.where(seen, x, LOWEST) for x in scores]
       highest = [jnp.maximum(held[h][0], scores[h].max(axis=1, keepdims=True)) for h in heads]
       weights = [jnp.exp(scores[h] - wide(highest[h], block)) for h in heads]
@@ -286,6 +292,7 @@ def _backward_kernel(
       mine, line = _at(i, block), pl.ds(i, 1)
       seen = _seen(first_ref[line, :], i, j, block, axis=0)
       q, given = ([ref[h, mine, :] for h in heads] for ref in (q_ref, given_ref))
+      q = [_scaled(x, kernel) for x in q]
       k, v = ([ref[theirs[h], there, :] for h in heads] for ref in (k_ref, v_ref))
       scores = [_product(k[h], q[h], SECOND) for h in heads]
       slopes = [_product(v[h], given[h], SECOND) for h in heads]
@@ -303,7 +310,7 @@ def _backward_kernel(
     jax.lax.fori_loop(j, high[row, j], queries, None)
 
   jax.lax.fori_loop(0, kernel.blocks, keys, None)
-  dq_ref[...] = dq[...].astype(dq_ref.dtype)
+  dq_ref[...] = (dq[...] * kernel.scale).astype(dq_ref.dtype)
 
   @pl.when(part == kernel.parts - 1)
   def _() -> None:

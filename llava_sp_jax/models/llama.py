@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from llava_sp_jax.models import remat
 from llava_sp_jax.models.arrays import Array
-from llava_sp_jax.models.attention import AttentionChoice, attend, attend_cached
+from llava_sp_jax.models.attention import AttentionChoice, attend
 from llava_sp_jax.models.cache import FLOAT, HeldKeys, HeldValues, KVCache, New
+from llava_sp_jax.models.cached_attention import attend_cached
 from llava_sp_jax.models.layers import RMSNorm, Rope, causal_mask, rotary, window_mask
 from llava_sp_jax.models.lora import fused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -65,7 +66,17 @@ def test_arrays_live_where_the_table_says(path: str) -> None:
   leaf = jax.ShapeDtypeStruct(shape, np.float32)
   state = State({path: leaf}, {path: leaf}, {"mu": {path: leaf}, "count": leaf})
   tower = whole if path.startswith("vision_tower/") else wanted
-  for base, frozen in (("shard", wanted), ("replicate", whole), ("replicate_tower", tower)):
+  attention = whole if re.search("layers/[qkvo]_proj/", path) else tower
+  most = wanted if re.search("layers/(gate|up)_proj/", path) else whole
+  placed = {
+    "shard": wanted,
+    "replicate": whole,
+    "replicate_tower": tower,
+    "replicate_attention": attention,
+    "replicate_most": most,
+  }
+  assert set(placed) == set(sharding.PRESETS)
+  for base, frozen in placed.items():
     places = sharding.shardings(state, MESH, base)
     assert spec(places.trainable[path], len(shape)) == wanted
     assert spec(places.opt_state["mu"][path], len(shape)) == wanted

@@ -207,12 +207,13 @@ def test_a_score_keeps_it_among_its_settings(tiny_config: ConfigMaker) -> None:
     assert reads["model"]["matmul_precision"] == expected
 
 
-def test_splash_is_not_taken_where_a_precision_is_asked_for() -> None:
+@pytest.mark.parametrize("name", ["flash", "splash"])
+def test_no_kernel_is_taken_where_a_precision_is_asked_for(name: str) -> None:
   """Its gradients are traced when the forward pass is over, so they would not have it."""
   spec = attention.AttentionChoice("auto", "tpu", branches=False)
   case = attention.Case(spec, 512, 64, jnp.dtype(jnp.float32), False, (1, 4, 4))
   asking = dataclasses.replace(case, spec=dataclasses.replace(spec, precision="highest"))
-  assert (attention.choose(case), attention.choose(asking)) == ("splash", "xla")
-  named = dataclasses.replace(asking, spec=dataclasses.replace(asking.spec, name="splash"))
+  assert (attention.choose(case), attention.choose(asking)) == ("flash", "xla")
+  named = dataclasses.replace(asking, spec=dataclasses.replace(asking.spec, name=name))
   with pytest.raises(ValueError, match="gradients are not made with matmul_precision 'highest'"):
     attention.choose(named)

@@ -14,7 +14,8 @@ from llava_sp_jax.plan import search
 DEVICES, LIMIT = 16, 100
 REMAT = {"full": (1.3, 1), "attention": (1.2, 2), "gates": (1.1, 4), "projections": (1.0, 5),
          "minimal": (1.05, 8), "none": (0.98, 20)}  # fmt: skip
-BASE = {"shard": (0.2, 60 // 16), "replicate_tower": (0.1, 10), "replicate": (0.0, 60)}
+BASE = {"shard": (0.2, 60 // 16), "replicate_tower": (0.1, 10), "replicate_attention": (0.05, 30),
+        "replicate_most": (0.02, 45), "replicate": (0.0, 60)}  # fmt: skip
 
 
 def world(config: config_lib.Config) -> tuple[float, int]:
