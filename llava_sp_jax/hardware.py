@@ -5,6 +5,10 @@ v6e" (HBM; network of a pod by its chips); "How to scale your model" (Austin et 
 (links, wrap-around, vector unit, network between slices); nvidia-smi (memory of GPUs). Effective
 HBM rates and clocks were found by comparing the compiler's own cycle estimates, and the limits of
 TPUs are those that the compiler states.
+
+The network between slices is 6.4 Tbit/s for the 256 chips of a v5e pod, 25.6 Tbit/s for those of v6e
+(docs.cloud.google.com/tpu/docs/v5e, /v6e), 50 Gbit/s for a chip of v5p (/v5p-training); that of v4 is
+the book's.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 import re
 
 from llava_sp_jax.hardware import GIB
+from llava_sp_jax.plan import calibration
 from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import EVAL, TRAIN, PlanError
 from llava_sp_jax.plan.report import FLOATS, LOOP, PREDICTORS, Plan, Program
@@ -143,7 +144,7 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
   if epochs := plan.config.train.epochs:
     what = f"train.epochs={epochs:g}, of as many steps as the data give; {steps:,} steps"
   return [
-    f"step {plan.seconds:.4f} s predicted",
+    f"step {plan.seconds:.4f} s predicted; {_published(plan)}",
     f"  {rate:,.0f} tokens/s, {rate / chips:,.0f} per chip, if all places of the rows hold tokens",
     *(
       [
@@ -160,6 +161,15 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
     f"  matmul FLOPs compiled {compiled:.3e}: useful share {useful / max(compiled, 1):.3f}",
     f"  {what}: {days:.2f} days, {days * 24 * chips:,.0f} chip hours",
   ]
+
+
+def _published(plan: Plan) -> str:
+  """Says what the published runs on a chip make of a predicted step."""
+  chip = plan.topology.chip_name
+  band = calibration.band(plan.topology, plan.seconds)
+  if band is None:
+    return f"no published run on {chip} to compare with"
+  return f"{calibration.text(band)} s by published runs on {chip}"
 
 
 def _answering(plan: Plan, name: str, program: Program) -> list[str]:

@@ -13,12 +13,13 @@ from typing import Any
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.hardware import GIB
+from llava_sp_jax.plan import calibration
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import cost as cost_lib
 from llava_sp_jax.plan.compile import TRAIN, Compiled
 from llava_sp_jax.plan.kernels import FULL, Row
 from llava_sp_jax.plan.memory import TEMPORARIES
-from llava_sp_jax.plan.topologies import Topology
+from llava_sp_jax.plan.topologies import Topology, topology
 
 # The program, scratch of collectives and the runtime's memory are not in the buffer assignment.
 RESERVE = int(0.35 * GIB)
@@ -177,7 +178,9 @@ class Plan:
 
   def _training(self, speed: bool) -> dict[str, Any]:
     config = self.config
+    band = calibration.band(self.topology, self.seconds) if speed else None
     result = {
+      "step_seconds_published": [round(seconds, 4) for seconds in band] if band else None,
       "mfu": round(self.mfu, 4) if speed else None,
       "filled": self.row.filled,
       "accumulate": config.train.accumulate,
@@ -256,6 +259,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "base": ("base",),
   "products": ("products",),
   "s/step": ("step_seconds",),
+  "by published runs": ("step_seconds_published",),
   "MFU": ("mfu",),
   "tokens/s": ("tokens_per_second",),
   "s/decode step": ("decode_step_seconds",),
@@ -272,7 +276,8 @@ def table(records: list[dict[str, Any]]) -> str:
     "# Plans for absent chips",
     "",
     "Made by `llava-sp plan`: the real programs, compiled by the real compiler for chips that were "
-    "not there. Times are predicted, not measured. A step is a training step; for `eval` it is the "
+    "not there. Times are predicted, not measured; beside a predicted step is what published runs on "
+    "that chip say of it. A step is a training step; for `eval` it is the "
     "prefill of prompts into all rows, each with images of its own. The mesh is data x fsdp x "
     "tensor. Tokens that count are `filled` of the places of a row. Attention skips what `samples` "
     "equal samples of a row do not see of each other; - is one sample, for which a step of many "
@@ -282,13 +287,24 @@ def table(records: list[dict[str, Any]]) -> str:
     "|" + "---|" * len(COLUMNS),
   ]
   for record in records:
-    shown = record if record["fits"] else record | {"step_seconds": "does not fit"}
+    shown = {"step_seconds_published": _published(record)} | record
+    shown |= {} if record["fits"] else {"step_seconds": "does not fit"}
     cells = [[_cell(shown[key]) for key in keys if key in shown] for keys in COLUMNS.values()]
     lines.append("| " + " | ".join(" ".join(cell) or "-" for cell in cells) + " |")
   return "\n".join(lines) + "\n"
 
 
+def _published(record: dict[str, Any]) -> list[float] | None:
+  """Returns the band of a record that was made without one."""
+  if record["what"] != TRAIN or record["step_seconds"] is None:
+    return None
+  band = calibration.band(topology(record["topology"]), record["step_seconds"])
+  return [round(seconds, 4) for seconds in band] if band else None
+
+
 def _cell(value: Any) -> str:
+  if isinstance(value, list):
+    return calibration.text(value)
   if isinstance(value, dict):
     return " x ".join(str(size) for size in value.values())
   return "-" if value is None else str(value)
