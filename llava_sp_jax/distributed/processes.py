@@ -239,8 +239,14 @@ def abort(what: str, code: int) -> None:
   `what` says why, in the messages of all.
   """
   tell(what, code)
-  print(f"llava-sp: {_me()} stops: {what}", file=sys.stderr, flush=True)
+  say(f"{_me()} stops: {what}")
   leave(code)
+
+
+def say(line: str) -> None:
+  """Prints a line to stderr; does nothing if its disk is full, which must not keep a process alive."""
+  with contextlib.suppress(OSError):
+    print(f"llava-sp: {line}", file=sys.stderr, flush=True)
 
 
 def tell(what: str, code: int) -> None:
@@ -263,7 +269,8 @@ def leave(code: int) -> None:
   Process 0 stays a little longer: its exit ends the service of the run, and the client of a process
   that still runs would crash that process.
   """
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   if jax.process_count() > 1 and not jax.process_index():
     time.sleep(2 * POLL_SECONDS)
   os._exit(code)

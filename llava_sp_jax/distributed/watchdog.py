@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 import traceback
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 
 from llava_sp_jax import console
-from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave, tell
+from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave, say, tell
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
@@ -60,7 +59,8 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     if type(error).__module__.startswith("llava_sp_jax") or _full(error):
       self._fail(f"{type(error).__name__}: {console.error_line(error)}")
       return
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError):
+      traceback.print_exception(error)
     tell(f"{type(error).__name__}: {console.one_line(error):.300}", 1)
     self._end(
       f"failed after step {self._step} (above). If the error names a connection, another process "
@@ -79,6 +79,5 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._end(what, int(code))
 
   def _end(self, what: str, code: int = 1) -> None:
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"llava-sp: {who} stops: {what}", file=sys.stderr, flush=True)
+    say(f"process {jax.process_index()} of {jax.process_count()} stops: {what}")
     self._leave(code)

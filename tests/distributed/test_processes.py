@@ -326,3 +326,21 @@ def test_the_death_of_one_ends_the_other(tmp_path: Path, victim: int) -> None:
     "JAX distributed service detected" in said
   )
   two[victim].communicate()
+
+
+def test_a_full_disk_does_not_keep_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Whose messages go to a file on it."""
+
+  class Full:
+    def write(self, _: str) -> int:
+      raise OSError(28, "No space left on device")
+
+    def flush(self) -> None:
+      self.write("")
+
+  left: list[int] = []
+  monkeypatch.setattr(processes.os, "_exit", left.append)
+  monkeypatch.setattr(sys, "stderr", Full())
+  monkeypatch.setattr(sys, "stdout", Full())
+  processes.abort("the disk is full", 7)
+  assert left == [7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -190,3 +191,20 @@ def test_how_layers_are_run_changes_nothing(
   plain, other = Model(tiny_config("finetune")), Model(tiny_config("finetune", model=changes))
   row = plain.row(conversation.chain(TURNS, V1), 192)
   np.testing.assert_allclose(plain.logits(row), other.logits(row), atol=1e-5)
+
+
+def test_unrolled_layers_have_the_same_initial_values(tiny_config: ConfigMaker) -> None:
+  """`initialize` does not unroll; a frozen base that was made before it did so is the same."""
+
+  def unrolled(config: config_lib.ModelConfig, rng: jax.Array) -> Any:
+    inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), build.example_inputs(config))
+    return build.model(config).init(rng, *inputs, method=build._touch)["params"]
+
+  config = tiny_config(model={"scan_unroll": 2, "remat": "full"}).model
+  made, wanted = (
+    jax.jit(functools.partial(make, config))(jax.random.key(0))
+    for make in (build.initialize, unrolled)
+  )
+  assert jax.tree.structure(made) == jax.tree.structure(wanted)
+  for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+    assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
