@@ -35,12 +35,14 @@ _GPU: dict[str, str | bool] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 # XLA options by platform. Without the first, the partitioner turns matmuls into chains of permutes,
 # which the latency-hiding scheduler cannot fuse with collectives. Sums are combined up to a size, so
 # that only small ones wait for each other: all gradients of a layer in one sum would begin with the
-# last of them, when nothing is left to compute beside it. The others let weight gathers and gradient
+# last of them, when nothing is left to compute beside it. On v4 and v5p kernels are gathered as such,
+# and not as sums of zeros, for which every product waits. The others let weight gathers and gradient
 # sums run concurrently with matmuls on v6e, as they do by default on v5.
 COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   "tpu": {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_jf_crs_combiner_threshold_in_bytes": "1048576",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
