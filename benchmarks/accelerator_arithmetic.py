@@ -12,6 +12,7 @@ from accelerator_record import Record
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from llava_sp_jax.data import packing
 from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import attention, build
 from llava_sp_jax.training import measure, state, step
@@ -84,7 +85,8 @@ def _values(config: Any) -> dict[str, np.ndarray]:
 def _computed(config: Any, where: Any, values: Any) -> tuple[float, dict[str, Any], np.ndarray]:
   """Computes loss, gradients by path, and logits at every 37th position, on one device."""
   device_mesh = models.one_mesh(where)
-  module = build.compiled_for(build.model(config.model), where.platform, branches=False)
+  samples = packing.most_samples(config.data)
+  module = build.compiled_for(build.model(config.model), where.platform, False, samples)
 
   def run(held: Any, batch: Any, rng: Any) -> Any:
     with nn.logical_axis_rules(sharding.activation_rules()):

@@ -121,7 +121,13 @@ def config_of(
         "frozen_dtype": values["dtype"],
         **values,
       },
-      "data": {"row_length": size.row_length, "images_per_row": size.images, "threads": 8},
+      "data": {
+        "row_length": size.row_length,
+        "packing": "first_fit",
+        "images_per_row": size.images,
+        "samples_per_row": size.images,  # as `batch_of` makes them
+        "threads": 8,
+      },
       "train": {"steps": 100, "batch_size": rows},
     }
   )

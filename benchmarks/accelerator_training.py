@@ -12,7 +12,7 @@ import numpy as np
 from accelerator_record import Record
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llava_sp_jax.models import build, flops
+from llava_sp_jax.models import attention, build, flops
 from llava_sp_jax.plan import lower, memory
 from llava_sp_jax.training import optimizer, setup
 
@@ -28,8 +28,9 @@ def train(record: Record) -> None:
 
 
 def variants(record: Record) -> None:
-  """Measures the step with more recomputation, and with XLA's attention."""
-  for more in ({"remat": "full"}, {"attention": "xla"}):
+  """Measures the step with more recomputation, and with each other attention of the platform."""
+  others = attention.PLATFORMS.get(models.device().platform, ("xla",))[1:]
+  for more in ({"remat": "full"}, *({"attention": name} for name in others)):
     labels = {"remat": "projections", "attention": "auto", **more}
     record.part("variants", 110, lambda: _step(record, more), **labels)  # noqa: B023
 

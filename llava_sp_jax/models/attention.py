@@ -14,17 +14,15 @@ import functools
 import math
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from llava_sp_jax.models import cudnn, flash, layers
+from llava_sp_jax.models import cudnn, flash, layers, shares
 from llava_sp_jax.models.arrays import Array
 
 # What remat policies keep of an implementation, each array once: arrays of this name (the output,
@@ -107,7 +105,7 @@ def attend(
 
   Raises: ValueError when `spec` names an implementation that cannot compute this.
   """
-  case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, _split(q, k))
+  case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, shares.sizes(q, k))
   return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
 
 
@@ -125,21 +123,6 @@ def choose(case: Case) -> str:
       f"model.attention {name!r} cannot compute this: {'; '.join(reasons)}; use 'auto' or 'xla'"
     )
   return name
-
-
-def _split(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[int, int, int]:
-  mesh = jax.sharding.get_abstract_mesh().shape
-  rows, heads = (_ways(axis, mesh) for axis in ("batch", "heads"))
-  sizes = ((q.shape[0], rows), (q.shape[2], heads), (k.shape[2], heads))
-  a, b, c = (0 if size % ways else size // ways for size, ways in sizes)
-  return a, b, c
-
-
-def _ways(axis: str, mesh: dict[str, int]) -> int:
-  """Returns the number of devices that a logical axis is divided over."""
-  (names,) = nn.logical_to_mesh_axes((axis,)) or (None,)
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.get(name, 1) for name in names)
 
 
 def _xla(
@@ -189,7 +172,7 @@ def _cudnn_packed(
 
   Makes its mask from `segments`; `mask` is not read.
   """
-  return _on_each_device(functools.partial(cudnn.packed, samples=case.spec.samples), 2)(
+  return shares.on_each_device(functools.partial(cudnn.packed, samples=case.spec.samples), 2)(
     q, k, v, segments
   )
 
@@ -205,21 +188,6 @@ def _cudnn_packed_objections(case: Case) -> list[str]:
   found = _cudnn_objections(case) + [reason for reason, found in checks.items() if found]
   lacks = "" if found else cudnn.lacks_packed()  # asks the GPU, if there is one
   return [*found, lacks] if lacks else found
-
-
-def _on_each_device(local: Callable[..., jax.Array], heads_at: int) -> Callable[..., jax.Array]:
-  """Returns a function of q, k, v and segments that runs `local` on each device's rows and heads.
-
-  `heads_at` is the axis of heads in q, k and v.
-  """
-  if jax.sharding.get_abstract_mesh().empty:
-    return local
-  names = tuple("heads" if axis == heads_at else None for axis in range(1, 4))
-  heads = nn.logical_to_mesh_axes(("batch", *names)) or PartitionSpec()
-  rows = nn.logical_to_mesh_axes(("batch", None)) or PartitionSpec()
-  return jax.shard_map(
-    local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-  )
 
 
 def _splash_objections(case: Case) -> list[str]:
@@ -338,7 +306,7 @@ def _per_device(
 ) -> Float[Array, "B T N H"]:
   """Runs `local` on each device's rows and heads, [B, N, T, H]."""
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-  return _on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
+  return shares.on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
 
 
 IMPLEMENTATIONS = {

@@ -21,8 +21,9 @@ OPTIONS = {
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
 
 Compiles the real train step (or the engine's programs) for TPUs that are absent, from shapes only,
-and predicts memory and step time. Needs libtpu, which the extra tpu brings. A config that does not
-fit is refused (exit 1) with its largest buffers.
+and predicts memory and step time. Needs libtpu, which the extra tpu brings; for GPUs, of which it
+predicts memory, jax-cuda12-plugin. A config that does not fit is refused (exit 1) with its largest
+buffers.
 
   --config FILE[:OPTIONS]  a recipe, as for llava-sp train
   --topology NAME          the slice, as it is rented: {names};

@@ -130,8 +130,12 @@ def initial_state(config: config_lib.Config, device_mesh: Mesh) -> tuple[Any, An
     config, lambda _: places, {path: leaf.dtype for path, leaf in leaves.items()}
   )
   trainable, frozen = state.split(params, config)  # they have their dtypes: nothing is copied
-  moments = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
-  step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+
+  def rest(trainable: state.Flat) -> tuple[Any, Any]:
+    return jnp.zeros((), jnp.int32), tx.init(trainable)
+
+  start = jax.jit(rest, out_shardings=(shardings.step, shardings.opt_state))
+  step, moments = start(trainable)
   return state.TrainState(step, trainable, frozen, moments), shardings, tx
 
 
