@@ -48,6 +48,10 @@ def result(name: str) -> Any:
   return json.loads((REPOSITORY / "docs/results" / f"{name}.json").read_text())["figures"]
 
 
+def host(samples: str, what: str) -> float:
+  return float(result("hosts")["cases"][samples][what])
+
+
 def plan(model: str, topology: str) -> float:
   rows = result("plan")
   return next(
@@ -182,9 +186,19 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "40.3%"): lambda: 100 * result("packing")["fill"][0]["fill"],
   ("docs/performance.md", "86.6%"): lambda: 100 * result("packing")["fill"][2]["fill"],
   ("docs/performance.md", "95.4%"): lambda: 100 * result("packing")["fill"][3]["fill"],
-  ("docs/performance.md", "538 MB"): lambda: max(
-    case["MB, planned"] for case in result("data_memory")["cases"].values()),
-  ("docs/performance.md", "430 MB"): lambda: (
+  ("docs/pods.md", "35 MB"): lambda: host("665000", "MB, an epoch of balanced"),
+  ("docs/pods.md", "359 MB"): lambda: host("10000000", "MB, an epoch of balanced"),
+  ("docs/pods.md", "0.03 s"): lambda: host("665000", "CPU s, an epoch of none"),
+  ("docs/pods.md", "1.2 s"): lambda: host("10000000", "CPU s, an epoch of none"),
+  ("docs/pods.md", "2.4 s"): lambda: host("665000", "CPU s, an epoch of first_fit"),
+  ("docs/pods.md", "35 s"): lambda: host("10000000", "CPU s, an epoch of first_fit"),
+  ("docs/pods.md", "3.5 s"): lambda: host("665000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "59 s"): lambda: host("10000000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "7.6 MB"): lambda: host("665000", "MB of the file of sizes"),
+  ("docs/pods.md", "114 MB"): lambda: host("10000000", "MB of the file of sizes"),
+  ("docs/performance.md", "433 MB"): lambda: max(
+    case["MB, batches"] for case in result("data_memory")["cases"].values()),
+  ("docs/performance.md", "229 MB"): lambda: (
     result("data_memory")["cases"]["packed, later start"]["MB, libraries"]),
   ("docs/performance.md", "2.4 GB"): memory_of_conversion,
   ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],

@@ -85,12 +85,13 @@ class ArrayRecord:
 def _logical(data: bytes, place: int) -> bytes:
   """Returns bytes that were read from offset `place` without the headers of blocks."""
   parts, at = [], 0
+  view = memoryview(data)  # its slices are no copies
   while at < len(data):
     inside = (place + at) % BLOCK
     if inside < BLOCK_HEADER:
       at += BLOCK_HEADER - inside
       inside = BLOCK_HEADER
-    parts.append(data[at : at + BLOCK - inside])
+    parts.append(view[at : at + BLOCK - inside])
     at += BLOCK - inside
   return b"".join(parts)
 
@@ -99,19 +100,20 @@ def _chunk(data: bytes) -> tuple[np.ndarray, bytes]:
   """Returns the sizes of a chunk's records, and their bytes. Raises: IndexError, ValueError."""
   size = int.from_bytes(data[8:16], "little")
   count = int.from_bytes(data[25:32], "little")
-  body = data[CHUNK_HEADER : CHUNK_HEADER + size]
+  body = memoryview(data)[CHUNK_HEADER : CHUNK_HEADER + size]
   if data[24:25] != RECORDS or len(body) < size:
     raise ValueError("no chunk of records")
   kind = body[0]
   length, at = _varint(body, 1)
-  sizes = _numbers(_plain(kind, body[at : at + length]))
+  found = _plain(kind, body[at : at + length])
+  sizes = _numbers(found) if count > 1 else np.array([_varint(found, 0)[0]])
   values = _plain(kind, body[at + length :])
   if len(sizes) != count or int(sizes.sum()) != len(values):
     raise ValueError(f"{len(values)} bytes in {count} records")
-  return sizes, values
+  return sizes, bytes(values)
 
 
-def _plain(kind: int, data: bytes) -> bytes:
+def _plain(kind: int, data: memoryview) -> bytes | memoryview:
   """Decompresses data: as they are (0), or of zstd, behind their size."""
   if kind == 0:
     return data
@@ -123,7 +125,7 @@ def _plain(kind: int, data: bytes) -> bytes:
   return bytes(pyarrow.decompress(data[at:], size, codec="zstd", asbytes=True)) if size else b""
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
   value = shift = 0
   while True:
     byte = data[at]
@@ -133,7 +135,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
       return value, at
 
 
-def _numbers(data: bytes) -> np.ndarray:
+def _numbers(data: bytes | memoryview) -> np.ndarray:
   """Returns all numbers of a sequence of them, as uint64."""
   raw = np.frombuffer(data, np.uint8)
   last = np.flatnonzero(raw < 128)
