@@ -167,7 +167,7 @@ class Predictor:
         wires = max(now, wires) + collective.seconds
         cost.collective(collective.kind, collective.nbytes, collective.seconds)
         if _is_start(op):
-          running[collective.key] = (collective.kind, wires)
+          running[collective.key] = running[op.name] = (collective.kind, wires)
         else:
           now = self._wait(cost, op, collective.kind, now, wires)
       elif op.opcode == "send":
@@ -247,6 +247,8 @@ class Predictor:
     base = op.opcode.removesuffix("-start").removesuffix("-done")
     if op.opcode in ("fusion", "async-start", "async-done") and op.called.get("calls"):
       where = self._module.computations[op.called["calls"]]
+      while where.root.opcode == "call":  # of a program for the sparse cores
+        where = self._module.computations[where.root.called["to_apply"]]
       found = [o for o in where.ops if o.opcode.removesuffix("-start") in COLLECTIVES]
       if not found or "continuation_config" in op.attributes:
         return None  # a matmul fused with a collective, whose start and done are counted

@@ -19,7 +19,8 @@ WIDTHS = {"pred": 1, "token": 0, "opaque": 0}  # bytes; the names of all others 
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 # The beginning of a statement. Other lines continue one (metadata of kernels have several lines).
-_BEGINS = re.compile(r"  (ROOT )?%|\}$|$|%|ENTRY ")
+_BEGINS = re.compile(r"  (ROOT )?%|\}$|\}, execution_thread=|$|%|ENTRY ")
+_ENDS = re.compile(r"\}$|\}, execution_thread=")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", re.DOTALL)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 
@@ -156,7 +157,7 @@ def parse(text: str) -> Module:
     if header and not line.startswith(" "):
       name, ops = header.group(2), []
       entry = name if header.group(1) else entry
-    elif line == "}" and name:
+    elif _ENDS.match(line) and name:
       computations[name] = Computation(name, tuple(ops))
       name = ""
     elif name and line.startswith("  "):

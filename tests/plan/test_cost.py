@@ -108,6 +108,41 @@ def test_collectives_hide_behind_what_stands_between(rows: int) -> None:
   assert found.collectives["all-gather"][3] == pytest.approx(max(wire - matmul, 0))
 
 
+# As for a sum that runs on the sparse cores of v6e, which are another thread of the program.
+SPARSE = """HloModule m, is_scheduled=true
+
+%sum (l: f32[], r: f32[]) -> f32[] {
+  %l = f32[] parameter(0)
+  %r = f32[] parameter(1)
+  ROOT %s = f32[] add(%l, %r)
+}
+
+%inner (p: f32[1024,1024]) -> f32[1024,1024] {
+  %p = f32[1024,1024]{1,0} parameter(0)
+  ROOT %r = f32[1024,1024]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%sum
+}, execution_thread="sparsecore"
+
+%async_computation (q: f32[1024,1024]) -> f32[1024,1024] {
+  %q = f32[1024,1024]{1,0} parameter(0)
+  ROOT %c = f32[1024,1024]{1,0} call(%q), to_apply=%inner
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {
+  %x = f32[1024,1024]{1,0} parameter(0)
+  %start = ((f32[1024,1024]{1,0}), f32[1024,1024]{1,0}, s32[]) async-start(%x), async_execution_thread="sparsecore", calls=%async_computation
+  ROOT %done = f32[1024,1024]{1,0} async-done(%start), calls=%async_computation
+}
+"""
+
+
+def test_sums_on_the_sparse_cores_are_collectives() -> None:
+  found = cost.Predictor(hlo.parse(SPARSE), V5E, PLACES).run()
+  whole = 1024 * 1024 * 4
+  received, _, _, waited = found.collectives["all-reduce"]
+  assert received == pytest.approx(whole * 2 * 3 / 4)
+  assert found.seconds == pytest.approx(waited) != 0
+
+
 KERNEL = """HloModule m, is_scheduled=true
 
 ENTRY %main (q: bf16[32,2048,128], k: bf16[32,2048,128], v: bf16[32,2048,128]) -> bf16[32,2048,128] {
