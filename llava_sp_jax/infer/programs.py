@@ -168,8 +168,7 @@ class Programs:
     """
     run = functools.partial(prefill.grow, self._module, capacity=capacity)
     key = ("grow", capacity, *_shapes(group))
-    place: Any = self._prefix_place
-    out = (prefill.Prefix(place, place),) * len(group.tokens)
+    out = (self._prefix_places,) * len(group.tokens)
     return self._run(key, run, (self._params, self._group(group)), out=out)
 
   def admit(
@@ -270,9 +269,17 @@ class Programs:
     return "tensor" if heads % self.mesh.shape["tensor"] == 0 else None
 
   @property
-  def _prefix_place(self) -> NamedSharding:
-    """The sharding of the keys, and of the values, of a prefix [L, K, ...]."""
-    return NamedSharding(self.mesh, PartitionSpec(None, self._heads()))
+  def _prefix_places(self) -> prefill.Prefix:
+    """The shardings of the keys [L, K, H, P] and the values [L, K, P, H] of a prefix.
+
+    A prefix belongs to no row, so all devices share its head width: copies in every data-parallel
+    group would need memory for the prefixes of all rows.
+    """
+    width = self._module.language_model.head_dim
+    parts = mesh_lib.BATCH[0] if width % self.parts == 0 else None
+    keys: Any = NamedSharding(self.mesh, PartitionSpec(None, self._heads(), parts))
+    values: Any = NamedSharding(self.mesh, PartitionSpec(None, self._heads(), None, parts))
+    return prefill.Prefix(keys, values)
 
   def _state_places(self, rows: int) -> Any:
     text = self._module.language_model

@@ -120,9 +120,10 @@ class AbsentPrograms(Programs):
     """
     text = self._module.language_model
     sizes = (text.layers, text.kv_heads)
+    rests = ((text.head_dim, before), (before, text.head_dim))
     shapes: list[Any] = [
-      jax.ShapeDtypeStruct((*sizes, *rest), text.dtype, sharding=self._prefix_place)
-      for rest in ((text.head_dim, before), (before, text.head_dim))
+      jax.ShapeDtypeStruct((*sizes, *rest), text.dtype, sharding=place)
+      for rest, place in zip(rests, self._prefix_places, strict=True)
     ]
     side = self._config.tower.image_size
     encoded = self.encode(np.zeros((self.parts, side, side, 3), np.float32)) if tiles else []

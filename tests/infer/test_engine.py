@@ -162,7 +162,7 @@ def test_no_answer_depends_on_the_mesh(
   assert len(kernel.addressable_shards[0].data) * fsdp == kernel.shape[0]
   kept = [x for value, _ in engine._rows.prefixes._kept._values.values() for x in value]
   assert kept
-  assert {x.shape[1] // x.addressable_shards[0].data.shape[1] for x in kept} == {tensor}
+  assert {x.size // x.addressable_shards[0].data.size for x in kept} == {data * fsdp * tensor}
 
 
 def test_answers_come_as_they_are_ready(
