@@ -21,7 +21,6 @@ from llava_sp_jax.tools import plan as plan_tool
 
 RECIPE = "configs/finetune_lora.py:init="
 LENGTH = 2048
-MOST = 256  # chips over which a parameter is divided; more of them hold copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Series:
 
   slices: tuple[str, ...]
   rows: tuple[int, ...]
+  fsdp: tuple[int, ...]  # chips over which a parameter is divided; more of them hold copies
   micro: int  # rows of a chip in a micro-batch
   base: str
 
@@ -38,29 +38,38 @@ SERIES = {
   "weak-v5e": Series(
     ("v5e-16", "v5e-64", "v5e-256", "v5e-256x2", "v5e-256x4", "v5e-256x8"),
     (16, 64, 256, 512, 1024, 2048),
+    (16, 64, 256, 256, 256, 256),
     1,
     "replicate_tower",
   ),
   "weak-v5p": Series(
     ("v5p-128", "v5p-512", "v5p-1024", "v5p-2048", "v5p-4096"),
     (128, 512, 1024, 2048, 4096),
+    (64, 64, 64, 64, 128),
     2,
     "replicate",
   ),
   "strong-v5e": Series(
-    ("v5e-64", "v5e-128", "v5e-256", "v5e-256x2"), (512, 512, 512, 512), 1, "replicate_tower"
+    ("v5e-64", "v5e-128", "v5e-256", "v5e-256x2"),
+    (512, 512, 512, 512),
+    (64, 128, 256, 256),
+    1,
+    "replicate_tower",
   ),
   "strong-v5p": Series(
-    ("v5p-128", "v5p-256", "v5p-512", "v5p-1024"), (512, 512, 512, 512), 2, "replicate"
+    ("v5p-128", "v5p-256", "v5p-512", "v5p-1024"),
+    (512, 512, 512, 512),
+    (64, 128, 64, 64),
+    2,
+    "replicate",
   ),
 }
 
 
-def point(series: Series, name: str, rows: int) -> dict[str, Any]:
+def point(series: Series, name: str, rows: int, fsdp: int) -> dict[str, Any]:
   """Returns the prediction for one slice, or several."""
   topology = topologies.topology(name)
   micro = min(series.micro * topology.chips, rows)
-  fsdp = min(MOST, topology.chips // topology.slices)
   settings = {
     "train.batch_size": rows,
     "train.accumulate": rows // micro,
@@ -144,8 +153,8 @@ def main() -> None:
   for name in [options.only] if options.only else SERIES:
     series = SERIES[name]
     points: dict[str, Any] = {}
-    for slices, rows in zip(series.slices, series.rows, strict=True):
-      points[slices] = point(series, slices, rows)
+    for slices, rows, fsdp in zip(series.slices, series.rows, series.fsdp, strict=True):
+      points[slices] = point(series, slices, rows, fsdp)
       print(name, slices, points[slices], flush=True)
       provenance.write(options.out, {**record, name: points}, beside=True)
     record = {**record, name: points}
