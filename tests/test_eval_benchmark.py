@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 torch = pytest.importorskip("torch", reason="the other side of the benchmark is torch")
 
 
-@pytest.mark.guard
+@pytest.mark.slow
 def test_the_engine_and_torch_answer_the_same(tmp_path: Path) -> None:
   script = REPOSITORY / "benchmarks/eval_throughput.py"
   arguments = [

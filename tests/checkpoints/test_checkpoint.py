@@ -75,6 +75,7 @@ MAY_CHANGE = {
   "config.data.threads",
   "config.data.source",  # what is read is compared, not where and how it is kept
   "config.data.path",
+  "config.data.mixture",  # its sources are compared one by one
   "config.data.image_folder",
   "config.data.processes",
   "config.data.validation_path",

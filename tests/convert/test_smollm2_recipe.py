@@ -59,7 +59,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.guard
+@pytest.mark.slow
 def test_recipe_end_to_end(smollm2_file: Path, tiny_data: Path, tmp_path: Path) -> None:
   """Two steps of each stage, evaluation and report, through the command line."""
   tokenizer, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"

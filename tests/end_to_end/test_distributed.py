@@ -277,11 +277,8 @@ def test_two_slices_train_as_one(config_file: Path, alone: Path, tmp_path: Path)
   np.testing.assert_allclose(cluster.losses(tmp_path / "run"), cluster.losses(alone), atol=1e-5)
 
 
-@pytest.mark.guard
-@pytest.mark.parametrize(
-  "recipe",
-  [pytest.param(r, marks=[pytest.mark.slow] * (i > 0)) for i, r in enumerate(kill_trials.RECIPES)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", kill_trials.RECIPES)
 def test_a_kill_trial(
   tiny_data: Path, tiny_config: ConfigMaker, tmp_path: Path, recipe: str
 ) -> None:

@@ -187,6 +187,7 @@ def test_asked_to_stop(
   same_trained_parameters(workdir, unbroken)
 
 
+@pytest.mark.guard
 def test_a_finished_run_stays_as_it_is(unbroken: Path, config: config_lib.Config) -> None:
   before = numbers(unbroken)
   assert loop.train(on_eight_devices(config), unbroken).step == STEPS

@@ -125,6 +125,7 @@ def test_the_harness_finds_a_whole_model(harness: Any) -> None:
   assert project["entry-points"]["lmms_eval.models"] == {found.model_id: f"{module}:manifest"}
 
 
+@pytest.mark.guard
 def test_answers_are_the_engine_s_in_order(model: Any, engine: Engine, tiny_data: Path) -> None:
   """Requests with other settings in between are grouped, and come back in their places."""
   longer, shorter = {"max_new_tokens": 4}, {"max_new_tokens": 2, "temperature": 0}

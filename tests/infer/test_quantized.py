@@ -303,6 +303,7 @@ def test_loading_folds_and_quantizes_the_float_checkpoint(run_folder: Path) -> N
   assert not flat
 
 
+@pytest.mark.guard
 def test_formats_are_options_of_load_and_of_commands(
   run_folder: Path, asked: list[Request], capsys: pytest.CaptureFixture
 ) -> None:

@@ -67,6 +67,7 @@ def twin(q: Any, k: Any, v: Any, **about: Any) -> jax.Array:
   return out
 
 
+@pytest.mark.guard
 def test_packed_rows_are_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
   """Output and gradients; no position is left unwritten, not even of padding."""
   reference = results(lambda q, k, v: layers.attend(q, k, v, mask()))

@@ -193,6 +193,7 @@ def test_how_layers_are_run_changes_nothing(
   np.testing.assert_allclose(plain.logits(row), other.logits(row), atol=1e-5)
 
 
+@pytest.mark.guard
 def test_unrolled_layers_have_the_same_initial_values(tiny_config: ConfigMaker) -> None:
   """`initialize` does not unroll; a frozen base that was made before it did so is the same."""
 

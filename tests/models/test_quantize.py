@@ -278,9 +278,9 @@ def logits(quantize: str, flat: dict) -> jax.Array:
     ("int8", 0.03),
     ("int8_block", 0.03),
     ("int4", 0.35),
-    ("int4_64", 0.35),
+    pytest.param("int4_64", 0.35, marks=pytest.mark.slow),
     ("nf4", 0.35),
-    ("nf4_double", 0.35),
+    pytest.param("nf4_double", 0.35, marks=pytest.mark.slow),
   ],
 )
 def test_logits_stay_near_those_of_the_float_model(name: str, bound: float, floats: dict) -> None:

@@ -88,7 +88,12 @@ def test_other_kernels_are_refused(tiny_config: ConfigMaker) -> None:
       use(unknown)
 
 
-@pytest.mark.parametrize("name", CODED)
+LEARNT = {"int8": "guard"}  # the others are slow
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=getattr(pytest.mark, LEARNT.get(n, "slow"))) for n in CODED]
+)
 def test_a_model_learns_nearly_what_it_learns_in_floats(
   name: str, tiny_config: ConfigMaker, tmp_path: Any
 ) -> None:

@@ -96,7 +96,7 @@ def live(
   finally:
     state.abandon()
     server.should_exit = True
-    thread.join(20)
+    thread.join(60)  # a program may still compile
     assert not thread.is_alive()
 
 

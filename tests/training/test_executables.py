@@ -121,6 +121,7 @@ def test_another_config_is_refused_first(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.guard
 def test_steps_that_follow_from_the_data(
   recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
