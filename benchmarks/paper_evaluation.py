@@ -114,9 +114,9 @@ def page(record: dict[str, Any]) -> str:
     total = sum(task["hours"] for task in one["tasks"].values())
     lines += [
       "",
-      f"## {one['way']}, {one['rows']} rows: {total:.2f} hours",
+      f"## {one['way']}, {one['rows']} rows: {total:.2f} hours ({60 * total:.1f} minutes)",
       "",
-      "| benchmark | questions | images | tokens of an answer | hours | "
+      "| benchmark | questions | images | tokens of an answer | minutes | "
       + " | ".join(PROGRAMS.values())
       + " | pictures a second and host |",
       "|---|---|---|---|---|" + "---|" * len(PROGRAMS) + "---|",
@@ -127,7 +127,7 @@ def page(record: dict[str, Any]) -> str:
       rate = task["images"] / (3600 * task["hours"])
       lines.append(
         f"| {name} | {size['questions']:,} | {size['images']:,} | {size['answer']} | "
-        f"{task['hours']:.3f} | {share} | {rate:.0f} |"
+        f"{60 * task['hours']:.2f} | {share} | {rate:.0f} |"
       )
   lines += ["", "![hours by benchmark and program](paper_evaluation.png)"]
   if record["ran"]:

@@ -70,7 +70,7 @@ def test_the_page_says_what_was_predicted_and_what_ran() -> None:
     {"vqav2": vars(paper_files.SIZES["vqav2"])}, "ran": {},
   }  # fmt: skip
   text = paper_evaluation.page(record)
-  assert "## w, 2 rows: 0.50 hours" in text
-  assert "| vqav2 | 107,394 | 36,807 | 3 | 0.500 | 0% | 75% | 0% | 25% | 0 |" in text
+  assert "## w, 2 rows: 0.50 hours (30.0 minutes)" in text
+  assert "| vqav2 | 107,394 | 36,807 | 3 | 30.00 | 0% | 75% | 0% | 25% | 0 |" in text
   ran = {"vqav2": {"questions": 5, "failed": 1, "seconds": 2.0, "scored": True}}
   assert "answered all 5 questions" in paper_evaluation.page({**record, "ran": ran})
