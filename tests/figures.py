@@ -61,6 +61,17 @@ def plan(model: str, topology: str) -> float:
   )
 
 
+def pod(mesh: tuple[int, int, int], value: str) -> float:
+  """What is predicted of an evaluation on v6e-4."""
+  found = [r for r in result("plan") if (r["topology"], r["what"]) == ("v6e-4", "eval")]
+  return next(float(r[value]) for r in found if tuple(r["mesh"].values()) == mesh)
+
+
+def minutes_of_the_paper() -> float:
+  tasks = result("paper_evaluation")["ways"][0]["tasks"]
+  return 60 * sum(task["hours"] for task in tasks.values())
+
+
 def answered(name: str, variant: str = "pooling") -> list[float]:
   """Right answers in percent, of each seed."""
   return [100 * r["accuracy"] for r in result(name) if r["variant"] == variant]
@@ -204,6 +215,13 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "42.1%"): lambda: 100 * result("accelerator")["train"][0]["mfu"],
   ("docs/performance.md", "3.661 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/converting.md", "2.4 GB"): memory_of_conversion,
+  ("docs/evaluation.md", "10.6 GiB"): lambda: pod((1, 1, 4), "hbm_gib"),
+  ("docs/evaluation.md", "0.135 s"): lambda: pod((1, 1, 4), "step_seconds"),
+  ("docs/evaluation.md", "3.2 ms"): lambda: 1000 * pod((1, 1, 4), "decode_step_seconds"),
+  ("docs/evaluation.md", "21.7 GiB"): lambda: pod((4, 1, 1), "hbm_gib"),
+  ("docs/evaluation.md", "0.278 s"): lambda: pod((4, 1, 1), "step_seconds"),
+  ("docs/evaluation.md", "9.2 ms"): lambda: 1000 * pod((4, 1, 1), "decode_step_seconds"),
+  ("docs/evaluation.md", "7.4 minutes"): minutes_of_the_paper,
   ("docs/quantized.md", "10 of 9,673"): changed_by_int4,
   ("docs/quantized.md", "0.71 times as"): functools.partial(step_of, "int8"),
   ("docs/quantized.md", "4.35 times as"): functools.partial(step_of, "int4"),
@@ -233,6 +251,7 @@ STATED: dict[tuple[str, str], str] = {
   ("docs/accelerator.md", "40 GiB"): "a limit in benchmarks/accelerator.py",
   ("docs/accelerator.md", "28 MB"): "the size of wheels",
   ("docs/data.md", "1 GiB"): "a limit in llava_sp_jax/data/decode.py",
+  ("docs/evaluation.md", "1 GiB"): "a limit in llava_sp_jax/infer/layout.py",
   ("docs/evaluation.md", "15 seconds"): "a limit in llava_sp_jax/stores/bucket.py",
   ("docs/evaluation.md", "60 seconds"): "a limit in llava_sp_jax/tasks/judge.py",
   ("docs/evaluation.md", "95%"): "the level of an interval",

@@ -32,7 +32,8 @@ PREDICTORS = {
 }
 # Identify a record; a new one replaces its old.
 RECORD_KEYS = (
-  "model", "topology", "what", "rows", "row_length", "weights", "cache", "quantize", "products", "samples",
+  "model", "topology", "what", "rows", "row_length", "mesh", "weights", "cache", "quantize", "products",
+  "samples",
 )  # fmt: skip
 FLOATS = {
   "weights": "none",
