@@ -49,7 +49,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",
   "heads": "tensor",
   "mlp": "tensor",
-  "contraction": ("data", "fsdp", "tensor"),
+  "contraction": ("fsdp", "data", "tensor"),  # first the axis that is long; see `constrain`
   "adapter": ("tensor", "fsdp"),  # the side of an adapter that is divided as heads or MLP are
 }
 

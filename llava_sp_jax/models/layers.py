@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -181,25 +182,40 @@ def window_mask(
   return query_positions[:, :, None] - key_positions[:, None, :] < window
 
 
+REST = "rest"  # of the axes of "batch", in `constrain`
+
+
 def constrain(x: Shaped[Array, "*B"], *axes: str | None) -> Shaped[Array, "*B"]:
   """Constrains the sharding of `x`; `axes` names a logical axis for each dimension.
 
   The current rules map logical axes to mesh axes. Mesh axes that do not divide a dimension are left
-  out, as for parameters. Without a mesh or rules, `x` is returned as it is.
+  out, as for parameters. A dimension REST is divided over what the others leave of the axes of
+  "batch". Without a mesh or rules, `x` is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
   parts = []
-  for names, size in zip(nn.logical_to_mesh_axes(axes) or (), x.shape, strict=False):
-    kept = []
-    for name in (names,) if isinstance(names, str) else names or ():
-      if size % mesh.shape[name] == 0:
-        kept.append(name)
-        size //= mesh.shape[name]
-    parts.append(tuple(kept) or None)
+  named = tuple(None if axis == REST else axis for axis in axes)
+  for names, size in zip(nn.logical_to_mesh_axes(named) or (), x.shape, strict=False):
+    parts.append(_dividing(names, size, mesh.shape))
+  if REST in axes and parts:
+    (batch,) = nn.logical_to_mesh_axes(("batch",)) or (None,)
+    used = {name for part in parts for name in part or ()}
+    left = tuple(n for n in ((batch,) if isinstance(batch, str) else batch or ()) if n not in used)
+    parts[axes.index(REST)] = _dividing(left, x.shape[axes.index(REST)], mesh.shape)
   result: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
   return result
+
+
+def _dividing(names: Any, size: int, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
+  """Returns the axes of a mesh, of `names`, that divide a dimension one after another."""
+  kept = []
+  for name in (names,) if isinstance(names, str) else names or ():
+    if size % mesh[name] == 0:
+      kept.append(name)
+      size //= mesh[name]
+  return tuple(kept) or None
 
 
 def attend(

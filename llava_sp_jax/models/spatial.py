@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from llava_sp_jax.models.arrays import Array
-from llava_sp_jax.models.layers import constrain
+from llava_sp_jax.models.layers import REST, constrain
 from llava_sp_jax.models.transformer import NORM_EPS, Transformer
 
 # torch's default for Linear and Conv2d: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
@@ -270,7 +270,8 @@ class DetailInteraction(nn.Module):
 
   def convolve(self, grid: Float[Array, "B G G C"]) -> Float[Array, "B P K"]:
     """Returns the strided convolution of the grid at its P positions."""
-    grid = constrain(grid, None, None, None, "contraction")  # the kernel stays, as in `_conv`
+    # The kernel stays, as in `_conv`; images stay apart if there are more devices than channels.
+    grid = constrain(grid, REST, None, None, "contraction")
     return constrain(self.conv(grid), "batch", None, None, None).reshape(len(grid), -1, self.width)
 
   def values(self, detail: Float[Array, "B P K"]) -> Float[Array, "B P K"]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from llava_sp_jax.distributed import sharding
+from llava_sp_jax.models import layers
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
-ALL = ("data", "fsdp", "tensor")
+ALL = ("fsdp", "data", "tensor")
 D, F, T = ("data",), ("fsdp",), ("tensor",)
 # path: (shape, mesh axes of each dimension, those where every device of fsdp holds it whole)
 PLACES: dict[str, tuple[tuple[int, ...], list[Any], list[Any]]] = {
@@ -85,7 +88,7 @@ def test_arrays_live_where_the_table_says(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-  ("size", "axes"), [(16, ALL), (8, ALL), (4, ("data", "fsdp")), (6, D), (12, ("data", "fsdp")),
+  ("size", "axes"), [(16, ALL), (8, ALL), (4, ("fsdp", "data")), (6, F), (12, ("fsdp", "data")),
                      (3, None)],
 )  # fmt: skip
 def test_axes_that_do_not_divide_are_left_out(size: int, axes: Any) -> None:
@@ -104,3 +107,20 @@ def test_rules_of_activations_are_the_table() -> None:
   assert (rules["length"], rules["layers"]) == (None, None)
   assert (rules["heads"], rules["mlp"], rules["vocab"]) == ("tensor",) * 3
   assert rules["contraction"] == ALL
+
+
+@pytest.mark.parametrize(
+  ("channels", "spec"),
+  [
+    (8, (None, ("fsdp", "data", "tensor"))),  # enough channels for all devices
+    (2, (("data",), ("fsdp",))),  # too few: what they leave divides the images
+  ],
+)
+def test_what_a_contraction_leaves_divides_the_images(channels: int, spec: Any) -> None:
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.activation_rules()):
+    found = jax.jit(lambda x: layers.constrain(x, layers.REST, "contraction"))(
+      jnp.zeros((4, channels))
+    )
+  wanted = NamedSharding(mesh, PartitionSpec(*spec))
+  assert found.sharding.is_equivalent_to(wanted, 2)
