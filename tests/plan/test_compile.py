@@ -60,8 +60,8 @@ def planned(config: config_lib.Config, what: str, name: str = "v5e-4") -> report
 @LIBTPU
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
 def test_a_layer_reads_its_own_kernels(quantize: str) -> None:
-  """Not those of all layers, whatever views and copies of the stack the compiler makes; and splash
-  attention computes its products on the tiles that the triangle touches."""
+  """Not those of all layers, whatever views and copies of the stack the compiler makes; and attention
+  computes its products on the tiles that the triangle touches."""
   found = planned(small(2048, quantize=quantize), "train").programs["train"].cost
   assert found is not None
   kernels = [e for e in found.entries if re.search(r"Dense_0/|QuantizedDense_0/", e.op_name)]
@@ -71,8 +71,11 @@ def test_a_layer_reads_its_own_kernels(quantize: str) -> None:
   assert len(kernels) >= 14
   assert max(e.nbytes / e.count for e in kernels) <= layer + activations < LAYERS * layer
   square = 2 * 8 * 2048 * 2048 * 128
-  attention = {e.name.split("_")[2]: e.flops / e.count for e in found.entries if e.kind == "kernel"}
-  assert attention == {"fwd": 2 * square * 10 / 16, "dkv": 5 * square * 6 / 8}
+  attention = {e.name.split(".")[0]: e.flops / e.count for e in found.entries if e.kind == "kernel"}
+  assert attention == {
+    "flash_forward": 2 * square * 36 / 64,
+    "flash_backward": 5 * square * 36 / 64,
+  }
 
 
 @pytest.mark.guard
