@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax.models import spatial
+from llava_sp_jax.models import layers, spatial
 
 Axes = tuple[str | None, ...]
 
@@ -49,7 +49,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "embed": "fsdp",
   "heads": "tensor",
   "mlp": "tensor",
-  "contraction": ("fsdp", "data", "tensor"),  # first the axis that is long; see `constrain`
+  "contraction": ("data", "fsdp", "tensor"),
   "adapter": ("tensor", "fsdp"),  # the side of an adapter that is divided as heads or MLP are
 }
 
@@ -165,14 +165,9 @@ def for_groups(tree: Any, pattern: str) -> Any:
 def _spec(
   axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Mapping[str, Any]
 ) -> PartitionSpec:
-  parts: list[tuple[str, ...] | None] = []
-  for axis, size in zip(axes, shape, strict=True):
-    rule = rules[axis] if axis else None
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    kept: list[str] = []
-    for name in names:
-      if size % mesh.shape[name] == 0:
-        kept.append(name)
-        size //= mesh.shape[name]
-    parts.append(tuple(kept) or None)
-  return PartitionSpec(*parts)
+  return PartitionSpec(
+    *(
+      layers.dividing(rules[axis] if axis else None, size, mesh.shape)
+      for axis, size in zip(axes, shape, strict=True)
+    )
+  )

@@ -6,9 +6,9 @@ Shape letters:  B batch . T queries . S keys . N heads . K key-value heads . H h
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -188,8 +188,8 @@ REST = "rest"  # of the axes of "batch", in `constrain`
 def constrain(x: Shaped[Array, "*B"], *axes: str | None) -> Shaped[Array, "*B"]:
   """Constrains the sharding of `x`; `axes` names a logical axis for each dimension.
 
-  The current rules map logical axes to mesh axes. Mesh axes that do not divide a dimension are left
-  out, as for parameters. A dimension REST is divided over what the others leave of the axes of
+  The current rules map logical axes to mesh axes, of which those are used that `dividing` returns, as
+  for parameters. A dimension REST is divided over what the others leave of the axes of
   "batch". Without a mesh or rules, `x` is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -198,24 +198,30 @@ def constrain(x: Shaped[Array, "*B"], *axes: str | None) -> Shaped[Array, "*B"]:
   parts = []
   named = tuple(None if axis == REST else axis for axis in axes)
   for names, size in zip(nn.logical_to_mesh_axes(named) or (), x.shape, strict=False):
-    parts.append(_dividing(names, size, mesh.shape))
+    parts.append(dividing(names, size, mesh.shape))
   if REST in axes and parts:
     (batch,) = nn.logical_to_mesh_axes(("batch",)) or (None,)
     used = {name for part in parts for name in part or ()}
     left = tuple(n for n in ((batch,) if isinstance(batch, str) else batch or ()) if n not in used)
-    parts[axes.index(REST)] = _dividing(left, x.shape[axes.index(REST)], mesh.shape)
+    parts[axes.index(REST)] = dividing(left, x.shape[axes.index(REST)], mesh.shape)
   result: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
   return result
 
 
-def _dividing(names: Any, size: int, mesh: Mapping[str, int]) -> tuple[str, ...] | None:
-  """Returns the axes of a mesh, of `names`, that divide a dimension one after another."""
-  kept = []
-  for name in (names,) if isinstance(names, str) else names or ():
-    if size % mesh[name] == 0:
-      kept.append(name)
-      size //= mesh[name]
-  return tuple(kept) or None
+def dividing(
+  names: str | Sequence[str] | None, size: int, mesh: Mapping[str, int]
+) -> tuple[str, ...] | None:
+  """Returns those of some mesh axes, in their order, that divide a dimension into the most parts.
+
+  `names` are the axes, and `mesh` has their sizes. Returns None if none divides it.
+  """
+  given = (names,) if isinstance(names, str) else tuple(names or ())
+  ways = {
+    some: math.prod(mesh[name] for name in some)
+    for count in range(len(given), 0, -1)
+    for some in itertools.combinations(given, count)
+  }
+  return max((some for some in ways if size % ways[some] == 0), key=ways.__getitem__, default=None)
 
 
 def attend(

@@ -22,9 +22,7 @@ from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training.state import TrainState
 
-ID_FILE = (
-  "local_id.txt"  # in the run folder; a new run in a folder of the same name has another one
-)
+ID_FILE = "local_id.txt"  # in the run folder; a new run in a folder of that name has another one
 
 
 def open_local(config: config_lib.Config, folder: Path) -> Local | None:

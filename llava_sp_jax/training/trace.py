@@ -53,9 +53,7 @@ class _Trace:
 
 
 def _traced(steps: range, folder: Path, request: profiles.Request | None = None) -> _Trace:
-  if (
-    jax.process_count() > 1
-  ):  # those of one host would write one file: its name is that of the host
+  if jax.process_count() > 1:  # those of one host would write one file, named after the host
     folder = folder / f"process-{jax.process_index()}"
     storage.of(folder).make(folder)
   return _Trace(steps, folder, storage.of(folder).scratch(folder), request)

@@ -54,7 +54,7 @@ def test_parameters_live_where_the_table_says(runs: dict) -> None:
   assert shard_share(fsdp.frozen[Q_KERNEL]) == 1 / 8
   assert shard_share(three.frozen[Q_KERNEL]) == 1 / 4  # fsdp 2 x tensor 2, copied over data
   for state in (fsdp, three):
-    assert parts(state.trainable[SPATIAL]) == [("fsdp", "data", "tensor"), ()]
+    assert parts(state.trainable[SPATIAL]) == [("data", "fsdp", "tensor"), ()]
     assert shard_share(state.trainable[SPATIAL]) == 1 / 8
   assert parts(three.trainable["language_model/layers/q_proj/lora_b"]) == [
     (),

@@ -17,7 +17,7 @@ from llava_sp_jax.distributed import sharding
 from llava_sp_jax.models import layers
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
-ALL = ("fsdp", "data", "tensor")
+ALL = ("data", "fsdp", "tensor")
 D, F, T = ("data",), ("fsdp",), ("tensor",)
 # path: (shape, mesh axes of each dimension, those where every device of fsdp holds it whole)
 PLACES: dict[str, tuple[tuple[int, ...], list[Any], list[Any]]] = {
@@ -88,11 +88,11 @@ def test_arrays_live_where_the_table_says(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-  ("size", "axes"), [(16, ALL), (8, ALL), (4, ("fsdp", "data")), (6, F), (12, ("fsdp", "data")),
+  ("size", "axes"), [(16, ALL), (8, ALL), (4, ("data", "fsdp")), (6, D), (12, ("data", "fsdp")),
                      (3, None)],
 )  # fmt: skip
 def test_axes_that_do_not_divide_are_left_out(size: int, axes: Any) -> None:
-  """One after the other, each of what the ones before it have left."""
+  """Those axes stay that divide it into the most parts; of equal ones, the first."""
   path = "projector/pool_0/kernel"
   leaf = jax.ShapeDtypeStruct((size, 8), np.float32)
   place = sharding.shardings({path: leaf}, MESH)[path]
@@ -112,12 +112,12 @@ def test_rules_of_activations_are_the_table() -> None:
 @pytest.mark.parametrize(
   ("channels", "spec"),
   [
-    (8, (None, ("fsdp", "data", "tensor"))),  # enough channels for all devices
-    (2, (("data",), ("fsdp",))),  # too few: what they leave divides the images
+    (8, (None, ("data", "fsdp"))),  # enough channels for all devices
+    (4, (("data",), ("fsdp",))),  # too few: the longer axis, and what it leaves divides the images
   ],
 )
 def test_what_a_contraction_leaves_divides_the_images(channels: int, spec: Any) -> None:
-  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.activation_rules()):
     found = jax.jit(lambda x: layers.constrain(x, layers.REST, "contraction"))(
       jnp.zeros((4, channels))

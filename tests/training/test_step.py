@@ -192,7 +192,7 @@ def test_a_replicated_base(tiny_config: ConfigMaker) -> None:
   kernel = "language_model/layers/gate_proj/kernel"
   assert parts(state.frozen[kernel]) == [(), (), ("tensor",)]
   assert state.frozen[kernel].sharding.is_fully_replicated
-  assert parts(state.trainable["projector/pool_5/kernel"])[0] == ("fsdp", "data", "tensor")
+  assert parts(state.trainable["projector/pool_5/kernel"])[0] == ("data", "fsdp", "tensor")
   with pytest.raises(config_lib.ConfigError, match=r"mesh.base: unknown 'nope'; known: rep"):
     sharding.shardings({}, mesh_of((1, 8, 1)), "nope")
 
