@@ -37,6 +37,18 @@ def test_the_workflow_runs_what_ci_runs() -> None:
   assert set(scripts) <= set(ran)
 
 
+def test_no_test_replaces_a_clock_of_the_process() -> None:
+  """The loop of a server in another thread would sleep by it, for hours. Code is given its clock."""
+  replaced = re.compile(r"""patch\w*\.setattr\(\s*(?:[\w.]*\btime,|["'](?:[\w.]+\.)?time\.)""")
+  assert replaced.search('monkeypatch.setattr(bucket.time, "monotonic", f)')
+  assert replaced.search("monkeypatch.setattr('time.sleep', f)")
+  files = sorted((REPOSITORY / "tests").rglob("*.py"))
+  found = {
+    str(f) for f in files if f.name != Path(__file__).name and replaced.search(f.read_text())
+  }
+  assert not found
+
+
 def test_hooks_are_the_checks_of_the_suite() -> None:
   (repository,) = settings(".pre-commit-config.yaml")["repos"]
   assert repository["repo"] == "local", "the tools are those of the environment"

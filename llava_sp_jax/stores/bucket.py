@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,14 @@ OPTIONS = {"use_listings_cache": False, "finalize_on_close": True}
 class Bucket:
   """Writes objects in buckets of one scheme, with `fsspec`; see `Store`."""
 
-  def __init__(self, scheme: str):
-    self._scheme = scheme
+  def __init__(self, scheme: str, clock: Callable[[], float] = time.monotonic):
+    """Prepares a store; it opens nothing yet.
+
+    Args:
+      scheme: of its addresses, as `fsspec` knows it.
+      clock: seconds, from any moment on, that never go back.
+    """
+    self._scheme, self._clock = scheme, clock
     self._lock, self._pending = threading.RLock(), dict[Path, bytes]()
     # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
     self._sent: dict[Path, tuple[bytes, int]] = {}
@@ -80,7 +86,7 @@ class Bucket:
   def append(self, path: Path, data: bytes) -> None:
     with self._lock:
       self._pending[path] = self._pending.get(path, b"") + data
-      self._due.setdefault(path, time.monotonic() + SECONDS)
+      self._due.setdefault(path, self._clock() + SECONDS)
       if self._thread is None:
         self._thread = threading.Thread(target=self._keep_flushing, name="bucket", daemon=True)
         self._thread.start()
@@ -101,7 +107,7 @@ class Bucket:
       if pending := self._pending.get(path):
         self._sent[path] = whole, len(pending)
         self.put(path, whole)
-        self._due[path] = time.monotonic() + max(SECONDS, len(whole) / RATE)
+        self._due[path] = self._clock() + max(SECONDS, len(whole) / RATE)
 
   def flush(self) -> None:
     with self._lock:
@@ -111,7 +117,7 @@ class Bucket:
   def _put_due(self) -> None:
     with self._lock:
       for name in list(self._pending):
-        if time.monotonic() >= self._due[name]:
+        if self._clock() >= self._due[name]:
           self.secure(name)
 
   def _keep_flushing(self) -> None:

@@ -7,8 +7,10 @@ import dataclasses
 import http.client
 import json
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +99,12 @@ def live(
     state.abandon()
     server.should_exit = True
     thread.join(60)  # a program may still compile
-    assert not thread.is_alive()
+    assert not thread.is_alive(), where(thread)
+
+
+def where(thread: threading.Thread) -> str:
+  """Returns the lines that a thread stands in."""
+  return "".join(traceback.format_stack(sys._current_frames()[thread.ident or 0]))
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 10) -> None:

@@ -125,10 +125,10 @@ class InMemory:
 def test_a_long_log_costs_what_its_length_does(monkeypatch: pytest.MonkeyPatch) -> None:
   """A line a second, for an hour and for four; what a kill would lose stays a part of the time."""
   now, rate = 0.0, 1 << 12
-  monkeypatch.setattr(bucket_lib.time, "monotonic", lambda: now)
   monkeypatch.setattr(bucket_lib, "RATE", rate)
   monkeypatch.setattr(bucket_lib.Bucket, "_keep_flushing", lambda self: None)
-  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://bucket/a.jsonl")
+  store = bucket_lib.Bucket("gs", clock=lambda: now)
+  files, path = InMemory(), storage.place("gs://bucket/a.jsonl")
   store.__dict__["_files"] = files
   line, put = b"x" * 499 + b"\n", {0: 0}
   for second in range(4 * 3600):
