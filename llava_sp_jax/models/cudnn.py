@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxtyping import Bool, Float, Int
 
 from llava_sp_jax.models.arrays import Array
@@ -20,6 +19,16 @@ HOPPER = "9.0"  # compute capability; older GPUs have no packed layout
 VERSION = 90600  # the first cuDNN with which jax tests that layout
 # Arguments of jax's function that the packed layout needs.
 PACKED = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "mask_type")
+
+
+def fused_attention() -> Any:
+  """Returns jax's module of cuDNN's attention; it is private, so only the packed layout imports it.
+
+  Raises: ImportError with a jax that has moved it.
+  """
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  return fused_attention_stablehlo
 
 
 def masked(
@@ -51,6 +60,7 @@ def packed(
 
   `samples` is the most samples of a row. Padding is attended to by padding.
   """
+  cudnn = fused_attention()
   starts, lengths = runs(segments, samples + 1)  # padding is a run, too
   result: jax.Array = cudnn.dot_product_attention(
     q,
@@ -85,6 +95,10 @@ def runs(segments: Int[Array, "B T"], count: int) -> tuple[Int[Array, "B ends"],
 
 def lacks_packed() -> str:
   """Returns why jax cannot pack rows on the GPU that it compiles for; "" if it can."""
+  try:
+    cudnn = fused_attention()
+  except ImportError as error:
+    return f"jax {jax.__version__} has moved it: {error}"
   known = inspect.signature(cudnn.dot_product_attention).parameters
   if missing := [name for name in PACKED if name not in known]:
     return f"jax {jax.__version__} has no {', '.join(missing)}"

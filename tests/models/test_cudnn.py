@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def test_runs_cover_every_position_once() -> None:
 
 def twin(q: Any, k: Any, v: Any, **about: Any) -> jax.Array:
   """One sample after another, as cuDNN's packed layout is described; all else stays unwritten."""
-  assert about["mask_type"] == cudnn.cudnn.MaskType.PADDING_CAUSAL
+  assert about["mask_type"] == cudnn.fused_attention().MaskType.PADDING_CAUSAL
   out = jnp.full(q.shape, jnp.nan)
   for row in range(B):
     for start, size in zip(about["q_offsets"][row][:-1], about["q_seqlen"][row], strict=True):
@@ -71,7 +72,7 @@ def twin(q: Any, k: Any, v: Any, **about: Any) -> jax.Array:
 def test_packed_rows_are_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
   """Output and gradients; no position is left unwritten, not even of padding."""
   reference = results(lambda q, k, v: layers.attend(q, k, v, mask()))
-  monkeypatch.setattr(cudnn.cudnn, "dot_product_attention", twin)
+  monkeypatch.setattr(cudnn.fused_attention(), "dot_product_attention", twin)
 
   def ours(*args: jax.Array) -> jax.Array:
     return cudnn.packed(*args, jnp.asarray(segments()), samples=3)
@@ -97,3 +98,8 @@ def test_an_odd_row_is_made_even(monkeypatch: pytest.MonkeyPatch) -> None:
   for mine, theirs in zip(results(lambda *x: cudnn.masked(*x, mask())), reference, strict=True):
     np.testing.assert_allclose(mine, theirs, atol=1e-5)
   assert set(seen) == {T + 1}
+
+
+def test_a_jax_without_the_module_packs_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setitem(sys.modules, "jax._src.cudnn", None)
+  assert "has moved it" in cudnn.lacks_packed()
