@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import math
 import re
@@ -12,70 +10,24 @@ from typing import Any
 import openai
 import pytest
 
-from llava_sp_jax.data.conversation import IMAGE
-from llava_sp_jax.infer.requests import Request
+from tests.serve.chat_client import (
+  GO_ON,
+  ask,
+  chunks,
+  content,
+  messages_of,
+  streamed,
+)
 from tests.serve.conftest import Real
 from tests.serve.live import Live
-from tests.serve.pictures import SVG, data_url, encoded, png_of
-from tests.serve.requests import body, said, text, user
+from tests.serve.requests import body
 
-QUESTION = "what is it?"
-GO_ON: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
 TOKEN = 200  # an id of the vocabulary
 
 
 @pytest.fixture(scope="module")
 def server(real: Real) -> Live:
   return real.server
-
-
-def ask(client: openai.OpenAI, *messages: Any, **settings: Any) -> Any:
-  """The answer to a question, or to a conversation."""
-  talk: Any = list(messages) or [user(QUESTION)]
-  return client.chat.completions.create(model="tiny", messages=talk, **settings)
-
-
-def content(client: openai.OpenAI, *messages: Any, **settings: Any) -> str:
-  found = ask(client, *messages, **settings).choices[0].message.content
-  assert isinstance(found, str)
-  return found
-
-
-def chunks(client: openai.OpenAI, *messages: Any, **settings: Any) -> list[Any]:
-  with ask(client, *messages, stream=True, **settings) as stream:
-    return list(stream)
-
-
-def streamed(found: list[Any], index: int = 0) -> str:
-  """The text of one of the answers of a stream."""
-  choices = [choice for chunk in found for choice in chunk.choices if choice.index == index]
-  return "".join(choice.delta.content or "" for choice in choices)
-
-
-def picture(content: bytes, kind: str = "image/png") -> dict[str, Any]:
-  return {"type": "image_url", "image_url": {"url": data_url(content, kind)}}
-
-
-PNG = picture(encoded())
-
-
-def messages_of(request: Request) -> list[dict[str, Any]]:
-  """The messages of a client that mean this request."""
-  images = iter(request.images)
-  turns = [*request.history, (request.question, None)]
-  if not any(IMAGE in question for question, _ in turns):
-    turns[0] = (f"{IMAGE}\n" * len(request.images) + turns[0][0], turns[0][1])
-  found = [said("system", request.system)] if request.system is not None else []
-  for question, reply in turns:
-    parts: list[Any] = []
-    for piece in re.split(f"({IMAGE})\n?", question):
-      if piece == IMAGE:
-        parts.append(picture(bytes(next(images))))
-      elif piece:
-        parts.append(text(piece.removesuffix("\n")))
-    found.append(user(*parts))
-    found += [said("assistant", reply)] if reply is not None else []
-  return found
 
 
 # ---- whole answers ----
@@ -315,156 +267,3 @@ def test_a_stream_on_the_wire(server: Live) -> None:
   events = found.body.decode().split("\n\n")
   assert events[-2:] == ["data: [DONE]", ""]
   assert all(json.loads(event.removeprefix("data: ")) for event in events[:-2])
-
-
-# ---- conversations and pictures ----
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
-@pytest.mark.parametrize("detail", ["auto", "low", "high"])
-def test_formats_of_pictures(client: openai.OpenAI, kind: str, detail: str) -> None:
-  part = picture(encoded(kind), f"image/{kind.lower()}")
-  part["image_url"]["detail"] = detail
-  found = ask(client, user(part, text("What?")), max_tokens=1)
-  assert found.usage.prompt_tokens == ask(client, user(PNG, text("What?")), max_tokens=1).usage.prompt_tokens  # fmt: skip
-
-
-def test_pictures_count_in_the_usage(client: openai.OpenAI) -> None:
-  none, one, two = (
-    ask(client, user(*[PNG] * count, text(QUESTION)), max_tokens=1).usage.prompt_tokens
-    for count in range(3)
-  )
-  assert two - one >= one - none > 36, "36 patches, and spatial tokens"
-
-
-def test_an_answer_depends_on_its_picture(client: openai.OpenAI, real: Real) -> None:
-  one, two = (content(client, user(picture(each), text(QUESTION))) for each in real.pictures)
-  assert one != two
-
-
-def test_the_place_of_pictures_matters(client: openai.OpenAI, real: Real) -> None:
-  a, b = map(picture, real.pictures)
-  asked = [user(a, text("or"), b), user(b, text("or"), a), user(a, b, text("or"))]
-  assert len({content(client, each, **GO_ON) for each in asked}) == 3
-
-
-def test_a_system_message_replaces_that_of_the_template(client: openai.OpenAI) -> None:
-  talk = [said("system", ""), user(QUESTION)]
-  assert ask(client, *talk).usage.prompt_tokens < ask(client).usage.prompt_tokens
-  for role in ("system", "developer"):
-    assert ask(client, said(role, "Be brief."), user(QUESTION)).usage.prompt_tokens
-
-
-def test_earlier_turns_are_read(client: openai.OpenAI) -> None:
-  talk = [user("is it red?"), said("assistant", "yes"), user(QUESTION)]
-  assert ask(client, *talk).usage.prompt_tokens > ask(client).usage.prompt_tokens
-  other = [user("is it red?"), said("assistant", "no, blue"), user(QUESTION)]
-  assert content(client, *talk, **GO_ON) != content(client, *other, **GO_ON)
-
-
-IGNORED: tuple[dict[str, Any], ...] = (
-  {"user": "me"},
-  {"metadata": {"a": "b"}},
-  {"store": False},
-  {"service_tier": "auto"},
-  {"reasoning_effort": "low"},
-  {"parallel_tool_calls": True},
-  {"response_format": {"type": "text"}},
-  {"tools": []},
-  {"presence_penalty": 0, "frequency_penalty": 0},
-  {"top_p": 1, "n": 1},
-  {"extra_body": {"top_k": -1, "min_p": 0, "repetition_penalty": 1}},
-  {"extra_body": {"a_field_of_the_future": [1]}},
-)
-
-
-@pytest.mark.parametrize("settings", IGNORED, ids=str)
-def test_fields_of_clients_that_change_nothing(
-  client: openai.OpenAI, settings: dict[str, Any]
-) -> None:
-  assert content(client, **settings) == content(client)
-
-
-# ---- errors ----
-
-
-def talk(*parts: Any) -> dict[str, Any]:
-  return {"messages": [user(*parts)]}
-
-
-HELD = "messages[0].content[0].image_url.url"  # where the picture of a request stands
-BAD: dict[str, tuple[dict[str, Any], str, str | None]] = {
-  # name: (settings, code, param)
-  "another model": ({"model": "gpt-4"}, "model_not_found", "model"),
-  "no question": ({"messages": []}, "invalid_value", "messages"),
-  "a bare URL": (talk({"type": "image_url", "image_url": "http://a"}), "invalid_type", HELD[:-4]),
-  "temperature": ({"temperature": 3}, "invalid_value", "temperature"),
-  "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
-  "no tokens": ({"max_tokens": 0}, "invalid_value", "max_tokens"),
-  "more tokens than are allowed": ({"max_tokens": 65}, "too_many", "max_tokens"),
-  "a long prompt": (talk("word " * 9999), "context_length_exceeded", "messages"),
-  "n": ({"n": 0}, "invalid_value", "n"),
-  "many answers": ({"n": 17}, "too_many", "n"),
-  "tools": ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-  "a bias of no token": ({"logit_bias": {"999": 1}}, "invalid_value", "logit_bias"),
-  "a stop id of no token": (
-    {"extra_body": {"stop_token_ids": [384]}}, "invalid_value", "stop_token_ids"),
-  "least above most": (
-    {"max_tokens": 3, "extra_body": {"min_tokens": 4}}, "invalid_value", "min_tokens"),
-  "a picture that is none": (talk(picture(b"hello")), "invalid_image", HELD),
-  "an SVG": (talk(picture(SVG)), "invalid_image", HELD),
-  "half of a picture": (talk(picture(png_of(40, 40))), "invalid_image", "messages"),
-  "a huge picture": (talk(picture(png_of(9000, 9000))), "image_too_large", HELD),
-  "a picture by URL": (
-    talk({"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}),
-    "image_url_refused", HELD),
-  "an answer last": (
-    {"messages": [user("a"), said("assistant", "b")]}, "invalid_value", "messages[1].role"),
-  "a mark": (talk("an <image>"), "invalid_value", "messages[0].content"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("settings", "code", "param"), BAD.values(), ids=BAD.keys())
-def test_errors_have_their_status(
-  client: openai.OpenAI, settings: dict[str, Any], code: str, param: str, stream: bool
-) -> None:
-  """Also of streams, which begin after the first report of the engine."""
-  given: Any = {"model": "tiny", "messages": [user(QUESTION)], "stream": stream, **settings}
-  expected = openai.NotFoundError if code == "model_not_found" else openai.BadRequestError
-  with pytest.raises(expected) as caught:
-    client.chat.completions.create(**given)
-  error = caught.value
-  assert (error.code, error.param) == (code, param), error
-  assert error.type in ("invalid_request_error", "not_found_error")
-  assert error.request_id
-
-
-def test_options_of_a_stream_need_one(client: openai.OpenAI) -> None:
-  with pytest.raises(openai.BadRequestError) as caught:
-    ask(client, stream_options={"include_usage": True})
-  assert caught.value.param == "stream_options"
-
-
-# ---- many clients ----
-
-
-def test_sixteen_clients_at_once(server: Live, real: Real) -> None:
-  """Each gets what it would get alone, whole or streamed, whatever the others are asking."""
-  requests = list(itertools.islice(itertools.cycle(real.answers), 16))
-
-  async def all_of_them() -> list[str]:
-    options: Any = {"base_url": f"{server.url}/v1", "api_key": "x", "max_retries": 0}
-    async with openai.AsyncOpenAI(**options) as client:
-
-      async def one(number: int, request: Request) -> str:
-        talk: Any = messages_of(request)
-        if number % 2:
-          found = await client.chat.completions.create(model="tiny", messages=talk)
-          return found.choices[0].message.content or ""
-        parts = await client.chat.completions.create(model="tiny", messages=talk, stream=True)
-        return "".join([p.choices[0].delta.content or "" async for p in parts])
-
-      return await asyncio.gather(*(one(*each) for each in enumerate(requests)))
-
-  assert asyncio.run(all_of_them()) == [real.answers[request].text for request in requests]
