@@ -16,7 +16,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import paper_files
+import paper_folder
 
 from llava_sp_jax import jsonl, provenance
 from llava_sp_jax.eval import absent
@@ -58,8 +58,8 @@ def predicted(way: Way, folder: Path, tokenizer: str) -> dict[str, Any]:
   mesh = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
   model = [f"--config.data.tokenizer={tokenizer}", "--topology", CHIPS, "--what", "eval"]
   _, config = plan_tool.read(["--config", RECIPE, *model, *mesh, *way.options])
-  names = list(paper_files.SIZES)
-  lengths = {name: paper_files.SIZES[name].answer for name in names}
+  names = list(paper_folder.SIZES)
+  lengths = {name: paper_folder.SIZES[name].answer for name in names}
   found = absent.counted(
     config, dict.fromkeys(names, str(folder)), way.mesh, way.rows, lengths, HOSTS
   )
@@ -86,7 +86,7 @@ def predicted(way: Way, folder: Path, tokenizer: str) -> dict[str, Any]:
 def ran(folder: Path) -> dict[str, Any]:
   """Returns the counts of an evaluation over all files: questions, failures, seconds, images."""
   counts = {}
-  for name in paper_files.SIZES:
+  for name in paper_folder.SIZES:
     records, _ = jsonl.read(folder / name / "predictions.jsonl")
     sessions, _ = jsonl.read(folder / name / "sessions.jsonl")
     counts[name] = {
@@ -176,7 +176,7 @@ def main() -> None:
     "hosts": HOSTS,
     "chips": CHIPS,
     "compiler": compiler(topologies.topology(CHIPS)),
-    "sizes": {name: vars(size) for name, size in paper_files.SIZES.items()},
+    "sizes": {name: vars(size) for name, size in paper_folder.SIZES.items()},
     "ways": [predicted(way, options.folder, options.tokenizer) for way in WAYS],
     "ran": ran(options.run) if options.run else {},
   }

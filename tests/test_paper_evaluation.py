@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import paper_evaluation
 import paper_files
+import paper_folder
 
 NAMES = [task.name for task in BENCHMARKS]
 SHARE = 0.0005
@@ -36,7 +37,7 @@ def test_all_twelve_are_answered_and_scored(files: Path, run_folder: Path, tmp_p
   assert cli.main(["eval", *options, f"--task={','.join(NAMES)}", f"--out={tmp_path}"]) == 0
   found = paper_evaluation.ran(tmp_path)
   assert set(found) == set(NAMES)
-  made = paper_files.Files(tmp_path / "again", SHARE)
+  made = paper_folder.Files(tmp_path / "again", SHARE)
   for name, counts in found.items():
     asked = json.loads((tmp_path / name / "scores.json").read_text())["asked"]
     assert counts["questions"] == asked
@@ -67,7 +68,7 @@ def test_the_page_says_what_was_predicted_and_what_ran() -> None:
   }
   record = {
     "pod": "p", "hosts": 4, "chips": "c", "compiler": "x", "ways": [one], "sizes":
-    {"vqav2": vars(paper_files.SIZES["vqav2"])}, "ran": {},
+    {"vqav2": vars(paper_folder.SIZES["vqav2"])}, "ran": {},
   }  # fmt: skip
   text = paper_evaluation.page(record)
   assert "## w, 2 rows: 0.50 hours (30.0 minutes)" in text
