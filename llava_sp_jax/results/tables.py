@@ -121,7 +121,9 @@ def together(several: Sequence[BenchmarkScores]) -> tuple[list[str], list[list[s
   rows = []
   for scores in several:
     total, found = scores.by_kind["all"], scores.interval
-    spread = f"{100 * found.low:.2f}% to {100 * found.high:.2f}%" if found else ""
+    spread = (  # which is not that of a headline such as an F1
+      f"{100 * found.mean:.2f}%, {100 * found.low:.2f}% to {100 * found.high:.2f}%" if found else ""
+    )
     rows.append(
       [
         scores.task,
@@ -131,7 +133,7 @@ def together(several: Sequence[BenchmarkScores]) -> tuple[list[str], list[list[s
         f"{total['items']} of {total['asked']}",
       ]
     )
-  return ["task", "protocol", "score", "95% interval", "scored"], rows
+  return ["task", "protocol", "score", "mean score of the answers, 95% interval", "scored"], rows
 
 
 def listed() -> tuple[list[str], list[list[str]]]:

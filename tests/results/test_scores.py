@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from llava_sp_jax.eval import run
 from llava_sp_jax.results import scores as scores_lib
 from llava_sp_jax.results import tables
+from llava_sp_jax.results.interval import Interval
 from llava_sp_jax.results.scores import BenchmarkScores
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from tests.conftest import REPOSITORY
@@ -48,6 +50,17 @@ def test_keys_that_came_later_are_not_needed(scored: tuple[BenchmarkScores, Path
   assert tables.cells(older) == tables.cells(scores)
   assert (older.answered, older.questions, older.variant) == (scores.answered, 12, {})
   assert older.checkpoint is older.step is older.model is older.compared is None
+
+
+def test_an_interval_stands_beside_its_own_mean(scored: tuple[BenchmarkScores, Path]) -> None:
+  """It would contradict a headline that is no mean of the answers, such as POPE's F1."""
+  sure = Interval("mean score of the answers", 0.4, 0.35, 0.45, 0.95, "bootstrap")
+  metric = "mean F1"
+  scores = dataclasses.replace(scored[0], headline=0.57, metric=metric, interval=sure)
+  head, (row,) = tables.together([scores])
+  said = dict(zip(head, row, strict=True))
+  assert said["score"] == "57.00% mean F1"
+  assert said["mean score of the answers, 95% interval"] == "40.00%, 35.00% to 45.00%"
 
 
 @pytest.mark.parametrize(
