@@ -3,28 +3,37 @@
 Usage: python benchmarks/second_start.py [--layers 24] [--out docs/results/second_start]
 
 Trains a small model with many unrolled layers for two steps, so that compiling takes long. Each start
-is a process of its own, without torch, as where the package is installed. Needs the extra `test`.
+is a process of its own, without torch, as where the package is installed. Then compiles the step of a
+real recipe for a slice that is not there. Needs the extra `test`, and libtpu.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jax
+
 from llava_sp_jax import provenance
+from llava_sp_jax.plan import topologies as slices
+from llava_sp_jax.plan.compile import ENVIRONMENT
+from llava_sp_jax.tools import plan as plan_tool
 from llava_sp_jax.training import goodput
 from tests import conftest
 from tests.end_to_end import cluster
 
+RECIPE, SLICE = "configs/finetune_lora.py:size=7b,init=", "v5e-16"
 BEFORE = ("start", "compile", "restore", "input")  # categories of seconds until the first step
 STEPS = 2
 # What a process runs: torch, an extra of tests, is as if it were not installed.
@@ -71,7 +80,7 @@ def start(what: str, file: Path, workdir: Path, *options: str) -> dict[str, Any]
   seconds = goodput.read(workdir)[-1].seconds
   found = {name: round(seconds[name], 2) for name in BEFORE}
   return {
-    "start": what,
+    "name": what,
     **found,
     "to_first_step": round(sum(found.values()), 2),
     "cpu": round(cpu, 1),
@@ -98,6 +107,41 @@ def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
   return found
 
 
+def absent() -> dict[str, float]:
+  """Returns the seconds of tracing, and of compiling, the step of RECIPE for SLICE; no cache helps."""
+  done = subprocess.run(
+    [sys.executable, __file__, "--absent"],
+    env={**os.environ, **ENVIRONMENT},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+  return result
+
+
+def compile_absent() -> None:
+  """Compiles in this process, and prints the seconds."""
+  from jax.experimental import topologies
+
+  from llava_sp_jax.distributed import mesh
+  from llava_sp_jax.plan import lower
+
+  _, config = plan_tool.read(["--config", RECIPE, "--topology", SLICE])
+  chips = slices.topology(SLICE)
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=chips.compiler_name, **chips.compiler_arguments
+  ).devices
+  train = config.train
+  device_mesh = mesh.create(config.mesh, train.batch_size, train.accumulate, list(devices))
+  begun = time.monotonic()
+  with jax.set_mesh(device_mesh):
+    lowered = lower.train_step(config, device_mesh).lower()
+    traced = time.monotonic()
+    lowered.compile()
+  print(json.dumps({"trace": traced - begun, "compile": time.monotonic() - traced}))
+
+
 def markdown(figures: dict[str, Any]) -> str:
   rows = figures["starts"]
   lines = [
@@ -117,7 +161,13 @@ def markdown(figures: dict[str, Any]) -> str:
   for row in rows:
     share = row["to_first_step"] / rows[0]["to_first_step"]
     values = " | ".join(f"{row[name]:.1f}" for name in (*BEFORE, "to_first_step"))
-    lines.append(f"| {row['start']} | {values} | {share:.1%} | {row['cpu']:.0f} |")
+    lines.append(f"| {row['name']} | {values} | {share:.1%} | {row['cpu']:.0f} |")
+  there = figures["absent"]
+  lines += [
+    "",
+    f"The step of `{RECIPE}` for {SLICE}, compiled by libtpu on the same machine: {there['trace']:.1f} s for tracing, "
+    f"which every start without an executable needs, and {there['compile']:.1f} s for compiling, which the first needs.",
+  ]
   return "\n".join(lines) + "\n"
 
 
@@ -125,9 +175,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--layers", type=int, default=24)
   parser.add_argument("--out", type=Path, default=None, help="writes OUT.md and OUT.json")
+  parser.add_argument("--absent", action="store_true", help=argparse.SUPPRESS)
   options = parser.parse_args()
+  if options.absent:
+    return compile_absent()
   with tempfile.TemporaryDirectory(prefix="llava-sp-") as folder:
-    figures = {"layers": options.layers, "starts": measure(Path(folder), options.layers)}
+    figures: dict[str, Any] = {
+      "layers": options.layers,
+      "starts": measure(Path(folder), options.layers),
+    }
+  figures["absent"] = absent()
   print(markdown(figures))
   if options.out:
     provenance.write(options.out, figures)

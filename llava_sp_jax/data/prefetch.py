@@ -29,7 +29,7 @@ class Ahead:
 class Prefetcher:
   """Computes `make(start)`, `make(start + 1)`, ... in threads, at most `room` ahead of the reader.
 
-  With `ahead`, its threads load further ahead, and of them `threads` at a time compute
+  With `ahead`, its threads load further ahead, and `threads` others compute
   `make(number, load(number))`.
 
   The threads are daemons: one that hangs in a file system does not keep the process from exiting.
@@ -45,12 +45,13 @@ class Prefetcher:
     room: int,
     ahead: Ahead | None = None,
   ):
-    self._work = _Work(make, start, threads, room, ahead)
-    _works.add(self._work)
-    self.close = weakref.finalize(self, self._work.close)
-    for number in range(ahead.threads if ahead else max(1, threads)):
+    self._work = work = _Work(make, start, room, ahead)
+    _works.add(work)
+    self.close = weakref.finalize(self, work.close)
+    makers = [work.make] * max(1, threads)
+    for number, run in enumerate([*makers, *[work.load] * (ahead.threads if ahead else 0)]):
       name = f"llava-sp-prefetch-{number}"
-      threading.Thread(target=self._work.run, name=name, daemon=True).start()
+      threading.Thread(target=run, name=name, daemon=True).start()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
     """Returns the next result, in order, after waiting for it.
@@ -61,51 +62,77 @@ class Prefetcher:
 
 
 class _Work:
-  """Holds what the threads share.
+  """Holds what the threads share. Each wakes only those that can go on then: they may be many.
 
   The threads refer to it and not to the Prefetcher, so that the latter can be garbage-collected.
   """
 
-  def __init__(
-    self, make: Callable[..., Any], start: int, threads: int, room: int, ahead: Ahead | None
-  ):
+  def __init__(self, make: Callable[..., Any], start: int, room: int, ahead: Ahead | None):
     self._make, self._room, self._ahead = make, room, ahead
     self._reach = max(room, ahead.threads) if ahead else room  # begun, and not taken yet
-    self._makers = threading.Semaphore(max(1, threads))
+    self._loaded, self._chosen = dict[int, Any](), dict[int, Any]()  # to be made; being made
     self._made: dict[int, tuple[Any, BaseException | None]] = {}
     self._begun = self._taken = start
     self._closed = False
-    self._busy = 0  # threads that call `make`
-    self._changed = threading.Condition()
+    self._busy = 0  # threads that call `load` or `make`
+    lock = threading.RLock()
+    self._may_begin, self._may_make, self._changed = (threading.Condition(lock) for _ in range(3))
 
-  def run(self) -> None:
-    while True:
-      with self._changed:
-        self._changed.wait_for(lambda: self._closed or self._begun - self._taken < self._reach)
-        if self._closed:
-          return
-        number, self._begun = self._begun, self._begun + 1
-        self._busy += 1
-      made: tuple[Any, BaseException | None]
+  def load(self) -> None:
+    """Loads until the end, in a thread of its own."""
+    assert self._ahead
+    while (number := self._next(self._may_begin, self._to_begin)) is not None:
       try:
-        made = (self._made_from(number), None)
+        loaded = self._ahead.load(number)
       except BaseException as error:  # `take` raises it
-        made = (None, error)
+        self._keep(number, (None, error))
+        continue
       with self._changed:
-        self._made[number] = made
+        self._loaded[number] = loaded
         self._busy -= 1
+        self._may_make.notify()
         self._changed.notify_all()
 
-  def _made_from(self, number: int) -> Any:
-    if not self._ahead:
-      return self._make(number)
-    loaded = self._ahead.load(number)
+  def make(self) -> None:
+    """Makes results until the end, in a thread of its own."""
+    choose = self._to_make if self._ahead else self._to_begin
+    while (number := self._next(self._may_make, choose)) is not None:
+      made: tuple[Any, BaseException | None]
+      try:
+        loaded = (self._chosen.pop(number),) if self._ahead else ()
+        made = (self._make(number, *loaded), None)
+      except BaseException as error:  # `take` raises it
+        made = (None, error)
+      self._keep(number, made)
+
+  def _next(self, changed: threading.Condition, choose: Callable[[], int | None]) -> int | None:
+    """Waits until there is a number to work on, and returns it; None at the end."""
+    with changed:
+      while not self._closed:
+        if (number := choose()) is not None:
+          self._busy += 1
+          return number
+        changed.wait()
+    return None
+
+  def _to_begin(self) -> int | None:
+    if self._begun - self._taken >= self._reach:
+      return None
+    self._begun += 1
+    return self._begun - 1
+
+  def _to_make(self) -> int | None:
+    number = min(self._loaded, default=None)
+    if number is None or number - self._taken >= self._room:
+      return None
+    self._chosen[number] = self._loaded.pop(number)
+    return number
+
+  def _keep(self, number: int, made: tuple[Any, BaseException | None]) -> None:
     with self._changed:
-      self._changed.wait_for(lambda: self._closed or number - self._taken < self._room)
-      if self._closed:
-        return None
-    with self._makers:
-      return self._make(number, loaded)
+      self._made[number] = made
+      self._busy -= 1
+      self._changed.notify_all()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
     with self._changed:
@@ -115,7 +142,8 @@ class _Work:
         self._changed.wait(POLL_SECONDS)
       found, error = self._made.pop(self._taken)
       self._taken += 1
-      self._changed.notify_all()
+      self._may_begin.notify()
+      self._may_make.notify()
     if error is not None:
       raise error
     return found
@@ -124,7 +152,9 @@ class _Work:
     with self._changed:
       self._closed = True
       self._made.clear()
-      self._changed.notify_all()
+      self._loaded.clear()
+      for waiting in (self._may_begin, self._may_make, self._changed):
+        waiting.notify_all()
 
   def leave(self, until: float) -> None:
     """Waits until no thread is at work, or `time.monotonic()` is `until`."""
