@@ -21,6 +21,8 @@ MAGIC = 0x71930E704FDAE05E  # at the end of each file
 TAIL = 1 << 18  # bytes at the end that are read first; they hold the list of a shard of images
 AHEAD = 1 << 20  # bytes that are read at a time where records are read in their order
 NEAR = 64  # records that may be left out in such an order
+# Reads in such an order before more is read ahead: a shuffled one has two or three of them by chance.
+STREAK = 4
 
 
 class ArrayRecordError(ValueError):
@@ -54,7 +56,8 @@ class ArrayRecord:
       ) from None
     self._places = np.append(about[:, 1], np.uint64(at)).astype(np.int64)
     self._lock = threading.Lock()
-    self._last, self._held = -NEAR, (0, b"")  # the last record; bytes that were read ahead
+    self._last, self._streak = -NEAR, 0  # the last record, and reads in order up to it
+    self._held = 0, b""  # bytes that were read ahead
 
   def __len__(self) -> int:
     return len(self._places) - 1
@@ -71,8 +74,8 @@ class ArrayRecord:
   def _bytes(self, number: int, start: int, end: int) -> bytes:
     with self._lock:
       begin, held = self._held
-      in_order = 0 < number - self._last <= NEAR
-      self._last = number
+      self._streak = self._streak + 1 if 0 < number - self._last <= NEAR else 0
+      self._last, in_order = number, self._streak >= STREAK
     if begin <= start and end <= begin + len(held):
       return held[start - begin : end - begin]
     found = self._file.read_at(start, max(end - start, AHEAD) if in_order else end - start)

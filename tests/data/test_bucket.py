@@ -128,6 +128,32 @@ def test_records_are_read_by_ranges(tmp_path: Path) -> None:
       assert found[number] == wanted[number]
 
 
+def test_only_what_is_read_in_order_is_read_ahead(tmp_path: Path) -> None:
+  """Records in a shuffled order cost their own bytes, though some follow each other by chance."""
+  shards = pack._Shards(tmp_path, packed.IMAGES, 1 << 30)
+  for _ in range(200):
+    shards.write(os.urandom(20_000))
+  shards.close()
+  counted = []
+  for order in (range(200), np.random.default_rng(0).permutation(200).tolist()):
+    found = array_record.ArrayRecord(tmp_path / shards.done[0]["file"])
+    file, reads = found._file, list[int]()
+
+    def read_at(start: int, count: int, file: Any = file, reads: list[int] = reads) -> bytes:
+      reads.append(count)
+      return bytes(file.read_at(start, count))
+
+    found._file = dataclasses.replace(file, read_at=read_at)
+    for number in order:
+      found[number]
+    counted.append((len(reads), sum(reads)))
+  (in_order, ordered_bytes), (shuffled, shuffled_bytes) = counted
+  assert in_order < 20
+  assert shuffled == 200
+  assert ordered_bytes < 2 * 200 * 20_000
+  assert shuffled_bytes < 1.1 * 200 * 20_100
+
+
 @pytest.mark.parametrize("damage", ["short", "not one", "in the list", "in a record"])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
   shards = pack._Shards(tmp_path, packed.IMAGES, 1 << 30)
