@@ -97,6 +97,12 @@ def passed_trials() -> int:
   return sum(trial["passed"] for trial in trials)
 
 
+def second_start(name: str) -> float:
+  """Percent of the time of the first start until the first step."""
+  seconds = {start["name"]: start["to_first_step"] for start in result("second_start")["starts"]}
+  return float(100 * seconds[name] / seconds["first"])
+
+
 def passed_trials_in_a_bucket(of: int) -> int:
   """Kill trials on runs in a bucket that passed."""
   trials = result("kill_trials_bucket")
@@ -185,6 +191,10 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/pods.md", "3.661 s"): lambda: plan(LORA.format("cropping"), "v5e-16"),
   ("docs/pods.md", "3.657 s"): lambda: plan(LORA.format("pooling"), "v5e-16"),
   ("docs/pods.md", "3.647 s"): lambda: plan(LORA.format("none"), "v5e-16"),
+  ("docs/training.md", "39.7%"): lambda: second_start("resumed once more"),
+  ("docs/training.md", "34.3%"): lambda: second_start("resumed with an executable"),
+  ("docs/training.md", "80 s"): lambda: result("second_start")["absent"]["compile"],
+  ("docs/training.md", "2.9 s"): lambda: result("second_start")["absent"]["trace"],
   ("docs/training.md", "11 of 11"): lambda: passed_trials_in_a_bucket(11),
   ("docs/pods.md", "0.4%"): lambda: 100 * (
     plan(LORA.format("cropping"), "v5e-16") / plan(LORA.format("none"), "v5e-16") - 1),
