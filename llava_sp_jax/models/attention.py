@@ -29,9 +29,12 @@ from llava_sp_jax.models.arrays import Array
 # and splash's log-sum-exp), or all outputs of this primitive (the same for cuDNN, which names no
 # arrays).
 SAVED = "attention"
+INPUTS = ("q", "k", "v")  # names of what an implementation reads
 SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 BLOCK = 512  # queries and keys per tile of the kernel; if it does not divide T, gcd(T, BLOCK)
 LANES = 128  # the kernel's smallest tile
+
+Angles = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +80,13 @@ class Implementation:
   """Holds one implementation of attention.
 
   `run(case, q, k, v, mask, segments)` computes it. `objections(case)` returns why it cannot compute
-  a case, as texts; [] if it can.
+  a case, as texts; [] if it can. If it `rotates(case)`, `run` takes `angles`, and rotates queries and
+  keys itself.
   """
 
   run: Callable[..., jax.Array]
   objections: Callable[[Case], list[str]]
+  rotates: Callable[[Case], bool] = lambda case: False
 
 
 def attend(
@@ -91,6 +96,7 @@ def attend(
   v: Float[Array, "B S K H"],
   mask: Bool[Array, "B T S"],
   segments: Int[Array, "B T"] | None,
+  angles: Angles | None = None,
 ) -> Float[Array, "B T N H"]:
   """Computes masked attention by the implementation that `choose` names.
 
@@ -100,13 +106,34 @@ def attend(
     mask: which keys each query sees; defines the result.
     segments: of the positions, when keys and queries are the same ones; None when the keys come
       from a cache.
+    angles: cosines and sines by which queries and keys are rotated; None if they have been.
 
   Rows of padding (segment 0) hold finite values without meaning.
 
   Raises: ValueError when `spec` names an implementation that cannot compute this.
   """
   case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, shares.sizes(q, k))
-  return IMPLEMENTATIONS[choose(case)].run(case, q, k, v, mask, segments)
+  return computed(choose(case), case, q, k, v, mask, segments, angles)
+
+
+def computed(
+  name: str,
+  case: Case,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+  segments: Int[Array, "B T"] | None,
+  angles: Angles | None = None,
+) -> Float[Array, "B T N H"]:
+  """Computes a case by the implementation that is named, with the arguments of `attend`."""
+  implementation = IMPLEMENTATIONS[name]
+  if angles is not None and implementation.rotates(case):
+    return implementation.run(case, q, k, v, mask, segments, angles)
+  if angles is not None:
+    q, k = (layers.rotary(x, *angles) for x in (q, k))
+  q, k, v = (checkpoint_name(x, name) for x, name in zip((q, k, v), INPUTS, strict=True))
+  return implementation.run(case, q, k, v, mask, segments)
 
 
 def choose(case: Case) -> str:
@@ -236,11 +263,12 @@ def _splash(
   )
 
   def local(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
-  ) -> Float[Array, "B N T H"]:
+  ) -> Float[Array, "B T N H"]:
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     shape = (length, length)
     one = (
       splash_mask.LocalMask(shape, (case.spec.window - 1, 0), 0)
@@ -255,9 +283,9 @@ def _splash(
     )
     q = q * jnp.asarray(1 / math.sqrt(case.head_dim), q.dtype)
     result: jax.Array = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
-    return result
+    return result.transpose(0, 2, 1, 3)
 
-  return _per_device(local, q, k, v, segments)
+  return shares.on_each_device(local, 2)(q, k, v, segments)
 
 
 def _flash(
@@ -267,28 +295,34 @@ def _flash(
   v: Float[Array, "B S K H"],
   mask: Bool[Array, "B T S"],
   segments: Int[Array, "B T"],
+  angles: Angles | None = None,
 ) -> Float[Array, "B T N H"]:
   """Runs the kernels of `flash`, with the mask of `_splash`; interpreted without a TPU."""
 
   def local(
-    q: Float[Array, "B N T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
-  ) -> Float[Array, "B N T H"]:
+    *angles: Float[Array, "B T half"],
+  ) -> Float[Array, "B T N H"]:
     kernel = flash.Kernel(
       length=case.length,
       width=case.head_dim,
-      heads=q.shape[1],
-      shared=q.shape[1] // k.shape[1],
+      heads=q.shape[2],
+      shared=q.shape[2] // k.shape[2],
       block=math.gcd(case.length, flash.BLOCK),
       scale=1 / math.sqrt(case.head_dim),
-      name=SAVED,
+      names=(*INPUTS, SAVED),
       interpret=case.platform == "cpu",
+      rotates=bool(angles),
+      most=1 if shares.device_kind() == flash.SMALL else 2,
     )
-    return flash.attend(q, k, v, flash.first_keys(segments, case.spec.window), kernel)
+    first = flash.first_keys(segments, case.spec.window)
+    turned = (angles[0], angles[1]) if angles else None
+    return flash.attend(q, k, v, first, kernel, turned)
 
-  return _per_device(local, q, k, v, segments)
+  return shares.on_each_device(local, 2)(q, k, v, segments, *(angles or ()))
 
 
 def _flash_objections(case: Case) -> list[str]:
@@ -297,21 +331,9 @@ def _flash_objections(case: Case) -> list[str]:
   return [*_splash_objections(case), *long]
 
 
-def _per_device(
-  local: Callable[..., jax.Array],
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  segments: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-  """Runs `local` on each device's rows and heads, [B, N, T, H]."""
-  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-  return shares.on_each_device(local, 1)(q, k, v, segments).transpose(0, 2, 1, 3)
-
-
 IMPLEMENTATIONS = {
   "xla": Implementation(_xla, lambda case: []),
-  "flash": Implementation(_flash, _flash_objections),
+  "flash": Implementation(_flash, _flash_objections, lambda case: case.head_dim % LANES == 0),
   "splash": Implementation(_splash, _splash_objections),
   "cudnn_packed": Implementation(_cudnn_packed, _cudnn_packed_objections),
   "cudnn": Implementation(_cudnn, _cudnn_objections),

@@ -80,19 +80,19 @@ class DecoderBlock(nn.Module):
       [dense(n * self.head_dim, use_bias=self.attention_bias, name=p) for p, n in counts.items()], y
     )
     q, k, v = (h.reshape(*y.shape[:2], -1, self.head_dim) for h in made)
-    q = checkpoint_name(rotary(q, *angles), "q")
-    k = checkpoint_name(rotary(k, *angles), "k")
-    v = checkpoint_name(v, "v")
     if near is not None and windowed is not None:
       mask = mask & (near | ~windowed)
-    new = None if cache is None else (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+    new = None
+    if cache is not None:  # which holds rotated keys
+      q, k = rotary(q, *angles), rotary(k, *angles)
+      new = (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
     if past is not None and cache is not None and new is not None:
       seen = past.seen
       if past.near is not None and windowed is not None:
         seen = seen & (past.near | ~windowed)
       out = attend_cached(self.attention, q, cache, seen, new, mask)
     else:
-      out = attend(self.attention, q, k, v, mask, segments)
+      out = attend(self.attention, q, k, v, mask, segments, angles if cache is None else None)
     out = dense(x.shape[-1], name="o_proj")(out.reshape(*x.shape[:2], -1))
     x = checkpoint_name(x + out, "middle")
     y = RMSNorm(self.norm_eps, name="mlp_norm")(x)

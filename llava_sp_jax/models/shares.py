@@ -25,6 +25,12 @@ def sizes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> tuple[int, 
   return a, b, c
 
 
+def device_kind() -> str:
+  """Returns jax's name of the devices that a program is traced for, such as "TPU v4"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return str((device or jax.local_devices()[0]).device_kind)
+
+
 def _ways(axis: str, mesh: dict[str, int]) -> int:
   """Returns the number of devices that a logical axis is divided over."""
   (names,) = nn.logical_to_mesh_axes((axis,)) or (None,)
@@ -33,15 +39,18 @@ def _ways(axis: str, mesh: dict[str, int]) -> int:
 
 
 def on_each_device(local: Callable[..., jax.Array], heads_at: int) -> Callable[..., jax.Array]:
-  """Returns a function of q, k, v and segments that runs `local` on each device's rows and heads.
+  """Returns a function of q, k, v and arrays of rows that runs `local` on a device's rows and heads.
 
-  `heads_at` is the axis of heads in q, k and v.
+  `heads_at` is the axis of heads in q, k and v. The other arrays, such as segments, begin [B, T].
   """
   if jax.sharding.get_abstract_mesh().empty:
     return local
   names = tuple("heads" if axis == heads_at else None for axis in range(1, 4))
   heads = nn.logical_to_mesh_axes(("batch", *names)) or PartitionSpec()
   rows = nn.logical_to_mesh_axes(("batch", None)) or PartitionSpec()
-  return jax.shard_map(
-    local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-  )
+
+  def run(*arrays: jax.Array) -> jax.Array:
+    specs = (heads, heads, heads, *[rows] * (len(arrays) - 3))
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)
+
+  return run

@@ -210,8 +210,9 @@ class Predictor:
     if kernels.is_kernel(op):
       flops, share = kernels.flops(op, computation, self._row)
       kind = "kernel"
-      work = dataclasses.replace(work, flops=flops)
-      seconds = max(flops / (share * chip.peak_flops), work.nbytes / chip.hbm_rate)
+      work = dataclasses.replace(work, flops=flops, vector=kernels.vector(op, computation))
+      computing = flops / (share * chip.peak_flops) + work.vector / chip.vector_rate
+      seconds = max(computing, work.nbytes / chip.hbm_rate)
       if not flops:
         cost.unknown.append(op.op_name or op.name)
     if seconds:

@@ -2,7 +2,10 @@
 
 Attention computes only the tiles that the causal triangle touches, and flash attention only those
 of them that have a query and a key of the same sample. Shapes: queries [.., N, T, H], keys [.., K,
-S, H]. The shares of the peak are from the kernels' own schedules on v5e.
+S, H], or with heads side by side, [.., T, N H]. The shares of the peak are those of
+splash's schedule on v5e. By the instructions of their schedules, the kernels of flash have .57 and .85
+on v5e, rotations included, and .17 and .30 on v6e, whose products are four times as fast beside the
+same vector unit. Rotations of queries and keys, which a kernel does before its products, are added.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import itertools
 import math
 import re
 
-from llava_sp_jax.plan.hlo import Computation, Op
+from llava_sp_jax.plan.hlo import Computation, HloArray, Op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,11 @@ KERNELS: tuple[tuple[str, int, float], ...] = (
   (r"splash_m[hq]a_dkv", 5, 0.67),  # all three gradients in one kernel, as in `models.attention`
 )
 SKIPS = r"flash_"  # regex of those that skip other samples; the others mask them
+# (regex over the name, how often a kernel rotates queries and keys if it does: gradients, too)
+ROTATIONS = (("flash_forward", 1), ("flash_backward", 2))
+ROTATES = re.compile(r'"?rotates\\?": 1')  # in a kernel's metadata
+# Vector operations for a rotated element, from the schedules on v5e, where halves are swapped beside.
+ROTATION = 9.0
 # Patterns of the sides of a tile in a kernel's metadata; the first match is for its own pass.
 TILE = tuple(re.compile(rf'block_{side}(?:_dkv)?\\?": (\d+)') for side in ("q", "kv"))
 
@@ -62,8 +70,7 @@ def flops(op: Op, computation: Computation, row: Row = FULL) -> tuple[float, flo
   """
   for pattern, matmuls, share in KERNELS:
     if re.search(pattern, op.name) or re.search(pattern, op.op_name):
-      arrays = [computation.by_name[o].arrays[0] for o in op.operands if o in computation.by_name]
-      heads = [a for a in arrays if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16")]
+      heads = _heads(op, computation)
       if len(heads) < 2:
         return 0.0, share
       queries, keys = heads[0].dims, heads[1].dims
@@ -71,6 +78,21 @@ def flops(op: Op, computation: Computation, row: Row = FULL) -> tuple[float, flo
       computed = _computed(op, queries[-2], keys[-2], row if skips else FULL)
       return 2.0 * matmuls * math.prod(queries) * keys[-2] * computed, share
   return 0.0, 1.0
+
+
+def vector(op: Op, computation: Computation) -> float:
+  """Returns the vector operations of a call that are not in the share of the peak: rotations."""
+  if not ROTATES.search(op.attributes):
+    return 0.0
+  times = next((n for pattern, n in ROTATIONS if pattern in op.name or pattern in op.op_name), 0)
+  queries, keys = _heads(op, computation)[:2]
+  return ROTATION * times * (queries.size + keys.size)
+
+
+def _heads(op: Op, computation: Computation) -> list[HloArray]:
+  """Returns the arrays of heads that a call reads, queries and keys first."""
+  arrays = [computation.by_name[o].arrays[0] for o in op.operands if o in computation.by_name]
+  return [a for a in arrays if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16")]
 
 
 def _computed(op: Op, queries: int, keys: int, row: Row) -> float:

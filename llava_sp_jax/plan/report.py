@@ -33,7 +33,7 @@ PREDICTORS = {
 # Identify a record; a new one replaces its old.
 RECORD_KEYS = (
   "model", "topology", "what", "rows", "row_length", "mesh", "weights", "cache", "quantize", "products",
-  "samples",
+  "samples", "unrolled",
 )  # fmt: skip
 FLOATS = {
   "weights": "none",
@@ -189,7 +189,8 @@ class Plan:
       "base": config.mesh.base,
     }
     held = {"quantize": config.model.quantize, "products": config.model.frozen_matmul}
-    several = {"samples": self.row.samples} if self.row.samples > 1 else {}
+    counts = {"samples": self.row.samples, "unrolled": config.model.scan_unroll}
+    several = {key: count for key, count in counts.items() if count > 1}
     return result | several | {key: form for key, form in held.items() if form != FLOATS[key]}
 
   def _answering(self, speed: bool) -> dict[str, Any]:
@@ -258,6 +259,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "accumulate": ("accumulate",),
   "remat": ("remat",),
   "base": ("base",),
+  "unrolled": ("unrolled",),
   "products": ("products",),
   "s/step": ("step_seconds",),
   "by published runs": ("step_seconds_published",),
@@ -282,7 +284,7 @@ def table(records: list[dict[str, Any]]) -> str:
     "prefill of prompts into all rows, each with images of its own. The mesh is data x fsdp x "
     "tensor. Tokens that count are `filled` of the places of a row. Attention skips what `samples` "
     "equal samples of a row do not see of each other; - is one sample, for which a step of many "
-    "chips waits.",
+    "chips waits. `unrolled` is how many layers are compiled side by side (`model.scan_unroll`).",
     "",
     "| " + " | ".join(COLUMNS) + " |",
     "|" + "---|" * len(COLUMNS),

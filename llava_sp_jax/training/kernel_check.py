@@ -30,6 +30,7 @@ SAMPLES = (0.2, 0.3, 0.4)  # of the row, which a row of several samples has; the
 # How far the result at any position may be from float32, as a share of its norm: products and
 # results are rounded to bfloat16 (eight bits) a few times. A wrong tile is ten times as far.
 TOLERANCE = 0.03
+THETA = 10000.0  # of the rotation, which a kernel may compute itself
 RESULTS = ("output", "gradient of queries", "gradient of keys", "gradient of values")
 
 
@@ -85,6 +86,7 @@ def _results(case: Case, name: str) -> list[np.ndarray]:
   if spec.window:
     mask &= layers.window_mask(index, index, spec.window)
   mask |= jnp.eye(length, dtype=bool) & (segments == 0)[:, :, None]
+  angles = layers.Rope(THETA).angles(case.head_dim, index, segments)
   drawn = jax.random.split(jax.random.key(0), 4)
   q, k, v, given = (
     jax.random.normal(key, (1, length, n, case.head_dim), jnp.bfloat16).astype(dtype)
@@ -92,11 +94,11 @@ def _results(case: Case, name: str) -> list[np.ndarray]:
   )
   given = given * (segments > 0)[..., None, None].astype(dtype)
   kept = dataclasses.replace(case, spec=spec, dtype=dtype)
-  run = functools.partial(attention.IMPLEMENTATIONS[name].run, kept)
+  run = functools.partial(attention.computed, name, kept)
 
   @jax.jit
   def program(q: Any, k: Any, v: Any, given: Any) -> Any:
-    out, back = jax.vjp(lambda q, k, v: run(q, k, v, mask, segments), q, k, v)
+    out, back = jax.vjp(lambda q, k, v: run(q, k, v, mask, segments, angles), q, k, v)
     return jnp.where((segments > 0)[..., None, None], out, 0), *back(given)
 
   with jax.default_matmul_precision("highest" if name == "xla" else "default"):

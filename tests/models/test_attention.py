@@ -28,6 +28,7 @@ from llava_sp_jax.models.layers import causal_mask, window_mask
 from tests.conftest import ConfigMaker
 
 B, T, N, K, H = 4, 256, 4, 2, 16
+NAMES = ("q", "k", "v", "kept")
 SAMPLES = (100, 70, 61)  # tokens of each sample in a row; the rest of the row is padding
 
 
@@ -96,21 +97,19 @@ def test_gradients_of_key_heads_are_summed(heads: tuple[int, int]) -> None:
   count, shared = heads[0], heads[0] // heads[1]
   rng = np.random.default_rng(0)
   sizes = (count, heads[1], heads[1], count)
-  q, k, v, weights = (jnp.asarray(rng.normal(size=(2, n, T, H)), jnp.float32) for n in sizes)
+  q, k, v, weights = (jnp.asarray(rng.normal(size=(2, T, n, H)), jnp.float32) for n in sizes)
   segments = jnp.stack([jnp.asarray(row()[0]), jnp.full(T, BRANCHES)])
-  kernel = flash.Kernel(T, H, count, shared, 128, 0.25, "kept", interpret=True)
+  kernel = flash.Kernel(T, H, count, shared, 128, 0.25, NAMES, interpret=True)
   index = jnp.broadcast_to(jnp.arange(T), (2, T))
   mask = causal_mask(index, segments, index, segments)
-  weights = weights * (segments > 0)[:, None, :, None]
+  weights = weights * (segments > 0)[:, :, None, None]
 
   def ours(q: Any, k: Any, v: Any) -> jax.Array:
     made: jax.Array = flash.attend(q, k, v, flash.first_keys(segments), kernel)
     return (made * weights).sum()
 
   def reference(q: Any, k: Any, v: Any) -> jax.Array:
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    made = layers.attend(q, k, v, mask).transpose(0, 2, 1, 3)
-    return (made * weights).sum()
+    return (layers.attend(q, k, v, mask) * weights).sum()
 
   for mine, theirs in zip(
     *(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (ours, reference)), strict=True
@@ -118,11 +117,37 @@ def test_gradients_of_key_heads_are_summed(heads: tuple[int, int]) -> None:
     np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_the_kernel_rotates_queries_and_keys(heads: tuple[int, int]) -> None:
+  """Heads of a whole vector register; positions of each sample begin at 0, as in packed rows."""
+  width, rng = 128, np.random.default_rng(0)
+  sizes = (heads[0], heads[1], heads[1], heads[0])
+  q, k, v, weights = (jnp.asarray(rng.normal(size=(2, T, n, width)), jnp.float32) for n in sizes)
+  segments, positions = (jnp.broadcast_to(x, (2, T)) for x in row())
+  index = jnp.broadcast_to(jnp.arange(T), (2, T))
+  mask = causal_mask(index, segments, index, segments)
+  angles = layers.Rope(100.0).angles(width, positions, segments)
+  weights = weights * (segments > 0)[:, :, None, None]
+
+  def run(name: str, turned: Any) -> Any:
+    spec = AttentionChoice(name, branches=False)
+
+    def loss(q: Any, k: Any, v: Any) -> jax.Array:
+      return (attend(spec, q, k, v, mask, segments, turned) * weights).sum()
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+  made = (jax.tree.leaves(run(name, angles)) for name in ("flash", "xla"))
+  for mine, theirs in zip(*made, strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+  assert abs(run("flash", angles)[0] - run("flash", None)[0]) > 1, "the rotation matters"
+
+
 def test_tiles_that_no_query_sees_are_not_read() -> None:
   """What is not a number in the keys of another sample changes nothing."""
   segments = jnp.repeat(jnp.array([[1, 2, 2, 0]]) * BRANCHES, T // 4, axis=1)
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, T, H)), jnp.float32)
-  kernel = flash.Kernel(T, H, 2, 1, T // 4, 0.25, "kept", interpret=True)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, 2, H)), jnp.float32)
+  kernel = flash.Kernel(T, H, 2, 1, T // 4, 0.25, NAMES, interpret=True)
   first = flash.first_keys(segments)
 
   def run(keys: jax.Array) -> tuple[jax.Array, ...]:
@@ -130,9 +155,9 @@ def test_tiles_that_no_query_sees_are_not_read() -> None:
     return out, *back(jnp.ones_like(out))
 
   mine = slice(T // 4, 3 * T // 4)
-  others = x.at[:, :, : T // 4].set(jnp.nan).at[:, :, 3 * T // 4 :].set(jnp.nan)
+  others = x.at[:, : T // 4].set(jnp.nan).at[:, 3 * T // 4 :].set(jnp.nan)
   for plain, spoiled in zip(jax.jit(run)(x), jax.jit(run)(others), strict=True):
-    np.testing.assert_array_equal(plain[:, :, mine], spoiled[:, :, mine])
+    np.testing.assert_array_equal(plain[:, mine], spoiled[:, mine])
 
 
 @pytest.mark.parametrize("window", [0, 3])

@@ -161,9 +161,11 @@ def test_attention_counts_the_products_that_its_kernels_make(
   x = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
   segments = jnp.ones((1, length), jnp.int32)
   mask = jnp.ones((1, length, length), bool)
+  angle = jnp.ones((1, length, width // 2))
 
   def scalar(q: Any, k: Any, v: Any) -> Any:
-    return attention.attend(spec, q, k, v, mask, segments).astype(jnp.float32).sum()
+    made = attention.attend(spec, q, k, v, mask, segments, (angle, angle))
+    return made.astype(jnp.float32).sum()
 
   def seen(q: int, k: int) -> bool:
     return k <= q and (
@@ -205,6 +207,9 @@ def test_attention_counts_the_products_that_its_kernels_make(
     found, share = kernels.flops(module.entry.root, module.entry, row)
     assert found == pytest.approx(wanted, rel=1e-12), phase
     assert 0 < share < 1
+    rotated = {"fwd": 2, "dkv": 4}[phase] if name == "flash" else 0  # arrays; gradients, too
+    turned = kernels.vector(module.entry.root, module.entry)
+    assert turned == pytest.approx(kernels.ROTATION * rotated * length * heads * width)
   assert not products
 
 

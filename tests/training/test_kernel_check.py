@@ -24,8 +24,8 @@ def config(tiny_config: ConfigMaker) -> Any:
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
   right = attention.IMPLEMENTATIONS["flash"]
 
-  def run(case: Any, q: Any, k: Any, v: Any, mask: Any, segments: Any) -> Any:
-    return right.run(case, *change(q, k, v), mask, segments)
+  def run(case: Any, q: Any, k: Any, v: Any, *others: Any) -> Any:
+    return right.run(case, *change(q, k, v), *others)
 
   wrong = dataclasses.replace(right, run=run)
   monkeypatch.setitem(attention.IMPLEMENTATIONS, "flash", wrong)
