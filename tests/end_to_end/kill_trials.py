@@ -9,7 +9,9 @@ the seconds that the run accounts for are those of the wall clock.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -134,7 +136,9 @@ class Trials:
     self._folder, self._make, self._runs = folder, make, runs or folder
 
   def unbroken(self, recipe: str, topology: Topology) -> Path:
-    workdir = self._folder / f"{recipe} {topology}".replace(" ", "_")
+    # XLA's flags change the last bits; a later call may have others.
+    flags = hashlib.sha256(os.environ.get("XLA_FLAGS", "").encode()).hexdigest()[:6]
+    workdir = self._folder / f"{recipe} {topology} {flags}".replace(" ", "_")
     if len(cluster.metrics(workdir)) < STEPS:
       shutil.rmtree(workdir, ignore_errors=True)
       Cluster(self._file(recipe), workdir, topology).finish()
