@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates the environment and runs format, lint, types and tests. Arguments go to pytest.
 #
-#   bash scripts/test.sh              the default suite: 12 minutes on two cores
+#   bash scripts/test.sh              the default suite: 15 minutes on two cores
 #   bash scripts/test.sh models       the tests of a room (a folder of tests/); may be several: data models
 #   bash scripts/test.sh models -k projector -x       with options of pytest
 #   bash scripts/test.sh --guards     the slow tests that hold a promise of README or docs: 25 minutes
