@@ -137,7 +137,8 @@ def markdown(record: dict[str, Any]) -> str:
     f"Packed samples of one JPEG of 640x480 each, decoded to 336x336 by {record['threads']} thread(s) on one core: "
     f"from a local disk, and from a bucket whose every request takes {record['latency'] * 1000:.0f} ms longer. The bucket is a "
     "server on another core of this machine. Batches are equal to the bit. Medians of "
-    f"{record['repeats']} turns of both sides in one run; the ratio is that of each turn. Made by "
+    f"{record['repeats']} turns of both sides in one run; the ratio is the median of those of each turn. The "
+    "core was always busy, so a second is a CPU second. Made by "
     "`python benchmarks/bucket_reading.py`.",
     "",
     "| images per | rows | disk | bucket | ratio | of each turn |",

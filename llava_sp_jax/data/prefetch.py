@@ -125,7 +125,7 @@ class _Work:
     number = min(self._loaded, default=None)
     if number is None or number - self._taken >= self._room:
       return None
-    self._chosen[number] = self._loaded.pop(number)
+    self._chosen[number] = self._loaded.pop(number, None)  # `close` may run within this thread
     return number
 
   def _keep(self, number: int, made: tuple[Any, BaseException | None]) -> None:

@@ -326,7 +326,7 @@ def _flash(
 
 
 def _flash_objections(case: Case) -> list[str]:
-  most = flash.ROOM // case.head_dim
+  most = flash.ROOM // max(case.head_dim, LANES)  # a narrower head takes as much vector memory
   long = [f"row length {case.length} is more than {most}"] if case.length > most else []
   return [*_splash_objections(case), *long]
 

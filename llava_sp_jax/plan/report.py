@@ -284,7 +284,7 @@ def table(records: list[dict[str, Any]]) -> str:
     "prefill of prompts into all rows, each with images of its own. The mesh is data x fsdp x "
     "tensor. Tokens that count are `filled` of the places of a row. Attention skips what `samples` "
     "equal samples of a row do not see of each other; - is one sample, for which a step of many "
-    "chips waits. `unrolled` is how many layers are compiled side by side (`model.scan_unroll`).",
+    "chips waits. `unrolled` is how many layers a turn of the loop over layers has (`model.scan_unroll`); - is one.",
     "",
     "| " + " | ".join(COLUMNS) + " |",
     "|" + "---|" * len(COLUMNS),

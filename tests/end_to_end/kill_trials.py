@@ -274,7 +274,9 @@ def markdown(records: list[Record]) -> str:
     "topology must give the same bits of loss, gradient norm and accuracy at every step, and of "
     "every parameter and moment after the last; another one the same samples in the same rows, and "
     f"losses within {TOLERANCE:g} (relative). `one` kills one "
-    "process, whose death must end the others. In every trial the ledger adds up.",
+    "process, whose death must end the others. In every trial the ledger adds up. Seconds are those "
+    "until the run says that it is complete: by the clock, and by the run's own account, with its "
+    "`lost` and `waiting`; `waited` is the clock's time in which process 0 was dead.",
     "",
     f"Made by `python scripts/kill_trials.py {option}--out docs/results/{out}`.",
     "",

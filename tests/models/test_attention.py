@@ -117,7 +117,7 @@ def test_gradients_of_key_heads_are_summed(heads: tuple[int, int]) -> None:
     np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (3, 1)])
 def test_the_kernel_rotates_queries_and_keys(heads: tuple[int, int]) -> None:
   """Heads of a whole vector register; positions of each sample begin at 0, as in packed rows."""
   width, rng = 128, np.random.default_rng(0)
@@ -137,9 +137,10 @@ def test_the_kernel_rotates_queries_and_keys(heads: tuple[int, int]) -> None:
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
-  made = (jax.tree.leaves(run(name, angles)) for name in ("flash", "xla"))
-  for mine, theirs in zip(*made, strict=True):
-    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+  for turned in (angles, None):  # None: what comes from a cache has been rotated
+    made = (jax.tree.leaves(run(name, turned)) for name in ("flash", "xla"))
+    for mine, theirs in zip(*made, strict=True):
+      np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
   assert abs(run("flash", angles)[0] - run("flash", None)[0]) > 1, "the rotation matters"
 
 
@@ -184,6 +185,25 @@ def test_on_a_mesh_they_equal_the_reference(name: str) -> None:
       assert ("tensor",) in spec[1:], "heads are divided"
 
 
+def test_on_a_mesh_each_device_rotates_its_own_rows() -> None:
+  """Each row has positions of its own, so those of another row would give another result."""
+  width, rng = 128, np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(B, T, 2, width)), jnp.float32) for _ in range(3))
+  segments = jnp.full((B, T), BRANCHES)
+  index = jnp.broadcast_to(jnp.arange(T), (B, T))
+  mask = causal_mask(index, segments, index, segments)
+  angles = layers.Rope(100.0).angles(width, index * (1 + jnp.arange(B)[:, None]), segments)
+
+  def run(name: str) -> Any:
+    with nn.logical_axis_rules(sharding.activation_rules()):
+      spec = AttentionChoice(name, branches=False)
+      return jax.jit(lambda *x: attend(spec, *x, mask, segments, angles))(q, k, v)
+
+  reference = run("xla")
+  with jax.set_mesh(mesh_lib.create(config_lib.MeshConfig(data=2, fsdp=2, tensor=2))):
+    np.testing.assert_allclose(run("flash"), reference, rtol=1e-4, atol=1e-4)
+
+
 CASE = Case(
   AttentionChoice("auto", "tpu", branches=False),
   2048,
@@ -202,6 +222,9 @@ CHOICES = {
   "tpu, packed chains": (CASE, "flash"),
   "tpu, window of all layers": (with_spec(window=512), "flash"),
   "tpu, long rows": (dataclasses.replace(CASE, length=4096), "splash"),
+  "tpu, long rows of narrow heads": (
+    dataclasses.replace(CASE, length=4096, head_dim=64), "splash",
+  ),
   "tpu, window of some layers": (with_spec(window=512, mixed_layers=True), "xla"),
   "tpu, branches": (with_spec(branches=True), "xla"),
   "tpu, cache": (dataclasses.replace(CASE, cached=True), "xla"),
