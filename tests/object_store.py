@@ -1,7 +1,7 @@
 """Serves objects in memory as Cloud Storage does: `python -m tests.object_store` prints its address.
 
-`python -m tests.object_store SECONDS` answers each request so much later. Every second read of an
-object with UNRELIABLE in its name fails.
+`python -m tests.object_store SECONDS` answers each request so much later. Of an object with
+UNRELIABLE in its name, each range fails once: the first read of it.
 
 It speaks the part of the JSON API that gcsfs, google-cloud-storage and tensorstore use. A put is
 atomic and may have a precondition. There is no rename, no append, no lock and no folder: what a
@@ -84,7 +84,7 @@ class Objects:
 
   def __init__(self) -> None:
     self._lock, self._held = threading.Lock(), dict[str, Stored]()
-    self._reads = dict[str, int]()
+    self._failed = set[tuple[str, str]]()  # objects and ranges
     self.numbers, self.uploads = itertools.count(1), dict[str, Upload]()
 
   def get(self, name: str, wanted: dict[str, str]) -> Stored:
@@ -94,12 +94,11 @@ class Objects:
         raise RefusedError(404, f"no such object: {name}")
       return self._held[name]
 
-  def may_fail(self, name: str) -> None:
+  def may_fail(self, name: str, span: str) -> None:
     with self._lock:
-      if UNRELIABLE in name and (count := self._reads.get(name, 0)) % 2 == 0:
-        self._reads[name] = count + 1
+      if UNRELIABLE in name and (name, span) not in self._failed:
+        self._failed.add((name, span))
         raise RefusedError(503, "try again")
-      self._reads[name] = self._reads.get(name, 0) + 1
 
   def put(self, name: str, data: bytes, wanted: dict[str, str]) -> dict[str, Any]:
     with self._lock:
@@ -200,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
       objects.delete(name, self.wanted)
       self._answer(None, 204)
     elif method == "GET" and self.wanted.get("alt") == "media":
-      objects.may_fail(name)
+      objects.may_fail(name, self.headers.get("Range", ""))
       self._media(objects.get(name, self.wanted))
     elif method == "GET":
       self._answer(objects.get(name, self.wanted).about(name))

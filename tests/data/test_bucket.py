@@ -180,7 +180,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
 def test_reads_that_fail_once_are_repeated(
   tiny_config: ConfigMaker, tmp_path: Path, bucket: str
 ) -> None:
-  """Every second read of the store fails; no sample is lost."""
+  """The first read of each range fails; no sample is lost."""
   here = rewritten(write_json(tiny_config, tmp_path).data, "packed", tmp_path / "other")
   there = moved(here, f"{bucket}/{UNRELIABLE}/{tmp_path.name}")
   wanted, found = make(here), make(there)
