@@ -68,8 +68,10 @@ def confirm(name: str, table: dict[str, Any]) -> int:
       f"{name}: no canary was kept of the sources that made it; --make makes it anew"
     )
   words = [sys.executable, *shlex.split(row["canary"])[1:]]
+  # With the flags of XLA that the scripts set, because others change the last bits.
+  flags = ["bash", "-c", 'source scripts/environment.sh; exec "$@"', "-"]
   done = subprocess.run(
-    words, cwd=provenance.REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
+    [*flags, *words], cwd=provenance.REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
   )
   if done.returncode:
     raise SystemExit(f"{name}: its canary ended with code {done.returncode}; its message is above")
