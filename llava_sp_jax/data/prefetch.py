@@ -70,7 +70,7 @@ class _Work:
   def __init__(self, make: Callable[..., Any], start: int, room: int, ahead: Ahead | None):
     self._make, self._room, self._ahead = make, room, ahead
     self._reach = max(room, ahead.threads) if ahead else room  # begun, and not taken yet
-    self._loaded, self._chosen = dict[int, Any](), dict[int, Any]()  # to be made; being made
+    self._loaded: dict[int, Any] = {}  # what `make` has not begun with yet
     self._made: dict[int, tuple[Any, BaseException | None]] = {}
     self._begun = self._taken = start
     self._closed = False
@@ -81,7 +81,8 @@ class _Work:
   def load(self) -> None:
     """Loads until the end, in a thread of its own."""
     assert self._ahead
-    while (number := self._next(self._may_begin, self._to_begin)) is not None:
+    while chosen := self._next(self._may_begin, self._to_begin):
+      number = chosen[0]
       try:
         loaded = self._ahead.load(number)
       except BaseException as error:  # `take` raises it
@@ -91,42 +92,43 @@ class _Work:
         self._loaded[number] = loaded
         self._busy -= 1
         self._may_make.notify()
-        self._changed.notify_all()
+        if self._closed:
+          self._changed.notify_all()  # for `leave`
 
   def make(self) -> None:
     """Makes results until the end, in a thread of its own."""
     choose = self._to_make if self._ahead else self._to_begin
-    while (number := self._next(self._may_make, choose)) is not None:
+    while chosen := self._next(self._may_make, choose):
       made: tuple[Any, BaseException | None]
       try:
-        loaded = (self._chosen.pop(number),) if self._ahead else ()
-        made = (self._make(number, *loaded), None)
+        made = (self._make(*chosen), None)
       except BaseException as error:  # `take` raises it
         made = (None, error)
-      self._keep(number, made)
+      self._keep(chosen[0], made)
 
-  def _next(self, changed: threading.Condition, choose: Callable[[], int | None]) -> int | None:
-    """Waits until there is a number to work on, and returns it; None at the end."""
+  def _next(
+    self, changed: threading.Condition, choose: Callable[[], tuple[Any, ...]]
+  ) -> tuple[Any, ...]:
+    """Waits until there is work, and returns its number and what was loaded; () at the end."""
     with changed:
       while not self._closed:
-        if (number := choose()) is not None:
+        if chosen := choose():
           self._busy += 1
-          return number
+          return chosen
         changed.wait()
-    return None
+    return ()
 
-  def _to_begin(self) -> int | None:
+  def _to_begin(self) -> tuple[Any, ...]:
     if self._begun - self._taken >= self._reach:
-      return None
+      return ()
     self._begun += 1
-    return self._begun - 1
+    return (self._begun - 1,)
 
-  def _to_make(self) -> int | None:
+  def _to_make(self) -> tuple[Any, ...]:
     number = min(self._loaded, default=None)
     if number is None or number - self._taken >= self._room:
-      return None
-    self._chosen[number] = self._loaded.pop(number, None)  # `close` may run within this thread
-    return number
+      return ()
+    return number, self._loaded.pop(number, None)  # `close` may run within this thread
 
   def _keep(self, number: int, made: tuple[Any, BaseException | None]) -> None:
     with self._changed:
