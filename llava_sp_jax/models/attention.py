@@ -113,21 +113,7 @@ def attend(
   Raises: ValueError when `spec` names an implementation that cannot compute this.
   """
   case = Case(spec, q.shape[1], q.shape[3], q.dtype, segments is None, shares.sizes(q, k))
-  return computed(choose(case), case, q, k, v, mask, segments, angles)
-
-
-def computed(
-  name: str,
-  case: Case,
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  mask: Bool[Array, "B T S"],
-  segments: Int[Array, "B T"] | None,
-  angles: Angles | None = None,
-) -> Float[Array, "B T N H"]:
-  """Computes a case by the implementation that is named, with the arguments of `attend`."""
-  implementation = IMPLEMENTATIONS[name]
+  implementation = IMPLEMENTATIONS[choose(case)]
   if angles is not None and implementation.rotates(case):
     return implementation.run(case, q, k, v, mask, segments, angles)
   if angles is not None:

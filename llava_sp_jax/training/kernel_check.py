@@ -93,8 +93,7 @@ def _results(case: Case, name: str) -> list[np.ndarray]:
     for key, n in zip(drawn, (heads, keys, keys, heads), strict=True)
   )
   given = given * (segments > 0)[..., None, None].astype(dtype)
-  kept = dataclasses.replace(case, spec=spec, dtype=dtype)
-  run = functools.partial(attention.computed, name, kept)
+  run = functools.partial(attention.attend, spec)
 
   @jax.jit
   def program(q: Any, k: Any, v: Any, given: Any) -> Any:
