@@ -290,10 +290,9 @@ class Engine:
     """Admits waiting requests into free rows, in groups of equal shape; yields those with errors."""
     admissions = itertools.count() if groups is None else range(groups)
     for _ in admissions:
-      free = [i for i in range(self._rows.count) if i not in rows]
+      free = self._rows.deal([i for i in range(self._rows.count) if i not in rows])
       group: list[Ready] = []
-      room = max((g for g in self._rows.groups if g <= len(free)), default=len(free))
-      while len(group) < room and (front := source.peek()) is not None:
+      while len(group) < len(free) and (front := source.peek()) is not None:
         error = front.error or self._rows.refused(front)
         if not error and group and self._rows.shape(front) != self._rows.shape(group[0]):
           break

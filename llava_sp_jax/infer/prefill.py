@@ -18,6 +18,7 @@ from llava_sp_jax.batch import BRANCHES
 from llava_sp_jax.infer import decode
 from llava_sp_jax.infer.row_settings import RowSettings
 from llava_sp_jax.models import cache as cache_lib
+from llava_sp_jax.models import shares
 from llava_sp_jax.models.arrays import Array
 from llava_sp_jax.models.cache import KVCache, New
 from llava_sp_jax.models.llava import LlavaSP
@@ -97,39 +98,64 @@ def admit(
 ) -> decode.State:
   """Prefills G prompts into `rows` [G] of the state, and chooses the first token of each.
 
-  `settings` are those of the G prompts. A group is padded by repeating one of its prompts with the
-  same row and settings, which then is written twice.
+  `settings` are those of the G prompts. A prompt is written only on the device that prefills it: row
+  r of the state and prompt g need the same device (`Rows.deal`). A prompt whose row the state does
+  not have, such as one past its end, is padding and not written.
   """
   hidden, new, past = _extend(module, params, group)
   last = jnp.take_along_axis(hidden, (group.length - 1)[:, None, None], axis=1)[:, 0]
   logits: Any = module.apply({"params": params}, last, method="logits")
   first = strategy.first(logits, settings)
-  sequences = rows[:, None] * strategy.rule.beams + jnp.arange(
-    strategy.rule.beams, dtype=rows.dtype
+  before, after = (cache_lib.held_as(state.cache, part) for part in (past, new))
+  write = functools.partial(_write, strategy.rule.beams)
+  arguments = (state, first, before, after, group.start, group.length, rows)
+  if jax.sharding.get_abstract_mesh().empty:
+    return write(jnp.int32(0), *arguments)
+  row, head = shares.specs(module.language_model.kv_heads)
+  kept, part = decode.State(KVCache(head, head, row), row), New(head, head)
+
+  def local(*own: Any) -> decode.State:
+    return write(shares.part_of_rows(), *own)
+
+  divided = jax.shard_map(
+    local, in_specs=(kept, row, part, part, row, row, row), out_specs=kept, check_vma=False
   )
-  cache = _place(state.cache, new, past, group.start, sequences)
-  length = cache.length.at[sequences].set((group.start + group.length)[:, None])
-  answers = jax.tree.map(lambda held, x: held.at[rows].set(x), state.rows, first)
-  return decode.State(cache._replace(length=length), answers)
+  result: decode.State = divided(*arguments)
+  return result
 
 
-def _place(
-  cache: KVCache,
-  new: New,
-  past: KVCache,
+def _write(
+  beams: int,
+  part: Int[Array, ""],
+  state: decode.State,
+  first: Any,
+  before: New,
+  after: New,
   start: Int[Array, " G"],
-  sequences: Int[Array, "G n"],
-) -> KVCache:
-  """Writes the prefixes [.., P] of G rows, and the T positions after them, into their sequences.
+  length: Int[Array, " G"],
+  rows: Int[Array, " G"],
+) -> decode.State:
+  """Writes G prompts and their first tokens into those of `rows` that this part of the state has.
 
-  Both are floats, which are quantized if the cache is. `sequences` are indices among the B of the
-  cache. A loop over them keeps the program short.
+  Args:
+    beams: n, sequences of a row.
+    part: which part of all rows the state holds, from 0.
+    state: that part, B sequences.
+    first: the Answers of the prompts, [G, ...].
+    before: keys and values of the prefixes, P positions, in the cache's format.
+    after: those of the T positions behind the prefixes.
+    start: the positions of each prefix.
+    length: the positions behind each prefix, without padding.
+    rows: the rows of all devices into which the prompts are written.
   """
-  count = sequences.shape[1]
-  before, after = (cache_lib.held_as(cache, part) for part in (past, new))
+  held = len(state.rows.done)
+  own = rows - part * held
+  valid = (own >= 0) & (own < held)
+  own = jnp.where(valid, own, held)  # dropped below
+  sequences = own[:, None] * beams + jnp.arange(beams, dtype=own.dtype)
 
   def once(i: Int[Array, ""], kept: KVCache) -> KVCache:
-    g, sequence = i // count, sequences[i // count, i % count]
+    g, sequence = i // beams, sequences[i // beams, i % beams]
 
     def put(
       axis: int,
@@ -137,10 +163,11 @@ def _place(
       part: Num[Array, "G K T J"],
       at: Int[Array, ""] | int,
     ) -> Num[Array, "B K S H"]:
-      part = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
+      new = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
       where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
       where[axis] = jnp.asarray(at, sequence.dtype)
-      return jax.lax.dynamic_update_slice(kept, part, where)
+      old = jax.lax.dynamic_slice(kept, where, new.shape)
+      return jax.lax.dynamic_update_slice(kept, jnp.where(valid[g], new, old), where)
 
     def fill(
       axis: int,
@@ -153,5 +180,8 @@ def _place(
 
     return KVCache(*cache_lib.both(fill, kept, before, after), kept.length)
 
-  result: KVCache = jax.lax.fori_loop(0, sequences.size, once, cache)
-  return result
+  # A loop over the sequences keeps the program short.
+  cache: KVCache = jax.lax.fori_loop(0, sequences.size, once, state.cache)
+  filled = cache.length.at[sequences].set((start + length)[:, None], mode="drop")
+  answers = jax.tree.map(lambda kept, x: kept.at[own].set(x, mode="drop"), state.rows, first)
+  return decode.State(cache._replace(length=filled), answers)

@@ -5,7 +5,7 @@ Shape letters:  B rows . G rows of a group . S capacity of a row
 
 from __future__ import annotations
 
-import itertools
+import collections
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +21,9 @@ from llava_sp_jax.infer.layout import EngineLayout, bucket
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.requests import Prompt
 from llava_sp_jax.infer.schedule import Ready
+
+
+FILLED = 0.75  # of the places of a group; a smaller group is taken instead of a less filled one
 
 
 class Rows:
@@ -148,15 +151,59 @@ class Rows:
       self._state = self._programs.widen(self._state, capacity)
     self._widest = max(self._widest, capacity)
 
+  def deal(self, free: Sequence[int]) -> list[int]:
+    """Returns which of the free rows the next group fills; any first of them make a group, too.
+
+    A prompt is prefilled by the devices that have its row, so that no keys and values move. Each
+    part of the devices takes as many prompts as the others. If one has fewer free rows, some of its
+    places are padding; the group is the largest one of which no more than 1 - FILLED is padding.
+    """
+    counts: collections.Counter[int] = collections.Counter()
+    dealt = []
+    for row in sorted(free):
+      part = self._part(row)
+      dealt.append((counts[part], part, row))
+      counts[part] += 1
+
+    def filled(size: int) -> int:
+      return sum(min(count, size // self._programs.parts) for count in counts.values())
+
+    fitting = (g for g in self.groups if g <= len(free) and filled(g) >= FILLED * g)
+    most = max(fitting, default=self.groups[0]) // self._programs.parts
+    return [row for turn, _, row in sorted(dealt) if turn < most]
+
+  def _part(self, row: int) -> int:
+    """Returns which part of the devices has a row."""
+    return row // (self.count // self._programs.parts)
+
+  def _placed(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the prompts of a group in the order of the devices that have their `rows`.
+
+    Returns: for each of the G places, the index of its prompt, and its row; padding repeats prompt
+      0, and its row is past the end.
+    """
+    parts: list[list[int]] = [[] for _ in range(self._programs.parts)]
+    for index, row in enumerate(rows):
+      parts[self._part(row)].append(index)
+    most = max(map(len, parts))
+    places = next(g for g in self.groups if g >= most * len(parts)) // len(parts)
+    order, target = [], []
+    for part in parts:
+      padding = places - len(part)
+      order += part + [0] * padding
+      target += [rows[index] for index in part] + [self.count] * padding
+    return order, target
+
   def admit(self, group: Sequence[Ready], rows: Sequence[int]) -> None:
-    """Prefills the prompts of a group into free `rows`, and chooses the first token of each.
+    """Prefills the prompts of a group into `rows`, the first ones that `deal` returned.
+
+    Also chooses the first token of each.
 
     Raises: LostImageError for an image that can no longer be read; then nothing has changed.
     """
     prompts = [ready.prompt for ready in group if ready.prompt]
     requests = [ready.request for ready in group]
-    size = next(g for g in self.groups if g >= len(group))
-    order = [*range(len(group)), *itertools.repeat(0, size - len(group))]
+    order, target = self._placed(rows)
     before = self.prefixes.of([(r, p.pieces[:-1]) for r, p in zip(requests, prompts, strict=True)])
     length = self.suffix(prompts)
     packed = self.prefixes.group(
@@ -170,7 +217,7 @@ class Rows:
     self._state = self._programs.admit(
       self._state,
       packed,
-      np.asarray([rows[i] for i in order], np.int32),
+      np.asarray(target, np.int32),
       row_settings.of(
         [self.generation(group[i]) for i in order],
         [group[i].drawn_by for i in order],

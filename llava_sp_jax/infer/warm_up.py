@@ -43,7 +43,7 @@ def warm_up(rows: Rows, requests: Iterable[Ready], layout: EngineLayout) -> None
   for ready in kinds.values():
     for size in rows.groups:
       with contextlib.suppress(LostImageError):
-        rows.admit([ready] * size, list(range(size)))
+        rows.admit([ready] * size, rows.deal(range(rows.count))[:size])
   rows.decode(np.zeros(rows.count, bool), 1, rows.count + 1)
   if rows.logs:
     rows.logged(0, 0)

@@ -1,4 +1,4 @@
-"""Divides attention over devices: each has its rows and heads.
+"""Divides attention, and what it keeps, over devices: each has its rows and heads.
 
 Shape letters:  B rows . T queries . S keys . N heads . K key-value heads . H head width
 """
@@ -6,12 +6,12 @@ Shape letters:  B rows . T queries . S keys . N heads . K key-value heads . H he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from llava_sp_jax.models.arrays import Array
 
@@ -31,11 +31,27 @@ def device_kind() -> str:
   return str((device or jax.local_devices()[0]).device_kind)
 
 
-def _ways(axis: str, mesh: dict[str, int]) -> int:
-  """Returns the number of devices that a logical axis is divided over."""
+def _names(axis: str) -> tuple[str, ...]:
+  """Returns the axes of the mesh that divide a logical axis."""
   (names,) = nn.logical_to_mesh_axes((axis,)) or (None,)
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.get(name, 1) for name in names)
+  return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _ways(axis: str, mesh: Mapping[str, int]) -> int:
+  """Returns the number of devices that a logical axis is divided over."""
+  return math.prod(mesh.get(name, 1) for name in _names(axis))
+
+
+def specs(heads: int) -> tuple[PartitionSpec, PartitionSpec]:
+  """Returns how arrays [B, ...] are divided, and arrays [B, `heads`, ...]; rows must divide."""
+  ways = _ways("heads", jax.sharding.get_abstract_mesh().shape)
+  divided = None if heads % ways else _names("heads")
+  return PartitionSpec(_names("batch")), PartitionSpec(_names("batch"), divided)
+
+
+def part_of_rows() -> Int[Array, ""]:
+  """Returns which part of the rows a device has, from 0; called inside `shard_map`."""
+  return jax.lax.axis_index(_names("batch"))
 
 
 def on_each_device(local: Callable[..., jax.Array], heads_at: int) -> Callable[..., jax.Array]:
