@@ -112,7 +112,8 @@ def admit(
   if jax.sharding.get_abstract_mesh().empty:
     return write(jnp.int32(0), *arguments)
   row, head = shares.specs(module.language_model.kv_heads)
-  kept, part = decode.State(KVCache(head, head, row), row), New(head, head)
+  cache: Any = (head, head, row)
+  kept, part = decode.State(KVCache(*cache), row), New(head, head)
 
   def local(*own: Any) -> decode.State:
     return write(shares.part_of_rows(), *own)

@@ -22,7 +22,6 @@ from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.requests import Prompt
 from llava_sp_jax.infer.schedule import Ready
 
-
 FILLED = 0.75  # of the places of a group; a smaller group is taken instead of a less filled one
 
 
@@ -174,7 +173,8 @@ class Rows:
 
   def _part(self, row: int) -> int:
     """Returns which part of the devices has a row."""
-    return row // (self.count // self._programs.parts)
+    result: int = row // (self.count // self._programs.parts)
+    return result
 
   def _placed(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
     """Returns the prompts of a group in the order of the devices that have their `rows`.

@@ -156,7 +156,7 @@ def test_no_answer_depends_on_the_mesh(
   data, fsdp, tensor = sizes
   config = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
   mesh = mesh_lib.create(config, devices=jax.devices()[: data * fsdp * tensor])
-  engine = Engine(model, 4, GENERATION, mesh=mesh)
+  engine = Engine(model, 8, GENERATION, mesh=mesh)  # more than one row for each part of the mesh
   assert ids(engine.answer(asked)) == wanted
   kernel = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel"]
   assert len(kernel.addressable_shards[0].data) * fsdp == kernel.shape[0]
