@@ -160,7 +160,7 @@ def test_every_token_is_the_one_that_transformers_prefers(answers, tokenizer, or
   assert "Paris" in answers[0].text  # the weights mean something
 
 
-@pytest.mark.guard
+@pytest.mark.slow  # follows from the test above
 def test_greedy_text_equals_transformers_generate(answers, tokenizer, oracle) -> None:
   import torch
 

@@ -178,8 +178,10 @@ def test_a_sample_that_is_read_too_often_is_found(tmp_path: Path) -> None:
     ledger.check(tmp_path, 4, 2, {"a": range(2), "b": range(3)})
 
 
-@pytest.mark.guard
-@pytest.mark.parametrize("packing", ["none", "first_fit"])
+@pytest.mark.parametrize(
+  "packing",
+  [pytest.param("none", marks=pytest.mark.slow), pytest.param("first_fit", marks=pytest.mark.guard)],
+)
 def test_two_processes_read_what_one_reads(
   values: config_lib.Config, tmp_path: Path, packing: str
 ) -> None:
