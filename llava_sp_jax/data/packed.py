@@ -2,6 +2,9 @@
 
 A record of a sample is JSON: the sample, and the number and size of each of its images. So lengths
 are measured without a look at the images. A record of an image is the content of its file.
+
+From a bucket, images are read by ranges of bytes, and so are samples if there are many: others are
+copied to the disk first, because a request for each costs as much work as one for a picture.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 _SHARD = {"file": str, "records": int, "bytes": int}
 _KIND = {"fingerprint": str, "former_fingerprint": str, SAMPLES: [_SHARD], IMAGES: [_SHARD]}
 BUFFER = 1 << 15  # bytes that a reader holds
+COPIED = 2 << 30  # bytes of samples, without images, that are copied from a bucket; more are not
 
 
 def fits(path: Path) -> bool:
@@ -39,9 +43,14 @@ def fits(path: Path) -> bool:
 class Records(Sequence[bytes]):
   """Reads records of several shards by their number; may be used by several threads."""
 
-  def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]):
-    """Stores where the records are; each shard has `file`, `records` and `bytes`."""
+  def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], copied: int = 0):
+    """Stores where the records are; each shard has `file`, `records` and `bytes`.
+
+    Shards in a bucket that have no more than `copied` bytes together are copied to the disk, each
+    when it is first read.
+    """
     self._paths = [folder / shard["file"] for shard in shards]
+    self._copied = sum(shard["bytes"] for shard in shards) <= copied
     self._ends = list(itertools.accumulate(shard["records"] for shard in shards))
     self._reset()
 
@@ -50,7 +59,7 @@ class Records(Sequence[bytes]):
     self._locks = [threading.Lock() for _ in self._paths]
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"_paths": self._paths, "_ends": self._ends}
+    return {"_paths": self._paths, "_ends": self._ends, "_copied": self._copied}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -65,7 +74,8 @@ class Records(Sequence[bytes]):
     if shard not in self._readers:
       with self._locks[shard]:
         if shard not in self._readers:
-          self._readers[shard] = _reader(self._paths[shard])
+          path = self._paths[shard]
+          self._readers[shard] = _reader(storage.of(path).local(path) if self._copied else path)
     return self._readers[shard](number - first)
 
 
@@ -112,7 +122,8 @@ class Packed(source.Samples):
         f"{key}: {folder / INDEX} is damaged; copy the folder again, or pack it again"
       )
     _check(folder, [*index[SAMPLES], *index[IMAGES]], key)
-    self._samples, self._images = (Records(folder, index[kind]) for kind in (SAMPLES, IMAGES))
+    self._samples = Records(folder, index[SAMPLES], COPIED)
+    self._images = Records(folder, index[IMAGES])
     self._about = index
 
   def __len__(self) -> int:

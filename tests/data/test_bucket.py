@@ -188,6 +188,30 @@ def test_reads_that_fail_once_are_repeated(
     assert_same(next(found), next(wanted))
 
 
+def test_few_samples_are_copied_and_many_read_by_ranges(
+  tiny_config: ConfigMaker, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  here = rewritten(write_json(tiny_config, tmp_path).data, "packed", tmp_path / "other")
+  there = moved(here, f"{bucket}/{tmp_path.name}")
+  index = json.loads((Path(here.path) / packed.INDEX).read_text())
+  size = sum(shard["bytes"] for shard in index[packed.SAMPLES])
+  ranged: list[Path] = []
+
+  class Seen(array_record.ArrayRecord):
+    def __init__(self, path: Path):
+      super().__init__(path)
+      ranged.append(path)
+
+  monkeypatch.setattr(packed, "ArrayRecord", Seen)
+  for copied, kinds in ((size, {"images"}), (size - 1, {"samples", "images"})):
+    ranged.clear()
+    monkeypatch.setattr(packed, "COPIED", copied)
+    wanted, found = make(here), make(there)
+    for _ in range(STEPS):
+      assert_same(next(found), next(wanted))
+    assert {path.name.partition("-")[0] for path in ranged} == kinds
+
+
 def test_rows_ahead_are_loaded_by_many_threads(
   tiny_config: ConfigMaker, tmp_path: Path, bucket: str
 ) -> None:

@@ -180,7 +180,10 @@ def test_a_sample_that_is_read_too_often_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
   "packing",
-  [pytest.param("none", marks=pytest.mark.slow), pytest.param("first_fit", marks=pytest.mark.guard)],
+  [
+    pytest.param("none", marks=pytest.mark.slow),
+    pytest.param("first_fit", marks=pytest.mark.guard),
+  ],
 )
 def test_two_processes_read_what_one_reads(
   values: config_lib.Config, tmp_path: Path, packing: str
