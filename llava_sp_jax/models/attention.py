@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from llava_sp_jax.models import cudnn, flash, layers, shares
 from llava_sp_jax.models.arrays import Array
+from llava_sp_jax.models.flash_bodies import LANES
 
 # What remat policies keep of an implementation, each array once: arrays of this name (the output,
 # and splash's log-sum-exp), or all outputs of this primitive (the same for cuDNN, which names no
@@ -32,7 +33,6 @@ SAVED = "attention"
 INPUTS = ("q", "k", "v")  # names of what an implementation reads
 SAVED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 BLOCK = 512  # queries and keys per tile of the kernel; if it does not divide T, gcd(T, BLOCK)
-LANES = 128  # the kernel's smallest tile
 
 Angles = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
