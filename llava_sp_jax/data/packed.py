@@ -3,8 +3,8 @@
 A record of a sample is JSON: the sample, and the number and size of each of its images. So lengths
 are measured without a look at the images. A record of an image is the content of its file.
 
-From a bucket, images are read by ranges of bytes, and so are samples if there are many: others are
-copied to the disk first, because a request for each costs as much work as one for a picture.
+From a bucket, images are read by ranges of bytes, and so are samples if there are many. Others are
+copied to the disk first: a request for each would cost as much work as one for a picture.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ class Records(Sequence[bytes]):
   def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], copied: int = 0):
     """Stores where the records are; each shard has `file`, `records` and `bytes`.
 
-    Shards in a bucket that have no more than `copied` bytes together are copied to the disk, each
-    when it is first read.
+    Shards in a bucket that have no more than `copied` bytes together are copied to the disk now, for
+    this process and those that are given this object. Raises: OSError that names what fails.
     """
     self._paths = [folder / shard["file"] for shard in shards]
-    self._copied = sum(shard["bytes"] for shard in shards) <= copied
+    if sum(shard["bytes"] for shard in shards) <= copied:
+      self._paths = [storage.of(path).local(path) for path in self._paths]
     self._ends = list(itertools.accumulate(shard["records"] for shard in shards))
     self._reset()
 
@@ -59,7 +60,7 @@ class Records(Sequence[bytes]):
     self._locks = [threading.Lock() for _ in self._paths]
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"_paths": self._paths, "_ends": self._ends, "_copied": self._copied}
+    return {"_paths": self._paths, "_ends": self._ends}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -74,8 +75,7 @@ class Records(Sequence[bytes]):
     if shard not in self._readers:
       with self._locks[shard]:
         if shard not in self._readers:
-          path = self._paths[shard]
-          self._readers[shard] = _reader(storage.of(path).local(path) if self._copied else path)
+          self._readers[shard] = _reader(self._paths[shard])
     return self._readers[shard](number - first)
 
 

@@ -290,7 +290,9 @@ class Engine:
     """Admits waiting requests into free rows, in groups of equal shape; yields those with errors."""
     admissions = itertools.count() if groups is None else range(groups)
     for _ in admissions:
-      free = self._rows.deal([i for i in range(self._rows.count) if i not in rows])
+      empty = [i for i in range(self._rows.count) if i not in rows]
+      # Some rows may stay free until others are done, but none that a client waits for.
+      free = self._rows.deal(empty, wait=groups is None and bool(rows))
       group: list[Ready] = []
       while len(group) < len(free) and (front := source.peek()) is not None:
         error = front.error or self._rows.refused(front)

@@ -161,10 +161,10 @@ def _write(
     def put(
       axis: int,
       kept: Num[Array, "B K S H"],
-      part: Num[Array, "G K T J"],
+      given: Num[Array, "G K T J"],
       at: Int[Array, ""] | int,
     ) -> Num[Array, "B K S H"]:
-      new = jax.lax.dynamic_index_in_dim(part, g, keepdims=True).astype(kept.dtype)
+      new = jax.lax.dynamic_index_in_dim(given, g, keepdims=True).astype(kept.dtype)
       where = [sequence] + [jnp.zeros((), sequence.dtype)] * (kept.ndim - 1)
       where[axis] = jnp.asarray(at, sequence.dtype)
       old = jax.lax.dynamic_slice(kept, where, new.shape)

@@ -183,7 +183,8 @@ class Programs:
     Args:
       state: the decode state; its buffers are donated.
       group: the last piece of each prompt, with the prefix before it.
-      rows: [G] int32, the row of each prompt.
+      rows: [G] int32, the row of each prompt, on the devices that prefill it; of padding, one past
+        the end (`Rows.admit`).
       settings: those of each prompt, arrays [G, ...] on the host.
     """
     run = functools.partial(prefill.admit, self._module, strategy=self._strategy)

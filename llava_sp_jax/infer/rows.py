@@ -22,7 +22,7 @@ from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.requests import Prompt
 from llava_sp_jax.infer.schedule import Ready
 
-FILLED = 0.75  # of the places of a group; a smaller group is taken instead of a less filled one
+FILLED = 0.75  # of the places of a group
 
 
 class Rows:
@@ -150,12 +150,14 @@ class Rows:
       self._state = self._programs.widen(self._state, capacity)
     self._widest = max(self._widest, capacity)
 
-  def deal(self, free: Sequence[int]) -> list[int]:
-    """Returns which of the free rows the next group fills; any first of them make a group, too.
+  def deal(self, free: Sequence[int], wait: bool = False) -> list[int]:
+    """Returns which of the free rows the next group fills; every beginning of the list is a group.
 
     A prompt is prefilled by the devices that have its row, so that no keys and values move. Each
-    part of the devices takes as many prompts as the others. If one has fewer free rows, some of its
-    places are padding; the group is the largest one of which no more than 1 - FILLED is padding.
+    part of the devices takes as many prompts as the others, so one with fewer free rows has padding.
+    The group is the largest one that the part with the most free rows fills, and of which at least
+    FILLED is no padding. If there is none, it is the largest one without regard to FILLED, because
+    what costs time is the places of a part; or, with `wait`, none.
     """
     counts: collections.Counter[int] = collections.Counter()
     dealt = []
@@ -163,13 +165,15 @@ class Rows:
       part = self._part(row)
       dealt.append((counts[part], part, row))
       counts[part] += 1
+    parts, most = self._programs.parts, max(counts.values(), default=0)
+    fitting = [places for g in self.groups if (places := g // parts) <= most]
 
-    def filled(size: int) -> int:
-      return sum(min(count, size // self._programs.parts) for count in counts.values())
+    def filled(places: int) -> float:
+      return sum(min(count, places) for count in counts.values()) / (places * parts)
 
-    fitting = (g for g in self.groups if g <= len(free) and filled(g) >= FILLED * g)
-    most = max(fitting, default=self.groups[0]) // self._programs.parts
-    return [row for turn, _, row in sorted(dealt) if turn < most]
+    full = [places for places in fitting if filled(places) >= FILLED]
+    chosen = max(full or ([] if wait else fitting), default=0)
+    return [row for turn, _, row in sorted(dealt) if turn < chosen]
 
   def _part(self, row: int) -> int:
     """Returns which part of the devices has a row."""

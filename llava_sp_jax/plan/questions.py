@@ -66,8 +66,9 @@ class CountedPrograms(answers.AbsentPrograms):
     count = len(state.rows.done)
     if len(self._made) != count:
       self._made, self._wanted = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    self._made[rows] = 1
-    self._wanted[rows] = [self._length(int(number)) for number in settings.number]
+    own = rows < count  # the others are padding
+    self._made[rows[own]] = 1
+    self._wanted[rows[own]] = [self._length(int(number)) for number in settings.number[own]]
     return super().admit(state, group, rows, settings)
 
   def decode(

@@ -16,11 +16,12 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class Bucket:
     copy, known = self._copies.get(str(path), (path, {}))
     if known != versions:
       copy = self._temporary() / path.name
-      with named(path):
+      with named(path), _whole_or_gone(copy.parent):
         to = [f"{copy}{name}" for name in versions]
         for folder in {os.path.dirname(name) for name in to}:
           os.makedirs(folder, exist_ok=True)
@@ -236,6 +237,16 @@ class Bucket:
       name[_start(path) :]: " ".join(str(about.get(mark)) for mark in marks)
       for name, about in sorted(found.items())
     }
+
+
+@contextlib.contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+  """Removes a temporary folder if the block fails, which leaves a part of a copy in it."""
+  try:
+    yield
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
 
 
 def _stamp(about: dict[str, Any]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -210,6 +211,27 @@ def test_few_samples_are_copied_and_many_read_by_ranges(
     for _ in range(STEPS):
       assert_same(next(found), next(wanted))
     assert {path.name.partition("-")[0] for path in ranged} == kinds
+
+
+def test_a_copy_that_fails_is_an_error_at_the_start(
+  tiny_config: ConfigMaker, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """And no part of it stays on the disk."""
+  here = rewritten(write_json(tiny_config, tmp_path).data, "packed", tmp_path / "other")
+  there = moved(here, f"{bucket}/{tmp_path.name}")
+  parts: list[Path] = []
+
+  def full(names: list[str], to: list[str]) -> None:
+    parts.extend(map(Path, to))
+    parts[0].write_bytes(b"a part")
+    raise OSError(errno.ENOSPC, "No space left on device", to[0])
+
+  store: Any = storage.of(storage.place(there.path))
+  monkeypatch.setattr(store._files, "get", full)
+  with pytest.raises(OSError, match=r"No space left on device.*samples-00000"):
+    sources.open_path(there.path, "", lambda image: image)
+  assert parts
+  assert not parts[0].parent.exists()
 
 
 def test_rows_ahead_are_loaded_by_many_threads(

@@ -265,7 +265,7 @@ def test_no_answer_depends_on_the_mesh(
   data, fsdp, tensor = sizes
   config = config_lib.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
   mesh = mesh_lib.create(config, devices=jax.devices()[: data * fsdp * tensor])
-  engine = Engine(model, 4, GENERATION, mesh=mesh)
+  engine = Engine(model, 8, GENERATION, mesh=mesh)
   oracle = CachedOracle(floats_of(model))
   assert ids(engine.answer(few)) == [oracle.greedy(request, NEW) for request in few]
   codes = engine._programs._params["language_model"]["layers_0"]["q_proj"]["kernel_q"]

@@ -37,7 +37,7 @@ def test_a_group_is_prefilled_where_its_rows_are(parts: int) -> None:
     assert dealt, "there is always progress"
     assert len(set(dealt)) == len(dealt)
     assert set(dealt) <= set(free)
-    for count in {1, len(dealt) // 2 or 1, len(dealt)}:  # fewer prompts may be left
+    for count in (1, len(dealt) // 2 or 1, len(dealt)):  # fewer prompts may be left
       order, target = found._placed(dealt[:count])
       each = len(target) // parts
       assert len(order) == len(target)
@@ -46,8 +46,9 @@ def test_a_group_is_prefilled_where_its_rows_are(parts: int) -> None:
       assert sorted(written) == list(enumerate(dealt[:count]))
       own = [(place // each, row // (64 // parts)) for place, row in enumerate(target) if row < 64]
       assert all(device == owner for device, owner in own)
-    if len(dealt) > parts:
-      assert len(dealt) >= FILLED * len(target)
+    waiting = found.deal(free, wait=True)
+    assert waiting in (dealt, [])
+    assert (waiting == dealt) == (len(dealt) >= FILLED * len(target))
 
 
 def test_one_part_takes_the_largest_group_that_is_free() -> None:
@@ -64,7 +65,9 @@ def test_parts_with_fewer_free_rows_leave_places_empty() -> None:
   dealt = found.deal(free)
   assert sorted(dealt) == [0, 1, *range(16, 20), 32, 33, 34, *range(48, 52)]  # 13 of 16
   assert dealt[:4] == [0, 16, 32, 48]
-  assert found.deal([20, 21, 52]) == [20, 52]
+  for few, group in (([20, 21, 52], [20, 52]), (range(16, 32), range(16, 32)), ([], [])):
+    assert found.deal(few) == list(group)  # what a client waits for, in as few programs as can be
+    assert found.deal(few, wait=True) == []
 
 
 def test_a_group_writes_its_rows_and_no_others() -> None:
