@@ -169,7 +169,8 @@ class Rows:
     fitting = [places for g in self.groups if (places := g // parts) <= most]
 
     def filled(places: int) -> float:
-      return sum(min(count, places) for count in counts.values()) / (places * parts)
+      taken = sum(min(count, places) for count in counts.values())
+      return taken / float(places * parts)
 
     full = [places for places in fitting if filled(places) >= FILLED]
     chosen = max(full or ([] if wait else fitting), default=0)
