@@ -93,7 +93,7 @@ class Packed(source.Samples):
   """Reads the samples and images of a folder."""
 
   def __init__(self, path: str, image_folder: str, read: source.Reader, key: str = "data.path"):
-    """Reads the index, and compares the sizes of all shards with it.
+    """Reads the index, compares the sizes of all shards with it, and copies samples (COPIED).
 
     Args:
       path: the folder.
@@ -101,7 +101,7 @@ class Packed(source.Samples):
       read: makes what the model needs of an image.
       key: the setting that names `path`, for messages.
 
-    Raises: ConfigError when the folder is not complete.
+    Raises: ConfigError when the folder is not complete; OSError for what cannot be copied.
     """
     super().__init__("", read)
     folder = storage.place(path)

@@ -52,7 +52,8 @@ def open_path(
     kind: a row of SOURCES, or AUTO.
     key: the setting that names `path`, for messages.
 
-  Raises: ConfigError, FileNotFoundError for data that cannot be opened.
+  Raises: ConfigError, FileNotFoundError for data that cannot be opened; OSError for what cannot be
+    copied from a bucket.
   """
   row = _fitting(path, key) if kind == AUTO else lookup("data.source", kind, SOURCES)
   return row.open(path, images, read, key)

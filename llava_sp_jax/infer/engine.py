@@ -291,7 +291,7 @@ class Engine:
     admissions = itertools.count() if groups is None else range(groups)
     for _ in admissions:
       empty = [i for i in range(self._rows.count) if i not in rows]
-      # Some rows may stay free until others are done, but none that a client waits for.
+      # A few rows may stay free until others are done, but none that a client waits for.
       free = self._rows.deal(empty, wait=groups is None and bool(rows))
       group: list[Ready] = []
       while len(group) < len(free) and (front := source.peek()) is not None:

@@ -14,7 +14,7 @@ class EngineLayout:
   prefix: int = 8  # shared positions of a prompt are padded to a multiple of this
   suffix: int = 16  # the other positions of a prompt, likewise
   capacity: int = 64  # positions in a row of the KV cache, likewise
-  groups: int = 4  # groups that are prefilled together have 1, this, this squared .. rows of each part of the mesh
+  groups: int = 4  # a group to prefill has 1, this, this squared .. rows of each part of a mesh
   window: int = 1024  # requests that are read ahead and may be answered in another order
   feature_bytes: int = 2 << 30  # bound of the feature cache
   prefix_bytes: int = 1 << 30  # bound of the prefix cache

@@ -157,7 +157,8 @@ class Rows:
     part of the devices takes as many prompts as the others, so one with fewer free rows has padding.
     The group is the largest one that the part with the most free rows fills, and of which at least
     FILLED is no padding. If there is none, it is the largest one without regard to FILLED, because
-    what costs time is the places of a part; or, with `wait`, none.
+    what costs time is the places of a part; or none with `wait`, as long as fewer than half of all
+    rows are free.
     """
     counts: collections.Counter[int] = collections.Counter()
     dealt = []
@@ -173,7 +174,8 @@ class Rows:
       return taken / float(places * parts)
 
     full = [places for places in fitting if filled(places) >= FILLED]
-    chosen = max(full or ([] if wait else fitting), default=0)
+    few = wait and 2 * len(free) < self.count
+    chosen = max(full or ([] if few else fitting), default=0)
     return [row for turn, _, row in sorted(dealt) if turn < chosen]
 
   def _part(self, row: int) -> int:

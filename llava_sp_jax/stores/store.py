@@ -112,8 +112,8 @@ class Store(Protocol):
   def local(self, path: Path) -> Path:
     """Returns a local path with the file, or all files of the folder, at `path`, to be read only.
 
-    What is copied for it, into a temporary folder, is removed when this process ends. The same
-    files are copied once.
+    What is copied for it, into a temporary folder, is removed when this process ends, unless it is
+    killed. The same files are copied once.
     """
     ...
 
