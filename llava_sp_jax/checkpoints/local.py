@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -31,7 +31,11 @@ ARRAYS, ABOUT = ".safetensors", ".json"
 
 
 class Local:
-  """Writes and reads the part that this process has of the newest steps of a run."""
+  """Writes and reads the part that this process has of the newest steps of a run.
+
+  As a context, it waits at its end for the write in progress, so that who trains on in the same
+  process finds it whole.
+  """
 
   def __init__(self, folder: str | Path, run: str, start: str):
     """Opens the steps below `folder`; `run` names the run, and `start` this start of it.
@@ -42,6 +46,12 @@ class Local:
     self.place = Path(folder).absolute() / run / f"process-{jax.process_index()}"
     self._thread: threading.Thread | None = None
     self._failed = False
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.wait()
 
   def held(self) -> dict[int, dict[str, Any]]:
     """Returns {step: what its file says of it} of the whole parts that are here."""

@@ -281,7 +281,8 @@ def _loop(
 
   clock.resumed(first)
   clock.enter("step")
-  with stop, log, run.profiler, goodput.Devices(clock) as devices:
+  local = run.local or contextlib.nullcontext()
+  with stop, log, run.profiler, local, goodput.Devices(clock) as devices:
     for number in range(first + 1, config.train.steps + 1):
       run.iterator.stopped = stop.during(f"step {number}")
       try:
