@@ -153,7 +153,7 @@ class Rows:
   def deal(self, free: Sequence[int], wait: bool = False) -> list[int]:
     """Returns which of the free rows the next group fills; every beginning of the list is a group.
 
-    A prompt is prefilled by the devices that have its row, so that no keys and values move. Each
+    A prompt is prefilled by the devices that have its row, so its new keys and values stay there. Each
     part of the devices takes as many prompts as the others, so one with fewer free rows has padding.
     The group is the largest one that the part with the most free rows fills, and of which at least
     FILLED is no padding. If there is none, it is the largest one without regard to FILLED, because

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.checkpoints import on_disk
+from llava_sp_jax.checkpoints.local import Local
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import emergency, ledger, loop
 from llava_sp_jax.training.resume import ResumeOptions
@@ -164,8 +166,16 @@ def test_steps_of_epochs_are_those_of_the_run(
 
 
 def test_two_steps_stay_and_going_back_removes_them(
-  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+  """Also of a slow disk: a run that ends with an error has written what it began to write."""
+  write = Local._write
+
+  def slowly(*arguments: Any) -> None:
+    time.sleep(0.2)
+    write(*arguments)
+
+  monkeypatch.setattr(Local, "_write", slowly)
   given: dict[str, Any] = {"save_every": 100, "local_every": 1, "steps": 9}
   made = config(tiny_config, local_folder=str(tmp_path / "disk"), **given)
   looker.does = lambda number: fail(number)
