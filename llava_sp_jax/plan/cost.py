@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 
 from llava_sp_jax.hardware import Chip
-from llava_sp_jax.plan import kernels
+from llava_sp_jax.plan import groups, kernels
 from llava_sp_jax.plan.hlo import Computation, Module, Op
 from llava_sp_jax.plan.topologies import Topology
 from llava_sp_jax.plan.work import FREE, Work, Worker
@@ -264,7 +264,7 @@ class Predictor:
     size_out = inner.nbytes - size_in if inner.opcode.endswith("-start") else float(inner.nbytes)
     scattered = base == "all-reduce" and inner is not op and op.nbytes < size_in
     kind = "reduce-scatter" if scattered and not _is_start(op) else base
-    group = first_group(inner.attributes, len(self._coordinates))
+    group = groups.first(inner.attributes, len(self._coordinates))
     received = COLLECTIVES[kind](size_in, size_out, max(len(group), 1))
     rate = self._topology.ring_rate(self._varying(group))
     key = inner.attribute(r"channel_id=(\d+)") if inner is not op else op.name
@@ -310,48 +310,3 @@ def _is_start(op: Op) -> bool:
 
 def _is_done(op: Op) -> bool:
   return op.opcode.endswith("-done") or op.name.startswith("async-collective-done")
-
-
-def first_group(attributes: str, devices: int) -> list[int]:
-  """Returns the partitions of a collective's first group, from any of the notations of HLO.
-
-  `devices` is the number of all partitions, which are one group if `attributes` names none.
-  """
-  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-  if listed:
-    return [int(i) for i in listed.group(1).split(",") if i]
-  pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-  if pairs:
-    return [int(pairs.group(1)), int(pairs.group(2))]
-  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-  if iota:
-    shape, dims = (_numbers(iota.group(i)) for i in (1, 2))
-    order = _numbers(iota.group(3)) if iota.group(3) else list(range(len(dims)))
-    return _transposed(dims, order)[: shape[-1]]
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-  if named:
-    axes = re.findall(r"'(\w+)'=(\d+)", named.group(1))
-    names, sizes = [a for a, _ in axes], [int(s) for _, s in axes]
-    used = re.findall(r"'(\w+)'", named.group(2))
-    last = [names.index(a) for a in names if a in used]
-    order = [i for i in range(len(names)) if i not in last] + last
-    count = 1
-    for i in last:
-      count *= sizes[i]
-    return _transposed(sizes, order)[:count]
-  return list(range(devices))
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(v) for v in text.split(",")]
-
-
-def _transposed(dims: list[int], order: list[int]) -> list[int]:
-  """Returns arange(prod(dims)), reshaped to `dims`, transposed by `order`, and flattened."""
-  strides = [1] * len(dims)
-  for i in reversed(range(len(dims) - 1)):
-    strides[i] = strides[i + 1] * dims[i + 1]
-  flat = [0]
-  for axis in order:
-    flat = [base + i * strides[axis] for base in flat for i in range(dims[axis])]
-  return flat

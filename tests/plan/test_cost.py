@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp_jax.plan import cost, hlo, kernels, memory, topologies, work
+from llava_sp_jax.plan import cost, groups, hlo, kernels, memory, topologies, work
 
 HERE = Path(__file__).parent
 PLACES = [[0, 0], [1, 0], [0, 1], [1, 1]]
@@ -189,7 +189,7 @@ def test_unknown_kernels_are_named() -> None:
   ],
 )
 def test_groups(text: str, group: list[int]) -> None:
-  assert sorted(cost.first_group(text, 4)) == group
+  assert sorted(groups.first(text, 4)) == group
 
 
 def test_dropout_counts_in_the_vector_unit() -> None:
