@@ -200,6 +200,7 @@ def _how(plan: Plan) -> list[str]:
     f"{chip.hbm_rate / 1e9:.0f} GB/s, link {chip.link_rate / 1e9:.0f} GB/s, {slow}vector unit "
     f"{chip.vector_rate / 1e12:.1f} Top/s; collectives run beside what the schedule puts between "
     "their start and done",
+    *([f"LIBTPU_INIT_ARGS: {chosen}"] if (chosen := plan.about.get("options")) else []),
   ]
 
 

@@ -33,7 +33,7 @@ PREDICTORS = {
 # Identify a record; a new one replaces its old.
 RECORD_KEYS = (
   "model", "topology", "what", "rows", "row_length", "mesh", "weights", "cache", "quantize", "products",
-  "samples", "unrolled",
+  "samples", "unrolled", "options",
 )  # fmt: skip
 FLOATS = {
   "weights": "none",
@@ -174,6 +174,7 @@ class Plan:
       "predictor": PREDICTORS[self.predictor if speed else "none"],
       "compiler": compile_lib.compiler(self.topology),
       "mesh": about.get("mesh"),
+      **({"options": about["options"]} if about.get("options") else {}),
     }
     return result | (self._training(speed) if self.what == TRAIN else self._answering(speed))
 
@@ -269,7 +270,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
   "HBM GiB": ("hbm_gib",),
   "of GiB": ("hbm_limit_gib",),
   "predictor": ("predictor",),
-  "compiler": ("compiler",),
+  "compiler": ("compiler", "options"),
 }
 
 

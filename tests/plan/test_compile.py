@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,7 +14,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import explain, memory, report, topologies
 from llava_sp_jax.plan.cost import SLOW
-from tests.conftest import ConfigMaker
+from tests.conftest import REPOSITORY, ConfigMaker
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +28,33 @@ LIBTPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason='libtpu is not installed: pip install "jax[tpu]"',
 )
+
+
+CHILD = """
+import os, time
+from llava_sp_jax.plan import lower
+lower.end_with(os.getppid(), 0.05)
+print("watching", flush=True)
+time.sleep(600)
+"""
+PARENT = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {CHILD!r}], start_new_session=True)
+"""
+
+
+def test_a_compile_ends_with_the_command_that_was_killed() -> None:
+  parent = subprocess.Popen(
+    [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+  )
+  assert parent.stdout is not None
+  assert parent.stdout.readline() == "watching\n"
+  begun = time.monotonic()
+  parent.kill()
+  parent.wait()
+  assert parent.stdout.read() == ""  # ends when nobody is left to write
+  parent.stdout.close()
+  assert time.monotonic() - begun < 60
 
 
 LAYERS = 32

@@ -56,6 +56,18 @@ def test_records_and_their_formula() -> None:
   assert "train.epochs=2, of as many steps as the data give; 1,000 steps: 0.02 days" in text
 
 
+def test_a_record_says_which_options_of_the_compiler_were_chosen() -> None:
+  """Another program may come of them, so it is another record."""
+  plain = plan(8 * GIB, useful_flops=1e18)
+  chosen = plan(8 * GIB, useful_flops=1e18, options="--xla_tpu_some=true")
+  assert "options" not in plain.record()
+  assert chosen.record()["options"] == "--xla_tpu_some=true"
+  assert "options" in report.RECORD_KEYS
+  assert "LIBTPU_INIT_ARGS: --xla_tpu_some=true" in explain.text(chosen)
+  assert "LIBTPU_INIT_ARGS" not in explain.text(plain)
+  assert " --xla_tpu_some=true |" in report.table([chosen.record()])
+
+
 def test_a_record_says_what_it_is_of() -> None:
   """Whoever reads a record can compile the same step again, and knows what its tokens are."""
   made = plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18)
