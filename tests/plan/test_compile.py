@@ -109,6 +109,34 @@ def test_a_layer_reads_its_own_kernels(quantize: str) -> None:
 
 @pytest.mark.guard
 @LIBTPU
+def test_an_activation_is_the_end_of_the_product_that_makes_it() -> None:
+  """Where layers are side by side, adapters read it; they do not compute it again."""
+  rows, width = 2048, 8192
+  config = config_lib.override(
+    small(rows, dtype="bfloat16", frozen_dtype="bfloat16", remat="projections"),
+    {
+      "config.model.language_model.layers": "4",
+      "config.model.language_model.width": "2048",
+      "config.model.language_model.heads": "16",
+      "config.model.language_model.kv_heads": "16",
+      "config.model.language_model.mlp_width": str(width),
+      "config.model.lora.rank": "128",
+      "config.model.lora.dropout": "0.05",
+      "config.model.scan_unroll": "4",
+    },
+  )
+  found = planned(config, "train", "v6e-4")
+  cost, rate = found.programs["train"].cost, found.topology.chip.vector_rate
+  assert cost is not None
+  reading = [e for e in cost.entries if e.op_name.endswith("layers/down_proj/dot_general")]
+  forward = [e for e in reading if "transpose" not in e.op_name]
+  assert len(forward) >= 4
+  operations = [e.seconds / e.count * rate / (rows * width) for e in forward]
+  assert max(operations) < 8  # to each of its numbers: three of dropout; an activation has a dozen
+
+
+@pytest.mark.guard
+@LIBTPU
 def test_two_slices_exchange_sums() -> None:
   """The adapters' gradients cross the network between slices, each chip's part of them once."""
   config = config_lib.override(
