@@ -81,6 +81,8 @@ def _backward(
   kept: tuple[Shaped[Array, "I O"], Float32[Array, "1 O"]], gradient: Float[Array, "*B O"]
 ) -> tuple[Float[Array, "*B I"], None, None]:
   codes, scale = kept
+  # Without the barrier, XLA may convert to float32 before it changes the layout, at twice the bytes.
+  gradient = jax.lax.optimization_barrier(gradient)
   wide: jax.Array = _contracted(gradient.astype(jnp.float32) * scale[0], codes, 1)
   return wide.astype(gradient.dtype), None, None
 
