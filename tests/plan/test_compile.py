@@ -107,32 +107,50 @@ def test_a_layer_reads_its_own_kernels(quantize: str) -> None:
   }
 
 
-@pytest.mark.guard
-@LIBTPU
-def test_an_activation_is_the_end_of_the_product_that_makes_it() -> None:
-  """Where layers are side by side, adapters read it; they do not compute it again."""
-  rows, width = 2048, 8192
-  config = config_lib.override(
-    small(rows, dtype="bfloat16", frozen_dtype="bfloat16", remat="projections"),
+WIDTH = 2048
+
+
+def side_by_side(**model: str) -> config_lib.Config:
+  """Layers without a loop, so large that what is between two products is worth a pass of its own."""
+  fixed = {"dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "projections"}
+  return config_lib.override(
+    small(2048, **fixed, **model),
     {
       "config.model.language_model.layers": "4",
-      "config.model.language_model.width": "2048",
+      "config.model.language_model.width": str(WIDTH),
       "config.model.language_model.heads": "16",
       "config.model.language_model.kv_heads": "16",
-      "config.model.language_model.mlp_width": str(width),
+      "config.model.language_model.mlp_width": str(4 * WIDTH),
       "config.model.lora.rank": "128",
       "config.model.lora.dropout": "0.05",
       "config.model.scan_unroll": "4",
     },
   )
-  found = planned(config, "train", "v6e-4")
+
+
+@pytest.mark.guard
+@LIBTPU
+def test_an_activation_is_the_end_of_the_product_that_makes_it() -> None:
+  """Adapters read it; they do not compute it again."""
+  found = planned(side_by_side(), "train", "v6e-4")
   cost, rate = found.programs["train"].cost, found.topology.chip.vector_rate
   assert cost is not None
   reading = [e for e in cost.entries if e.op_name.endswith("layers/down_proj/dot_general")]
   forward = [e for e in reading if "transpose" not in e.op_name]
   assert len(forward) >= 4
-  operations = [e.seconds / e.count * rate / (rows * width) for e in forward]
+  operations = [e.seconds / e.count * rate / (2048 * 4 * WIDTH) for e in forward]
   assert max(operations) < 8  # to each of its numbers: three of dropout; an activation has a dozen
+
+
+@pytest.mark.guard
+@LIBTPU
+def test_gradients_of_int8_products_change_their_layout_in_bfloat16() -> None:
+  found = planned(side_by_side(quantize="int8", frozen_matmul="int8"), "train", "v6e-4")
+  cost = found.programs["train"].cost
+  assert cost is not None
+  assert any("QuantizedDense_0" in e.op_name and "transpose" in e.op_name for e in cost.entries)
+  passes = [e for e in cost.entries if e.kind == "memory" and re.match("copy|convert", e.name)]
+  assert [e.name for e in passes if e.nbytes >= 2048 * WIDTH * 4] == []
 
 
 @pytest.mark.guard
