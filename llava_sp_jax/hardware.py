@@ -14,15 +14,22 @@ the book's.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable
 from typing import Any
 
+from llava_sp_jax.errors import LlavaSPError
+
 GIB = 1 << 30
 # XLA takes this share of a GPU's memory, and leaves the rest to others; the variables change it.
 GPU_SHARE = 0.75
 GPU_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+class HardwareError(LlavaSPError, ValueError):
+  """Reports a value in the environment that no accelerator can have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +57,24 @@ class Chip:
   def limit(self) -> int:
     """Returns the bytes of a device's memory that XLA takes for its programs.
 
-    Raises: ValueError for a share in the environment that is not a number.
+    Raises: HardwareError for a share in the environment that is none.
     """
     if self.platform != "cuda":
       return self.hbm_bytes
-    share = next((os.environ[name] for name in GPU_SHARES if os.environ.get(name)), GPU_SHARE)
-    return int(float(share) * self.hbm_bytes)
+    for name in GPU_SHARES:
+      if text := os.environ.get(name):
+        return int(_share(name, text) * self.hbm_bytes)
+    return int(GPU_SHARE * self.hbm_bytes)
+
+
+def _share(name: str, text: str) -> float:
+  try:
+    share = float(text)
+  except ValueError:
+    share = math.nan
+  if not 0 < share <= 1:
+    raise HardwareError(f"{name}: expected a share of the memory, such as .75, found {text!r:.40}")
+  return share
 
 
 # The first row whose `device_kind` matches describes a device.

@@ -18,26 +18,39 @@ def host(samples: str, what: str) -> float:
   return float(result("hosts")["cases"][samples][what])
 
 
-def plan(model: str, topology: str) -> float:
-  rows = result("plan")
-  return next(
-    r["step_seconds"]
-    for r in rows
-    if (r["model"], r["topology"], r["what"]) == (model, topology, "train") and "unrolled" not in r
+SPECIAL = (
+  "quantize",
+  "products",
+  "samples",
+  "unrolled",
+  "options",
+)  # that a plan has if it is no plain one
+
+
+def planned(model: str, topology: str, **special: Any) -> dict[str, Any]:
+  """The one plan of a training step with these settings, and with no others of SPECIAL."""
+  wanted = {name: special.pop(name, None) for name in SPECIAL} | special
+  (found,) = (
+    r
+    for r in result("plan")
+    if (r["model"], r["topology"], r["what"]) == (model, topology, "train")
+    and all(r.get(name) == value for name, value in wanted.items())
   )
+  return dict(found)
 
 
-def faster_in_int8(topology: str, unrolled: int, *bases: str) -> float:
+def plan(model: str, topology: str) -> float:
+  return float(planned(model, topology)["step_seconds"])
+
+
+def faster_in_int8(topology: str, *bases: str) -> float:
   """How many times as fast products in int8 make a step of 7B, as predicted.
 
   `bases` are the placements of the base for floats and for int8.
   """
-  rows = [
-    r for r in result("plan") if (r["model"], r["topology"]) == (LORA.format("cropping"), topology)
-  ]
-  alike = [r for r in rows if r["what"] == "train" and r.get("unrolled", 1) == unrolled]
-  (floats,) = (r for r in alike if "quantize" not in r and r["base"] == bases[0])
-  (int8,) = (r for r in alike if r.get("products") == "int8" and r["base"] == bases[-1])
+  model = LORA.format("cropping")
+  floats = planned(model, topology, base=bases[0])
+  int8 = planned(model, topology, base=bases[-1], quantize="int8", products="int8")
   return float(floats["step_seconds"] / int8["step_seconds"])
 
 
@@ -50,8 +63,10 @@ def accuracy(job: str, way: str) -> float:
 def pod(mesh: tuple[int, int, int], value: str, topology: str = "v6e-4") -> float:
   """What is predicted of an evaluation in bfloat16."""
   found = [r for r in result("plan") if (r["topology"], r["what"]) == (topology, "eval")]
-  held = (r for r in found if tuple(r["mesh"].values()) == mesh and "weights" not in r)
-  return next(float(r[value]) for r in held)
+  (held,) = (
+    r for r in found if tuple(r["mesh"].values()) == mesh and not {"weights", "options"} & r.keys()
+  )
+  return float(held[value])
 
 
 def minutes_of_the_paper() -> float:

@@ -23,7 +23,7 @@ FLOORS = (
   "errors",
   "stores",
   "storage",
-  "console files locks",
+  "children console files locks",
   "folders json_files environment hardware progress provenance",
   "jsonl overrides batch",
   "config",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from llava_sp_jax import children
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh as mesh_lib
@@ -56,11 +57,8 @@ def counted(
     "parts": parts,
   }
   devices = int(np.prod(mesh))
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-  }
+  simulated = f"--xla_force_host_platform_device_count={devices}"
+  environment = children.environment({**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulated})
   with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as folder:
     file = Path(folder) / "request.json"
     file.write_text(json.dumps(request))
@@ -103,4 +101,5 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+  children.end_with_parent()
   main(sys.argv[1])

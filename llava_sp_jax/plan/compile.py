@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import children
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.errors import LlavaSPError
 from llava_sp_jax.plan import hlo, memory
@@ -58,6 +60,13 @@ ENVIRONMENT = {
 }
 
 
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # variables with options of the compiler
+# Beginnings of options that say nothing of a plan; the last one jax adds to LIBTPU_INIT_ARGS itself.
+ELSEWHERE = (
+  "--xla_cpu", "--xla_force_host_platform", "--xla_dump", "--xla_tpu_use_enhanced_launch_barrier",
+)  # fmt: skip
+
+
 class PlanError(LlavaSPError, ValueError):
   """Reports a config that cannot be compiled for a topology, with the reason."""
 
@@ -90,6 +99,16 @@ def compiler(topology: Topology) -> str:
     if importlib.util.find_spec(module) is not None:
       return f"{module} {importlib.metadata.version(module.replace('_', '-'))}"
   return ""
+
+
+def options(topology: Topology, environment: Mapping[str, str] = os.environ) -> str:
+  """Returns the options of the compiler that the user has chosen in `environment`, as they stand.
+
+  Leaves out those that concern other compilers, and what jax adds on a machine with TPUs.
+  """
+  names = FLAGS if topology.chip.platform == "tpu" else ("XLA_FLAGS",)
+  chosen = [flag for name in names for flag in environment.get(name, "").split()]
+  return " ".join(flag for flag in chosen if not flag.startswith(ELSEWHERE))
 
 
 def compile_config(
@@ -160,11 +179,19 @@ def _compile(
     "topology": topology.compiler_name,
     "arguments": topology.compiler_arguments,
     "limit": topology.chip.limit,
+    "options": options(topology),
   }
   (folder / "request.json").write_text(json.dumps(request))
   started = time.monotonic()
   errors = _run(folder, dumped, fast)
-  return _read(folder, program, dumped, errors, time.monotonic() - started, topology)
+  seconds = time.monotonic() - started
+  done = (folder / "done.json").is_file() or _dumps(folder, dumped, TOO_LARGE)
+  if not fast and not done and _dumps(folder, dumped, SCHEDULE):
+    raise PlanError(
+      f"{program}: no code was generated for {topology.name}: {_reason(errors)}; --full false plans "
+      "without"
+    )
+  return _read(folder, program, dumped, errors, seconds, topology)
 
 
 def held(about: dict[str, Any]) -> int:
@@ -180,8 +207,8 @@ def _run(folder: Path, dumped: str, fast: bool) -> str:
 
   Raises: PlanError after PATIENCE seconds.
   """
-  flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
-  environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags}
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+  environment = children.environment({**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags})
   log = folder / "log.txt"
   with log.open("w") as output:
     child = subprocess.Popen(
@@ -238,8 +265,10 @@ def _read(
     return Compiled(memory.of_analysis(sizes), seconds, about)
   if held(about) > topology.chip.limit:
     return Compiled(memory.of_arguments(about["arguments"]), seconds, about)
-  lines = [line for line in printed.splitlines() if line.strip()]
-  reason = next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), "")
-  raise PlanError(
-    f"{program} cannot be compiled for {topology.name}: {reason or (lines or ['no output'])[-1]}"
-  )
+  raise PlanError(f"{program} cannot be compiled for {topology.name}: {_reason(printed)}")
+
+
+def _reason(printed: str) -> str:
+  """Returns the line of a child's output that says why it failed."""
+  lines = [line for line in printed.splitlines() if line.strip()] or ["no output"]
+  return next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), lines[-1])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.plan import compile as compile_lib
-from llava_sp_jax.plan import report, traffic
+from llava_sp_jax.plan import explain, report, traffic
 from llava_sp_jax.plan.questions import Counted, Key
 from llava_sp_jax.plan.topologies import Topology
 
@@ -48,7 +48,8 @@ def predict(
     told: called with a line for each size that is compiled.
 
   Returns: the prediction of each benchmark, and the seconds of each size that was compiled.
-  Raises: PlanError when a program cannot be compiled, or the rates of the chips are unknown.
+  Raises: PlanError when a program cannot be compiled or does not fit, or the rates of the chips are
+    unknown.
   """
   if not topology.chip.speed:
     raise compile_lib.PlanError(f"--topology {topology.name}: no speed is known of these chips")
@@ -56,8 +57,10 @@ def predict(
   seconds: dict[Key, float] = {}
   for key in chosen([c.runs for c in counted.values()], work):
     found = compile_lib.compile_key(config, topology, key)
-    program = report.make(config, topology, compile_lib.EVAL, {str(key[0]): found}).programs
-    one = program[str(key[0])]
+    made = report.make(config, topology, compile_lib.EVAL, {str(key[0]): found})
+    if not made.fits:
+      raise explain.refusal(made)
+    one = made.programs[str(key[0])]
     seconds[key] = one.turn if key[0] == report.LOOP else one.seconds
     told(f"{' '.join(map(str, key))}: {seconds[key]:.6f} s, {found.seconds:.0f} s to compile")
   results = {}
@@ -98,7 +101,7 @@ def chosen(runs: list[dict[Key, int]], work: Callable[[Key], float]) -> list[Key
   for keys in by_name.values():
     whole, so_far = sum(total[k] * work(k) for k in keys), 0.0
     for key in keys[:MOST]:
-      if so_far >= COVERED * whole:
+      if so_far and so_far >= COVERED * whole:
         break
       result.append(key)
       so_far += total[key] * work(key)

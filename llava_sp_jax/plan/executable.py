@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax import children
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.plan.compile import ENVIRONMENT, PlanError, check_installed
 from llava_sp_jax.plan.topologies import topology
@@ -48,6 +49,7 @@ def write(config: config_lib.Config, name: str, path: Path) -> str:
     check_installed(chips)
     request |= {"topology": chips.compiler_name, "arguments": chips.compiler_arguments}
     environment |= ENVIRONMENT
+  environment = children.environment(environment)
   begun = time.monotonic()
   with tempfile.TemporaryDirectory(prefix="llava-sp-plan-") as folder:
     file = Path(folder) / "request.json"
@@ -99,4 +101,5 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
+  children.end_with_parent()
   main(sys.argv[1])

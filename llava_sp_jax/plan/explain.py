@@ -60,6 +60,7 @@ def refusal(plan: Plan) -> PlanError:
     f"does not fit: {plan.used / GIB:.2f} GiB of HBM per device on {plan.topology.name}, "
     f"{plan.limit / GIB:.2f} GiB there; {(plan.used - plan.limit) / GIB:.2f} GiB too many"
     + (f", in the program {name} ({DOES[name]})" if DOES[name] else ""),
+    *_options(plan),
     *_parts(program),
     *(["the largest buffers:"] if largest else []),
     *[f"  {size / GIB:7.3f} GiB  {shape}  {_short(name)}" for size, shape, name in largest],
@@ -83,11 +84,17 @@ def _head(plan: Plan) -> list[str]:
     f"{config.name}, {plan.what}, on {topology.name}: {topology.chips} chips {topology.chip_name} "
     f"({slices}{sides}), mesh {mesh}" + (f", {settings}" if plan.what == TRAIN else ""),
     f"parameters: {counts}",
+    *_options(plan),
     f"{plan.rows} rows of {config.data.row_length} tokens with "
     f"{config.data.images_per_row} images; compiled in {seconds:.0f} s",
     *(_traffic(plan) if plan.what == EVAL else ()),
     "",
   ]
+
+
+def _options(plan: Plan) -> list[str]:
+  chosen = plan.about.get("options")
+  return [f"with your options of the compiler: {chosen}"] if chosen else []
 
 
 def _traffic(plan: Plan) -> list[str]:
@@ -166,10 +173,11 @@ def _training(plan: Plan, cost: cost_lib.Cost) -> list[str]:
 def _published(plan: Plan) -> str:
   """Says what the published runs on a chip make of a predicted step."""
   chip = plan.topology.chip_name
-  band = calibration.band(plan.topology, plan.seconds)
-  if band is None:
+  if plan.predictor != "fast":
+    return "published runs were compared with quick plans"
+  if plan.band is None:
     return f"no published run on {chip} to compare with"
-  return f"{calibration.text(band)} s by published runs on {chip}"
+  return f"{calibration.text(plan.band)} s by published runs on {chip}"
 
 
 def _answering(plan: Plan, name: str, program: Program) -> list[str]:
@@ -200,7 +208,6 @@ def _how(plan: Plan) -> list[str]:
     f"{chip.hbm_rate / 1e9:.0f} GB/s, link {chip.link_rate / 1e9:.0f} GB/s, {slow}vector unit "
     f"{chip.vector_rate / 1e12:.1f} Top/s; collectives run beside what the schedule puts between "
     "their start and done",
-    *([f"LIBTPU_INIT_ARGS: {chosen}"] if (chosen := plan.about.get("options")) else []),
   ]
 
 

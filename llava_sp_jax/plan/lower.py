@@ -10,10 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llava_sp_jax import children
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import example
 from llava_sp_jax.distributed import mesh as mesh_lib
@@ -39,7 +37,6 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
   "tpu": {},
   "cuda": {"xla_gpu_enable_triton_gemm": False},  # Triton would autotune on a real GPU
 }
-CHOSEN = "LIBTPU_INIT_ARGS"  # the variable with the options of libtpu that the user has chosen
 # What a program calls its arguments, by whether it is the train step.
 NAMED = {True: "arguments", False: "values"}
 
@@ -127,20 +124,6 @@ def useful_flops(config: config_lib.Config) -> float:
   return costs.step(rows * length, pairs, rows * config.data.images_per_row)
 
 
-def end_with(parent: int, every: float = 1.0) -> None:
-  """Ends this process within `every` seconds after its parent `parent` has ended.
-
-  A parent that is killed stops no child, and a compile takes cores and gigabytes for minutes.
-  """
-
-  def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(every)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True, name="end with the parent").start()
-
-
 def main(path: str) -> None:
   """Compiles the request in the JSON file `path`, and writes about.json and done.json beside it.
 
@@ -166,7 +149,7 @@ def main(path: str) -> None:
     about = {
       "coordinates": [list(getattr(d, "coords", (d.id,))) for d in device_mesh.devices.flat],
       "mesh": dict(device_mesh.shape),
-      "options": " ".join(os.environ.get(CHOSEN, "").split()),
+      "options": request["options"],
       "arguments": by_part(NAMED[training], program.arguments),
       **program.about,
     }
@@ -209,5 +192,5 @@ def argument_bytes(lowered: Any, compiled: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-  end_with(os.getppid())
+  children.end_with_parent()
   main(sys.argv[1])

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
+from llava_sp_jax.files import FormatError
 from llava_sp_jax.hardware import GIB
 from llava_sp_jax.plan import calibration
 from llava_sp_jax.plan import compile as compile_lib
@@ -32,8 +35,9 @@ PREDICTORS = {
 }
 # Identify a record; a new one replaces its old.
 RECORD_KEYS = (
-  "model", "topology", "what", "rows", "row_length", "mesh", "weights", "cache", "quantize", "products",
-  "samples", "unrolled", "options",
+  "model", "settings", "topology", "what", "rows", "row_length", "images_per_row", "mesh", "accumulate",
+  "remat", "base", "weights", "cache", "quantize", "products", "filled", "samples", "unrolled",
+  "predictor", "options",
 )  # fmt: skip
 FLOATS = {
   "weights": "none",
@@ -144,6 +148,14 @@ class Plan:
     return result
 
   @property
+  def band(self) -> tuple[float, float] | None:
+    """Returns the seconds of a train step by published runs, with which quick plans were compared.
+
+    Returns None without such runs, or if the plan is no quick one.
+    """
+    return calibration.band(self.topology, self.seconds) if self.predictor == "fast" else None
+
+  @property
   def predictor(self) -> str:
     """Returns how the time is predicted: "fast", "full" or "none", a key of PREDICTORS."""
     if any(program.cost is None for program in self.programs.values()):
@@ -154,6 +166,11 @@ class Plan:
   def tokens(self) -> int:
     """Returns the number of places of a step: rows times row length."""
     return self.rows * self.config.data.row_length
+
+  @property
+  def filled(self) -> float:
+    """Returns the share of the places of rows that hold tokens; 1 of an evaluation."""
+    return self.row.filled if self.what == TRAIN else 1.0
 
   def record(self) -> dict[str, Any]:
     """Returns the plan as a row for the JSON file; its times are None unless the plan fits."""
@@ -166,8 +183,9 @@ class Plan:
       "rows": self.rows,
       "row_length": config.data.row_length,
       "images_per_row": config.data.images_per_row,
+      "settings": settings(config),
       "step_seconds": round(self.seconds, 4) if speed else None,
-      "tokens_per_second": round(self.tokens * self.row.filled / self.seconds) if speed else None,
+      "tokens_per_second": round(self.tokens * self.filled / self.seconds) if speed else None,
       "hbm_gib": round(self.used / GIB, 2),
       "hbm_limit_gib": round(self.limit / GIB, 2),
       "fits": self.fits,
@@ -180,7 +198,7 @@ class Plan:
 
   def _training(self, speed: bool) -> dict[str, Any]:
     config = self.config
-    band = calibration.band(self.topology, self.seconds) if speed else None
+    band = self.band if speed else None
     result = {
       "step_seconds_published": [round(seconds, 4) for seconds in band] if band else None,
       "mfu": round(self.mfu, 4) if speed else None,
@@ -229,10 +247,40 @@ def make(
   return Plan(config, topology, what, programs, row)
 
 
+def settings(config: config_lib.Config) -> str:
+  """Returns a short hash of what else a program is compiled from: model, optimizer, kind of rows."""
+  data, adam = config.data, config.optimizer
+  values = [
+    dataclasses.asdict(dataclasses.replace(config.model, remat="none", scan_unroll=1)),
+    [adam.stage, adam.moment_dtype, config.train.loss_chunk],
+    [data.packing, data.samples_per_row, data.turns],
+  ]
+  return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:6]
+
+
 def _cost(compiled: Compiled, topology: Topology, row: Row) -> cost_lib.Cost | None:
   if not compiled.module or not topology.chip.speed:
     return None
   return cost_lib.Predictor(compiled.module, topology, compiled.about["coordinates"], row).run()
+
+
+def check(out: Path) -> None:
+  """Reads OUT.json before anything is compiled for it.
+
+  Raises: FormatError if it is there and has no plans.
+  """
+  file = provenance.named(out, "json")
+  try:
+    records = provenance.read(out, [])
+    plans = isinstance(records, list) and all(
+      {"model", "topology", "what"} <= r.keys() for r in records
+    )
+  except (ValueError, AttributeError):
+    plans = False
+  if not plans:
+    raise FormatError(
+      f"{file}: expected the plans of earlier commands, found something else; give --out another name"
+    )
 
 
 def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -250,10 +298,12 @@ def append(out: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 # Column of the table -> the values of a record that its cell shows, "-" for those that are missing.
 COLUMNS: dict[str, tuple[str, ...]] = {
   "model": ("model", "weights", "cache", "quantize"),
+  "settings": ("settings",),
   "topology": ("topology",),
   "what": ("what",),
   "rows": ("rows",),
   "of": ("row_length",),
+  "images": ("images_per_row",),
   "filled": ("filled",),
   "samples": ("samples",),
   "mesh": ("mesh",),
@@ -285,7 +335,8 @@ def table(records: list[dict[str, Any]]) -> str:
     "prefill of prompts into all rows, each with images of its own. The mesh is data x fsdp x "
     "tensor. Tokens that count are `filled` of the places of a row. Attention skips what `samples` "
     "equal samples of a row do not see of each other; - is one sample, for which a step of many "
-    "chips waits. `unrolled` is how many layers a turn of the loop over layers has (`model.scan_unroll`); - is one.",
+    "chips waits. Rows with the same `settings` are of the same model, optimizer and kind of rows. "
+    "`unrolled` is how many layers a turn of the loop over layers has (`model.scan_unroll`); - is one.",
     "",
     "| " + " | ".join(COLUMNS) + " |",
     "|" + "---|" * len(COLUMNS),

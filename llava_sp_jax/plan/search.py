@@ -60,8 +60,20 @@ def axes(config: config_lib.Config, devices: int, slices: int = 1) -> tuple[Axis
     ),
     Axis("recomputation", tuple({"model.remat": name} for name in remat.POLICIES)),
     Axis("base", tuple({"mesh.base": name} for name in sharding.PRESETS)),
-    Axis("mesh", tuple(_meshes(devices, slices))),
+    Axis("mesh", _with_own(tuple(_meshes(devices, slices)), config, devices, slices)),
   )
+
+
+def _with_own(meshes: Values, config: config_lib.Config, devices: int, slices: int) -> Values:
+  """Returns `meshes`, and among them that of the config, before the first with a smaller tensor."""
+  sizes = config.mesh
+  fsdp = devices // (sizes.data * sizes.tensor) if sizes.fsdp == -1 else sizes.fsdp
+  own = {"mesh.data": sizes.data, "mesh.fsdp": fsdp, "mesh.tensor": sizes.tensor}
+  possible = sizes.data * fsdp * sizes.tensor == devices and sizes.data % slices == 0
+  if own in meshes or not possible:
+    return meshes
+  before = [mesh for mesh in meshes if mesh["mesh.tensor"] >= sizes.tensor]
+  return (*before, own, *meshes[len(before) :])
 
 
 def _meshes(devices: int, slices: int) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import build
 from llava_sp_jax.models import cache as cache_lib
 from llava_sp_jax.models.quantize import is_quantized
+from llava_sp_jax.plan.answers import folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Traffic:
 def of(config: config_lib.ModelConfig) -> Traffic:
   """Returns the traffic of a model as its config says it is held: dtype, quantize and cache.
 
+  The engine has it: adapters of a base in floats are in its weights.
   Each weight is read once in a step. Of an embedding that is not also the output head, a step reads
   a row for each token, which is left out.
   """
+  config = folded(config)
   text, dtype = config.language_model, jnp.dtype(config.dtype)
   unread = () if text.tie_embeddings else ("language_model/token_embed/",)
   weights = 0

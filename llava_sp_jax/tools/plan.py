@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import provenance
 from llava_sp_jax.tools import arguments
 
 OPTIONS = {
   "what": "train", "out": "", "keep": "", "top": "15", "full": "false", "search": "0", "write": "",
   "filled": "1", "samples": "1", "write-executable": "",
   **dict.fromkeys(arguments.FORMATS, ""),
+}  # fmt: skip
+
+FULL = {"true": True, "false": False}
+# What is asked for -> options that have no effect then.
+WITHOUT = {
+  "--write-executable": (
+    "what", "search", "write", "out", "keep", "full", "filled", "samples", *arguments.FORMATS
+  ),
+  "--what eval": ("search", "write", "filled", "samples"),
 }  # fmt: skip
 
 USAGE = """usage: llava-sp plan --config FILE[:OPTIONS] --topology NAME [--config.GROUP.KEY=VALUE]
@@ -69,23 +79,30 @@ def main(argv: list[str]) -> None:
     print(executable.write(config, options["topology"], Path(options["write-executable"])))
     return
   topology = topologies.topology(options["topology"])
+  budget = int(options["search"])
+  if budget and not topology.chip.speed:
+    raise config_lib.ConfigError(
+      f"--search: chooses the fastest step, and no speed is predicted for {topology.name}; leave it out"
+    )
 
   from llava_sp_jax.plan import compile as compile_lib
   from llava_sp_jax.plan import explain, kernels, report
 
   keep = Path(options["keep"]) if options["keep"] else None
+  out = Path(options["out"]) if options["out"] else None
+  if out:
+    report.check(out)
 
   def make(config: config_lib.Config) -> report.Plan:
-    fast = options["full"].lower() != "true"
+    fast = not FULL[options["full"].lower()]
     compiled = compile_lib.compile_config(config, topology, options["what"], keep, fast)
     row = kernels.Row(int(options["samples"]), float(options["filled"]))
     return report.make(config, topology, options["what"], compiled, row)
 
-  budget = int(options["search"])
   plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
-  if options["out"]:
-    records = report.append(Path(options["out"]), plan.record())
-    Path(options["out"] + ".md").write_text(report.table(records))
+  if out:
+    records = report.append(out, plan.record())
+    provenance.named(out, "md").write_text(report.table(records))
   if not plan.fits:
     raise explain.refusal(plan)
   print(explain.text(plan, int(options["top"])))
@@ -131,6 +148,7 @@ def _search(
       raise compile_lib.PlanError("none of the candidates can be compiled")
     return min(plans.values(), key=lambda plan: plan.used)
   file = Path(options["write"] or f"{config.name}-{topology.name}.py")
+  file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(search.recipe(best.config, f"Found by: llava-sp plan {' '.join(argv)}"))
   print(f"the fastest of {len(tried)} is written to {file}\n")
   return plans[best.config]
@@ -151,6 +169,12 @@ def read(argv: list[str]) -> tuple[dict[str, str], config_lib.Config]:
   return options, config
 
 
+def _chosen(options: dict[str, str], action: str) -> bool:
+  """Returns whether the options have `action`, a key of WITHOUT."""
+  name, _, value = action.removeprefix("--").partition(" ")
+  return options[name] == value if value else options[name] != OPTIONS[name]
+
+
 def _check(options: dict[str, str]) -> None:
   from llava_sp_jax.plan import compile as compile_lib
 
@@ -161,6 +185,15 @@ def _check(options: dict[str, str]) -> None:
       f"{', '.join(given)}: of an evaluation; add --what eval. The base of a train step is "
       "--config.model.quantize"
     )
+  for action, others in WITHOUT.items():
+    useless = [name for name in others if options[name] != OPTIONS[name]]
+    if _chosen(options, action) and useless:
+      raise config_lib.ConfigError(
+        f"--{', --'.join(useless)}: without effect with {action}; leave {'it' if len(useless) == 1 else 'them'} out"
+      )
+  if options["write"] and options["search"] == OPTIONS["search"]:
+    raise config_lib.ConfigError("--write: the config that a search found; add --search N")
+  config_lib.lookup("--full", options["full"].lower(), FULL)
   for name, least in (("top", 1), ("search", 0), ("samples", 1)):
     arguments.whole(name, options[name], least)
   if not re.fullmatch(r"1(\.0*)?|0?\.\d*[1-9]\d*", options["filled"]):

@@ -21,7 +21,7 @@ from llava_sp_jax.infer.layout import EngineLayout
 from llava_sp_jax.infer.programs import Programs
 from llava_sp_jax.infer.rows import Rows
 from llava_sp_jax.models import build
-from llava_sp_jax.plan import answers
+from llava_sp_jax.plan import answers, traffic
 from llava_sp_jax.plan.compile import EVAL, PROGRAMS
 from tests.conftest import ConfigMaker
 
@@ -116,6 +116,15 @@ def _shared(config: config_lib.Config, number: int) -> Any:
 def test_adapters_are_in_the_weights_unless_those_are_codes(tiny_config: ConfigMaker) -> None:
   assert answers.folded(config_of(tiny_config).model).lora.rank == 0
   assert answers.folded(config_of(tiny_config, quantize="int8").model).lora.rank == 8
+
+
+@pytest.mark.parametrize(("quantize", "more"), [("none", False), ("int8", True)])
+def test_a_step_reads_adapters_only_beside_codes(
+  tiny_config: ConfigMaker, quantize: str, more: bool
+) -> None:
+  with_adapters = tiny_config(model={"lora": {"rank": 4}, "quantize": quantize}).model
+  plain = tiny_config(model={"lora": {"rank": 0}, "quantize": quantize}).model
+  assert (traffic.of(with_adapters).weights > traffic.of(plain).weights) == more
 
 
 def test_a_prompt_has_room_for_a_question(tiny_config: ConfigMaker) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
-import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +14,8 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import explain, memory, report, topologies
 from llava_sp_jax.plan.cost import SLOW
-from tests.conftest import REPOSITORY, ConfigMaker
+from llava_sp_jax.training import setup
+from tests.conftest import ConfigMaker
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,31 +31,51 @@ LIBTPU = pytest.mark.skipif(
 )
 
 
-CHILD = """
-import os, time
-from llava_sp_jax.plan import lower
-lower.end_with(os.getppid(), 0.05)
-print("watching", flush=True)
-time.sleep(600)
-"""
-PARENT = f"""
-import subprocess, sys
-subprocess.run([sys.executable, "-c", {CHILD!r}], start_new_session=True)
-"""
+def test_the_user_s_options_reach_the_compiler(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  started: dict[str, str] = {}
+
+  def popen(command: list[str], env: dict[str, str], **more: object) -> object:
+    started.update(env)
+    raise compile_lib.PlanError("enough")
+
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_some=false")
+  monkeypatch.setattr(compile_lib.subprocess, "Popen", popen)
+  monkeypatch.setattr(compile_lib, "check_installed", lambda topology: None)
+  topology = topologies.topology("h100x8")
+  with pytest.raises(compile_lib.PlanError, match="enough"):
+    compile_lib.compile_config(small(512), topology, "train", keep=tmp_path)
+  assert started["XLA_FLAGS"].split()[0] == "--xla_gpu_some=false"
+  assert json.loads((tmp_path / "request.json").read_text())["options"] == "--xla_gpu_some=false"
 
 
-def test_a_compile_ends_with_the_command_that_was_killed() -> None:
-  parent = subprocess.Popen(
-    [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
-  )
-  assert parent.stdout is not None
-  assert parent.stdout.readline() == "watching\n"
-  begun = time.monotonic()
-  parent.kill()
-  parent.wait()
-  assert parent.stdout.read() == ""  # ends when nobody is left to write
-  parent.stdout.close()
-  assert time.monotonic() - begun < 60
+def test_options_are_those_that_the_user_chose_for_this_compiler() -> None:
+  environment = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_a=1 --xla_cpu_b=2",
+    "LIBTPU_INIT_ARGS": " --xla_tpu_c=true  --xla_tpu_use_enhanced_launch_barrier=true",
+  }
+  tpu, gpu = topologies.topology("v5e-4"), topologies.topology("h100x8")
+  assert compile_lib.options(tpu, environment) == "--xla_a=1 --xla_tpu_c=true"
+  assert compile_lib.options(gpu, environment) == "--xla_a=1"
+  assert compile_lib.options(tpu, {}) == ""
+  assert compile_lib.FLAGS == setup.FLAGS
+
+
+def test_a_full_plan_without_code_is_an_error(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  def run(folder: Path, dumped: str, fast: bool) -> str:
+    (folder / f"module_1.jit_{dumped}.x{compile_lib.SCHEDULE}").write_text("HloModule x")
+    (folder / f"module_1.jit_{dumped}.x{compile_lib.BUFFERS}").write_text("")
+    return "RuntimeError: out of memory"
+
+  monkeypatch.setattr(compile_lib, "_run", run)
+  monkeypatch.setattr(compile_lib, "check_installed", lambda topology: None)
+  with pytest.raises(compile_lib.PlanError, match=r"no code was generated .*out of memory"):
+    compile_lib.compile_config(
+      small(512), topologies.topology("v5e-4"), "train", keep=tmp_path, fast=False
+    )
 
 
 LAYERS = 32

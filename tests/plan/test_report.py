@@ -12,6 +12,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
+from llava_sp_jax.files import FormatError
 from llava_sp_jax.plan import compile as compile_lib
 from llava_sp_jax.plan import cost, explain, kernels, report, topologies
 from tests.plan.plans import GIB, evaluation, plan
@@ -63,8 +64,10 @@ def test_a_record_says_which_options_of_the_compiler_were_chosen() -> None:
   assert "options" not in plain.record()
   assert chosen.record()["options"] == "--xla_tpu_some=true"
   assert "options" in report.RECORD_KEYS
-  assert "LIBTPU_INIT_ARGS: --xla_tpu_some=true" in explain.text(chosen)
-  assert "LIBTPU_INIT_ARGS" not in explain.text(plain)
+  said = "with your options of the compiler: --xla_tpu_some=true"
+  assert said in explain.text(chosen)
+  assert "your options" not in explain.text(plain)
+  assert said in str(explain.refusal(plan(20 * GIB, options="--xla_tpu_some=true")))
   assert " --xla_tpu_some=true |" in report.table([chosen.record()])
 
 
@@ -84,10 +87,65 @@ def test_a_record_says_what_it_is_of() -> None:
   assert (record["filled"], record["samples"]) == (0.75, 2)
   assert record["tokens_per_second"] == 128 * 2048 // 2 * 0.75
   assert record["mfu"] == plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18).record()["mfu"]
-  assert "| 128 | 2048 | 0.75 | 2 | 16 | 4 | full | replicate |" in report.table([record])
+  assert "| 128 | 2048 | 1 | 0.75 | 2 | 16 | 4 | full | replicate |" in report.table([record])
   printed = explain.text(made)
   assert "mesh fsdp 16, accumulate 4, remat full, base replicate, quantize none" in printed
   assert f"{128 * 2048 // 2 * 0.75:,.0f} tokens/s that count: 75.0%" in printed
+
+
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("train.accumulate", "4"),
+    ("model.remat", "full"),
+    ("mesh.base", "replicate"),
+    ("data.images_per_row", "3"),
+    ("model.lora.rank", "8"),
+    ("optimizer.moment_dtype", "bfloat16"),
+  ],
+)
+def test_plans_that_differ_stand_side_by_side(tmp_path: Path, key: str, value: str) -> None:
+  made = plan(8 * GIB, useful_flops=1e18)
+  changed = config_lib.override(made.config, {f"config.{key}": value})
+  other = dataclasses.replace(made, config=changed)
+  for one in (made, other, made):
+    report.append(tmp_path / "out", one.record())
+  assert len(provenance.read(tmp_path / "out", [])) == 2
+
+
+def test_a_share_that_is_filled_and_a_full_plan_stand_side_by_side(tmp_path: Path) -> None:
+  made = plan(8 * GIB, useful_flops=1e18)
+  compiled = dataclasses.replace(made.largest.compiled, full=True)
+  full = dataclasses.replace(made.largest, compiled=compiled)
+  for one in (
+    made,
+    dataclasses.replace(made, row=kernels.Row(1, 0.5)),
+    dataclasses.replace(made, programs={"train": full}),
+  ):
+    report.append(tmp_path / "out", one.record())
+  assert len(provenance.read(tmp_path / "out", [])) == 3
+
+
+def test_published_runs_say_nothing_of_a_full_plan() -> None:
+  """The ratios are those of quick plans."""
+  made = plan(8 * GIB, useful_flops=1e18)
+  compiled = dataclasses.replace(made.largest.compiled, full=True)
+  full = dataclasses.replace(
+    made, programs={"train": dataclasses.replace(made.largest, compiled=compiled)}
+  )
+  assert made.record()["step_seconds_published"]
+  assert full.record()["step_seconds_published"] is None
+  assert "compared with quick plans" in explain.text(full)
+
+
+@pytest.mark.parametrize("content", ['{"figures": {"a": 1}}', '[{"seconds": 1}]', "{", "[1]"])
+def test_records_of_something_else_are_refused_before_a_compile(
+  tmp_path: Path, content: str
+) -> None:
+  (tmp_path / "out.json").write_text(content)
+  with pytest.raises(FormatError, match=r"out\.json: expected the plans of earlier commands"):
+    report.check(tmp_path / "out")
+  report.check(tmp_path / "new")
 
 
 def test_a_compiler_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

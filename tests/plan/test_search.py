@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -114,3 +115,11 @@ def test_train_takes_the_recipe(tmp_path: Path) -> None:
   file = tmp_path / "found.py"
   file.write_text(search.recipe(best.config, "Found by a test."))
   assert recipes.load(str(file)) == best.config
+
+
+def test_the_mesh_of_the_config_is_where_a_search_starts() -> None:
+  """Also one that is not among those that it would try."""
+  compiler = Compiler()
+  own = dataclasses.replace(start().mesh, data=4, fsdp=1, tensor=DEVICES // 4)
+  search.search(dataclasses.replace(start(), mesh=own), DEVICES, 3, compiler)
+  assert compiler.calls[0].mesh == own

@@ -74,6 +74,15 @@ def test_a_gpu_has_the_share_that_xla_takes(
   assert tpu.limit == tpu.hbm_bytes
 
 
+@pytest.mark.parametrize("share", ["92", "0", "75%", "nan"])
+def test_a_share_of_a_gpu_that_is_none_is_an_error(
+  share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+  with pytest.raises(hardware.HardwareError, match=r"expected a share of the memory, such as \.75"):
+    _ = topologies.topology("h100x8").chip.limit
+
+
 def test_unknown_slices_list_the_known_ones() -> None:
   with pytest.raises(ConfigError, match=r"--topology: unknown 'v5e-17'; known: .*v5e-16"):
     topologies.topology("v5e-17")

@@ -54,6 +54,17 @@ def test_help_is_instant(capsys: pytest.CaptureFixture) -> None:
       "--top: expected a whole number from 1",
     ),
     ([f"--config={RECIPE}", "--topology=v5e-16", "--frobnicate=1"], "unknown --frobnicate"),
+    ([f"--config={RECIPE}", "--topology=v5e-16", "--full=yes"], "--full: unknown 'yes'"),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--what=eval", "--filled=.8", "--search=3"],
+      "--search, --filled: without effect with --what eval; leave them out",
+    ),
+    (
+      [f"--config={RECIPE}", "--topology=v5e-16", "--write-executable=x", "--out=y"],
+      "--out: without effect with --write-executable; leave it out",
+    ),
+    ([f"--config={RECIPE}", "--topology=v5e-16", "--write=x.py"], "add --search N"),
+    ([f"--config={RECIPE}", "--topology=h100x8", "--search=3"], "no speed is predicted for h100x8"),
   ],
 )
 def test_errors(capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
