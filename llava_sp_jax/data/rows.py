@@ -13,11 +13,11 @@ import numpy as np
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError, lookup
 from llava_sp_jax.data import example, image, kept, packing, pictures, samples
-from llava_sp_jax.data.failure import SampleError, attempt
+from llava_sp_jax.data.failure import SampleError, SourceError, attempt
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.source import Source
 
-HOPELESS = 256  # so many bad samples without a good one mean that the settings are wrong
+HOPELESS = 256  # so many bad samples in a row are no fault of theirs: settings, disk or network
 SAMPLES = "samples"  # key of a batch: for each row, a list of Held; stays on the host
 
 
@@ -75,7 +75,8 @@ class RowMaker:
 
     `epoch` seeds random draws. `loaded` is what `load` has returned; without it, it is read now.
 
-    Raises: ConfigError when none of the first 256 samples can be used.
+    Raises: ConfigError when none of the first 256 samples can be used, SourceError when none of so many
+      in a row can be used later: then not the samples are bad.
     """
     room = self._data.images_per_row
     images = np.zeros((room, self._side, self._side, 3), np.float32)
@@ -104,6 +105,7 @@ class RowMaker:
       self._give_up_if_hopeless(index, made)
       return None
     self._any_good = True
+    self._bad.clear()
     return made
 
   def _made(
@@ -126,13 +128,18 @@ class RowMaker:
     return part, [self._augment(tile, rng) for one in images for tile in one.tiles]
 
   def _give_up_if_hopeless(self, index: int, error: SampleError) -> None:
+    self._bad.add(index)
+    if len(self._bad) < min(len(self._source), HOPELESS):
+      return
+    where = f"data.mixture: {self._name}" if self._name else "data"
     if not self._any_good:
-      self._bad.add(index)
-      if len(self._bad) >= min(len(self._source), HOPELESS):
-        where = f"data.mixture: {self._name}" if self._name else "data"
-        raise ConfigError(
-          f"{where}: none of the first {len(self._bad)} samples can be used; the last: {error}"
-        ) from None
+      raise ConfigError(
+        f"{where}: none of the first {len(self._bad)} samples can be used; the last: {error}"
+      ) from None
+    raise SourceError(
+      f"{where}: none of the last {len(self._bad)} samples could be used, so the disk or the network "
+      f"is in doubt, not they; the last: {error}. The run goes on from its last checkpoint"
+    ) from None
 
 
 class MixedMaker:

@@ -329,8 +329,8 @@ def _loop(
         save(number, run.local)
       if asked:
         break
-  clock.enter("save")
-  checkpoints.close()
+    clock.enter("save")
+    checkpoints.close()  # a signal that comes before the last step is written only asks to stop
   if run.local and number == config.train.steps:
     run.local.remove()
   if asked and jax.process_index() == 0:

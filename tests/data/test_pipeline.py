@@ -13,6 +13,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import pipeline, samples, sources
 from llava_sp_jax.data.anyres import Tile
+from llava_sp_jax.data.failure import SourceError
 from llava_sp_jax.data.image import Preprocess
 from llava_sp_jax.data.tokenizer import Tokenizer
 from tests.conftest import ConfigMaker
@@ -159,6 +160,36 @@ def test_bad_samples_are_counted_once_and_written_down(
     trained = (batch[pipeline.SAMPLES][:, 0] >= 0).tolist()
     assert (batch["weights"].sum(axis=1) > 0).tolist() == trained
     assert (batch["segments"].sum(axis=1) > 0).tolist() == trained
+
+
+@pytest.mark.parametrize(
+  ("before", "error", "message"),
+  [
+    (
+      0,
+      config_lib.ConfigError,
+      "none of the first 12 samples can be used; the last: .*no such file",
+    ),
+    (2, SourceError, "none of the last 12 samples could be used, so the disk or the network"),
+  ],
+)
+def test_a_disk_that_is_gone_does_not_cost_all_samples(
+  tiny_data: Path,
+  tiny_config: ConfigMaker,
+  tokenizer: Tokenizer,
+  tmp_path: Path,
+  before: int,
+  error: type[Exception],
+  message: str,
+) -> None:
+  """They would count as read, and a run would train on empty rows to its end."""
+  folder = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+  files = {"path": str(folder / "train.json"), "image_folder": str(folder / "images")}
+  iterator = make(tiny_config(data=files).data, tokenizer)
+  take(iterator, before)
+  shutil.rmtree(folder / "images")
+  with pytest.raises(error, match=message):
+    take(iterator, 200)
 
 
 def test_a_subset_of_turns_keeps_order_and_image() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from llava_sp_jax.checkpoints import fingerprints, on_disk, runs
+from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop
 from tests.conftest import ConfigMaker
@@ -82,6 +82,21 @@ def test_another_base_is_refused_before_a_step(
   with pytest.raises(CheckpointError, match=rf"{known['fingerprint']}, .* has another;"):
     loop.train(config(tiny_config, save_every=1, keep=2), folder)
   assert not looker.seen
+
+
+def test_a_signal_while_the_last_step_is_written_does_not_stop_the_write(
+  tiny_config: ConfigMaker, tmp_path: Path, looker: Looker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  close = manager.Checkpoints.close
+
+  def interrupted(checkpoints: manager.Checkpoints) -> None:
+    if not checkpoints._closed:
+      signal.raise_signal(signal.SIGINT)
+    close(checkpoints)
+
+  monkeypatch.setattr(manager.Checkpoints, "close", interrupted)
+  assert loop.train(config(tiny_config), tmp_path / "run").step == 5
+  assert on_disk.steps(tmp_path / "run")[-1] == 5
 
 
 def test_epochs_give_the_steps(tiny_config: ConfigMaker, tmp_path: Path, looker: Looker) -> None:
