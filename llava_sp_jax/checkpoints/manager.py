@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llava_sp_jax import console, storage
 from llava_sp_jax.checkpoints.fingerprints import compare_sums, sums
@@ -111,29 +112,46 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
   ) -> tuple[int, Any, Any, Any]:
     """Returns (step, params, opt_state, about) of `step`; None is the latest.
 
-    `params` and `opt_state` are arrays or ShapeDtypeStructs with the shardings to restore to. The
-    values are compared with their checksums.
+    Every process must call it. `params` and `opt_state` are arrays or ShapeDtypeStructs with the
+    shardings to restore to. The values are compared with their checksums when all processes have read
+    theirs.
 
-    Raises: CheckpointError when the step cannot be read, or differs from what was saved.
+    Raises: CheckpointError when the step cannot be read here, or differs from what was saved; PeerError
+      when another process cannot read it.
     """
     step = self.latest if step is None else step
     if step is None:
       raise CheckpointError(f"{self.folder}: no checkpoint to restore")
     place = self.folder / PLACE / str(step)
-    if problem := trouble(place, ("params", "optimizer", "about")):
+    found = processes.collective(
+      f"step {step} is read", lambda: self._read(place, {"params": params, "optimizer": opt_state})
+    )
+    assert found is not None
+    known, about, restored = found
+    for item, tree in restored.items() if known else ():
+      compare_sums(sums(tree), known.get(item, {}), place / item)
+    return step, restored["params"], restored["optimizer"], about
+
+  def _read(
+    self, place: Path, trees: Mapping[str, Any]
+  ) -> tuple[dict[str, dict[str, int]], Any, dict[str, Any]]:
+    """Returns the checksums, the metadata and the arrays of a step; waits for no other process.
+
+    Orbax's manager would: where one process cannot read, the others would wait for it at a barrier.
+    """
+    if problem := trouble(place, (*trees, "about")):
       raise CheckpointError(f"{place}: {problem}")
-    args = ocp.args.Composite(
-      params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
-      optimizer=ocp.args.StandardRestore(jax.tree.map(_abstract, opt_state)),
-      about=ocp.args.JsonRestore(),
-    )
-    restored = as_checkpoint_error(
-      f"{place}: cannot be read", lambda: self._manager.restore(step, args=args)
-    )
-    known = checksums(place)
-    for item in ("params", "optimizer") if known else ():
-      compare_sums(sums(restored[item]), known.get(item, {}), place / item)
-    return step, restored["params"], restored["optimizer"], restored["about"]
+
+    def read() -> tuple[Any, dict[str, Any]]:
+      arrays = {}
+      for item, tree in trees.items():
+        args = ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+          arrays[item] = handler.restore(epath.Path(place / item), args=args)
+      return ocp.JsonCheckpointHandler().restore(epath.Path(place / "about")), arrays
+
+    about, arrays = as_checkpoint_error(f"{place}: cannot be read", read)
+    return checksums(place), about, arrays
 
   def reload(self) -> None:
     """Reads the list of steps again, after steps were moved."""

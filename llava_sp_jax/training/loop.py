@@ -38,7 +38,7 @@ from llava_sp_jax.training import (
 from llava_sp_jax.training.metrics import Log
 from llava_sp_jax.training.programs import Programs
 from llava_sp_jax.training.setup import compile_step, initial_state, summary
-from llava_sp_jax.training.stopping import StopRequest
+from llava_sp_jax.training.stopping import StopRequest, asked_before_the_first_step
 from llava_sp_jax.training.validation import Evaluator, Validator
 
 METRICS_FILE = sinks.METRICS_FILE
@@ -320,6 +320,8 @@ def _loop(
           )
       log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
       asked = checkpoints.preempted(number) or stop.asked
+      if number == first + 1:
+        asked = asked_before_the_first_step() or asked
       noticed = time.monotonic()
       run.watchdog.beat(number)
       run.lock.check()

@@ -210,19 +210,13 @@ def restore(
   """
   bad: dict[int, str] = {}
   for number in reversed(on_disk.steps(folder)):
-
-    def read(number: int = number) -> tuple[int, Any, Any, Any]:
-      return checkpoints.restore(fresh.trainable, fresh.opt_state, number)
-
     try:
-      found = processes.collective(f"step {number} is restored", read)
+      _, trainable, opt_state, said = checkpoints.restore(fresh.trainable, fresh.opt_state, number)
     except (CheckpointError, processes.PeerError) as error:
       bad[number] = str(error)
       if options.step == number:
         break
       continue
-    assert found is not None
-    _, trainable, opt_state, said = found
     if said["fingerprint"] != base:
       raise CheckpointError(
         f"{folder}: its frozen base has fingerprint {said['fingerprint']}, the one named by this "

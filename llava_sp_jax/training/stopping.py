@@ -54,6 +54,17 @@ class StopRequest:
       signal.signal(number, handler)
 
 
+def asked_before_the_first_step() -> bool:
+  """Returns whether any process had SIGTERM before all have ended their first step.
+
+  Every process must call it after that step. JAX agrees on the number of the step after which all
+  stop, but knows no number before the first call of `Checkpoints.preempted`: it chooses step 1 then,
+  which a resumed run does not reach any more.
+  """
+  told = "asked" if processes.asked_to_stop() else ""
+  return any(processes.all_gather(told, "asked to stop before the first step"))
+
+
 class Wait:
   """Decides whether processes that wait for data give up, all at once.
 

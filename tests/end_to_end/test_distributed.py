@@ -177,6 +177,48 @@ def test_a_checkpoint_that_one_cannot_write_ends_all(
   assert "Traceback" not in two.printed(1 - victim)
 
 
+UNREADABLE = """
+
+import sys
+
+import orbax.checkpoint as ocp
+
+read = ocp.StandardCheckpointHandler.restore
+
+
+def unreadable(self, directory, *arguments, **more):
+  if "--process=1" in sys.argv and "/checkpoints/{step}/" in str(directory):
+    raise OSError(5, "Input/output error")
+  return read(self, directory, *arguments, **more)
+
+
+ocp.StandardCheckpointHandler.restore = unreadable
+"""
+
+
+@pytest.mark.guard
+def test_a_step_that_one_cannot_read_is_set_aside_by_all(config_file: Path, tmp_path: Path) -> None:
+  """The other would wait for it in Orbax, and nobody would say why."""
+  options = ("--config.train.steps=100000", "--config.train.save_every=2")
+  two = Cluster(config_file, tmp_path / "run", TWO, *options)
+  assert two.wait_for(lambda: len(cluster.saved(two.workdir)) > 1)
+  two.kill()
+  before, newest = cluster.saved(two.workdir)[-2:]
+  file = tmp_path / "unreadable.py"
+  file.write_text(config_file.read_text() + UNREADABLE.format(step=newest))
+  again = Cluster(file, two.workdir, TWO, *options)
+  assert again.wait_for(lambda: "trainable parameters" in again.printed())
+  assert again.wait_for(lambda: f"continuing {two.workdir} from step {before}\n" in again.printed())
+  again.send(
+    signal.SIGTERM, 0
+  )  # before the first step since the start, whose number JAX cannot know
+  assert again.wait(cluster.GRACE) == [STOPPED_EARLY] * 2
+  assert cluster.last_step(two.workdir) == before + 1
+  why = f"WARNING: step {newest}: process 1: CheckpointError: .*Input/output error"
+  assert re.search(why, again.printed())
+  assert (two.workdir / "aside" / str(newest)).is_dir()
+
+
 @pytest.mark.guard
 def test_processes_that_were_given_other_things_do_not_start(
   config: config_lib.Config, config_file: Path, tmp_path: Path
