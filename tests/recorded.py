@@ -39,8 +39,8 @@ def planned(model: str, topology: str, **special: Any) -> dict[str, Any]:
   return dict(found)
 
 
-def plan(model: str, topology: str) -> float:
-  return float(planned(model, topology)["step_seconds"])
+def plan(model: str, topology: str, **special: Any) -> float:
+  return float(planned(model, topology, **special)["step_seconds"])
 
 
 def faster_in_int8(topology: str, *bases: str) -> float:
