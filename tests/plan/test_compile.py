@@ -108,7 +108,7 @@ def planned(config: config_lib.Config, what: str, name: str = "v5e-4") -> report
 
 @pytest.mark.guard
 @LIBTPU
-@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", "int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_layer_reads_its_own_kernels(quantize: str) -> None:
   """Not those of all layers, whatever views and copies of the stack the compiler makes; and attention
   computes its products on the tiles that the triangle touches."""
