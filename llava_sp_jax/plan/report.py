@@ -248,7 +248,10 @@ def make(
 
 
 def settings(config: config_lib.Config) -> str:
-  """Returns a short hash of what else a program is compiled from: model, optimizer, kind of rows."""
+  """Returns a short hash of what a program is compiled from beside the other keys of its record.
+
+  That is the model, the optimizer, and the kind of rows.
+  """
   data, adam = config.data, config.optimizer
   values = [
     dataclasses.asdict(dataclasses.replace(config.model, remat="none", scan_unroll=1)),

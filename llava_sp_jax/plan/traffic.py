@@ -29,10 +29,9 @@ class Traffic:
 
 
 def of(config: config_lib.ModelConfig) -> Traffic:
-  """Returns the traffic of a model as its config says it is held: dtype, quantize and cache.
+  """Returns the traffic of a model as the engine holds it, by dtype, quantize and cache of its config.
 
-  The engine has it: adapters of a base in floats are in its weights.
-  Each weight is read once in a step. Of an embedding that is not also the output head, a step reads
+  Adapters of a base in floats are in its weights. Each weight is read once in a step. Of an embedding that is not also the output head, a step reads
   a row for each token, which is left out.
   """
   config = folded(config)
