@@ -119,15 +119,15 @@ def imported(folder: Path, torch: bool) -> dict[str, float]:
 
 def keep_lengths(path: Path, folder: Path) -> None:
   """Keeps the lengths that were drawn beside the data, and nothing else."""
-  from llava_sp_jax.data import kept, lengths, pipeline, quarantine
+  from llava_sp_jax.data import kept, lengths, measured, pipeline, quarantine
 
   data, tokenizer, tile = settings(path, folder)
   source = pipeline.open_parts(data, tile, "train")[0].source
   key = lengths.Lengths(source, tokenizer, data, tile, 0, quarantine.Quarantine()).key(0)
   sizes = draw(len(source), row_length=LENGTH)
   shutil.rmtree(kept.beside(path), ignore_errors=True)
-  measured = lengths.Measured(sizes.lengths, sizes.lengths, sizes.tiles, {})
-  measured.save(kept.beside(path) / f"lengths-{key}.npz")
+  found = measured.Measured(sizes.lengths, sizes.lengths, sizes.tiles, {})
+  found.save(kept.beside(path) / f"lengths-{key}.npz")
 
 
 def opened(path: Path, folder: Path, batches: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mixture import draw
 
 from llava_sp_jax import provenance
 from llava_sp_jax.data import lengths, packing
+from llava_sp_jax.data import measured as measured_lib
 from llava_sp_jax.training import ledger
 
 LENGTH, TILES = 4096, 6  # of a row
@@ -38,9 +39,9 @@ def megabytes() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def sizes(count: int) -> lengths.Measured:
+def sizes(count: int) -> measured_lib.Measured:
   """Returns the sizes of samples, as if all had been measured."""
-  found = lengths.Measured(**{name: np.zeros(count, np.int32) for name in lengths.SIZES}, errors={})
+  found = measured_lib.Measured.empty(count)
   for start in range(0, count, BLOCK):
     some = draw(min(BLOCK, count - start), start, LENGTH)
     stop = start + len(some.lengths)
@@ -64,12 +65,14 @@ class Account:
     return result
 
 
-def exchange(measured: lengths.Measured, count: int, hosts: int, account: Account) -> float:
+def exchange(measured: measured_lib.Measured, count: int, hosts: int, account: Account) -> float:
   """Joins the sizes that all hosts would send, and returns the kB of one of them."""
-  chunks = [range(i, min(i + lengths.CHUNK, count)) for i in range(0, count, lengths.CHUNK)]
-  shares = [lengths._indices(chunks[i::hosts]) for i in range(hosts)]
+  indices = np.arange(count)
+  chunks = [indices[i : i + lengths.CHUNK] for i in range(0, count, lengths.CHUNK)]
+  shares = [lengths._joined(chunks[i::hosts]) for i in range(hosts)]
   texts = [measured.text(share) for share in shares]
-  account("sizes of all hosts joined", lambda: lengths.Measured.joined(texts, shares, count))
+  joined = measured_lib.Measured.empty(count)
+  account("sizes of all hosts joined", lambda: joined.join(texts, shares))
   return len(texts[0]) / 1024
 
 
@@ -100,7 +103,7 @@ def one(count: int, hosts: int, packings: list[str], most: int) -> dict[str, flo
     measured.save(path)
     account.found["MB of the file of sizes"] = path.stat().st_size / (1 << 20)
     del measured
-    known = account("sizes read from their file", lambda: lengths.Measured.load(path))
+    known = account("sizes read from their file", lambda: measured_lib.Measured.load(path))
   assert known is not None
   for name in packings:
     row = packing.PACKINGS[name]

@@ -114,6 +114,11 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
       self._path.unlink(missing_ok=True)
     self._tidy()
 
+  @property
+  def token(self) -> str:
+    """Returns what no other lock has."""
+    return self._owner.token
+
   def check(self) -> None:
     """Raises LockError when another process has taken the lock over; the caller must stop."""
     if self.lost:
@@ -131,7 +136,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
 
     Raises: LockError when its owner is alive.
     """
-    seen = _look(self._path)
+    seen = self._looked()
     began, told = time.monotonic(), False
     while seen:
       alive = seen.owner.alive() if seen.owner else None
@@ -149,13 +154,31 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
           flush=True,
         )
       time.sleep(min(BEAT, TORN) / 4)
-      now = _look(self._path)
+      now = self._looked()
       if now and now.owner and seen.owner and (now.owner, now.beats) != (seen.owner, seen.beats):
         raise LockError(_used(self._folder, now.owner))
       if now is None or now.owner or not seen.owner:  # a beat may be half written
         began = time.monotonic() if now and not now.owner and now != seen else began
         seen = now
     return None
+
+  def _looked(self) -> _Seen | None:
+    """Reads the lock file; None without one. An error says nothing of its owner, so it is read again.
+
+    Raises: LockError when it cannot be read for PATIENCE seconds, or by this user at all.
+    """
+    began = time.monotonic()
+    while True:
+      try:
+        return _look(self._path)
+      except OSError as error:
+        lasting = isinstance(error, PermissionError | IsADirectoryError)
+        if lasting or time.monotonic() - began > PATIENCE:
+          raise LockError(
+            f"{self._path}: cannot be read ({error}), so nobody can tell whether the folder is in "
+            "use; if no process writes it, remove that file, and start again"
+          ) from None
+      time.sleep(min(BEAT, TORN) / 4)
 
   def _take_over(self, dead: _Seen) -> None:
     """Removes a dead lock under a guard file, so that only one newcomer does it at a time.
@@ -170,7 +193,7 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
           guard.unlink()
       return
     try:
-      if _look(self._path) == dead:
+      if self._looked() == dead:
         self._path.unlink()
         if dead.owner:
           print(
@@ -218,22 +241,39 @@ class _Seen:
 
 def read(folder: Path) -> Owner | None:
   """Returns the owner of the lock of a folder; None without a lock that can be read."""
-  seen = _look(folder / FILE)
+  seen = _look_or_none(folder / FILE)
   return seen.owner if seen else None
 
 
 def beats(folder: Path) -> int | None:
   """Returns how often the owner of the lock of a folder has rewritten it; None without one."""
-  seen = _look(folder / FILE)
+  seen = _look_or_none(folder / FILE)
   return seen.beats if seen and seen.owner else None
 
 
+def shows(folder: Path, token: str) -> bool:
+  """Returns whether a folder has the lock with `token`, as soon as it is seen there.
+
+  Waits for it for at most PATIENCE seconds: another process has just made it, and a network disk may
+  show it late.
+  """
+  began = time.monotonic()
+  while not ((owner := read(folder)) and owner.token == token):
+    if time.monotonic() - began > PATIENCE:
+      return False
+    time.sleep(min(BEAT, TORN) / 4)
+  return True
+
+
+def _look_or_none(path: Path) -> _Seen | None:
+  with contextlib.suppress(OSError):  # a folder, or an unavailable disk
+    return _look(path)
+  return None
+
+
 def _look(path: Path) -> _Seen | None:
-  """Reads a lock file; None without one."""
-  try:
-    seen = storage.of(path).look(path)
-  except OSError:  # a folder, or an unavailable disk
-    return _Seen(None, 0, (0, 0))
+  """Reads a lock file; None without one. Raises: OSError when it cannot be read."""
+  seen = storage.of(path).look(path)
   if seen is None:
     return None
   try:

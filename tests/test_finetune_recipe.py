@@ -12,6 +12,7 @@ from llava_sp_jax import cli, recipes
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
+from llava_sp_jax.training import run as run_lib
 from tests.conftest import REPOSITORY, ConfigMaker
 from tests.training.looker import Looker
 
@@ -89,7 +90,7 @@ def test_a_checkpoint_of_others_is_converted_first(name: str) -> None:
 def test_captions_know_no_questions(
   tiny_config: ConfigMaker, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(loop, "compile_step", lambda *_: Looker())  # nothing is asked of its model
+  monkeypatch.setattr(run_lib, "compile_step", lambda *_: Looker())  # nothing is asked of its model
   loop.train(tiny_config("pretrain", train={"steps": 1, "preflight": False}), tmp_path / "pretrain")
   options = f"init={tmp_path}/pretrain,data={tiny_data}/train.json"
   with pytest.raises(ConfigError, match=r"trained on captions .* give template=v1 or another"):

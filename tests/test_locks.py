@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llava_sp_jax import locks
+from llava_sp_jax import locks, storage
 from tests.conftest import REPOSITORY
 
 
@@ -169,3 +173,49 @@ for _ in range(40):
     check=False,
   )
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_lock_that_cannot_be_read_is_not_taken_over(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+  """Its owner is alive, and a network disk fails for a while, or for long."""
+  with locks.Lock(tmp_path, "llava-sp train"):
+    real, failed = storage.DISK.look, [0]
+
+    def look(path: Path) -> Any:
+      failed[0] += 1
+      if failed[0] <= times:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+      return real(path)
+
+    other = locks.Lock(tmp_path, "llava-sp train")
+    monkeypatch.setattr(storage.DISK, "look", look)
+    wanted = "in use by llava-sp train" if times == 2 else "cannot be read .*nobody can tell"
+    with pytest.raises(locks.LockError, match=wanted):
+      other.__enter__()
+    monkeypatch.undo()
+    owner = locks.read(tmp_path)
+    assert owner
+    assert owner.process == os.getpid()
+
+
+def test_a_folder_in_place_of_a_lock_is_named_at_once(tmp_path: Path) -> None:
+  (tmp_path / locks.FILE).mkdir()
+  began = time.monotonic()
+  with pytest.raises(locks.LockError, match=r"lock.json: cannot be read \(.*remove that file"):
+    locks.Lock(tmp_path, "llava-sp train").__enter__()
+  assert time.monotonic() - began < locks.PATIENCE
+
+
+def test_a_lock_is_seen_late_or_not_at_all(tmp_path: Path) -> None:
+  with locks.Lock(tmp_path / "a", "llava-sp train") as lock:
+    assert locks.shows(tmp_path / "a", lock.token)
+    elsewhere(tmp_path / "b")  # what a stale listing shows
+    later = threading.Timer(0.2, lambda: shutil.copy(tmp_path / "a" / locks.FILE, tmp_path / "b"))
+    later.start()
+    assert locks.shows(tmp_path / "b", lock.token)
+    later.join()
+    elsewhere(tmp_path / "b")
+    assert not locks.shows(tmp_path / "b", lock.token)
+    assert not locks.shows(tmp_path / "c", lock.token)

@@ -55,16 +55,28 @@ class Local:
 
   def held(self) -> dict[int, dict[str, Any]]:
     """Returns {step: what its file says of it} of the whole parts that are here."""
+    mine = jax.process_count()
+    return {step: said for step, said in self._whole().items() if said["processes"] == mine}
+
+  def of_others(self) -> dict[int, int]:
+    """Returns {step: processes} of the parts here that another number of processes has written."""
+    mine = jax.process_count()
+    found = {step: int(said["processes"]) for step, said in self._whole().items()}
+    return {step: count for step, count in found.items() if count != mine}
+
+  def _whole(self) -> dict[int, dict[str, Any]]:
     found = {}
     for file in self.place.glob(f"*{ABOUT}"):
-      with contextlib.suppress(FormatError, OSError, ValueError):
+      with contextlib.suppress(FormatError, OSError, ValueError, TypeError, KeyError):
         said = json_files.read_object(file)
-        if said["step"] == int(file.stem) and said["processes"] == jax.process_count():
+        if said["step"] == int(file.stem) and int(said["processes"]):
           found[int(file.stem)] = said
     return found
 
-  def save(self, step: int, params: Any, opt_state: Any, about: Mapping[str, Any]) -> None:
-    """Copies the parts of this process to the host, and starts to write them.
+  def save(
+    self, step: int, params: Any, opt_state: Any, about: Mapping[str, Any], kept: bool = True
+  ) -> None:
+    """Copies the parts of this process to the host, and starts to write them, if they are `kept`.
 
     Every process must call it, because the checksums are of whole arrays. Waits for the write of
     the step before. A disk that takes no more data is reported, and training continues.
@@ -77,6 +89,8 @@ class Local:
       "processes": jax.process_count(),
       "sums": {item: fingerprints.sums(tree) for item, tree in trees.items()},
     }
+    if not kept:
+      return
     self.wait()
     shards = {
       _name(item, path, shard.index, leaf.shape): shard.data

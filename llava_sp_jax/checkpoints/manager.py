@@ -26,7 +26,7 @@ from etils import epath
 from llava_sp_jax import console, storage
 from llava_sp_jax.checkpoints.fingerprints import compare_sums, sums
 from llava_sp_jax.checkpoints.on_disk import PLACE, checksums, trouble
-from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed import notices, processes
 from llava_sp_jax.errors import CheckpointError
 
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     failed = sys.exception() if self._thread != threading.get_ident() else None
     if failed and jax.process_count() > 1:
       problem = _described(f"{self.folder}: a step could not be saved", failed)
-      processes.abort(f"CheckpointError: {console.error_line(problem)}", 1)
+      notices.abort(f"CheckpointError: {console.error_line(problem)}", 1)
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
   @property
@@ -102,10 +102,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
       about=ocp.args.JsonSave({**about, "step": step}),
       sums=ocp.args.JsonSave(checksums),
     )
-    as_checkpoint_error(
-      f"{self.folder}: step {step} or the one before it could not be saved",
-      lambda: self._manager.save(step, args=args),
-    )
+    what = f"{self.folder}: step {step} or the one before it could not be saved"
+    if not as_checkpoint_error(what, lambda: self._manager.save(step, args=args)):
+      raise CheckpointError(
+        f"{self.folder}: step {step} was not saved, as step {self.latest} is there"
+      )
 
   def restore(
     self, params: Any, opt_state: Any, step: int | None = None

@@ -2,24 +2,23 @@
 
 Rows are planned from the sizes. The pass runs in several processes, and is divided among the hosts
 of a run. Its result is saved in a file whose name is a hash of all that it depends on, so a resumed
-run, or another run on the same data, does not repeat it.
+run, or another run on the same data, does not repeat it. A new run measures those samples again that
+could not be used, because what was missing may be there now. A resumed run plans its rows with the
+samples that it began with.
 """
 
 from __future__ import annotations
 
-import base64
 import collections
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
-import io
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import storage
 from llava_sp_jax.data import anyres, kept, samples
 from llava_sp_jax.data.failure import SampleError, of_one_sample
+from llava_sp_jax.data.measured import Found, Measured, load_unusable
 from llava_sp_jax.data.packing import Sizes
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.source import Source
@@ -42,10 +42,8 @@ SAY_EVERY = 10.0  # seconds between two lines about progress
 NOT_MEASURED = ("threads", "processes", "packing", "samples_per_batch", "samples_per_row",
                 "bucket_lengths", "augment", "image_mean", "image_std", "path", "source", "tokenizer",
                 "validation_path", "validation_fraction", "mixture")  # fmt: skip
-SIZES = ("lengths", "totals", "tiles")  # arrays of `Measured`
 
 Say = Callable[[str], None]
-Found = tuple[int, int, int, str]  # length, total, tiles, or (0, 0, 0, why it cannot be used)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,80 +56,6 @@ class Hosts:
   index: int
   count: int
   gather: Callable[[str, str], list[str]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-  """Holds the sizes of all N samples; they are 0 for the samples in `errors`."""
-
-  lengths: np.ndarray  # [N] int32, tokens in a row
-  totals: np.ndarray  # [N] int32, tokens before truncation
-  tiles: np.ndarray  # [N] int32
-  errors: dict[int, str]  # index of a sample -> why it cannot be used
-
-  @property
-  def cut(self) -> int:
-    """Returns how many samples are longer than a row, and therefore truncated."""
-    return int(np.sum(self.totals > self.lengths))
-
-  def fill(self, chunk: range, found: Sequence[Found]) -> None:
-    """Sets the sizes of a chunk of samples."""
-    for index, (length, total, tiles, error) in zip(chunk, found, strict=True):
-      self.lengths[index], self.totals[index], self.tiles[index] = length, total, tiles
-      if error:
-        self.errors[index] = error
-
-  def sizes(self) -> Sizes:
-    """Returns the lengths in tokens, the tiles, and the indices of the usable samples.
-
-    A sample is usable if its length is above 0; one that cannot be used has length 0.
-    """
-    usable = np.flatnonzero(self.lengths).astype(np.int32)
-    return Sizes(self.lengths, self.tiles, usable)
-
-  def arrays(self) -> dict[str, np.ndarray]:
-    """Returns all of it as arrays by name."""
-    errors = np.array(json.dumps(sorted(self.errors.items())))
-    return {"lengths": self.lengths, "totals": self.totals, "tiles": self.tiles, "errors": errors}
-
-  @classmethod
-  def of(cls, arrays: Mapping[str, np.ndarray]) -> Measured:
-    """Returns what `arrays` has returned. Raises: KeyError, ValueError, TypeError for others."""
-    errors = {int(i): str(error) for i, error in json.loads(str(arrays["errors"]))}
-    return cls(arrays["lengths"], arrays["totals"], arrays["tiles"], errors)
-
-  def save(self, path: Path) -> None:
-    """Writes a file atomically. Raises: OSError when it cannot be written; no part remains."""
-    kept.save(path, self.arrays())
-
-  @classmethod
-  def load(cls, path: Path) -> Measured | None:
-    """Reads the file of an earlier pass; returns None if it is damaged in any way."""
-    try:
-      return cls.of(kept.load(path) or {})
-    except (KeyError, ValueError, TypeError):
-      return None
-
-  def text(self, share: np.ndarray) -> str:
-    """Returns the sizes of the samples of a share, by their indices, as text for other processes."""
-    file = io.BytesIO()
-    mine = {
-      name: values[share] if values.ndim else values for name, values in self.arrays().items()
-    }
-    np.savez_compressed(file, **mine)  # type: ignore[arg-type]
-    return base64.b64encode(file.getvalue()).decode()
-
-  @classmethod
-  def joined(cls, texts: Sequence[str], shares: Sequence[np.ndarray], count: int) -> Measured:
-    """Joins what `text` has returned for the shares of all processes, of `count` samples together."""
-    result = cls(**{name: np.zeros(count, np.int32) for name in SIZES}, errors={})
-    for text, share in zip(texts, shares, strict=True):
-      with np.load(io.BytesIO(base64.b64decode(text))) as file:
-        found = cls.of({name: file[name] for name in file.files})
-      for name in SIZES:
-        getattr(result, name)[share] = getattr(found, name)
-      result.errors.update(found.errors)
-    return result
 
 
 class Lengths:
@@ -149,6 +73,7 @@ class Lengths:
     say: Say | None = None,
     hosts: Hosts | None = None,
     name: str = "",
+    resumed: bool = False,
   ):
     """Prepares the measuring.
 
@@ -164,10 +89,12 @@ class Lengths:
       hosts: divides the first pass among the processes of a run (None: all is measured here).
         Later ones follow at different times, and are not divided.
       name: that of the source in a mixture.
+      resumed: whether the run in `folder` has trained already: its samples are those of then.
     """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
     self._say, self._hosts, self._name = say or (lambda line: None), hosts, name
+    self._resumed, self._joined = resumed, hosts
 
   def measured(self, epoch: int) -> Measured:
     """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
@@ -182,23 +109,78 @@ class Lengths:
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
   def _pass(self, epoch: int) -> Measured:
-    places, hosts = self._places(epoch), self._hosts
+    key, hosts = self.key(epoch), self._hosts
+    places = self._places(key)
     self._hosts = None
     found = next((known for path in places if (known := self._known(path))), None)
-    if hosts and "no" in hosts.gather("yes" if found else "no", "lengths are known"):
-      found = None  # all measure, since each needs the share of all others
-    if found:
-      return found
-    result = self._measure(epoch, hosts)
-    for path in places:
-      with contextlib.suppress(OSError) if path != places[-1] else contextlib.nullcontext():
-        result.save(path)
-        break
+    if hosts:
+      digests = hosts.gather(found.digest() if found else "", "lengths are known")
+      if "" in digests or len(set(digests)) > 1:
+        found = None  # all measure, since each needs the share of all others
+    changed, result = found is None, found or Measured.empty(len(self._source))
+    if found is None:
+      self._measure(epoch, hosts, result, np.arange(len(result.lengths)))
+    elif found.errors and not self._resumed and (hosts or not self._joined):
+      changed = self._measure_again(epoch, hosts, found)
+    if len(result.errors) == len(result.lengths):
+      last = result.errors[len(result.lengths) - 1]
+      raise config_lib.ConfigError(
+        f"data: none of the {len(result.lengths)} samples can be used; the last: {last}"
+      )
+    if changed:
+      self._keep(places, hosts, result)
+    self._as_begun(key, result)
     return result
 
-  def _places(self, epoch: int) -> list[Path]:
+  def _measure_again(self, epoch: int, hosts: Hosts | None, found: Measured) -> bool:
+    """Measures those samples again that could not be used; returns whether anything has changed."""
+    before = dict(found.errors)
+    again = Measured.empty(len(found.lengths))
+    indices = np.array(sorted(before))
+    self._measure(epoch, hosts, again, indices)
+    found.replace(indices, again.part(indices))
+    return found.errors != before
+
+  def _keep(self, places: Sequence[Path], hosts: Hosts | None, result: Measured) -> None:
+    """Saves the sizes at the first of `places` that can be written.
+
+    Only one process writes a file that all see; others write where they do not see it.
+    """
+    if not hosts or not hosts.index:
+      _save(places, result)
+    if hosts and hosts.gather("", "lengths are kept") and hosts.index:
+      known = next((seen for path in places if (seen := Measured.load(path))), None)
+      if not known or known.digest() != result.digest():
+        _save(places, result)
+
+  def _as_begun(self, key: str, result: Measured) -> None:
+    """Leaves out the samples that the run began without, or notes which cannot be used.
+
+    Raises: ConfigError when the sizes of the others are not those with which the run began.
+    """
+    if not self._folder:
+      return
+    path = self._folder / f"unusable-{key}.npz"
+    begun = load_unusable(path) if self._resumed else None
+    if begun is None:
+      if not (self._joined and self._joined.index):
+        result.save_unusable(path)
+      return
+    errors, digest = begun
+    more = sorted(result.errors.keys() - errors.keys())
+    result.leave_out(errors)
+    if result.digest() != digest:
+      first = f"; sample {more[0]}: {result.errors[more[0]]}" if more else ""
+      raise config_lib.ConfigError(
+        f"data: the samples are not measured as when this run began ({len(more):,} more cannot be "
+        f"used{first}), so its rows would be others. Restore them and remove lengths-*.npz from "
+        f"the run's folder and from {kept.beside(self._data.path)}; or remove {path}, and the run "
+        "goes on with other rows"
+      )
+
+  def _places(self, key: str) -> list[Path]:
     """Returns the files that may hold the sizes: beside data that are not small, in the folder."""
-    name, path = f"lengths-{self.key(epoch)}.npz", storage.place(self._data.path)
+    name, path = f"lengths-{key}.npz", storage.place(self._data.path)
     large = len(self._source) > kept.SMALL and path.exists()
     within = [self._folder / name] if self._folder else []
     return [*([kept.beside(path) / name] if large and self._folder else []), *within]
@@ -231,11 +213,12 @@ class Lengths:
     }
     return kept.key_of(about)
 
-  def _measure(self, epoch: int, hosts: Hosts | None) -> Measured:
-    count = len(self._source)
-    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+  def _measure(
+    self, epoch: int, hosts: Hosts | None, result: Measured, indices: np.ndarray
+  ) -> None:
+    """Measures the samples of `indices`, divided among the hosts, and sets their sizes in `result`."""
+    chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     mine = chunks[hosts.index :: hosts.count] if hosts else chunks
-    result = Measured(**{name: np.zeros(count, np.int32) for name in SIZES}, errors={})
     progress, told = Progress(sum(map(len, mine)), "samples"), time.monotonic()
     for chunk, part in zip(mine, self._parts(epoch, mine), strict=True):
       result.fill(chunk, part)
@@ -244,21 +227,18 @@ class Lengths:
         told = time.monotonic()
         self._say(f"measuring: {progress.line()}")
     if hosts:
-      shares = [_indices(chunks[i :: hosts.count]) for i in range(hosts.count)]
+      shares = [_joined(chunks[i :: hosts.count]) for i in range(hosts.count)]
       texts = hosts.gather(result.text(shares[hosts.index]), "lengths are measured")
-      result = Measured.joined(texts, shares, count)
-    if len(result.errors) == count:
-      raise config_lib.ConfigError(
-        f"data: none of the {count} samples can be used; the last: {result.errors[count - 1]}"
-      )
+      result.join(texts, shares)
     by = f" by {hosts.count} processes" if hosts and hosts.count > 1 else ""
+    again = " again that could not be used" * (len(indices) < len(result.lengths))
     self._say(
-      f"measured {count:,} samples in {progress.seconds:,.1f} s{by}: {len(result.errors):,} cannot "
-      f"be used, {result.cut:,} are cut at {self._data.row_length} tokens"
+      f"measured {len(indices):,} samples{again} in {progress.seconds:,.1f} s{by}: "
+      f"{len(result.errors):,} cannot be used, {result.cut:,} are cut at "
+      f"{self._data.row_length} tokens"
     )
-    return result
 
-  def _parts(self, epoch: int, chunks: Sequence[range]) -> Iterator[list[Found]]:
+  def _parts(self, epoch: int, chunks: Sequence[np.ndarray]) -> Iterator[list[Found]]:
     """Yields the results for chunks of samples, in order. Raises: ConfigError when a process dies."""
     about = (self._data, self._tile, self._source, self._seed)
     processes = self._data.processes or os.cpu_count() or 1
@@ -288,10 +268,17 @@ class Lengths:
       ) from None
 
 
-def _indices(chunks: Sequence[range]) -> np.ndarray:
+def _save(places: Sequence[Path], result: Measured) -> None:
+  """Saves sizes at the first of `places` that can be written. Raises: OSError when none can."""
+  for path in places:
+    with contextlib.suppress(OSError) if path != places[-1] else contextlib.nullcontext():
+      result.save(path)
+      break
+
+
+def _joined(chunks: Sequence[np.ndarray]) -> np.ndarray:
   """Returns the indices of the samples of chunks."""
-  found = [np.arange(chunk.start, chunk.stop) for chunk in chunks]
-  return np.concatenate(found) if found else np.zeros(0, np.int64)
+  return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 
 def _measurer(
@@ -306,8 +293,8 @@ def _measurer(
   )
 
 
-def _chunk(measure: samples.Measurer, source: Source, chunk: range, epoch: int) -> list[Found]:
-  return [_found(measure, source, epoch, index) for index in chunk]
+def _chunk(measure: samples.Measurer, source: Source, chunk: np.ndarray, epoch: int) -> list[Found]:
+  return [_found(measure, source, epoch, int(index)) for index in chunk]
 
 
 def _found(measure: samples.Measurer, source: Source, epoch: int, index: int) -> Found:
@@ -330,5 +317,5 @@ def _start(
   _process.append((_measurer(data, tile, source, seed, Tokenizer(tokenizer)), source))
 
 
-def _work(chunk: range, epoch: int) -> list[Found]:
+def _work(chunk: np.ndarray, epoch: int) -> list[Found]:
   return _chunk(*_process[0], chunk, epoch)

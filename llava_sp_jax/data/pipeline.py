@@ -190,6 +190,7 @@ def make(
   folder: Path | None = None,
   say: Say | None = None,
   hosts: Hosts | None = None,
+  resumed: bool = False,
 ) -> Batches:
   """Builds the batches of a split.
 
@@ -209,6 +210,7 @@ def make(
     folder: where the sizes of samples are saved (None: nowhere).
     say: receives lines about progress.
     hosts: divides the measuring among the processes of a run (None: all is measured here).
+    resumed: whether the run in `folder` has trained already: its samples are those of then.
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
@@ -240,6 +242,7 @@ def make(
       say if main else None,
       hosts,
       part.name,
+      resumed,
     )
     sizes = functools.partial(_sizes, _indices(part.members), packed, lengths)
     streams.append(packing.Stream(packed, shape, own, sizes))

@@ -62,6 +62,12 @@ class Quarantine:
       self._seen.add(key)
 
 
+def forget(path: Path) -> None:
+  """Removes a quarantine file, with those that other processes have written beside it."""
+  for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
+    storage.of(file).remove(file)
+
+
 def reasons(path: Path) -> list[str]:
   """Returns the reason of each sample in a quarantine file; skips lines that cannot be read."""
   errors = (record.get("error") for record in jsonl.read(path)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import sys
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src import distributed  # as Orbax does: nothing public reads the service's keys
 from jax.experimental import multihost_utils
 
 from llava_sp_jax import config as config_lib
@@ -28,12 +28,9 @@ from llava_sp_jax.errors import LlavaSPError
 
 BARRIER_SECONDS = 3600
 START_SECONDS = 300  # the limit for all processes to find each other
-POLL_SECONDS = 2.0  # between two polls of the other processes and of the clock
 WITHOUT_LIMIT = 10 * 365 * 24 * 3600  # seconds; the heartbeat still ends a wait for dead processes
 FLAGS = ("coordinator", "processes", "process")
 PROGRAMS = "compiled"  # the folder of compiled programs in a run of several processes
-# Keys in JAX's coordination service: JAX's own, set when any process gets SIGTERM, and ours.
-NOTICE, ABORTED = "RECEIVED_PREEMPTION_NOTICE", "llava_sp/aborted"
 Environment = Mapping[str, str]
 Result = TypeVar("Result")
 
@@ -228,68 +225,6 @@ def barrier_within(name: str, seconds: float) -> bool:
   return True
 
 
-def asked_to_stop() -> bool:
-  """Returns whether any process of this run has received SIGTERM; False for a single one."""
-  return _said(NOTICE) is not None
-
-
-def abort(what: str, code: int) -> None:
-  """Exits this process at once with status `code`, and the others at their next poll (`Watchdog`).
-
-  `what` says why, in the messages of all.
-  """
-  tell(what, code)
-  say(f"{_me()} stops: {what}")
-  leave(code)
-
-
-def say(line: str) -> None:
-  """Prints a line to stderr; does nothing if its disk is full, which must not keep a process alive."""
-  with contextlib.suppress(OSError):
-    print(f"llava-sp: {line}", file=sys.stderr, flush=True)
-
-
-def tell(what: str, code: int) -> None:
-  """Makes the other processes exit with status `code` at their next poll, and say that `what` is why.
-
-  If several processes tell, the first one counts. Does nothing in a single process.
-  """
-  if jax.distributed.is_initialized():
-    with contextlib.suppress(RuntimeError):  # another one has told before, or the service is gone
-      _client().key_value_set(ABORTED, f"{code} {jax.process_index()} {_me()}: {what}")
-
-
-def _me() -> str:
-  return f"process {jax.process_index()} of {jax.process_count()}"
-
-
-def leave(code: int) -> None:
-  """Exits this process at once with status `code`, without waiting for the others.
-
-  Process 0 stays a little longer: its exit ends the service of the run, and the client of a process
-  that still runs would crash that process.
-  """
-  with contextlib.suppress(OSError):
-    sys.stdout.flush()
-  if jax.process_count() > 1 and not jax.process_index():
-    time.sleep(2 * POLL_SECONDS)
-  os._exit(code)
-
-
-def _said(key: str) -> str | None:
-  """Returns the value that a process of this run has set for a key; None for a single process."""
-  if not jax.distributed.is_initialized():
-    return None
-  try:
-    return str(_client().key_value_try_get(key))
-  except RuntimeError:  # the key is not set, or the service is gone
-    return None
-
-
-def _client() -> Any:
-  return distributed.global_state.client
-
-
 def all_gather(text: str, name: str) -> list[str]:
   """Returns the `text` of every process, in the order of their indices.
 
@@ -329,9 +264,12 @@ def collective(name: str, work: Callable[[], Result], only: int | None = None) -
   return result
 
 
-def _full(error: BaseException) -> bool:
-  """Returns whether an error says that a disk takes no more data.
+def agreed(name: str, work: Callable[[], Result]) -> Result:
+  """Does `work` in process 0, and returns in all what it returned there, which JSON can hold.
 
-  Errors of connections are OSErrors, too, but say less about the cause.
+  So nothing depends on what a network disk shows to the others, which may be older. `name` is that
+  of a barrier. Raises: as `collective`.
   """
-  return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+  found = json.dumps(collective(name, work, only=0))
+  result: Result = json.loads(all_gather(found, f"{name}, and told to all")[0])
+  return result

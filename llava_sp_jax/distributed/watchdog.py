@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from llava_sp_jax import console
-from llava_sp_jax.distributed.processes import ABORTED, POLL_SECONDS, _full, _said, leave, say, tell
+from llava_sp_jax.distributed.notices import (
+  ABORTED,
+  POLL_SECONDS,
+  _said,
+  failed_first,
+  leave,
+  note,
+  say,
+  tell,
+)
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
@@ -39,6 +49,19 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     """Notes that `step` is done. The clock starts at the first call, because that step compiles."""
     self._step, self._last = step, time.monotonic()
 
+  @contextlib.contextmanager
+  def noting(self) -> Iterator[None]:
+    """Notes at once why the block fails here: if the others then fail of it, they say so.
+
+    They are not stopped yet, because what this process still completes, such as a checkpoint, may need
+    them. That comes when the watchdog's own block ends.
+    """
+    try:
+      yield
+    except BaseException as error:
+      note(_text(error))
+      raise
+
   def _poll(self) -> None:
     while not self._done.wait(min(self._stall / 4 or POLL_SECONDS, POLL_SECONDS)):
       self._follow()
@@ -56,12 +79,16 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     if isinstance(error, KeyboardInterrupt):
       self._fail("interrupted")
       return
-    if type(error).__module__.startswith("llava_sp_jax") or _full(error):
-      self._fail(f"{type(error).__name__}: {console.error_line(error)}")
+    if cause := failed_first():
+      say(_text(error))
+      self._fail(f"{cause} (that process failed first)")
+      return
+    if _ours(error):
+      self._fail(_text(error))
       return
     with contextlib.suppress(OSError):
       traceback.print_exception(error)
-    tell(f"{type(error).__name__}: {console.one_line(error):.300}", 1)
+    tell(_text(error), 1)
     self._end(
       f"failed after step {self._step} (above). If the error names a connection, another process "
       "died: see what that one printed. Started again, all resume from the last checkpoint"
@@ -81,3 +108,21 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
   def _end(self, what: str, code: int = 1) -> None:
     say(f"process {jax.process_index()} of {jax.process_count()} stops: {what}")
     self._leave(code)
+
+
+def _ours(error: BaseException) -> bool:
+  """Returns whether the message of an error says enough without a traceback."""
+  return type(error).__module__.startswith("llava_sp_jax") or _full(error)
+
+
+def _text(error: BaseException) -> str:
+  text = console.error_line(error) if _ours(error) else f"{console.one_line(error):.300}"
+  return f"{type(error).__name__}: {text}"
+
+
+def _full(error: BaseException) -> bool:
+  """Returns whether an error says that a disk takes no more data.
+
+  Errors of connections are OSErrors, too, but say less about the cause.
+  """
+  return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -46,7 +46,10 @@ class Bucket:
       clock: seconds, from any moment on, that never go back.
     """
     self._scheme, self._clock = scheme, clock
-    self._lock, self._pending = threading.RLock(), dict[Path, bytes]()
+    # The first guards the fields for moments, so that who appends a line never waits for a request.
+    # The second lets requests that write follow each other, and is taken before the first.
+    self._lock, self._turn = threading.Lock(), threading.RLock()
+    self._pending = dict[Path, bytes]()
     # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
     self._sent: dict[Path, tuple[bytes, int]] = {}
     self._due: dict[Path, float] = {}  # when the lines of an object are put at the latest
@@ -64,10 +67,21 @@ class Bucket:
     return []  # an object needs no folder
 
   def put(self, path: Path, data: bytes) -> None:
-    with self._lock, named(path):
+    with self._turn:
+      self._replace(path, data, len(self._pending.get(path, b"")))
+
+  def _replace(self, path: Path, data: bytes, count: int) -> None:
+    """Puts an object; the first `count` bytes that wait for it are in it, or of no use any more."""
+    with named(path):
       self._files.pipe_file(str(path), data)
-      self._pending.pop(path, None)
+    with self._lock:
       self._sent.pop(path, None)
+      self._forget(path, count)
+
+  def _forget(self, path: Path, count: int) -> None:
+    """Drops the first `count` bytes that wait; lines that were appended meanwhile follow them."""
+    if left := self._pending.pop(path, b"")[count:]:
+      self._pending[path] = left
 
   def create(self, path: Path, data: bytes) -> bool:
     try:
@@ -93,33 +107,44 @@ class Bucket:
         self._thread.start()
 
   def content(self, path: Path) -> bytes:
+    with self._turn:
+      return self._whole(path)[0]
+
+  def _whole(self, path: Path) -> tuple[bytes, int]:
+    """Returns the bytes of an object with those that wait for it, and how many wait."""
+    seen = self.look(path)
+    there = seen.content if seen else b""
     with self._lock:
-      seen = self.look(path)
-      there = seen.content if seen else b""
       sent, count = self._sent.get(path, (None, 0))
       if there == sent:  # it has arrived
-        self._pending[path] = self._pending[path][count:]
+        self._forget(path, count)
         del self._sent[path]
-      return there + self._pending.get(path, b"")
+      waiting = self._pending.get(path, b"")
+    return there + waiting, len(waiting)
 
   def secure(self, path: Path) -> None:
-    with self._lock:
-      whole = self.content(path) if self._pending.get(path) else b""
-      if pending := self._pending.get(path):
-        self._sent[path] = whole, len(pending)
-        self.put(path, whole)
+    with self._turn:
+      whole, count = self._whole(path) if path in self._pending else (b"", 0)
+      if not count:
+        return
+      with self._lock:
+        self._sent[path] = whole, count
+      self._replace(path, whole, count)
+      with self._lock:
         self._due[path] = self._clock() + max(SECONDS, len(whole) / RATE)
 
   def flush(self) -> None:
+    for path in self._waiting():
+      self.secure(path)
+
+  def _waiting(self) -> list[Path]:
     with self._lock:
-      for name in list(self._pending):
-        self.secure(name)
+      return list(self._pending)
 
   def _put_due(self) -> None:
-    with self._lock:
-      for name in list(self._pending):
-        if self._clock() >= self._due[name]:
-          self.secure(name)
+    for path in self._waiting():
+      if self._clock() >= self._due.get(path, 0.0):
+        self.secure(path)
 
   def _keep_flushing(self) -> None:
     failing, ticks = False, threading.Event()
@@ -177,11 +202,12 @@ class Bucket:
       return int(self._files.modified(str(path)).timestamp() * 1e9)
 
   def remove(self, path: Path) -> None:
-    with self._lock, named(path):
-      for name in [name for name in self._pending if path in (name, *name.parents)]:
-        del self._pending[name]
-        self._sent.pop(name, None)
-        self._due.pop(name, None)
+    with self._turn, named(path):
+      with self._lock:
+        for name in [name for name in self._pending if path in (name, *name.parents)]:
+          del self._pending[name]
+          self._sent.pop(name, None)
+          self._due.pop(name, None)
       with contextlib.suppress(FileNotFoundError):
         self._remove_all(path)
 

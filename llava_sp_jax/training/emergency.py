@@ -10,6 +10,7 @@ import dataclasses
 import json
 import secrets
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def newest(
   }
   starts = {number: local.held()[number]["start"] for number in usable}
   every = [json.loads(text) for text in processes.all_gather(json.dumps(starts), "local steps")]
+  if others := {n: count for n, count in local.of_others().items() if n > step}:
+    _say(
+      f"{folder}: WARNING: step {max(others)} on the disks of its hosts is of {others[max(others)]} "
+      f"processes, now there are {jax.process_count()}; it is not used, and removed"
+    )
   shared = [n for n in starts if all(found.get(str(n)) == starts[n] for found in every)]
   if shared:
     return max(shared), usable[max(shared)]
@@ -100,6 +106,28 @@ def _fitted(config: config_lib.Config, said: dict[str, Any]) -> config_lib.Confi
     train = dataclasses.replace(config.train, steps=theirs.train.steps)
     config = dataclasses.replace(config, train=train)
   return None if config_lib.differences(config, theirs, but_free=True) else config
+
+
+def save(
+  local: Local,
+  step: int,
+  train_state: TrainState,
+  about: Mapping[str, Any],
+  secure: Callable[[], None],
+) -> None:
+  """Keeps a step on the disk of this host; every process must call it.
+
+  `secure` writes what the run folder must have before it. Where that fails, because a disk or a bucket
+  cannot be reached, the step is not kept, a line says so, and training goes on.
+  """
+  kept = True
+  try:
+    secure()
+  except OSError as error:
+    kept = False
+    line = f"llava-sp: WARNING: {error}; step {step} is not kept on the disk of this host"
+    print(line, file=sys.stderr, flush=True)
+  local.save(step, train_state.trainable, train_state.opt_state, about, kept)
 
 
 def restore(

@@ -44,6 +44,7 @@ WORK = ("step", "input", "save", "evaluation")  # lost, if the steps are trained
 BEATS, SHORTEST, LONGEST = 400, 0.1, 15.0  # beats in the time so far; seconds between two of them
 BUCKET = 2.0  # seconds between two in a bucket, where an object takes about one write a second
 MARKS = 64  # saved steps that a record remembers
+BRIEF = 3  # of those that are kept on the disks of the hosts
 
 Seconds = dict[str, float]
 
@@ -139,6 +140,7 @@ class Clock(contextlib.AbstractContextManager["Clock"]):
     self._since = now() - age
     self._start = Start(self._since, self._since, dict.fromkeys(NAMES, 0.0))
     self._before: list[Start] = []
+    self._brief: list[int] = []  # steps that are soon replaced
     self._file: Path | None = None
     self._shortest = SHORTEST
     self._lock, self._wake, self._done = threading.RLock(), threading.Event(), False
@@ -198,11 +200,16 @@ class Clock(contextlib.AbstractContextManager["Clock"]):
         start.lose(step)
     self.mark(step)
 
-  def mark(self, step: int) -> None:
-    """Notes that `step` is saved, so that the work until now is not lost with later steps."""
+  def mark(self, step: int, brief: bool = False) -> None:
+    """Notes that `step` is saved, so that the work until now is not lost with later steps.
+
+    `brief` is for steps of which only the newest BRIEF are kept, so others need not be remembered.
+    """
     with self._lock:
       self._settle()
-      marks = [m for m in self._start.marks if m[0] != step]
+      self._brief = [*self._brief, step] if brief else self._brief
+      over, self._brief = self._brief[:-BRIEF], self._brief[-BRIEF:]
+      marks = [m for m in self._start.marks if m[0] not in (step, *over)]
       marks.append((step, {name: self._start.seconds[name] for name in WORK}))
       self._start.marks = marks[:1] + marks[1:][-MARKS:]
     self._wake.set()

@@ -1,23 +1,18 @@
-"""Runs the training loop: starts or resumes a run, logs, saves, and stops on request."""
+"""Starts or resumes a run: locks its folder, opens all that it reads, and hands it to `run`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 
 from llava_sp_jax import config as config_lib
-from llava_sp_jax import jsonl, limits, locks, storage
-from llava_sp_jax.checkpoints import fingerprints, manager, runs
-from llava_sp_jax.checkpoints.local import Local
-from llava_sp_jax.data import anyres, pipeline, prefetch, rows
-from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax import limits, locks, storage
+from llava_sp_jax.checkpoints import runs
+from llava_sp_jax.data import anyres, pipeline
+from llava_sp_jax.data.quarantine import Quarantine, forget
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
@@ -25,37 +20,21 @@ from llava_sp_jax.training import (
   emergency,
   executables,
   goodput,
-  guard,
   inputs,
   ledger,
   peers,
   preflight,
   resume,
   sinks,
-  state,
   trace,
 )
-from llava_sp_jax.training.metrics import Log
-from llava_sp_jax.training.programs import Programs
-from llava_sp_jax.training.setup import compile_step, initial_state, summary
-from llava_sp_jax.training.stopping import StopRequest, asked_before_the_first_step
+from llava_sp_jax.training.run import Result, Run, steps
+from llava_sp_jax.training.setup import initial_state
 from llava_sp_jax.training.validation import Evaluator, Validator
 
+__all__ = ["METRICS_FILE", "Result", "train"]
+
 METRICS_FILE = sinks.METRICS_FILE
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Reports what a call of `train` did.
-
-  `step` is less than `steps`, those of the whole run, if the run was asked to stop early. `seconds`
-  are those of the loop, without loading. `quarantined` counts the samples that were left out.
-  """
-
-  step: int
-  steps: int
-  seconds: float
-  quarantined: int
 
 
 def train(
@@ -97,34 +76,11 @@ def train(
       held.enter_context(lock)
 
     processes.collective("the run folder is locked", begin, only=0)
+    peers.compare_folders(folder, lock)
     held.enter_context(clock)
     held.callback(storage.of(folder).flush)
     asked = options or resume.ResumeOptions()
     return _train(config, folder, profile, watchdog, evaluator, asked, lock, clock, executable)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """Holds what the steps of one call of `train` use."""
-
-  config: config_lib.Config
-  folder: Path
-  mesh: Any
-  iterator: pipeline.Batches
-  quarantine: Quarantine
-  validator: Validator
-  evaluator: Evaluator | None
-  profiler: trace.Profiler
-  book: ledger.Ledger
-  watchdog: Watchdog
-  lock: locks.Lock
-  clock: goodput.Clock
-  options: resume.ResumeOptions
-  executable: Path | None
-  inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
-  local: Local | None  # what the disk of this host has of the run
-  local_step: int  # the step that is read from there; 0: that of the run folder
-  mixture: dict[str, dict[str, str]]  # weight and fingerprint of each source; {} without a mixture
 
 
 def _train(
@@ -142,10 +98,8 @@ def _train(
   read = functools.cache(lambda: inputs.fingerprints(config, opened()))
   if jax.process_count() > 1:
     peers.compare(peers.facts(config, lambda: {**read().now, **inputs.validation_input(config)}))
-  config = resume.with_steps_of(folder, config)
-  runs.check_config(folder, config)
   sinks.check(config)
-  saved = resume.first(folder, options)
+  config, saved = resume.begin(folder, config, options)
   local, begun, config = emergency.opened(config, folder, saved, options.step is None)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
@@ -160,7 +114,10 @@ def _train(
   others = [name for name in changed if name != "mixture"]  # of which sources go on
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in others[:1])]
   mine, owned = mesh.rows(device_mesh, config.train.batch_size)
-  quarantine = Quarantine(folder / "quarantine.jsonl", jax.process_index())
+  bad = folder / "quarantine.jsonl"
+  if not begun:  # what an attempt without a checkpoint has found may be mended
+    processes.collective("the quarantine is empty", lambda: forget(bad), only=0)
+  quarantine = Quarantine(bad, jax.process_index())
   iterator = pipeline.make(
     config.data,
     tokenizer,
@@ -172,6 +129,7 @@ def _train(
     folder=folder,
     say=print,
     hosts=inputs.hosts(),
+    resumed=bool(begun),
   )
   if not begun:
     config = resume.with_steps_for(config, iterator.stream.epoch_rows())
@@ -179,7 +137,7 @@ def _train(
   if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
-  validator = Validator(config, module, tokenizer, device_mesh)
+  validator = Validator(config, module, tokenizer, device_mesh, folder, bool(begun))
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
     if jax.process_index() == 0 and (folder / goodput.FILE).is_file():
@@ -192,7 +150,7 @@ def _train(
         tokenizer.save(made)
       clock.keep(folder)
     book = ledger.Ledger(folder, jax.process_index(), mine.tolist(), owned.tolist())
-    run = _Run(
+    run = Run(
       config,
       folder,
       device_mesh,
@@ -215,139 +173,4 @@ def _train(
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
     )
-    return _steps(run, module, prepared)
-
-
-def _steps(run: _Run, module: Any, prepared: tuple[Any, Any, Any]) -> Result:
-  config, folder = run.config, run.folder
-  train_state, shardings, tx = prepared
-  if jax.process_index() == 0:
-    print(summary(config, train_state, run.mesh), flush=True)
-  processes.barrier("parameters are placed")
-  base = fingerprints.fingerprint(train_state.frozen)
-  with manager.Checkpoints(folder, config.train.keep) as checkpoints:
-    with run.clock.of("restore"):
-      found = emergency.restore(run.local, run.local_step, train_state, base, folder)
-      train_state = found or resume.restore(checkpoints, train_state, base, folder, run.options)
-    return _loop(run, module, (train_state, shardings, tx), base, checkpoints)
-
-
-def _loop(
-  run: _Run,
-  module: Any,
-  prepared: tuple[Any, Any, Any],
-  base: str,
-  checkpoints: manager.Checkpoints,
-) -> Result:
-  config, folder, quarantine, book = run.config, run.folder, run.quarantine, run.book
-  clock = run.clock
-  train_state, shardings, tx = prepared
-  first = int(train_state.step)
-  if jax.process_index() == 0:
-    if bad := jsonl.cut_after(folder / METRICS_FILE, first):
-      print(f"{folder / METRICS_FILE}: {bad} lines could not be read and were dropped", flush=True)
-    ledger.drop_after(folder, first)
-  processes.barrier("logs are cut off")
-  said = emergency.said(run.local, run.local_step, first) or resume.about(folder, first)
-  run.iterator.resume(first, said.get("mixture"))
-  with clock.of("compile"):
-    known = executables.read(run.executable, train_state) if run.executable else {}
-  run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
-  rng = jax.random.key(config.train.seed)
-  about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}
-  if run.local:
-    run.local.drop({first})
-  if mixed := run.iterator.mixture():
-    about["mixture"] = {**mixed, "sources": run.mixture}
-  if run.options.step is not None:
-    about["from_step"] = run.options.step
-  trainable = list(train_state.trainable)
-  if not jax.process_index() and first < config.train.steps and not known:
-    print(f"step {first + 1}: compiling (seconds to minutes; kept for the next start)", flush=True)
-  log = Log(folder, config, trainable, clock.metrics)
-  skips = guard.Guard(config.train.max_nonfinite, book.skipped, len(ledger.skips(folder)))
-  stop = StopRequest(several=jax.process_count() > 1)
-  number, metrics, asked, noticed = first, None, False, 0.0
-
-  def save(step: int, to: manager.Checkpoints | Local = checkpoints) -> None:
-    jax.block_until_ready(metrics)
-    with clock.of("save"):
-      skips.settle()
-      book.secure()
-      storage.of(folder).flush()
-      said = about if to is checkpoints else {**about, "config": config_lib.to_dict(config)}
-      to.save(step, train_state.trainable, train_state.opt_state, said)
-    clock.mark(step)
-
-  clock.resumed(first)
-  clock.enter("step")
-  local = run.local or contextlib.nullcontext()
-  with stop, log, run.profiler, local, goodput.Devices(clock) as devices:
-    for number in range(first + 1, config.train.steps + 1):
-      run.iterator.stopped = stop.during(f"step {number}")
-      try:
-        with devices.input():
-          batch = log.waiting(run.iterator)
-      except prefetch.Stopped:  # the previous step is the last one
-        number, asked, noticed = number - 1, True, time.monotonic()
-        if number > first:
-          save(number)
-        break
-      held = batch.pop(rows.SAMPLES)
-      book.step(number, rows.marks(held), rows.names(held))
-      placed = mesh.put_batch(batch, run.mesh)
-      with run.profiler.step(number, metrics):
-        train_state, metrics = run_step(train_state, placed, rng)
-      devices.computes(metrics)
-      run.profiler.after(number, metrics)
-      if number == 1:
-        preflight.check_gradients(config, metrics, trainable)
-      skips.step(number, metrics)
-      if number % config.train.log_every == 0:
-        skips.settle()
-      validated: dict[str, float] = {}
-      if run.validator.due(number):
-        with log.pause(metrics), clock.of("evaluation"):
-          waits = stop.during(f"the validation of step {number}")
-          validated |= run.validator(train_state, waits)
-      if run.evaluator and run.evaluator.due(number, number == config.train.steps):
-        with log.pause(metrics), clock.of("evaluation"):
-          validated |= run.evaluator(
-            number,
-            state.join(train_state.trainable, train_state.frozen),
-            base,
-            functools.partial(_may_continue, run.watchdog, stop, number),
-          )
-      log.step(number, {**metrics, "skipped_steps": skips.count}, quarantine.count, validated)
-      asked = checkpoints.preempted(number) or stop.asked
-      if number == first + 1:
-        asked = asked_before_the_first_step() or asked
-      noticed = time.monotonic()
-      run.watchdog.beat(number)
-      run.lock.check()
-      if asked or number % config.train.save_every == 0 or number == config.train.steps:
-        save(number)
-      elif run.local and number % config.train.local_every == 0:
-        save(number, run.local)
-      if asked:
-        break
-    clock.enter("save")
-    checkpoints.close()  # a signal that comes before the last step is written only asks to stop
-  if run.local and number == config.train.steps:
-    run.local.remove()
-  if asked and jax.process_index() == 0:
-    seconds = time.monotonic() - noticed
-    done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
-    print(f"asked to stop: {done}; the same command resumes from there", flush=True)
-  if jax.process_index() == 0:
-    same = not run.inputs["inputs_before"]  # all steps have read the same samples
-    usable = run.iterator.usable.items() if same else ()
-    samples = {name: indices[~np.isin(indices, quarantine.of(name))] for name, indices in usable}
-    print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)
-  return Result(number, config.train.steps, log.seconds, quarantine.count)
-
-
-def _may_continue(watchdog: Watchdog, stop: StopRequest, number: int) -> bool:
-  """Returns whether work between steps may continue, and tells the watchdog that it does."""
-  watchdog.beat(number)
-  return not stop.asked
+    return steps(run, module, prepared)

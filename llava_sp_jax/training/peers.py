@@ -18,6 +18,7 @@ from pathlib import Path
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import locks, provenance, storage
 from llava_sp_jax.distributed import processes
+from llava_sp_jax.errors import CheckpointError
 
 OWN = ("config.data.threads", "config.data.processes", "config.train.sinks")  # may differ by host
 SMALL = 1 << 20  # bytes; larger files are not read whole
@@ -63,6 +64,25 @@ def compare(mine: Facts) -> None:
       + "\n  ".join(lines)
       + "\nStart all with the same command, the same code and the same files."
     )
+
+
+def compare_folders(folder: Path, lock: locks.Lock) -> None:
+  """Compares the run folder that this process sees with that of process 0, which holds its `lock`.
+
+  Every process must call it.
+
+  Raises: CheckpointError where the lock is not seen, PeerError in the other processes.
+  """
+  token = processes.agreed("the lock is told", lambda: lock.token)
+
+  def look() -> None:
+    if not locks.shows(folder, token):
+      raise CheckpointError(
+        f"--workdir {folder}: on {socket.gethostname()}, the lock that process 0 has just made is "
+        "not there; all processes need one folder, on a disk that they share or in a bucket"
+      )
+
+  processes.collective("the run folder is seen", look)
 
 
 def differences(said: list[tuple[str, Facts]]) -> list[str]:

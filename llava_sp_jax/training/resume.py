@@ -57,6 +57,26 @@ class ResumeOptions:
     return cls(int(step) if step else None, names)
 
 
+def begin(
+  folder: Path, config: config_lib.Config, options: ResumeOptions
+) -> tuple[config_lib.Config, int]:
+  """Returns the config with the steps of the run in `folder`, and the step that it resumes from.
+
+  Every process must call it: what process 0 sees counts. Changes nothing on disk.
+
+  Raises: CheckpointError for another config than that of the run, or a step that cannot be read;
+    PeerError when process 0 has raised it.
+  """
+
+  def look() -> list[int]:
+    known = with_steps_of(folder, config)
+    runs.check_config(folder, known)
+    return [known.train.steps, first(folder, options)]
+
+  steps, step = processes.agreed("the step to begin with is found", look)
+  return _with_steps(config, steps), step
+
+
 def with_steps_of(folder: Path, config: config_lib.Config) -> config_lib.Config:
   """Returns the config with the steps of the run in `folder`, where `train.epochs` gave them.
 
@@ -209,7 +229,7 @@ def restore(
   Raises: CheckpointError when the run was trained on another base, or no step can be read.
   """
   bad: dict[int, str] = {}
-  for number in reversed(on_disk.steps(folder)):
+  for number in reversed(processes.agreed("steps are listed", lambda: on_disk.steps(folder))):
     try:
       _, trainable, opt_state, said = checkpoints.restore(fresh.trainable, fresh.opt_state, number)
     except (CheckpointError, processes.PeerError) as error:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed import notices, processes
 from llava_sp_jax.training import STOPPED_EARLY
 
 POLL_SECONDS = 0.2  # between two polls of whether any process was asked to stop
@@ -61,7 +61,7 @@ def asked_before_the_first_step() -> bool:
   stop, but knows no number before the first call of `Checkpoints.preempted`: it chooses step 1 then,
   which a resumed run does not reach any more.
   """
-  told = "asked" if processes.asked_to_stop() else ""
+  told = "asked" if notices.asked_to_stop() else ""
   return any(processes.all_gather(told, "asked to stop before the first step"))
 
 
@@ -88,14 +88,14 @@ class Wait:
       return False
     self._looked = now
     if self._told is None:
-      self._told = now if processes.asked_to_stop() else None
+      self._told = now if notices.asked_to_stop() else None
       return False
     waited = now - self._told
     if waited > GRACE and not self._tried:
       self._tried = True
       return processes.barrier_within(f"all wait for data at {self._place}", AGREE)
     if waited > LIMIT:
-      processes.abort(
+      notices.abort(
         f"asked to stop, and no data came for {waited:.0f} s at {self._place}, which others have "
         "begun; the same command resumes from the last checkpoint",
         STOPPED_EARLY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.parameters import Params
-from llava_sp_jax.training import state, step
+from llava_sp_jax.training import inputs, state, step
 
 
 class Evaluator(Protocol):
@@ -44,9 +45,18 @@ class Validator:
   """
 
   def __init__(
-    self, config: config_lib.Config, module: Any, tokenizer: Tokenizer, device_mesh: Any
+    self,
+    config: config_lib.Config,
+    module: Any,
+    tokenizer: Tokenizer,
+    device_mesh: Any,
+    folder: Path | None = None,
+    resumed: bool = False,
   ):
     """Opens the validation split, if `train.validate_every` asks for validation.
+
+    `folder` keeps the sizes of its samples, and `resumed` is whether a run has trained there
+    already; as in `pipeline.make`.
 
     Raises: ConfigError, FileNotFoundError when the validation data cannot be used.
     """
@@ -74,6 +84,9 @@ class Validator:
       None,
       mine.tolist(),
       validation_split.VALIDATION,
+      folder,
+      hosts=inputs.hosts(),
+      resumed=resumed,
     )
     self._start = self._iterator.get_state()
     next(self._iterator)  # reports unusable samples now, not at the first validation

@@ -32,6 +32,15 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
   assert on_disk.steps(tmp_path) == list(range(6 - keep, 6))
 
 
+def test_a_step_that_orbax_skips_is_an_error(tmp_path: Path) -> None:
+  """As where another process has saved a later one there."""
+  with manager.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(5, {"a": jnp.zeros(3)}, {"b": jnp.zeros(2)}, {})
+    checkpoints.save(5, {"a": jnp.zeros(3)}, {"b": jnp.zeros(2)}, {})
+    with pytest.raises(CheckpointError, match="step 4 was not saved, as step 5 is there"):
+      checkpoints.save(4, {"a": jnp.zeros(3)}, {"b": jnp.zeros(2)}, {})
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
   with pytest.raises(CheckpointError, match=r"not a run folder \(no config.json\)"):
     runs.read_config(tmp_path)

@@ -17,7 +17,7 @@ import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError
-from llava_sp_jax.data import kept, lengths, pipeline, sample_file, sources
+from llava_sp_jax.data import kept, lengths, measured, pipeline, sample_file, sources
 from llava_sp_jax.data.anyres import Reader
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.quarantine import Quarantine
@@ -226,7 +226,7 @@ def test_what_a_pass_finds_is_kept_beside_data_that_are_not_small(
   sample_file._read.cache_clear()
   fingerprint = opened(data).fingerprint()
   wanted = next(make(data, folder=tmp_path / "b"))
-  assert not (tmp_path / "b").exists()
+  assert [file.name.partition("-")[0] for file in (tmp_path / "b").iterdir()] == ["unusable"]
   names = {path.name.partition("-")[0] for path in kept.beside(data.path).iterdir()}
   assert "lengths" in names
   assert names & {"samples", "content"}
@@ -234,7 +234,7 @@ def test_what_a_pass_finds_is_kept_beside_data_that_are_not_small(
   monkeypatch.setattr(lengths.Lengths, "_measure", lambda *_: pytest.fail("measured again"))
   monkeypatch.setattr("llava_sp_jax.data.content.written", lambda _: pytest.fail("read again"))
   assert opened(data).fingerprint() == fingerprint
-  assert_same(next(make(data, folder=tmp_path / "c")), wanted)
+  assert_same(next(make(data, folder=tmp_path / "b", resumed=True)), wanted)
 
 
 def test_a_folder_that_cannot_be_written_keeps_sizes_in_the_run(
@@ -258,15 +258,15 @@ def test_hosts_measure_shares(tiny_config: ConfigMaker, tmp_path: Path, monkeypa
   class OthersWaitError(Exception):
     """The other processes have not measured yet."""
 
-  def measured(index: int) -> lengths.Measured | None:
+  def of(index: int) -> measured.Measured | None:
     source, seen = opened(data), set[str]()
     looked.append(seen)
     real = source.sizes
     monkeypatch.setattr(source, "sizes", lambda s: seen.add(s["id"]) or real(s))
 
     def gather(text: str, name: str) -> list[str]:
-      if name == "lengths are known":
-        return [text, "no", "no"]
+      if name != "lengths are measured":
+        return ["", "", ""]
       shares.append(text)
       if len(shares) < 3:
         raise OthersWaitError
@@ -278,40 +278,14 @@ def test_hosts_measure_shares(tiny_config: ConfigMaker, tmp_path: Path, monkeypa
       return lengths.Lengths(*args, hosts=hosts).measured(0)
     return None
 
-  assert [measured(0), measured(1)] == [None, None]
-  found = measured(2)
+  assert [of(0), of(1)] == [None, None]
+  found = of(2)
   assert found is not None
   assert looked[0] == {"0", "1", "2", "3", "12", "13", "14", "15"}
   assert looked[1] == {"4", "5", "6", "7", "broken", "gone"}
   assert found.errors == whole.errors
-  for name in lengths.SIZES:
+  for name in measured.SIZES:
     np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
-
-
-def test_hosts_measure_anew_unless_all_of_them_know(
-  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """One that has read a file of its own would not give the others its share."""
-  data = write_json(tiny_config, tmp_path).data
-  args = (opened(data), Tokenizer(data.tokenizer), data, TILE, 0, Quarantine(), tmp_path / "run")
-  lengths.Lengths(*args).measured(0)
-  said: list[list[str]] = []
-
-  def looked(others: str) -> bool:
-    """Whether samples are measured, when this host knows their sizes and others say so."""
-
-    def gather(text: str, name: str) -> list[str]:
-      said.append([text, name])
-      return [text, others] if name == "lengths are known" else [text]
-
-    measured: list[str] = []
-    hosts = lengths.Hosts(0, 1, gather)
-    lengths.Lengths(*args, measured.append, hosts).measured(0)
-    return any("measured" in line for line in measured)
-
-  assert looked("no")
-  assert not looked("yes")
-  assert said[0] == said[-1] == ["yes", "lengths are known"]
 
 
 def test_a_file_that_changes_while_it_is_read_ends_the_run(

@@ -14,6 +14,7 @@ import pytest
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.data import lengths, sources
+from llava_sp_jax.data import measured as measured_lib
 from llava_sp_jax.data.anyres import Reader
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
@@ -61,7 +62,8 @@ def test_a_pass_is_kept_and_its_bad_samples_named_again(
   assert len(files) == 1
   monkeypatch.setattr(lengths.Lengths, "_measure", lambda *_: pytest.fail("measured again"))
   quarantine = Quarantine(tmp_path / "quarantine.jsonl")
-  assert_same(next(make(config.data, quarantine=quarantine, **options)), first)
+  again = make(config.data, quarantine=quarantine, resumed=True, **options)
+  assert_same(next(again), first)
   (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
   assert json.loads(line)["index"] == COUNT
   assert "conversations" in json.loads(line)["error"]
@@ -104,7 +106,7 @@ def test_too_long_is_cut_or_refused_as_the_config_says(config: config_lib.Config
   source = sources.LlavaJson(config.data.path, config.data.image_folder, lambda picture: picture)
   tokenizer = Tokenizer(config.data.tokenizer)
 
-  def measured(**changes: Any) -> lengths.Measured:
+  def measured(**changes: Any) -> measured_lib.Measured:
     data = dataclasses.replace(config.data, image_aspect="pad", patch_merge="flat", **changes)
     return lengths.Lengths(source, tokenizer, data, TILE, 0, Quarantine()).measured(0)
 

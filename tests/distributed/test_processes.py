@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from llava_sp_jax import cli, recipes
 from llava_sp_jax.config import Config, ConfigError
-from llava_sp_jax.distributed import processes
+from llava_sp_jax.distributed import notices, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.tools import train as train_tool
 from tests.conftest import REPOSITORY
@@ -225,7 +227,7 @@ def test_the_error_of_one_ends_the_others(
 ) -> None:
   """What the first has said is what all say, even where another one failed as a consequence."""
   keys, left = Keys(), list[int]()
-  monkeypatch.setattr(processes, "_client", lambda: keys)
+  monkeypatch.setattr(notices, "_client", lambda: keys)
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
   monkeypatch.setattr(jax, "process_count", lambda: 3)
 
@@ -244,6 +246,41 @@ def test_the_error_of_one_ends_the_others(
     wait_until(lambda: len(left) > count)
   assert f"llava-sp: process 0 of 3 stops: {why}\n" in capsys.readouterr().err
   assert set(left) == {1}
+
+
+def test_the_first_cause_is_named_although_that_process_takes_its_time(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """While process 1 closes its files, a connection of process 2 breaks: a consequence."""
+  keys, left = Keys(), list[int]()
+  monkeypatch.setattr(notices, "_client", lambda: keys)
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+  def process(number: int) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+
+  def fail(error: Exception, meanwhile: Callable[[], None]) -> None:
+    dog, closing = Watchdog(0, left.append), contextlib.ExitStack()
+    closing.callback(meanwhile)
+    with pytest.raises(type(error)), dog, closing, dog.noting():
+      raise error
+
+  def consequence() -> None:
+    """What becomes of process 2, before process 1 has ended."""
+    assert left == []
+    process(2)
+    fail(OSError("connection closed"), lambda: None)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "llava-sp: OSError: connection closed"
+    assert second == f"llava-sp: process 2 of 3 stops: {why}"
+    process(1)
+
+  why = "process 1 of 3: ValueError: twice (that process failed first)"
+  process(1)
+  fail(ValueError("twice"), consequence)
+  assert set(left) == {1}
+  assert keys.values[notices.ABORTED].endswith(why)
 
 
 # Adds up a number over all processes for ever; argv: address, count, index, file that says "begun".
@@ -339,8 +376,8 @@ def test_a_full_disk_does_not_keep_a_process(monkeypatch: pytest.MonkeyPatch) ->
       self.write("")
 
   left: list[int] = []
-  monkeypatch.setattr(processes.os, "_exit", left.append)
+  monkeypatch.setattr(notices.os, "_exit", left.append)
   monkeypatch.setattr(sys, "stderr", Full())
   monkeypatch.setattr(sys, "stdout", Full())
-  processes.abort("the disk is full", 7)
+  notices.abort("the disk is full", 7)
   assert left == [7]

@@ -21,6 +21,7 @@ from llava_sp_jax.infer.generation import Generation
 from llava_sp_jax.models.quantize import FORMATS, is_quantized
 from llava_sp_jax.tasks.easy_vqa import EasyVqa
 from llava_sp_jax.training import loop
+from llava_sp_jax.training import run as training_run
 from tests.conftest import WIDE, ConfigMaker
 from tests.training.test_stages import qlora
 
@@ -65,7 +66,7 @@ def test_goes_on_to_the_bit(
 
   written = tmp_path / "run" / loop.METRICS_FILE
 
-  class Stop(loop.StopRequest):
+  class Stop(training_run.StopRequest):
     """However often it is looked at, also while a batch is waited for."""
 
     asked = property(
@@ -73,7 +74,7 @@ def test_goes_on_to_the_bit(
     )
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "StopRequest", Stop)
+    patch.setattr(training_run, "StopRequest", Stop)
     assert loop.train(config, tmp_path / "run").step == 2
   assert loop.train(config, tmp_path / "run").step == 4
   assert losses(tmp_path / "run") == losses(run)

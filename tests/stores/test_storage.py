@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,38 @@ def test_a_long_log_costs_what_its_length_does(monkeypatch: pytest.MonkeyPatch) 
   assert put[4 * 3600] < 4.4 * put[3600]  # 16 times as much if it was put every 15 s
   store.flush()
   assert files.objects[str(path)] == line * 4 * 3600
+
+
+def test_a_line_is_appended_while_a_put_waits_for_the_network(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """As a run does between steps, when the bucket does not answer; the line follows those of the put."""
+  monkeypatch.setattr(bucket_lib.Bucket, "_keep_flushing", lambda self: None)
+  store, path = bucket_lib.Bucket("gs"), storage.place("gs://bucket/a.jsonl")
+  files, asked, answers = InMemory(), threading.Event(), threading.Event()
+  store.__dict__["_files"] = files
+  put = files.pipe_file
+
+  def slowly(name: str, data: bytes) -> None:
+    asked.set()
+    assert answers.wait(30)
+    put(name, data)
+
+  monkeypatch.setattr(files, "pipe_file", slowly)
+  store.append(path, b"1\n")
+  thread = threading.Thread(target=store.secure, args=(path,))
+  thread.start()
+  assert asked.wait(30)
+  appended = threading.Thread(target=store.append, args=(path, b"2\n"))
+  appended.start()
+  appended.join(10)
+  assert not appended.is_alive(), "it waits for the network"
+  answers.set()
+  thread.join()
+  assert files.objects[str(path)] == b"1\n"
+  assert store.content(path) == b"1\n2\n"
+  store.secure(path)
+  assert files.objects[str(path)] == store.content(path) == b"1\n2\n"
 
 
 @pytest.mark.parametrize("arrives", [True, False])

@@ -13,6 +13,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import locks
 from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.training import loop
+from llava_sp_jax.training import run as run_lib
 from tests.conftest import ConfigMaker
 from tests.training.looker import Looker, config
 
@@ -20,7 +21,7 @@ from tests.training.looker import Looker, config
 @pytest.fixture
 def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
   made = Looker()
-  monkeypatch.setattr(loop, "compile_step", lambda *_: made)
+  monkeypatch.setattr(run_lib, "compile_step", lambda *_: made)
   return made
 
 
@@ -39,7 +40,7 @@ def stopped(values: config_lib.Config, tmp_path_factory: pytest.TempPathFactory)
   folder, made = tmp_path_factory.mktemp("stopped") / "run", Looker()
   made.does = lambda number: signal.raise_signal(signal.SIGTERM) if number == 3 else None
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "compile_step", lambda *_: made)
+    patch.setattr(run_lib, "compile_step", lambda *_: made)
     assert loop.train(values, folder).step == 3
   assert on_disk.steps(folder) == [2, 3]
   assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.json", "tokenizer"}

@@ -217,3 +217,43 @@ def test_the_bits_are_those_that_were_kept(made: config_lib.Config, failed: Path
     assert found[name].sharding == leaf.sharding
     assert found[name].dtype == leaf.dtype
     assert np.asarray(found[name]).tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_a_local_step_needs_no_bucket_that_answers(
+  made: config_lib.Config,
+  looker: Looker,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+  tmp_path: Path,
+) -> None:
+  """The ledger cannot be secured for a while: the step is not kept, and training goes on."""
+  real = ledger.Ledger.secure
+
+  def secure(book: ledger.Ledger) -> None:
+    if len(looker.seen) == 3:
+      raise OSError("gs://bucket/run/ledger: no answer")
+    real(book)
+
+  monkeypatch.setattr(ledger.Ledger, "secure", secure)
+  looker.does = lambda number: fail(number + 1)
+  with pytest.raises(RuntimeError, match="the power fails"):
+    loop.train(made, tmp_path / "run")
+  said = capsys.readouterr().err
+  assert "WARNING: gs://bucket/run/ledger: no answer; step 3 is not kept on the disk" in said
+  assert kept(tmp_path) == []
+  looker.does = lambda number: None
+  assert loop.train(made, tmp_path / "run").step == 5
+  assert ledger.check(tmp_path / "run", 5, 8, range(12)).steps == 5
+
+
+def test_steps_of_another_number_of_processes_are_named(
+  made: config_lib.Config,
+  failed: Path,
+  capsys: pytest.CaptureFixture,
+  tmp_path: Path,
+) -> None:
+  (file,) = tmp_path.glob("disk/*/process-0/3.json")
+  change(file, processes=4)
+  assert loop.train(made, failed).step == 5
+  said = capsys.readouterr().err
+  assert "step 3 on the disks of its hosts is of 4 processes, now there are 1; it is not" in said

@@ -11,6 +11,7 @@ import pytest
 
 from llava_sp_jax import cli
 from llava_sp_jax.training import executables, loop
+from llava_sp_jax.training import run as run_lib
 from tests.conftest import ConfigMaker
 from tests.end_to_end import cluster
 from tests.end_to_end.kill_trials import numbers
@@ -48,7 +49,7 @@ def test_the_same_bits_without_compiling(
     def lower(self, *_: Any) -> Any:
       raise CompiledError
 
-  monkeypatch.setattr(loop, "compile_step", lambda *_: Refuses())
+  monkeypatch.setattr(run_lib, "compile_step", lambda *_: Refuses())
   assert train(recipe, tmp_path / "loaded", f"--executable={written}") == 0
   assert len(numbers(tmp_path / "loaded")) == 3
   assert numbers(tmp_path / "loaded") == numbers(tmp_path / "compiled")

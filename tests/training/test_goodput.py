@@ -123,6 +123,22 @@ def test_a_start_that_ended_well_loses_nothing(tmp_path: Path) -> None:
   die(again)
 
 
+def test_many_steps_on_the_disks_of_hosts_leave_the_mark_of_a_checkpoint(tmp_path: Path) -> None:
+  """A host is lost with its disk, so the run resumes from the checkpoint before a hundred of them."""
+  time = Time(0.0)
+  clock = start(tmp_path, time, resumes=0)
+  for step in (10, *range(11, 111)):
+    time.now += 1
+    clock.mark(step, brief=step > 10)
+  die(clock)
+  (record,) = goodput.read(tmp_path)
+  assert [step for step, _ in record.marks] == [0, 10, 108, 109, 110]
+  time.now += 2
+  again = start(tmp_path, time, resumes=10)
+  assert (seconds(again)["step"], seconds(again)["lost"]) == (1, 100)
+  die(again)
+
+
 def test_a_start_that_trained_nothing_keeps_its_categories(tmp_path: Path) -> None:
   time = Time(0.0)
   clock = goodput.Clock(now=time)

@@ -12,6 +12,7 @@ import pytest
 from llava_sp_jax.checkpoints import fingerprints, manager, on_disk, runs
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop
+from llava_sp_jax.training import run as run_lib
 from tests.conftest import ConfigMaker
 from tests.training.looker import Looker, config, logged
 
@@ -19,7 +20,7 @@ from tests.training.looker import Looker, config, logged
 @pytest.fixture
 def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
   made = Looker()
-  monkeypatch.setattr(loop, "compile_step", lambda *_: made)
+  monkeypatch.setattr(run_lib, "compile_step", lambda *_: made)
   return made
 
 

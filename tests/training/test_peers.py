@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import locks
+from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import inputs, peers
 from tests.conftest import ConfigMaker
 
@@ -96,3 +98,13 @@ def test_weights_are_compared_by_names_sizes_and_ends(
   (weights / "model.safetensors").rename(weights / "other.safetensors")
   assert peers.differences([("a", two), ("b", peers.facts(config, dict))])
   assert peers.of_folder(tmp_path / "gone") == "not there"
+
+
+def test_a_run_folder_that_a_process_does_not_share_is_an_error(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(locks, "PATIENCE", 0.1)
+  with locks.Lock(tmp_path / "shared", "llava-sp train") as lock:
+    peers.compare_folders(tmp_path / "shared", lock)
+    with pytest.raises(CheckpointError, match=r"--workdir .*/own: on .* all processes need one"):
+      peers.compare_folders(tmp_path / "own", lock)

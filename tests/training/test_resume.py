@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -196,3 +197,29 @@ def test_a_step_is_a_number_that_a_run_can_have(step: str) -> None:
   ) as e:
     resume.ResumeOptions.of(step, "")
   assert len(str(e.value)) < 120
+
+
+def test_a_start_before_the_first_checkpoint_forgets_what_was_bad(
+  values: config_lib.Config, looker: Looker, tmp_path: Path
+) -> None:
+  """A picture that was missing is there when the same command is given again."""
+  folder = Path(values.data.path).parent
+  (folder / "more").mkdir(exist_ok=True)
+  path = folder / "more" / "captions.json"
+  samples = json.loads(Path(values.data.path).read_text())
+  path.write_text(json.dumps([{**samples[0], "image": "gone.png"}, *samples[1:]]))
+  data = dataclasses.replace(values.data, path=str(path))
+  changed = dataclasses.replace(values, data=data)
+
+  def fail(number: int) -> None:
+    raise RuntimeError("the power fails")
+
+  looker.does = fail
+  with pytest.raises(RuntimeError, match="the power fails"):
+    loop.train(changed, tmp_path / "run")
+  quarantine = tmp_path / "run" / "quarantine.jsonl"
+  assert len(quarantine.read_text().splitlines()) == 1
+  path.write_text(json.dumps(samples))
+  looker.does = lambda number: None
+  assert loop.train(changed, tmp_path / "run").quarantined == 0
+  assert not quarantine.exists()

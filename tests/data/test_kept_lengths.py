@@ -1,0 +1,199 @@
+"""Sizes that were kept: what a new run measures again, a resumed one does not, and hosts agree on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llava_sp_jax import config as config_lib
+from llava_sp_jax.config import ConfigError
+from llava_sp_jax.data import kept, lengths, measured, sources
+from llava_sp_jax.data.anyres import Reader
+from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.tokenizer import Tokenizer
+from tests.conftest import ConfigMaker
+from tests.data.mixed import COUNT, TILE, mixed_config
+
+
+@pytest.fixture
+def data(
+  tiny_config: ConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> config_lib.DataConfig:
+  """Samples of which the picture of every fourth is away; they count as large."""
+  monkeypatch.setattr(kept, "SMALL", 3)
+  (tmp_path / "data").mkdir()
+  found = mixed_config(tiny_config, tmp_path / "data").data
+  picture(found).rename(tmp_path / "away.png")
+  return found
+
+
+def picture(data: config_lib.DataConfig) -> Path:
+  return Path(data.image_folder) / "2.png"
+
+
+def restore(data: config_lib.DataConfig, tmp_path: Path) -> None:
+  (tmp_path / "away.png").rename(picture(data))
+
+
+def of(
+  data: config_lib.DataConfig, run: Path | None, said: list[str] | None = None, **options: Any
+) -> measured.Measured:
+  source = sources.of(data, Reader(data, TILE))
+  say = (said if said is not None else []).append
+  return lengths.Lengths(
+    source, Tokenizer(data.tokenizer), data, TILE, 0, Quarantine(), run, say, **options
+  ).measured(0)
+
+
+def usable(found: measured.Measured) -> int:
+  return int((found.lengths > 0).sum())
+
+
+def test_a_new_run_measures_what_was_missing_again(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  said: list[str] = []
+  first = of(data, tmp_path / "first")
+  missing = len(first.errors)
+  assert 0 < missing < COUNT
+  restore(data, tmp_path)
+  second = of(data, tmp_path / "second", said)
+  assert (len(second.errors), usable(second)) == (0, COUNT)
+  assert f"measured {missing} samples again that could not be used" in said[0]
+  assert second.digest() == of(data, None).digest()  # as if all had been measured now
+  said.clear()
+  of(data, tmp_path / "third", said)
+  assert not said  # and that was kept
+
+
+def test_a_resumed_run_goes_on_with_the_samples_that_it_began_with(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  run = tmp_path / "run"
+  begun = of(data, run)
+  restore(data, tmp_path)
+  assert usable(of(data, tmp_path / "other")) == COUNT  # which writes beside the data
+  resumed = of(data, run, resumed=True)
+  assert (resumed.digest(), resumed.errors) == (begun.digest(), begun.errors)
+  again = of(data, run)  # nothing was trained: a start, not a resume
+  assert usable(again) == COUNT
+  assert of(data, run, resumed=True).digest() == again.digest()
+
+
+def test_a_resumed_run_refuses_other_sizes(data: config_lib.DataConfig, tmp_path: Path) -> None:
+  run = tmp_path / "run"
+  restore(data, tmp_path)
+  of(data, run)
+  picture(data).unlink()
+  for file in kept.beside(data.path).glob("lengths-*"):
+    file.unlink()
+  with pytest.raises(ConfigError, match=r"not measured as when this run began \(\d more cannot"):
+    of(data, run, resumed=True)
+  (path,) = run.glob("unusable-*.npz")
+  path.unlink()  # as the error says
+  assert usable(of(data, run, resumed=True)) < COUNT
+
+
+def test_a_damaged_note_of_what_a_run_began_with_is_made_anew(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  begun = of(data, tmp_path / "run")
+  (path,) = (tmp_path / "run").glob("unusable-*.npz")
+  whole = path.read_bytes()
+  path.write_bytes(whole[:40])
+  assert of(data, tmp_path / "run", resumed=True).digest() == begun.digest()
+  assert path.read_bytes() == whole
+
+
+def together(
+  count: int, measure: Callable[[lengths.Hosts], measured.Measured]
+) -> list[measured.Measured]:
+  """Runs `measure` as each of several processes, which wait for each other in `gather`."""
+  barrier, texts = threading.Barrier(count, timeout=60), [""] * count
+  found: dict[int, measured.Measured] = {}
+
+  def run(index: int) -> None:
+    def gather(text: str, name: str) -> list[str]:
+      texts[index] = text
+      barrier.wait()
+      every = list(texts)
+      barrier.wait()
+      return every
+
+    found[index] = measure(lengths.Hosts(index, count, gather))
+
+  threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return [found[index] for index in range(count)]
+
+
+@pytest.mark.parametrize("known", ["by all", "by one", "differently"])
+def test_hosts_agree(
+  data: config_lib.DataConfig,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  known: str,
+) -> None:
+  """Each host has its own disk; they measure anew unless all know the same."""
+  monkeypatch.setattr(lengths, "CHUNK", 4)
+  monkeypatch.setattr(kept, "SMALL", 1 << 20)  # so that sizes are kept in the folder of each
+  runs = [tmp_path / f"host-{index}" for index in range(3)]
+  said: list[list[str]] = [[], [], []]
+  for run in runs[: {"by one": 1}.get(known, 3)]:
+    of(data, run)
+  if known == "differently":
+    (file,) = runs[1].glob("lengths-*.npz")
+    other = measured.Measured.load(file)
+    assert other
+    other.lengths[1] -= 1
+    other.save(file)
+  found = together(3, lambda hosts: of(data, runs[hosts.index], said[hosts.index], hosts=hosts))
+  whole = of(data, None)
+  for one in found:
+    assert (one.digest(), one.errors) == (whole.digest(), whole.errors)
+  lines = [line for line in said[0] if "measured" in line]
+  assert ("again" in lines[0]) == (known == "by all")
+  held = [measured.Measured.load(next(run.glob("lengths-*.npz"))) for run in runs]
+  assert {one.digest() for one in held if one} == {whole.digest()}
+
+
+def test_hosts_that_see_one_folder_write_once(
+  data: config_lib.DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A bucket takes about one write of an object in a second."""
+  written: list[str] = []
+  real = kept.save
+
+  def save(path: Path, values: Any) -> None:
+    kind = path.name.partition("-")[0]
+    written.extend([kind] if kind in ("lengths", "unusable") else [])
+    real(path, values)
+
+  monkeypatch.setattr(kept, "save", save)
+  together(4, lambda hosts: of(data, tmp_path / "run", hosts=hosts))
+  assert sorted(written) == ["lengths", "unusable"]
+  restore(data, tmp_path)
+  (one, *_) = together(4, lambda hosts: of(data, tmp_path / "other", hosts=hosts))
+  assert usable(one) == COUNT
+  assert sorted(written) == ["lengths"] * 2 + ["unusable"] * 2
+
+
+def test_sizes_are_sent_and_joined_without_loss() -> None:
+  rng = np.random.default_rng(0)
+  whole = measured.Measured.empty(11)
+  whole.fill(range(11), [(int(n), int(n) + 1, 1, "") for n in rng.integers(1, 99, 11)])
+  whole.fill([4, 7], [(0, 0, 0, "gone"), (0, 0, 0, "broken")])
+  shares = [np.array([0, 1, 2, 3, 8]), np.array([4, 5, 6, 7, 9, 10])]
+  joined = measured.Measured.empty(11)
+  joined.fill([4], [(0, 0, 0, "of before")])
+  joined.join([whole.text(share) for share in shares], shares)
+  assert (joined.digest(), json.dumps(joined.errors)) == (whole.digest(), json.dumps(whole.errors))
