@@ -47,7 +47,7 @@ class Way:
 
 WAYS = (
   Way("bfloat16, tensor 4", (1, 1, 4), 16),
-  Way("int8 weights and cache, tensor 4", (1, 1, 4), 48, ("--weights", "int8", "--cache", "int8")),
+  Way("int8 weights and cache, tensor 4", (1, 1, 4), 32, ("--weights", "int8", "--cache", "int8")),
 )
 
 

@@ -27,11 +27,12 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import storage
 from llava_sp_jax.data import anyres, kept, samples
 from llava_sp_jax.data.failure import SampleError, of_one_sample
-from llava_sp_jax.data.measured import Found, Measured, load_unusable
+from llava_sp_jax.data.measured import Found, Measured
 from llava_sp_jax.data.packing import Sizes
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.source import Source
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 from llava_sp_jax.progress import Progress
 
 VERSION = 2  # of the file's format and of the code that measures
@@ -73,7 +74,7 @@ class Lengths:
     say: Say | None = None,
     hosts: Hosts | None = None,
     name: str = "",
-    resumed: bool = False,
+    usable: Usable | None = None,
   ):
     """Prepares the measuring.
 
@@ -89,12 +90,13 @@ class Lengths:
       hosts: divides the first pass among the processes of a run (None: all is measured here).
         Later ones follow at different times, and are not divided.
       name: that of the source in a mixture.
-      resumed: whether the run in `folder` has trained already: its samples are those of then.
+      usable: remembers with which samples the run has begun (None: nothing is known of it).
     """
     self._source, self._tokenizer, self._data, self._tile = source, tokenizer, data, tile
     self._seed, self._quarantine, self._folder = seed, quarantine, folder
     self._say, self._hosts, self._name = say or (lambda line: None), hosts, name
-    self._resumed, self._joined = resumed, hosts
+    self._usable, self._several = usable or Usable(), hosts is not None
+    self._pass = functools.lru_cache(maxsize=2)(self._found)
 
   def measured(self, epoch: int) -> Measured:
     """Returns the sizes of all samples in an epoch, and quarantines those that cannot be used.
@@ -107,8 +109,7 @@ class Lengths:
       self._quarantine.add(index, self._source[index], SampleError(error), self._name)
     return result
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its process
-  def _pass(self, epoch: int) -> Measured:
+  def _found(self, epoch: int) -> Measured:
     key, hosts = self.key(epoch), self._hosts
     places = self._places(key)
     self._hosts = None
@@ -120,7 +121,7 @@ class Lengths:
     changed, result = found is None, found or Measured.empty(len(self._source))
     if found is None:
       self._measure(epoch, hosts, result, np.arange(len(result.lengths)))
-    elif found.errors and not self._resumed and (hosts or not self._joined):
+    elif found.errors and self._usable.may_measure_again(key) and (hosts or not self._several):
       changed = self._measure_again(epoch, hosts, found)
     if len(result.errors) == len(result.lengths):
       last = result.errors[len(result.lengths) - 1]
@@ -129,17 +130,18 @@ class Lengths:
       )
     if changed:
       self._keep(places, hosts, result)
-    self._as_begun(key, result)
+    where = f"data.mixture: {self._name}" if self._name else "data"
+    self._usable.settle(key, result, where)
     return result
 
   def _measure_again(self, epoch: int, hosts: Hosts | None, found: Measured) -> bool:
     """Measures those samples again that could not be used; returns whether anything has changed."""
-    before = dict(found.errors)
+    before = set(found.errors)
     again = Measured.empty(len(found.lengths))
     indices = np.array(sorted(before))
     self._measure(epoch, hosts, again, indices)
     found.replace(indices, again.part(indices))
-    return found.errors != before
+    return found.errors.keys() != before
 
   def _keep(self, places: Sequence[Path], hosts: Hosts | None, result: Measured) -> None:
     """Saves the sizes at the first of `places` that can be written.
@@ -152,31 +154,6 @@ class Lengths:
       known = next((seen for path in places if (seen := Measured.load(path))), None)
       if not known or known.digest() != result.digest():
         _save(places, result)
-
-  def _as_begun(self, key: str, result: Measured) -> None:
-    """Leaves out the samples that the run began without, or notes which cannot be used.
-
-    Raises: ConfigError when the sizes of the others are not those with which the run began.
-    """
-    if not self._folder:
-      return
-    path = self._folder / f"unusable-{key}.npz"
-    begun = load_unusable(path) if self._resumed else None
-    if begun is None:
-      if not (self._joined and self._joined.index):
-        result.save_unusable(path)
-      return
-    errors, digest = begun
-    more = sorted(result.errors.keys() - errors.keys())
-    result.leave_out(errors)
-    if result.digest() != digest:
-      first = f"; sample {more[0]}: {result.errors[more[0]]}" if more else ""
-      raise config_lib.ConfigError(
-        f"data: the samples are not measured as when this run began ({len(more):,} more cannot be "
-        f"used{first}), so its rows would be others. Restore them and remove lengths-*.npz from "
-        f"the run's folder and from {kept.beside(self._data.path)}; or remove {path}, and the run "
-        "goes on with other rows"
-      )
 
   def _places(self, key: str) -> list[Path]:
     """Returns the files that may hold the sizes: beside data that are not small, in the folder."""

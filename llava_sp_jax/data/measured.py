@@ -84,10 +84,6 @@ class Measured:
     except (KeyError, ValueError, TypeError):
       return None
 
-  def save_unusable(self, path: Path) -> None:
-    """Writes which samples cannot be used, and the digest of all sizes. Raises: OSError."""
-    kept.save(path, {"errors": self.arrays()["errors"], "digest": np.array(self.digest())})
-
   def leave_out(self, errors: Mapping[int, str]) -> None:
     """Sets the sizes of more samples, {index: why}, to those of samples that cannot be used."""
     indices = np.fromiter(errors, np.int64, len(errors))
@@ -119,15 +115,6 @@ class Measured:
     for name in SIZES:
       getattr(self, name)[indices] = getattr(found, name)
     self.errors.update(found.errors)
-
-
-def load_unusable(path: Path) -> tuple[dict[int, str], str] | None:
-  """Returns what `Measured.save_unusable` has written: errors and digest; None if it is damaged."""
-  try:
-    found = kept.load(path) or {}
-    return _errors(found), str(found["digest"])
-  except (KeyError, ValueError, TypeError):
-    return None
 
 
 def _errors(arrays: Mapping[str, np.ndarray]) -> dict[int, str]:

@@ -22,6 +22,7 @@ from llava_sp_jax.data.prefetch import Ahead, Prefetcher
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.rows import SAMPLES, Held, MixedMaker, RowMaker, marks
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 
 __all__ = ["SAMPLES", "Batches", "Held", "check_settings", "make", "marks", "open_parts"]
 
@@ -190,7 +191,7 @@ def make(
   folder: Path | None = None,
   say: Say | None = None,
   hosts: Hosts | None = None,
-  resumed: bool = False,
+  usable: Usable | None = None,
 ) -> Batches:
   """Builds the batches of a split.
 
@@ -210,7 +211,7 @@ def make(
     folder: where the sizes of samples are saved (None: nowhere).
     say: receives lines about progress.
     hosts: divides the measuring among the processes of a run (None: all is measured here).
-    resumed: whether the run in `folder` has trained already: its samples are those of then.
+    usable: remembers with which samples the run has begun (None: nothing is known of it).
 
   Raises: ConfigError, FileNotFoundError for settings and data that cannot be used.
   """
@@ -228,7 +229,7 @@ def make(
   rows = range(batch_size) if rows is None else rows
   quarantine = quarantine or Quarantine()
   main = 0 in rows  # every process finds the same bad samples; one of them records them
-  streams, makers, usable = list[packing.Stream](), list[RowMaker](), list[np.ndarray]()
+  streams, makers, found = list[packing.Stream](), list[RowMaker](), list[np.ndarray]()
   for part in parts:
     own = mixture.seed_of(seed, part.name)
     lengths = Lengths(
@@ -242,7 +243,7 @@ def make(
       say if main else None,
       hosts,
       part.name,
-      resumed,
+      usable,
     )
     sizes = functools.partial(_sizes, _indices(part.members), packed, lengths)
     streams.append(packing.Stream(packed, shape, own, sizes))
@@ -251,16 +252,16 @@ def make(
       used = packing.fill(first, sizes(0))
       of = f" of {part.name}" * bool(part.name)
       say(f"packing {data.packing}: {len(first):,} rows{of} in the first epoch, {used:.1%} full")
-    usable.append(sizes(0).usable)
+    found.append(sizes(0).usable)
     writer = samples.SampleEncoder(tokenizer, part.data)
     makers.append(RowMaker(part.source, writer, part.data, tile.size, own, quarantine, part.name))
   if not parts[0].name:
-    return Batches(streams[0], makers[0], batch_size, rows, data.threads, {"": usable[0]})
+    return Batches(streams[0], makers[0], batch_size, rows, data.threads, {"": found[0]})
   mixed = mixture.Stream(parts, streams, batch_size if packed.batched else 1)
   maker = MixedMaker(makers)
   names = [part.name for part in parts]
-  found = dict(zip(names, usable, strict=True))
-  return Batches(mixed, maker, batch_size, rows, data.threads, found)
+  members = dict(zip(names, found, strict=True))
+  return Batches(mixed, maker, batch_size, rows, data.threads, members)
 
 
 def _indices(members: Sequence[int]) -> np.ndarray:

@@ -10,9 +10,10 @@ import jax
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import limits, locks, storage
-from llava_sp_jax.checkpoints import runs
+from llava_sp_jax.checkpoints import on_disk, runs
 from llava_sp_jax.data import anyres, pipeline
 from llava_sp_jax.data.quarantine import Quarantine, forget
+from llava_sp_jax.data.usable import Usable
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.models import build
@@ -115,9 +116,12 @@ def _train(
   before = [*known.get("inputs_before", ()), *(known["inputs"] for _ in others[:1])]
   mine, owned = mesh.rows(device_mesh, config.train.batch_size)
   bad = folder / "quarantine.jsonl"
-  if not begun:  # what an attempt without a checkpoint has found may be mended
+  if not processes.agreed("steps are listed", lambda: on_disk.steps(folder)) and not begun:
+    # What an attempt without a checkpoint has found may be mended.
     processes.collective("the quarantine is empty", lambda: forget(bad), only=0)
   quarantine = Quarantine(bad, jax.process_index())
+  may_change = bool(options.changed & {"data", "mixture"})
+  usable = Usable(folder, bool(begun), not jax.process_index(), may_change)
   iterator = pipeline.make(
     config.data,
     tokenizer,
@@ -129,7 +133,7 @@ def _train(
     folder=folder,
     say=print,
     hosts=inputs.hosts(),
-    resumed=bool(begun),
+    usable=usable,
   )
   if not begun:
     config = resume.with_steps_for(config, iterator.stream.epoch_rows())
@@ -137,7 +141,9 @@ def _train(
   if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
-  validator = Validator(config, module, tokenizer, device_mesh, folder, bool(begun))
+  if usable.changed and not before:
+    before = [known.get("inputs", {})]
+  validator = Validator(config, module, tokenizer, device_mesh, folder, usable)
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
     if jax.process_index() == 0 and (folder / goodput.FILE).is_file():
@@ -173,4 +179,5 @@ def _train(
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
     )
+    processes.collective("what cannot be used is noted", usable.begin)
     return steps(run, module, prepared)

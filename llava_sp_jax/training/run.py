@@ -131,13 +131,13 @@ def _loop(
   number, metrics, asked, noticed = first, None, False, 0.0
 
   def secure() -> None:
-    skips.settle()
     book.secure()
     storage.of(folder).flush()
 
   def save(step: int, to: Local | None = None) -> None:
     jax.block_until_ready(metrics)
     with clock.of("save"):
+      skips.settle()
       if to:
         said = {**about, "config": config_lib.to_dict(config)}
         emergency.save(to, step, train_state, said, secure)

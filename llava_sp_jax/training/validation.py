@@ -12,6 +12,7 @@ import jax
 from llava_sp_jax import config as config_lib
 from llava_sp_jax.data import anyres, pipeline, prefetch, rows, validation_split
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 from llava_sp_jax.distributed import mesh, sharding
 from llava_sp_jax.models import build
 from llava_sp_jax.models.parameters import Params
@@ -51,12 +52,11 @@ class Validator:
     tokenizer: Tokenizer,
     device_mesh: Any,
     folder: Path | None = None,
-    resumed: bool = False,
+    usable: Usable | None = None,
   ):
     """Opens the validation split, if `train.validate_every` asks for validation.
 
-    `folder` keeps the sizes of its samples, and `resumed` is whether a run has trained there
-    already; as in `pipeline.make`.
+    `folder` keeps the sizes of its samples, and `usable` is that of the run; as in `pipeline.make`.
 
     Raises: ConfigError, FileNotFoundError when the validation data cannot be used.
     """
@@ -86,7 +86,7 @@ class Validator:
       validation_split.VALIDATION,
       folder,
       hosts=inputs.hosts(),
-      resumed=resumed,
+      usable=usable,
     )
     self._start = self._iterator.get_state()
     next(self._iterator)  # reports unusable samples now, not at the first validation

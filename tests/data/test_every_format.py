@@ -22,6 +22,7 @@ from llava_sp_jax.data.anyres import Reader
 from llava_sp_jax.data.failure import SampleError
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 from tests.conftest import ConfigMaker
 from tests.data.every_format import BROKEN, GONE, SILENT, WRITERS, rewritten, table, write_json
 from tests.data.mixed import COUNT, TILE, assert_same, make
@@ -226,7 +227,7 @@ def test_what_a_pass_finds_is_kept_beside_data_that_are_not_small(
   sample_file._read.cache_clear()
   fingerprint = opened(data).fingerprint()
   wanted = next(make(data, folder=tmp_path / "b"))
-  assert [file.name.partition("-")[0] for file in (tmp_path / "b").iterdir()] == ["unusable"]
+  assert not (tmp_path / "b").exists()
   names = {path.name.partition("-")[0] for path in kept.beside(data.path).iterdir()}
   assert "lengths" in names
   assert names & {"samples", "content"}
@@ -234,7 +235,8 @@ def test_what_a_pass_finds_is_kept_beside_data_that_are_not_small(
   monkeypatch.setattr(lengths.Lengths, "_measure", lambda *_: pytest.fail("measured again"))
   monkeypatch.setattr("llava_sp_jax.data.content.written", lambda _: pytest.fail("read again"))
   assert opened(data).fingerprint() == fingerprint
-  assert_same(next(make(data, folder=tmp_path / "b", resumed=True)), wanted)
+  used = Usable(tmp_path / "b", resumed=True)
+  assert_same(next(make(data, folder=tmp_path / "b", usable=used)), wanted)
 
 
 def test_a_folder_that_cannot_be_written_keeps_sizes_in_the_run(

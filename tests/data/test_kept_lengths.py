@@ -17,6 +17,7 @@ from llava_sp_jax.data import kept, lengths, measured, sources
 from llava_sp_jax.data.anyres import Reader
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 from tests.conftest import ConfigMaker
 from tests.data.mixed import COUNT, TILE, mixed_config
 
@@ -42,13 +43,33 @@ def restore(data: config_lib.DataConfig, tmp_path: Path) -> None:
 
 
 def of(
-  data: config_lib.DataConfig, run: Path | None, said: list[str] | None = None, **options: Any
+  data: config_lib.DataConfig,
+  run: Path | None,
+  said: list[str] | None = None,
+  resumed: bool = False,
+  book: Usable | None = None,
+  **options: Any,
 ) -> measured.Measured:
+  """Measures as a run in `run` does when it starts, or resumes, or in another of its pipelines."""
   source = sources.of(data, Reader(data, TILE))
   say = (said if said is not None else []).append
-  return lengths.Lengths(
-    source, Tokenizer(data.tokenizer), data, TILE, 0, Quarantine(), run, say, **options
+  index = options["hosts"].index if "hosts" in options else 0
+  used = book or Usable(run, resumed, not index)
+  found = lengths.Lengths(
+    source,
+    Tokenizer(data.tokenizer),
+    data,
+    TILE,
+    0,
+    Quarantine(),
+    run,
+    say,
+    usable=used,
+    **options,
   ).measured(0)
+  if not book:
+    used.begin()
+  return found
 
 
 def usable(found: measured.Measured) -> int:
@@ -93,11 +114,75 @@ def test_a_resumed_run_refuses_other_sizes(data: config_lib.DataConfig, tmp_path
   picture(data).unlink()
   for file in kept.beside(data.path).glob("lengths-*"):
     file.unlink()
-  with pytest.raises(ConfigError, match=r"not measured as when this run began \(\d more cannot"):
+  wanted = r"data: .* not measured as when this run began \(\d more cannot.*--allow-changed data"
+  with pytest.raises(ConfigError, match=wanted):
     of(data, run, resumed=True)
-  (path,) = run.glob("unusable-*.npz")
-  path.unlink()  # as the error says
-  assert usable(of(data, run, resumed=True)) < COUNT
+  with pytest.raises(ConfigError, match=wanted):
+    of(data, run, resumed=True)
+  allowed = Usable(run, True, may_change=True)
+  other = of(data, run, book=allowed)
+  assert usable(other) < COUNT
+  assert allowed.changed
+  assert Usable(run, True).changed is False  # nothing is read yet
+  with pytest.raises(ConfigError, match=wanted):
+    of(data, run, resumed=True)  # that run was refused before it began
+  allowed.begin()
+  later = Usable(run, True)
+  assert of(data, run, book=later).digest() == other.digest()
+  assert later.changed, "also when it resumes without the option"
+
+
+def test_pipelines_of_a_run_read_the_same_samples(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  """Also where a picture comes back between the two, or when sizes are read again."""
+  book = Usable(tmp_path / "run")
+  begun = of(data, tmp_path / "run", book=book)
+  restore(data, tmp_path)
+  assert usable(of(data, tmp_path / "other")) == COUNT
+  said: list[str] = []
+  assert of(data, tmp_path / "run", said, book=book).digest() == begun.digest()
+  assert not said, "nothing is measured again"
+  book.begin()
+  assert of(data, tmp_path / "run", resumed=True).digest() == begun.digest()
+
+
+def test_a_start_that_is_refused_leaves_the_notes_of_the_run(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  """As `--from-step 0` with a base that does not load; the plain command resumes as before."""
+  run = tmp_path / "run"
+  begun = of(data, run)
+  restore(data, tmp_path)
+  refused = Usable(run)
+  assert usable(of(data, run, book=refused)) == COUNT
+  assert of(data, run, resumed=True).digest() == begun.digest()
+
+
+def test_a_run_of_a_former_version_keeps_its_samples(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  """It left no note, but sizes that it had kept."""
+  begun = of(data, None)
+  (run := tmp_path / "run").mkdir()
+  found = of(data, tmp_path / "other")
+  assert found.digest() == begun.digest()
+  restore(data, tmp_path)
+  said: list[str] = []
+  assert of(data, run, said, resumed=True).digest() == begun.digest()
+  assert not said
+  assert list(run.glob("unusable-*.npz"))
+
+
+def test_a_resumed_run_measures_again_what_it_has_not_read_yet(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  """Another source, as allowed, of which an earlier run has kept sizes."""
+  of(data, tmp_path / "earlier")
+  restore(data, tmp_path)
+  (run := tmp_path / "run").mkdir()
+  (run / "unusable-0123456789abcdef.npz").write_bytes(b"of another source")
+  assert usable(of(data, run, resumed=True)) == COUNT
 
 
 def test_a_damaged_note_of_what_a_run_began_with_is_made_anew(
@@ -136,7 +221,7 @@ def together(
   return [found[index] for index in range(count)]
 
 
-@pytest.mark.parametrize("known", ["by all", "by one", "differently"])
+@pytest.mark.parametrize("known", ["by all", "by one", "differently", "for other reasons"])
 def test_hosts_agree(
   data: config_lib.DataConfig,
   tmp_path: Path,
@@ -156,12 +241,18 @@ def test_hosts_agree(
     assert other
     other.lengths[1] -= 1
     other.save(file)
+  elif known == "for other reasons":
+    (file,) = runs[1].glob("lengths-*.npz")
+    other = measured.Measured.load(file)
+    assert other
+    other.errors.update(dict.fromkeys(other.errors, "truncated"))
+    other.save(file)
   found = together(3, lambda hosts: of(data, runs[hosts.index], said[hosts.index], hosts=hosts))
   whole = of(data, None)
   for one in found:
     assert (one.digest(), one.errors) == (whole.digest(), whole.errors)
   lines = [line for line in said[0] if "measured" in line]
-  assert ("again" in lines[0]) == (known == "by all")
+  assert ("again" in lines[0]) == (known in ("by all", "for other reasons"))
   held = [measured.Measured.load(next(run.glob("lengths-*.npz"))) for run in runs]
   assert {one.digest() for one in held if one} == {whole.digest()}
 

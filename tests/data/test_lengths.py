@@ -18,6 +18,7 @@ from llava_sp_jax.data import measured as measured_lib
 from llava_sp_jax.data.anyres import Reader
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.data.tokenizer import Tokenizer
+from llava_sp_jax.data.usable import Usable
 from tests.conftest import ConfigMaker
 from tests.data.mixed import COUNT, TILE, assert_same, held, make, mixed_config
 
@@ -62,7 +63,8 @@ def test_a_pass_is_kept_and_its_bad_samples_named_again(
   assert len(files) == 1
   monkeypatch.setattr(lengths.Lengths, "_measure", lambda *_: pytest.fail("measured again"))
   quarantine = Quarantine(tmp_path / "quarantine.jsonl")
-  again = make(config.data, quarantine=quarantine, resumed=True, **options)
+  used = Usable(tmp_path / "run", resumed=True)
+  again = make(config.data, quarantine=quarantine, usable=used, **options)
   assert_same(next(again), first)
   (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
   assert json.loads(line)["index"] == COUNT
