@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ class Quarantine:
 
 
 def forget(path: Path) -> None:
-  """Removes a quarantine file, with those that other processes have written beside it."""
+  """Removes a quarantine file, with those that other processes have written beside it; no links."""
   for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
-    storage.of(file).remove(file)
+    if file.is_file() and not os.path.islink(file):
+      storage.of(file).remove(file)
 
 
 def reasons(path: Path) -> list[str]:
