@@ -154,7 +154,9 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
           flush=True,
         )
       time.sleep(min(BEAT, TORN) / 4)
+      asked = time.monotonic()
       now = self._looked()
+      began += time.monotonic() - asked  # while nothing can be read, nobody can beat
       if now and now.owner and seen.owner and (now.owner, now.beats) != (seen.owner, seen.beats):
         raise LockError(_used(self._folder, now.owner))
       if now is None or now.owner or not seen.owner:  # a beat may be half written

@@ -51,9 +51,17 @@ def save(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, np.ndarray] | None:
-  """Returns the arrays of a file; None if it is missing or damaged in any way."""
+  """Returns the arrays of a file; None if it cannot be read, or is damaged in any way."""
   try:
-    with np.load(io.BytesIO(storage.of(path).content(path))) as file:
+    return arrays(storage.of(path).content(path))
+  except OSError:
+    return None
+
+
+def arrays(content: bytes) -> dict[str, np.ndarray] | None:
+  """Returns the arrays of a file with that content; None if it is damaged in any way."""
+  try:
+    with np.load(io.BytesIO(content)) as file:
       return {name: file[name] for name in file.files}
   except Exception:
     return None

@@ -15,6 +15,7 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 import time
@@ -114,25 +115,33 @@ class Lengths:
     places = self._places(key)
     self._hosts = None
     found = next((known for path in places if (known := self._known(path))), None)
+    again = self._usable.may_measure_again(key) and (hosts or not self._several)
     if hosts:
-      digests = hosts.gather(found.digest() if found else "", "lengths are known")
-      if "" in digests or len(set(digests)) > 1:
+      mine = [found.digest() if found else "", bool(again)]
+      said = [json.loads(text) for text in hosts.gather(json.dumps(mine), "lengths are known")]
+      digests, again = {digest for digest, _ in said}, all(answer for _, answer in said)
+      if "" in digests or len(digests) > 1:
         found = None  # all measure, since each needs the share of all others
     changed, result = found is None, found or Measured.empty(len(self._source))
     if found is None:
       self._measure(epoch, hosts, result, np.arange(len(result.lengths)))
-    elif found.errors and self._usable.may_measure_again(key) and (hosts or not self._several):
+    elif found.errors and again:
       changed = self._measure_again(epoch, hosts, found)
     if len(result.errors) == len(result.lengths):
       last = result.errors[len(result.lengths) - 1]
       raise config_lib.ConfigError(
         f"data: none of the {len(result.lengths)} samples can be used; the last: {last}"
       )
+    where = f"data.mixture: {self._name}" if self._name else "data"
+    of_run = self._usable.settle(key, result, where)
     if changed:
       self._keep(places, hosts, result)
-    where = f"data.mixture: {self._name}" if self._name else "data"
-    self._usable.settle(key, result, where)
-    return result
+    if self._usable.unknown:
+      self._say(
+        f"{where}: a former version has begun this run without a note of the samples that it can use; "
+        f"{len(of_run.errors):,} cannot be used now"
+      )
+    return of_run
 
   def _measure_again(self, epoch: int, hosts: Hosts | None, found: Measured) -> bool:
     """Measures those samples again that could not be used; returns whether anything has changed."""

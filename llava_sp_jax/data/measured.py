@@ -84,12 +84,18 @@ class Measured:
     except (KeyError, ValueError, TypeError):
       return None
 
-  def leave_out(self, errors: Mapping[int, str]) -> None:
-    """Sets the sizes of more samples, {index: why}, to those of samples that cannot be used."""
+  def without(self, errors: Mapping[int, str]) -> Measured:
+    """Returns the sizes if the samples of `errors`, {index: why}, cannot be used either."""
+    if errors.keys() <= self.errors.keys():
+      return self
     indices = np.fromiter(errors, np.int64, len(errors))
+    result = Measured(
+      **{name: getattr(self, name).copy() for name in SIZES}, errors={**self.errors}
+    )
     for name in SIZES:
-      getattr(self, name)[indices] = 0
-    self.errors.update(errors)
+      getattr(result, name)[indices] = 0
+    result.errors.update(errors)
+    return result
 
   def part(self, indices: np.ndarray) -> Measured:
     """Returns the sizes of some samples, in the order of `indices`, with all errors."""

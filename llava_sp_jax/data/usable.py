@@ -71,53 +71,70 @@ class Usable:
     """Returns whether the run reads, or has read, other samples than those that it began with."""
     return any(note.changed for note in self._notes.values())
 
+  @property
+  def unknown(self) -> bool:
+    """Returns whether a former version has begun this run, and has left no notes."""
+    return self._unknown
+
   def may_measure_again(self, key: str) -> bool:
     """Returns whether those samples may be measured again that could not be used."""
-    return not self._unknown and self._note(key) is None
+    with self._lock:
+      return not self._unknown and self._note(key) is None
 
-  def settle(self, key: str, found: Measured, where: str) -> None:
-    """Notes which samples cannot be used or, if there is a note, leaves out those that it names.
+  def settle(self, key: str, found: Measured, where: str) -> Measured:
+    """Returns the sizes for the run: without the samples that its note names, or as found.
+
+    Without a note, it makes one.
 
     Args:
       key: of the measuring.
-      found: the sizes of now, which are changed in place.
+      found: the sizes of now.
       where: the data, for messages.
 
     Raises: ConfigError when the sizes are not those of the note, and may not change.
     """
     with self._lock:
-      self._settle(key, found, where)
-
-  def _settle(self, key: str, found: Measured, where: str) -> None:
-    note = self._note(key)
-    more = sorted(found.errors.keys() - note.errors.keys()) if note else []
-    found.leave_out(note.errors if note else {})
-    changed = note is not None and note.digest != found.digest()
-    if changed and not self._may_change:
-      first = f"; sample {more[0]}: {found.errors[more[0]]}" if more else ""
-      raise ConfigError(
-        f"{where}: the samples are not measured as when this run began ({len(more):,} more cannot "
-        f"be used{first}), so its rows would be others. Restore them, and remove lengths-{key}.npz "
-        f"from the run's folder and the folder {kept.SUFFIX} beside the data; or go on with other "
-        "rows: --allow-changed data"
-      )
-    if note is None or changed:
-      self._notes[key] = Note(dict(found.errors), found.digest(), changed)
-      self._waiting.append(key)
-      if self._begun:
-        self.begin()
+      note = self._note(key)
+      result = found.without(note.errors) if note else found
+      changed = note is not None and note.digest != result.digest()
+      if note and changed and not self._may_change:
+        more = sorted(found.errors.keys() - note.errors.keys())
+        first = f"; sample {more[0]}: {found.errors[more[0]]}" if more else ""
+        raise ConfigError(
+          f"{where}: the samples are not measured as when this run began ({len(more):,} more cannot "
+          f"be used{first}), so its rows would be others. Restore them, and remove "
+          f"lengths-{key}.npz from the run's folder and the folder {kept.SUFFIX} beside the data; "
+          "or go on with other rows: --allow-changed data"
+        )
+      if note is None or changed:
+        self._notes[key] = Note(dict(result.errors), result.digest(), changed)
+        self._waiting.append(key)
+        if self._begun:
+          self.begin()
+      return result
 
   def begin(self) -> None:
     """Writes the notes to the run folder, from now on at once. Raises: OSError, which names the file.
 
-    A run that is refused before leaves those of an earlier start as they are.
+    A run that is refused before leaves those of an earlier start as they are; one that begins anew
+    removes them.
     """
     with self._lock:
-      self._begun = True
+      first, self._begun = not self._begun, True
+      if not self._folder or not self._writes:
+        return
+      own = set(map(self._path, self._notes))
+      for file in self._folder.glob("unusable-*") if first and not self._resumed else ():
+        if file not in own:
+          storage.of(file).remove(file)
       while self._waiting:
-        key = self._waiting.pop(0)
-        if self._folder and self._writes:
-          kept.save(self._path(key), self._notes[key].arrays())
+        kept.save(self._path(self._waiting[0]), self._notes[self._waiting[0]].arrays())
+        del self._waiting[0]
+
+  def digests(self) -> dict[str, str]:
+    """Returns the hash of the sizes of each measuring, for other processes to compare."""
+    with self._lock:
+      return {key: note.digest for key, note in self._notes.items()}
 
   def _path(self, key: str) -> Path:
     assert self._folder
@@ -126,15 +143,15 @@ class Usable:
   def _note(self, key: str) -> Note | None:
     if key not in self._notes and self._folder and self._resumed:
       path = self._path(key)
-      if storage.of(path).content(path) and (found := _read(path)):  # errors of the disk are raised
+      if found := _read(storage.of(path).content(path)):  # errors of the disk are raised
         self._notes[key] = found
     return self._notes.get(key)
 
 
-def _read(path: Path) -> Note | None:
-  """Returns the note in a file; None if it is damaged in any way."""
+def _read(content: bytes) -> Note | None:
+  """Returns the note in the content of a file; None if it is damaged in any way."""
+  found = kept.arrays(content) or {}
   try:
-    found = kept.load(path) or {}
     errors = {int(i): str(error) for i, error in json.loads(str(found["errors"]))}
     return Note(errors, str(found["digest"]), bool(found["changed"]))
   except (KeyError, ValueError, TypeError):

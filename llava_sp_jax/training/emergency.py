@@ -117,17 +117,18 @@ def save(
 ) -> None:
   """Keeps a step on the disk of this host; every process must call it.
 
-  `secure` writes what the run folder must have before it. Where that fails, because a disk or a bucket
-  cannot be reached, the step is not kept, a line says so, and training goes on.
+  `secure` writes what the run folder must have before it. Where that fails in any process, because a
+  disk or a bucket cannot be reached, no process keeps the step, a line says so, and training goes on.
   """
-  kept = True
+  failed = ""
   try:
     secure()
   except OSError as error:
-    kept = False
-    line = f"llava-sp: WARNING: {error}; step {step} is not kept on the disk of this host"
-    print(line, file=sys.stderr, flush=True)
-  local.save(step, train_state.trainable, train_state.opt_state, about, kept)
+    failed = str(error)
+  said = processes.all_gather(failed, "a local step is secured")
+  if problems := [f"process {i}: {text}" for i, text in enumerate(said) if text]:
+    _say(f"WARNING: {problems[0]}; step {step} is not kept on the disks of the hosts")
+  local.save(step, train_state.trainable, train_state.opt_state, about, not problems)
 
 
 def restore(

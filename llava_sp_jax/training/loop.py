@@ -141,8 +141,6 @@ def _train(
   if compiled and not begun:  # the steps are known now
     executables.check(compiled, config, device_mesh)
   profiler = trace.Profiler(profile, folder, begun + 1, config.train.steps)
-  if usable.changed and not before:
-    before = [known.get("inputs", {})]
   validator = Validator(config, module, tokenizer, device_mesh, folder, usable)
   processes.barrier("data is opened")
   with jax.set_mesh(device_mesh):
@@ -162,6 +160,7 @@ def _train(
       device_mesh,
       iterator,
       quarantine,
+      usable,
       validator,
       evaluator,
       profiler,
@@ -176,6 +175,8 @@ def _train(
       begun if begun > saved else 0,
       read_from.mixture,
     )
+    if local:  # first, so that none is newer than what a start that is killed here leaves
+      local.drop({begun})
     processes.collective(
       "newer steps are set aside", lambda: resume.set_newer_aside(folder, begun), only=0
     )

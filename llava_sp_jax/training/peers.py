@@ -15,8 +15,11 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import jax
+
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import locks, provenance, storage
+from llava_sp_jax.data.usable import Usable
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 
@@ -83,6 +86,29 @@ def compare_folders(folder: Path, lock: locks.Lock) -> None:
       )
 
   processes.collective("the run folder is seen", look)
+
+
+def compare_samples(usable: Usable) -> None:
+  """Compares the sizes of samples from which the processes have planned their rows so far.
+
+  A later epoch is measured by each process alone, where samples draw other turns. Every process must
+  call it, before a checkpoint is saved.
+
+  Raises: CheckpointError in all processes, if any size differs.
+  """
+  if jax.process_count() == 1:
+    return
+  every = [
+    json.loads(text)
+    for text in processes.all_gather(json.dumps(usable.digests()), "samples are compared")
+  ]
+  for key in sorted(set.intersection(*map(set, every))):
+    if len({found[key] for found in every}) > 1:
+      raise CheckpointError(
+        "data: the processes have measured the samples of an epoch differently, as when one of them "
+        "cannot read a picture for a while, so their rows are not of one plan. Nothing is saved; "
+        "the same command resumes from the last checkpoint"
+      )
 
 
 def differences(said: list[tuple[str, Facts]]) -> list[str]:

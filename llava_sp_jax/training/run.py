@@ -18,6 +18,7 @@ from llava_sp_jax.checkpoints import fingerprints, manager
 from llava_sp_jax.checkpoints.local import Local
 from llava_sp_jax.data import pipeline, prefetch, rows
 from llava_sp_jax.data.quarantine import Quarantine
+from llava_sp_jax.data.usable import Usable
 from llava_sp_jax.distributed import mesh, processes
 from llava_sp_jax.distributed.watchdog import Watchdog
 from llava_sp_jax.training import (
@@ -26,6 +27,7 @@ from llava_sp_jax.training import (
   goodput,
   guard,
   ledger,
+  peers,
   preflight,
   resume,
   sinks,
@@ -62,6 +64,7 @@ class Run:
   mesh: Any
   iterator: pipeline.Batches
   quarantine: Quarantine
+  usable: Usable
   validator: Validator
   evaluator: Evaluator | None
   profiler: trace.Profiler
@@ -142,6 +145,7 @@ def _loop(
         said = {**about, "config": config_lib.to_dict(config)}
         emergency.save(to, step, train_state, said, secure)
       else:
+        peers.compare_samples(run.usable)
         secure()
         checkpoints.save(step, train_state.trainable, train_state.opt_state, about)
     clock.mark(step, brief=to is not None)
@@ -208,7 +212,8 @@ def _loop(
     done = f"saved step {number} in {seconds:.1f} s" if number else "nothing was trained yet"
     print(f"asked to stop: {done}; the same command resumes from there", flush=True)
   if jax.process_index() == 0:
-    same = not run.inputs["inputs_before"]  # all steps have read the same samples
+    # Whether all steps have read the same samples.
+    same = not run.inputs["inputs_before"] and not run.usable.changed
     usable = run.iterator.usable.items() if same else ()
     samples = {name: indices[~np.isin(indices, quarantine.of(name))] for name, indices in usable}
     print(ledger.check(folder, number, config.train.batch_size, samples), flush=True)

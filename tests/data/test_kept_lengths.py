@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from llava_sp_jax import config as config_lib
+from llava_sp_jax import storage
 from llava_sp_jax.config import ConfigError
 from llava_sp_jax.data import kept, lengths, measured, sources
 from llava_sp_jax.data.anyres import Reader
@@ -170,8 +172,53 @@ def test_a_run_of_a_former_version_keeps_its_samples(
   restore(data, tmp_path)
   said: list[str] = []
   assert of(data, run, said, resumed=True).digest() == begun.digest()
-  assert not said
+  assert ["a former version has begun this run" in line for line in said] == [True]
   assert list(run.glob("unusable-*.npz"))
+
+
+def test_a_run_that_begins_anew_has_no_notes_of_before(
+  data: config_lib.DataConfig, tmp_path: Path
+) -> None:
+  """Of a later epoch, or of validation, say, which it has not measured yet."""
+  run = tmp_path / "run"
+  of(data, run)
+  stale = run / "unusable-0123456789abcdef.npz"
+  stale.write_bytes(b"")
+  of(data, run, resumed=True)
+  assert stale.exists()
+  of(data, run)
+  assert not stale.exists()
+  assert len(list(run.glob("unusable-*"))) == 1
+
+
+def test_a_refused_resume_keeps_no_sizes(data: config_lib.DataConfig, tmp_path: Path) -> None:
+  """So restoring the pictures is enough."""
+  run = tmp_path / "run"
+  restore(data, tmp_path)
+  begun = of(data, run)
+  picture(data).rename(tmp_path / "away.png")
+  for file in kept.beside(data.path).glob("lengths-*"):
+    file.unlink()
+  with pytest.raises(ConfigError, match="not measured as when this run began"):
+    of(data, run, resumed=True)
+  restore(data, tmp_path)
+  assert of(data, run, resumed=True).digest() == begun.digest()
+
+
+def test_a_note_that_the_disk_does_not_give_is_an_error(
+  data: config_lib.DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  of(data, tmp_path / "run")
+  real = storage.DISK.content
+
+  def content(path: Path) -> bytes:
+    if path.name.startswith("unusable-"):
+      raise OSError(errno.EIO, "Input/output error", str(path))
+    return real(path)
+
+  monkeypatch.setattr(storage.DISK, "content", content)
+  with pytest.raises(OSError, match="unusable-"):
+    of(data, tmp_path / "run", resumed=True)
 
 
 def test_a_resumed_run_measures_again_what_it_has_not_read_yet(

@@ -239,7 +239,7 @@ def test_a_local_step_needs_no_bucket_that_answers(
   with pytest.raises(RuntimeError, match="the power fails"):
     loop.train(made, tmp_path / "run")
   said = capsys.readouterr().err
-  assert "WARNING: gs://bucket/run/ledger: no answer; step 3 is not kept on the disk" in said
+  assert "WARNING: process 0: gs://bucket/run/ledger: no answer; step 3 is not kept on" in said
   assert kept(tmp_path) == []
   looker.does = lambda number: None
   assert loop.train(made, tmp_path / "run").step == 5

@@ -7,10 +7,14 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import locks
+from llava_sp_jax.data import measured
+from llava_sp_jax.data.usable import Usable
+from llava_sp_jax.distributed import processes
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import inputs, peers
 from tests.conftest import ConfigMaker
@@ -108,3 +112,20 @@ def test_a_run_folder_that_a_process_does_not_share_is_an_error(
     peers.compare_folders(tmp_path / "shared", lock)
     with pytest.raises(CheckpointError, match=r"--workdir .*/own: on .* all processes need one"):
       peers.compare_folders(tmp_path / "own", lock)
+
+
+def test_other_sizes_of_an_epoch_end_the_run_before_it_is_saved(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Of an epoch that both have planned; one may be ahead of the other."""
+  mine, others = Usable(), dict[str, str]()
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "all_gather", lambda text, name: [text, json.dumps(others)])
+  sizes = measured.Measured.empty(3)
+  sizes.fill(range(3), [(5, 5, 1, ""), (6, 6, 1, ""), (0, 0, 0, "gone")])
+  mine.settle("epoch 0", sizes, "data")
+  others |= {"epoch 0": sizes.digest(), "epoch 1": "another"}
+  peers.compare_samples(mine)
+  mine.settle("epoch 1", sizes, "data")
+  with pytest.raises(CheckpointError, match="have measured the samples of an epoch differently"):
+    peers.compare_samples(mine)
