@@ -7,10 +7,12 @@ from typing import Any
 
 # section: what a reader must know about its figures.
 SAYS = {
+  "peer": "A LoRA step of the same decoder, tower and rows in torch: transformers' Llava with PEFT, bfloat16, "
+  "gradient checkpointing; of the numbers of rows that fit, the one with the most tokens a second.",
   "rates": "Square products of 8,192, and one reading of 4 GiB.",
   "correct": "Errors against float32 on the CPU: norm of the difference / norm of the CPU's.",
-  "train": "A LoRA step of full rows, the most that fit. MFU counts what the model needs; `plan_gib` is "
-  "what `llava-sp plan` counts of the program.",
+  "train": "A LoRA step of full rows, the most that fit. MFU counts what the model needs; `of_peer` are its "
+  "tokens a second / the peer's in the same call; `plan_gib` is what `llava-sp plan` counts of the program.",
   "decode": "`of_memory_limit`: the time to read kernels and cache at the rate above / the time taken.",
   "prefill": "Whole prompts of text.",
   "engine": "Random weights, 8 tokens an answer; pictures are read from JPEG files.",

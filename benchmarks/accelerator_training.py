@@ -94,6 +94,7 @@ def _step(record: Record, more: dict[str, str]) -> dict[str, Any]:
     "lora_dropout": config.model.lora.dropout,
     "seconds": seconds,
     "tokens_per_s": rows_of / seconds,
+    "of_peer": rows_of / seconds / (record.last("peer", "tokens_per_s") or float("nan")),
     "mfu": needed / seconds / models.peak_flops(record),
     "loss": loss,
     "compile_s": spent,

@@ -32,6 +32,9 @@ from llava_sp_jax.training import ledger
 LENGTH, TILES = 4096, 6  # of a row
 SAMPLES, ROWS = 16, 8  # of a host in a batch, and its rows (balanced); 16 rows unpacked
 BLOCK = 1 << 20  # samples whose sizes are drawn at a time
+CHIPS = 4  # of a host of v5e
+STEP = ("strong-v5e", "v5e-256x8")  # the point of the record of scaling whose step all hosts feed
+RESULTS = Path(__file__).parents[1] / "docs/results"
 
 
 def megabytes() -> float:
@@ -123,6 +126,22 @@ def one(count: int, hosts: int, packings: list[str], most: int) -> dict[str, flo
   return account.found
 
 
+def requests(hosts: int) -> dict[str, float]:
+  """Returns what all hosts ask of a bucket in a second, from three other records.
+
+  They are the predicted step (`scaling`), the samples of a packed row (`packing`), and the requests for
+  a picture of a packed data set (`bucket_reading`). Every sample counts as one with a picture.
+  """
+  series, name = STEP
+  point = provenance.read(RESULTS / "scaling", {})[series][name]
+  assert point["chips"] == CHIPS * hosts, "another number of hosts feeds that step"
+  packed = provenance.read(RESULTS / "packing", {})
+  (rows,) = (one["rows"] for one in packed["fill"] if one["way"] == "packed, rows of 2048")
+  reads = max(one["reads"] for one in provenance.read(RESULTS / "bucket_reading", {})["cases"])
+  samples = point["rows"] * packed["samples"] / rows / point["seconds"]
+  return {"samples": samples, "requests": samples * reads, "of a host": samples * reads / hosts}
+
+
 def markdown(record: dict[str, Any]) -> str:
   """Returns the record as a page."""
   counts = list(record["cases"])
@@ -143,6 +162,12 @@ def markdown(record: dict[str, Any]) -> str:
       for name in names
     ],
     "",
+    f"All {record['hosts']} hosts feed {CHIPS * record['hosts']:,} chips of v5e, whose step is predicted "
+    f"([scaling](scaling.md)), with {record['asked']['samples']:,.0f} samples a second in rows of 2048 "
+    "([packing](packing.md)). If each has a picture, in a packed data set in a bucket "
+    f"([reading](bucket_reading.md)), that makes {record['asked']['requests']:,.0f} requests a second, "
+    f"{record['asked']['of a host']:.0f} of each host.",
+    "",
     f"Machine: {provenance.machine()}, shared with other work: load {record['load']:.1f}.",
   ]
   return "\n".join(lines) + "\n"
@@ -161,7 +186,7 @@ def main() -> None:
   parser.add_argument("--hosts", type=int, default=512)
   parser.add_argument("--packings", nargs="+", default=["none", "first_fit", "balanced"])
   parser.add_argument(
-    "--ledger", type=int, default=3_000_000, help="at most, whose ledger is checked"
+    "--ledger", type=int, default=10_000_000, help="at most, whose ledger is checked"
   )
   parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
   parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -170,6 +195,7 @@ def main() -> None:
     print(json.dumps(one(options.one, options.hosts, options.packings, options.ledger)))
     return
   record: dict[str, Any] = {"hosts": options.hosts, "load": os.getloadavg()[0], "cases": {}}
+  record["asked"] = {name: round(value, 1) for name, value in requests(options.hosts).items()}
   for count in options.samples:
     again = [sys.executable, *sys.argv, "--one", str(count)]
     done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)

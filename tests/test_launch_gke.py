@@ -80,7 +80,12 @@ def test_the_image_copies_what_is_there() -> None:
   assert {"setup.py", "pyproject.toml", "constraints.txt", "."} <= set(copied)
   assert all((REPOSITORY / name).exists() for name in copied)
   (extra,) = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRA")]
-  assert f'"{extra}": [' in (REPOSITORY / "setup.py").read_text()
+  (installed,) = [line for line in lines if " install " in line and "EXTRA" in line]
+  worker = (REPOSITORY / "scripts/on_worker.sh").read_text()
+  extras = installed.partition("[")[2].partition("]")[0].replace("$EXTRA", extra)
+  assert f"'.[{extras}]'" in worker, "the same as on a TPU VM: runs and data may lie in a bucket"
+  for name in extras.split(","):
+    assert f'"{name}": [' in (REPOSITORY / "setup.py").read_text()
   assert lines[-1] == 'ENTRYPOINT ["llava-sp"]'
 
 

@@ -14,6 +14,7 @@ from llava_sp_jax.checkpoints import on_disk
 from llava_sp_jax.data import pack, sources
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import ledger, loop, resume
+from tests.data import every_format
 from tests.training.looker import Looker, logged
 
 
@@ -29,17 +30,20 @@ def ledger_of(folder: Path) -> list[bytes]:
   return [path.read_bytes() for path in sorted((folder / ledger.FOLDER).iterdir())]
 
 
-def test_a_run_goes_on_with_the_packed_data_as_if_nothing_had_changed(
+@pytest.mark.parametrize("kind", [kind for kind in every_format.WRITERS if kind != "llava_json"])
+def test_a_run_goes_on_in_another_format_as_if_nothing_had_changed(
   run: Path,
   values: config_lib.Config,
   looker: Looker,
   tmp_path: Path,
   capsys: pytest.CaptureFixture[str],
+  kind: str,
 ) -> None:
   assert loop.train(values, tmp_path / "whole").step == 5
   wanted, looker.seen = looker.seen[3:], []
   capsys.readouterr()
-  assert loop.train(packed(values, tmp_path / "packed"), run).step == 5
+  data = every_format.rewritten(values.data, kind, tmp_path / "other")
+  assert loop.train(dataclasses.replace(values, data=data), run).step == 5
   assert looker.seen == wanted
   assert logged(run) == [1, 2, 3, 4, 5]
   assert ledger.check(run, 5, 8, range(12)).read == 40
