@@ -5,13 +5,10 @@ The process stays small, and its event loop goes on.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
-import resource
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -23,29 +20,13 @@ from tests.serve.fake import FakeService
 from tests.serve.live import Live, live, wait_until
 from tests.serve.pictures import data_url, encoded, png_of
 from tests.serve.requests import body, text, user
+from tests.serve.stalls import alive
 
 CHAT = "/v1/chat/completions"
 LIMITS = dataclasses.replace(
   DEFAULT, body_seconds=0.4, idle_seconds=0.4, connections=20, held_bytes=48 << 20
 )
 HOSTS = ("localhost", "127.0.0.1", "169.254.169.254", "0x7f.1", "[::1]", "picture.invalid")
-STALL = (
-  0.1  # seconds for which the event loop may stand still on a machine that reads a body in a third
-)
-GROWTH = 200 << 10  # KiB by which the process may grow
-
-
-def longest_stall() -> float:
-  """STALL, or what three copies of the largest body take now on a slow machine.
-
-  A copy is one call, during which no other thread of Python runs, and reading a body needs some.
-  """
-  largest, seconds = BODIES["a picture of 25 MB"][0], []
-  for _ in range(5):
-    begun = time.monotonic()
-    bytearray(largest)
-    seconds.append(time.monotonic() - begun)
-  return max(STALL, 3 * max(seconds))
 
 
 @pytest.fixture(scope="module")
@@ -57,41 +38,6 @@ def service() -> FakeService:
 def server(service: FakeService) -> Iterator[Live]:
   with live(fake.served(service), LIMITS, hosts=HOSTS) as found:
     yield found
-
-
-@contextlib.contextmanager
-def alive(server: Live) -> Iterator[None]:
-  """Another client is answered within the block; neither the event loop nor memory suffer.
-
-  A stall is told by the clock and by the processor time of this process between two turns of the
-  loop, whichever is less: the clock also runs while other processes do, and processor time twice as
-  fast while two threads work beside the loop.
-  """
-
-  ends, stalls = threading.Event(), [0.0]
-
-  def clocks() -> tuple[float, float]:
-    return time.monotonic(), time.process_time()
-
-  async def turn() -> None:
-    last = clocks()
-    while not ends.is_set():
-      await asyncio.sleep(0.002)
-      now = clocks()
-      stalls.append(min(now[0] - last[0], now[1] - last[1]))
-      last = now
-
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  loop = server.server.servers[0].get_loop()
-  turning = asyncio.run_coroutine_threadsafe(turn(), loop)
-  try:
-    yield
-    assert server.ask("GET", "/version").status == 200
-  finally:
-    ends.set()
-    turning.result(20)
-  assert max(stalls) < longest_stall()
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
 
 
 def send(server: Live, *parts: bytes) -> bytes:
