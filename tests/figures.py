@@ -22,6 +22,7 @@ from tests.recorded import (
   changed,
   changed_by_int4,
   changed_by_the_batch,
+  cost_of_a_row,
   faster_in_int8,
   host,
   mean_of,
@@ -126,6 +127,9 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/pods.md", "1.5 GB"): lambda: host("40000000", "MB, an epoch of balanced") / 1000,
   ("docs/pods.md", "458 MB"): lambda: host("40000000", "MB of the file of sizes"),
   ("docs/pods.md", "114 MB"): lambda: host("10000000", "MB of the file of sizes"),
+  ("docs/pods.md", "1.4%"): lambda: cost_of_a_row("weak-v5p", "v5p-128", "v5p-4096"),
+  ("docs/pods.md", "10%"): lambda: -cost_of_a_row("weak-v5e", "v5e-16", "v5e-256"),
+  ("docs/pods.md", "6.0%"): lambda: cost_of_a_row("weak-v5e", "v5e-256", "v5e-256x8"),
   ("docs/performance.md", "411 MB"): lambda: max(
     case["MB, batches"] for case in result("data_memory")["cases"].values()),
   ("docs/performance.md", "225 MB"): lambda: (

@@ -18,6 +18,12 @@ def host(samples: str, what: str) -> float:
   return float(result("hosts")["cases"][samples][what])
 
 
+def cost_of_a_row(series: str, first: str, last: str) -> float:
+  """By how many percent a row costs the chips of a slice more than those of another."""
+  points = result("scaling")[series]
+  return 100 * (points[last]["chip_seconds_per_row"] / points[first]["chip_seconds_per_row"] - 1)
+
+
 SPECIAL = (
   "quantize",
   "products",
