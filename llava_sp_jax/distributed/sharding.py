@@ -19,6 +19,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax.models import layers, spatial
 
 Axes = tuple[str | None, ...]
+Flat = dict[str, jax.Array]
 
 PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"token_embed/embedding$", ("vocab", "embed")),
@@ -120,46 +121,71 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def constrain(tree: Any) -> Any:
-  """Shards a `{path: array}` tree, such as gradients, like the parameters. Called inside jit."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+def constrain(tree: Flat) -> Flat:
+  """Shards a `{path: array}` tree, such as gradients, like the parameters. Called inside jit.
+
+  Copies of `for_groups` stay with their groups.
+  """
+  return _placed(tree, RULES)
 
 
-def gather(tree: Any) -> Any:
+def gather(tree: Flat) -> Flat:
   """Gathers a `{path: array}` tree over `fsdp`, but not over `tensor`. Called inside jit."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return tree
-  places = {
-    path: NamedSharding(mesh, _spec(param_axes(path), x.shape, mesh, WHOLE))
-    for path, x in tree.items()
-  }
-  return jax.lax.with_sharding_constraint(tree, places)
+  return _placed(tree, WHOLE)
 
 
-def for_groups(tree: Any, pattern: str) -> Any:
+def for_groups(tree: Flat, pattern: str) -> Flat:
   """Copies stacked parameters of a `{path: array}` tree for each group of rows along `data`.
 
   [L, ...] -> [L, G, ...] for paths that `pattern` matches; G is the size of the axis `data`, which
-  crosses from slice to slice, and the devices of a group hold its copy. So the gradients of a layer
-  are summed within the group, and those of all layers over the groups at once, behind the loop over
-  the layers. Called inside jit; without a mesh, or with one group, returns `tree`.
+  crosses from slice to slice, and the devices of a group hold its copy. So gradients of layers and
+  micro-batches are summed within the group, and over the groups by `over_groups`, once a step.
+  Called inside jit; without a mesh, or with one group, returns `tree`.
   """
   mesh = jax.sharding.get_abstract_mesh()
   groups = 1 if mesh.empty else mesh.shape[GROUPS]
   if groups == 1:
     return tree
 
-  def copied(path: str, x: jax.Array) -> jax.Array:
-    result: jax.Array = jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
-    for rules in (RULES, WHOLE):  # so gradients are divided over fsdp before they leave their group
-      spec = _spec(param_axes(path), x.shape, mesh, rules)
-      place = NamedSharding(mesh, PartitionSpec(spec[0], GROUPS, *spec[1:]))
-      result = jax.lax.with_sharding_constraint(result, place)
+  copies = {
+    path: jnp.broadcast_to(x[:, None], (x.shape[0], groups, *x.shape[1:]))
+    for path, x in tree.items()
+    if re.search(pattern, path)
+  }
+  return {**tree, **gather(copies)}
+
+
+def over_groups(gradients: Flat, like: Flat) -> Flat:
+  """Sums gradients of what `for_groups` made of `like` over the groups. Called inside jit.
+
+  [L, G, ...] -> [L, ...], divided like the parameters. The groups send values of `like`'s dtype.
+  """
+
+  def summed(path: str, x: jax.Array) -> jax.Array:
+    if x.ndim == like[path].ndim:
+      return x
+    x = x.astype(like[path].dtype)
+    result: jax.Array = jax.lax.reduce(x, jnp.zeros((), x.dtype), jax.lax.add, (1,))
     return result
 
-  return {path: copied(path, x) if re.search(pattern, path) else x for path, x in tree.items()}
+  return constrain({path: summed(path, x) for path, x in gradients.items()})
+
+
+def _placed(tree: Flat, rules: Mapping[str, Any]) -> Flat:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+
+  def place(path: str, x: jax.Array) -> NamedSharding:
+    axes = param_axes(path)
+    if x.ndim == len(axes):
+      return NamedSharding(mesh, _spec(axes, x.shape, mesh, rules))
+    first, *others = _spec(axes, (x.shape[0], *x.shape[2:]), mesh, rules)
+    return NamedSharding(mesh, PartitionSpec(first, GROUPS, *others))
+
+  places = {path: place(path, x) for path, x in tree.items()}
+  result: Flat = jax.lax.with_sharding_constraint(tree, places)
+  return result
 
 
 def _spec(

@@ -34,6 +34,7 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
   "collective-permute": lambda i, o, n: o,
 }
 SLOW = "between slices"  # the kind of transfers over the data-center network
+SLOW_KINDS = {"one-to-one": "collective-permute"}  # what a transfer between slices calls itself
 COPIES = ("copy-start", "slice-start", "async-start")  # asynchronous until their done
 UNTIMED = ("async-update", "custom-call", "recv")
 
@@ -238,10 +239,17 @@ class Predictor:
     return sizes[0] if sizes else 0.0
 
   def _exchanged(self, op: Op, computation: Computation) -> float:
-    """Returns the bytes that a chip receives from other slices: all parts, or a sum by a ring."""
-    sums = op.attribute(r'_xla_megascale_transfer_type="(\w+)"') == "ALL_REDUCE"
-    others, slices = self._topology.slices - 1, self._topology.slices
-    return computation.by_name[op.operands[0]].nbytes * others * (2 / slices if sums else 1)
+    """Returns the bytes that a chip receives from other slices.
+
+    Raises: KeyError for a kind of transfer that COLLECTIVES does not have.
+    """
+    kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    answers = (
+      o for o in computation.ops if o.opcode == "recv" and _rendezvous(o) == _rendezvous(op)
+    )
+    received = COLLECTIVES[SLOW_KINDS.get(kind, kind)]
+    sent = computation.by_name[op.operands[0]].nbytes
+    return received(sent, next(answers).arrays[0].nbytes, self._topology.slices)
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
     inner, where = op, computation

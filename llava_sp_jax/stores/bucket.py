@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import shutil
 import sys
@@ -50,8 +51,8 @@ class Bucket:
     # The second lets requests that write follow each other, and is taken before the first.
     self._lock, self._turn = threading.Lock(), threading.RLock()
     self._pending = dict[Path, bytes]()
-    # What a put that failed has sent, and how many bytes of it were pending. It may have arrived.
-    self._sent: dict[Path, tuple[bytes, int]] = {}
+    # What puts that failed have sent, by hash, and how many pending bytes each held. One may arrive.
+    self._sent: dict[Path, dict[bytes, int]] = {}
     self._due: dict[Path, float] = {}  # when the lines of an object are put at the latest
     self._thread: threading.Thread | None = None
     self._folders: list[Any] = []  # temporary ones, which live as long as this process
@@ -115,10 +116,9 @@ class Bucket:
     seen = self.look(path)
     there = seen.content if seen else b""
     with self._lock:
-      sent, count = self._sent.get(path, (None, 0))
-      if there == sent:  # it has arrived
-        self._forget(path, count)
-        del self._sent[path]
+      if (sent := self._sent.get(path)) and (arrived := sent.get(_hash(there))):
+        self._forget(path, arrived)
+        self._sent[path] = {of: n - arrived for of, n in sent.items() if n > arrived}
       waiting = self._pending.get(path, b"")
     return there + waiting, len(waiting)
 
@@ -128,7 +128,7 @@ class Bucket:
       if not count:
         return
       with self._lock:
-        self._sent[path] = whole, count
+        self._sent.setdefault(path, {})[_hash(whole)] = count
       self._replace(path, whole, count)
       with self._lock:
         self._due[path] = self._clock() + max(SECONDS, len(whole) / RATE)
@@ -273,6 +273,10 @@ def _whole_or_gone(folder: Path) -> Iterator[None]:
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise
+
+
+def _hash(content: bytes) -> bytes:
+  return hashlib.sha256(content).digest()
 
 
 def _stamp(about: dict[str, Any]) -> tuple[int, int]:

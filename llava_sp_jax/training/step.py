@@ -115,41 +115,44 @@ def gradients(
 
   With `train.accumulate` > 1, micro-batches are computed one after another. Each of their losses is
   divided by the token count of the whole batch, so the result is the same mean over the same
-  tokens. Each micro-batch has its own dropout mask.
+  tokens. Each micro-batch has its own dropout mask. Adapters' gradients are added up within each
+  group of rows, and summed over the groups once, behind the last micro-batch.
   """
   rng = jax.random.fold_in(rng, state.step)
   count = jnp.maximum(batch["weights"].sum(), 1)
 
-  def loss_fn(trainable: Flat, part: Batch, rng: jax.Array) -> tuple[jax.Array, measure.Sums]:
+  def loss_fn(used: Flat, part: Batch, rng: jax.Array) -> tuple[jax.Array, measure.Sums]:
     rngs = {"dropout": rng}
-    used = sharding.for_groups(trainable, ADAPTERS)
     sums = loss_sums(module, used, state.frozen, part, train.loss_chunk, rngs)
     return sums["loss"] / count, sums
 
-  used = working_copies(state.trainable, module.language_model.dtype)
+  working = working_copies(state.trainable, module.language_model.dtype)
+  used = sharding.for_groups(working, ADAPTERS)
 
   def part_gradients(part: Batch, rng: jax.Array) -> tuple[measure.Sums, Flat]:
     grads, sums = jax.grad(loss_fn, has_aux=True)(used, part, rng)
-    grads = sharding.constrain(grads)  # summed over devices and sharded like the parameters
-    return sums, {p: g.astype(state.trainable[p].dtype) for p, g in grads.items()}
+    return sums, sharding.constrain(grads)  # summed over devices and sharded like the parameters
+
+  def widened(grads: Flat) -> Flat:
+    return {p: g.astype(state.trainable[p].dtype) for p, g in grads.items()}
 
   if train.accumulate == 1:
-    return part_gradients(batch, rng)
+    sums, grads = part_gradients(batch, rng)
+    return sums, widened(sharding.over_groups(grads, working))
 
   def body(carry: Any, xs: Any) -> Any:
     part, number = xs
-    sums, grads = jax.tree.map(
-      jnp.add, carry, part_gradients(part, jax.random.fold_in(rng, number))
-    )
+    sums, grads = part_gradients(part, jax.random.fold_in(rng, number))
+    sums, grads = jax.tree.map(jnp.add, carry, (sums, widened(grads)))
     return (sums, sharding.constrain(grads)), None
 
   parts = micro_batches(batch, train.accumulate), jnp.arange(train.accumulate)
   first = jax.tree.map(lambda x: x[0], parts[0])
   like, _ = jax.eval_shape(part_gradients, first, rng)
-  nothing = jax.tree.map(jnp.zeros_like, (like, state.trainable))
-  start = (nothing[0], sharding.constrain(nothing[1]))
+  zeros = {p: jnp.zeros(x.shape, state.trainable[p].dtype) for p, x in used.items()}
+  start = (jax.tree.map(jnp.zeros_like, like), sharding.constrain(zeros))
   (sums, grads), _ = jax.lax.scan(body, start, parts)
-  return sums, grads
+  return sums, widened(sharding.over_groups(grads, working))
 
 
 def train_step(

@@ -176,11 +176,14 @@ def test_gradients_of_int8_products_change_their_layout_in_bfloat16() -> None:
 
 @pytest.mark.guard
 @LIBTPU
-def test_two_slices_exchange_sums() -> None:
-  """The adapters' gradients cross the network between slices, each chip's part of them once."""
-  config = config_lib.override(
-    small(512), {"config.mesh.data": "2", "config.train.batch_size": "8"}
-  )
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_slices_exchange_sums(accumulate: int) -> None:
+  """Adapters' gradients cross the network between slices once; the small projector's with each part.
+
+  Each chip sends its part of them.
+  """
+  settings = {"mesh.data": 2, "train.batch_size": 8 * accumulate, "train.accumulate": accumulate}
+  config = config_lib.override(small(512), {f"config.{k}": str(v) for k, v in settings.items()})
   found = planned(config, "train", "v5e-4x2")
   assert found.about["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
   cost = found.programs["train"].cost
@@ -188,7 +191,7 @@ def test_two_slices_exchange_sums() -> None:
   received = cost.collectives[SLOW][0]
   each = 4 * 2 * 1024 * 8 + 3 * (1024 + 2048) * 8  # adapters of a layer
   projector = 128 * 1024 + 1024 * 1024
-  sent = (LAYERS * each + projector) * 2 / 4  # in bfloat16, a quarter on each chip
+  sent = (LAYERS * each + accumulate * projector) * 2 / 4  # in bfloat16, a quarter on each chip
   assert received == pytest.approx(sent, rel=0.1)
 
 

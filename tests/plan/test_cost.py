@@ -7,6 +7,7 @@ then `bnth,bnsh->bnts` of [1, 8, 512, 128] per chip and a mean, all bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -263,25 +264,41 @@ def test_an_iteration_needs_the_time_of_all_its_bytes() -> None:
   assert (floor.count, floor.seconds) == (7, pytest.approx(7 * size / V5E.chip.hbm_rate))
 
 
-EXCHANGE = """HloModule m, is_scheduled=true
+def exchange(kind: str, received: int) -> hlo.Module:
+  """A part of [1024, 1024] is sent to other slices, and `received` rows come back."""
+  marks = f'frontend_attributes={{_xla_host_transfer_rendezvous="x.1_0",_xla_megascale_transfer_type="{kind}"}}'
+  return hlo.parse(f"""HloModule m, is_scheduled=true
 
-ENTRY %main (g: f32[1024,1024]) -> (f32[1024,1024], token[]) {
-  %g = f32[1024,1024]{1,0:S(1)} parameter(0)
+ENTRY %main (g: f32[1024,1024]) -> (f32[{received},1024], token[]) {{
+  %g = f32[1024,1024]{{1,0:S(1)}} parameter(0)
   %after = token[] after-all()
-  %send = (f32[1024,1024]{1,0:S(1)}, u32[]{:S(2)}, token[]) send(%g, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
-  %recv = (f32[1024,1024]{1,0:S(1)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[1024,1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) send(%g, %after), channel_id=2, is_host_transfer=true, {marks}
+  %recv = (f32[{received},1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) recv(%after), channel_id=1, is_host_transfer=true, {marks}
   %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
-  ROOT %recv-done = (f32[1024,1024]{1,0:S(1)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
-}
-"""
+  ROOT %recv-done = (f32[{received},1024]{{1,0:S(1)}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+}}
+""")
 
 
 @pytest.mark.parametrize("slices", [2, 4])
-def test_sums_over_slices_take_the_slow_network(slices: int) -> None:
-  """Each chip sends its part of a sum, and receives that of all slices, from its own host."""
+@pytest.mark.parametrize(
+  ("kind", "rows", "parts"),
+  [
+    ("ALL_REDUCE", lambda slices: 1024, lambda slices: 2 * (slices - 1) / slices),  # by a ring
+    ("ALL_TO_ALL", lambda slices: 1024, lambda slices: (slices - 1) / slices),
+    ("ALL_GATHER", lambda slices: 1024 * slices, lambda slices: slices - 1),
+    ("REDUCE_SCATTER", lambda slices: 1024 // slices, lambda slices: (slices - 1) / slices),
+    ("ONE_TO_ONE", lambda slices: 1024, lambda slices: 1),
+  ],
+)
+def test_what_crosses_from_slice_to_slice_takes_the_slow_network(
+  slices: int, kind: str, rows: Callable[[int], int], parts: Callable[[int], float]
+) -> None:
+  """Each chip sends its part from its own host, and receives those of the other slices."""
   several = topologies.topology(f"v5e-4x{slices}")
-  found = cost.Predictor(hlo.parse(EXCHANGE), several, PLACES * slices).run()
-  size = 1024 * 1024 * 4 * 2 * (slices - 1) / slices
+  module = exchange(kind, rows(slices))
+  found = cost.Predictor(module, several, PLACES * slices).run()
+  size = 1024 * 1024 * 4 * parts(slices)
   seconds = size / 3.125e9 + cost.LATENCY
   assert found.collectives == {cost.SLOW: [size, 1, *[pytest.approx(seconds)] * 2]}
   assert found.seconds == pytest.approx(seconds)

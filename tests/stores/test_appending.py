@@ -126,3 +126,27 @@ def test_lines_whose_put_fails_are_there_once(
   assert store.content(path) == b"1\n2\n2\n"
   store.flush()
   assert path.read_bytes() == b"1\n2\n2\n"
+
+
+def test_a_put_that_arrives_after_the_next_has_failed_doubles_nothing(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://b/a.jsonl")
+  store._files = files
+  sent = []
+
+  def fail(name: str, data: bytes) -> None:
+    sent.append(data)
+    raise TimeoutError("no answer")
+
+  with monkeypatch.context() as broken:
+    broken.setattr(files, "pipe_file", fail)
+    for line in (b"1\n", b"2\n", b"3\n"):
+      store.append(path, line)
+      with pytest.raises(OSError, match="no answer"):
+        store.secure(path)
+  for late in sent[:2]:
+    files.objects[str(path)] = late
+    assert store.content(path) == b"1\n2\n3\n"
+  store.flush()
+  assert files.objects[str(path)] == b"1\n2\n3\n"
