@@ -86,12 +86,12 @@ def main(argv: list[str]) -> None:
     )
 
   from llava_sp_jax.plan import compile as compile_lib
-  from llava_sp_jax.plan import explain, kernels, report
+  from llava_sp_jax.plan import explain, kernels, records, report
 
   keep = Path(options["keep"]) if options["keep"] else None
   out = Path(options["out"]) if options["out"] else None
   if out:
-    report.check(out)
+    records.check(out)
 
   def make(config: config_lib.Config) -> report.Plan:
     fast = not FULL[options["full"].lower()]
@@ -101,8 +101,8 @@ def main(argv: list[str]) -> None:
 
   plan = _search(config, topology, budget, make, options, argv) if budget else make(config)
   if out:
-    records = report.append(out, plan.record())
-    provenance.named(out, "md").write_text(report.table(records))
+    kept = records.append(out, plan.record())
+    provenance.named(out, "md").write_text(records.table(kept))
   if not plan.fits:
     raise explain.refusal(plan)
   print(explain.text(plan, int(options["top"])))

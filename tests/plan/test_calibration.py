@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from llava_sp_jax.plan import calibration, explain, report, topologies
+from llava_sp_jax.plan import calibration, explain, records, topologies
 from tests.conftest import REPOSITORY
 from tests.plan import published
 from tests.plan.plans import GIB, plan
@@ -26,9 +26,9 @@ def test_a_prediction_has_the_band_of_its_chip() -> None:
   record = made.record()
   assert record["step_seconds_published"] == [round(low, 4), round(high, 4)]
   cell = f"| 2.0 | {shown} |"
-  assert cell in report.table([record])
+  assert cell in records.table([record])
   older = {key: value for key, value in record.items() if key != "step_seconds_published"}
-  assert cell in report.table([older])
+  assert cell in records.table([older])
 
 
 def test_a_band_of_one_run_is_a_number() -> None:
@@ -43,7 +43,7 @@ def test_what_has_no_published_run_has_no_band() -> None:
   assert "no published run on v4" in explain.text(made)
   large = plan(20 * GIB).record()
   assert large["step_seconds_published"] is None
-  assert "does not fit | - |" in report.table([large])
+  assert "does not fit | - |" in records.table([large])
 
 
 def test_published_runs_are_of_known_slices_and_name_their_source() -> None:

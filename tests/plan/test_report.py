@@ -14,7 +14,7 @@ from llava_sp_jax import config as config_lib
 from llava_sp_jax import provenance
 from llava_sp_jax.files import FormatError
 from llava_sp_jax.plan import compile as compile_lib
-from llava_sp_jax.plan import cost, explain, kernels, report, topologies
+from llava_sp_jax.plan import cost, explain, kernels, records, report, topologies
 from tests.plan.plans import GIB, evaluation, plan
 
 
@@ -63,12 +63,12 @@ def test_a_record_says_which_options_of_the_compiler_were_chosen() -> None:
   chosen = plan(8 * GIB, useful_flops=1e18, options="--xla_tpu_some=true")
   assert "options" not in plain.record()
   assert chosen.record()["options"] == "--xla_tpu_some=true"
-  assert "options" in report.RECORD_KEYS
+  assert "options" in records.RECORD_KEYS
   said = "with your options of the compiler: --xla_tpu_some=true"
   assert said in explain.text(chosen)
   assert "your options" not in explain.text(plain)
   assert said in str(explain.refusal(plan(20 * GIB, options="--xla_tpu_some=true")))
-  assert " --xla_tpu_some=true |" in report.table([chosen.record()])
+  assert " --xla_tpu_some=true |" in records.table([chosen.record()])
 
 
 def test_a_record_says_what_it_is_of() -> None:
@@ -87,7 +87,7 @@ def test_a_record_says_what_it_is_of() -> None:
   assert (record["filled"], record["samples"]) == (0.75, 2)
   assert record["tokens_per_second"] == 128 * 2048 // 2 * 0.75
   assert record["mfu"] == plan(8 * GIB, mesh={"fsdp": 16}, useful_flops=1e18).record()["mfu"]
-  assert "| 128 | 2048 | 1 | 0.75 | 2 | 16 | 4 | full | replicate |" in report.table([record])
+  assert "| 128 | 2048 | 1 | 0.75 | 2 | 16 | 4 | full | replicate |" in records.table([record])
   printed = explain.text(made)
   assert "mesh fsdp 16, accumulate 4, remat full, base replicate, quantize none" in printed
   assert f"{128 * 2048 // 2 * 0.75:,.0f} tokens/s that count: 75.0%" in printed
@@ -96,7 +96,7 @@ def test_a_record_says_what_it_is_of() -> None:
 def identity(made: report.Plan) -> list[object]:
   """A later record replaces one that is the same in these values."""
   record = made.record()
-  return [record.get(key) for key in report.RECORD_KEYS]
+  return [record.get(key) for key in records.RECORD_KEYS]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_records_of_something_else_are_refused_before_a_compile(
 ) -> None:
   (tmp_path / "out.json").write_text(content)
   with pytest.raises(FormatError, match=r"out\.json: expected the plans of earlier commands"):
-    report.check(tmp_path / "out")
-  report.check(tmp_path / "new")
+    records.check(tmp_path / "out")
+  records.check(tmp_path / "new")
 
 
 def test_a_compiler_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,10 +201,10 @@ def test_an_evaluation_says_what_a_step_reads(tmp_path: Path) -> None:
     record = made.record()
     bytes_of[weights] = record["decode_bytes"]
     assert ("weights" in record) == ("cache" in record) == (weights != "none")
-    kept = report.append(file, record)
+    kept = records.append(file, record)
   assert kept is not None
   assert [r.get("cache") for r in kept] == ["int8", None]
-  assert "| x int8 int8 |" in report.table(kept)
+  assert "| x int8 int8 |" in records.table(kept)
   # The default model is of 7B: 6.6e9 weights; keys and values of 128 x 2048 positions.
   positions = 128 * 2048 * 2 * 32 * 32
   kernels, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096 + 65 * 4096
@@ -215,17 +215,17 @@ def test_an_evaluation_says_what_a_step_reads(tmp_path: Path) -> None:
 
 def test_records_replace_their_older_selves(tmp_path: Path) -> None:
   file = tmp_path / "plan"
-  report.append(file, plan(8 * GIB, 2.0, useful_flops=1.0).record())
-  report.append(file, plan(20 * GIB).record() | {"topology": "v5e-64"})
-  records = report.append(file, plan(8 * GIB, 1.5, useful_flops=1.0).record())
+  records.append(file, plan(8 * GIB, 2.0, useful_flops=1.0).record())
+  records.append(file, plan(20 * GIB).record() | {"topology": "v5e-64"})
+  kept = records.append(file, plan(8 * GIB, 1.5, useful_flops=1.0).record())
   held = json.loads((tmp_path / "plan.json").read_text())
-  assert held["figures"] == records
+  assert held["figures"] == kept
   assert held["record"]["commit"] == provenance.commit()
-  assert [(r["topology"], r["step_seconds"]) for r in records] == [
+  assert [(r["topology"], r["step_seconds"]) for r in kept] == [
     ("v5e-64", None),
     ("v5e-16", 1.5),
   ]
-  assert "does not fit" in report.table(records)
+  assert "does not fit" in records.table(kept)
 
 
 def test_no_speed_for_gpus() -> None:
