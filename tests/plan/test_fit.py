@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 from collections.abc import Iterator
 
@@ -19,6 +21,14 @@ from tests.plan.test_compile import LIBTPU
 
 PODS = REPOSITORY / "docs" / "pods.md"
 TYPE = re.compile(r"--type (?P<kind>v\d\w*?)(?:litepod)?-(?P<chips>\d+)")
+# What GKE calls a slice, and how chips are counted in the names of slices.
+ON_GKE = re.compile(r"--accelerator tpu-(?P<kind>\S+) --topology (?P<sides>[\dx]+)")
+KINDS = {
+  "v4-podslice": ("v4", 2),
+  "v5-lite-podslice": ("v5e", 1),
+  "v5p-slice": ("v5p", 2),
+  "v6e-slice": ("v6e", 1),
+}
 CONFIG = re.compile(r"--config (configs/\w+\.py\S*)")
 
 
@@ -44,10 +54,20 @@ def launched() -> Iterator[Shown]:
   """Those of the launchers in docs/pods.md, and in the first lines of the launchers."""
   for file in (PODS, *sorted((REPOSITORY / "scripts").glob("launch_*.sh"))):
     text = file.read_text()
-    for kind, chips in TYPE.findall(text):
-      name = f"{kind}e-{chips}" if kind in ("v5", "v6") else f"{kind}-{chips}"
-      for value in CONFIG.findall(text[text.index(f"--type {kind}") :]):
-        yield Shown(name, "train", without_init(recipes.load(value)))
+    slices = sorted((*TYPE.finditer(text), *ON_GKE.finditer(text)), key=re.Match.start)
+    for at, following in itertools.zip_longest(slices, slices[1:]):
+      behind = text[at.end() : following.start() if following else None]
+      for value in CONFIG.findall(behind):
+        yield Shown(slice_of(at), "train", without_init(recipes.load(value)))
+
+
+def slice_of(found: re.Match[str]) -> str:
+  """The name that `llava-sp plan` has for a slice of TYPE or ON_GKE."""
+  if "chips" in found.groupdict():
+    kind = found["kind"]
+    return f"{kind}e-{found['chips']}" if kind in ("v5", "v6") else f"{kind}-{found['chips']}"
+  kind, each = KINDS[found["kind"]]
+  return f"{kind}-{math.prod(map(int, found['sides'].split('x'))) * each}"
 
 
 def without_init(config: config_lib.Config) -> config_lib.Config:
@@ -62,7 +82,9 @@ def shown() -> dict[str, Shown]:
     one = dataclasses.replace(one, config=without_init(one.config))
     if one not in found.values():
       model = one.config.model
-      found[f"{one.config.name} {model.frozen_matmul} {one.topology} {one.what}"] = one
+      name = f"{one.config.name} {model.frozen_matmul} {one.topology} {one.what}"
+      assert name not in found, f"{name}: say what else differs in its name"
+      found[name] = one
   return found
 
 
@@ -73,6 +95,14 @@ def test_both_stages_are_launched() -> None:
   stages = {one.config.optimizer.stage for one in launched()}
   assert stages == {"pretrain", "finetune"}
   assert {one.what for one in planned()} == {"train", "eval"}
+
+
+def test_every_launcher_is_shown() -> None:
+  assert slice_of(ON_GKE.search("--accelerator tpu-v5p-slice --topology 2x2x4")) == "v5p-32"
+  launchers = [f for f in (REPOSITORY / "scripts").glob("launch_*.sh") if "slurm" not in f.name]
+  assert launchers
+  for file in launchers:
+    assert TYPE.search(file.read_text()) or ON_GKE.search(file.read_text()), file
 
 
 @pytest.mark.guard
