@@ -51,7 +51,8 @@ class Bucket:
     # The second lets requests that write follow each other, and is taken before the first.
     self._lock, self._turn = threading.Lock(), threading.RLock()
     self._pending = dict[Path, bytes]()
-    # What puts that failed have sent, by hash, and how many pending bytes each held. One may arrive.
+    # What puts that failed have sent, by hash, and how many pending bytes each held. Each may arrive
+    # at any time, so those bytes stay until a put is answered.
     self._sent: dict[Path, dict[bytes, int]] = {}
     self._due: dict[Path, float] = {}  # when the lines of an object are put at the latest
     self._thread: threading.Thread | None = None
@@ -72,17 +73,19 @@ class Bucket:
       self._replace(path, data, len(self._pending.get(path, b"")))
 
   def _replace(self, path: Path, data: bytes, count: int) -> None:
-    """Puts an object; the first `count` bytes that wait for it are in it, or of no use any more."""
+    """Puts an object; the first `count` bytes that wait for it are in it, or of no use any more.
+
+    They are dropped when the put is answered; lines that were appended meanwhile stay.
+    """
+    if count:
+      with self._lock:
+        self._sent.setdefault(path, {})[_hash(data)] = count
     with named(path):
       self._files.pipe_file(str(path), data)
     with self._lock:
       self._sent.pop(path, None)
-      self._forget(path, count)
-
-  def _forget(self, path: Path, count: int) -> None:
-    """Drops the first `count` bytes that wait; lines that were appended meanwhile follow them."""
-    if left := self._pending.pop(path, b"")[count:]:
-      self._pending[path] = left
+      if left := self._pending.pop(path, b"")[count:]:
+        self._pending[path] = left
 
   def create(self, path: Path, data: bytes) -> bool:
     try:
@@ -116,19 +119,15 @@ class Bucket:
     seen = self.look(path)
     there = seen.content if seen else b""
     with self._lock:
-      if (sent := self._sent.get(path)) and (arrived := sent.get(_hash(there))):
-        self._forget(path, arrived)
-        self._sent[path] = {of: n - arrived for of, n in sent.items() if n > arrived}
-      waiting = self._pending.get(path, b"")
-    return there + waiting, len(waiting)
+      waiting, sent = self._pending.get(path, b""), self._sent.get(path)
+      arrived = sent.get(_hash(there), 0) if sent else 0
+    return there + waiting[arrived:], len(waiting)
 
   def secure(self, path: Path) -> None:
     with self._turn:
       whole, count = self._whole(path) if path in self._pending else (b"", 0)
       if not count:
         return
-      with self._lock:
-        self._sent.setdefault(path, {})[_hash(whole)] = count
       self._replace(path, whole, count)
       with self._lock:
         self._due[path] = self._clock() + max(SECONDS, len(whole) / RATE)
@@ -222,7 +221,10 @@ class Bucket:
     return sorted(found, key=lambda name: (name.count("/"), name))
 
   def move(self, path: Path, to: Path) -> None:
-    with named(path):
+    with self._turn, named(path):
+      for below in self._waiting():
+        if path in (below, *below.parents):
+          self.secure(below)
       for name in reversed(self._found(path)):
         self._files.cp_file(name, f"{to}{name[_start(path) :]}")
       self._remove_all(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -128,11 +129,13 @@ def test_lines_whose_put_fails_are_there_once(
   assert path.read_bytes() == b"1\n2\n2\n"
 
 
-def test_a_put_that_arrives_after_the_next_has_failed_doubles_nothing(
-  monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_puts_that_arrive_late_double_nothing_and_lose_nothing(
+  monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
 ) -> None:
+  """Three puts fail, and their objects arrive later, in any order."""
   store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://b/a.jsonl")
-  store._files = files
+  store.__dict__["_files"] = files
   sent = []
 
   def fail(name: str, data: bytes) -> None:
@@ -145,8 +148,40 @@ def test_a_put_that_arrives_after_the_next_has_failed_doubles_nothing(
       store.append(path, line)
       with pytest.raises(OSError, match="no answer"):
         store.secure(path)
-  for late in sent[:2]:
-    files.objects[str(path)] = late
+  assert sent == [b"1\n", b"1\n2\n", b"1\n2\n3\n"]
+  for late in order:
+    files.objects[str(path)] = sent[late]
     assert store.content(path) == b"1\n2\n3\n"
+  store.append(path, b"4\n")
   store.flush()
-  assert files.objects[str(path)] == b"1\n2\n3\n"
+  assert files.objects[str(path)] == store.content(path) == b"1\n2\n3\n4\n"
+
+
+def test_an_object_whose_answer_is_lost_holds_the_lines_that_waited(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """An object that is put as a whole, as after a cut, not line by line."""
+  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://b/a.jsonl")
+  store.__dict__["_files"] = files
+  store.append(path, b"1\n")
+
+  def lose(name: str, data: bytes) -> None:
+    files.objects[name] = data
+    raise TimeoutError("no answer")
+
+  with monkeypatch.context() as broken:
+    broken.setattr(files, "pipe_file", lose)
+    with pytest.raises(OSError, match="no answer"):
+      store.put(path, b"0\n1\n")
+  store.append(path, b"2\n")
+  store.flush()
+  assert files.objects[str(path)] == b"0\n1\n2\n"
+
+
+def test_lines_that_wait_move_with_their_folder(bucket: str, tmp_path: Path) -> None:
+  store, folder = bucket_lib.Bucket("gs"), storage.place(bucket) / tmp_path.name / "run"
+  store.append(folder / "a.jsonl", b"1\n")
+  store.move(folder, folder.parent / "aside")
+  store.flush()
+  assert (folder.parent / "aside" / "a.jsonl").read_bytes() == b"1\n"
+  assert not (folder / "a.jsonl").exists()
