@@ -21,6 +21,8 @@ from llava_sp_jax.models import layers, spatial
 Axes = tuple[str | None, ...]
 Flat = dict[str, jax.Array]
 
+STACKED = "layers"  # the logical axis of layers that a scan runs over
+
 PARAM_AXES: tuple[tuple[str, Axes], ...] = (
   (r"token_embed/embedding$", ("vocab", "embed")),
   (r"lm_head/kernel$", ("embed", "vocab")),
@@ -45,7 +47,7 @@ PARAM_AXES: tuple[tuple[str, Axes], ...] = (
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "length": None,
-  "layers": None,
+  STACKED: None,
   "vocab": "tensor",
   "embed": "fsdp",
   "heads": "tensor",
@@ -68,7 +70,7 @@ PRESETS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
   "replicate_most": ((r"/(gate|up)_proj/", RULES), (r"", WHOLE)),
   "replicate": ((r"", WHOLE),),
 }
-GROUPS = "data"  # the axis along which gradients are summed once a step
+GROUPS = "data"  # the axis along which gradients of adapters are summed once a step
 FROZEN = "frozen"  # the field of a train state that holds the base
 
 
@@ -85,7 +87,7 @@ def param_axes(path: str) -> Axes:
   """
   for pattern, axes in axes_table():
     if re.search(pattern, path):
-      return ("layers", *axes) if "/layers/" in path else axes
+      return (STACKED, *axes) if "/layers/" in path else axes
   raise KeyError(f"no row of PARAM_AXES, and no `axes` of an extractor, matches parameter {path!r}")
 
 
@@ -113,8 +115,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, base: str = "shard") -> Any:
     if not leaf.ndim or "/" not in path:
       return NamedSharding(mesh, PartitionSpec())
     axes = param_axes(path)
-    if len(axes) != leaf.ndim:
-      raise ValueError(f"{path}: {leaf.ndim} dimensions, but PARAM_AXES gives {axes}")
+    _check(axes, path, leaf)
     frozen = any(getattr(k, "name", None) == FROZEN for k in keys)
     return NamedSharding(mesh, _spec(axes, leaf.shape, mesh, base_rules(path) if frozen else RULES))
 
@@ -171,17 +172,25 @@ def over_groups(gradients: Flat, like: Flat) -> Flat:
   return constrain({path: summed(path, x) for path, x in gradients.items()})
 
 
+def _check(axes: Axes, path: str, array: Any) -> None:
+  if len(axes) != array.ndim:
+    raise ValueError(f"{path}: {array.ndim} dimensions, but PARAM_AXES gives {axes}")
+
+
 def _placed(tree: Flat, rules: Mapping[str, Any]) -> Flat:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
 
   def place(path: str, x: jax.Array) -> NamedSharding:
+    if not x.ndim:
+      return NamedSharding(mesh, PartitionSpec())
     axes = param_axes(path)
-    if x.ndim == len(axes):
-      return NamedSharding(mesh, _spec(axes, x.shape, mesh, rules))
-    first, *others = _spec(axes, (x.shape[0], *x.shape[2:]), mesh, rules)
-    return NamedSharding(mesh, PartitionSpec(first, GROUPS, *others))
+    if x.ndim == len(axes) + 1 and axes[0] == STACKED:  # copies for groups
+      first, *others = _spec(axes, (x.shape[0], *x.shape[2:]), mesh, rules)
+      return NamedSharding(mesh, PartitionSpec(first, GROUPS, *others))
+    _check(axes, path, x)
+    return NamedSharding(mesh, _spec(axes, x.shape, mesh, rules))
 
   places = {path: place(path, x) for path, x in tree.items()}
   result: Flat = jax.lax.with_sharding_constraint(tree, places)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from llava_sp_jax.hardware import Chip
 from llava_sp_jax.plan import groups, kernels
-from llava_sp_jax.plan.hlo import Computation, Module, Op
+from llava_sp_jax.plan.hlo import Computation, HloError, Module, Op
 from llava_sp_jax.plan.topologies import Topology
 from llava_sp_jax.plan.work import FREE, Work, Worker
 
@@ -239,17 +239,25 @@ class Predictor:
     return sizes[0] if sizes else 0.0
 
   def _exchanged(self, op: Op, computation: Computation) -> float:
-    """Returns the bytes that a chip receives from other slices.
+    """Returns the bytes that a chip receives from other slices; none of a transfer to its host.
 
-    Raises: KeyError for a kind of transfer that COLLECTIVES does not have.
+    Raises: HloError for a kind of transfer that COLLECTIVES does not have, or without an answer.
     """
-    kind = op.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
-    answers = (
-      o for o in computation.ops if o.opcode == "recv" and _rendezvous(o) == _rendezvous(op)
-    )
-    received = COLLECTIVES[SLOW_KINDS.get(kind, kind)]
-    sent = computation.by_name[op.operands[0]].nbytes
-    return received(sent, next(answers).arrays[0].nbytes, self._topology.slices)
+    named = op.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if not named:
+      return 0.0
+    kind = named.lower().replace("_", "-")
+    received = COLLECTIVES.get(SLOW_KINDS.get(kind, kind))
+    answers = [
+      other.arrays[0].nbytes
+      for other in computation.ops
+      if other.opcode == "recv" and _rendezvous(other) == _rendezvous(op)
+    ]
+    if not received or not answers:
+      raise HloError(
+        f"{op.name}: a transfer {named} between slices, which this version cannot read"
+      )
+    return received(computation.by_name[op.operands[0]].nbytes, answers[0], self._topology.slices)
 
   def _collective(self, op: Op, computation: Computation) -> Collective | None:
     inner, where = op, computation

@@ -121,14 +121,14 @@ def _search(
   Returns the plan of least memory if none fits. Raises: PlanError if none can be compiled.
   """
   from llava_sp_jax.plan import compile as compile_lib
-  from llava_sp_jax.plan import search
+  from llava_sp_jax.plan import hlo, search
 
   plans: dict[config_lib.Config, Any] = {}
 
   def evaluate(candidate: config_lib.Config) -> search.Outcome:
     try:
       plan = plans[candidate] = make(candidate)
-    except compile_lib.PlanError as error:
+    except (compile_lib.PlanError, hlo.HloError) as error:
       print(f"{len(plans):>3}  {error}", flush=True)
       return search.Outcome(False, math.nan, 0)
     speed = f"{plan.seconds:.4f} s" if plan.fits else "does not fit"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,3 +87,22 @@ def test_copies_are_of_adapters_alone() -> None:
       found = jax.jit(lambda tree: sharding.for_groups(tree, step.ADAPTERS))(tree)
     assert found["projector/fc1/kernel"].shape == (8, 4)
     assert found["x/layers/q_proj/lora_a"].shape == ((2, 2, 8, 4) if copies > 1 else (2, 8, 4))
+
+
+def test_gradients_of_all_groups_are_summed() -> None:
+  """Into the shape and dtype of the parameters; those that no group has copies of stay."""
+  like = {
+    "x/layers/q_proj/lora_a": np.ones((2, 8, 4), jnp.bfloat16),
+    "projector/fc1/kernel": np.ones((8, 4)),
+  }
+  gradients = {
+    "x/layers/q_proj/lora_a": np.arange(128, dtype=np.float32).reshape(2, 2, 8, 4),
+    "projector/fc1/kernel": np.full((8, 4), 3.0),
+  }
+  with jax.set_mesh(mesh_of(MESHES["three"])):
+    found = jax.jit(lambda tree: sharding.over_groups(tree, like))(gradients)
+  adapter = found["x/layers/q_proj/lora_a"]
+  assert adapter.dtype == jnp.bfloat16
+  expected = gradients["x/layers/q_proj/lora_a"].sum(1)
+  np.testing.assert_allclose(adapter.astype(np.float32), expected, rtol=2**-8)  # one rounding
+  np.testing.assert_array_equal(found["projector/fc1/kernel"], gradients["projector/fc1/kernel"])

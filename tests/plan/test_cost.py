@@ -264,20 +264,24 @@ def test_an_iteration_needs_the_time_of_all_its_bytes() -> None:
   assert (floor.count, floor.seconds) == (7, pytest.approx(7 * size / V5E.chip.hbm_rate))
 
 
-def exchange(kind: str, received: int) -> hlo.Module:
-  """A part of [1024, 1024] is sent to other slices, and `received` rows come back."""
-  marks = f'frontend_attributes={{_xla_host_transfer_rendezvous="x.1_0",_xla_megascale_transfer_type="{kind}"}}'
-  return hlo.parse(f"""HloModule m, is_scheduled=true
+EXCHANGE = """HloModule m, is_scheduled=true
 
 ENTRY %main (g: f32[1024,1024]) -> (f32[{received},1024], token[]) {{
   %g = f32[1024,1024]{{1,0:S(1)}} parameter(0)
   %after = token[] after-all()
-  %send = (f32[1024,1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) send(%g, %after), channel_id=2, is_host_transfer=true, {marks}
-  %recv = (f32[{received},1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) recv(%after), channel_id=1, is_host_transfer=true, {marks}
+  %send = (f32[1024,1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) send(%g, %after), channel_id=2, is_host_transfer=true{marks}
+  %recv = (f32[{received},1024]{{1,0:S(1)}}, u32[]{{:S(2)}}, token[]) recv(%after), channel_id=1, is_host_transfer=true{marks}
   %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
   ROOT %recv-done = (f32[{received},1024]{{1,0:S(1)}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
 }}
-""")
+"""
+
+
+def exchange(kind: str, received: int) -> hlo.Module:
+  """A part of [1024, 1024] is sent to other slices, and `received` rows come back."""
+  name, of = '_xla_host_transfer_rendezvous="x.1_0"', f'_xla_megascale_transfer_type="{kind}"'
+  marks = f", frontend_attributes={{{name},{of}}}"
+  return hlo.parse(EXCHANGE.format(marks=marks, received=received))
 
 
 @pytest.mark.parametrize("slices", [2, 4])
@@ -302,3 +306,15 @@ def test_what_crosses_from_slice_to_slice_takes_the_slow_network(
   seconds = size / 3.125e9 + cost.LATENCY
   assert found.collectives == {cost.SLOW: [size, 1, *[pytest.approx(seconds)] * 2]}
   assert found.seconds == pytest.approx(seconds)
+
+
+def test_a_transfer_that_is_not_known_has_a_name() -> None:
+  several = topologies.topology("v5e-4x2")
+  with pytest.raises(hlo.HloError, match=r"send: a transfer MANY_TO_ONE between slices"):
+    cost.Predictor(exchange("MANY_TO_ONE", 1024), several, PLACES * 2).run()
+
+
+def test_a_transfer_to_the_host_is_not_between_slices() -> None:
+  text = EXCHANGE.format(marks="", received=1024)
+  found = cost.Predictor(hlo.parse(text), V5E, PLACES).run()
+  assert found.collectives[cost.SLOW][0] == 0
