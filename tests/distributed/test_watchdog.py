@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
@@ -35,13 +36,14 @@ def test_standing_still_ends_the_process(capsys: pytest.CaptureFixture) -> None:
     watchdog.beat(7)
     wait_until(lambda: left)
   assert left[0] == 1
-  assert "process 0 of 1 stops: no step since step 7, 0 s ago" in capsys.readouterr().err
+  told = r"process 0 of 1 stops: no step since step 7, \d s ago"
+  assert re.search(told, capsys.readouterr().err)
 
 
 def test_steps_keep_it_alive() -> None:
   left: list[int] = []
-  with Watchdog(0.4, left.append) as watchdog:
-    for step in range(12):
+  with Watchdog(1.0, left.append) as watchdog:
+    for step in range(25):
       watchdog.beat(step)
       time.sleep(0.05)
   assert not left

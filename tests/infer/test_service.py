@@ -97,7 +97,7 @@ def test_a_cancelled_row_is_free_at_the_next_step(service: Service, asked: list[
   long[2].ticket.cancel()
   assert waiting.last().answer is not None
   # The step that ran, the one that answers, and no wait for the end of another answer.
-  assert service.engine.counts.decode_steps - steps < 40
+  assert service.engine.counts.decode_steps - steps < ROOM / 2
   assert all(client.updates[-1].answer is None for client in long)
   for client in long:
     client.ticket.cancel()
@@ -232,7 +232,7 @@ def test_long_prompts_do_not_starve_a_short_one(service: Service, asked: list[Re
   stop.set()
   thread.join()
   assert update.answer is not None
-  assert done <= ahead + 8
+  assert done <= 2 * ahead
   for client in clients:
     client.ticket.cancel()
 

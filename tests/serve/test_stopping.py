@@ -67,7 +67,7 @@ def test_what_is_done_is_not_cancelled(server: Live, service: FakeService) -> No
 def test_a_client_that_gives_up(server: Live, service: FakeService) -> None:
   async def leave() -> None:
     options: Any = {"base_url": f"{server.url}/v1", "api_key": "x", "max_retries": 0}
-    async with openai.AsyncOpenAI(timeout=0.2, **options) as client:
+    async with openai.AsyncOpenAI(timeout=1, **options) as client:
       talk: Any = [user("silent")]
       with pytest.raises(openai.APITimeoutError):
         await client.chat.completions.create(model="tiny", messages=talk)

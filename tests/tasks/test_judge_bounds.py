@@ -65,7 +65,7 @@ def test_a_server_that_misbehaves_is_bounded(
 ) -> None:
   monkeypatch.setenv("JUDGE_KEY", KEY)
   url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-  seconds = 5 if body is floods else 0.3
+  seconds = 5 if body is floods else 1
   judge = Endpoint(url, "grader", "JUDGE_KEY", 2, seconds, pause=lambda seconds: None)
   server.script, started = [(200, body)] * 2, time.monotonic()
   with pytest.raises(JudgeError, match=message):

@@ -51,7 +51,7 @@ class Asked(threading.Thread):
     while not (run / profiles.FOLDER / profiles.REQUEST).exists():
       assert time.monotonic() < until
       time.sleep(0.01)
-    time.sleep(0.3)
+    time.sleep(1)
 
 
 def test_the_next_steps_are_traced(
