@@ -165,7 +165,8 @@ def test_bad_requests_get_errors_and_others_answers(service: Service, asked: lis
   good = Client(service, asked[0])
   assert good.last().answer
   for client, message in ((bad, "cannot be decoded"), (long, "max_new_tokens: 401; at most 400")):
-    (update,) = client.updates
+    update = client.last()
+    assert client.updates == [update]
     assert update.answer is not None
     assert message in update.answer.error
     assert not update.failed
