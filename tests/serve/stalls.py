@@ -27,19 +27,12 @@ def decoding() -> float:
   return time.thread_time() - since
 
 
-def held() -> int:
-  """KiB that this process holds now, from which `peak` counts."""
-  (PROCESS / "clear_refs").write_text("5")  # forgets the peak: proc_pid_clear_refs(5)
-  return _status("VmRSS")
-
-
-def peak() -> int:
-  """KiB that this process held at most since `held`."""
-  return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-  (line,) = (x for x in (PROCESS / "status").read_text().splitlines() if x.startswith(field))
+def peak(anew: bool = False) -> int:
+  """KiB that this process held at most, `anew` from now on if the system can forget (proc(5))."""
+  if anew:
+    with contextlib.suppress(OSError):
+      (PROCESS / "clear_refs").write_text("5")
+  (line,) = (x for x in (PROCESS / "status").read_text().splitlines() if x.startswith("VmHWM"))
   return int(line.split()[1])
 
 
@@ -65,7 +58,7 @@ def alive(server: Live) -> Iterator[list[float]]:
   Yields the processor seconds of each turn of the event loop, which grow within the block.
   """
   ends, work, stalls = threading.Event(), [0.0], [0.0]
-  before = held()
+  before = peak(anew=True)
   loop = server.server.servers[0].get_loop()
   turning = asyncio.run_coroutine_threadsafe(turn(ends, work, stalls), loop)
   try:
