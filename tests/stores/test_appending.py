@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,14 +47,19 @@ class InMemory:
     return self.objects[name]
 
 
+def in_memory(**options: Any) -> tuple[bucket_lib.Bucket, InMemory, Path]:
+  """A store whose objects are in memory, and a path in it."""
+  store, files = bucket_lib.Bucket("gs", **options), InMemory()
+  store.__dict__["_files"] = files
+  return store, files, storage.place("gs://bucket/a.jsonl")
+
+
 def test_a_long_log_costs_what_its_length_does(monkeypatch: pytest.MonkeyPatch) -> None:
   """A line a second, for an hour and for four; what a kill would lose stays a part of the time."""
   now, rate = 0.0, 1 << 12
   monkeypatch.setattr(bucket_lib, "RATE", rate)
   monkeypatch.setattr(bucket_lib.Bucket, "_keep_flushing", lambda self: None)
-  store = bucket_lib.Bucket("gs", clock=lambda: now)
-  files, path = InMemory(), storage.place("gs://bucket/a.jsonl")
-  store.__dict__["_files"] = files
+  store, files, path = in_memory(clock=lambda: now)
   line, put = b"x" * 499 + b"\n", {0: 0}
   for second in range(4 * 3600):
     now = float(second)
@@ -73,9 +79,8 @@ def test_a_line_is_appended_while_a_put_waits_for_the_network(
 ) -> None:
   """As a run does between steps, when the bucket does not answer; the line follows those of the put."""
   monkeypatch.setattr(bucket_lib.Bucket, "_keep_flushing", lambda self: None)
-  store, path = bucket_lib.Bucket("gs"), storage.place("gs://bucket/a.jsonl")
-  files, asked, answers = InMemory(), threading.Event(), threading.Event()
-  store.__dict__["_files"] = files
+  store, files, path = in_memory()
+  asked, answers = threading.Event(), threading.Event()
   put = files.pipe_file
 
   def slowly(name: str, data: bytes) -> None:
@@ -134,8 +139,7 @@ def test_puts_that_arrive_late_double_nothing_and_lose_nothing(
   monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
 ) -> None:
   """Three puts fail, and their objects arrive later, in any order."""
-  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://b/a.jsonl")
-  store.__dict__["_files"] = files
+  store, files, path = in_memory()
   sent = []
 
   def fail(name: str, data: bytes) -> None:
@@ -161,8 +165,7 @@ def test_an_object_whose_answer_is_lost_holds_the_lines_that_waited(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """An object that is put as a whole, as after a cut, not line by line."""
-  store, files, path = bucket_lib.Bucket("gs"), InMemory(), storage.place("gs://b/a.jsonl")
-  store.__dict__["_files"] = files
+  store, files, path = in_memory()
   store.append(path, b"1\n")
 
   def lose(name: str, data: bytes) -> None:
