@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 # wants one. jax 0.11.2 is the oldest that was tried with it (on a GPU), 0.12 the newest.
 OLD, NEW = "python_version < '3.12'", "python_version >= '3.12'"
 
+SITE = ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12"]  # (sphinx 9.1 wants Python 3.12.)
 SERVE = [  # the server; no compiled part but those of msgspec and aiohttp
   "starlette>=1.10",
   "uvicorn>=0.54",
@@ -78,16 +79,17 @@ setup(
       f"torch==2.13.0; {OLD}",
       f"peft>=0.21; {OLD}",
     ],
-    # The site: sphinx-build -W --keep-going docs site. (sphinx 9.1 wants Python 3.12.)
-    "docs": ["sphinx>=9.0,<10", "myst-parser>=5.2", "furo>=2025.12", *SERVE],
-    # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler, both sinks, and cases
-    # from our OpenAPI document.
+    # The site: sphinx-build -W --keep-going docs site
+    "docs": [*SITE, *SERVE],
+    # What `scripts/test.sh --guards` needs beside `test`: the TPU compiler, both sinks, cases from our
+    # OpenAPI document, and the site.
     "guards": [
       "jax[tpu]",
       "tensorboardX>=2.6",
       "wandb>=0.21",
       "schemathesis>=4.32",
       "flatbuffers>=25",
+      *SITE,
     ],
     "stablehlo": ["flatbuffers>=25"],  # llava-sp export --format stablehlo; jax.export needs it
     # The page in a real browser (Debian's chromium), and its accessibility: tests that are slow.

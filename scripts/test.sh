@@ -7,8 +7,8 @@
 #   bash scripts/test.sh --guards     the slow tests that hold a promise of README or docs: 25 minutes
 #   bash scripts/test.sh -m slow      the other slow ones: the same promises in more cases
 #
-# --guards must be the first argument. It also installs the TPU compiler, tensorboardX, wandb and schemathesis
-# (0.8 GB). --guards and rooms skip format, lint and types.
+# --guards must be the first argument. It also installs the TPU compiler, tensorboardX, wandb, schemathesis and
+# sphinx (0.8 GB). --guards and rooms skip format, lint and types.
 set -euo pipefail
 guards=false
 [ "${1:-}" != --guards ] || { guards=true; shift; }

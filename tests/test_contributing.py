@@ -154,7 +154,19 @@ def test_the_front_page_is_short_and_links_into_the_docs() -> None:
   assert len(targets) > 20
 
 
-@pytest.mark.slow  # reads every module of the package
+def test_every_page_of_the_site_is_in_a_table_of_contents() -> None:
+  """Sphinx names a page that is not, as it does code in a docstring that it cannot read."""
+  pages = {page.with_suffix("") for page in DOCS.rglob("*.md")}
+  named = {
+    page.parent / name
+    for page in DOCS.rglob("*.md")
+    for table in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL)
+    for name in re.findall(r"^[\w/-]+$", table, re.MULTILINE)
+  }
+  assert pages - named == {DOCS / "index"}
+
+
+@pytest.mark.guard  # reads every module of the package
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
   """On a machine without devices: a module that asks for one when it is imported is a warning."""
   if missing := [name for name in SITE if importlib.util.find_spec(name) is None]:

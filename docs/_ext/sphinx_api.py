@@ -61,6 +61,12 @@ class Room(SphinxDirective):
     return found.children
 
 
+def whole_code(lines: list[str]) -> list[str]:
+  """Lines of running text; code that goes on in the next line is joined to one line."""
+  one = lambda code: re.sub(r" *\n *", " ", code[0])  # noqa: E731
+  return re.sub(r"(`+)[^`]+\1", one, "\n".join(lines)).splitlines()
+
+
 def plain(text: str) -> str:
   """Text in which reStructuredText finds code alone."""
   parts = re.split(r"(`+[^`]+`+)", text)
@@ -104,7 +110,8 @@ def paragraph(lines: list[str]) -> Iterator[str]:
       for line in lines
     )
   else:
-    yield from (line[: len(line) - len(line.lstrip())] + plain(line.lstrip()) for line in lines)
+    for line in whole_code(lines):
+      yield line[: len(line) - len(line.lstrip())] + plain(line.lstrip())
   yield ""
 
 
