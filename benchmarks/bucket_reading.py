@@ -94,11 +94,11 @@ def same(a: pipeline.Batches, b: pipeline.Batches, count: int) -> None:
 
 
 class Requests:
-  """Counts the reads of objects."""
+  """Counts the reads of ranges."""
 
-  def __init__(self, files: Any):
-    self.count, self._read = 0, files.cat_file
-    files.cat_file = self
+  def __init__(self, ranges: Any):
+    self.count, self._read = 0, ranges.read
+    ranges.read = self
 
   def __call__(self, *args: Any, **more: Any) -> Any:
     self.count += 1
@@ -106,7 +106,7 @@ class Requests:
 
 
 def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[dict[str, Any]]:
-  requests = Requests(storage.SCHEMES["gs"][0]._files)  # type: ignore[attr-defined]
+  requests = Requests(storage.SCHEMES["gs"][0]._ranges)  # type: ignore[attr-defined]
   for rows in ROWS:
     places = {"disk": str(folder / "packed"), "bucket": address}
     same(*(batches(path, folder, rows, options.threads) for path in places.values()), 2)
@@ -125,7 +125,8 @@ def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[d
       found |= {f"ratio{of}": statistics.median(ratios), f"ratios{of}": ratios}
     made, before = batches(address, folder, rows, options.threads), requests.count
     images = sum(images_of(next(made)) for _ in range(options.batches))
-    ahead = pipeline.READERS * ROWS[rows][1]  # images that may be loaded already
+    readers = min(pipeline.READERS * options.threads, pipeline.MOST_READERS)
+    ahead = readers * ROWS[rows][1]  # images that may be loaded already
     yield {"rows": rows, **found, "reads": (requests.count - before) / (images + ahead)}
 
 
@@ -165,7 +166,7 @@ def main() -> None:
   parser.add_argument("--threads", type=int, default=1, help="that decode")
   parser.add_argument("--warm", type=int, default=12, help="batches that are not timed")
   parser.add_argument("--batches", type=int, default=24)
-  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--repeats", type=int, default=15)
   parser.add_argument("--out", type=Path, help="writes OUT.md and OUT.json")
   options = parser.parse_args()
   load, cores = os.getloadavg()[0], sorted(os.sched_getaffinity(0))

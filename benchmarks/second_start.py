@@ -3,8 +3,9 @@
 Usage: python benchmarks/second_start.py [--layers 24] [--out docs/results/second_start]
 
 Trains a small model with many unrolled layers for two steps, so that compiling takes long. Each start
-is a process of its own, without torch, as where the package is installed. Then compiles the step of a
-real recipe for a slice that is not there. Needs the extra `test`, and libtpu.
+is a process of its own, without torch, as where the package is installed. All starts run twice: with
+XLA's own choice of fusions on a CPU, and with that of scripts/environment.sh. Then compiles the step of
+a real recipe for a slice that is not there. Needs the extra `test`, and libtpu.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tests.end_to_end import cluster
 RECIPE, SLICE = "configs/finetune_lora.py:size=7b,init=", "v5e-16"
 BEFORE = ("start", "compile", "restore", "input")  # categories of seconds until the first step
 STEPS = 2
+FLAGS = {"as installed": "", "without YNNPACK": "--xla_cpu_experimental_ynn_fusion_type="}  # of XLA
 # What a process runs: torch, an extra of tests, is as if it were not installed.
 PROGRAM = """
 import sys
@@ -60,13 +62,14 @@ def recipe(folder: Path, layers: int) -> Path:
   return cluster.write_config(config, folder / "recipe.py")
 
 
-def command(name: str, file: Path, *options: str) -> float:
-  """Runs a command of llava-sp, and returns its CPU seconds."""
+def command(name: str, file: Path, flags: str, *options: str) -> float:
+  """Runs a command of llava-sp with flags of XLA, and returns its CPU seconds."""
   kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   subprocess.run(
     [sys.executable, "-c", PROGRAM, name, f"--config={file}", *options],
-    env=kept | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(file.parent / "cache")},
+    env=kept
+    | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(file.parent / "cache"), "XLA_FLAGS": flags},
     stdout=subprocess.DEVNULL,
     check=True,
   )
@@ -74,9 +77,9 @@ def command(name: str, file: Path, *options: str) -> float:
   return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def start(what: str, file: Path, workdir: Path, *options: str) -> dict[str, Any]:
+def start(what: str, file: Path, flags: str, workdir: Path, *options: str) -> dict[str, Any]:
   """Starts a training that ends after step STEPS; its seconds by category, until the first step."""
-  cpu = command("train", file, f"--workdir={workdir}", *options)
+  cpu = command("train", file, flags, f"--workdir={workdir}", *options)
   seconds = goodput.read(workdir)[-1].seconds
   found = {name: round(seconds[name], 2) for name in BEFORE}
   return {
@@ -92,18 +95,20 @@ def back(workdir: Path) -> None:
   shutil.rmtree(workdir / "checkpoints" / str(STEPS))
 
 
-def measure(folder: Path, layers: int) -> list[dict[str, Any]]:
+def measure(folder: Path, layers: int, flags: str) -> list[dict[str, Any]]:
+  """Runs all starts with flags of XLA."""
+  folder.mkdir()
   file, run, step = recipe(folder, layers), folder / "run", folder / "step.bin"
-  found = [start("first", file, run)]
+  found = [start("first", file, flags, run)]
+  for name in ("resumed", "resumed once more"):
+    back(run)
+    found.append(start(name, file, flags, run))
+  command("plan", file, flags, "--topology=here", f"--write-executable={step}")
   back(run)
-  found.append(start("resumed", file, run))
-  back(run)
-  found.append(start("resumed once more", file, run))
-  command("plan", file, "--topology=here", f"--write-executable={step}")
-  back(run)
-  found.append(start("resumed with an executable", file, run, f"--executable={step}"))
+  given = f"--executable={step}"
+  found.append(start("resumed with an executable", file, flags, run, given))
   shutil.rmtree(folder / "cache")
-  found.append(start("first, with an executable", file, folder / "two", f"--executable={step}"))
+  found.append(start("first, with an executable", file, flags, folder / "two", given))
   return found
 
 
@@ -142,18 +147,9 @@ def compile_absent() -> None:
   print(json.dumps({"trace": traced - begun, "compile": time.monotonic() - traced}))
 
 
-def markdown(figures: dict[str, Any]) -> str:
-  rows = figures["starts"]
+def table(rows: list[dict[str, Any]]) -> list[str]:
+  """Returns the lines of a table of starts."""
   lines = [
-    "# Time to the first step",
-    "",
-    f"Seconds from the start of the process to the first step, by category, of a decoder with "
-    f"{figures['layers']} unrolled layers on a CPU; every start is a process of its own. `share` is the time "
-    "to the first step as a share of the first start's. `CPU` has the CPU seconds of the whole process, "
-    f"which trains one or {STEPS} steps and saves. The first start has an empty compilation cache; the one with an "
-    "executable at the end likewise. The first resumption compiles what only a resumption needs.",
-    "",
-    "Made by `python benchmarks/second_start.py --out docs/results/second_start`.",
     "",
     "| start | start | compile | restore | input | to the first step | share | CPU |",
     "|---|---|---|---|---|---|---|---|",
@@ -162,8 +158,29 @@ def markdown(figures: dict[str, Any]) -> str:
     share = row["to_first_step"] / rows[0]["to_first_step"]
     values = " | ".join(f"{row[name]:.1f}" for name in (*BEFORE, "to_first_step"))
     lines.append(f"| {row['name']} | {values} | {share:.1%} | {row['cpu']:.0f} |")
+  return lines
+
+
+def markdown(figures: dict[str, Any]) -> str:
+  lines = [
+    "# Time to the first step",
+    "",
+    f"Seconds from the start of the process to the first step, by category, of a decoder with "
+    f"{figures['layers']} unrolled layers on a CPU; every start is a process of its own. `share` is the time "
+    "to the first step as a share of the first start's. `CPU` has the CPU seconds of the whole process, "
+    f"which trains one or {STEPS} steps and saves. The first start has an empty compilation cache; the one with an "
+    "executable at the end likewise. The first resumption compiles what only a resumption needs. An executable is "
+    "loaded while the run starts; `compile` has what is left of it then.",
+    "",
+    "Made by `python benchmarks/second_start.py --out docs/results/second_start`.",
+  ]
+  for name, rows in figures["starts"].items():
+    lines += ["", f"## {name[0].upper()}{name[1:]}", "", f"`XLA_FLAGS={FLAGS[name]}`"]
+    lines += table(rows)
   there = figures["absent"]
   lines += [
+    "",
+    "## For a slice",
     "",
     f"The step of `{RECIPE}` for {SLICE}, compiled by libtpu on the same machine: {there['trace']:.1f} s for tracing, "
     f"which every start without an executable needs, and {there['compile']:.1f} s for compiling, which the first needs.",
@@ -182,7 +199,10 @@ def main() -> None:
   with tempfile.TemporaryDirectory(prefix="llava-sp-") as folder:
     figures: dict[str, Any] = {
       "layers": options.layers,
-      "starts": measure(Path(folder), options.layers),
+      "starts": {
+        name: measure(Path(folder) / str(number), options.layers, flags)
+        for number, (name, flags) in enumerate(FLAGS.items())
+      },
     }
   figures["absent"] = absent()
   print(markdown(figures))

@@ -105,9 +105,10 @@ def passed_trials() -> int:
   return sum(trial["passed"] for trial in trials)
 
 
-def second_start(name: str) -> float:
+def second_start(name: str, flags: str = "as installed") -> float:
   """Percent of the time of the first start until the first step."""
-  seconds = {start["name"]: start["to_first_step"] for start in result("second_start")["starts"]}
+  starts = result("second_start")["starts"][flags]
+  seconds = {start["name"]: start["to_first_step"] for start in starts}
   return float(100 * seconds[name] / seconds["first"])
 
 

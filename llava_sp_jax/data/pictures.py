@@ -163,9 +163,17 @@ class WithPictures(dict[str, Any]):
     self.pictures = tuple(pictures)
 
 
-def loaded(sample: Any, pictures: Sequence[Picture]) -> Any:
-  """Reads the files of all pictures of a sample, and returns the sample with their content."""
-  return WithPictures(sample, [Loaded(one, attempt(one.data)) for one in pictures])
+def loaded(sample: Any, find: Callable[[Any], Sequence[Picture]]) -> Any:
+  """Reads the files of all pictures of a sample, and returns the sample with their content.
+
+  `find` returns the pictures of one that does not know them. A sample that cannot be read is returned
+  as it is. That it has as many pictures as it names is for `of` to say.
+  """
+  known = isinstance(sample, WithPictures)
+  found = sample.pictures if known else attempt(lambda: find(sample))
+  if isinstance(found, SampleError):
+    return sample
+  return WithPictures(sample, [Loaded(one, attempt(one.data)) for one in found])
 
 
 def of(sample: Any, folder: Path) -> tuple[Picture, ...]:

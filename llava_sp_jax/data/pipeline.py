@@ -27,7 +27,9 @@ from llava_sp_jax.data.usable import Usable
 __all__ = ["SAMPLES", "Batches", "Held", "check_settings", "make", "marks", "open_parts"]
 
 PREFETCH = 64  # rows that are made ahead of the batch that is read, at most
-READERS = 64  # threads that read samples and pictures which are far away: they mostly wait
+# Threads that read samples and pictures which are far away, for each one that makes rows, and at
+# most: they mostly wait. Those that wait for no good reason cost a core its caches.
+READERS, MOST_READERS = 16, 64
 PREFETCH_BYTES = 1 << 26  # of their images; but always the rows of a batch
 
 
@@ -87,7 +89,8 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
       return row_maker(*planned(number), *loaded)
 
     self._row = row
-    load = Ahead(lambda number: row_maker.load(*planned(number)), READERS)
+    readers = min(READERS * max(1, threads), MOST_READERS)
+    load = Ahead(lambda number: row_maker.load(*planned(number)), readers)
     self._far = load if row_maker.far else None
     self.seek(0)
 

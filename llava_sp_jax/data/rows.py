@@ -64,9 +64,7 @@ class RowMaker:
     return [self._loaded(index) for index in row.samples]
 
   def _loaded(self, index: int) -> Any:
-    sample = attempt(lambda: self._source[index])
-    found = attempt(lambda: self._source.pictures(sample))
-    return sample if isinstance(found, SampleError) else pictures.loaded(sample, found)
+    return pictures.loaded(attempt(lambda: self._source[index]), self._source.pictures)
 
   def __call__(
     self, epoch: int, row: packing.PackedRow, loaded: Sequence[Any] = ()

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_sp_jax.stores.ranges import Ranges
 from llava_sp_jax.stores.store import Opened, Seen, named
 
 SECONDS = 15.0  # the time that an appended line is in memory only, but for large objects
@@ -37,7 +38,7 @@ OPTIONS = {"use_listings_cache": False, "finalize_on_close": True}
 
 
 class Bucket:
-  """Writes objects in buckets of one scheme, with `fsspec`; see `Store`."""
+  """Writes objects in buckets of one scheme with `fsspec`, and reads ranges with TensorStore."""
 
   def __init__(self, scheme: str, clock: Callable[[], float] = time.monotonic):
     """Prepares a store; it opens nothing yet.
@@ -46,7 +47,7 @@ class Bucket:
       scheme: of its addresses, as `fsspec` knows it.
       clock: seconds, from any moment on, that never go back.
     """
-    self._scheme, self._clock = scheme, clock
+    self._scheme, self._clock, self._ranges = scheme, clock, Ranges(scheme)
     # The first guards the fields for moments, so that who appends a line never waits for a request.
     # The second lets requests that write follow each other, and is taken before the first.
     self._lock, self._turn = threading.Lock(), threading.RLock()
@@ -176,8 +177,7 @@ class Bucket:
       end = min(start + count, size)
       if end <= start:
         return b""
-      with named(path):
-        return bytes(self._files.cat_file(str(path), start=start, end=end))
+      return self._ranges.read(path, start, end)
 
     return Opened(path, size, version, read_at)
 

@@ -6,6 +6,7 @@ An executable is a program for certain chips and runs as it is, like a recipe: r
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -77,12 +78,14 @@ def write(
     config: the config that it was compiled from.
     device_mesh: the mesh that it was compiled for.
   """
-  content, _, out = serialize_executable.serialize(compiled)
+  content, taken, out = serialize_executable.serialize(compiled)
   _, metrics = jax.tree.unflatten(out, range(out.num_leaves))
   said = {
     **about(config, device_mesh),
     "batch": {name: list(shape) for name, shape in shapes(batch)},
     "metrics": sorted(metrics),
+    "arguments": taken.num_leaves,
+    "results": out.num_leaves,
     "sha256": hashlib.sha256(content).hexdigest(),
   }
   part = path.with_name(path.name + folders.PART)
@@ -140,13 +143,37 @@ def _for_run(values: Any, config: config_lib.Config, steps: bool) -> config_lib.
   )
 
 
-def read(path: Path, train_state: Any) -> dict[Shapes, Any]:
-  """Returns `{shapes of a batch: compiled step}` from a file that `check` has accepted.
+class Loading:
+  """Loads an executable in a thread, while the run reads its data, its parameters and its step.
 
-  Every process must call it. `train_state` is the state of the run, whose tree the program takes and returns.
-
-  Raises: FormatError for a file that is damaged, or cannot be loaded on these devices.
+  The end of the process waits for the thread.
   """
+
+  def __init__(self, path: Path):
+    """Begins to load a file that `check` has accepted."""
+    thread = concurrent.futures.ThreadPoolExecutor(1, "executable")
+    self._loaded = thread.submit(_load, path)
+    thread.shutdown(wait=False)
+
+  def programs(self, train_state: Any) -> dict[Shapes, Any]:
+    """Returns `{shapes of a batch: compiled step}` when it is loaded.
+
+    Every process must call it. `train_state` is the state of the run, whose tree the program takes and returns.
+
+    Raises: FormatError for a file that is damaged, or cannot be loaded on these devices.
+    """
+    found, metrics, compiled = self._loaded.result()
+    results = jax.tree.structure((train_state, dict.fromkeys(metrics, 0)))
+
+    def program(*arguments: Any) -> Any:
+      return jax.tree.unflatten(results, compiled(*jax.tree.leaves(arguments)))
+
+    processes.barrier("the executable is loaded")  # no process may run the step before all have it
+    return {found: program}
+
+
+def _load(path: Path) -> tuple[Shapes, list[str], Any]:
+  """Returns the shapes of a batch, the names of the metrics, and the program: leaves to leaves."""
   said = json_files.read_object(_beside(path))
   content = path.read_bytes() if files.is_regular(path) else b""
   if hashlib.sha256(content).hexdigest() != said.get("sha256"):
@@ -155,17 +182,16 @@ def read(path: Path, train_state: Any) -> dict[Shapes, Any]:
       f"{len(content):,} other bytes; write it anew with llava-sp plan --write-executable"
     )
   try:
-    found = {str(name): tuple(map(int, shape)) for name, shape in said["batch"].items()}
-    arguments = jax.tree.structure(((train_state, dict.fromkeys(found, 0), 0), {}))
-    results = jax.tree.structure((train_state, dict.fromkeys(said["metrics"], 0)))
-    program = serialize_executable.deserialize_and_load(content, arguments, results)
+    batch = {str(name): tuple(map(int, shape)) for name, shape in said["batch"].items()}
+    arguments = jax.tree.structure(((0,) * said["arguments"], {}))
+    results = jax.tree.structure([0] * said["results"])
+    compiled = serialize_executable.deserialize_and_load(content, arguments, results)
   except Exception as error:  # of the runtime that loads it
     raise files.FormatError(
       f"{path}: cannot be loaded on these devices ({str(error).splitlines()[0]:.200}); write it "
       "anew, or leave --executable out"
     ) from error
-  processes.barrier("the executable is loaded")  # no process may run the step before all have it
-  return {tuple((name, found[name]) for name in sorted(found)): program}
+  return tuple((name, batch[name]) for name in sorted(batch)), sorted(said["metrics"]), compiled
 
 
 def _beside(path: Path) -> Path:

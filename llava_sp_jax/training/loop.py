@@ -104,9 +104,10 @@ def _train(
   local, begun, config = emergency.opened(config, folder, saved, options.step is None)
   device_mesh = mesh.create(config.mesh, config.train.batch_size, config.train.accumulate)
   module = build.model(config.model)
-  compiled = Path(executable) if executable else None
+  compiled, loading = Path(executable) if executable else None, None
   if compiled:
     executables.check(compiled, config, device_mesh, steps=bool(begun) or not config.train.epochs)
+    loading = executables.Loading(compiled)
   tokenizer = opened()
   preflight.check_config(config, tokenizer)
   read_from = read()
@@ -169,7 +170,7 @@ def _train(
       lock,
       clock,
       options,
-      compiled,
+      loading,
       {"inputs": read_from.now, "inputs_before": before},
       local,
       begun if begun > saved else 0,

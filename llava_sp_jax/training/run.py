@@ -73,7 +73,7 @@ class Run:
   lock: locks.Lock
   clock: goodput.Clock
   options: resume.ResumeOptions
-  executable: Path | None
+  executable: executables.Loading | None
   inputs: dict[str, Any]  # fingerprints of what is read, saved with each checkpoint
   local: Local | None  # what the disk of this host has of the run
   local_step: int  # the step that is read from there; 0: that of the run folder
@@ -115,7 +115,7 @@ def _loop(
   said = emergency.said(run.local, run.local_step, first) or resume.about(folder, first)
   run.iterator.resume(first, said.get("mixture"))
   with clock.of("compile"):
-    known = executables.read(run.executable, train_state) if run.executable else {}
+    known = run.executable.programs(train_state) if run.executable else {}
   run_step = Programs(compile_step(module, tx, config, shardings), clock, known)
   rng = jax.random.key(config.train.seed)
   about = {"fingerprint": base, "name": config.name, "stage": config.optimizer.stage, **run.inputs}

@@ -242,4 +242,5 @@ def test_rows_ahead_are_loaded_by_many_threads(
   batches: Any = make(here)
   assert batches._far is None
   there = moved(here, f"{bucket}/{tmp_path.name}")
-  assert make(there)._far.threads == pipeline.READERS
+  for threads, readers in ((1, pipeline.READERS), (99, pipeline.MOST_READERS)):
+    assert make(dataclasses.replace(there, threads=threads))._far.threads == readers

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from llava_sp_jax import files, folders, jsonl, locks, storage
 from llava_sp_jax.convert import places
 from llava_sp_jax.data.quarantine import Quarantine
 from llava_sp_jax.stores import bucket as bucket_lib
+from llava_sp_jax.stores import ranges
 from llava_sp_jax.training import ledger, peers
 from tests.conftest import REPOSITORY
 
@@ -228,6 +231,46 @@ def test_a_bucket_that_cannot_be_reached(bucket: str, monkeypatch: pytest.Monkey
   said = r"config.json: cannot be reached \(RuntimeError: no credentials\); .*gcloud auth"
   with pytest.raises(storage.StorageError, match=said):
     storage.check(storage.place(bucket) / "run")
+
+
+def test_a_large_file_is_read_at_any_offset(folder: Path) -> None:
+  """Of any name; it is an error that names it when it is gone."""
+  for name in ("a.tar", "b c?#%\N{LATIN SMALL LETTER E WITH ACUTE}"):
+    store, path = storage.of(folder), folder / name
+    store.put(path, bytes(range(100)))
+    file = store.opened(path)
+    assert (file.size, file.read_at(3, 4)) == (100, bytes([3, 4, 5, 6]))
+    assert (file.read_at(98, 9), file.read_at(100, 1)) == (bytes([98, 99]), b"")
+    assert store.opened(path).version == file.version
+  store.put(folder / "empty", b"")
+  assert store.opened(folder / "empty").read_at(0, 5) == b""
+  with pytest.raises(FileNotFoundError, match=r"gone"):
+    store.opened(folder / "gone")
+  if storage.remote(folder):  # on a disk, an open file stays
+    store.remove(path)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no such object: '{path}'")):
+      file.read_at(3, 4)
+
+
+def test_ranges_that_cannot_be_read(
+  bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """An object that has become shorter, and errors of the library, are named."""
+  path = storage.place(f"{bucket}/{tmp_path.name}/a")
+  store: Any = storage.of(path)
+  store.put(path, bytes(100))
+  file = store.opened(path)
+  store.put(path, bytes(50))
+  with pytest.raises(storage.StorageError, match=rf"^{path}: cannot be reached .*range"):
+    file.read_at(40, 60)
+  one = ranges.Ranges("gs")
+
+  def refuse(_: str) -> None:
+    raise ValueError("no\ncredentials")
+
+  monkeypatch.setattr(one, "_opened", refuse)
+  with pytest.raises(storage.StorageError, match=r"\(ValueError: no credentials\); .*gcloud auth"):
+    one.read(path, 0, 1)
 
 
 def test_a_bucket_that_is_not_there(bucket: str) -> None:

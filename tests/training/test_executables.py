@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def test_it_is_compared_before_the_data_are_measured(
   monkeypatch.setattr(loop.pipeline, "make", read)
   for more in ((), ("--config.train.epochs=2",)):
     assert train(recipe, tmp_path / "run", f"--executable={file}", *more) == 1
+
+
+def test_it_is_loaded_while_the_data_are_opened(
+  recipe: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Neither waits for the other to begin."""
+  loads, opens = threading.Event(), threading.Event()
+  load, make = executables._load, loop.pipeline.make
+
+  def loading(path: Path) -> Any:
+    loads.set()
+    assert opens.wait(60)
+    return load(path)
+
+  def opening(*given: Any, **more: Any) -> Any:
+    opens.set()
+    assert loads.wait(60)
+    return make(*given, **more)
+
+  monkeypatch.setattr(executables, "_load", loading)
+  monkeypatch.setattr(loop.pipeline, "make", opening)
+  assert train(recipe, tmp_path / "run", f"--executable={written}") == 0
 
 
 def test_files_that_are_damaged(

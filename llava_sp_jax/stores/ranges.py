@@ -1,0 +1,52 @@
+"""Reads ranges of objects with TensorStore, as Orbax reads arrays.
+
+A request costs less of a core than one of `fsspec`, and holds Python's lock for a moment only.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from llava_sp_jax.stores.store import named
+
+DRIVERS = {"gs": "gcs"}  # scheme of an address -> TensorStore's name of it
+# TensorStore's settings for each of them. Requests at a time: its own limit is 32. A request is
+# repeated for about three minutes: after 1, 2, 4, 8 and 16 s, then every 32 s.
+CONTEXT = {
+  "gs": {
+    "gcs_request_concurrency": {"limit": 128},
+    "gcs_request_retries": {"max_retries": 10, "initial_delay": "1s", "max_delay": "32s"},
+  }
+}
+
+
+class Ranges:
+  """Reads objects of one scheme; may be used by several threads."""
+
+  def __init__(self, scheme: str):
+    """Prepares to read; opens nothing yet."""
+    self._scheme = scheme
+    self._buckets: dict[str, Any] = {}  # by name, open
+
+  def read(self, path: Path, start: int, end: int) -> bytes:
+    """Returns the bytes from `start` to before `end`, which the object has.
+
+    Raises: OSError that names the object, after a request was repeated in vain.
+    """
+    bucket, _, name = str(path).partition("://")[2].partition("/")
+    with named(path):
+      if bucket not in self._buckets:
+        self._buckets[bucket] = self._opened(bucket)
+      found = self._buckets[bucket].read(name, byte_range=slice(start, end)).result()
+      if found.state == "missing":
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
+    return bytes(found.value)
+
+  def _opened(self, bucket: str) -> Any:
+    import tensorstore
+
+    scheme = self._scheme
+    spec = {"driver": DRIVERS[scheme], "bucket": bucket, "context": CONTEXT[scheme]}
+    return tensorstore.KvStore.open(spec).result()
