@@ -97,12 +97,12 @@ class Requests:
   """Counts the reads of ranges."""
 
   def __init__(self, ranges: Any):
-    self.count, self._read = 0, ranges.read
-    ranges.read = self
+    self.count, self._begin = 0, ranges.begin
+    ranges.begin = self
 
   def __call__(self, *args: Any, **more: Any) -> Any:
     self.count += 1
-    return self._read(*args, **more)
+    return self._begin(*args, **more)
 
 
 def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ The library of ArrayRecord reads local files only. This reads files with one rec
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +65,27 @@ class ArrayRecord:
 
   def __getitem__(self, number: int) -> bytes:
     """Returns a record. Raises: OSError; ArrayRecordError for damage."""
-    start, end = (int(place) for place in self._places[number : number + 2])
+    start, end = self._span(number)
+    return self._record(number, start, self._bytes(number, start, end))
+
+  def begin(self, number: int) -> Callable[[], bytes]:
+    """Begins to read a record, and nothing beyond it; returns what waits for it.
+
+    Raises: OSError; what is returned: OSError, ArrayRecordError for damage.
+    """
+    start, end = self._span(number)
+    wait = self._file.begin_at(start, end - start)
+    return lambda: self._record(number, start, wait())
+
+  def _span(self, number: int) -> tuple[int, int]:
+    start, end = self._places[number : number + 2].tolist()
+    return start, end
+
+  def _record(self, number: int, start: int, found: bytes) -> bytes:
     try:
-      _, record = _chunk(_logical(self._bytes(number, start, end), start))
+      return _chunk(_logical(found, start))[1]
     except (IndexError, ValueError) as error:
       raise ArrayRecordError(f"{self._file.path}: record {number} is damaged ({error})") from None
-    return record
 
   def _bytes(self, number: int, start: int, end: int) -> bytes:
     with self._lock:

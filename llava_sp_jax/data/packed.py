@@ -56,7 +56,7 @@ class Records(Sequence[bytes]):
     self._reset()
 
   def _reset(self) -> None:
-    self._readers: dict[int, Callable[[int], bytes]] = {}
+    self._readers: dict[int, Reader] = {}
     self._locks = [threading.Lock() for _ in self._paths]
 
   def __getstate__(self) -> dict[str, Any]:
@@ -70,23 +70,45 @@ class Records(Sequence[bytes]):
     return self._ends[-1] if self._ends else 0
 
   def __getitem__(self, number: Any) -> Any:
+    reader, at = self._place(number)
+    return reader[at]
+
+  def begin(self, number: int) -> Callable[[], bytes]:
+    """Begins to read a record; returns what waits for it."""
+    reader, at = self._place(number)
+    return reader.begin(at)
+
+  def _place(self, number: int) -> tuple[Reader, int]:
+    """Returns the reader of a record's shard, and the number of the record in it."""
     shard = bisect.bisect_right(self._ends, number)
     first = self._ends[shard - 1] if shard else 0
     if shard not in self._readers:
       with self._locks[shard]:
         if shard not in self._readers:
-          self._readers[shard] = _reader(self._paths[shard])
-    return self._readers[shard](number - first)
+          path = self._paths[shard]
+          self._readers[shard] = ArrayRecord(path) if storage.remote(path) else OnDisk(path)
+    return self._readers[shard], number - first
 
 
-def _reader(path: Path) -> Callable[[int], bytes]:
-  """Opens a shard, and returns what reads a record by its number in it."""
-  if storage.remote(path):
-    return ArrayRecord(path).__getitem__
-  from array_record.python import array_record_module
+class OnDisk:
+  """Reads records of a shard on a disk by their number, with the library of ArrayRecord."""
 
-  found = array_record_module.ArrayRecordReader(str(path), OPTIONS, file_reader_buffer_size=BUFFER)
-  return lambda number: bytes(found.read([number])[0])
+  def __init__(self, path: Path):
+    """Opens the shard."""
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader
+    self._reader = reader(str(path), OPTIONS, file_reader_buffer_size=BUFFER)
+
+  def __getitem__(self, number: int) -> bytes:
+    return bytes(self._reader.read([number])[0])
+
+  def begin(self, number: int) -> Callable[[], bytes]:
+    """Returns what reads a record."""
+    return functools.partial(self.__getitem__, number)
+
+
+Reader = OnDisk | ArrayRecord
 
 
 class Packed(source.Samples):
@@ -145,7 +167,8 @@ class Packed(source.Samples):
       kind = decode.MissingImageError if about.get(MISSING) else SampleError
       return pictures.Stored(about["name"], bytes, kind(about["error"]))
     read = functools.partial(self._images.__getitem__, about["record"])
-    return pictures.Stored(about["name"], read, tuple(about["size"]))
+    begins = functools.partial(self._images.begin, about["record"])
+    return pictures.Stored(about["name"], read, tuple(about["size"]), begins=begins)
 
   def fingerprint(self) -> str:
     """Returns the hash of the samples, as the index has it."""

@@ -7,7 +7,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from llava_sp_jax.data.failure import SampleError, SourceError, attempt, reason
 
 HEAD = 1 << 16  # bytes at the beginning of a file, in which its size nearly always stands
 Size = tuple[int, int]  # width and height in pixels
+T = TypeVar("T")
 
 
 class Picture(Protocol):
@@ -33,6 +34,10 @@ class Picture(Protocol):
 
   def data(self) -> bytes:
     """Returns the content of its file."""
+    ...
+
+  def begin(self) -> Callable[[], bytes]:
+    """Begins to read the content of its file, if that can be begun; returns what waits for it."""
     ...
 
   def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
@@ -56,6 +61,9 @@ class InFile:
   def data(self) -> bytes:
     return decode.read_bytes(self.path)
 
+  def begin(self) -> Callable[[], bytes]:
+    return self.data
+
   def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
     return decode.picture(self.path)
 
@@ -64,13 +72,15 @@ class InFile:
 class Stored:
   """Refers to a picture whose content is read by `read`, and which messages call `name`.
 
-  `known` is its size, or the error that stands in its place.
+  `known` is its size, or the error that stands in its place. `begins` begins to read, where that can
+  be begun, and returns what waits for the content.
   """
 
   name: str
   read: Callable[[], bytes]
   known: Size | SampleError | None = None
   place: str = ""
+  begins: Callable[[], Callable[[], bytes]] | None = None
 
   def size(self) -> Size:
     if isinstance(self.known, SampleError):
@@ -78,10 +88,19 @@ class Stored:
     return self.known or decode.read_size(io.BytesIO(self.data()), self.name)
 
   def data(self) -> bytes:
+    return self._tried(self.read)
+
+  def begin(self) -> Callable[[], bytes]:
+    if self.begins is None:
+      return self.data
+    wait = self._tried(self.begins)
+    return lambda: self._tried(wait)
+
+  def _tried(self, call: Callable[[], T]) -> T:
     if isinstance(self.known, SampleError):
       raise self.known
     try:
-      return self.read()
+      return call()
     except (SampleError, SourceError):
       raise
     except Exception as error:  # of the library that reads the format
@@ -112,6 +131,9 @@ class Far:
 
   def data(self) -> bytes:
     return self._read(decode.MAX_BYTES)
+
+  def begin(self) -> Callable[[], bytes]:
+    return self.data
 
   def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
     return decode.picture(io.BytesIO(self.data()), self.place)
@@ -150,6 +172,9 @@ class Loaded:
       raise self.content
     return self.content
 
+  def begin(self) -> Callable[[], bytes]:
+    return self.data
+
   def decoded(self) -> contextlib.AbstractContextManager[Image.Image]:
     name = self.place or getattr(self.picture, "name", "")
     return decode.picture(io.BytesIO(self.data()), name)
@@ -163,17 +188,24 @@ class WithPictures(dict[str, Any]):
     self.pictures = tuple(pictures)
 
 
-def loaded(sample: Any, find: Callable[[Any], Sequence[Picture]]) -> Any:
-  """Reads the files of all pictures of a sample, and returns the sample with their content.
+def begin(sample: Any, find: Callable[[Any], Sequence[Picture]]) -> Callable[[], Any]:
+  """Begins to read the files of all pictures of a sample.
 
-  `find` returns the pictures of one that does not know them. A sample that cannot be read is returned
-  as it is. That it has as many pictures as it names is for `of` to say.
+  Returns what waits for the sample with their content. `find` returns the pictures of one that does
+  not know them. A sample that cannot be read stays as it is. That it has as many pictures as it names
+  is for `of` to say.
   """
   known = isinstance(sample, WithPictures)
   found = sample.pictures if known else attempt(lambda: find(sample))
   if isinstance(found, SampleError):
-    return sample
-  return WithPictures(sample, [Loaded(one, attempt(one.data)) for one in found])
+    return lambda: sample
+  begun = [attempt(one.begin) for one in found]
+
+  def loaded() -> WithPictures:
+    contents = [one if isinstance(one, SampleError) else attempt(one) for one in begun]
+    return WithPictures(sample, list(map(Loaded, found, contents)))
+
+  return loaded
 
 
 def of(sample: Any, folder: Path) -> tuple[Picture, ...]:

@@ -90,8 +90,8 @@ class Batches(grain.DatasetIterator):  # type: ignore[misc]  # grain has no type
 
     self._row = row
     readers = min(READERS * max(1, threads), MOST_READERS)
-    load = Ahead(lambda number: row_maker.load(*planned(number)), readers)
-    self._far = load if row_maker.far else None
+    ahead = Ahead(lambda number: row_maker.begin(*planned(number)), readers)
+    self._far = ahead if row_maker.far else None
     self.seek(0)
 
   @property

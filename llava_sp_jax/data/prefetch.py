@@ -20,9 +20,12 @@ class Stopped(Exception):  # noqa: N818 - reports a stop, not an error
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-  """Says how what is far away is read: `load(number)` in so many threads, which mostly wait."""
+  """Says how what is far away is read, in so many threads, which mostly wait.
 
-  load: Callable[[int], Any]
+  `begin(number)` begins to read and returns what waits for the result.
+  """
+
+  begin: Callable[[int], Callable[[], Any]]
   threads: int
 
 
@@ -30,7 +33,7 @@ class Prefetcher:
   """Computes `make(start)`, `make(start + 1)`, ... in threads, at most `room` ahead of the reader.
 
   With `ahead`, its threads load further ahead, and `threads` others compute
-  `make(number, load(number))`.
+  `make(number, loaded)`. Each begins several at a time, if there is room enough for all of them.
 
   The threads are daemons: one that hangs in a file system does not keep the process from exiting.
   They stop at `close`, or when the Prefetcher is garbage-collected. The exit waits for others for at
@@ -70,6 +73,7 @@ class _Work:
   def __init__(self, make: Callable[..., Any], start: int, room: int, ahead: Ahead | None):
     self._make, self._room, self._ahead = make, room, ahead
     self._reach = max(room, ahead.threads) if ahead else room  # begun, and not taken yet
+    self._together = self._reach // ahead.threads if ahead else 1  # begun by a thread at a time
     self._loaded: dict[int, Any] = {}  # what `make` has not begun with yet
     self._made: dict[int, tuple[Any, BaseException | None]] = {}
     self._begun = self._taken = start
@@ -82,29 +86,28 @@ class _Work:
     """Loads until the end, in a thread of its own."""
     assert self._ahead
     while chosen := self._next(self._may_begin, self._to_begin):
-      number = chosen[0]
-      try:
-        loaded = self._ahead.load(number)
-      except BaseException as error:  # `take` raises it
-        self._keep(number, (None, error))
-        continue
+      begun = [_tried(self._ahead.begin, number) for number in chosen]
+      loaded = [(None, error) if error else _tried(wait) for wait, error in begun]
       with self._changed:
-        self._loaded[number] = loaded
+        for number, (value, error) in zip(chosen, loaded, strict=True):
+          if error:
+            self._made[number] = None, error
+          else:
+            self._loaded[number] = value
         self._busy -= 1
-        self._may_make.notify()
-        if self._closed:
-          self._changed.notify_all()  # for `leave`
+        self._may_make.notify(len(chosen))
+        if self._closed or any(error for _, error in loaded):
+          self._changed.notify_all()  # for `take` and `leave`
 
   def make(self) -> None:
     """Makes results until the end, in a thread of its own."""
     choose = self._to_make if self._ahead else self._to_begin
     while chosen := self._next(self._may_make, choose):
-      made: tuple[Any, BaseException | None]
-      try:
-        made = (self._make(*chosen), None)
-      except BaseException as error:  # `take` raises it
-        made = (None, error)
-      self._keep(chosen[0], made)
+      made = _tried(self._make, *chosen)
+      with self._changed:
+        self._made[chosen[0]] = made
+        self._busy -= 1
+        self._changed.notify_all()
 
   def _next(
     self, changed: threading.Condition, choose: Callable[[], tuple[Any, ...]]
@@ -119,22 +122,20 @@ class _Work:
     return ()
 
   def _to_begin(self) -> tuple[Any, ...]:
-    if self._begun - self._taken >= self._reach:
+    if self._free() < self._together:
       return ()
-    self._begun += 1
-    return (self._begun - 1,)
+    first = self._begun
+    self._begun += self._together
+    return tuple(range(first, self._begun))
+
+  def _free(self) -> int:
+    return self._reach - (self._begun - self._taken)
 
   def _to_make(self) -> tuple[Any, ...]:
     number = min(self._loaded, default=None)
     if number is None or number - self._taken >= self._room:
       return ()
     return number, self._loaded.pop(number, None)  # `close` may run within this thread
-
-  def _keep(self, number: int, made: tuple[Any, BaseException | None]) -> None:
-    with self._changed:
-      self._made[number] = made
-      self._busy -= 1
-      self._changed.notify_all()
 
   def take(self, stopped: Callable[[], bool]) -> Any:
     with self._changed:
@@ -144,7 +145,8 @@ class _Work:
         self._changed.wait(POLL_SECONDS)
       found, error = self._made.pop(self._taken)
       self._taken += 1
-      self._may_begin.notify()
+      if not self._free() % self._together:  # one thread for each time that there is room
+        self._may_begin.notify()
       self._may_make.notify()
     if error is not None:
       raise error
@@ -162,6 +164,14 @@ class _Work:
     """Waits until no thread is at work, or `time.monotonic()` is `until`."""
     with self._changed:
       self._changed.wait_for(lambda: not self._busy, max(0.0, until - time.monotonic()))
+
+
+def _tried(call: Callable[..., Any], *given: Any) -> tuple[Any, BaseException | None]:
+  """Calls, and returns the result and None, or None and the error, which `take` raises."""
+  try:
+    return call(*given), None
+  except BaseException as error:
+    return None, error
 
 
 _works: weakref.WeakSet[_Work] = weakref.WeakSet()  # of all threads that may still run

@@ -5,7 +5,7 @@ Shape letters:  B rows . T row length . M tiles per row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,19 +59,23 @@ class RowMaker:
     """Returns whether rows are better loaded by more threads than make them."""
     return self._source.far
 
-  def load(self, epoch: int, row: packing.PackedRow) -> list[Any]:
-    """Reads all that a row is made of: its samples, with the content of their pictures' files."""
-    return [self._loaded(index) for index in row.samples]
+  def begin(self, epoch: int, row: packing.PackedRow) -> Callable[[], list[Any]]:
+    """Begins to read all that a row is made of.
 
-  def _loaded(self, index: int) -> Any:
-    return pictures.loaded(attempt(lambda: self._source[index]), self._source.pictures)
+    Returns what waits for its samples, with the content of their pictures' files.
+    """
+    begun = [self._begun(index) for index in row.samples]
+    return lambda: [wait() for wait in begun]
+
+  def _begun(self, index: int) -> Callable[[], Any]:
+    return pictures.begin(attempt(lambda: self._source[index]), self._source.pictures)
 
   def __call__(
     self, epoch: int, row: packing.PackedRow, loaded: Sequence[Any] = ()
   ) -> dict[str, Any]:
     """Returns the arrays of a row by name: those of `make` without the axis B.
 
-    `epoch` seeds random draws. `loaded` is what `load` has returned; without it, it is read now.
+    `epoch` seeds random draws. `loaded` is what `begin` has led to; without it, it is read now.
 
     Raises: ConfigError when none of the first 256 samples can be used, SourceError when none of so many
       in a row can be used later: then not the samples are bad.
@@ -156,9 +160,9 @@ class MixedMaker:
     """Returns whether rows of any source are better loaded by more threads than make them."""
     return any(maker.far for maker in self._makers)
 
-  def load(self, part: int, epoch: int, row: packing.PackedRow) -> list[Any]:
-    """Reads all that a row of source `part` is made of, as `RowMaker` does."""
-    return self._makers[part].load(epoch, row)
+  def begin(self, part: int, epoch: int, row: packing.PackedRow) -> Callable[[], list[Any]]:
+    """Begins to read all that a row of source `part` is made of, as `RowMaker` does."""
+    return self._makers[part].begin(epoch, row)
 
   def __call__(
     self, part: int, epoch: int, row: packing.PackedRow, loaded: Sequence[Any] = ()

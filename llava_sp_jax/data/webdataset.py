@@ -13,7 +13,7 @@ import itertools
 import re
 import tarfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +210,24 @@ class Tars(source.Samples):
     if found and not any(sample.get(key) for key in forms.IMAGES):
       sample["images"] = [member.name for member in found]
     names = [f"{where}, {member.name}" for member in found]
-    reads = [functools.partial(self._content, tar, member) for member in found]
-    return pictures.WithPictures(sample, list(map(pictures.Stored, names, reads)))
+    stored = [
+      pictures.Stored(
+        name,
+        functools.partial(self._content, tar, member),
+        begins=functools.partial(self._begun, tar, member),
+      )
+      for name, member in zip(names, found, strict=True)
+    ]
+    return pictures.WithPictures(sample, stored)
 
   def _content(self, tar: int, member: _Member) -> bytes:
-    """Returns the content of a member. Raises: SourceError when its tar has changed."""
+    return self._begun(tar, member)()
+
+  def _begun(self, tar: int, member: _Member) -> Callable[[], bytes]:
+    """Begins to read the content of a member; returns what waits for it.
+
+    Raises: SourceError when its tar has changed.
+    """
     path = self._tars[tar]
     with self._lock:
       if tar not in self._files:
@@ -222,7 +235,7 @@ class Tars(source.Samples):
         if (file.size, file.version) != self._stamps[tar][1:]:
           raise SourceError(f"{path} has changed since its members were found; start again")
         self._files[tar] = file
-    return self._files[tar].read_at(member.offset, member.size)
+    return self._files[tar].begin_at(member.offset, member.size)
 
   def fingerprint(self) -> str:
     """Returns the hash of the samples, in hexadecimal digits; pictures are not read."""

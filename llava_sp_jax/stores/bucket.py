@@ -173,13 +173,11 @@ class Bucket:
   def opened(self, path: Path) -> Opened:
     size, version = self._stamp(path)
 
-    def read_at(start: int, count: int) -> bytes:
+    def begin_at(start: int, count: int) -> Callable[[], bytes]:
       end = min(start + count, size)
-      if end <= start:
-        return b""
-      return self._ranges.read(path, start, end)
+      return self._ranges.begin(path, start, end) if end > start else bytes
 
-    return Opened(path, size, version, read_at)
+    return Opened(path, size, version, begin_at)
 
   def stamps(self, paths: Sequence[Path]) -> list[tuple[int, int] | None]:
     known: dict[str, tuple[int, int]] = {}

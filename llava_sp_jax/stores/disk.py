@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_sp_jax.stores.store import Opened, Seen, named
@@ -83,7 +84,10 @@ class Disk:
       with named(path):
         return os.pread(handle, count, start)
 
-    found = Opened(path, about.st_size, about.st_mtime_ns, read_at)
+    def begin_at(start: int, count: int) -> Callable[[], bytes]:
+      return functools.partial(read_at, start, count)
+
+    found = Opened(path, about.st_size, about.st_mtime_ns, begin_at)
     weakref.finalize(found, os.close, handle)
     return found
 

@@ -6,6 +6,8 @@ A request costs less of a core than one of `fsspec`, and holds Python's lock for
 from __future__ import annotations
 
 import errno
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,18 @@ class Ranges:
     self._scheme = scheme
     self._buckets: dict[str, Any] = {}  # by name, open
 
-  def read(self, path: Path, start: int, end: int) -> bytes:
-    """Returns the bytes from `start` to before `end`, which the object has.
+  def begin(self, path: Path, start: int, end: int) -> Callable[[], bytes]:
+    """Begins to read the bytes from `start` to before `end`, which the object has.
 
-    Raises: OSError that names the object, after a request was repeated in vain.
+    Returns what waits for them. Either raises an OSError that names the object; the latter after a
+    request was repeated in vain.
     """
     bucket, _, name = str(path).partition("://")[2].partition("/")
     with named(path):
       if bucket not in self._buckets:
         self._buckets[bucket] = self._opened(bucket)
-      found = self._buckets[bucket].read(name, byte_range=slice(start, end)).result()
-      if found.state == "missing":
-        raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
-    return bytes(found.value)
+      begun = self._buckets[bucket].read(name, byte_range=slice(start, end))
+    return functools.partial(_content, path, begun)
 
   def _opened(self, bucket: str) -> Any:
     import tensorstore
@@ -50,3 +51,11 @@ class Ranges:
     scheme = self._scheme
     spec = {"driver": DRIVERS[scheme], "bucket": bucket, "context": CONTEXT[scheme]}
     return tensorstore.KvStore.open(spec).result()
+
+
+def _content(path: Path, begun: Any) -> bytes:
+  with named(path):
+    found = begun.result()
+    if found.state == "missing":
+      raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
+  return bytes(found.value)

@@ -28,14 +28,18 @@ class Seen:
 class Opened:
   """Reads a large file at any offset; may be used by several threads.
 
-  `read_at(start, count)` returns the bytes from `start`, fewer at the end of the file; it raises an
-  OSError that names the file.
+  `begin_at(start, count)` begins to read and returns what waits for the bytes from `start`, fewer at
+  the end of the file. Either raises an OSError that names the file.
   """
 
   path: Path
   size: int  # bytes
   version: int  # differs when the file is written again
-  read_at: Callable[[int, int], bytes]
+  begin_at: Callable[[int, int], Callable[[], bytes]]
+
+  def read_at(self, start: int, count: int) -> bytes:
+    """Returns the bytes from `start`, fewer at the end. Raises: OSError that names the file."""
+    return self.begin_at(start, count)()
 
 
 class Store(Protocol):

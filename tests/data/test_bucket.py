@@ -79,6 +79,26 @@ def test_batches_are_those_from_a_disk(
   assert not (tmp_path / "run").exists()
 
 
+def test_a_mixture_of_a_disk_and_a_bucket(
+  tiny_config: ConfigMaker, tmp_path: Path, bucket: str
+) -> None:
+  here = write_json(tiny_config, tmp_path).data
+  near = rewritten(here, "packed", tmp_path / "other")
+  there = moved(near, f"{bucket}/{tmp_path.name}")
+  made = []
+  for number, second in enumerate((near, there)):
+    parts = {"one": here, "two": second}
+    file = tmp_path / f"mixture-{number}.json"
+    values = {
+      name: {"path": part.path, "image_folder": part.image_folder, "weight": 1}
+      for name, part in parts.items()
+    }
+    file.write_text(json.dumps(values))
+    made.append(make(dataclasses.replace(here, mixture=str(file), path="", image_folder="")))
+  for _ in range(STEPS):
+    assert_same(*map(next, made))
+
+
 def test_a_picture_that_is_missing_costs_its_sample(tmp_path: Path, bucket: str) -> None:
   folder = storage.place(f"{bucket}/{tmp_path.name}")
   storage.of(folder).put(folder / "small.png", b"no picture")
@@ -140,11 +160,11 @@ def test_only_what_is_read_in_order_is_read_ahead(tmp_path: Path) -> None:
     found = array_record.ArrayRecord(tmp_path / shards.done[0]["file"])
     file, reads = found._file, list[int]()
 
-    def read_at(start: int, count: int, file: Any = file, reads: list[int] = reads) -> bytes:
+    def begin_at(start: int, count: int, file: Any = file, reads: list[int] = reads) -> Any:
       reads.append(count)
-      return bytes(file.read_at(start, count))
+      return file.begin_at(start, count)
 
-    found._file = dataclasses.replace(file, read_at=read_at)
+    found._file = dataclasses.replace(file, begin_at=begin_at)
     for number in order:
       found[number]
     counted.append((len(reads), sum(reads)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -62,10 +64,41 @@ def test_what_is_far_is_loaded_by_more_threads_than_make() -> None:
     making.release()
     return number, loaded
 
-  reader = prefetch.Prefetcher(make, 0, 1, 2, prefetch.Ahead(load, 8))
+  ahead = prefetch.Ahead(lambda number: functools.partial(load, number), 8)
+  reader = prefetch.Prefetcher(make, 0, 1, 2, ahead)
   for number in range(20):
     assert reader.take(lambda: False) == (number, 10 * number)
     assert max(most) < number + 3  # made no further ahead than the room
   with pytest.raises(ValueError, match="cannot be loaded"):
     reader.take(lambda: False)
   reader.close()
+
+
+def test_a_thread_begins_several_before_it_waits() -> None:
+  """As many as fit; what cannot be begun, and what fails later, is an error of its own place."""
+  events: list[tuple[str, int]] = []
+
+  def begin(number: int) -> Callable[[], int]:
+    events.append(("begun", number))
+    if number == 5:
+      raise ValueError("five cannot be begun")
+
+    def wait() -> int:
+      events.append(("waits", number))
+      if number == 6:
+        raise ValueError("six fails")
+      return 10 * number
+
+    return wait
+
+  reader = prefetch.Prefetcher(lambda _, loaded: loaded, 0, 1, 8, prefetch.Ahead(begin, 2))
+  for number in range(100):
+    if number in (5, 6):
+      with pytest.raises(ValueError, match={5: "five", 6: "six"}[number]):
+        reader.take(lambda: False)
+    else:
+      assert reader.take(lambda: False) == 10 * number
+  reader.close()
+  for first in range(0, 100, 4):  # two threads share a room of eight
+    places = [events.index(("begun", number)) for number in range(first, first + 4)]
+    assert max(places) < events.index(("waits", first))
