@@ -59,7 +59,7 @@ setup(
     "serve": SERVE,
     # Runs, checkpoints and results at gs://. It brings the google-cloud-storage that Orbax needs there;
     # wheels of 19 MB together, 61 MB when installed, grpcio's compiled part among them.
-    "gcs": ["gcsfs>=2026.9"],
+    "gcs": ["gcsfs>=2026.9", "tensorstore>=0.1.86"],  # the latter reads ranges; Orbax has it, too
     "lmms": ["lmms-eval>=0.7"],  # its benchmarks with our engine; brings torch
     "test": [
       "pytest>=9",

@@ -125,8 +125,8 @@ def cases(options: argparse.Namespace, folder: Path, address: str) -> Iterator[d
       found |= {f"ratio{of}": statistics.median(ratios), f"ratios{of}": ratios}
     made, before = batches(address, folder, rows, options.threads), requests.count
     images = sum(images_of(next(made)) for _ in range(options.batches))
-    readers = min(pipeline.READERS * options.threads, pipeline.MOST_READERS)
-    ahead = readers * ROWS[rows][1]  # images that may be loaded already
+    assert made._far
+    ahead = max(made._ahead, made._far.threads) * ROWS[rows][1]  # images that may be loaded already
     yield {"rows": rows, **found, "reads": (requests.count - before) / (images + ahead)}
 
 

@@ -1,7 +1,8 @@
 """Serves objects in memory as Cloud Storage does: `python -m tests.object_store` prints its address.
 
 `python -m tests.object_store SECONDS` answers each request so much later. Of an object with
-UNRELIABLE in its name, each range fails once: the first read of it.
+UNRELIABLE in its name, each range fails once: the first read of it. One with SILENT in it is answered
+the first time after SILENCE only.
 
 It speaks the part of the JSON API that gcsfs, google-cloud-storage and tensorstore use. A put is
 atomic and may have a precondition. There is no rename, no append, no lock and no folder: what a
@@ -30,7 +31,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"  # the only one
 PAGE = 1000  # objects in one answer of a listing
-UNRELIABLE = "unreliable"
+UNRELIABLE, SILENT = "unreliable", "silent"
+SILENCE = 100.0  # in seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +98,14 @@ class Objects:
 
   def may_fail(self, name: str, span: str) -> None:
     with self._lock:
-      if UNRELIABLE in name and (name, span) not in self._failed:
-        self._failed.add((name, span))
-        raise RefusedError(503, "try again")
+      fails = (
+        any(mark in name for mark in (UNRELIABLE, SILENT)) and (name, span) not in self._failed
+      )
+      self._failed.add((name, span))
+    if fails and SILENT in name:
+      time.sleep(SILENCE)
+    elif fails:
+      raise RefusedError(503, "try again")
 
   def put(self, name: str, data: bytes, wanted: dict[str, str]) -> dict[str, Any]:
     with self._lock:

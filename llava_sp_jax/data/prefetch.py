@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import dataclasses
 import threading
 import time
@@ -86,18 +87,29 @@ class _Work:
     """Loads until the end, in a thread of its own."""
     assert self._ahead
     while chosen := self._next(self._may_begin, self._to_begin):
-      begun = [_tried(self._ahead.begin, number) for number in chosen]
-      loaded = [(None, error) if error else _tried(wait) for wait, error in begun]
+      self._load(chosen, self._ahead.begin)
       with self._changed:
-        for number, (value, error) in zip(chosen, loaded, strict=True):
-          if error:
-            self._made[number] = None, error
-          else:
-            self._loaded[number] = value
         self._busy -= 1
-        self._may_make.notify(len(chosen))
-        if self._closed or any(error for _, error in loaded):
-          self._changed.notify_all()  # for `take` and `leave`
+        if self._closed:
+          self._changed.notify_all()  # for `leave`
+
+  def _load(self, numbers: tuple[int, ...], begin: Callable[[int], Callable[[], Any]]) -> None:
+    """Begins all of them, and then waits for each; nothing is held when it returns."""
+    begun = collections.deque[tuple[int, Any, BaseException | None]]()
+    for number in numbers:
+      if self._closed:
+        return
+      begun.append((number, *_tried(begin, number)))
+    while begun and not self._closed:
+      number, wait, error = begun.popleft()
+      loaded, error = _tried(wait) if error is None else (None, error)
+      with self._changed:
+        if error is None:
+          self._loaded[number] = loaded
+          self._may_make.notify()
+        else:
+          self._made[number] = None, error
+          self._changed.notify_all()
 
   def make(self) -> None:
     """Makes results until the end, in a thread of its own."""

@@ -60,9 +60,9 @@ class RowMaker:
     return self._source.far
 
   def begin(self, epoch: int, row: packing.PackedRow) -> Callable[[], list[Any]]:
-    """Begins to read all that a row is made of.
+    """Reads the samples of a row, and begins to read the files of their pictures.
 
-    Returns what waits for its samples, with the content of their pictures' files.
+    Returns what waits for the samples with the content of those files.
     """
     begun = [self._begun(index) for index in row.samples]
     return lambda: [wait() for wait in begun]
@@ -161,7 +161,7 @@ class MixedMaker:
     return any(maker.far for maker in self._makers)
 
   def begin(self, part: int, epoch: int, row: packing.PackedRow) -> Callable[[], list[Any]]:
-    """Begins to read all that a row of source `part` is made of, as `RowMaker` does."""
+    """Begins to read a row of source `part`, as `RowMaker` does."""
     return self._makers[part].begin(epoch, row)
 
   def __call__(

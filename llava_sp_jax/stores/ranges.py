@@ -22,6 +22,7 @@ CONTEXT = {
     "gcs_request_retries": {"max_retries": 10, "initial_delay": "1s", "max_delay": "32s"},
   }
 }
+OUT_OF_RANGE = "OUT_OF_RANGE"  # in the error of a range that an object does not have
 
 
 class Ranges:
@@ -55,7 +56,12 @@ class Ranges:
 
 def _content(path: Path, begun: Any) -> bytes:
   with named(path):
-    found = begun.result()
+    try:
+      found = begun.result()
+    except ValueError as error:
+      if OUT_OF_RANGE not in str(error):
+        raise
+      raise OSError(errno.EIO, "has become shorter since it was opened", str(path)) from error
     if found.state == "missing":
       raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
   return bytes(found.value)

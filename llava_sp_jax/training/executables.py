@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from llava_sp_jax import config as config_lib
 from llava_sp_jax import files, folders, json_files
+from llava_sp_jax.data.failure import reason
 from llava_sp_jax.distributed import processes
 from llava_sp_jax.training import peers
 from llava_sp_jax.training.programs import Shapes, shapes
@@ -146,13 +147,23 @@ def _for_run(values: Any, config: config_lib.Config, steps: bool) -> config_lib.
 class Loading:
   """Loads an executable in a thread, while the run reads its data, its parameters and its step.
 
-  The end of the process waits for the thread.
+  The end of the process waits for the thread, which reads no file.
   """
 
   def __init__(self, path: Path):
-    """Begins to load a file that `check` has accepted."""
+    """Reads a file that `check` has accepted, and begins to load it.
+
+    Raises: FormatError for a file that is damaged.
+    """
+    said = json_files.read_object(_beside(path))
+    content = path.read_bytes() if files.is_regular(path) else b""
+    if hashlib.sha256(content).hexdigest() != said.get("sha256"):
+      raise files.FormatError(
+        f"{path}: expected the executable that {_beside(path).name} describes, found "
+        f"{len(content):,} other bytes; write it anew with llava-sp plan --write-executable"
+      )
     thread = concurrent.futures.ThreadPoolExecutor(1, "executable")
-    self._loaded = thread.submit(_load, path)
+    self._loaded = thread.submit(_load, path, content, said)
     thread.shutdown(wait=False)
 
   def programs(self, train_state: Any) -> dict[Shapes, Any]:
@@ -160,7 +171,7 @@ class Loading:
 
     Every process must call it. `train_state` is the state of the run, whose tree the program takes and returns.
 
-    Raises: FormatError for a file that is damaged, or cannot be loaded on these devices.
+    Raises: FormatError for a program that cannot be loaded on these devices.
     """
     found, metrics, compiled = self._loaded.result()
     results = jax.tree.structure((train_state, dict.fromkeys(metrics, 0)))
@@ -172,15 +183,8 @@ class Loading:
     return {found: program}
 
 
-def _load(path: Path) -> tuple[Shapes, list[str], Any]:
+def _load(path: Path, content: bytes, said: dict[str, Any]) -> tuple[Shapes, list[str], Any]:
   """Returns the shapes of a batch, the names of the metrics, and the program: leaves to leaves."""
-  said = json_files.read_object(_beside(path))
-  content = path.read_bytes() if files.is_regular(path) else b""
-  if hashlib.sha256(content).hexdigest() != said.get("sha256"):
-    raise files.FormatError(
-      f"{path}: expected the executable that {_beside(path).name} describes, found "
-      f"{len(content):,} other bytes; write it anew with llava-sp plan --write-executable"
-    )
   try:
     batch = {str(name): tuple(map(int, shape)) for name, shape in said["batch"].items()}
     arguments = jax.tree.structure(((0,) * said["arguments"], {}))
@@ -188,7 +192,7 @@ def _load(path: Path) -> tuple[Shapes, list[str], Any]:
     compiled = serialize_executable.deserialize_and_load(content, arguments, results)
   except Exception as error:  # of the runtime that loads it
     raise files.FormatError(
-      f"{path}: cannot be loaded on these devices ({str(error).splitlines()[0]:.200}); write it "
+      f"{path}: cannot be loaded on these devices ({reason(error):.200}); write it "
       "anew, or leave --executable out"
     ) from error
   return tuple((name, batch[name]) for name in sorted(batch)), sorted(said["metrics"]), compiled

@@ -147,6 +147,8 @@ def test_records_are_read_by_ranges(tmp_path: Path) -> None:
     assert len(found) == len(wanted)
     for number in (*range(len(wanted)), *rng.permutation(len(wanted)).tolist()):
       assert found[number] == wanted[number]
+    begun = [found.begin(number) for number in range(len(wanted))]
+    assert [wait() for wait in begun] == wanted
 
 
 def test_only_what_is_read_in_order_is_read_ahead(tmp_path: Path) -> None:
@@ -168,6 +170,11 @@ def test_only_what_is_read_in_order_is_read_ahead(tmp_path: Path) -> None:
     for number in order:
       found[number]
     counted.append((len(reads), sum(reads)))
+    reads.clear()
+    for wait in [found.begin(number) for number in order]:  # in any order
+      wait()
+    assert len(reads) == 200
+    assert sum(reads) < 1.1 * 200 * 20_100
   (in_order, ordered_bytes), (shuffled, shuffled_bytes) = counted
   assert in_order < 20
   assert shuffled == 200
@@ -192,8 +199,11 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
   else:
     content[-65536 + 24 + 40 + 3] ^= 1
   path.write_bytes(content)
-  with pytest.raises(array_record.ArrayRecordError, match=r"images-00000\.array_record: ") as e:
+  named = r"images-00000\.array_record: "
+  with pytest.raises(array_record.ArrayRecordError, match=named) as e:
     array_record.ArrayRecord(path)[0]
+  with pytest.raises(array_record.ArrayRecordError, match=named):
+    array_record.ArrayRecord(path).begin(0)()
   assert ("record 0 is damaged" in str(e.value)) == (damage == "in a record")
 
 

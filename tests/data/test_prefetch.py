@@ -102,3 +102,47 @@ def test_a_thread_begins_several_before_it_waits() -> None:
   for first in range(0, 100, 4):  # two threads share a room of eight
     places = [events.index(("begun", number)) for number in range(first, first + 4)]
     assert max(places) < events.index(("waits", first))
+
+
+@pytest.mark.parametrize(("threads", "room"), [(1, 1), (1, 5), (3, 10), (16, 49), (16, 50), (8, 3)])
+def test_no_thread_sleeps_while_there_is_room(threads: int, room: int) -> None:
+  """Also where the room is no multiple of what a thread begins at a time."""
+  late = time.monotonic() + 100
+  ahead = prefetch.Ahead(lambda number: lambda: number, threads)
+  reader = prefetch.Prefetcher(lambda _, loaded: loaded, 0, 2, room, ahead)
+  for number in range(1000):
+    assert reader.take(lambda: time.monotonic() > late) == number  # or Stopped
+  reader.close()
+
+
+def test_what_is_closed_begins_and_waits_for_no_more() -> None:
+  """Of a group that was begun, too; what it held is freed."""
+  waits, goes_on, seen = threading.Event(), threading.Event(), list[int]()
+
+  def begin(number: int) -> Callable[[], None]:
+    def wait() -> None:
+      seen.append(number)
+      waits.set()
+      goes_on.wait(60)
+
+    return wait
+
+  reader = prefetch.Prefetcher(lambda *_: None, 0, 1, 8, prefetch.Ahead(begin, 1))
+  assert waits.wait(60)
+  reader.close()
+  goes_on.set()
+  reader._work.leave(time.monotonic() + 60)
+  assert seen == [0]
+
+
+def test_the_first_of_a_group_does_not_wait_for_the_last() -> None:
+  last = threading.Event()
+
+  def begin(number: int) -> Callable[[], int]:
+    return lambda: number if number < 7 or last.wait(60) else -1
+
+  reader = prefetch.Prefetcher(lambda _, loaded: loaded, 0, 1, 8, prefetch.Ahead(begin, 1))
+  assert [reader.take(lambda: False) for _ in range(7)] == list(range(7))
+  last.set()
+  assert reader.take(lambda: False) == 7
+  reader.close()

@@ -162,10 +162,10 @@ def test_it_is_loaded_while_the_data_are_opened(
   loads, opens = threading.Event(), threading.Event()
   load, make = executables._load, loop.pipeline.make
 
-  def loading(path: Path) -> Any:
+  def loading(*given: Any) -> Any:
     loads.set()
     assert opens.wait(60)
-    return load(path)
+    return load(*given)
 
   def opening(*given: Any, **more: Any) -> Any:
     opens.set()
@@ -183,6 +183,10 @@ def test_files_that_are_damaged(
   file = edited(written, tmp_path, "sha256", "0")
   assert train(recipe, tmp_path / "one", f"--executable={file}") == 1
   assert "expected the executable that step.bin.json describes, found" in capsys.readouterr().err
+  assert not (tmp_path / "one").exists()
+  file = edited(written, tmp_path, "arguments", 3)
+  assert train(recipe, tmp_path / "one", f"--executable={file}") == 1
+  assert f"{file}: cannot be loaded on these devices (" in capsys.readouterr().err
   file.with_name("step.bin.json").unlink()
   assert train(recipe, tmp_path / "two", f"--executable={file}") == 1
   assert f"{file}.json: no such file" in capsys.readouterr().err
