@@ -50,6 +50,13 @@ def compiled(home: Path, *arguments: str, **variables: str) -> tuple[int, int, s
   return hits, misses, done.stderr
 
 
+def test_starts_are_measured_with_the_flag_of_the_scripts() -> None:
+  from benchmarks import second_start
+
+  script = (REPOSITORY / "scripts" / "environment.sh").read_text()
+  assert f'XLA_FLAGS="${{XLA_FLAGS-{second_start.FLAGS["without YNNPACK"]}}}"' in script
+
+
 def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
   hits, misses, printed = compiled(tmp_path)
   assert (hits, printed) == (0, "")

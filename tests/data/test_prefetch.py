@@ -116,7 +116,7 @@ def test_no_thread_sleeps_while_there_is_room(threads: int, room: int) -> None:
 
 
 def test_what_is_closed_begins_and_waits_for_no_more() -> None:
-  """Of a group that was begun, too; what it held is freed."""
+  """Of a group that was begun, too."""
   waits, goes_on, seen = threading.Event(), threading.Event(), list[int]()
 
   def begin(number: int) -> Callable[[], None]:
