@@ -212,6 +212,7 @@ def own(root: Path, tmp_path: Path) -> Path:
 # The files that take minutes, longest first: they start first, so that none is left for the end.
 LONGEST = (
   "end_to_end/test_every_variant",
+  "end_to_end/test_stopping_together",
   "end_to_end/test_distributed",
   "parity/test_ladder",
   "end_to_end/test_one_reading",

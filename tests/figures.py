@@ -33,6 +33,7 @@ from tests.recorded import (
   passed_trials_in_a_bucket,
   perplexity,
   plan,
+  planned,
   pod,
   result,
   second_start,
@@ -44,7 +45,7 @@ from tests.recorded import (
 PAGES = documents.PAGES
 UNIT = (
   r"(?:\s?%|x\b|\s(?:times as|seconds|s|ms|minutes|min|hours|steps/s|tokens/s|samples/s|images/s"
-  r"|questions/s|GB/s|GB|GiB|MB|TFLOP/s)(?![\w/]))"
+  r"|questions/s|requests a second|GB/s|GB|GiB|MB|TFLOP/s)(?![\w/]))"
 )
 SHARE = r"\d[\d,]* of \d[\d,]+(?! [a-z])"
 FIGURE = re.compile(rf"(?<![\w./-])(?:{SHARE}|(?:\d[\d,]*(?:\.\d+)?|\.\d+){UNIT})")
@@ -131,6 +132,7 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/pods.md", "1.7 GB"): lambda: host("40000000", "MB, an epoch of balanced") / 1000,
   ("docs/pods.md", "458 MB"): lambda: host("40000000", "MB of the file of sizes"),
   ("docs/pods.md", "114 MB"): lambda: host("10000000", "MB of the file of sizes"),
+  ("docs/pods.md", "10,742 requests a second"): lambda: result("hosts")["asked"]["requests"],
   ("docs/pods.md", "1.85 s"): lambda: host("665000", "CPU s, the ledger checked"),
   ("docs/pods.md", "32 s"): lambda: host("10000000", "CPU s, the ledger checked"),
   ("docs/pods.md", "1.4%"): lambda: cost_of_a_row("weak-v5p", "v5p-128", "v5p-4096"),
@@ -157,6 +159,11 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "2%"): lambda: 100 * (1 - plan(
     LORA.format("cropping"), "v5e-256", unrolled=32, options=OPTIONS) / plan(
     LORA.format("cropping"), "v5e-256", unrolled=32)),
+  ("docs/pods.md", "46%"): lambda: 100 * planned(FULL, "v6e-256", rows=256)["mfu"],
+  ("docs/pods.md", "67%"): lambda: 100 * planned(FULL, "v6e-256", rows=1024)["mfu"],
+  ("docs/pods.md", "62%"): lambda: 100 * planned(FULL, "v6e-64")["mfu"],
+  ("docs/pods.md", "73%"): lambda: 100 * planned(FULL, "v5e-256", rows=256)["mfu"],
+  ("docs/pods.md", "77%"): lambda: 100 * planned(FULL, "v5e-256", rows=512)["mfu"],
   ("docs/pods.md", "0.60 s"): lambda: plan(FULL, "v6e-64"),
   ("docs/pods.md", "0.20 s"): lambda: plan(FULL, "v6e-256", rows=256),
   ("docs/training.md", "98.36%"): functools.partial(accuracy, "easy-VQA", "int8"),

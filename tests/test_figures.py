@@ -48,6 +48,17 @@ def test_the_table_of_variants_is_that_of_the_records(monkeypatch: pytest.Monkey
   assert said in (REPOSITORY / "README.md").read_text()
 
 
+def test_the_requests_of_all_hosts_follow_from_other_records(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+  import hosts
+
+  held = figures.result("hosts")
+  now = {name: round(value, 1) for name, value in hosts.requests(held["hosts"]).items()}
+  assert held["asked"] == now, "scaling, packing or bucket_reading changed: make hosts anew"
+
+
 def test_figures_are_found_and_compared() -> None:
   assert figures.FIGURE.findall("92.8% of 1,000 in .5 s, 2.5 GB, 3x, 10 steps, v5.2 GB") == [
     "92.8%",

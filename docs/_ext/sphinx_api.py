@@ -19,6 +19,7 @@ from sphinx.util.docutils import SphinxDirective
 PACKAGE = Path(__file__).parents[2] / "llava_sp_jax"
 SECTION = re.compile(r"(Args|Returns|Yields|Raises): *(.*)")
 ITEM = re.compile(r"  (\w+): (.*)")
+CODE = re.compile(r"(`+[^`]+`+)")
 FIELDS = {"Args": "param {}", "Returns": "returns", "Yields": "yields", "Raises": "raises {}"}
 
 
@@ -64,12 +65,12 @@ class Room(SphinxDirective):
 def whole_code(lines: list[str]) -> list[str]:
   """Lines of running text; code that goes on in the next line is joined to one line."""
   one = lambda code: re.sub(r" *\n *", " ", code[0])  # noqa: E731
-  return re.sub(r"(`+)[^`]+\1", one, "\n".join(lines)).splitlines()
+  return CODE.sub(one, "\n".join(lines)).splitlines()
 
 
 def plain(text: str) -> str:
   """Text in which reStructuredText finds code alone."""
-  parts = re.split(r"(`+[^`]+`+)", text)
+  parts = CODE.split(text)
   return "".join(
     f"``{part.strip('`')}``" + ("\\ " if re.match(r"\w", after) else "")
     if code
