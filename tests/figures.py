@@ -44,7 +44,7 @@ from tests.recorded import (
 
 PAGES = documents.PAGES
 UNIT = (
-  r"(?:\s?%|x\b|\s(?:times as|seconds|s|ms|minutes|min|hours|steps/s|tokens/s|samples/s|images/s"
+  r"(?:\s?%|x\b|\s(?:times as|seconds|s|ms|us|minutes|min|hours|steps/s|tokens/s|samples/s|images/s"
   r"|questions/s|requests a second|GB/s|GB|GiB|MB|TFLOP/s)(?![\w/]))"
 )
 SHARE = r"\d[\d,]* of \d[\d,]+(?! [a-z])"
@@ -117,24 +117,27 @@ RECORDED: dict[tuple[str, str], Callable[[], float]] = {
   ("docs/performance.md", "40.3%"): lambda: 100 * result("packing")["fill"][0]["fill"],
   ("docs/performance.md", "86.6%"): lambda: 100 * result("packing")["fill"][2]["fill"],
   ("docs/performance.md", "95.4%"): lambda: 100 * result("packing")["fill"][4]["fill"],
-  ("docs/pods.md", "33 MB"): lambda: host("665000", "MB, an epoch of balanced"),
-  ("docs/pods.md", "438 MB"): lambda: host("10000000", "MB, an epoch of balanced"),
+  ("docs/pods.md", "39 MB"): lambda: host("665000", "MB, an epoch of balanced"),
+  ("docs/pods.md", "436 MB"): lambda: host("10000000", "MB, an epoch of balanced"),
   ("docs/pods.md", "0.02 s"): lambda: host("665000", "CPU s, an epoch of none"),
-  ("docs/pods.md", "0.98 s"): lambda: host("10000000", "CPU s, an epoch of none"),
+  ("docs/pods.md", "0.97 s"): lambda: host("10000000", "CPU s, an epoch of none"),
   ("docs/pods.md", "4.6 s"): lambda: host("40000000", "CPU s, an epoch of none"),
   ("docs/pods.md", "1.9 s"): lambda: host("665000", "CPU s, an epoch of first_fit"),
-  ("docs/pods.md", "30 s"): lambda: host("10000000", "CPU s, an epoch of first_fit"),
-  ("docs/pods.md", "120 s"): lambda: host("40000000", "CPU s, an epoch of first_fit"),
-  ("docs/pods.md", "3.1 s"): lambda: host("665000", "CPU s, an epoch of balanced"),
-  ("docs/pods.md", "48 s"): lambda: host("10000000", "CPU s, an epoch of balanced"),
-  ("docs/pods.md", "203 s"): lambda: host("40000000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "31 s"): lambda: host("10000000", "CPU s, an epoch of first_fit"),
+  ("docs/pods.md", "140 s"): lambda: host("40000000", "CPU s, an epoch of first_fit"),
+  ("docs/pods.md", "3.0 s"): lambda: host("665000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "52 s"): lambda: host("10000000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "215 s"): lambda: host("40000000", "CPU s, an epoch of balanced"),
+  ("docs/pods.md", "2.3 us"): lambda: host("665000", "us, a row of balanced"),
+  ("docs/pods.md", "2.7 us"): lambda: host("10000000", "us, a row of balanced"),
+  ("docs/pods.md", "2.6 us"): lambda: host("40000000", "us, a row of balanced"),
   ("docs/pods.md", "7.6 MB"): lambda: host("665000", "MB of the file of sizes"),
   ("docs/pods.md", "1.7 GB"): lambda: host("40000000", "MB, an epoch of balanced") / 1000,
   ("docs/pods.md", "458 MB"): lambda: host("40000000", "MB of the file of sizes"),
   ("docs/pods.md", "114 MB"): lambda: host("10000000", "MB of the file of sizes"),
-  ("docs/pods.md", "10,742 requests a second"): lambda: result("hosts")["asked"]["requests"],
-  ("docs/pods.md", "1.85 s"): lambda: host("665000", "CPU s, the ledger checked"),
-  ("docs/pods.md", "32 s"): lambda: host("10000000", "CPU s, the ledger checked"),
+  ("docs/pods.md", "10,844 requests a second"): lambda: result("hosts")["asked"]["requests"],
+  ("docs/pods.md", "1.6 s"): lambda: host("665000", "CPU s, the ledger checked"),
+  ("docs/pods.md", "34 s"): lambda: host("10000000", "CPU s, the ledger checked"),
   ("docs/pods.md", "1.4%"): lambda: cost_of_a_row("weak-v5p", "v5p-128", "v5p-4096"),
   ("docs/pods.md", "10%"): lambda: -cost_of_a_row("weak-v5e", "v5e-16", "v5e-256"),
   ("docs/pods.md", "1.29%"): lambda: cost_of_a_row("weak-v5e", "v5e-256", "v5e-256x8"),
