@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -229,6 +230,18 @@ def test_every_row_of_the_table_is_whole() -> None:
     assert {"command", "sources", "minutes"} <= set(row), name
     assert provenance.files(row["sources"]), name
     assert row["minutes"] > 0
+
+
+def test_every_command_of_the_table_writes_its_record() -> None:
+  """It names the record, or its program writes there unless told otherwise."""
+  for name, row in provenance.table().items():
+    record, words = (provenance.RESULTS / name).as_posix(), shlex.split(row["command"])
+    programs = [REPOSITORY / word for word in words if word.endswith(".py")]
+    by_default = any(
+      f'default="{record}"' in text or f'default=Path("{record}")' in text
+      for text in (program.read_text() for program in programs)
+    )
+    assert record in words or by_default, name
 
 
 def test_every_record_under_results_is_in_the_table(results: Any) -> None:
