@@ -23,4 +23,5 @@ def config(tiny_config: ConfigMaker) -> config_lib.Config:
 
 @pytest.fixture(scope="module")
 def config_file(config: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The file of `config`, which a module may replace by its own."""
   return cluster.write_config(config, tmp_path_factory.mktemp("config") / "tiny.py")

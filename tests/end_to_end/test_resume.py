@@ -20,7 +20,7 @@ from llava_sp_jax.checkpoints import own_folders, runs, stream
 from llava_sp_jax.errors import CheckpointError
 from llava_sp_jax.training import loop
 from tests.conftest import DEVICES_FLAG, REPOSITORY, ConfigMaker
-from tests.end_to_end.cluster import GRACE, metrics, saved, write_config
+from tests.end_to_end.cluster import GRACE, metrics, saved
 from tests.end_to_end.kill_trials import numbers
 
 STEPS, SAVE_EVERY = 14, 3
@@ -91,11 +91,6 @@ def config(tiny_config: ConfigMaker) -> config_lib.Config:
     train={"steps": STEPS, "save_every": SAVE_EVERY, "batch_size": 4},
     data={"turns_per_row": 2, "augment": "mirror_shift"},  # draws of the data's own rng, too
   )
-
-
-@pytest.fixture(scope="module")
-def config_file(config: config_lib.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  return write_config(config, tmp_path_factory.mktemp("config") / "tiny.py")
 
 
 @pytest.fixture(scope="module")
