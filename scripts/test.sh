@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates the environment and runs format, lint, types and tests. Arguments go to pytest.
+# Creates the environment and runs format, lint, types, imports of tests, and tests. Arguments go to pytest.
 #
 #   bash scripts/test.sh              the default suite: 15 minutes on two cores
 #   bash scripts/test.sh models       the tests of a room (a folder of tests/); may be several: data models
@@ -8,7 +8,7 @@
 #   bash scripts/test.sh -m slow      the other slow ones: the same promises in more cases
 #
 # --guards must be the first argument. It also installs the TPU compiler, tensorboardX, wandb, schemathesis and
-# sphinx (0.8 GB). --guards and rooms skip format, lint and types.
+# sphinx (0.8 GB). --guards and rooms skip all checks but the tests.
 set -euo pipefail
 guards=false
 [ "${1:-}" != --guards ] || { guards=true; shift; }

@@ -53,7 +53,7 @@ def test_hooks_are_the_checks_of_the_suite() -> None:
   (repository,) = settings(".pre-commit-config.yaml")["repos"]
   assert repository["repo"] == "local", "the tools are those of the environment"
   checks = [hook["entry"].removeprefix("bash scripts/lint.sh ") for hook in repository["hooks"]]
-  assert checks == ["format", "lint", "types"]
+  assert checks == ["format", "lint", "types", "imports"]
   assert "bash scripts/lint.sh\n" in (REPOSITORY / "scripts/test.sh").read_text()
 
 
@@ -67,7 +67,7 @@ def test_a_check_that_does_not_exist_ends_with_the_known_ones() -> None:
     env={**os.environ, "VENV": str(Path(sys.executable).parents[1])},
   )
   assert done.returncode == 2
-  assert "format, lint, types" in done.stderr
+  assert "format, lint, types, imports" in done.stderr
 
 
 def test_every_folder_of_the_package_has_its_folder_of_tests() -> None:

@@ -17,7 +17,7 @@ from llava_sp_jax.data.tokenizer import Tokenizer
 from llava_sp_jax.models import build, flops
 from llava_sp_jax.training import loop, optimizer, preflight, trace
 from tests.conftest import ConfigMaker, dialogue, write_data
-from tests.end_to_end.test_resume import write_config
+from tests.end_to_end.cluster import write_config
 
 STEPS, ROWS, PEAK = 5, 8, 0.125  # PEAK in TFLOP/s
 SAMPLES, FRACTION = 24, 0.3  # dialogues are all different up to 24
